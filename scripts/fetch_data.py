@@ -1,0 +1,45 @@
+"""Fetches and verifies a data set ahead of time, for a machine without network say.
+
+    python scripts/fetch_data.py data=mnist data.root=data_files
+
+Then copy `data_files/mnist` to `<data.root>/mnist` there. A data set that is already there is verified again.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig
+
+from litdistill.data.fetch import SETS, obtain
+from litdistill.data.sources import fingerprint, load
+from litdistill.errors import UserError
+
+
+def describe(name: str, root: str | Path, image_size: int | None = None) -> list[str]:
+    """One line per split of a data set, which is fetched first if it is not there."""
+    source = load(name, root, image_size)
+    if name in SETS:
+        where = f"digests verified, in {obtain(name, root).folder}"
+    else:
+        where = "bundled with scikit-learn" if name == "digits" else f"in {root}"
+    return [
+        f"{name} {kind}: {len(split.targets)} images of {'x'.join(map(str, split.images.shape[1:]))}, "
+        f"{len(source.classes)} classes, SHA-256 {fingerprint(split)[:16]}, {where}"
+        for kind, split in (("train", source.train), ("test", source.test))
+    ]
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="fetch_data")
+def main(cfg: DictConfig) -> None:
+    try:
+        print("\n".join(describe(cfg.data.name, cfg.data.root, cfg.data.get("image_size"))))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""From a config to objects: the one place that reads what the networks, the method and the data are.
+
+Training and evaluation build a run by the same function, so that a run is rebuilt from its own folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf, open_dict
+from torch import nn
+
+from litdistill import taps
+from litdistill.checkpoint import STUDENT, fit_weights, load_weights
+from litdistill.data.datamodule import ImageData
+from litdistill.distiller import Distiller
+from litdistill.errors import UserError
+from litdistill.methods.base import Method
+from litdistill.teacher import FrozenTeacher
+
+log = logging.getLogger(__name__)
+
+# What of a config decides the weights that a run ends with: the key of a teacher that is found again.
+RECIPE = ("data", "student", "teacher", "method", "optimizer", "scheduler", "schedule", "ema", "seed", "trainer")
+NO_RECIPE = {  # ... but for where things are and how fast they go
+    "data": ("root", "download", "eval_batch_size"),
+    "trainer": ("accelerator", "devices", "num_nodes", "log_every_n_steps", "enable_model_summary", "enable_progress_bar"),
+}
+
+
+def build_data(cfg: DictConfig) -> ImageData:
+    """The data set of a config, read and split."""
+    data: ImageData = instantiate(cfg.data, _convert_="all")
+    data.setup()
+    return data
+
+
+def build_net(node: DictConfig, data: ImageData, role: str, folder: str | Path | None = None) -> nn.Module:
+    """A network for the shapes of `data`, with the weights that its `checkpoint` (or `folder`) names."""
+    options = {k: v for k, v in node.items() if k not in ("checkpoint", "allow_chance", "recipe")}
+    net: nn.Module = instantiate(options, num_classes=data.num_classes, input_shape=data.input_shape, _convert_="all")
+    source = folder or node.get("checkpoint")
+    if source is not None:
+        fit_weights(net, load_weights(source), source, role)
+    return net
+
+
+def build_distiller(cfg: DictConfig, data: ImageData, method: Method, teacher: nn.Module | None) -> Distiller:
+    """The student, and what it and the method need of each other, inferred from a dry forward of two images."""
+    if method.needs_teacher and teacher is None:
+        raise UserError(
+            f"{type(method).__name__} learns from a teacher, and there is none. "
+            "Name one (net@teacher=…), or train with labels alone (method=supervised)."
+        )
+    torch.manual_seed(cfg.seed)  # the same first weights whatever came before and whatever the method
+    student = build_net(cfg.student, data, "student")
+    example = data.normalise(data.source.train.images[data.train_ids[:2]])
+    student = method.prepare(student, teacher, example)
+    asked = method.taps()
+    student_taps = taps.find(student, example, asked.student)
+    teacher_taps = taps.find(teacher, example, asked.teacher) if teacher is not None else []
+    distiller = Distiller(
+        student,
+        method,
+        FrozenTeacher(teacher, teacher_taps) if teacher is not None else None,
+        optimizer=instantiate(cfg.optimizer, _convert_="all"),
+        scheduler=instantiate(cfg.scheduler, _convert_="all"),
+        schedule=OmegaConf.to_container(cfg.schedule) or {},  # type: ignore[arg-type]
+        student_taps=student_taps,
+        allow_chance=bool(cfg.teacher is not None and cfg.teacher.allow_chance),
+    )
+    student.eval()  # a dry forward must not move BatchNorm's averages
+    with torch.no_grad():
+        dry = distiller.teacher(example) if distiller.teacher is not None else None
+        method.build(distiller.tapped(example), dry, data.train_targets)
+    student.train()
+    return distiller
+
+
+def teacher_config(cfg: DictConfig) -> DictConfig:
+    """The config of the run that trains the teacher of `cfg`: the teacher as the student, labels alone, then its recipe."""
+    recipe = OmegaConf.to_container(cfg.teacher.recipe, resolve=False) if cfg.teacher.get("recipe") else {}
+    teacher = cfg.copy()
+    with open_dict(teacher):
+        teacher.student = {k: v for k, v in cfg.teacher.items() if k not in ("checkpoint", "allow_chance", "recipe")}
+        teacher.student.checkpoint = None
+        teacher.teacher = None
+        teacher.method = {"_target_": "litdistill.methods.supervised.Supervised"}
+        teacher.schedule, teacher.ema, teacher.resume = {}, None, None
+        teacher = OmegaConf.merge(teacher, recipe)
+        teacher.name = "teachers"
+    assert isinstance(teacher, DictConfig)
+    return teacher
+
+
+def recipe_hash(cfg: DictConfig) -> str:
+    """Ten hex digits that are equal for two configs exactly if their runs train the same weights."""
+    kept: dict[str, Any] = {}
+    for key in RECIPE:
+        node = cfg[key]
+        value = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+        if isinstance(value, dict):
+            value = {k: v for k, v in value.items() if k not in NO_RECIPE.get(key, ())}
+        kept[key] = value
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def teacher_folder(cfg: DictConfig) -> Path:
+    """Where the teacher that `teacher.checkpoint: auto` trains is kept."""
+    recipe = teacher_config(cfg)
+    return Path(cfg.runs) / "teachers" / f"{net_name(recipe.student)}-{cfg.data.name}-{recipe_hash(recipe)}"
+
+
+def net_name(node: DictConfig) -> str:
+    """A short name of a network: its function, and whatever option has the name's look."""
+    name = str(node["_target_"]).rsplit(".", 1)[-1]
+    if "name" in node:
+        return str(node["name"])
+    for key in ("depth", "width", "widths", "hidden"):
+        if key in node:
+            value = node[key]
+            name += "-" + ("x".join(map(str, value)) if OmegaConf.is_list(value) else str(value))
+    return name
+
+
+def finished(folder: Path) -> bool:
+    """Whether a run has left all that it leaves."""
+    return (folder / "summary.json").is_file() and (folder / STUDENT).is_file()

@@ -1,0 +1,132 @@
+"""Reading and writing weights: tensors and plain values only, whole files or none, and clear words where they do not fit."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from litdistill.errors import UserError
+
+STUDENT = "student.safetensors"
+
+
+def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
+    """Calls `write` with a temporary path in the same folder, then moves the file to `path`: readers see all or nothing."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            write(temporary)
+            temporary.chmod(0o666 & ~_umask())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error}. Free some space, or choose another folder.") from error
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """`write_atomically` of a text in UTF-8."""
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
+    write_atomically(path, write)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def save_student(net: nn.Module, path: Path, metadata: Mapping[str, str]) -> None:
+    """The network's weights as safetensors: all that deployment needs."""
+    state = {k: v.detach().cpu().contiguous().clone() for k, v in net.state_dict().items()}
+    write_atomically(path, lambda temporary: save_file(state, temporary, dict(metadata)))
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """What `torch.save` wrote to `path`, if it holds nothing but tensors and plain values; nothing in it is executed."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"There is no checkpoint at {path}.{_nearby(path)}")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path} holds Python objects besides tensors and plain values, and loading them could run any code: refused. "
+            "Save the state dict alone (torch.save(net.state_dict(), …), or safetensors) where you trust the file. "
+            f"The first objection: {str(error).splitlines()[0]}"
+        ) from error
+    except (RuntimeError, EOFError, OSError) as error:
+        raise UserError(f"{path} is damaged or no checkpoint: {str(error).splitlines()[0]}") from error
+
+
+def _nearby(path: Path) -> str:
+    folder = path.parent
+    while not folder.is_dir() and folder != folder.parent:
+        folder = folder.parent
+    found = [p for pattern in ("*.ckpt", "*.safetensors", "*/*.ckpt") for p in sorted(folder.glob(pattern))]
+    return f" Near it: {', '.join(str(p) for p in found[:4])}." if found else f" {folder} holds none."
+
+
+def load_weights(source: str | Path) -> dict[str, Tensor]:
+    """The state dict of a network, from a run folder (its student), a checkpoint of this project, or a state dict.
+
+    Accepts `.safetensors` and what `torch.save` writes. Raises `UserError` for what is missing, damaged or pickled.
+    """
+    path = Path(source)
+    if path.is_dir():
+        path = path / STUDENT
+    if path.suffix == ".safetensors":
+        if not path.is_file():
+            raise UserError(f"There is no {path}. Was the run finished?{_nearby(path)}")
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise UserError(f"{path} is damaged or no safetensors file: {error}") from error
+    found = load_checkpoint(path)
+    state = found.get("state_dict", found) if isinstance(found, dict) else {}
+    student = {k.removeprefix("student."): v for k, v in state.items() if k.startswith("student.")}
+    state = student or state
+    if not state or not all(isinstance(v, Tensor) for v in state.values()):
+        raise UserError(f"{path} holds no state dict of a network.")
+    return state
+
+
+def fit_weights(net: nn.Module, state: Mapping[str, Tensor], source: str | Path, role: str) -> None:
+    """Loads `state` into `net`, strictly. Raises `UserError` that lists what differs."""
+    own = net.state_dict()
+    shapes = [k for k in own if k in state and own[k].shape != state[k].shape]
+    missing, extra = [k for k in own if k not in state], [k for k in state if k not in own]
+    if not (shapes or missing or extra):
+        net.load_state_dict(dict(state))
+        return
+    lines = [f"{len(missing)} missing: {_some(missing)}"] if missing else []
+    lines += [f"{len(extra)} not in this network: {_some(extra)}"] if extra else []
+    lines += [f"{k} is {tuple(state[k].shape)} there and {tuple(own[k].shape)} here" for k in shapes[:4]]
+    if not missing and not extra and len(shapes) <= 2 and all(k.rsplit(".", 1)[-1] in ("weight", "bias") for k in shapes):
+        remedy = (
+            f"Only the classifier differs: the {role} was trained on {state[shapes[-1]].shape[0]} classes, and this data "
+            f"has {own[shapes[-1]].shape[0]}. Train one on these classes, or choose the same data.classes."
+        )
+    else:
+        remedy = f"It is another network: choose the one it was saved from with net@{role}=… and the same options."
+    raise UserError(f"The weights in {source} do not fit the {role}: " + "; ".join(lines) + f". {remedy}")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (", …" if len(names) > 4 else "")

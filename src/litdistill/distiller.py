@@ -1,0 +1,232 @@
+"""`Distiller`: the LightningModule that trains a student, with a frozen teacher or (`teacher=None`) without.
+
+It works with any Trainer and any loader that yields `(images, targets)` or a `litdistill.data.datamodule.Batch`.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torchmetrics.utilities.distributed import gather_all_tensors
+
+from litdistill import metrics
+from litdistill.data.datamodule import Batch
+from litdistill.errors import UserError
+from litdistill.methods.base import Method, Outputs
+from litdistill.taps import Tapped
+from litdistill.teacher import FrozenTeacher
+
+Schedule = Mapping[str, Sequence[tuple[float, float]]]
+
+
+def interpolate(points: Sequence[tuple[float, float]], x: float) -> float:
+    """The piecewise linear function through `points` (sorted by their first number), constant outside of them."""
+    (x0, y0), *rest = points
+    if x <= x0:
+        return y0
+    for x1, y1 in rest:
+        if x <= x1:
+            return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+        x0, y0 = x1, y1
+    return y0
+
+
+class Distiller(LightningModule):
+    """Trains `student` by `method`.
+
+    Args:
+        student: the network that is trained and shipped.
+        teacher: compared with, and learnt from if the method reads it. Not part of the module: no checkpoint, optimiser,
+            average or gradient bucket ever holds it.
+        method: gives the loss terms.
+        optimizer: makes the optimiser from the parameters. scheduler: makes the schedule from the optimiser, and is
+            stepped once an epoch.
+        schedule: for any term of the loss, points (epoch, factor) between which its weight is scaled linearly, with the
+            first epoch counted as 1: `{"soft": [[0, 0], [20, 1]]}` warms the soft term up over 20 epochs.
+        student_taps, teacher_taps: names of the nodes whose features the method reads (`litdistill.taps.find`).
+        allow_chance: trains even with a teacher that is no better than chance.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        method: Method,
+        teacher: FrozenTeacher | None = None,
+        optimizer: Callable[..., Optimizer] = torch.optim.Adam,
+        scheduler: Callable[[Optimizer], LRScheduler] | None = None,
+        schedule: Schedule | None = None,
+        student_taps: Sequence[str] = (),
+        allow_chance: bool = False,
+    ):
+        super().__init__()
+        if method.needs_teacher and teacher is None:
+            raise UserError(f"{type(method).__name__} learns from a teacher: give one, or use Supervised.")
+        self.student, self.method = student, method
+        self.__dict__["teacher"] = teacher  # past nn.Module's registration: see the class's docstring
+        self.tapped = Tapped(student, student_taps)
+        self.optimizer, self.scheduler, self.schedule = optimizer, scheduler, schedule or {}
+        self.allow_chance = allow_chance
+        self.teacher_s = 0.0  # seconds spent in the teacher since the fit began
+        self._reset_window()
+        self._eval: list[tuple[Tensor, Tensor]] = []
+        self._teacher_logits: list[Tensor] = []  # on the validation set, which does not change
+
+    teacher: FrozenTeacher | None
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(N, C, H, W) -> the student's logits (N, classes)."""
+        return self.student(images)
+
+    # -- training ----------------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> Any:
+        parameters = [p for p in [*self.student.parameters(), *self.method.parameters()] if p.requires_grad]
+        optimizer = self.optimizer(parameters)
+        return [optimizer], [self.scheduler(optimizer)] if self.scheduler else []
+
+    def on_fit_start(self) -> None:
+        if self.teacher is not None:
+            self.teacher.to(self.device)
+            self._examine_teacher()
+
+    def on_train_epoch_start(self) -> None:
+        self.method.epoch = self.current_epoch
+        self._factors = {k: interpolate(points, self.current_epoch + 1) for k, points in self.schedule.items()}
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        batch = Batch(*batch)
+        student, teacher = self.tapped(batch.images)._replace(ids=batch.ids), None
+        if self.teacher is not None and self.method.needs_teacher:
+            start = time.perf_counter()
+            teacher = self.teacher(batch.images)._replace(ids=batch.ids)
+            self.teacher_s += time.perf_counter() - start
+        terms = self.method(student, teacher, batch.targets)
+        terms = {k: v * self._factors[k] if k in self._factors else v for k, v in terms.items()}
+        loss = torch.stack(list(terms.values())).sum()
+        self._watch(loss, terms, student, teacher, batch.targets)
+        return loss
+
+    def _watch(self, loss: Tensor, terms: dict[str, Tensor], student: Outputs, teacher: Outputs | None, y: Tensor) -> None:
+        """Adds to sums on the device, which are read and logged only where the trainer logs."""
+        with torch.no_grad():
+            predicted = student.logits.argmax(1)
+            hits = predicted == (y if y.ndim == 1 else y.argmax(1))
+            values = {"loss": loss, **terms, "accuracy": hits.float().mean()}
+            if teacher is not None:
+                values["agreement"] = (predicted == teacher.logits.argmax(1)).float().mean()
+            values = {k: v.detach().float() for k, v in values.items()}
+            if self._sums.keys() != values.keys():
+                self._reset_window()
+                self._sums = dict.fromkeys(values, torch.zeros((), device=loss.device))
+            self._sums = dict(zip(values, torch._foreach_add(list(self._sums.values()), list(values.values())), strict=True))
+            self._steps += 1
+            self._samples += len(y)
+        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            self._log_window()
+
+    def _log_window(self) -> None:
+        means = {k: v / self._steps for k, v in self._sums.items()}
+        self._stop_if_not_finite(means)
+        seconds = max(time.perf_counter() - self._window_start, 1e-9)
+        for name, value in means.items():
+            self.log(f"train/{name}", value, prog_bar=name == "loss", sync_dist=True)
+        self.log("speed/samples_per_s", self._samples * self.trainer.world_size / seconds)
+        self.log("speed/teacher_share", (self.teacher_s - self._window_teacher_s) / seconds)
+        self._reset_window()
+
+    def _reset_window(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._steps = self._samples = 0
+        self._window_start, self._window_teacher_s = time.perf_counter(), self.teacher_s
+
+    def _stop_if_not_finite(self, means: Mapping[str, Tensor]) -> None:
+        if not math.isfinite(means["loss"]):
+            bad = ", ".join(f"{k} = {float(v):g}" for k, v in means.items())
+            raise UserError(
+                f"The loss is not finite any more, before step {self.trainer.global_step + 1} of epoch "
+                f"{self.current_epoch}: {bad}. Checkpoints of earlier epochs are kept. "
+                "A smaller optimizer.lr or trainer.gradient_clip_val=1 usually helps."
+            )
+
+    # -- validation and test -----------------------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        if self._steps and not self.trainer.sanity_checking:  # no checkpoint is written of what is not a number
+            self._stop_if_not_finite({k: v / self._steps for k, v in self._sums.items()})
+        self._eval.clear()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        batch = Batch(*batch)
+        self._eval.append((self.student(batch.images), batch.targets))
+
+    def on_validation_epoch_end(self) -> None:
+        logits, targets = self._gathered(self._eval)
+        values = metrics.quality(logits, targets)
+        if self._teacher_logits:
+            teacher = self._gather(torch.cat(self._teacher_logits))
+            values |= metrics.likeness(logits, teacher)
+            values["teacher_accuracy"] = (teacher.argmax(1) == targets).double().mean().item()
+        self._log_evaluation("val", values)
+
+    def on_test_epoch_start(self) -> None:
+        self._eval.clear()
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        self._log_evaluation("test", metrics.quality(*self._gathered(self._eval)))
+
+    def _log_evaluation(self, split: str, values: dict[str, float]) -> None:
+        for name, value in values.items():  # equal on every rank: what was gathered is everything
+            self.log(f"{split}/{name}", value, prog_bar=name == "accuracy")
+
+    def _examine_teacher(self) -> None:
+        """Runs the teacher over the validation set once; raises `UserError` if it is no better than chance."""
+        assert self.teacher is not None
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        loader = data.val_dataloader() if data is not None else self.trainer.val_dataloaders
+        if loader is None:
+            return
+        pairs = []
+        self.trainer.validating = True  # so that nothing is augmented
+        for raw in loader:
+            batch = Batch(*self.trainer.strategy.batch_to_device(raw))
+            pairs.append((self.teacher(batch.images).logits, batch.targets))
+        self.trainer.training = True
+        self._teacher_logits = [logits for logits, _ in pairs]
+        logits, targets = self._gathered(pairs)
+        check_teacher(logits, targets, self.allow_chance)
+
+    def _gathered(self, pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        return self._gather(torch.cat([a for a, _ in pairs])), self._gather(torch.cat([b for _, b in pairs]))
+
+    def _gather(self, x: Tensor) -> Tensor:
+        """What all ranks hold, each sample once, in whatever order."""
+        return torch.cat(gather_all_tensors(x)) if self.trainer.world_size > 1 else x
+
+
+def check_teacher(logits: Tensor, targets: Tensor, allow_chance: bool = False) -> float:
+    """The teacher's accuracy. Raises `UserError` if its logits are not numbers, or no better than chance.
+
+    Chance is the share of the most frequent label, and three standard deviations of it are granted.
+    """
+    if not torch.isfinite(logits).all():
+        raise UserError("The teacher's logits are not finite. Its checkpoint is damaged or of another network.")
+    accuracy = (logits.argmax(1) == targets).double().mean().item()
+    chance = (torch.bincount(targets).max() / len(targets)).item()
+    if accuracy <= chance + 3 * math.sqrt(chance * (1 - chance) / len(targets)) and not allow_chance:
+        raise UserError(
+            f"The teacher is at chance level: {accuracy:.1%} on the validation set, where the most frequent class alone "
+            f"gives {chance:.1%}. A student would learn noise from it. Train the teacher (teacher.checkpoint=auto), name "
+            "a trained one (teacher.checkpoint=<run folder or file>), or allow it with teacher.allow_chance=true."
+        )
+    return accuracy

@@ -1,0 +1,1 @@
+"""One file a method; `base.py` says what a method is."""

@@ -1,0 +1,92 @@
+"""Correlation congruence. Peng et al. 2019 (arXiv 1904.01802), section 3."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from litdistill.errors import UserError
+from litdistill.methods.base import Method, Outputs, Taps, check_weights, hard_loss
+
+
+def consecutive(student: Tensor, teacher: Tensor) -> Tensor:
+    """mean over i of Σ_d |s − t|_{i,d} · |s − t|_{i+1,d}, of embeddings `(N, D)`; 0 for a batch of one.
+
+    The form that the paper's author gave to RepDistiller, from which the CRD table's CC row comes: errors of samples
+    that are neighbours in the batch are multiplied, so that both must be wrong in the same dimension to count.
+    """
+    delta = (student - teacher).abs()
+    return (delta[:-1] * delta[1:]).sum() / max(len(delta) - 1, 1)
+
+
+def gaussian(student: Tensor, teacher: Tensor, gamma: float, order: int) -> Tensor:
+    """‖K(student) − K(teacher)‖² / N², K the `(N, N)` matrix of Gaussian kernels exp(−γ ‖a − b‖²) of the unit vectors.
+
+    The kernel is expanded in a Taylor series about a·b = 0 up to `order`:
+    exp(−2γ) · Σ_p (2γ)^p / p! · (a·b)^p.
+    """
+
+    def kernel(x: Tensor) -> Tensor:
+        x = F.normalize(x, dim=1)
+        dot = x @ x.T
+        series = [(2 * gamma) ** p / math.factorial(p) * dot**p for p in range(order + 1)]
+        return math.exp(-2 * gamma) * torch.stack(series).sum(dim=0)
+
+    return (kernel(student) - kernel(teacher)).square().mean()
+
+
+class CC(Method):
+    """`hard` · CE + `hint` · congruence of linear embeddings (both learnt) of the two networks' features.
+
+    `kernel: consecutive` is the published tables' form, for which the weight .02 is meant; `gaussian` is the paper's
+    (its γ is .4, its order 2, its weight .003).
+    """
+
+    def __init__(
+        self,
+        hard: float = 1.0,
+        hint: float = 0.02,
+        width: int = 128,
+        kernel: str = "consecutive",
+        gamma: float = 0.4,
+        order: int = 2,
+        student_taps: Sequence[str] | str = "pooled",
+        teacher_taps: Sequence[str] | str = "pooled",
+    ):
+        super().__init__()
+        check_weights(hard=hard, hint=hint)
+        if kernel not in ("consecutive", "gaussian"):
+            raise UserError(
+                f"method.kernel={kernel} is unknown. Use consecutive (the published tables) or gaussian (the paper)."
+            )
+        self.hard, self.hint, self.width, self.kernel, self.gamma, self.order = hard, hint, width, kernel, gamma, order
+        self.read = Taps(student_taps, teacher_taps)
+
+    def taps(self) -> Taps:
+        return self.read
+
+    def build(self, student: Outputs, teacher: Outputs | None, targets: Tensor) -> None:
+        """Makes the two embeddings, from the last feature of either side."""
+        if not self.hint:
+            return
+        assert teacher is not None
+        s, t = list(student.features.values())[-1].flatten(1), list(teacher.features.values())[-1].flatten(1)
+        self.embed_student = nn.Linear(s.shape[1], self.width, device=s.device)
+        self.embed_teacher = nn.Linear(t.shape[1], self.width, device=t.device)
+
+    def forward(self, student: Outputs, teacher: Outputs | None, target: Tensor) -> dict[str, Tensor]:
+        terms = {}
+        if self.hard:
+            terms["hard"] = self.hard * hard_loss(student.logits, target)
+        if self.hint:
+            assert teacher is not None
+            with torch.autocast(student.logits.device.type, enabled=False):
+                s = self.embed_student(list(student.features.values())[-1].float().flatten(1))
+                t = self.embed_teacher(list(teacher.features.values())[-1].float().flatten(1))
+                hint = gaussian(s, t, self.gamma, self.order) if self.kernel == "gaussian" else consecutive(s, t)
+            terms["hint"] = self.hint * hint
+        return terms

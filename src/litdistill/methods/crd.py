@@ -1,0 +1,159 @@
+"""Contrastive representation distillation. Tian, Krishnan & Isola 2020 (arXiv 1910.10699), section 3."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from litdistill.errors import UserError
+from litdistill.methods.base import Method, Outputs, Taps, check_weights, hard_loss
+
+
+def contrast(log_ratio: Tensor, samples: int) -> Tensor:
+    """The noise-contrastive loss of each row, `(N,)` (equation 18), in log space.
+
+    `log_ratio`: (N, 1 + K), log of the critic's unnormalised score over Z, the positive first, then K negatives drawn
+    uniformly from `samples`: −log h(positive) − Σ log(1 − h(negative)) with h(r) = r / (r + K / samples + 10⁻⁷).
+    """
+    noise = (log_ratio.shape[1] - 1) / samples
+    log_sum = torch.logaddexp(log_ratio, torch.full_like(log_ratio, math.log(noise + 1e-7)))
+    return (log_sum[:, 0] - log_ratio[:, 0]) + (log_sum[:, 1:] - math.log(noise)).sum(dim=1)
+
+
+class CRD(Method):
+    """`hard` · CE + `hint` · (contrast of the student with the teacher's memory + of the teacher with the student's).
+
+    The memories hold one embedding of unit length for every training sample; the positive is the sample's own, the
+    negatives belong to samples of other labels (the authors' mode "exact"). Negatives are drawn independently, so with
+    replacement, as the loss's derivation has them; the authors' loader draws without where a class has enough others,
+    which changes no expectation. The draws come from torch's generator of the device: `torch.manual_seed` repeats them.
+
+    Each sample's memory moves by 1 − `momentum` towards its embedding after each training step that meets it. Z is
+    estimated on the first training batch and then kept. Samples without an id (−1, or no ids at all outside training)
+    have no positive: they count for nothing and change no memory.
+
+    Memories and both Z are buffers: 8 · `width` bytes a training sample, float32, the same start in every process.
+    Under DDP each process moves the memories of its own samples; DDP must not broadcast buffers
+    (`broadcast_buffers=False`), or the first process's memories overwrite the others'.
+    """
+
+    memory_student: Tensor
+    memory_teacher: Tensor
+    z_student: Tensor
+    z_teacher: Tensor
+    labels: Tensor
+    by_label: Tensor
+    first: Tensor
+    count: Tensor
+
+    def __init__(
+        self,
+        hard: float = 1.0,
+        hint: float = 0.8,
+        width: int = 128,
+        negatives: int = 16384,
+        temperature: float = 0.07,
+        momentum: float = 0.5,
+        student_taps: Sequence[str] | str = "pooled",
+        teacher_taps: Sequence[str] | str = "pooled",
+    ):
+        super().__init__()
+        check_weights(hard=hard, hint=hint)
+        if not temperature > 0:
+            raise UserError(f"method.temperature={temperature} must be above 0. The paper's is 0.07.")
+        if not 0 <= momentum < 1:
+            raise UserError(f"method.momentum={momentum} must be at least 0 and below 1. The paper's is 0.5.")
+        if negatives < 1:
+            raise UserError(f"method.negatives={negatives} must be at least 1. The paper's is 16384.")
+        self.hard, self.hint, self.width, self.negatives = hard, hint, width, negatives
+        self.temperature, self.momentum = temperature, momentum
+        self.read = Taps(student_taps, teacher_taps)
+
+    def taps(self) -> Taps:
+        return self.read
+
+    def build(self, student: Outputs, teacher: Outputs | None, targets: Tensor) -> None:
+        """Makes the embeddings and the memories. Raises `UserError` where the labels are of one class only."""
+        if not self.hint:
+            return
+        assert teacher is not None
+        s, t = _last(student), _last(teacher)
+        self.embed_student = nn.Linear(s.shape[1], self.width, device=s.device)
+        self.embed_teacher = nn.Linear(t.shape[1], self.width, device=s.device)
+
+        targets = targets.to(s.device)
+        count = torch.bincount(targets)
+        if int((count > 0).sum()) < 2:
+            raise UserError(
+                "method=crd contrasts samples of different labels, and the training set has one label only."
+            )
+        self.register_buffer("labels", torch.cat([targets, targets[:1]]))
+        self.register_buffer("by_label", targets.argsort(stable=True))
+        self.register_buffer("first", count.cumsum(0) - count)
+        self.register_buffer("count", count)
+        # One row more than there are samples: it takes what samples without an id leave.
+        bound = 1 / math.sqrt(self.width / 3)
+        generator = torch.Generator().manual_seed(0)
+        for name in ("memory_student", "memory_teacher"):
+            memory = torch.rand(len(targets) + 1, self.width, generator=generator) * 2 * bound - bound
+            self.register_buffer(name, memory.to(s.device))
+        for name in ("z_student", "z_teacher"):
+            self.register_buffer(name, torch.full((), -1.0, device=s.device))
+
+    def forward(self, student: Outputs, teacher: Outputs | None, target: Tensor) -> dict[str, Tensor]:
+        terms = {}
+        if self.hard:
+            terms["hard"] = self.hard * hard_loss(student.logits, target)
+        if self.hint and student.ids is None and self.training:
+            raise UserError(
+                "method=crd needs the id of every training sample, and this data module gives none in its batches."
+            )
+        if self.hint and student.ids is not None:
+            assert teacher is not None
+            with torch.autocast(student.logits.device.type, enabled=False):
+                terms["hint"] = self.hint * self._contrastive(_last(student), _last(teacher), student.ids)
+        return terms
+
+    def _contrastive(self, student: Tensor, teacher: Tensor, ids: Tensor) -> Tensor:
+        s = F.normalize(self.embed_student(student), dim=1)
+        t = F.normalize(self.embed_teacher(teacher), dim=1)
+        known = ids >= 0
+        rows = torch.where(known, ids, len(self.by_label))
+        chosen = torch.cat([rows[:, None], self._draw(self.labels[rows])], dim=1)
+
+        # Scores with the whole memory are cheaper than a copy of 16,385 of its rows for every sample.
+        # The clones outlive the update below, which would otherwise change what backward reads.
+        log_s = (s @ self.memory_teacher.clone().T).gather(1, chosen) / self.temperature
+        log_t = (t @ self.memory_student.clone().T).gather(1, chosen) / self.temperature
+        z_s, z_t = self._constant(self.z_student, log_s), self._constant(self.z_teacher, log_t)
+        n = len(self.by_label)
+        loss = contrast(log_s - z_s.log(), n) + contrast(log_t - z_t.log(), n)
+        if self.training:
+            self._remember(rows, s.detach(), t.detach(), z_s, z_t)
+        return (loss * known).sum() / known.sum().clamp(min=1)
+
+    def _draw(self, labels: Tensor) -> Tensor:
+        """(N,) labels -> (N, K) ids of samples with other labels, uniform and independent."""
+        others = (len(self.by_label) - self.count[labels])[:, None]
+        place = torch.randint(1 << 48, (len(labels), self.negatives), device=labels.device) % others
+        return self.by_label[place + self.count[labels][:, None] * (place >= self.first[labels][:, None])]
+
+    @torch.no_grad()
+    def _constant(self, z: Tensor, log_score: Tensor) -> Tensor:
+        """Z: as kept, or where none is yet, the mean score times the number of samples."""
+        return torch.where(z > 0, z, log_score.exp().mean() * len(self.by_label))
+
+    @torch.no_grad()
+    def _remember(self, rows: Tensor, s: Tensor, t: Tensor, z_s: Tensor, z_t: Tensor) -> None:
+        self.z_student.copy_(z_s)
+        self.z_teacher.copy_(z_t)
+        for memory, new in ((self.memory_student, s), (self.memory_teacher, t)):
+            memory[rows] = F.normalize(memory[rows] * self.momentum + new * (1 - self.momentum), dim=1)
+
+
+def _last(outputs: Outputs) -> Tensor:
+    return list(outputs.features.values())[-1].float().flatten(1)

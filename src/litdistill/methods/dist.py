@@ -1,0 +1,50 @@
+"""Matching relations rather than values of predictions. Huang et al. 2022, "DIST" (arXiv 2205.10536), section 3."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from litdistill.methods.base import Method, Outputs, check_temperature, check_weights, hard_loss
+
+
+def pearson_distance(a: Tensor, b: Tensor) -> Tensor:
+    """1 − the Pearson correlation of the rows of two matrices `(rows, columns)`, a mean over the rows; in [0, 2].
+
+    Unchanged when a row is scaled (by a positive number) or shifted. The 10⁻⁸ of the authors' code, added to the
+    product of the norms, makes a row without any variance uncorrelated with everything.
+    """
+    a = a - a.mean(dim=1, keepdim=True)
+    b = b - b.mean(dim=1, keepdim=True)
+    correlation = (a * b).sum(dim=1) / (a.norm(dim=1) * b.norm(dim=1) + 1e-8)
+    return 1 - correlation.mean()
+
+
+class DIST(Method):
+    """`hard` · CE + `inter` · T² · distance over a sample's classes + `intra` · T² · distance over a class's samples.
+
+    Distances are Pearson's, of the probabilities at temperature T. The correlation over samples is not defined for a
+    batch of one: the intra term is 0 there.
+    The factor T² is that of the authors' CIFAR code; their weight of 2 for β = γ = 1 makes inter and intra 2.
+    """
+
+    def __init__(self, hard: float = 1.0, inter: float = 2.0, intra: float = 2.0, temperature: float = 4.0):
+        super().__init__()
+        check_weights(hard=hard, inter=inter, intra=intra)
+        check_temperature(temperature)
+        self.hard, self.inter, self.intra, self.temperature = hard, inter, intra, temperature
+
+    def forward(self, student: Outputs, teacher: Outputs | None, target: Tensor) -> dict[str, Tensor]:
+        terms = {}
+        if self.hard:
+            terms["hard"] = self.hard * hard_loss(student.logits, target)
+        if self.inter or self.intra:
+            assert teacher is not None
+            q = F.softmax(student.logits.float() / self.temperature, dim=1)
+            p = F.softmax(teacher.logits.float() / self.temperature, dim=1)
+            if self.inter:
+                terms["inter"] = self.inter * self.temperature**2 * pearson_distance(q, p)
+            if self.intra:
+                distance = pearson_distance(q.T, p.T) if len(q) > 1 else q.new_zeros(())
+                terms["intra"] = self.intra * self.temperature**2 * distance
+        return terms

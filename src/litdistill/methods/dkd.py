@@ -1,0 +1,61 @@
+"""Decoupled knowledge distillation. Zhao et al. 2022 (arXiv 2203.08679), section 3."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from litdistill.methods.base import Method, Outputs, check_temperature, check_weights, hard_loss
+
+
+def decoupled_losses(student: Tensor, teacher: Tensor, target: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """The two halves of KD, each times T² and a mean over the batch: TCKD and NCKD.
+
+    TCKD is KL(teacher ‖ student) of the pair (target class, all others together); NCKD is the same among the
+    non-target classes alone, and 0 where there are but two classes. KD = TCKD + (1 − p_teacher(target)) · NCKD.
+    Logits `(N, classes)`, target `(N,)`; float32. The target's column is taken out before the softmax, where the
+    authors' code takes 1,000 from its logit: the same value, for logits of any size.
+    """
+    z_s, z_t = student.float() / temperature, teacher.float() / temperature
+    others = torch.arange(z_s.shape[1] - 1, device=target.device)
+    others = others + (others >= target[:, None])  # (N, classes - 1), every class but the target
+
+    def target_or_not(z: Tensor) -> Tensor:
+        log_p = F.log_softmax(z, dim=1)
+        return torch.cat([log_p.gather(1, target[:, None]), log_p.gather(1, others).logsumexp(1, keepdim=True)], dim=1)
+
+    def among_others(z: Tensor) -> Tensor:
+        return F.log_softmax(z.gather(1, others), dim=1)
+
+    tckd = F.kl_div(target_or_not(z_s), target_or_not(z_t), reduction="batchmean", log_target=True)
+    nckd = F.kl_div(among_others(z_s), among_others(z_t), reduction="batchmean", log_target=True)
+    return tckd * temperature**2, nckd * temperature**2
+
+
+class DKD(Method):
+    """`hard` · CE + `tckd` · TCKD + `nckd` · NCKD; the paper's α is `tckd`, its β is `nckd`.
+
+    The authors raise both terms linearly from 0 over the first 20 epochs: a matter of the training schedule.
+    Where labels are mixed, the class with the largest share is the target of both terms.
+    """
+
+    def __init__(self, hard: float = 1.0, tckd: float = 1.0, nckd: float = 8.0, temperature: float = 4.0):
+        super().__init__()
+        check_weights(hard=hard, tckd=tckd, nckd=nckd)
+        check_temperature(temperature)
+        self.hard, self.tckd, self.nckd, self.temperature = hard, tckd, nckd, temperature
+
+    def forward(self, student: Outputs, teacher: Outputs | None, target: Tensor) -> dict[str, Tensor]:
+        terms = {}
+        if self.hard:
+            terms["hard"] = self.hard * hard_loss(student.logits, target)
+        if self.tckd or self.nckd:
+            assert teacher is not None
+            label = target if target.ndim == 1 else target.argmax(dim=1)
+            tckd, nckd = decoupled_losses(student.logits, teacher.logits, label, self.temperature)
+            if self.tckd:
+                terms["tckd"] = self.tckd * tckd
+            if self.nckd:
+                terms["nckd"] = self.nckd * nckd
+        return terms

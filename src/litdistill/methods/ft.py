@@ -1,0 +1,87 @@
+"""Factor transfer. Kim, Park & Kwak 2018 (arXiv 1802.04977), sections 3.1 to 3.3."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from litdistill.errors import UserError
+from litdistill.methods.base import Method, Outputs, Taps, check_weights, hard_loss, maps, same_size
+
+
+def convolutions(kind: type[nn.Module], widths: Sequence[int], norm: bool) -> nn.Sequential:
+    """3x3 layers of the given widths, each with LeakyReLU(0.1) and, if wanted, BatchNorm between."""
+    layers: list[nn.Module] = []
+    for a, b in zip(widths, widths[1:], strict=False):
+        layers += [kind(a, b, 3, 1, 1), *([nn.BatchNorm2d(b)] if norm else []), nn.LeakyReLU(0.1)]
+    return nn.Sequential(*layers)
+
+
+def factor_loss(student: Tensor, teacher: Tensor, p: int, pool_channels: bool = False) -> Tensor:
+    """How far two factors (N, C, H, W), each flattened to unit length, are apart (equation 3); a scalar.
+
+    p = 1: the mean of absolute differences over all elements, as in the authors' code. p = 2: the L2 norm of the
+    difference, the mean over the batch. `pool_channels`: of the mean square over channels instead, as in RepDistiller.
+    """
+    f_s, f_t = same_size(student.float(), teacher.float())
+    if pool_channels:
+        f_s, f_t = f_s.square().mean(1), f_t.square().mean(1)
+    difference = F.normalize(f_s.flatten(1)) - F.normalize(f_t.flatten(1))
+    return difference.abs().mean() if p == 1 else torch.linalg.vector_norm(difference, dim=1).mean()
+
+
+class FT(Method):
+    """Two phases. For `init_epochs` epochs a paraphraser alone learns to reconstruct the teacher's last map through
+    `rate` times its channels. Then `hard` · CE(student, labels) + `hint` · `factor_loss` of the student's translator and
+    the paraphraser's encoder, which rests.
+
+    In the first phase the student gets no gradient: the run is to be that many epochs longer.
+    """
+
+    def __init__(
+        self,
+        hard: float = 1.0,
+        hint: float = 500.0,
+        rate: float = 0.5,
+        p: int = 1,
+        pool_channels: bool = False,
+        init_epochs: int = 30,
+        student_taps: Sequence[str] | str = "last",
+        teacher_taps: Sequence[str] | str = "last",
+    ):
+        super().__init__()
+        check_weights(hard=hard, hint=hint, rate=rate)
+        if not (hint and rate and init_epochs > 0):
+            raise UserError("method=ft trains in two phases: hint, rate and init_epochs must be above 0.")
+        if p not in (1, 2):
+            raise UserError(f"method.p={p} is the norm of the factors' difference: use 1 or 2.")
+        self.hard, self.hint, self.rate, self.p, self.pool_channels = hard, hint, rate, p, pool_channels
+        self.init_epochs, self.student_taps, self.teacher_taps = init_epochs, student_taps, teacher_taps
+
+    def taps(self) -> Taps:
+        return Taps(self.student_taps, self.teacher_taps)
+
+    def build(self, student: Outputs, teacher: Outputs | None, targets: Tensor) -> None:
+        assert teacher is not None
+        f_s, f_t = maps(student.features, "ft")[-1], maps(teacher.features, "ft")[-1]
+        c_s, c_t = f_s.shape[1], f_t.shape[1]
+        k = max(1, round(c_t * self.rate))
+        self.encoder = convolutions(nn.Conv2d, [c_t, c_t, k, k], norm=False).to(f_t.device)
+        self.decoder = convolutions(nn.ConvTranspose2d, [k, k, c_t, c_t], norm=False).to(f_t.device)
+        self.translator = convolutions(nn.Conv2d, [c_s, c_s, k, k], norm=True).to(f_s.device)
+
+    def forward(self, student: Outputs, teacher: Outputs | None, target: Tensor) -> dict[str, Tensor]:
+        assert teacher is not None
+        f_s, f_t = maps(student.features, "ft")[-1], maps(teacher.features, "ft")[-1]
+        if self.epoch < self.init_epochs:
+            return {"paraphraser": F.mse_loss(self.decoder(self.encoder(f_t)).float(), f_t.float())}
+        terms = {}
+        if self.hard:
+            terms["hard"] = self.hard * hard_loss(student.logits, target)
+        with torch.no_grad():
+            factor = self.encoder(f_t)
+        terms["hint"] = self.hint * factor_loss(self.translator(f_s), factor, self.p, self.pool_channels)
+        return terms

@@ -1,0 +1,72 @@
+"""Inter-channel correlation (ICKD-C). Liu et al. 2021 (arXiv 2202.03680), section 3."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from litdistill.methods.base import Method, Outputs, Taps, check_weights, hard_loss, maps, pair
+from litdistill.methods.ofd import BatchNorm
+
+
+def correlation(x: Tensor) -> Tensor:
+    """Inner products over positions of all pairs of channels, rows scaled to length 1: (N, C, H, W) -> (N, C, C)."""
+    flat = x.float().flatten(2)
+    with torch.autocast(x.device.type, enabled=False):  # under autocast the product would be rounded to bfloat16
+        return F.normalize(flat @ flat.transpose(1, 2), dim=2)
+
+
+def correlation_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Squared distance of the correlation matrices a channel, the mean over the batch; a scalar.
+
+    Both (N, C, ·, ·), with any two sizes of map, since positions are summed over. Rows are normalised, and
+    the sum divided by N·C, as in the authors' CIFAR code, whence the weight 2.5 (the paper's formula divides by C² and
+    leaves the normalisation out; the authors' ImageNet code divides by N twice).
+    """
+    n, channels = student.shape[:2]
+    return (correlation(student) - correlation(teacher)).square().sum() / (n * channels)
+
+
+class ICKD(Method):
+    """`hard` · CE(student, labels) + `hint` · Σ distance of inter-channel correlations.
+
+    The student goes through a 1x1 convolution with BatchNorm to the teacher's channels, always, as in the paper.
+    """
+
+    def __init__(
+        self,
+        hard: float = 1.0,
+        hint: float = 2.5,
+        student_taps: Sequence[str] | str = "last",
+        teacher_taps: Sequence[str] | str = "last",
+    ):
+        super().__init__()
+        check_weights(hard=hard, hint=hint)
+        self.hard, self.hint = hard, hint
+        self.student_taps, self.teacher_taps = student_taps, teacher_taps
+
+    def taps(self) -> Taps:
+        return Taps(self.student_taps, self.teacher_taps) if self.hint else Taps()
+
+    def build(self, student: Outputs, teacher: Outputs | None, targets: Tensor) -> None:
+        if not self.hint:
+            return
+        assert teacher is not None
+        pairs = pair(maps(student.features, "ickd"), maps(teacher.features, "ickd"))
+        self.projectors = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(s.shape[1], t.shape[1], 1, bias=False), BatchNorm(t.shape[1])) for s, t in pairs
+        )
+
+    def forward(self, student: Outputs, teacher: Outputs | None, target: Tensor) -> dict[str, Tensor]:
+        terms = {}
+        if self.hard:
+            terms["hard"] = self.hard * hard_loss(student.logits, target)
+        if self.hint:
+            assert teacher is not None
+            pairs = pair(maps(student.features, "ickd"), maps(teacher.features, "ickd"))
+            losses = [correlation_loss(p(s), t) for (s, t), p in zip(pairs, self.projectors, strict=True)]
+            terms["hint"] = self.hint * torch.stack(losses).sum()
+        return terms

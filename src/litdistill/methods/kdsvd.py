@@ -1,0 +1,150 @@
+"""Distillation of singular vectors (KDSVD). Lee, Kim & Song 2018 (arXiv 1807.06819), section 3.
+
+Each map is reduced to its leading right singular vectors, which say how channels respond together; how those of one
+stage relate to those of the stage before, by a radial basis function, is what the student learns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from litdistill.errors import UserError
+from litdistill.methods.base import Method, Outputs, Taps, check_weights, hard_loss, maps, pair
+
+CANDIDATES = 3  # so many more vectors of the student than of the teacher are offered for alignment, as in RepDistiller
+
+
+def rounding(s: Tensor) -> Tensor:
+    """Of singular values (N, n), largest first: the least square (N, 1), and difference of squares, to be told from 0."""
+    return s[:, :1].square() * 10 * torch.finfo(s.dtype).eps
+
+
+class RightVectors(torch.autograd.Function):
+    """(N, P, C) -> the first n right singular vectors (N, C, n) and singular values (N, n; without a gradient).
+
+    The gradient is the exact one of first-order perturbation, less the parts that are not defined: between equal
+    singular values, and of zero ones. torch's own gradient of an SVD can be not a number where channels are dead, as
+    they often are after a ReLU.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, n: int) -> tuple[Tensor, Tensor]:
+        _, s, vh = torch.linalg.svd(x, full_matrices=False)
+        v = vh.transpose(1, 2)
+        ctx.save_for_backward(x, s, v)
+        values = s[:, :n].clone()
+        ctx.mark_non_differentiable(values)
+        return v[:, :, :n].clone(), values
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None]:
+        x, s, v = ctx.saved_tensors
+        n = grad.shape[2]
+        square, top, leading = s.square(), s[:, None, :n].square(), v[:, :, :n]
+        least = rounding(s)[:, :, None]
+        gap = top - square[:, :, None]
+        inner = v.transpose(1, 2) @ grad
+        a = v @ torch.where(gap.abs() > least, inner / gap, 0)
+        a = a + torch.where(top > least, (grad - v @ inner) / top, 0)  # channels' space outside the rows of x
+        return (x @ a) @ leading.transpose(1, 2) + (x @ leading) @ a.transpose(1, 2), None
+
+
+def right_vectors(x: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Of a map (N, C, H, W), in float32 or better: vectors (N, C, n) and values (N, n) scaled to length 1."""
+    x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    v, s = RightVectors.apply(x.flatten(2).transpose(1, 2), n)
+    return v, F.normalize(s, dim=1)
+
+
+def aligned(student: Tensor, values: Tensor, teacher: Tensor) -> Tensor:
+    """For each of the teacher's vectors (N, C, k) the student's of the largest |cosine|, with its sign: (N, C, k).
+
+    `values`: the student's singular values. Vectors of a value of 0 point anywhere and are not taken.
+    """
+    cosine = student.detach().transpose(1, 2) @ teacher
+    void = values.square() <= rounding(values)
+    best = cosine.abs().masked_fill(void[:, :, None], -1).argmax(1, keepdim=True)
+    sign = torch.where(cosine.gather(1, best) < 0, -1.0, 1.0).to(student.dtype)
+    return student.gather(2, best.expand(-1, student.shape[1], -1)) * sign
+
+
+def svd_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], k: int) -> Tensor:
+    """Squared differences of exp(−(v − w)²/8) over all elements v, w of corresponding vectors of neighbouring stages.
+
+    Maps (N, C, H, W) by stage, of equal channels; sizes may differ. Vectors of both networks are weighted by the
+    teacher's singular values. Summed over stages, the mean over the batch; a scalar. A decomposition leaves the signs
+    of vectors open, and the loss depends on them: here the elements of each teacher's vector have a sum of 0 or more,
+    by which the loss is the same on every device, as in RepDistiller it is not.
+    """
+    k = min([k, *(min(f.shape[1], f.shape[2:].numel()) for f in (*student, *teacher))])
+    loss, before = student[0].new_zeros((), dtype=torch.float32), None
+    for s, t in zip(student, teacher, strict=True):
+        with torch.autocast(s.device.type, enabled=False):
+            v_t, weight = right_vectors(t, k)
+            v_t = v_t * torch.where(v_t.sum(1, keepdim=True) < 0, -1, 1)
+            v_s = aligned(*right_vectors(s, k + CANDIDATES), v_t)
+        now = (v_s * weight[:, None], v_t * weight[:, None])
+        if before is not None:
+            rbf = [torch.exp(-(a[:, :, None] - b[:, None]).square() / 8) for a, b in zip(now, before, strict=True)]
+            loss = loss + (rbf[0] - rbf[1]).square().sum() / len(s)
+        before = now
+    return loss
+
+
+class KDSVD(Method):
+    """`hard` · CE(student, labels) + `hint` · the loss of `svd_loss` over the stages.
+
+    After RepDistiller's KDSVD, which takes one vector a map, and fails on maps that are not square or of unequal
+    channels: here a student with other channels than the teacher's goes through a 1x1 convolution first.
+    """
+
+    def __init__(
+        self,
+        hard: float = 1.0,
+        hint: float = 1.0,
+        vectors: int = 1,
+        student_taps: Sequence[str] | str = "stages",
+        teacher_taps: Sequence[str] | str = "stages",
+    ):
+        super().__init__()
+        check_weights(hard=hard, hint=hint)
+        if vectors < 1:
+            raise UserError(f"method.vectors={vectors} must be 1 or more singular vectors a map; 1 is usual.")
+        self.hard, self.hint, self.vectors = hard, hint, vectors
+        self.student_taps, self.teacher_taps = student_taps, teacher_taps
+
+    def taps(self) -> Taps:
+        return Taps(self.student_taps, self.teacher_taps) if self.hint else Taps()
+
+    def build(self, student: Outputs, teacher: Outputs | None, targets: Tensor) -> None:
+        if not self.hint:
+            return
+        assert teacher is not None
+        pairs = pair(maps(student.features, "kdsvd"), maps(teacher.features, "kdsvd"))
+        if len(pairs) < 2:
+            raise UserError(
+                "method=kdsvd relates each stage to the one before and needs two maps of either network at least. "
+                "Name more (method.student_taps, method.teacher_taps), or use a method of one map (ickd, fitnet)."
+            )
+        self.projectors = nn.ModuleList(
+            nn.Identity() if s.shape[1] == t.shape[1] else nn.Conv2d(s.shape[1], t.shape[1], 1, bias=False)
+            for s, t in pairs
+        )
+
+    def forward(self, student: Outputs, teacher: Outputs | None, target: Tensor) -> dict[str, Tensor]:
+        terms = {}
+        if self.hard:
+            terms["hard"] = self.hard * hard_loss(student.logits, target)
+        if self.hint:
+            assert teacher is not None
+            pairs = pair(maps(student.features, "kdsvd"), maps(teacher.features, "kdsvd"))
+            projected = [p(s) for (s, _), p in zip(pairs, self.projectors, strict=True)]
+            terms["hint"] = self.hint * svd_loss(projected, [t for _, t in pairs], self.vectors)
+        return terms

@@ -1,0 +1,33 @@
+"""Regression of the teacher's logits. Ba & Caruana 2014 (arXiv 1312.6184), section 2, equation 1."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from litdistill.methods.base import Method, Outputs, check_weights, hard_loss
+
+
+class LogitMSE(Method):
+    """`hard` · CE + `soft` · ½ ‖student − teacher‖² of the logits, a sum over the classes and a mean over the batch.
+
+    `centred` takes each sample's mean over the classes from its logits first: what the softmax does not see then does
+    not count. That is the limit of KD at a high temperature, times the number of classes (Hinton et al. 2015, section
+    2.1). The paper's own loss is not centred.
+    """
+
+    def __init__(self, hard: float = 0.0, soft: float = 1.0, centred: bool = False):
+        super().__init__()
+        check_weights(hard=hard, soft=soft)
+        self.hard, self.soft, self.centred = hard, soft, centred
+
+    def forward(self, student: Outputs, teacher: Outputs | None, target: Tensor) -> dict[str, Tensor]:
+        terms = {}
+        if self.hard:
+            terms["hard"] = self.hard * hard_loss(student.logits, target)
+        if self.soft:
+            assert teacher is not None
+            difference = student.logits.float() - teacher.logits.float()
+            if self.centred:
+                difference = difference - difference.mean(dim=1, keepdim=True)
+            terms["soft"] = self.soft * difference.square().sum(dim=1).mean() / 2
+        return terms

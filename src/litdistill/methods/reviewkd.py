@@ -1,0 +1,114 @@
+"""Knowledge review (ReviewKD). Chen et al. 2021 (arXiv 2104.09044), section 3.
+
+Every teacher stage teaches the student's stages of its depth and deeper ones: from deep to shallow, the student's maps
+are fused one into the next by attention (ABF), and each is compared with the teacher's over a pyramid of sizes (HCL).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from litdistill.methods.base import Method, Outputs, Taps, check_weights, hard_loss, maps, pair
+from litdistill.methods.ofd import BatchNorm
+
+MOST_CHANNELS = 512  # of the fused maps, as in the authors' code
+
+
+class ABF(nn.Module):
+    """Attention-based fusion: (map of this stage, fused map of the next deeper one) -> (for the loss, fused).
+
+    `fuse=False` at the deepest stage, which has nothing to fuse with: then no attention is built.
+    """
+
+    def __init__(self, channels: int, mid: int, out: int, fuse: bool):
+        super().__init__()
+        self.conv1 = nn.Sequential(nn.Conv2d(channels, mid, 1, bias=False), BatchNorm(mid))
+        self.conv2 = nn.Sequential(nn.Conv2d(mid, out, 3, padding=1, bias=False), BatchNorm(out))
+        self.attention = nn.Sequential(nn.Conv2d(2 * mid, 2, 1), nn.Sigmoid()) if fuse else None
+        for conv in (self.conv1[0], self.conv2[0]):
+            assert isinstance(conv, nn.Conv2d)
+            nn.init.kaiming_uniform_(conv.weight, a=1)
+
+    def forward(self, x: Tensor, deeper: Tensor | None, size: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """`size`: (H, W) of the teacher's map, to which the fused one is resized (nearest neighbour)."""
+        x = self.conv1(x)
+        if self.attention is not None:
+            assert deeper is not None
+            deeper = F.interpolate(deeper, x.shape[2:], mode="nearest")
+            share = self.attention(torch.cat([x, deeper], dim=1))
+            x = x * share[:, :1] + deeper * share[:, 1:]
+        if x.shape[2:] != tuple(size):
+            x = F.interpolate(x, tuple(size), mode="nearest")
+        return self.conv2(x), x
+
+
+def hcl(student: Tensor, teacher: Tensor) -> Tensor:
+    """Hierarchical context loss: mean squared error of the maps and of their 4x4, 2x2 and 1x1 averages.
+
+    Each level has half the weight of the one before, and the weights sum to 1; a level no smaller than the map is left
+    out. Both (N, C, H, W); a scalar. Where a map is not square, its shorter side decides.
+    """
+    loss, weight, total = F.mse_loss(student, teacher), 1.0, 1.0
+    for level in (4, 2, 1):
+        if level < min(student.shape[2:]):
+            weight /= 2
+            total += weight
+            s, t = (F.adaptive_avg_pool2d(x, level) for x in (student, teacher))
+            loss = loss + weight * F.mse_loss(s, t)
+    return loss / total
+
+
+def stages(features: Mapping[str, Tensor]) -> list[Tensor]:
+    """The maps, and vectors (N, C) as maps of one position. Raises `UserError` where there is no map."""
+    maps(features, "reviewkd")
+    return [f[:, :, None, None] if f.ndim == 2 else f for f in features.values() if f.ndim in (2, 4)]
+
+
+class ReviewKD(Method):
+    """`hard` · CE(student, labels) + `hint` · Σ HCL(fused student map, teacher map).
+
+    Stages are taken as in the authors' CIFAR code: the student's after their activation, the teacher's before it, and
+    of either the pooled vector as one stage more. Their warm-up over 20 epochs is left to a schedule of `hint`.
+    """
+
+    def __init__(
+        self,
+        hard: float = 1.0,
+        hint: float = 5.0,
+        student_taps: Sequence[str] | str = ("stages", "pooled"),
+        teacher_taps: Sequence[str] | str = ("stages:pre", "pooled"),
+    ):
+        super().__init__()
+        check_weights(hard=hard, hint=hint)
+        self.hard, self.hint = hard, hint
+        self.student_taps, self.teacher_taps = student_taps, teacher_taps
+
+    def taps(self) -> Taps:
+        return Taps(self.student_taps, self.teacher_taps) if self.hint else Taps()
+
+    def build(self, student: Outputs, teacher: Outputs | None, targets: Tensor) -> None:
+        if not self.hint:
+            return
+        assert teacher is not None
+        pairs = pair(stages(student.features), stages(teacher.features))
+        mid = min(MOST_CHANNELS, pairs[-1][0].shape[1])
+        deepest = len(pairs) - 1
+        self.abfs = nn.ModuleList(ABF(s.shape[1], mid, t.shape[1], i < deepest) for i, (s, t) in enumerate(pairs))
+
+    def forward(self, student: Outputs, teacher: Outputs | None, target: Tensor) -> dict[str, Tensor]:
+        terms = {}
+        if self.hard:
+            terms["hard"] = self.hard * hard_loss(student.logits, target)
+        if self.hint:
+            assert teacher is not None
+            pairs = pair(stages(student.features), stages(teacher.features))
+            losses, fused = [], None
+            for (s, t), abf in zip(reversed(pairs), reversed(self.abfs), strict=True):
+                out, fused = abf(s, fused, t.shape[2:])
+                losses.append(hcl(out.float(), t.float()))
+            terms["hint"] = self.hint * torch.stack(losses).sum()
+        return terms

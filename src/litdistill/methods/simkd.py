@@ -1,0 +1,176 @@
+"""The reused teacher classifier (SimKD). Chen et al. 2022 (arXiv 2203.14001), section 3.
+
+The network that is trained and shipped is the student up to its last map, a projector, and the teacher's own
+classifier, frozen; all that is learnt is to give that classifier the map it knows.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from litdistill.errors import UserError
+from litdistill.methods.base import Method, Outputs, Taps, check_weights, hard_loss, maps, same_size
+from litdistill.taps import Tapped, find
+
+
+def dry_forward(net: nn.Module, example: Tensor, taps: Sequence[str] | str) -> tuple[str, Outputs, list[nn.Module]]:
+    """In eval mode: the name of the (last) tap, the outputs, and the leaf modules that were called, in their order."""
+    name = find(net, example, taps)[-1]
+    modes = [(m, m.training) for m in net.modules()]
+    called: list[nn.Module] = []
+    leaves = [m for m in net.modules() if not list(m.children())]
+    handles = [m.register_forward_hook(lambda module, args, out: called.append(module)) for m in leaves]
+    tapped = Tapped(net, [name])
+    try:
+        for m, _ in modes:
+            m.training = False
+        with torch.no_grad():
+            return name, tapped(example), called
+    finally:
+        tapped.remove()
+        for handle in handles:
+            handle.remove()
+        for m, mode in modes:
+            m.training = mode
+
+
+def reusable_classifier(teacher: nn.Module, example: Tensor, taps: Sequence[str] | str, method: str) -> nn.Linear:
+    """A frozen copy of the teacher's classifier, its last linear layer.
+
+    Raises `UserError` unless that layer, applied to the mean of the tapped map (N, C, H, W) over its positions, gives
+    the teacher's logits: else a student's map could be given to it, but would mean something else.
+    """
+    name, (logits, features, _), called = dry_forward(teacher, example, taps)
+    pooled = maps(features, method)[-1].mean((2, 3))
+    last = next((m for m in reversed(called) if isinstance(m, nn.Linear)), None)
+    if last is not None and last.in_features == pooled.shape[1]:
+        with torch.no_grad():
+            given = last(pooled)
+        if given.shape == logits.shape and float((given - logits).abs().max()) <= 1e-3 * float(logits.abs().max()):
+            return copy.deepcopy(last).requires_grad_(False)
+    raise UserError(
+        f"method={method} reuses the teacher's classifier, which must be one linear layer on the mean over positions "
+        f"of a map, and is not that on {name!r} of this teacher. Name the map in front of its pooling "
+        "(method.teacher_taps), take a teacher such as a ResNet, or use another method (kd, dkd, fitnet)."
+    )
+
+
+class ReusedHead(nn.Module):
+    """Images (N, C, H, W) -> the teacher's classifier of the projected last map of the student: logits (N, classes).
+
+    An ordinary network: its state dict is complete, and it is exported alone. `tap` names the last map in `backbone`;
+    what comes after it there is not used. `size`: height and width to which a larger map is pooled, the teacher's.
+    """
+
+    def __init__(
+        self, backbone: nn.Module, tap: str, projector: nn.Module, classifier: nn.Module, size: tuple[int, int]
+    ):
+        super().__init__()
+        self.backbone, self.projector, self.classifier, self.size = backbone, projector, classifier, size
+        self._taken: list[Tensor] = []
+        name, _, where = tap.partition(":")
+        module = backbone.get_submodule(name)
+        # partials and no closures: a deep copy of this network takes a list and hooks of its own along
+        if where:
+            module.register_forward_pre_hook(partial(_take_input, self._taken))
+        else:
+            module.register_forward_hook(partial(_take_output, self._taken))
+
+    def forward(self, images: Tensor) -> Tensor:
+        self._taken.clear()
+        self.backbone(images)
+        x = self._taken[-1]
+        self._taken.clear()  # or the graph of the last batch would be kept
+        h, w = min(x.shape[2], self.size[0]), min(x.shape[3], self.size[1])
+        if x.shape[2:] != (h, w):
+            x = F.adaptive_avg_pool2d(x, (h, w))
+        return self.classifier(self.projector(x).mean((2, 3)))
+
+
+def _take_input(taken: list[Tensor], module: nn.Module, args: tuple[Any, ...]) -> None:
+    taken.append(args[0])
+
+
+def _take_output(taken: list[Tensor], module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
+    taken.append(out)
+
+
+def projector(channels: int, out: int, factor: int) -> nn.Sequential:
+    """1x1, 3x3 and 1x1 convolutions with BatchNorm and ReLU, of out/factor channels inside.
+
+    The last ReLU is the authors': a teacher's last map is expected to be one after a ReLU, too.
+    """
+    mid = max(1, out // factor)
+    layers: list[nn.Module] = []
+    for a, b, kernel in ((channels, mid, 1), (mid, mid, 3), (mid, out, 1)):
+        layers += [nn.Conv2d(a, b, kernel, padding=kernel // 2, bias=False), nn.BatchNorm2d(b), nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
+def without_head(net: nn.Module, tap: str, called: list[nn.Module]) -> None:
+    """Puts `Identity` in the place of the layers with weights that run only after the tap: nothing uses them any more.
+
+    Left in, they would be trained by nobody, be shipped, and stop DDP, which waits for the gradient of each parameter.
+    """
+    name, _, where = tap.partition(":")
+    tapped = {id(m) for m in net.get_submodule(name).modules()}
+    inside = [i for i, m in enumerate(called) if id(m) in tapped]
+    end = inside[-len({id(called[i]) for i in inside})] if where else inside[-1] + 1
+    head = {id(m) for m in called[end:]} - {id(m) for m in called[:end]}
+    for parent in list(net.modules()):
+        for name, child in list(parent.named_children()):
+            if id(child) in head and list(child.parameters()):
+                setattr(parent, name, nn.Identity())
+
+
+class SimKD(Method):
+    """`hint` · MSE(projected student map, teacher map) + `hard` · CE(logits of the reused classifier, labels).
+
+    The paper has no hard term: nothing but the map is learnt.
+    """
+
+    def __init__(
+        self,
+        hard: float = 0.0,
+        hint: float = 1.0,
+        factor: int = 2,
+        student_taps: Sequence[str] | str = "last",
+        teacher_taps: Sequence[str] | str = "last",
+    ):
+        super().__init__()
+        check_weights(hard=hard, hint=hint)
+        if factor < 1:
+            raise UserError(f"method.factor={factor} divides the projector's inner channels and must be 1 or more.")
+        self.hard, self.hint, self.factor = hard, hint, factor
+        self.student_taps, self.teacher_taps = student_taps, teacher_taps
+
+    def taps(self) -> Taps:
+        """Of the network that `prepare` gives: the output of its projector."""
+        return Taps(("projector",), self.teacher_taps) if self.hint else Taps()
+
+    def prepare(self, student: nn.Module, teacher: nn.Module | None, example: Tensor) -> nn.Module:
+        assert teacher is not None
+        classifier = reusable_classifier(teacher, example, self.teacher_taps, "simkd")
+        t = maps(dry_forward(teacher, example, self.teacher_taps)[1].features, "simkd")[-1]
+        tap, outputs, called = dry_forward(student, example, self.student_taps)
+        s = maps(outputs.features, "simkd")[-1]
+        without_head(student, tap, called)
+        project = projector(s.shape[1], t.shape[1], self.factor).to(s.device)
+        return ReusedHead(student, tap, project, classifier, (t.shape[2], t.shape[3]))
+
+    def forward(self, student: Outputs, teacher: Outputs | None, target: Tensor) -> dict[str, Tensor]:
+        terms = {}
+        if self.hard:
+            terms["hard"] = self.hard * hard_loss(student.logits, target)
+        if self.hint:
+            assert teacher is not None
+            s, t = same_size(maps(student.features, "simkd")[-1], maps(teacher.features, "simkd")[-1])
+            terms["hint"] = self.hint * F.mse_loss(s.float(), t.float())
+        return terms

@@ -1,0 +1,69 @@
+"""Variational information distillation. Ahn et al. 2019 (arXiv 1904.05835), sections 2 and 3."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from litdistill.methods.base import Method, Outputs, Taps, check_weights, hard_loss, maps, pair, same_size
+
+
+class Gaussian(nn.Module):
+    """q(teacher's map | student's map): the mean from three 1x1 convolutions, one learned variance a channel.
+
+    The variance is softplus(a) + `eps` (equation 5), at first `variance`.
+    """
+
+    def __init__(self, student_channels: int, teacher_channels: int, variance: float = 5.0, eps: float = 1e-5):
+        super().__init__()
+        widths = [student_channels, teacher_channels, teacher_channels, teacher_channels]
+        convs = [nn.Conv2d(a, b, 1, bias=False) for a, b in zip(widths, widths[1:], strict=False)]
+        self.mean = nn.Sequential(convs[0], nn.ReLU(), convs[1], nn.ReLU(), convs[2])
+        self.scale = nn.Parameter(torch.full((teacher_channels,), math.log(math.expm1(variance - eps))))
+        self.eps = eps
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """−log q without its constant, (N, C, H, W) each, averaged over all elements; a scalar. The larger map is pooled."""
+        f_s, f_t = same_size(student, teacher)
+        variance = (F.softplus(self.scale.float()) + self.eps).view(1, -1, 1, 1)
+        return 0.5 * ((self.mean(f_s).float() - f_t.float()).square() / variance + variance.log()).mean()
+
+
+class VID(Method):
+    """`hard` · CE(student, labels) + `hint` · sum over stages of −log q(teacher | student). That may fall below zero."""
+
+    def __init__(
+        self,
+        hard: float = 1.0,
+        hint: float = 1.0,
+        student_taps: Sequence[str] | str = "stages",
+        teacher_taps: Sequence[str] | str = "stages",
+    ):
+        super().__init__()
+        check_weights(hard=hard, hint=hint)
+        self.hard, self.hint = hard, hint
+        self.student_taps, self.teacher_taps = student_taps, teacher_taps
+
+    def taps(self) -> Taps:
+        return Taps(self.student_taps, self.teacher_taps) if self.hint else Taps()
+
+    def build(self, student: Outputs, teacher: Outputs | None, targets: Tensor) -> None:
+        if self.hint:
+            assert teacher is not None
+            pairs = pair(maps(student.features, "vid"), maps(teacher.features, "vid"))
+            self.stages = nn.ModuleList(Gaussian(s.shape[1], t.shape[1]).to(s.device) for s, t in pairs)
+
+    def forward(self, student: Outputs, teacher: Outputs | None, target: Tensor) -> dict[str, Tensor]:
+        terms = {}
+        if self.hard:
+            terms["hard"] = self.hard * hard_loss(student.logits, target)
+        if self.hint:
+            assert teacher is not None
+            pairs = pair(maps(student.features, "vid"), maps(teacher.features, "vid"))
+            losses = [q(s, t) for q, (s, t) in zip(self.stages, pairs, strict=True)]
+            terms["hint"] = self.hint * torch.stack(losses).sum()
+        return terms

@@ -1,0 +1,46 @@
+"""(Weighted) transformed teacher matching. Zheng & Yang 2024 (arXiv 2402.11148)."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from litdistill.errors import UserError
+from litdistill.methods.base import Method, Outputs, check_weights, hard_loss
+
+
+def transformed_matching(student: Tensor, teacher: Tensor, gamma: float, weighted: bool) -> Tensor:
+    """The mean over the batch of U · KL(p^γ / U ‖ q), with U = Σ p^γ over the classes, or 1 where not weighted.
+
+    p, q: the softmaxes of teacher and student, both at temperature 1; raising p to γ is softening it with T = 1/γ. So
+    the student meets a softened teacher without being softened itself, and samples on which the teacher is unsure
+    (large U) count more. Logits `(N, classes)`; float32.
+    """
+    log_power = gamma * F.log_softmax(teacher.float(), dim=1)
+    log_u = log_power.logsumexp(dim=1, keepdim=True)
+    log_q = F.log_softmax(student.float(), dim=1)
+    divergence = F.kl_div(log_q, log_power - log_u, reduction="none", log_target=True).sum(dim=1)
+    return (log_u.squeeze(1).exp() * divergence).mean() if weighted else divergence.mean()
+
+
+class WTTM(Method):
+    """`hard` · CE + `soft` · weighted KL with the power-transformed teacher; `weighted: false` is the paper's TTM."""
+
+    def __init__(self, hard: float = 1.0, soft: float = 4.0, gamma: float = 0.2, weighted: bool = True):
+        super().__init__()
+        check_weights(hard=hard, soft=soft)
+        if not gamma > 0:
+            raise UserError(
+                f"method.gamma={gamma} must be above 0: it is 1 / temperature. The authors' examples are 0.1 and 0.2."
+            )
+        self.hard, self.soft, self.gamma, self.weighted = hard, soft, gamma, weighted
+
+    def forward(self, student: Outputs, teacher: Outputs | None, target: Tensor) -> dict[str, Tensor]:
+        terms = {}
+        if self.hard:
+            terms["hard"] = self.hard * hard_loss(student.logits, target)
+        if self.soft:
+            assert teacher is not None
+            soft = transformed_matching(student.logits, teacher.logits, self.gamma, self.weighted)
+            terms["soft"] = self.soft * soft
+        return terms

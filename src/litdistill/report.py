@@ -1,0 +1,110 @@
+"""Tables over run folders. Only `summary.json` is read."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from litdistill.errors import UserError
+
+COLUMNS = ("experiment", "model", "method", "trained on", "parameters", "test accuracy %", "last epoch %", "NLL", "ECE", "agreement %", "seeds", "time")
+
+
+def summaries(places: Iterable[str | Path]) -> list[dict[str, Any]]:
+    """All `summary.json` at or below the given folders, in the order of their paths. Raises `UserError` if there is none."""
+    places = [Path(p) for p in places]
+    paths = sorted({p.resolve() for place in places for p in place.glob("**/summary.json")})
+    if not paths:
+        missing = [str(p) for p in places if not p.exists()]
+        raise UserError(
+            (f"There is no folder {', '.join(missing)}. " if missing else "")
+            + f"No finished run in {', '.join(map(str, places))}: a finished run has a summary.json. "
+            "Start one with python scripts/train.py."
+        )
+    return [json.loads(p.read_text()) for p in paths]
+
+
+def rows(found: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+    """One row for each teacher and for each kind of student; runs that differ in their seed alone are one row."""
+    kinds: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    teachers: dict[str, dict[str, Any]] = {}
+    for run in found:
+        data = run["data"]
+        teacher = run["teacher"]["name"] if run["teacher"] else None
+        kinds.setdefault((run["experiment"], data["name"], data["train"], teacher, run["student"]["name"], run["method"], run["epochs"]), []).append(run)
+        if teacher:
+            teachers[run["teacher"]["sha256"]] = run
+    own = {run["student"]["sha256"] for run in found}
+    table = [_teacher_row(run) for sha, run in teachers.items() if sha not in own]
+    return table + [_row(runs) for runs in kinds.values()]
+
+
+def _teacher_row(run: dict[str, Any]) -> dict[str, str]:
+    teacher = run["teacher"]
+    values = (
+        *(run["experiment"], teacher["name"], "teacher", "", f"{teacher['params']:,}"),
+        *(f"{100 * teacher['test']['accuracy']:.2f}", "", f"{teacher['test']['nll']:.3f}", f"{teacher['test']['ece']:.3f}", "", "", ""),
+    )
+    return dict(zip(COLUMNS, values, strict=True))
+
+
+def _row(runs: Sequence[dict[str, Any]]) -> dict[str, str]:
+    first = runs[0]
+    students = [r["student"] for r in runs]
+    tests = [s["test"] for s in students]
+    values = (
+        first["experiment"],
+        first["student"]["name"],
+        first["method"],
+        f"{first['data']['train']:,}",
+        f"{students[0]['params']:,}",
+        spread([100 * t["accuracy"]["best"] for t in tests]),
+        spread([100 * t["accuracy"]["last"] for t in tests]),
+        spread([t["nll"] for t in tests], 3),
+        spread([t["ece"] for t in tests], 3),
+        spread([100 * s["agreement"] for s in students]) if students[0]["agreement"] is not None else "",
+        str(len(runs)),
+        f"{statistics.mean(r['time']['total_s'] for r in runs):.0f} s",
+    )
+    return dict(zip(COLUMNS, values, strict=True))
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """Mean ± standard deviation over seeds (the sample's, n - 1), or the value alone where there is one."""
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
+    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+
+
+def table(rows: Sequence[dict[str, str]]) -> Table:
+    """For the terminal."""
+    shown = Table()
+    for column in COLUMNS:
+        shown.add_column(column, justify="left" if column in COLUMNS[:3] else "right")
+    for row in rows:
+        shown.add_row(*row.values())
+    return shown
+
+
+def markdown(rows: Sequence[dict[str, str]]) -> str:
+    """For a README."""
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * 3 + "---:|" * (len(COLUMNS) - 3)]
+    lines += ["| " + " | ".join(row.values()) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def evaluation_table(found: dict[str, Any]) -> Table:
+    """What `evaluate` found of one run."""
+    shown = Table("on the test set", "accuracy %", "NLL", "ECE", "Brier", "agreement %", "KL")
+    names = {"teacher": "teacher", "student": "student (best epoch on validation)", "last": "student (last epoch)"}
+    for key, name in names.items():
+        if key in found:
+            q, like = found[key], found.get("likeness", {}) if key == "student" else {}
+            follows = (f"{100 * like['agreement']:.2f}", f"{like['kl']:.4f}") if like else ("", "")
+            shown.add_row(name, f"{100 * q['accuracy']:.2f}", f"{q['nll']:.4f}", f"{q['ece']:.4f}", f"{q['brier']:.4f}", *follows)
+    return shown

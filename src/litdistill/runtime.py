@@ -1,0 +1,217 @@
+"""How commands start and end: one stamp a start, clear errors with the nearest names, an exit status that says what was.
+
+    @command("train")
+    def main(cfg): ...
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import logging
+import os
+import re
+import secrets
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.logging import RichHandler
+
+from litdistill.errors import UserError
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+
+
+def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
+    """Turns `main(cfg)` into a Hydra command with this project's manners; `main` stays callable with a config as `.task`."""
+
+    def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
+        # Lightning's child processes inherit the stamp, so that all ranks of a run share one folder.
+        os.environ.setdefault("RUN_STAMP", time.strftime("%Y-%m-%d_%H-%M-%S_") + secrets.token_hex(2))
+        entry = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(task)
+
+        @functools.wraps(task)
+        def run() -> None:
+            quieten()
+            sys.argv[1:] = resumed(sys.argv[1:])
+            full = os.environ.get("HYDRA_FULL_ERROR") == "1"
+            os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach this function instead of Hydra's own printer
+            try:
+                entry()
+            except KeyboardInterrupt:
+                _end("Interrupted.", 130)
+            except Exception as error:
+                if full or not isinstance(root := _cause(error), (UserError, HydraException, OmegaConfBaseException)):
+                    if hasattr(error, "status"):
+                        _end(str(error), error.status)
+                    raise
+                _end(f"{_first_lines(root)}{suggestions(sys.argv[1:], config_name)}", 2)
+
+        run.task = task  # type: ignore[attr-defined]
+        return run
+
+    return decorate
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The exception that Hydra wrapped, if a UserError is at its root."""
+    chain: BaseException | None = error
+    while chain is not None:
+        if isinstance(chain, UserError):
+            return chain
+        chain = chain.__cause__ or chain.__context__
+    return error
+
+
+def _first_lines(error: BaseException) -> str:
+    text = str(error) or traceback.format_exception_only(error)[-1]
+    lines = [line for line in text.splitlines() if not line.startswith(("\t", "Config search path", "See https", "Set the env"))]
+    return "\n".join(lines).strip()
+
+
+def _end(message: str, status: int) -> None:
+    logging.getLogger(__name__).debug("%s", message)
+    print(f"\n{message}", file=sys.stderr)
+    sys.exit(status)
+
+
+def resumed(arguments: list[str]) -> list[str]:
+    """Replaces `resume=<run folder>` or `resume=auto` by what continues that run in its own folder.
+
+    A folder's run goes on with the overrides it was started with. `auto` is the newest unfinished run or sweep that was
+    started with these very overrides, and a new one where there is none. The key itself never reaches Hydra.
+    """
+    wanted = [a for a in arguments if a.startswith("resume=")]
+    rest = [a for a in arguments if not a.startswith("resume=")]
+    if not wanted or wanted[-1] in ("resume=null", "resume="):
+        return rest
+    target, options = wanted[-1].removeprefix("resume="), [a for a in rest if a.startswith("-")]
+    overrides = [a for a in rest if not a.startswith("-")]
+    sweep = bool({"-m", "--multirun"} & set(options))
+    if target == "auto":
+        runs = next((a.removeprefix("runs=") for a in overrides if a.startswith("runs=")), "runs")
+        candidates = [p for p in sorted(Path(runs).glob("*/*"), key=lambda p: p.name) if _overrides(p, sweep) == overrides]
+        unfinished = [p for p in candidates if sweep or not (p / "summary.json").is_file()]
+        if not unfinished:
+            print("resume=auto: no unfinished run was started with this command; starting one.")
+            return rest
+        folder = unfinished[-1]
+    else:
+        folder = Path(target)
+        found = _overrides(folder, sweep=False)
+        if found is None:
+            print(f"\nresume={target}: no run was started there (it has no .hydra/overrides.yaml).", file=sys.stderr)
+            sys.exit(2)
+        rest = [*options, *found, *overrides]
+    print(f"Resuming {folder}")
+    return [*rest, f"hydra.{'sweep' if sweep else 'run'}.dir={folder}"]
+
+
+def _overrides(folder: Path, sweep: bool) -> list[str] | None:
+    """The overrides that a run or a sweep was started with; None where none was."""
+    file = folder / ("multirun.yaml" if sweep else ".hydra/overrides.yaml")
+    if not file.is_file():
+        return None
+    found = OmegaConf.load(file)
+    return list(found.hydra.overrides.task if sweep else found)
+
+
+def suggestions(arguments: Iterable[str], config_name: str) -> str:
+    """For each override whose key or option does not exist, the nearest that do; empty where all exist."""
+    lines = []
+    keys, groups = _known(config_name)
+    for argument in arguments:
+        if argument.startswith("-"):
+            continue
+        try:
+            override = OverridesParser.create().parse_override(argument)
+        except HydraException:
+            lines.append(f"{argument!r} is no override. Write key=value, without spaces around the sign.")
+            continue
+        key, group = override.key_or_group, override.key_or_group.split("@")[0]
+        if group in groups and not override.is_delete():
+            value = override.value()
+            if isinstance(value, str) and value not in groups[group]:
+                lines.append(_nearest(f"{override.get_key_element()}={value}", value, groups[group], f"Options of {group}"))
+        elif key not in keys and not key.startswith("hydra") and not override.is_add():
+            known = sorted(keys | groups.keys())
+            lines.append(_nearest(key, key, known if "." in key else [k for k in known if "." not in k], "Keys"))
+    return "".join(f"\n  {line}" for line in lines)
+
+
+def _nearest(shown: str, name: str, known: Iterable[str], label: str) -> str:
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
+    last = [k for k in known if k.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
+    near = list(dict.fromkeys(last + near))[:4]
+    return f"{shown}: did you mean {' or '.join(near)}?" if near else f"{shown}: unknown. {label}: {', '.join(known[:40])}"
+
+
+def _known(config_name: str) -> tuple[set[str], dict[str, list[str]]]:
+    """All keys of the composed default config, and the options of each group."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose(config_name)
+    files = [p.relative_to(CONF).with_suffix("") for p in CONF.rglob("*.yaml") if p.parent != CONF]
+    groups: dict[str, list[str]] = {}
+    for file in sorted(files):
+        for depth in range(1, len(file.parts)):
+            groups.setdefault("/".join(file.parts[:depth]), []).append("/".join(file.parts[depth:]))
+    return set(_keys(OmegaConf.to_container(cfg), "")), groups
+
+
+def _keys(node: Any, prefix: str) -> Iterator[str]:
+    for key, value in node.items() if isinstance(node, dict) else ():
+        yield f"{prefix}{key}"
+        yield from _keys(value, f"{prefix}{key}.")
+
+
+def console_handler() -> logging.Handler:
+    """Lines beside a live progress bar where there is a terminal, plain lines elsewhere; named in conf/hydra."""
+    if sys.stdout.isatty():
+        return RichHandler(show_path=False, show_level=False, log_time_format="%H:%M:%S")
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
+    return handler
+
+
+def quieten() -> None:
+    """Silences warnings that are true of this project by design and ask nothing of the user."""
+    for pattern in (
+        ".*does not have many workers.*",
+        ".*Checkpoint directory .* exists and is not empty.*",
+        ".*You are using `torch.load` with `weights_only=False`.*",
+        ".*The number of training batches .* is smaller than the logging interval.*",
+        ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
+        ".*Found .* module\\(s\\) in eval mode at the start of training.*",
+        ".*No positive samples.*",
+    ):
+        warnings.filterwarnings("ignore", pattern)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def adopt_lightning_logs() -> None:
+    """Sends Lightning's lines where all others go: on import it brings handlers of its own, and hides them from the file."""
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.propagate = True
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_tips)
+
+
+def _no_tips(record: logging.LogRecord) -> bool:
+    return not re.search(r"Tip:|litlogger|litmodels|GPU available|TPU available|HPU available", record.getMessage())

@@ -1,0 +1,145 @@
+"""`summary.json`: all there is to say of a finished run, and all that a report reads."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Trainer
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from litdistill.build import net_name
+from litdistill.data.datamodule import ImageData
+from litdistill.nets.profile import count_macs, count_parameters, weight_bytes
+from litdistill.teacher import weights_sha256
+
+
+def summarise(
+    cfg: DictConfig,
+    data: ImageData,
+    student: nn.Module,
+    teacher: nn.Module | None,
+    found: dict[str, Any],
+    last: dict[str, float],
+    best_val: float,
+    times: dict[str, float],
+    trainer: Trainer,
+) -> dict[str, Any]:
+    """A plain dict for JSON. `found` and `last` are what `evaluate.measure` gave for the best and the last weights."""
+    samples = trainer.global_step * data.batch_size * trainer.world_size
+    about = found["student"]
+    return {
+        "experiment": cfg.name,
+        "method": method_name(cfg),
+        "seed": cfg.seed,
+        "data": {
+            "name": data.name,
+            "classes": data.num_classes,
+            "input_shape": list(data.input_shape),
+            "train": len(data.train_ids),
+            "val": len(data.val_ids),
+            "test": len(data.test_ids),
+        },
+        "teacher": None
+        if teacher is None
+        else {
+            "name": net_name(cfg.teacher),
+            "sha256": weights_sha256(teacher.state_dict()),
+            "params": count_parameters(teacher),
+            "macs": count_macs(teacher, data.input_shape),
+            "bytes": weight_bytes(teacher),
+            "test": found["teacher"],
+        },
+        "student": {
+            "name": net_name(cfg.student),
+            "sha256": weights_sha256(student.state_dict()),
+            "params": count_parameters(student),
+            "macs": count_macs(student, data.input_shape),
+            "bytes": weight_bytes(student),
+            "test": {
+                "accuracy": {"best": about["accuracy"], "last": last["accuracy"]},
+                "nll": about["nll"],
+                "ece": about["ece"],
+                "brier": about["brier"],
+            },
+            "agreement": found["likeness"]["agreement"] if teacher is not None else None,
+            "kl": found["likeness"]["kl"] if teacher is not None else None,
+        },
+        "val": {"best": best_val},
+        "epochs": trainer.current_epoch,
+        "steps": trainer.global_step,
+        "time": {
+            "fit_s": times["fit_s"],
+            "teacher_s": times["teacher_s"],
+            "total_s": times["total_s"],
+            "samples_per_s": samples / times["fit_s"],
+        },
+        "device": _device(trainer),
+        "versions": versions(),
+        "git": git_state(),
+        "command": shlex.join(["python", *_relative(sys.argv)]),
+    }
+
+
+def method_name(cfg: DictConfig) -> str:
+    """The method's module: `kd`, `fitnet`, …; for a sum the names of its parts."""
+    parts = cfg.method.get("methods")
+    if parts:
+        return "+".join(str(m["_target_"]).split(".")[-2] for m in (parts.values() if OmegaConf.is_dict(parts) else parts))
+    return str(cfg.method["_target_"]).split(".")[-2]
+
+
+def hyperparameters(cfg: DictConfig) -> dict[str, Any]:
+    """What TensorBoard's HParams tab shows of a run: flat, plain values."""
+    flat: dict[str, Any] = {
+        "experiment": cfg.name,
+        "seed": cfg.seed,
+        "data": cfg.data.name,
+        "student": net_name(cfg.student),
+        "teacher": net_name(cfg.teacher) if cfg.teacher is not None else "none",
+        "method": method_name(cfg),
+        "batch_size": cfg.data.batch_size,
+        "epochs": cfg.trainer.max_epochs,
+        "optimizer": str(cfg.optimizer["_target_"]).rsplit(".", 1)[-1],
+        "lr": cfg.optimizer.lr,
+    }
+    for key, value in cfg.method.items():
+        if isinstance(value, (int, float, str, bool)) and key != "_target_":
+            flat[f"method/{key}"] = value
+    return flat
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that decide a result."""
+    names = ("litdistill", "torch", "torchvision", "lightning", "hydra-core")
+    return {"python": platform.python_version(), **{n: importlib.metadata.version(n) for n in names}}
+
+
+def git_state() -> dict[str, Any] | None:
+    """Commit and whether the tree differs from it; None outside of a repository."""
+    root = Path(__file__).resolve().parents[2]
+    try:
+        ask = lambda *a: subprocess.run(["git", "-C", str(root), *a], capture_output=True, text=True, check=True).stdout  # noqa: E731
+        return {"commit": ask("rev-parse", "HEAD").strip(), "dirty": bool(ask("status", "--porcelain").strip())}
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _relative(argv: list[str]) -> list[str]:
+    """The command as typed in the project's folder, whatever the path of the machine."""
+    script = Path(argv[0]).resolve()
+    root = Path(__file__).resolve().parents[2]
+    return [str(script.relative_to(root)) if script.is_relative_to(root) else script.name, *argv[1:]]
+
+
+def _device(trainer: Trainer) -> dict[str, Any]:
+    kind = trainer.strategy.root_device.type
+    name = torch.cuda.get_device_name() if kind == "cuda" else platform.processor() or platform.machine()
+    return {"type": kind, "name": name, "world_size": trainer.world_size, "threads": torch.get_num_threads()}

@@ -1,0 +1,53 @@
+"""The frozen teacher: always in eval mode, without gradients, known by the hash of its weights."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from litdistill.methods.base import Outputs
+from litdistill.taps import Tapped
+
+
+def weights_sha256(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, types, shapes and bytes of all tensors of a state dict, in the order of the names."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+    return digest.hexdigest()
+
+
+class FrozenTeacher(nn.Module):
+    """Wraps any network that gives logits. Nothing that is done to the module around it can unfreeze it.
+
+    `no_grad` and not `inference_mode`: losses save its outputs for their backward pass.
+    """
+
+    def __init__(self, net: nn.Module, taps: Sequence[str] = ()):
+        super().__init__()
+        self.net = net.requires_grad_(False)
+        self.tapped = Tapped(net, taps)
+        self.train(False)
+
+    def train(self, mode: bool = True) -> FrozenTeacher:
+        """Stays in eval mode: a BatchNorm that saw the student's batches would drift."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Outputs:
+        """(N, C, H, W) -> logits (N, classes) and the tapped features."""
+        return self.tapped(images)
+
+    @property
+    def sha256(self) -> str:
+        return weights_sha256(self.net.state_dict())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FrozenTeacher:
+        """Shared, not copied: what averages a student's weights copies the module that holds its teacher."""
+        return self

@@ -1,0 +1,108 @@
+"""KD and supervised training against closed forms in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from litdistill.errors import UserError
+from litdistill.methods.base import Outputs
+from litdistill.methods.kd import KD, soft_loss
+from litdistill.methods.supervised import Supervised
+
+
+def log_probabilities(z: Tensor) -> Tensor:
+    return z - z.logsumexp(dim=1, keepdim=True)
+
+
+def cross_entropy(z: Tensor, target: Tensor, smoothing: float = 0.0) -> Tensor:
+    """The mean over samples of −Σ_k y_k log q_k with y = (1 − ε) · label + ε / K."""
+    losses = []
+    for row, label in zip(log_probabilities(z), target, strict=True):
+        losses.append(-(1 - smoothing) * row[label] - smoothing * row.mean())
+    return torch.stack(losses).mean()
+
+
+def kl(p: Tensor, q: Tensor) -> Tensor:
+    """The mean over samples of Σ_k p_k (log p_k − log q_k), of logits."""
+    lp, lq = log_probabilities(p), log_probabilities(q)
+    return (lp.exp() * (lp - lq)).sum() / len(p)
+
+
+def draw(shape: tuple[int, int], scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(hash(shape) % 1000)
+    student, teacher = torch.randn(*shape, generator=g) * scale, torch.randn(*shape, generator=g) * scale
+    return student, teacher, torch.randint(shape[1], (shape[0],), generator=g)
+
+
+@pytest.mark.parametrize("shape", [(1, 2), (4, 2), (5, 10), (3, 1000)])
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_kd_equals_the_closed_form_with_its_gradient(shape, scale, temperature):
+    student, teacher, target = draw(shape, scale)
+    s32, s64 = student.clone().requires_grad_(), student.double().requires_grad_()
+    terms = KD(0.3, 1.7, temperature, label_smoothing=0.1)(Outputs(s32), Outputs(teacher), target)
+    hard = 0.3 * cross_entropy(s64, target, 0.1)
+    soft = 1.7 * temperature**2 * kl(teacher.double() / temperature, s64 / temperature)
+    assert terms["hard"].item() == pytest.approx(hard.item(), rel=1e-5)
+    assert terms["soft"].item() == pytest.approx(soft.item(), rel=1e-5)
+    (got,) = torch.autograd.grad(sum(terms.values()), s32)
+    (want,) = torch.autograd.grad(hard + soft, s64)
+    torch.testing.assert_close(got.double(), want, rtol=1e-3, atol=1e-5 * want.abs().max().item())
+
+
+def test_soft_gradient_at_high_temperature_is_that_of_matching_centred_logits():
+    """Hinton et al., section 2.1: T² · dKL/dz → (z − v) / K for centred logits, so that it does not vanish with T."""
+    student, teacher, _ = draw((6, 10))
+    student, teacher = (z - z.mean(1, keepdim=True) for z in (student, teacher))
+    z = student.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(soft_loss(z, teacher, 1000.0) * len(z), z)
+    torch.testing.assert_close(grad, (student - teacher) / 10, rtol=0.02, atol=1e-3)
+
+
+def test_soft_is_a_mean_over_samples_and_not_over_classes():
+    """The reduction that made others' KL as many times too small as there are classes."""
+    student, teacher, _ = draw((3, 1000))
+    twice = soft_loss(student.repeat(2, 1), teacher.repeat(2, 1), 2.0)
+    assert twice.item() == pytest.approx(soft_loss(student, teacher, 2.0).item(), rel=1e-6)
+    assert twice.item() == pytest.approx(4 * kl(teacher.double() / 2, student.double() / 2).item(), rel=1e-5)
+
+
+def test_bf16_logits_under_autocast_are_computed_in_float32():
+    student, teacher, target = draw((8, 100), 5.0)
+    student, teacher = student.bfloat16(), teacher.bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        terms = KD()(Outputs(student), Outputs(teacher), target)
+    assert all(v.dtype == torch.float32 for v in terms.values())
+    assert terms["hard"].item() == pytest.approx(0.1 * cross_entropy(student.double(), target).item(), rel=1e-5)
+    assert terms["soft"].item() == pytest.approx(14.4 * kl(teacher.double() / 4, student.double() / 4).item(), rel=1e-5)
+
+
+def test_supervised_equals_the_closed_form_and_needs_no_teacher():
+    student, _, target = draw((7, 5), 3.0)
+    terms = Supervised(2.0, label_smoothing=0.2)(Outputs(student), None, target)
+    assert terms.keys() == {"hard"}
+    assert terms["hard"].item() == pytest.approx(2 * cross_entropy(student.double(), target, 0.2).item(), rel=1e-5)
+    assert not Supervised.needs_teacher
+
+
+def test_mixed_labels_are_the_mixture_of_the_two_losses():
+    student, _, a = draw((6, 5))
+    b = (a + 1) % 5
+    one_hot = torch.eye(5)
+    mixed = Supervised()(Outputs(student), None, 0.3 * one_hot[a] + 0.7 * one_hot[b])["hard"]
+    want = 0.3 * cross_entropy(student.double(), a) + 0.7 * cross_entropy(student.double(), b)
+    assert mixed.item() == pytest.approx(want.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("kwargs", [{"hard": -0.1}, {"soft": -1.0}, {"temperature": 0.0}, {"soft": float("nan")}])
+def test_wrong_numbers_are_refused_by_name(kwargs):
+    with pytest.raises(UserError, match=f"method.{next(iter(kwargs))}"):
+        KD(**kwargs)
+
+
+def test_a_weight_of_zero_leaves_its_term_out():
+    student, teacher, target = draw((3, 4))
+    assert KD(hard=0)(Outputs(student), Outputs(teacher), target).keys() == {"soft"}
+    assert KD(soft=0)(Outputs(student), None, target).keys() == {"hard"}

@@ -1,0 +1,335 @@
+"""Methods that read logits: each against its paper's formula, written here in float64, and by what leaves it unchanged."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from litdistill.errors import UserError
+from litdistill.methods.base import Method, Outputs
+from litdistill.methods.dist import DIST, pearson_distance
+from litdistill.methods.dkd import DKD
+from litdistill.methods.hard_pseudo_label import HardPseudoLabel
+from litdistill.methods.kd_standardised import KDStandardised
+from litdistill.methods.logit_mse import LogitMSE
+from litdistill.methods.mlkd import MLKD
+from litdistill.methods.soft_target_ce import SoftTargetCE
+from litdistill.methods.teacher_free import TeacherFree
+from litdistill.methods.wttm import WTTM
+
+CONF = Path(__file__).parents[2] / "conf" / "method"
+
+
+# -- references: float64, sample by sample ---------------------------------------------------------------------------
+
+
+def log_p(z: Tensor) -> Tensor:
+    return z - z.logsumexp(dim=-1, keepdim=True)
+
+
+def kl(teacher: Tensor, student: Tensor) -> Tensor:
+    return (log_p(teacher).exp() * (log_p(teacher) - log_p(student))).sum()
+
+
+def ce(z: Tensor, y: Tensor) -> Tensor:
+    return -torch.stack([log_p(row)[label] for row, label in zip(z, y, strict=True)]).mean()
+
+
+def mean(loss: Callable[..., Tensor], *rows: Tensor) -> Tensor:
+    return torch.stack([loss(*r) for r in zip(*rows, strict=True)]).mean()
+
+
+def ref_kd_standardised(s, t, y):
+    def z(row):
+        m = row.sum() / len(row)
+        return (row - m) / (1e-7 + ((row - m).pow(2).sum() / (len(row) - 1)).sqrt())
+
+    return {"hard": 0.5 * ce(s, y), "soft": 3.0 * 4 * mean(lambda a, b: kl(z(b) / 2, z(a) / 2), s, t)}
+
+
+def ref_dkd(s, t, y):
+    def tckd(a, b, c):
+        others = torch.arange(len(a)) != c
+        log_b = [log_p(b)[c], log_p(b)[others].logsumexp(0)]
+        log_a = [log_p(a)[c], log_p(a)[others].logsumexp(0)]
+        return sum(v.exp() * (v - u) for u, v in zip(log_a, log_b, strict=True))
+
+    def nckd(a, b, c):
+        others = torch.arange(len(a)) != c
+        return kl(b[others], a[others])
+
+    s3, t3 = s / 3, t / 3
+    return {"hard": 0.7 * ce(s, y), "tckd": 1.3 * 9 * mean(tckd, s3, t3, y), "nckd": 2.0 * 9 * mean(nckd, s3, t3, y)}
+
+
+def ref_dist(s, t, y):
+    def distance(a, b):
+        a, b = a - a.mean(), b - b.mean()
+        return 1 - (a * b).sum() / ((a * a).sum().sqrt() * (b * b).sum().sqrt() + 1e-8)
+
+    q, p = log_p(s / 4).exp(), log_p(t / 4).exp()
+    intra = mean(distance, q.T, p.T) if len(q) > 1 else torch.zeros((), dtype=torch.float64)
+    return {"hard": ce(s, y), "inter": 1.5 * 16 * mean(distance, q, p), "intra": 2.5 * 16 * intra}
+
+
+def ref_mlkd(s, t, y):
+    instance = batch = classes = 0
+    for tau in (2, 5):
+        q, p = log_p(s / tau).exp(), log_p(t / tau).exp()
+        instance = instance + tau**2 * mean(kl, t / tau, s / tau)
+        b = torch.einsum("ik,jk->ij", q, q) - torch.einsum("ik,jk->ij", p, p)
+        c = torch.einsum("ik,il->kl", q, q) - torch.einsum("ik,il->kl", p, p)
+        batch, classes = batch + b.pow(2).sum() / s.shape[0], classes + c.pow(2).sum() / s.shape[1]
+    return {"hard": 0.4 * ce(s, y), "instance": 0.6 * instance, "batch": 0.8 * batch, "classes": 1.1 * classes}
+
+
+def ref_wttm(s, t, y, weighted=True):
+    def matching(a, b):
+        power = torch.exp(0.3 * log_p(b))
+        u, p = power.sum(), power / power.sum()
+        return (u if weighted else 1) * (p * (torch.log(p.clamp(min=1e-300)) - log_p(a))).sum()
+
+    return {"hard": ce(s, y), "soft": 4.0 * mean(matching, s, t)}
+
+
+def ref_teacher_free(s, t, y):
+    def regulariser(a, c):
+        p = torch.full_like(a, (1 - 0.9) / (len(a) - 1))
+        p = torch.where(torch.arange(len(a)) == c, 0.9, p) / 20
+        return kl(p, a)
+
+    return {"hard": 0.9 * ce(s, y), "soft": 0.2 * mean(regulariser, s, y)}
+
+
+def ref_soft_target_ce(s, t, y):
+    return {
+        "hard": 0.1 * ce(s, y),
+        "soft": 0.9 * 9 * mean(lambda a, b: -(log_p(b / 3).exp() * log_p(a / 3)).sum(), s, t),
+    }
+
+
+def ref_logit_mse(s, t, y):
+    return {
+        "hard": 0.1 * ce(s, y),
+        "soft": 2.0 * mean(lambda a, b: sum((u - v) ** 2 for u, v in zip(a, b, strict=True)) / 2, s, t),
+    }
+
+
+def ref_hard_pseudo_label(s, t, y):
+    return {"hard": 0.4 * ce(s, y), "pseudo": 0.6 * ce(s, torch.stack([row.argmax() for row in t]))}
+
+
+CASES: dict[str, tuple[Callable[[], Method], Callable]] = {
+    "kd_standardised": (lambda: KDStandardised(0.5, 3.0), ref_kd_standardised),
+    "dkd": (lambda: DKD(0.7, 1.3, 2.0, 3.0), ref_dkd),
+    "dist": (lambda: DIST(1.0, 1.5, 2.5, 4.0), ref_dist),
+    "mlkd": (lambda: MLKD(0.4, 0.6, 0.8, 1.1, [2.0, 5.0]), ref_mlkd),
+    "wttm": (lambda: WTTM(gamma=0.3), ref_wttm),
+    "ttm": (lambda: WTTM(gamma=0.3, weighted=False), lambda *a: ref_wttm(*a, weighted=False)),
+    "teacher_free": (lambda: TeacherFree(0.9, 0.2, 0.9, 20.0), ref_teacher_free),
+    "soft_target_ce": (lambda: SoftTargetCE(temperature=3.0), ref_soft_target_ce),
+    "logit_mse": (lambda: LogitMSE(0.1, 2.0), ref_logit_mse),
+    "hard_pseudo_label": (lambda: HardPseudoLabel(0.4, 0.6), ref_hard_pseudo_label),
+}
+
+
+def draw(shape: tuple[int, int], scale: float = 1.0, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    student, teacher = torch.randn(*shape, generator=g) * scale, torch.randn(*shape, generator=g) * scale
+    return student, teacher, torch.randint(shape[1], (shape[0],), generator=g)
+
+
+# -- values and gradients --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(1, 2), (4, 2), (1, 10), (6, 10), (3, 1000)])
+@pytest.mark.parametrize("scale", [1.0, 10.0, 1e4])
+@pytest.mark.parametrize("name", CASES)
+def test_terms_and_gradients_equal_the_papers_formula(name, scale, shape):
+    make, reference = CASES[name]
+    student, teacher, target = draw(shape, scale)
+    s32, s64 = student.clone().requires_grad_(), student.double().requires_grad_()
+    got = make()(Outputs(s32), Outputs(teacher), target)
+    want = reference(s64, teacher.double(), target)
+    assert got.keys() == want.keys()
+    for term, value in want.items():
+        assert got[term].item() == pytest.approx(value.item(), rel=2e-4, abs=1e-5), term
+        if not want[term].requires_grad:
+            continue
+        (g,) = torch.autograd.grad(got[term], s32, retain_graph=True)
+        (w,) = torch.autograd.grad(value, s64, retain_graph=True)
+        assert torch.isfinite(g).all(), term
+        if name == "dist" and scale == 1e4:
+            continue  # probabilities that are 0 and 1 have no variance: the formula has no derivative
+        floor = 1e-4 if name == "dist" else 1e-6  # of two classes all correlations are ±1: the gradient is rounding
+        torch.testing.assert_close(g.double(), w, rtol=2e-3, atol=2e-4 * w.abs().max().item() + floor)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bf16_logits_under_autocast_lose_nothing(name):
+    make, reference = CASES[name]
+    student, teacher, target = draw((8, 100), 4.0)
+    student, teacher = student.bfloat16().requires_grad_(), teacher.bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = make()(Outputs(student), Outputs(teacher), target)
+    want = reference(student.detach().double(), teacher.double(), target)
+    for term, value in want.items():
+        assert got[term].dtype == torch.float32
+        assert got[term].item() == pytest.approx(value.item(), rel=1e-4), term
+    sum(got.values()).backward()
+    assert torch.isfinite(student.grad).all()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_weight_of_zero_leaves_its_term_out_and_a_negative_one_is_refused(name):
+    method = type(CASES[name][0]())
+    student, teacher, target = draw((3, 5))
+    weights = [p for p in inspect.signature(method).parameters if p in CASES[name][1](*draw((3, 5)))]
+    for weight in weights:
+        terms = method(**dict.fromkeys(weights, 1.0) | {weight: 0.0})(Outputs(student), Outputs(teacher), target)
+        assert terms.keys() == set(weights) - {weight}
+        with pytest.raises(UserError, match=f"method.{weight}"):
+            method(**{weight: -1.0})
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_mixed_labels_are_taken(name):
+    """A mixture of one label only is that label."""
+    make, _ = CASES[name]
+    student, teacher, target = draw((6, 5))
+    hard = make()(Outputs(student), Outputs(teacher), target)
+    mixed = make()(Outputs(student), Outputs(teacher), torch.eye(5)[target])
+    for term in hard:
+        torch.testing.assert_close(mixed[term], hard[term])
+
+
+# -- what the formulas say of each other -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["kd_standardised", "dkd", "dist", "mlkd", "logit_mse"])
+def test_a_student_equal_to_its_teacher_has_nothing_to_learn(name):
+    make, _ = CASES[name]
+    _, teacher, target = draw((6, 10), 3.0)
+    student = teacher.clone().requires_grad_()
+    for term, value in make()(Outputs(student), Outputs(teacher), target).items():
+        if term != "hard":
+            assert value.item() == pytest.approx(0, abs=1e-4), term
+            (grad,) = torch.autograd.grad(value, student, retain_graph=True)
+            assert grad.abs().max().item() < 1e-4, term
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_no_gradient_is_asked_of_the_teacher(name):
+    student, teacher, target = draw((4, 6))
+    student.requires_grad_()
+    sum(CASES[name][0]()(Outputs(student), Outputs(teacher), target).values()).backward()
+    assert teacher.grad is None
+    assert student.grad.abs().sum() > 0
+
+
+def test_kd_is_its_two_decoupled_halves():
+    """Zhao et al., equation 7: KD = TCKD + (1 − p_target) · NCKD, sample by sample."""
+    student, teacher, target = draw((1, 10), 3.0)
+    terms = DKD(0, 1, 1, 2.0)(Outputs(student), Outputs(teacher), target)
+    p = torch.softmax(teacher.double() / 2, 1)[0, target[0]].item()
+    whole = 4 * kl(teacher[0].double() / 2, student[0].double() / 2).item()
+    assert terms["tckd"].item() + (1 - p) * terms["nckd"].item() == pytest.approx(whole, rel=1e-5)
+
+
+def test_soft_target_ce_is_kl_plus_the_teachers_entropy():
+    student, teacher, target = draw((5, 10), 2.0)
+    got = SoftTargetCE(0, 1, 1.0)(Outputs(student), Outputs(teacher), target)["soft"].item()
+    entropy = mean(lambda b: -(log_p(b).exp() * log_p(b)).sum(), teacher.double()).item()
+    assert got == pytest.approx(mean(kl, teacher.double(), student.double()).item() + entropy, rel=1e-5)
+
+
+def test_wttm_with_exponent_one_is_kl_at_temperature_one():
+    student, teacher, target = draw((5, 10), 2.0)
+    got = WTTM(0, 1, gamma=1.0)(Outputs(student), Outputs(teacher), target)["soft"].item()
+    assert got == pytest.approx(mean(kl, teacher.double(), student.double()).item(), rel=1e-5)
+
+
+def test_centred_logit_mse_does_not_see_a_shift_and_the_plain_one_does():
+    student, teacher, target = draw((5, 10))
+    shifted = student + torch.arange(5.0)[:, None]
+    centred, plain = LogitMSE(centred=True), LogitMSE()
+    values = [m(Outputs(s), Outputs(teacher), target)["soft"] for m in (centred, plain) for s in (student, shifted)]
+    torch.testing.assert_close(values[1], values[0])
+    d = (student - teacher).double()
+    assert values[0].item() == pytest.approx((d - d.mean(1, keepdim=True)).pow(2).sum().item() / 10, rel=1e-5)
+    assert abs(values[3] - values[2]) > 1
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.floats(0.05, 50), st.floats(-100, 100), st.integers(0, 100))
+def test_standardised_kd_sees_neither_scale_nor_shift(scale, shift, seed):
+    student, teacher, target = draw((4, 10), seed=seed)
+    method = KDStandardised(hard=0)
+    base = method(Outputs(student), Outputs(teacher), target)["soft"].item()
+    moved = method(Outputs(student * scale + shift), Outputs(teacher), target)["soft"].item()
+    assert moved == pytest.approx(base, rel=1e-2, abs=1e-3)
+    assert method(Outputs(teacher * scale + shift), Outputs(teacher), target)["soft"].item() == pytest.approx(
+        0, abs=1e-4
+    )
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.floats(0.05, 50), st.floats(-10, 10), st.integers(0, 100))
+def test_pearson_distance_sees_neither_scale_nor_shift_and_sees_a_sign(scale, shift, seed):
+    a, b, _ = draw((4, 10), seed=seed)
+    assert pearson_distance(a * scale + shift, b).item() == pytest.approx(pearson_distance(a, b).item(), abs=1e-4)
+    assert pearson_distance(a, -a * scale).item() == pytest.approx(2, abs=1e-4)
+
+
+def test_standardised_gradient_is_finite_for_a_classifier_that_starts_at_zero():
+    student = torch.zeros(3, 10, requires_grad=True)
+    _, teacher, target = draw((3, 10))
+    sum(KDStandardised()(Outputs(student), Outputs(teacher), target).values()).backward()
+    assert torch.isfinite(student.grad).all()
+
+
+def test_teacher_free_needs_no_teacher_and_its_teacher_is_right():
+    method = TeacherFree(hard=0, soft=1, correct=0.99, temperature=1e-3)
+    assert not method.needs_teacher
+    z = torch.zeros(1, 4)  # a uniform student: KL = log 4 − entropy of a teacher that is all but sure
+    assert method(Outputs(z), None, torch.tensor([2]))["soft"].item() == pytest.approx(math.log(4), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("make", "key"),
+    [
+        (lambda: DKD(temperature=0), "temperature"),
+        (lambda: MLKD(temperatures=[]), "temperatures"),
+        (lambda: MLKD(temperatures=[2.0, -1.0]), "temperature"),
+        (lambda: WTTM(gamma=0), "gamma"),
+        (lambda: TeacherFree(correct=1.5), "correct"),
+    ],
+)
+def test_wrong_numbers_are_refused_by_name(make, key):
+    with pytest.raises(UserError, match=f"method.{key}"):
+        make()
+
+
+NAMES = [*(n for n in CASES if n != "ttm"), "kd", "supervised", "rkd", "sp", "cc", "crd"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_config_holds_every_argument_with_its_default(name):
+    config = OmegaConf.to_container(OmegaConf.load(CONF / f"{name}.yaml"))
+    module, _, cls = config.pop("_target_").rpartition(".")
+    signature = inspect.signature(getattr(import_module(module), cls)).parameters
+    defaults = {k: list(p.default) if isinstance(p.default, tuple) else p.default for k, p in signature.items()}
+    assert config == defaults
+    assert isinstance(instantiate(OmegaConf.load(CONF / f"{name}.yaml")), Method)
+    assert (CONF / f"{name}.yaml").read_text().startswith("# ")

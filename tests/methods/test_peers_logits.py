@@ -1,0 +1,159 @@
+"""Logit and relation methods beside torchdistill 1.1.5, with the scaling that relates the two spelled out.
+
+Its `alpha` weights the hard loss (others' α the soft one). Ours are `hard` and `soft`, so each test names what it maps.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from litdistill.methods.base import Outputs
+from litdistill.methods.cc import CC
+from litdistill.methods.crd import contrast
+from litdistill.methods.dist import DIST
+from litdistill.methods.kd import KD
+from litdistill.methods.kd_standardised import KDStandardised
+from litdistill.methods.rkd import RKD
+from litdistill.methods.sp import SP
+
+peer = pytest.importorskip("torchdistill.losses.mid_level")
+
+LOGITS = {
+    "student_module_path": "m",
+    "student_module_io": "output",
+    "teacher_module_path": "m",
+    "teacher_module_io": "output",
+}
+FEATURES = {"student_output_path": "m", "teacher_output_path": "m"}
+
+
+def io(x: Tensor) -> dict[str, dict[str, Tensor]]:
+    return {"m": {"output": x}}
+
+
+def draw(n: int, *sizes: int, scale: float = 1.0) -> list[Tensor]:
+    g = torch.Generator().manual_seed(n)
+    return [torch.randn(n, size, generator=g) * scale for size in sizes]
+
+
+def labels(n: int, classes: int) -> Tensor:
+    return torch.arange(n) % classes
+
+
+def features(x: Tensor) -> Outputs:
+    return Outputs(torch.zeros(len(x), 2), {"m": x})
+
+
+def assert_same(ours: Tensor, theirs: Tensor, student: Tensor) -> None:
+    """Values and gradients with respect to the student."""
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-4)
+    (a,), (b,) = torch.autograd.grad(ours, student), torch.autograd.grad(theirs, student)
+    torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * b.abs().max().item())
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_kd(temperature):
+    """The same: alpha is our hard, beta (by default 1 − alpha) our soft."""
+    s, t = draw(6, 10, 10, scale=3.0)
+    s.requires_grad_()
+    y = labels(6, 10)
+    ours = KD(hard=0.3, soft=0.7, temperature=temperature)(Outputs(s), Outputs(t), y)
+    theirs = peer.KDLoss(**LOGITS, temperature=temperature, alpha=0.3)(io(s), io(t), y)
+    assert_same(sum(ours.values()), theirs, s)
+
+
+def test_kd_without_labels():
+    """Different: with alpha 0 torchdistill drops β T² as well, and its gradient falls with 1 / T². Ours keeps T²
+    (Hinton et al. 2015, section 2: "it is important to multiply them by T²"), with a hard loss beside it or without."""
+    s, t = draw(6, 10, 10)
+    ours = KD(hard=0, soft=0.7, temperature=4.0)(Outputs(s), Outputs(t), labels(6, 10))["soft"]
+    theirs = peer.KDLoss(**LOGITS, temperature=4.0, alpha=0, beta=0.7)(io(s), io(t), labels(6, 10))
+    assert ours.item() == pytest.approx(0.7 * 16 * theirs.item(), rel=1e-5)
+
+
+def test_kd_standardised():
+    """The same: alpha is our hard, beta our soft."""
+    s, t = draw(6, 10, 10, scale=3.0)
+    s.requires_grad_()
+    y = labels(6, 10)
+    ours = KDStandardised(hard=0.1, soft=9.0, temperature=2.0)(Outputs(s), Outputs(t), y)
+    theirs = peer.LogitStdKDLoss(**LOGITS, temperature=2.0, alpha=0.1, beta=9.0)(io(s), io(t), y)
+    assert_same(sum(ours.values()), theirs, s)
+
+
+def test_dist():
+    """The same up to 1e-4: beta is our inter, gamma our intra, tau² is in both. The two stabilise a correlation
+    differently (the authors, and we, add 1e-8 to the product of norms; torchdistill bounds it from below)."""
+    s, t = draw(6, 10, 10, scale=3.0)
+    s.requires_grad_()
+    ours = DIST(hard=0, inter=1.5, intra=2.5, temperature=4.0)(Outputs(s), Outputs(t), labels(6, 10))
+    theirs = peer.DISTLoss(**LOGITS, beta=1.5, gamma=2.5, tau=4.0)(io(s), io(t))
+    assert_same(sum(ours.values()), theirs, s)
+
+
+def test_rkd():
+    """The same: dist_factor is our distance, angle_factor our angle, both with means over N² and N³."""
+    s, t = draw(7, 8, 5)
+    s.requires_grad_()
+    ours = RKD(hard=0, distance=25.0, angle=50.0)(features(s), features(t), labels(7, 2))
+    theirs = peer.RKDLoss(**FEATURES, dist_factor=25.0, angle_factor=50.0, reduction="mean")(io(s), io(t))
+    assert_same(sum(ours.values()), theirs, s)
+
+
+def test_rkd_of_samples_that_coincide():
+    """Different: where two samples share a feature, torchdistill's normalised difference divides by 1e-12 and the gradient
+    of its angles explodes. Ours has none there: an angle at such a pair is not defined."""
+    s, t = draw(5, 6, 6)
+    s[1] = s[0]
+    s.requires_grad_()
+    theirs = peer.RKDLoss(**FEATURES, dist_factor=0, angle_factor=50.0, reduction="mean")(io(s), io(t))
+    assert torch.autograd.grad(theirs, s)[0].abs().max() > 1e4
+    ours = RKD(hard=0, distance=0, angle=50.0)(features(s), features(t), labels(5, 2))["angle"]
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-4)
+    assert torch.autograd.grad(ours, s)[0].abs().max() < 1e3
+
+
+def test_sp():
+    """Different: torchdistill passes 1 to `normalize` as its second argument, which is the order of the norm, so its rows have
+    a sum of magnitudes of 1. The paper (section 3.1, "row-wise L2 normalization") and its authors' code take the L2 norm,
+    as we do. Up to that the same, reduction "batchmean" being the division by N²."""
+    s, t = draw(6, 8, 5)
+    s.requires_grad_()
+    ours = SP(hard=0, hint=1.0)(features(s), features(t), labels(6, 2))["hint"]
+
+    class L2(peer.SPKDLoss):
+        def matmul_and_normalize(self, z):
+            return torch.nn.functional.normalize(z.flatten(1) @ z.flatten(1).T, p=2, dim=1)
+
+    assert_same(ours, L2(**FEATURES, reduction="batchmean")(io(s), io(t)), s)
+    assert abs(peer.SPKDLoss(**FEATURES, reduction="batchmean")(io(s), io(t)).item() / ours.item() - 1) > 0.1
+
+
+def test_cc_gaussian():
+    """Different: torchdistill takes the norm of the difference of the kernels, divided by N²; the paper its square. So ours
+    is theirs², times N². Theirs also leaves it to the caller to give vectors of unit length, without which the series is none
+    of a Gaussian; ours makes them so."""
+    s, t = draw(6, 8, 5)
+    method = CC(hard=0, hint=1.0, width=4, kernel="gaussian", gamma=0.4, order=2)
+    method.build(features(s), features(t), labels(6, 2))
+    ours = method(features(s), features(t), labels(6, 2))["hint"]
+    embedded = [
+        torch.nn.functional.normalize(layer(x), dim=1)
+        for layer, x in ((method.embed_student, s), (method.embed_teacher, t))
+    ]
+    config = {"type": "gaussian", "gamma": 0.4, "max_p": 2}
+    loss = peer.CCKDLoss(student_linear_path="m", teacher_linear_path="m", kernel_config=config, reduction="batchmean")
+    theirs = loss(io(embedded[0]), io(embedded[1]))
+    assert ours.item() == pytest.approx((theirs.item() * 36) ** 2 / 36, rel=1e-4)
+
+
+def test_crd_contrast():
+    """The same: its contrastive loss takes scores over Z where ours takes their logarithm, and gives the mean over the batch.
+    (Its memory cannot be compared: torchdistill's CRDLoss fails when it is made, as it reads `self.prob` for `self.probs`.)"""
+    (scores,) = draw(4, 9, scale=3.0)
+    loss = peer.CRDLoss.compute_contrast_loss
+    self = type("self", (), {"num_samples": 500, "eps": 1e-7})()
+    scores.requires_grad_()
+    assert_same(contrast(scores, 500).mean(), loss(self, scores.exp()).squeeze(), scores)
