@@ -1,6 +1,6 @@
 """Measures a finished run anew from its own folder, and says whether its summary is reproduced to the digit.
 
-    python scripts/evaluate.py run=runs/digits/<stamp>
+python scripts/evaluate.py run=runs/digits/<stamp>
 """
 
 from omegaconf import DictConfig, OmegaConf

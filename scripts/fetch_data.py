@@ -7,19 +7,18 @@ Then copy `data_files/mnist` to `<data.root>/mnist` there. A data set that is al
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
-import hydra
 from omegaconf import DictConfig
 
-from litdistill.data.fetch import SETS, obtain
-from litdistill.data.sources import fingerprint, load
-from litdistill.errors import UserError
+from litdistill.runtime import command
 
 
 def describe(name: str, root: str | Path, image_size: int | None = None) -> list[str]:
     """One line per split of a data set, which is fetched first if it is not there."""
+    from litdistill.data.fetch import SETS, obtain
+    from litdistill.data.sources import fingerprint, load
+
     source = load(name, root, image_size)
     if name in SETS:
         where = f"digests verified, in {obtain(name, root).folder}"
@@ -32,13 +31,9 @@ def describe(name: str, root: str | Path, image_size: int | None = None) -> list
     ]
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="fetch_data")
+@command("fetch_data")
 def main(cfg: DictConfig) -> None:
-    try:
-        print("\n".join(describe(cfg.data.name, cfg.data.root, cfg.data.get("image_size"))))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    print("\n".join(describe(cfg.data.name, cfg.data.root, cfg.data.image_size)))
 
 
 if __name__ == "__main__":

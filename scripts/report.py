@@ -1,7 +1,7 @@
 """Compares finished runs: one row for each kind of run, mean ± spread over its seeds.
 
-    python scripts/report.py runs=runs/digits
-    python scripts/report.py 'runs=[runs/digits,runs/mnist]' out=table.md
+python scripts/report.py runs=runs/digits
+python scripts/report.py 'runs=[runs/digits,runs/mnist]' out=table.md
 """
 
 from omegaconf import DictConfig, ListConfig

@@ -1,9 +1,9 @@
 """Trains a student, and its teacher where there is none yet.
 
-    python scripts/train.py                              a digits student with its teacher, in a minute
-    python scripts/train.py experiment=mnist             a file of conf/experiment
-    python scripts/train.py -m seed=0,1,2 method=supervised,kd     a sweep
-    python scripts/train.py --help                       all keys;  --cfg job  prints the composed config
+python scripts/train.py                              a digits student with its teacher, in a minute
+python scripts/train.py experiment=mnist             a file of conf/experiment
+python scripts/train.py -m seed=0,1,2 method=supervised,kd     a sweep
+python scripts/train.py --help                       all keys;  --cfg job  prints the composed config
 """
 
 from omegaconf import DictConfig

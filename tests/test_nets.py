@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
@@ -15,13 +16,13 @@ from torchvision.models import get_model_weights
 
 from litdistill.errors import UserError
 from litdistill.nets.mobilenet import mobilenet_v2
-from litdistill.nets.profile import count_macs, count_parameters, weight_bytes
-from litdistill.nets.resnet import resnet, resnet_cifar
+from litdistill.nets.profile import count_parameters
+from litdistill.nets.resnet import PadShortcut, resnet, resnet_cifar
 from litdistill.nets.shufflenet import shuffle, shufflenet_v1, shufflenet_v2
 from litdistill.nets.small import conv4, lenet, mlp
 from litdistill.nets.torchvision_door import torchvision_classifier
 from litdistill.nets.vgg import vgg
-from litdistill.nets.wrn import wrn
+from litdistill.nets.wrn import WideBlock, wrn
 
 ROOT = Path(__file__).parents[1]
 YAMLS = {p.stem: p for p in sorted((ROOT / "conf" / "net").glob("*.yaml"))}
@@ -214,41 +215,24 @@ def test_parameters_published_elsewhere():
             assert count_parameters(torchvision_classifier(1000, (3, size, size), name)) == published
 
 
-def test_macs_by_hand():
-    conv = 28 * 28 * 9 * 16 + 14 * 14 * 9 * 16 * 32 + 7 * 7 * 9 * 32 * 64 + 64 * 10
-    assert count_macs(conv4(10, (1, 28, 28)), (1, 28, 28)) == conv
-    assert count_macs(mlp(10, (1, 28, 28)), (1, 28, 28)) == 784 * 800 + 800 * 800 + 800 * 10
-    depthwise = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Conv2d(8, 4, 1))
-    assert count_macs(depthwise, (8, 5, 6)) == 30 * (9 * 8 + 8 * 4)
+def test_zero_padding_shortcut():
+    x = torch.randn(2, 16, 4, 4)
+    out = PadShortcut(16, 2)(x)
+    assert torch.equal(out[:, 8:24], x[:, :, ::2, ::2])
+    assert out[:, :8].eq(0).all()
+    assert out[:, 24:].eq(0).all()
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "vit_b_16"])
-def test_macs_published_by_torchvision(name):
-    """`_ops` of a torchvision weight's card is in 10⁹ multiply-accumulates, rounded to three places."""
-    with torch.device("meta"):
-        macs = count_macs(torchvision_classifier(1000, (3, 224, 224), name), (3, 224, 224))
-    assert macs / 1e9 == pytest.approx(get_model_weights(name).IMAGENET1K_V1.meta["_ops"], abs=6e-4)
-
-
-def test_profiling_leaves_the_network_as_it_was():
-    net = conv4(10, (1, 8, 8)).train()
-    net.layer2.eval()
-    before = {k: v.clone() for k, v in net.state_dict().items()}
-    count_macs(net, (1, 8, 8))
-    assert net.training
-    assert net.layer1[1].training
-    assert not net.layer2[1].training
-    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
-
-
-def test_weight_bytes():
-    net = conv4(10, (1, 28, 28))
-    norms = sum(2 * w * 4 + 8 for w in (16, 32, 64))  # running mean and variance in float32, the counter in int64
-    assert weight_bytes(net) == (9 * 16 + 9 * 16 * 32 + 9 * 32 * 64 + 2 * (16 + 32 + 64) + 650) * 4 + norms
-    tied = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
-    tied[1].weight = tied[0].weight
-    assert weight_bytes(tied) == 36
-    assert weight_bytes(tied.half()) == 18
+def test_wide_block():
+    """Figure 1 (d) of the wide ResNet paper, the shortcut behind the first activation where the width changes."""
+    x = torch.randn(2, 4, 6, 6)
+    for width, stride in ((4, 1), (8, 2)):
+        block = WideBlock(4, width, stride, 0.0).eval()
+        first = (x / (1 + 1e-5) ** 0.5).clamp(min=0)  # normalisation as it starts: mean 0, variance 1
+        second = (F.conv2d(first, block.conv1.weight, None, stride, 1) / (1 + 1e-5) ** 0.5).clamp(min=0)
+        kept = x if width == 4 else F.conv2d(first, block.shortcut.weight, None, stride)
+        expected = F.conv2d(second, block.conv2.weight, None, 1, 1) + kept
+        torch.testing.assert_close(block(x), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_channel_shuffle():

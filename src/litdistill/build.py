@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import nn
@@ -26,17 +27,55 @@ from litdistill.teacher import FrozenTeacher
 
 log = logging.getLogger(__name__)
 
+TARGETS = ("litdistill", "torch", "torchvision", "lightning")
+
 # What of a config decides the weights that a run ends with: the key of a teacher that is found again.
 RECIPE = ("data", "student", "teacher", "method", "optimizer", "scheduler", "schedule", "ema", "seed", "trainer")
 NO_RECIPE = {  # ... but for where things are and how fast they go
     "data": ("root", "download", "eval_batch_size"),
-    "trainer": ("accelerator", "devices", "num_nodes", "log_every_n_steps", "enable_model_summary", "enable_progress_bar"),
+    "trainer": (
+        "accelerator",
+        "devices",
+        "num_nodes",
+        "log_every_n_steps",
+        "enable_model_summary",
+        "enable_progress_bar",
+    ),
 }
+
+
+def make(node: Any, **facts: Any) -> Any:
+    """Instantiates what a config names, with what is known at run time only; a `UserError` in it is not wrapped.
+
+    Only what this project, torch, torchvision and Lightning offer can be named: a config may come from a stranger.
+    """
+    check_targets(node)
+    try:
+        return instantiate(node, **facts, _convert_="all")
+    except InstantiationException as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        raise
+
+
+def check_targets(node: Any) -> None:
+    """Raises `UserError` for a `_target_` anywhere in `node` that is outside of the packages in `TARGETS`."""
+    if OmegaConf.is_dict(node) or isinstance(node, dict):
+        target = node.get("_target_")
+        if target is not None and str(target).split(".")[0] not in TARGETS:
+            raise UserError(
+                f"_target_: {target} is refused. A config can name what is in {', '.join(TARGETS)}; "
+                "wrap what else you need in a function of your own in src/litdistill."
+            )
+    if OmegaConf.is_config(node):
+        node = OmegaConf.to_container(node, resolve=False)
+    for value in node.values() if isinstance(node, dict) else node if isinstance(node, (list, tuple)) else ():
+        check_targets(value)
 
 
 def build_data(cfg: DictConfig) -> ImageData:
     """The data set of a config, read and split."""
-    data: ImageData = instantiate(cfg.data, _convert_="all")
+    data: ImageData = make(cfg.data)
     data.setup()
     return data
 
@@ -44,7 +83,7 @@ def build_data(cfg: DictConfig) -> ImageData:
 def build_net(node: DictConfig, data: ImageData, role: str, folder: str | Path | None = None) -> nn.Module:
     """A network for the shapes of `data`, with the weights that its `checkpoint` (or `folder`) names."""
     options = {k: v for k, v in node.items() if k not in ("checkpoint", "allow_chance", "recipe")}
-    net: nn.Module = instantiate(options, num_classes=data.num_classes, input_shape=data.input_shape, _convert_="all")
+    net: nn.Module = make(options, num_classes=data.num_classes, input_shape=data.input_shape)
     source = folder or node.get("checkpoint")
     if source is not None:
         fit_weights(net, load_weights(source), source, role)
@@ -69,8 +108,8 @@ def build_distiller(cfg: DictConfig, data: ImageData, method: Method, teacher: n
         student,
         method,
         FrozenTeacher(teacher, teacher_taps) if teacher is not None else None,
-        optimizer=instantiate(cfg.optimizer, _convert_="all"),
-        scheduler=instantiate(cfg.scheduler, _convert_="all"),
+        optimizer=make(cfg.optimizer),
+        scheduler=make(cfg.scheduler),
         schedule=OmegaConf.to_container(cfg.schedule) or {},  # type: ignore[arg-type]
         student_taps=student_taps,
         allow_chance=bool(cfg.teacher is not None and cfg.teacher.allow_chance),
@@ -93,10 +132,10 @@ def teacher_config(cfg: DictConfig) -> DictConfig:
         teacher.teacher = None
         teacher.method = {"_target_": "litdistill.methods.supervised.Supervised"}
         teacher.schedule, teacher.ema, teacher.resume = {}, None, None
-        teacher = OmegaConf.merge(teacher, recipe)
-        teacher.name = "teachers"
-    assert isinstance(teacher, DictConfig)
-    return teacher
+        merged = OmegaConf.merge(teacher, recipe)
+        merged.name = "teachers"
+    assert isinstance(merged, DictConfig)
+    return merged
 
 
 def recipe_hash(cfg: DictConfig) -> str:

@@ -118,7 +118,12 @@ def fit_weights(net: nn.Module, state: Mapping[str, Tensor], source: str | Path,
     lines = [f"{len(missing)} missing: {_some(missing)}"] if missing else []
     lines += [f"{len(extra)} not in this network: {_some(extra)}"] if extra else []
     lines += [f"{k} is {tuple(state[k].shape)} there and {tuple(own[k].shape)} here" for k in shapes[:4]]
-    if not missing and not extra and len(shapes) <= 2 and all(k.rsplit(".", 1)[-1] in ("weight", "bias") for k in shapes):
+    if (
+        not missing
+        and not extra
+        and len(shapes) <= 2
+        and all(k.rsplit(".", 1)[-1] in ("weight", "bias") for k in shapes)
+    ):
         remedy = (
             f"Only the classifier differs: the {role} was trained on {state[shapes[-1]].shape[0]} classes, and this data "
             f"has {own[shapes[-1]].shape[0]}. Train one on these classes, or choose the same data.classes."

@@ -75,6 +75,7 @@ class Distiller(LightningModule):
         self.optimizer, self.scheduler, self.schedule = optimizer, scheduler, schedule or {}
         self.allow_chance = allow_chance
         self.teacher_s = 0.0  # seconds spent in the teacher since the fit began
+        self._sums: dict[str, Tensor] = {}
         self._reset_window()
         self._eval: list[tuple[Tensor, Tensor]] = []
         self._teacher_logits: list[Tensor] = []  # on the validation set, which does not change
@@ -95,6 +96,10 @@ class Distiller(LightningModule):
     def on_fit_start(self) -> None:
         if self.teacher is not None:
             self.teacher.to(self.device)
+
+    def on_train_start(self) -> None:
+        self.on_train_epoch_start()  # which Lightning skips for a run that goes on in the middle of an epoch
+        if self.teacher is not None:
             self._examine_teacher()
 
     def on_train_epoch_start(self) -> None:
@@ -114,7 +119,9 @@ class Distiller(LightningModule):
         self._watch(loss, terms, student, teacher, batch.targets)
         return loss
 
-    def _watch(self, loss: Tensor, terms: dict[str, Tensor], student: Outputs, teacher: Outputs | None, y: Tensor) -> None:
+    def _watch(
+        self, loss: Tensor, terms: dict[str, Tensor], student: Outputs, teacher: Outputs | None, y: Tensor
+    ) -> None:
         """Adds to sums on the device, which are read and logged only where the trainer logs."""
         with torch.no_grad():
             predicted = student.logits.argmax(1)
@@ -126,7 +133,9 @@ class Distiller(LightningModule):
             if self._sums.keys() != values.keys():
                 self._reset_window()
                 self._sums = dict.fromkeys(values, torch.zeros((), device=loss.device))
-            self._sums = dict(zip(values, torch._foreach_add(list(self._sums.values()), list(values.values())), strict=True))
+            self._sums = dict(
+                zip(values, torch._foreach_add(list(self._sums.values()), list(values.values())), strict=True)
+            )
             self._steps += 1
             self._samples += len(y)
         if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
@@ -143,7 +152,7 @@ class Distiller(LightningModule):
         self._reset_window()
 
     def _reset_window(self) -> None:
-        self._sums: dict[str, Tensor] = {}
+        self._sums = {}
         self._steps = self._samples = 0
         self._window_start, self._window_teacher_s = time.perf_counter(), self.teacher_s
 
@@ -192,11 +201,9 @@ class Distiller(LightningModule):
     def _examine_teacher(self) -> None:
         """Runs the teacher over the validation set once; raises `UserError` if it is no better than chance."""
         assert self.teacher is not None
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        loader = data.val_dataloader() if data is not None else self.trainer.val_dataloaders
+        loader, pairs = self.trainer.val_dataloaders, []
         if loader is None:
             return
-        pairs = []
         self.trainer.validating = True  # so that nothing is augmented
         for raw in loader:
             batch = Batch(*self.trainer.strategy.batch_to_device(raw))

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor, nn
 
 from litdistill import metrics
-from litdistill.build import build_data, build_distiller, build_net, teacher_folder
+from litdistill.build import build_data, build_distiller, build_net, make, teacher_folder
 from litdistill.checkpoint import fit_weights, load_checkpoint, load_weights
 from litdistill.data.datamodule import ImageData
 from litdistill.errors import UserError
@@ -33,7 +32,11 @@ def collect(net: nn.Module, data: ImageData, split: str, device: torch.device | 
 
 
 def measure(
-    student: nn.Module, teacher: nn.Module | None, data: ImageData, split: str = "test", device: torch.device | str = "cpu"
+    student: nn.Module,
+    teacher: nn.Module | None,
+    data: ImageData,
+    split: str = "test",
+    device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
     """Quality of the student, and with a teacher its quality and how far the student follows it; a plain dict."""
     logits, targets = collect(student, data, split, device)
@@ -57,7 +60,9 @@ def load_run(folder: Path) -> tuple[DictConfig, dict[str, Any]]:
     return cfg, json.loads(summary.read_text())
 
 
-def rebuild(folder: Path, overrides: DictConfig | None = None) -> tuple[ImageData, nn.Module, nn.Module | None, dict[str, Any]]:
+def rebuild(
+    folder: Path, overrides: DictConfig | None = None
+) -> tuple[ImageData, nn.Module, nn.Module | None, dict[str, Any]]:
     """Data, student (best weights), teacher and summary of a finished run, from its own folder.
 
     `overrides`: merged into the run's config, for data that has moved. The teacher is None where the run had none or
@@ -70,7 +75,7 @@ def rebuild(folder: Path, overrides: DictConfig | None = None) -> tuple[ImageDat
     teacher = _teacher(cfg, data, summary)
     with open_dict(cfg):
         cfg.student.checkpoint = None
-    student = build_distiller(cfg, data, instantiate(cfg.method, _convert_="all"), teacher).student
+    student = build_distiller(cfg, data, make(cfg.method), teacher).student
     fit_weights(student, load_weights(folder), folder, "student")
     return data, student, teacher, summary
 
@@ -85,7 +90,9 @@ def _teacher(cfg: DictConfig, data: ImageData, summary: dict[str, Any]) -> nn.Mo
         raise UserError(f"The run's teacher cannot be had any more: {error}") from error
     found, noted = weights_sha256(teacher.state_dict()), summary["teacher"]["sha256"]
     if found != noted:
-        raise UserError(f"The run had another teacher: its weights' SHA-256 was {noted[:12]}…, and is now {found[:12]}….")
+        raise UserError(
+            f"The run had another teacher: its weights' SHA-256 was {noted[:12]}…, and is now {found[:12]}…."
+        )
     return teacher
 
 
@@ -105,13 +112,16 @@ def measure_last(student: nn.Module, checkpoint: Path, data: ImageData, device: 
     """Quality on the test set of the weights that training ended with. The student keeps them."""
     state = load_checkpoint(checkpoint)["state_dict"]
     fit_weights(
-        student, {k.removeprefix("student."): v for k, v in state.items() if k.startswith("student.")}, checkpoint, "student"
+        student,
+        {k.removeprefix("student."): v for k, v in state.items() if k.startswith("student.")},
+        checkpoint,
+        "student",
     )
     return metrics.quality(*collect(student, data, "test", device))
 
 
 def pick_device(name: str) -> str:
-    """"auto" is a GPU if there is one, else the CPU."""
+    """ "auto" is a GPU if there is one, else the CPU."""
     return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 

@@ -27,7 +27,10 @@ LAYOUT = {
     },
     "loss": {"terms, weighted": ["Multiline", ["train/loss", "train/hard", "train/soft", "train/hint"]]},
     "calibration": {"ECE": ["Multiline", ["val/ece"]], "NLL and Brier": ["Multiline", ["val/nll", "val/brier"]]},
-    "speed": {"samples a second": ["Multiline", ["speed/samples_per_s"]], "teacher's share": ["Multiline", ["speed/teacher_share"]]},
+    "speed": {
+        "samples a second": ["Multiline", ["speed/samples_per_s"]],
+        "teacher's share": ["Multiline", ["speed/teacher_share"]],
+    },
 }
 
 
@@ -44,7 +47,9 @@ def show(writer: Any, student: nn.Module, teacher: nn.Module | None, data: Image
     images = data.source.train.images[data.val_ids]
     figures = {
         "worst mistakes": worst_mistakes(images, targets, logits, taught, data.class_names),
-        "confusion": confusion_matrices([(n, metrics.confusion(x, targets)) for n, x in both if x is not None], data.class_names),
+        "confusion": confusion_matrices(
+            [(n, metrics.confusion(x, targets)) for n, x in both if x is not None], data.class_names
+        ),
         "reliability": reliability_diagrams([(n, *metrics.reliability(x, targets)) for n, x in both if x is not None]),
     }
     for name, figure in figures.items():
@@ -84,9 +89,17 @@ def worst_mistakes(
         left.set_title(f"is {names[int(targets[i])]}", fontsize=9)
         top = (p[i] + (q[i] if q is not None else 0)).topk(min(3, p.shape[1])).indices.tolist()
         rows = range(len(top))
-        right.barh([r - 0.2 for r in rows], [float(p[i, c]) for c in top], height=0.36, color=STUDENT_COLOUR, label="student")
+        right.barh(
+            [r - 0.2 for r in rows], [float(p[i, c]) for c in top], height=0.36, color=STUDENT_COLOUR, label="student"
+        )
         if q is not None:
-            right.barh([r + 0.2 for r in rows], [float(q[i, c]) for c in top], height=0.36, color=TEACHER_COLOUR, label="teacher")
+            right.barh(
+                [r + 0.2 for r in rows],
+                [float(q[i, c]) for c in top],
+                height=0.36,
+                color=TEACHER_COLOUR,
+                label="teacher",
+            )
         right.set_yticks(list(rows), [names[c][:10] for c in top], fontsize=8)
         right.set_xlim(0, 1)
         right.invert_yaxis()
@@ -129,10 +142,18 @@ def confusion_matrices(matrices: Sequence[tuple[str, Tensor]], names: Sequence[s
 def reliability_diagrams(models: Sequence[tuple[str, Tensor, Tensor, Tensor]]) -> Figure:
     """Accuracy over confidence, a panel a model; (name, confidence, accuracy, count) of each bin."""
     figure = _figure(4.4 * len(models), 4.2)
-    for axes, (name, confidence, accuracy, count) in zip(figure.subplots(1, len(models), squeeze=False)[0], models, strict=True):
+    for axes, (name, confidence, accuracy, count) in zip(
+        figure.subplots(1, len(models), squeeze=False)[0], models, strict=True
+    ):
         full = count > 0
         axes.plot([0, 1], [0, 1], color="0.6", linestyle="--", label="perfectly calibrated")
-        axes.plot(confidence[full], accuracy[full], marker="o", color=STUDENT_COLOUR if name == "student" else TEACHER_COLOUR, label=name)
+        axes.plot(
+            confidence[full],
+            accuracy[full],
+            marker="o",
+            color=STUDENT_COLOUR if name == "student" else TEACHER_COLOUR,
+            label=name,
+        )
         axes.bar(
             (torch.arange(len(count)) + 0.5) / len(count), count / count.sum(),
             width=1 / len(count), color="0.85", label="share of samples",

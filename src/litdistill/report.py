@@ -12,18 +12,31 @@ from rich.table import Table
 
 from litdistill.errors import UserError
 
-COLUMNS = ("experiment", "model", "method", "trained on", "parameters", "test accuracy %", "last epoch %", "NLL", "ECE", "agreement %", "seeds", "time")
+COLUMNS = (
+    "experiment",
+    "model",
+    "method",
+    "trained on",
+    "parameters",
+    "test accuracy %",
+    "last epoch %",
+    "NLL",
+    "ECE",
+    "agreement %",
+    "seeds",
+    "time",
+)
 
 
 def summaries(places: Iterable[str | Path]) -> list[dict[str, Any]]:
     """All `summary.json` at or below the given folders, in the order of their paths. Raises `UserError` if there is none."""
-    places = [Path(p) for p in places]
-    paths = sorted({p.resolve() for place in places for p in place.glob("**/summary.json")})
+    folders = [Path(p) for p in places]
+    paths = sorted({p.resolve() for folder in folders for p in folder.glob("**/summary.json")})
     if not paths:
-        missing = [str(p) for p in places if not p.exists()]
+        missing = [str(p) for p in folders if not p.exists()]
         raise UserError(
             (f"There is no folder {', '.join(missing)}. " if missing else "")
-            + f"No finished run in {', '.join(map(str, places))}: a finished run has a summary.json. "
+            + f"No finished run in {', '.join(map(str, folders))}: a finished run has a summary.json. "
             "Start one with python scripts/train.py."
         )
     return [json.loads(p.read_text()) for p in paths]
@@ -36,7 +49,18 @@ def rows(found: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
     for run in found:
         data = run["data"]
         teacher = run["teacher"]["name"] if run["teacher"] else None
-        kinds.setdefault((run["experiment"], data["name"], data["train"], teacher, run["student"]["name"], run["method"], run["epochs"]), []).append(run)
+        kinds.setdefault(
+            (
+                run["experiment"],
+                data["name"],
+                data["train"],
+                teacher,
+                run["student"]["name"],
+                run["method"],
+                run["epochs"],
+            ),
+            [],
+        ).append(run)
         if teacher:
             teachers[run["teacher"]["sha256"]] = run
     own = {run["student"]["sha256"] for run in found}
@@ -48,7 +72,15 @@ def _teacher_row(run: dict[str, Any]) -> dict[str, str]:
     teacher = run["teacher"]
     values = (
         *(run["experiment"], teacher["name"], "teacher", "", f"{teacher['params']:,}"),
-        *(f"{100 * teacher['test']['accuracy']:.2f}", "", f"{teacher['test']['nll']:.3f}", f"{teacher['test']['ece']:.3f}", "", "", ""),
+        *(
+            f"{100 * teacher['test']['accuracy']:.2f}",
+            "",
+            f"{teacher['test']['nll']:.3f}",
+            f"{teacher['test']['ece']:.3f}",
+            "",
+            "",
+            "",
+        ),
     )
     return dict(zip(COLUMNS, values, strict=True))
 
@@ -106,5 +138,7 @@ def evaluation_table(found: dict[str, Any]) -> Table:
         if key in found:
             q, like = found[key], found.get("likeness", {}) if key == "student" else {}
             follows = (f"{100 * like['agreement']:.2f}", f"{like['kl']:.4f}") if like else ("", "")
-            shown.add_row(name, f"{100 * q['accuracy']:.2f}", f"{q['nll']:.4f}", f"{q['ece']:.4f}", f"{q['brier']:.4f}", *follows)
+            shown.add_row(
+                name, f"{100 * q['accuracy']:.2f}", f"{q['nll']:.4f}", f"{q['ece']:.4f}", f"{q['brier']:.4f}", *follows
+            )
     return shown

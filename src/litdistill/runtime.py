@@ -1,7 +1,7 @@
 """How commands start and end: one stamp a start, clear errors with the nearest names, an exit status that says what was.
 
-    @command("train")
-    def main(cfg): ...
+@command("train")
+def main(cfg): ...
 """
 
 from __future__ import annotations
@@ -75,7 +75,11 @@ def _cause(error: BaseException) -> BaseException:
 
 def _first_lines(error: BaseException) -> str:
     text = str(error) or traceback.format_exception_only(error)[-1]
-    lines = [line for line in text.splitlines() if not line.startswith(("\t", "Config search path", "See https", "Set the env"))]
+    lines = [
+        line
+        for line in text.splitlines()
+        if not line.startswith(("\t", "Config search path", "See https", "Set the env"))
+    ]
     return "\n".join(lines).strip()
 
 
@@ -100,7 +104,9 @@ def resumed(arguments: list[str]) -> list[str]:
     sweep = bool({"-m", "--multirun"} & set(options))
     if target == "auto":
         runs = next((a.removeprefix("runs=") for a in overrides if a.startswith("runs=")), "runs")
-        candidates = [p for p in sorted(Path(runs).glob("*/*"), key=lambda p: p.name) if _overrides(p, sweep) == overrides]
+        candidates = [
+            p for p in sorted(Path(runs).glob("*/*"), key=lambda p: p.name) if _overrides(p, sweep) == overrides
+        ]
         unfinished = [p for p in candidates if sweep or not (p / "summary.json").is_file()]
         if not unfinished:
             print("resume=auto: no unfinished run was started with this command; starting one.")
@@ -142,7 +148,9 @@ def suggestions(arguments: Iterable[str], config_name: str) -> str:
         if group in groups and not override.is_delete():
             value = override.value()
             if isinstance(value, str) and value not in groups[group]:
-                lines.append(_nearest(f"{override.get_key_element()}={value}", value, groups[group], f"Options of {group}"))
+                lines.append(
+                    _nearest(f"{override.get_key_element()}={value}", value, groups[group], f"Options of {group}")
+                )
         elif key not in keys and not key.startswith("hydra") and not override.is_add():
             known = sorted(keys | groups.keys())
             lines.append(_nearest(key, key, known if "." in key else [k for k in known if "." not in k], "Keys"))
@@ -154,7 +162,9 @@ def _nearest(shown: str, name: str, known: Iterable[str], label: str) -> str:
     near = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
     last = [k for k in known if k.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
     near = list(dict.fromkeys(last + near))[:4]
-    return f"{shown}: did you mean {' or '.join(near)}?" if near else f"{shown}: unknown. {label}: {', '.join(known[:40])}"
+    return (
+        f"{shown}: did you mean {' or '.join(near)}?" if near else f"{shown}: unknown. {label}: {', '.join(known[:40])}"
+    )
 
 
 def _known(config_name: str) -> tuple[set[str], dict[str, list[str]]]:

@@ -92,7 +92,9 @@ def method_name(cfg: DictConfig) -> str:
     """The method's module: `kd`, `fitnet`, …; for a sum the names of its parts."""
     parts = cfg.method.get("methods")
     if parts:
-        return "+".join(str(m["_target_"]).split(".")[-2] for m in (parts.values() if OmegaConf.is_dict(parts) else parts))
+        return "+".join(
+            str(m["_target_"]).split(".")[-2] for m in (parts.values() if OmegaConf.is_dict(parts) else parts)
+        )
     return str(cfg.method["_target_"]).split(".")[-2]
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock
-from hydra.utils import instantiate
 from lightning import Trainer
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
@@ -19,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from litdistill import pictures
-from litdistill.build import build_data, build_distiller, build_net, finished, teacher_config, teacher_folder
+from litdistill.build import build_data, build_distiller, build_net, finished, make, teacher_config, teacher_folder
 from litdistill.callbacks import EpochLine, StopSafely, format_seconds, progress_bar
 from litdistill.checkpoint import STUDENT, fit_weights, load_checkpoint, save_student, write_text
 from litdistill.data.datamodule import ImageData
@@ -41,7 +40,7 @@ def train(cfg: DictConfig) -> float:
     started = time.perf_counter()
     adopt_lightning_logs()
     torch.set_float32_matmul_precision("high")
-    method = instantiate(cfg.method, _convert_="all")  # first, so that a wrong option is known before a teacher is trained
+    method = make(cfg.method)  # first, so that a wrong option is known before a teacher is trained
     data = build_data(cfg)
     teacher = find_teacher(cfg, data) if cfg.teacher is not None else None
     distiller = build_distiller(cfg, data, method, teacher)
@@ -77,18 +76,17 @@ def last_state(checkpoints: Path) -> Path | None:
 def build_trainer(cfg: DictConfig, folder: Path) -> Trainer:
     """Lightning's Trainer with the config's callbacks and loggers, and this project's."""
     callbacks: list[Callback] = [StopSafely(folder / "checkpoints"), EpochLine(), *progress_bar()]
-    callbacks += [instantiate(c, _convert_="all") for c in (cfg.callbacks or {}).values()]
+    callbacks += [make(c) for c in (cfg.callbacks or {}).values()]
     if cfg.ema is not None:
         callbacks.append(EMAWeightAveraging(decay=cfg.ema))
-    loggers: list[Logger] = [instantiate(c, _convert_="all") for c in (cfg.logger or {}).values()]
+    loggers: list[Logger] = [make(c) for c in (cfg.logger or {}).values()]
     bar = any(c.__class__.__name__ == "RichProgressBar" for c in callbacks)
-    return instantiate(
+    return make(
         cfg.trainer,
         default_root_dir=str(folder),
         callbacks=callbacks,
         logger=loggers or False,
         enable_progress_bar=bar,
-        _convert_="all",
     )
 
 
@@ -102,7 +100,7 @@ def find_teacher(cfg: DictConfig, data: ImageData) -> torch.nn.Module:
             log.info("No such teacher yet: training it once, in %s", folder)
             recipe = teacher_config(cfg)
             recipe.folder = str(folder)
-            if rank_zero_only.rank == 0:
+            if is_first_rank():
                 write_text(folder / ".hydra" / "config.yaml", OmegaConf.to_yaml(recipe))
             with _logged_to(folder / "train.log"):
                 train(recipe)
@@ -110,9 +108,14 @@ def find_teacher(cfg: DictConfig, data: ImageData) -> torch.nn.Module:
     return build_net(cfg.teacher, data, "teacher", folder)
 
 
+def is_first_rank() -> bool:
+    """Whether this process is a run's first, asked before there is a trainer."""
+    return int(getattr(rank_zero_only, "rank", None) or 0) == 0
+
+
 def _lock(folder: Path) -> contextlib.AbstractContextManager[object]:
     """Held by the first process of a run only: its other ranks train the teacher together with it."""
-    if rank_zero_only.rank != 0:
+    if not is_first_rank():
         return contextlib.nullcontext()
     folder.parent.mkdir(parents=True, exist_ok=True)
     return FileLock(folder.parent / f".{folder.name}.lock")
@@ -145,7 +148,13 @@ def _introduce(cfg: DictConfig, data: ImageData, distiller: Distiller) -> None:
 
 
 def _finish(
-    cfg: DictConfig, folder: Path, data: ImageData, distiller: Distiller, trainer: Trainer, best: float, times: dict[str, float]
+    cfg: DictConfig,
+    folder: Path,
+    data: ImageData,
+    distiller: Distiller,
+    trainer: Trainer,
+    best: float,
+    times: dict[str, float],
 ) -> None:
     """Measures best and last weights on the test set, which nothing has seen before, and writes what a run leaves."""
     device = trainer.strategy.root_device

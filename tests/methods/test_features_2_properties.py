@@ -44,6 +44,18 @@ def test_pkd_sees_neither_scale_nor_offset_of_a_channel_and_cwd_no_offset():
     assert channel_loss(s * scale, t, 4) != pytest.approx(channel_loss(s, t, 4).item(), rel=0.1)
 
 
+def test_autocast_rounds_no_product_in_a_loss():
+    """KDSVD: of a teacher's vector between two of the student's, and nearer to one by less than bfloat16 resolves."""
+    s, t = torch.randn(3, 4, 5, 2), torch.randn(3, 4, 5, 2)
+    student = torch.tensor([[3.0, 0.0], [0.0, 1.0]]).view(1, 2, 2, 1)
+    teacher = torch.tensor([[0.706, 0.0], [0.708, 0.0]]).view(1, 2, 2, 1)
+    svd = lambda: svd_loss([student, s[:1, :2]], [teacher, t[:1, :2]], 1)  # noqa: E731
+    plain = correlation_loss(s, t), svd()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(correlation_loss(s, t), plain[0])
+        assert torch.equal(svd(), plain[1])
+
+
 def test_dead_channels_give_no_gradient_that_explodes():
     x = torch.randn(3, 4, 5, 2)
     x[:, 1:3] = 0

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from litdistill.methods.base import Outputs
 from litdistill.methods.cc import CC
-from litdistill.methods.crd import contrast
+from litdistill.methods.crd import CRD
 from litdistill.methods.dist import DIST
 from litdistill.methods.kd import KD
 from litdistill.methods.kd_standardised import KDStandardised
@@ -103,8 +103,8 @@ def test_rkd():
 
 
 def test_rkd_of_samples_that_coincide():
-    """Different: where two samples share a feature, torchdistill's normalised difference divides by 1e-12 and the gradient
-    of its angles explodes. Ours has none there: an angle at such a pair is not defined."""
+    """Different: where two samples share a feature, torchdistill's normalised difference divides by 1e-12 and the
+    gradient of its angles explodes. Ours has none there: an angle at such a pair is not defined."""
     s, t = draw(5, 6, 6)
     s[1] = s[0]
     s.requires_grad_()
@@ -116,14 +116,14 @@ def test_rkd_of_samples_that_coincide():
 
 
 def test_sp():
-    """Different: torchdistill passes 1 to `normalize` as its second argument, which is the order of the norm, so its rows have
-    a sum of magnitudes of 1. The paper (section 3.1, "row-wise L2 normalization") and its authors' code take the L2 norm,
-    as we do. Up to that the same, reduction "batchmean" being the division by N²."""
+    """Different: torchdistill passes 1 to `normalize` as second argument, which is the order of the norm, so its rows
+    have a sum of magnitudes of 1. The paper takes the L2 norm, as RepDistiller's form does, which the
+    paper's author verified, and as we do. Up to that the same, reduction "batchmean" being the division by N²."""
     s, t = draw(6, 8, 5)
     s.requires_grad_()
     ours = SP(hard=0, hint=1.0)(features(s), features(t), labels(6, 2))["hint"]
 
-    class L2(peer.SPKDLoss):
+    class L2(peer.SPKDLoss):  # type: ignore[name-defined]
         def matmul_and_normalize(self, z):
             return torch.nn.functional.normalize(z.flatten(1) @ z.flatten(1).T, p=2, dim=1)
 
@@ -132,9 +132,9 @@ def test_sp():
 
 
 def test_cc_gaussian():
-    """Different: torchdistill takes the norm of the difference of the kernels, divided by N²; the paper its square. So ours
-    is theirs², times N². Theirs also leaves it to the caller to give vectors of unit length, without which the series is none
-    of a Gaussian; ours makes them so."""
+    """Different: torchdistill takes the norm of the difference of the kernels, divided by N²; the paper its square. So
+    ours is theirs², times N². Theirs also leaves it to the caller to give vectors of unit length, without which the
+    series is none of a Gaussian; ours makes them so."""
     s, t = draw(6, 8, 5)
     method = CC(hard=0, hint=1.0, width=4, kernel="gaussian", gamma=0.4, order=2)
     method.build(features(s), features(t), labels(6, 2))
@@ -149,11 +149,24 @@ def test_cc_gaussian():
     assert ours.item() == pytest.approx((theirs.item() * 36) ** 2 / 36, rel=1e-4)
 
 
-def test_crd_contrast():
-    """The same: its contrastive loss takes scores over Z where ours takes their logarithm, and gives the mean over the batch.
-    (Its memory cannot be compared: torchdistill's CRDLoss fails when it is made, as it reads `self.prob` for `self.probs`.)"""
-    (scores,) = draw(4, 9, scale=3.0)
-    loss = peer.CRDLoss.compute_contrast_loss
-    self = type("self", (), {"num_samples": 500, "eps": 1e-7})()
-    scores.requires_grad_()
-    assert_same(contrast(scores, 500).mean(), loss(self, scores.exp()).squeeze(), scores)
+def test_crd():
+    """The same over several steps, memories and Z included: pos_idx is our ids, contrast_idx the ids and then our draw.
+    (Its own draw reads `self.prob`, which is named `self.probs`, and fails: torchdistill needs contrast_idx.)"""
+    s, t = draw(4, 6, 5)
+    s.requires_grad_()
+    ids, targets = torch.tensor([2, 9, 0, 7]), labels(20, 4)
+    method = CRD(hard=0, hint=1.0, width=8, negatives=6, temperature=0.07, momentum=0.5)
+    method.build(features(s), features(t), targets)
+    negatives = torch.arange(24).view(4, 6) % 20
+    method._draw = lambda labels: negatives  # type: ignore[method-assign]
+    loss = peer.CRDLoss("m", "ids", "m", input_size=8, output_size=20, num_negative_samples=6, num_samples=20)
+    loss.memory_v1.copy_(method.memory_student[:20])
+    loss.memory_v2.copy_(method.memory_teacher[:20])
+    supplement = {"pos_idx": ids, "contrast_idx": torch.cat([ids[:, None], negatives], 1)}
+    for _ in range(3):
+        ours = method(features(s)._replace(ids=ids), features(t), targets[ids])["hint"]
+        a, b = (torch.nn.functional.normalize(f(x)) for f, x in ((method.embed_student, s), (method.embed_teacher, t)))
+        theirs = loss(io(a) | {"ids": {"input": supplement}}, io(b)).squeeze()
+        assert_same(ours, theirs, s)
+        torch.testing.assert_close(method.memory_student[:20], loss.memory_v1)
+        torch.testing.assert_close(method.memory_teacher[:20], loss.memory_v2)

@@ -128,7 +128,9 @@ class Cutout:
         top, left = code // self.width - self.size // 2, code % self.width - self.size // 2
         rows = torch.arange(images.shape[2], device=images.device) - top[:, None]
         cols = torch.arange(images.shape[3], device=images.device) - left[:, None]
-        hit = ((rows >= 0) & (rows < self.size))[:, None, :, None] & ((cols >= 0) & (cols < self.size))[:, None, None, :]
+        hit = ((rows >= 0) & (rows < self.size))[:, None, :, None] & ((cols >= 0) & (cols < self.size))[
+            :, None, None, :
+        ]
         return images.masked_fill(hit, 0)
 
 

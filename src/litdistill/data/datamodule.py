@@ -91,6 +91,8 @@ class ImageData(LightningDataModule):
         download: whether files that are missing may be fetched.
     """
 
+    name: str
+
     def __init__(
         self,
         name: str,
@@ -178,21 +180,26 @@ class ImageData(LightningDataModule):
             len(self.train_ids),
             self.batch_size,
             self._position,
-            **self._world(),
+            *self._world(),
             pad=True,
         )
 
     def val_dataloader(self) -> IdLoader:
-        return IdLoader(lambda _: self.val_ids, len(self.val_ids), self.eval_batch_size, **self._world())
+        return self._evaluation(self.val_ids)
 
     def test_dataloader(self) -> IdLoader:
-        return IdLoader(lambda _: self.test_ids, len(self.test_ids), self.eval_batch_size, **self._world())
+        return self._evaluation(self.test_ids)
+
+    def _evaluation(self, ids: Tensor) -> IdLoader:
+        return IdLoader(lambda _: ids, len(ids), self.eval_batch_size, lambda: (0, 0), *self._world())
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Batch:
         """Lightning's hook: ids that lie on the device become the batch, augmented while training."""
         assert self.trainer is not None
         training = self.trainer.training
-        return self.batch(batch, "test" if self.trainer.testing else "train", self.trainer.current_epoch if training else None)
+        return self.batch(
+            batch, "test" if self.trainer.testing else "train", self.trainer.current_epoch if training else None
+        )
 
     def batches(self, split: str, device: torch.device | str = "cpu") -> Iterator[Batch]:
         """All of "train", "val" or "test" in order, unaugmented, without a trainer and on this process alone."""
@@ -225,10 +232,8 @@ class ImageData(LightningDataModule):
             return 0, 0
         return self.trainer.current_epoch, self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
 
-    def _world(self) -> dict[str, int]:
-        if self.trainer is None:
-            return {}
-        return {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
+    def _world(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
 
 
 # -- splits: pure functions of the labels ------------------------------------------------------------------------------
@@ -238,7 +243,9 @@ def _check_options(
     val_size: float, fraction: float | None, per_class: int | None, batch_size: int, eval_batch_size: int
 ) -> None:
     if fraction is not None and per_class is not None:
-        raise UserError("data.fraction and data.per_class both choose a subset: set one of them, and the other to null.")
+        raise UserError(
+            "data.fraction and data.per_class both choose a subset: set one of them, and the other to null."
+        )
     if fraction is not None and not 0 < fraction <= 1:
         raise UserError(f"data.fraction={fraction} must be above 0 and at most 1.")
     if per_class is not None and per_class < 1:

@@ -13,7 +13,7 @@ from litdistill.methods.fitnet import regressor
 
 
 def boundary_loss(student: Tensor, teacher: Tensor, margin: float) -> Tensor:
-    """Squared hinge that puts student and teacher on the same side of every neuron's boundary (equation 6); a scalar.
+    """Squared hinge that puts student and teacher on the same side of every neuron's boundary; a scalar.
 
     Pre-activations of one shape (N, ...). Where the teacher is above 0 the student is pulled up to `margin`, elsewhere
     down to −`margin`, and beyond it costs nothing. Summed over neurons, the mean over the batch.

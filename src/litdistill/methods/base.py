@@ -73,13 +73,17 @@ def check_weights(**weights: float) -> None:
     """Raises `UserError` for a loss weight below zero."""
     for name, value in weights.items():
         if not value >= 0:
-            raise UserError(f"method.{name}={value} is a loss weight and cannot be negative. Use 0 to leave the term out.")
+            raise UserError(
+                f"method.{name}={value} is a loss weight and cannot be negative. Use 0 to leave the term out."
+            )
 
 
 def check_temperature(temperature: float) -> None:
     """Raises `UserError` unless the temperature is above zero."""
     if not temperature > 0:
-        raise UserError(f"method.temperature={temperature} must be above 0. Common values are 2 to 20; 4 is a good start.")
+        raise UserError(
+            f"method.temperature={temperature} must be above 0. Common values are 2 to 20; 4 is a good start."
+        )
 
 
 def maps(features: Mapping[str, Tensor], method: str) -> list[Tensor]:

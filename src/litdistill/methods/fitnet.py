@@ -1,4 +1,4 @@
-"""Hints: the student's middle stage regresses the teacher's. Romero et al. 2015 (FitNets, arXiv 1412.6550), section 2.2."""
+"""Hints from the teacher's middle stage. Romero et al. 2015 (FitNets, arXiv 1412.6550), section 2.2."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from litdistill.methods.base import Method, Outputs, Taps, check_weights, hard_l
 def flow(first: Tensor, second: Tensor) -> Tensor:
     """The FSP matrix (N, C1, C2) of two maps (N, C, H, W): channels' products averaged over places (equation 1).
 
-    The larger map is max-pooled to the size of the smaller (section 4).
+    The larger map is max-pooled to the size of the smaller, as in the paper.
     """
     size = (min(first.shape[2], second.shape[2]), min(first.shape[3], second.shape[3]))
     a, b = (f if f.shape[2:] == size else F.adaptive_max_pool2d(f, size) for f in (first.float(), second.float()))

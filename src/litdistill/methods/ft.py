@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -15,13 +16,13 @@ from litdistill.methods.base import Method, Outputs, Taps, check_weights, hard_l
 def convolutions(kind: type[nn.Module], widths: Sequence[int], norm: bool) -> nn.Sequential:
     """3x3 layers of the given widths, each with LeakyReLU(0.1) and, if wanted, BatchNorm between."""
     layers: list[nn.Module] = []
-    for a, b in zip(widths, widths[1:], strict=False):
+    for a, b in pairwise(widths):
         layers += [kind(a, b, 3, 1, 1), *([nn.BatchNorm2d(b)] if norm else []), nn.LeakyReLU(0.1)]
     return nn.Sequential(*layers)
 
 
 def factor_loss(student: Tensor, teacher: Tensor, p: int, pool_channels: bool = False) -> Tensor:
-    """How far two factors (N, C, H, W), each flattened to unit length, are apart (equation 3); a scalar.
+    """How far two factors (N, C, H, W), each flattened to unit length, are apart ; a scalar.
 
     p = 1: the mean of absolute differences over all elements, as in the authors' code. p = 2: the L2 norm of the
     difference, the mean over the batch. `pool_channels`: of the mean square over channels instead, as in RepDistiller.
@@ -34,11 +35,11 @@ def factor_loss(student: Tensor, teacher: Tensor, p: int, pool_channels: bool = 
 
 
 class FT(Method):
-    """Two phases. For `init_epochs` epochs a paraphraser alone learns to reconstruct the teacher's last map through
-    `rate` times its channels. Then `hard` · CE(student, labels) + `hint` · `factor_loss` of the student's translator and
-    the paraphraser's encoder, which rests.
+    """Two phases: for `init_epochs` epochs a paraphraser alone, then `hard` · CE(student, labels) + `hint` · factors.
 
-    In the first phase the student gets no gradient: the run is to be that many epochs longer.
+    The paraphraser learns to reconstruct the teacher's last map through `rate` times its channels; then its encoder
+    rests, and the student's translator follows it by `factor_loss`. In the first phase the student gets no gradient:
+    the run is to be that many epochs longer.
     """
 
     def __init__(

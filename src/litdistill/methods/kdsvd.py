@@ -21,7 +21,7 @@ CANDIDATES = 3  # so many more vectors of the student than of the teacher are of
 
 
 def rounding(s: Tensor) -> Tensor:
-    """Of singular values (N, n), largest first: the least square (N, 1), and difference of squares, to be told from 0."""
+    """Of singular values (N, n), largest first: the least (difference of) squares that is no rounding, (N, 1)."""
     return s[:, :1].square() * 10 * torch.finfo(s.dtype).eps
 
 

@@ -14,7 +14,7 @@ from litdistill.methods.base import Method, Outputs, Taps, check_weights, hard_l
 def mmd_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Squared maximum mean discrepancy of the channels' patterns; kernel (a · b)²; a scalar, the mean over the batch.
 
-    Each channel of a map (N, C, H, W) is one sample: its activations over places, of unit length (equation 5). The
+    Each channel of a map (N, C, H, W) is one sample: its activations over places, of unit length. The
     channels may differ in number; the larger map is pooled. The teacher's own kernel is a constant: it is kept so that
     the term is 0 for equal maps.
     """

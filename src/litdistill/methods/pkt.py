@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from litdistill.errors import UserError
 from litdistill.methods.base import Method, Outputs, Taps, check_weights, hard_loss
 
 EPS = 1e-7
@@ -16,8 +17,8 @@ EPS = 1e-7
 def neighbours(f: Tensor) -> Tensor:
     """How likely each sample of a batch is picked as the neighbour of each other one: (N, N), rows sum to 1.
 
-    `f`: (N, ...), flattened. Kernel (1 + cosine) / 2 (equation 5). As in the authors' code, samples count as
-    neighbours of themselves; the paper's equations 3 and 4 leave them out.
+    `f`: (N, ...), flattened. Kernel (1 + cosine) / 2. As in the authors' code, samples count as
+    neighbours of themselves; the paper's formula leaves them out.
     """
     f = F.normalize(f.float().flatten(1), eps=EPS)
     with torch.autocast(f.device.type, enabled=False):
@@ -26,9 +27,9 @@ def neighbours(f: Tensor) -> Tensor:
 
 
 def pkt_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL(teacher ‖ student) of both batches' `neighbours`, averaged over all N² pairs as in the authors' code; a scalar.
+    """KL(teacher ‖ student) of both batches' `neighbours`, a mean over all N² pairs as in the authors' code; a scalar.
 
-    (N, ...) each; widths may differ. The sum of the paper's equation 8 is N² times as large.
+    (N, ...) each; widths may differ. The paper's sum is N² times as large.
     """
     q, p = neighbours(student), neighbours(teacher)
     return (p * torch.log((p + EPS) / (q + EPS))).mean()
@@ -54,6 +55,13 @@ class PKT(Method):
 
     def taps(self) -> Taps:
         return Taps(self.student_taps, self.teacher_taps) if self.hint else Taps()
+
+    def build(self, student: Outputs, teacher: Outputs | None, targets: Tensor) -> None:
+        if self.hint:
+            assert teacher is not None
+            n_s, n_t = len(student.features), len(teacher.features)
+            if n_s != n_t:
+                raise UserError(f"method=pkt pairs its taps: {n_s} of the student, {n_t} of the teacher. Name as many.")
 
     def forward(self, student: Outputs, teacher: Outputs | None, target: Tensor) -> dict[str, Tensor]:
         terms = {}

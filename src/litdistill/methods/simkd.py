@@ -74,32 +74,39 @@ class ReusedHead(nn.Module):
     ):
         super().__init__()
         self.backbone, self.projector, self.classifier, self.size = backbone, projector, classifier, size
-        self._taken: list[Tensor] = []
+        self._taken = _Taken()
+        for m in backbone.modules():
+            if getattr(m, "inplace", False) is True:
+                m.inplace = False  # type: ignore[assignment] # or an activation behind the tap would overwrite the map
         name, _, where = tap.partition(":")
         module = backbone.get_submodule(name)
-        # partials and no closures: a deep copy of this network takes a list and hooks of its own along
         if where:
             module.register_forward_pre_hook(partial(_take_input, self._taken))
         else:
             module.register_forward_hook(partial(_take_output, self._taken))
 
     def forward(self, images: Tensor) -> Tensor:
-        self._taken.clear()
         self.backbone(images)
-        x = self._taken[-1]
-        self._taken.clear()  # or the graph of the last batch would be kept
+        x, self._taken.map = self._taken.map, None  # or the graph of this batch would be kept
+        assert x is not None
         h, w = min(x.shape[2], self.size[0]), min(x.shape[3], self.size[1])
         if x.shape[2:] != (h, w):
             x = F.adaptive_avg_pool2d(x, (h, w))
         return self.classifier(self.projector(x).mean((2, 3)))
 
 
-def _take_input(taken: list[Tensor], module: nn.Module, args: tuple[Any, ...]) -> None:
-    taken.append(args[0])
+class _Taken:
+    """What the hook writes to: an object, which a deep copy of the network copies along and `torch.export` lets be."""
+
+    map: Tensor | None = None
 
 
-def _take_output(taken: list[Tensor], module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
-    taken.append(out)
+def _take_input(taken: _Taken, module: nn.Module, args: tuple[Any, ...]) -> None:
+    taken.map = args[0]
+
+
+def _take_output(taken: _Taken, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
+    taken.map = out
 
 
 def projector(channels: int, out: int, factor: int) -> nn.Sequential:

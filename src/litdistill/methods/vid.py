@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -15,26 +16,26 @@ from litdistill.methods.base import Method, Outputs, Taps, check_weights, hard_l
 class Gaussian(nn.Module):
     """q(teacher's map | student's map): the mean from three 1x1 convolutions, one learned variance a channel.
 
-    The variance is softplus(a) + `eps` (equation 5), at first `variance`.
+    The variance is softplus(a) + `eps`, at first `variance`.
     """
 
     def __init__(self, student_channels: int, teacher_channels: int, variance: float = 5.0, eps: float = 1e-5):
         super().__init__()
         widths = [student_channels, teacher_channels, teacher_channels, teacher_channels]
-        convs = [nn.Conv2d(a, b, 1, bias=False) for a, b in zip(widths, widths[1:], strict=False)]
+        convs = [nn.Conv2d(a, b, 1, bias=False) for a, b in pairwise(widths)]
         self.mean = nn.Sequential(convs[0], nn.ReLU(), convs[1], nn.ReLU(), convs[2])
         self.scale = nn.Parameter(torch.full((teacher_channels,), math.log(math.expm1(variance - eps))))
         self.eps = eps
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """−log q without its constant, (N, C, H, W) each, averaged over all elements; a scalar. The larger map is pooled."""
+        """−log q without its constant, averaged over elements; a scalar. Both (N, C, H, W); the larger is pooled."""
         f_s, f_t = same_size(student, teacher)
         variance = (F.softplus(self.scale.float()) + self.eps).view(1, -1, 1, 1)
         return 0.5 * ((self.mean(f_s).float() - f_t.float()).square() / variance + variance.log()).mean()
 
 
 class VID(Method):
-    """`hard` · CE(student, labels) + `hint` · sum over stages of −log q(teacher | student). That may fall below zero."""
+    """`hard` · CE(student, labels) + `hint` · sum over stages of −log q(teacher | student), which may be negative."""
 
     def __init__(
         self,

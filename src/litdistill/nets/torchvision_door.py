@@ -49,8 +49,8 @@ def torchvision_classifier(
             raise UserError(f"{name} takes square images only, and these are {height}x{width}. {REMEDY}")
         size = {"image_size": height} if name.startswith("vit_") else {"input_size": (height, width)}
         options = size | options
-    if name in ("googlenet", "inception_v3"):
-        options = {"aux_logits": False} | ({"init_weights": True} if weights is None else {}) | options
+    if name in ("googlenet", "inception_v3") and weights is None:
+        options = {"aux_logits": False, "init_weights": True} | options
 
     net = pretrained(name, weights, options) if weights else built(name, num_classes, options)
     small = stem == "small" or (stem == "auto" and min(height, width) <= 64)
@@ -86,6 +86,8 @@ def pretrained(name: str, weights: str, options: dict[str, Any]) -> nn.Module:
         raise UserError(
             f"{path} does not hold the plain weights {weights} of {name}: delete it and try again."
         ) from error
+    if name == "inception_v3":
+        net.aux_logits, net.AuxLogits = False, None
     if hasattr(net, "transform_input"):
         # It would take its three colours from images of one; images are normalised by the data set's own statistics.
         net.transform_input = False

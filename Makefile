@@ -1,0 +1,45 @@
+# make distill   a teacher, a student and the table that compares them, on bundled digits; sets itself up in .venv first
+# make test      style, types and tests
+
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+BIN := .venv/bin
+SETUP := .venv/.ready
+
+.PHONY: distill test test-all setup requirements clean
+.DEFAULT_GOAL := distill
+
+distill: $(SETUP)
+	@stamp=$$(date +%Y-%m-%d_%H-%M-%S)_$$$$; export RUN_STAMP=$$stamp; \
+	$(BIN)/python scripts/train.py --multirun experiment=digits seed=0,1,2 method=supervised,kd && \
+	$(BIN)/python scripts/report.py runs=runs/digits/$$stamp out=runs/digits/$$stamp/table.md && \
+	echo "Curves and pictures: $(BIN)/tensorboard --logdir runs"
+
+test: $(SETUP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# What takes longer but needs no network.
+test-all: $(SETUP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not network and not gpu and not slurm"
+
+setup: $(SETUP)
+
+# Every package is pinned by version and hash; uv itself is one of them.
+$(SETUP): requirements.txt pyproject.toml
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; name one with make PYTHON=/path/to/python3"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep -oE '^uv==[^ ]+' requirements.txt)"
+	$(BIN)/uv pip sync --quiet --require-hashes --python $(BIN)/python requirements.txt
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
+	@touch $@
+
+# Pins anew what pyproject.toml asks for. The file names no host, so that it installs from whatever index is set up.
+requirements: $(SETUP)
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate --upgrade \
+		--extra dev --output-file requirements.txt pyproject.toml
+
+clean:
+	rm -rf .venv runs

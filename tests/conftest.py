@@ -1,0 +1,56 @@
+"""Shared by all tests: small runs in a temporary folder, on the bundled digits, in this process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+from litdistill.runtime import CONF, quieten
+
+os.environ.setdefault("RUN_STAMP", "test")
+quieten()
+torch.set_num_threads(1)
+
+# A run that takes a second: one that is enough for a property, not for an accuracy.
+SMALL = [
+    "data.per_class=12",
+    "data.batch_size=32",
+    "student.widths=[8,8]",
+    "teacher.widths=[16,16]",
+    "trainer=cpu",
+    "trainer.max_epochs=2",
+    "trainer.log_every_n_steps=2",
+    "+teacher.recipe.trainer.max_epochs=3",
+]
+
+
+def compose_config(folder: Path, *overrides: str, root: str = "train") -> DictConfig:
+    """The composed config of a command, its run in `folder`."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose(
+            root, [f"runs={folder.parent}", f"+folder={folder}" if root != "train" else f"folder={folder}", *overrides]
+        )
+
+
+@pytest.fixture(scope="session")
+def teachers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the session's runs keep their automatic teachers, so that each is trained once."""
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture
+def small(teachers: Path, tmp_path: Path) -> Callable[..., DictConfig]:
+    """`small(*overrides, name="a")`: the config of a small run in a folder of its own."""
+
+    def make(*overrides: str, name: str = "run") -> DictConfig:
+        cfg = compose_config(tmp_path / name, *SMALL, *overrides)
+        cfg.runs = str(teachers)
+        return cfg
+
+    return make

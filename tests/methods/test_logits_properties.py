@@ -1,0 +1,139 @@
+"""What leaves the logit methods unchanged, what they are of each other, and that their configs hold their defaults."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from litdistill.methods.base import Method, Outputs
+from litdistill.methods.dist import pearson_distance
+from litdistill.methods.dkd import DKD
+from litdistill.methods.kd_standardised import KDStandardised
+from litdistill.methods.logit_mse import LogitMSE
+from litdistill.methods.soft_target_ce import SoftTargetCE
+from litdistill.methods.teacher_free import TeacherFree
+from litdistill.methods.wttm import WTTM
+
+CONF = Path(__file__).parents[2] / "conf" / "method"
+
+
+def log_p(z: Tensor) -> Tensor:
+    return z - z.logsumexp(dim=-1, keepdim=True)
+
+
+def kl(teacher: Tensor, student: Tensor) -> Tensor:
+    """The mean over samples."""
+    return (log_p(teacher).exp() * (log_p(teacher) - log_p(student))).sum() / len(teacher)
+
+
+def draw(shape: tuple[int, int], scale: float = 1.0, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    student, teacher = torch.randn(*shape, generator=g) * scale, torch.randn(*shape, generator=g) * scale
+    return student, teacher, torch.randint(shape[1], (shape[0],), generator=g)
+
+
+def test_kd_is_its_two_decoupled_halves():
+    """Zhao et al., equation 7: KD = TCKD + (1 − p_target) · NCKD, sample by sample."""
+    student, teacher, target = draw((1, 10), 3.0)
+    terms = DKD(0, 1, 1, 2.0)(Outputs(student), Outputs(teacher), target)
+    p = torch.softmax(teacher.double() / 2, 1)[0, target[0]].item()
+    whole = 4 * kl(teacher.double() / 2, student.double() / 2).item()
+    assert terms["tckd"].item() + (1 - p) * terms["nckd"].item() == pytest.approx(whole, rel=1e-5)
+
+
+def test_soft_target_ce_is_kl_plus_the_teachers_entropy():
+    student, teacher, target = draw((5, 10), 2.0)
+    got = SoftTargetCE(0, 1, 1.0)(Outputs(student), Outputs(teacher), target)["soft"].item()
+    entropy = -(log_p(teacher.double()).exp() * log_p(teacher.double())).sum().item() / 5
+    assert got == pytest.approx(kl(teacher.double(), student.double()).item() + entropy, rel=1e-5)
+
+
+def test_wttm_with_exponent_one_is_kl_at_temperature_one():
+    student, teacher, target = draw((5, 10), 2.0)
+    got = WTTM(0, 1, gamma=1.0)(Outputs(student), Outputs(teacher), target)["soft"].item()
+    assert got == pytest.approx(kl(teacher.double(), student.double()).item(), rel=1e-5)
+
+
+def test_centred_logit_mse_does_not_see_a_shift_and_the_plain_one_does():
+    student, teacher, target = draw((5, 10))
+    shifted = student + torch.arange(5.0)[:, None]
+    centred, plain = LogitMSE(centred=True), LogitMSE()
+    values = [m(Outputs(s), Outputs(teacher), target)["soft"] for m in (centred, plain) for s in (student, shifted)]
+    torch.testing.assert_close(values[1], values[0])
+    d = (student - teacher).double()
+    assert values[0].item() == pytest.approx((d - d.mean(1, keepdim=True)).pow(2).sum().item() / 10, rel=1e-5)
+    assert abs(values[3] - values[2]) > 1
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.floats(0.05, 50), st.floats(-100, 100), st.integers(0, 100))
+def test_standardised_kd_sees_neither_scale_nor_shift(scale, shift, seed):
+    student, teacher, target = draw((4, 10), seed=seed)
+    method = KDStandardised(hard=0)
+    base = method(Outputs(student), Outputs(teacher), target)["soft"].item()
+    moved = method(Outputs(student * scale + shift), Outputs(teacher), target)["soft"].item()
+    assert moved == pytest.approx(base, rel=1e-2, abs=1e-3)
+    assert method(Outputs(teacher * scale + shift), Outputs(teacher), target)["soft"].item() == pytest.approx(
+        0, abs=1e-4
+    )
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.floats(0.05, 50), st.floats(-10, 10), st.integers(0, 100))
+def test_pearson_distance_sees_neither_scale_nor_shift_and_sees_a_sign(scale, shift, seed):
+    a, b, _ = draw((4, 10), seed=seed)
+    assert pearson_distance(a * scale + shift, b).item() == pytest.approx(pearson_distance(a, b).item(), abs=1e-4)
+    assert pearson_distance(a, -a * scale).item() == pytest.approx(2, abs=1e-4)
+
+
+def test_standardised_gradient_is_finite_for_a_classifier_that_starts_at_zero():
+    student = torch.zeros(3, 10, requires_grad=True)
+    _, teacher, target = draw((3, 10))
+    sum(KDStandardised()(Outputs(student), Outputs(teacher), target).values()).backward()
+    assert student.grad is not None
+    assert torch.isfinite(student.grad).all()
+
+
+def test_teacher_free_needs_no_teacher_and_its_teacher_is_right():
+    method = TeacherFree(hard=0, soft=1, correct=0.99, temperature=1e-3)
+    assert not method.needs_teacher
+    z = torch.zeros(1, 4)  # a uniform student: KL = log 4 − entropy of a teacher that is all but sure
+    assert method(Outputs(z), None, torch.tensor([2]))["soft"].item() == pytest.approx(math.log(4), rel=1e-4)
+
+
+NAMES = [
+    *(
+        "supervised",
+        "kd",
+        "kd_standardised",
+        "dkd",
+        "dist",
+        "mlkd",
+        "wttm",
+        "teacher_free",
+        "soft_target_ce",
+        "logit_mse",
+    ),
+    *("hard_pseudo_label", "rkd", "sp", "cc", "crd"),
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_config_holds_every_argument_with_its_default(name):
+    config = dict(OmegaConf.load(CONF / f"{name}.yaml").items())
+    module, _, cls = config.pop("_target_").rpartition(".")
+    signature = inspect.signature(getattr(import_module(module), cls)).parameters
+    defaults = {k: list(p.default) if isinstance(p.default, tuple) else p.default for k, p in signature.items()}
+    assert config == defaults
+    assert isinstance(instantiate(OmegaConf.load(CONF / f"{name}.yaml")), Method)
+    assert (CONF / f"{name}.yaml").read_text().startswith("# ")

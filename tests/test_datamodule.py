@@ -1,0 +1,133 @@
+"""`ImageData`: splits, subsets, batches; the same views for any batch size and world size."""
+
+import pytest
+import torch
+from lightning import LightningModule, Trainer
+
+from litdistill.data.augment import Crop, Flip
+from litdistill.data.datamodule import IdLoader, ImageData
+from litdistill.errors import UserError
+
+
+def digits(**options) -> ImageData:
+    data = ImageData("digits", **options)
+    data.setup()
+    return data
+
+
+def test_validation_is_held_out_stratified_and_the_same_for_every_seed():
+    a, b = digits(seed=0), digits(seed=5)
+    assert torch.equal(a.val_ids, b.val_ids)
+    assert not set(a.val_ids.tolist()) & set(a.train_ids.tolist())
+    assert len(a.val_ids) + len(a.train_ids) == len(a.train_targets)
+    share = torch.bincount(a.train_targets[a.val_ids]) / torch.bincount(a.train_targets)
+    assert ((share - 0.1).abs() < 0.01).all()
+    assert 128 <= len(digits(val_size=130).val_ids) <= 132  # a count, rounded class by class
+
+
+def test_per_class_and_fraction_choose_of_what_is_not_held_out():
+    few = digits(per_class=7, seed=1)
+    assert torch.bincount(few.train_targets[few.train_ids]).tolist() == [7] * 10
+    assert not set(few.val_ids.tolist()) & set(few.train_ids.tolist())
+    assert not torch.equal(few.train_ids, digits(per_class=7, seed=2).train_ids)
+    assert torch.equal(few.train_ids, digits(per_class=7, seed=2, subset_seed=1).train_ids)
+    tenth = digits(fraction=0.1)
+    assert abs(len(tenth.train_ids) - 0.1 * len(digits().train_ids)) <= 5
+
+
+def test_classes_are_renumbered_and_ids_stay():
+    full, two = digits(), digits(classes=[7, 1])
+    assert two.num_classes == 2
+    assert two.class_names == ("7", "1")
+    ids = two.train_ids
+    assert torch.equal(two.train_targets[ids] == 0, full.train_targets[ids] == 7)
+    assert set(full.train_targets[ids].tolist()) == {1, 7}
+    assert set(two.source.test.targets[two.test_ids].tolist()) == {0, 1}
+    assert torch.equal(two.source.train.images[ids], full.source.train.images[ids])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"val_size": 0}, "val_size"),
+        ({"val_size": 0.9999}, "leaves 0 to train on"),
+        ({"val_size": 1297}, "leaves 0 to train on"),
+        ({"fraction": 0.5, "per_class": 3}, "one of them"),
+        ({"fraction": 1.5}, "at most 1"),
+        ({"per_class": 0}, "at least 1"),
+        ({"per_class": 500}, "smallest class"),
+        ({"classes": [0, 12]}, "0 to 9"),
+        ({"classes": [3]}, "at least two"),
+        ({"batch_size": 0}, "batch_size"),
+    ],
+)
+def test_impossible_options_are_refused_with_words(options, words):
+    with pytest.raises(UserError, match=words):
+        digits(**options)
+
+
+def test_normalised_training_images_have_mean_0_and_deviation_1():
+    data = digits()
+    images = torch.cat([b.images for b in data.batches("train")]).double()
+    assert abs(images.mean()) < 1e-5
+    assert abs(images.std(correction=0) - 1) < 1e-5
+    given = digits(mean=[0.5], std=[0.25]).batch(torch.tensor([0]), "train").images
+    assert torch.allclose(given, (data.source.train.images[:1] / 255 - 0.5) / 0.25, atol=1e-6)
+
+
+class Recorder(LightningModule):
+    """Keeps what it is given, per epoch."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.seen = []
+
+    def training_step(self, batch, batch_idx):
+        self.seen += [
+            (self.current_epoch, int(i), int(v), x.numpy().tobytes())
+            for i, v, x in zip(batch.ids, batch.views, batch.images, strict=True)
+        ]
+        return self.weight * 1.0
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def views_seen(tmp_path, **options) -> list:
+    model = Recorder()
+    data = ImageData("digits", per_class=4, augment=[Crop(1), Flip()], **options)
+    trainer = Trainer(
+        accelerator="cpu", max_epochs=2, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=tmp_path, limit_val_batches=0, num_sanity_val_steps=0,
+    )  # fmt: skip
+    trainer.fit(model, datamodule=data)
+    return model.seen
+
+
+def test_the_same_views_in_any_batch_size(tmp_path):
+    a, b = views_seen(tmp_path, batch_size=40), views_seen(tmp_path, batch_size=7)
+    assert a == b  # order, views and pixels, to the bit
+    assert len({(e, i) for e, i, _, _ in a}) == len(a) == 80
+    assert [x[1:3] for x in a[:40]] != [x[1:3] for x in a[40:]]
+    assert a != views_seen(tmp_path, batch_size=40, seed=1)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_share_the_batches_of_one_process(world_size):
+    ids = torch.arange(100, 137)
+    shuffled = lambda epoch: ids.roll(epoch)  # noqa: E731
+    alone = list(IdLoader(shuffled, 37, 6 * world_size, lambda: (3, 0)))
+    ranks = [list(IdLoader(shuffled, 37, 6, lambda: (3, 0), rank, world_size)) for rank in range(world_size)]
+    assert all(len(r) == len(alone) == len(IdLoader(shuffled, 37, 6, rank=0, world_size=world_size)) for r in ranks)
+    for i, batch in enumerate(alone):
+        assert torch.equal(torch.cat([r[i] for r in ranks]), batch)  # evaluation counts each sample exactly once
+    padded = [list(IdLoader(shuffled, 37, 6, lambda: (3, 0), rank, world_size, pad=True)) for rank in range(world_size)]
+    assert all(len({len(r[i]) for r in padded}) == 1 for i in range(len(alone)))  # training: steps of equal size
+
+
+def test_a_loader_goes_on_in_the_middle_of_an_epoch():
+    ids = torch.arange(20)
+    whole = list(IdLoader(lambda _: ids, 20, 3))
+    rest = list(IdLoader(lambda _: ids, 20, 3, lambda: (0, 4)))
+    assert [x.tolist() for x in rest] == [x.tolist() for x in whole[4:]]

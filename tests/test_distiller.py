@@ -1,0 +1,174 @@
+"""The guarantees of `Distiller`, each broken by the fault it is there for."""
+
+import math
+
+import pytest
+import torch
+from lightning import Trainer
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from litdistill.data.datamodule import ImageData
+from litdistill.distiller import Distiller, check_teacher, interpolate
+from litdistill.errors import UserError
+from litdistill.methods.base import Method
+from litdistill.methods.kd import KD
+from litdistill.methods.supervised import Supervised
+from litdistill.nets.small import conv4
+from litdistill.teacher import FrozenTeacher, weights_sha256
+
+
+def net(width: int = 8, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return conv4(10, (1, 8, 8), widths=[width, width])
+
+
+def digits(**options) -> ImageData:
+    return ImageData("digits", per_class=12, batch_size=40, **options)
+
+
+def fit(distiller: Distiller, data, tmp_path, epochs: int = 2, **options) -> Trainer:
+    settings = {
+        "accelerator": "cpu", "max_epochs": epochs, "logger": False, "enable_progress_bar": False,
+        "enable_model_summary": False, "default_root_dir": tmp_path, "num_sanity_val_steps": 0, "log_every_n_steps": 1,
+    }  # fmt: skip
+    trainer = Trainer(**(settings | options))
+    if isinstance(data, ImageData):
+        trainer.fit(distiller, datamodule=data)
+    else:
+        trainer.fit(distiller, *data)
+    return trainer
+
+
+def test_the_teacher_is_bit_identical_after_a_fit(tmp_path):
+    teacher = FrozenTeacher(net(16, seed=1))
+    before = {k: v.clone() for k, v in teacher.net.state_dict().items()}
+    distiller = Distiller(net(), KD(), teacher, allow_chance=True)
+    distiller.train()
+    assert not any(m.training for m in teacher.modules())
+    teacher.train()  # what any other code might call
+    assert not any(m.training for m in teacher.modules())
+    student = {k: v.clone() for k, v in distiller.student.state_dict().items()}
+    fit(distiller, digits(), tmp_path)
+    after = teacher.net.state_dict()
+    assert all(torch.equal(before[k], after[k]) for k in before)  # BatchNorm's averages too
+    assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
+    assert not all(torch.equal(v, distiller.student.state_dict()[k]) for k, v in student.items())
+
+
+def test_no_checkpoint_and_no_optimiser_holds_the_teacher(tmp_path):
+    distiller = Distiller(net(), KD(), FrozenTeacher(net(16, seed=1)), allow_chance=True)
+    trainer = fit(distiller, digits(), tmp_path)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    saved = torch.load(tmp_path / "a.ckpt", weights_only=True)  # tensors and plain values only
+    assert {k.split(".")[0] for k in saved["state_dict"]} == {"student"}
+    assert "hyper_parameters" not in saved
+    optimised = {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
+    assert optimised == {id(p) for p in distiller.student.parameters()}
+    assert not [n for n, _ in distiller.named_modules() if "teacher" in n]
+
+
+def test_kd_without_its_soft_term_is_supervised_to_the_bit(tmp_path):
+    students = []
+    for method, teacher in ((KD(hard=1, soft=0), FrozenTeacher(net(16, seed=1))), (Supervised(), None)):
+        distiller = Distiller(net(), method, teacher, allow_chance=True)
+        fit(distiller, digits(), tmp_path)
+        students.append(weights_sha256(distiller.student.state_dict()))
+    assert students[0] == students[1]
+
+
+def test_the_student_learns_in_train_mode_and_is_validated_in_eval_mode(tmp_path):
+    modes = {"training_step": set(), "validation_step": set()}
+
+    class Spy(Distiller):
+        def training_step(self, *a):
+            modes["training_step"].add(self.student.training)
+            return super().training_step(*a)
+
+        def validation_step(self, *a):
+            modes["validation_step"].add(self.student.training)
+            return super().validation_step(*a)
+
+    fit(Spy(net(), KD(), FrozenTeacher(net(16, seed=1)), allow_chance=True), digits(), tmp_path, epochs=3)
+    assert modes == {"training_step": {True}, "validation_step": {False}}
+
+
+def test_any_trainer_and_any_loader_will_do(tmp_path):
+    set_ = TensorDataset(torch.randn(32, 1, 8, 8), torch.randint(0, 10, (32,)))
+    loaders = DataLoader(set_, batch_size=8, shuffle=True), DataLoader(set_, batch_size=8)
+    distiller = Distiller(net(), KD(), FrozenTeacher(net(16, seed=1)), allow_chance=True)
+    trainer = fit(distiller, loaders, tmp_path)
+    assert trainer.global_step == 8
+    assert {"train/loss", "train/hard", "train/soft", "train/agreement", "val/accuracy", "val/ece", "val/kl"} <= set(
+        trainer.callback_metrics
+    )
+
+
+def test_terms_are_scaled_between_the_points_of_their_schedule(tmp_path):
+    assert [interpolate([(0, 0), (20, 1)], x) for x in (0, 1, 10, 20, 300)] == [0, 0.05, 0.5, 1, 1]
+    assert interpolate([(1, 1), (2, 3), (4, 0)], 3) == 1.5
+
+    class Constant(Method):
+        needs_teacher = False
+
+        def forward(self, student, teacher, target):
+            return {"hard": student.logits.sum() * 0 + 1, "soft": student.logits.sum() * 0 + 10}
+
+    logged = []
+
+    class Spy(Distiller):
+        def on_train_epoch_end(self):
+            logged.append(
+                (float(self.trainer.callback_metrics["train/soft"]), float(self.trainer.callback_metrics["train/loss"]))
+            )
+
+    fit(Spy(net(), Constant(), schedule={"soft": [(0, 0), (4, 1)]}), digits(), tmp_path, epochs=3)
+    assert logged == [(2.5, 3.5), (5.0, 6.0), (7.5, 8.5)]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_term(tmp_path):
+    class Explodes(Method):
+        needs_teacher = False
+
+        def forward(self, student, teacher, target):
+            bad = self.epoch == 1
+            return {"hard": student.logits.mean() * (math.inf if bad else 1), "soft": student.logits.mean()}
+
+    with pytest.raises(UserError, match=r"not finite.*hard = (nan|inf|-inf)"):
+        fit(Distiller(net(), Explodes()), digits(), tmp_path, epochs=3, log_every_n_steps=1000)
+    kept = list(tmp_path.rglob("*.ckpt"))
+    assert len(kept) == 1  # of epoch 0, written before the loss exploded
+    state = torch.load(kept[0], weights_only=True)["state_dict"]
+    assert all(torch.isfinite(v).all() for v in state.values())
+
+
+def test_a_teacher_at_chance_level_is_refused_before_the_first_step(tmp_path):
+    distiller = Distiller(net(), KD(), FrozenTeacher(net(16, seed=1)))
+    before = weights_sha256(distiller.student.state_dict())
+    with pytest.raises(UserError, match=r"chance level.*allow_chance"):
+        fit(distiller, digits(), tmp_path)
+    assert weights_sha256(distiller.student.state_dict()) == before
+
+
+def test_chance_is_the_most_frequent_label():
+    targets = torch.tensor([0] * 90 + [1] * 10)
+    majority = torch.zeros(100, 2).index_fill_(1, torch.tensor([0]), 1.0)
+    with pytest.raises(UserError, match="chance"):
+        check_teacher(majority, targets)
+    assert check_teacher(majority, targets, allow_chance=True) == 0.9
+    assert check_teacher(nn.functional.one_hot(targets).float(), targets) == 1
+    with pytest.raises(UserError, match="not finite"):
+        check_teacher(majority / 0, targets)
+
+
+def test_a_method_that_needs_a_teacher_says_so():
+    with pytest.raises(UserError, match="learns from a teacher"):
+        Distiller(net(), KD())
+
+
+def test_a_teacher_is_known_by_the_hash_of_its_weights():
+    a, b = net(seed=1), net(seed=1)
+    assert weights_sha256(a.state_dict()) == weights_sha256(b.state_dict())
+    assert weights_sha256(dict(reversed(a.state_dict().items()))) == weights_sha256(a.state_dict())
+    next(iter(b.state_dict().values())).view(-1)[0] += 1e-3
+    assert weights_sha256(a.state_dict()) != weights_sha256(b.state_dict())

@@ -1,0 +1,265 @@
+"""A whole run: what it leaves, that it is the same twice, found again, resumed and reproduced."""
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from litdistill import train as train_module
+from litdistill.build import recipe_hash, teacher_config, teacher_folder
+from litdistill.callbacks import Stopped
+from litdistill.errors import UserError
+from litdistill.evaluate import differences, evaluate, load_run
+from litdistill.train import train
+
+
+def run(cfg) -> Path:
+    """Trains, and leaves the config where Hydra would."""
+    from omegaconf import OmegaConf
+
+    from litdistill.checkpoint import write_text
+
+    folder = Path(cfg.folder)
+    write_text(folder / ".hydra" / "config.yaml", OmegaConf.to_yaml(cfg))
+    train(cfg)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(teachers, tmp_path_factory):
+    """The folder of one finished distillation."""
+    from tests.conftest import SMALL, compose_config
+
+    cfg = compose_config(tmp_path_factory.mktemp("finished") / "run", *SMALL)
+    cfg.runs = str(teachers)
+    return run(cfg)
+
+
+def test_a_run_leaves_all_there_is_to_know(finished):
+    left = {str(p.relative_to(finished)) for p in finished.rglob("*") if p.is_file()}
+    assert {
+        "summary.json",
+        "student.safetensors",
+        "checkpoints/best.ckpt",
+        "checkpoints/last.ckpt",
+        ".hydra/config.yaml",
+    } <= left
+    assert any("tensorboard/events" in f for f in left)
+    s = json.loads((finished / "summary.json").read_text())
+    assert {"experiment", "seed", "teacher", "student", "time", "versions", "git", "command"} <= s.keys()
+    assert {"name", "sha256", "params", "test"} <= s["teacher"].keys()
+    assert {"name", "params", "macs", "bytes", "test", "agreement", "kl"} <= s["student"].keys()
+    assert {"accuracy", "nll", "ece", "brier"} == s["student"]["test"].keys()
+    assert {"best", "last"} == s["student"]["test"]["accuracy"].keys()
+    assert {"fit_s", "teacher_s", "samples_per_s"} <= s["time"].keys()
+    assert s["teacher"]["test"]["accuracy"] > 0.5
+    assert s["student"]["params"] == sum(
+        v.numel()
+        for k, v in load_file(finished / "student.safetensors").items()
+        if "running" not in k and "num_batches" not in k
+    )
+    assert s["command"].startswith("python ")
+
+
+def test_checkpoints_hold_tensors_and_plain_values_and_no_teacher(finished):
+    for name in ("best.ckpt", "last.ckpt"):
+        saved = torch.load(finished / "checkpoints" / name, weights_only=True)
+        assert {k.split(".")[0] for k in saved["state_dict"]} == {"student"}
+
+
+def test_tensorboard_shows_every_term_both_models_and_the_best_metric(finished):
+    events = EventAccumulator(str(finished / "tensorboard"), size_guidance={"images": 0, "tensors": 0, "scalars": 0})
+    events.Reload()
+    scalars = set(events.Tags()["scalars"])
+    assert {"train/loss", "train/hard", "train/soft", "train/accuracy", "train/agreement"} <= scalars
+    assert {
+        "val/accuracy",
+        "val/teacher_accuracy",
+        "val/agreement",
+        "val/kl",
+        "val/ece",
+        "val/nll",
+        "val/brier",
+    } <= scalars
+    assert {"speed/samples_per_s", "speed/teacher_share", "lr-Adam", "best/val_accuracy"} <= scalars
+    assert "hp_metric" not in scalars
+    assert {"validation/worst mistakes", "validation/confusion", "validation/reliability"} == set(
+        events.Tags()["images"]
+    )
+    texts = set(events.Tags()["tensors"])
+    assert {"config/text_summary", "custom_scalars__config__"} <= texts
+    best = json.loads((finished / "summary.json").read_text())["val"]["best"]
+    assert events.Scalars("best/val_accuracy")[-1].value == pytest.approx(best)
+    assert max(e.value for e in events.Scalars("val/accuracy")) == pytest.approx(best)
+
+
+def test_evaluate_reproduces_the_summary_to_the_digit(finished):
+    assert differences(evaluate(finished), load_run(finished)[1]) == []
+
+
+def test_evaluate_notices_other_weights(finished, tmp_path):
+    import shutil
+
+    from safetensors.torch import save_file
+
+    copy = shutil.copytree(finished, tmp_path / "copy")
+    state = load_file(copy / "student.safetensors")
+    save_file({k: v + 0.1 if v.is_floating_point() else v for k, v in state.items()}, copy / "student.safetensors")
+    assert differences(evaluate(copy), load_run(copy)[1])
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+
+
+def equal(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_seed_0_is_a_seed_and_two_runs_are_equal_to_the_bit(small):
+    first = weights(run(small("seed=0", name="a")))
+    torch.manual_seed(99)  # whatever happened before
+    assert equal(first, weights(run(small("seed=0", name="b"))))
+    assert not equal(first, weights(run(small("seed=1", name="c"))))
+
+
+def test_a_finished_run_is_not_repeated(small, monkeypatch):
+    folder = run(small(name="a"))
+    before = (folder / "summary.json").stat().st_mtime_ns
+    monkeypatch.setattr(train_module, "build_trainer", lambda *_: pytest.fail("trained again"))
+    assert train(small(name="a")) == json.loads((folder / "summary.json").read_text())["val"]["best"]
+    assert (folder / "summary.json").stat().st_mtime_ns == before
+
+
+def test_an_automatic_teacher_is_trained_once_and_shared_by_seeds_and_methods(small, teachers):
+    run(small(name="a"))
+    folder = teacher_folder(small())
+    before = (folder / "student.safetensors").stat().st_mtime_ns
+    cfg = small("seed=7", "method=supervised", "data.per_class=5", name="b")
+    assert teacher_folder(cfg) == folder
+    b = json.loads((run(cfg) / "summary.json").read_text())
+    assert (folder / "student.safetensors").stat().st_mtime_ns == before
+    assert b["teacher"]["sha256"] == json.loads((folder / "summary.json").read_text())["student"]["sha256"]
+
+
+@pytest.mark.parametrize(
+    ("override", "same"),
+    [
+        ("data.root=elsewhere", True),
+        ("trainer.accelerator=auto", True),
+        ("seed=3", True),
+        ("method.temperature=9", True),
+        ("teacher.recipe.seed=1", False),
+        ("teacher.widths=[16,17]", False),
+        ("data.classes=[0,1]", False),
+        ("optimizer.lr=0.01", False),
+        ("teacher.recipe.trainer.max_epochs=4", False),
+    ],
+)
+def test_a_teacher_is_known_by_what_decides_its_weights(small, override, same):
+    assert (recipe_hash(teacher_config(small())) == recipe_hash(teacher_config(small(override)))) is same
+
+
+def test_a_teacher_sees_all_labels_where_its_student_sees_few(small):
+    cfg = teacher_config(small())
+    assert cfg.data.per_class is None
+    assert cfg.teacher is None
+    assert cfg.student.widths == [16, 16]
+    assert cfg.seed == 0
+    assert cfg.data.seed == 0
+
+
+def test_a_finished_run_is_a_teacher_and_a_starting_point(small):
+    a = run(small("method=supervised", name="a"))
+    cfg = small(
+        f"teacher.checkpoint={a}",
+        f"student.checkpoint={a}/checkpoints/best.ckpt",
+        "teacher.widths=[8,8]",
+        "optimizer.lr=0",
+        "teacher.allow_chance=true",
+        name="b",
+    )
+    b = json.loads((run(cfg) / "summary.json").read_text())
+    assert b["teacher"]["sha256"] == json.loads((a / "summary.json").read_text())["student"]["sha256"]
+    start, end = load_file(a / "student.safetensors"), load_file(Path(cfg.folder) / "student.safetensors")
+    assert all(torch.equal(start[k], end[k]) for k in start if "running" not in k and "num_batches" not in k)
+
+
+class StopAt(Callback):
+    """What a user's Ctrl-C does in the middle of an epoch."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_train_batch_start(self, trainer, *_):
+        if trainer.global_step == self.step:
+            signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("step", [1, 3, 4, 6])  # four steps an epoch: in the middle, at the last, at the first
+@pytest.mark.parametrize("extra", [(), ("method=fitnet", "ema=0.9", "scheduler=cosine")])
+def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(small, monkeypatch, step, extra):
+    whole = weights(run(small(*extra, name="whole")))
+    build = train_module.build_trainer
+
+    def with_stop(cfg, folder):
+        trainer = build(cfg, folder)
+        trainer.callbacks.append(StopAt(step))
+        return trainer
+
+    handler = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(train_module, "build_trainer", with_stop)
+    with pytest.raises(Stopped) as stopped:
+        run(small(*extra, name="parts"))
+    assert stopped.value.status == 130
+    assert signal.getsignal(signal.SIGINT) is handler
+    monkeypatch.setattr(train_module, "build_trainer", build)
+    assert equal(whole, weights(run(small(*extra, name="parts"))))
+
+
+def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(small, monkeypatch, caplog):
+    cfg = small("trainer.max_epochs=3", name="a")
+    folder = run(cfg)
+    (folder / "summary.json").unlink()
+    last = folder / "checkpoints" / "last.ckpt"
+    last.write_bytes(last.read_bytes()[:1000])
+    run(small("trainer.max_epochs=3", name="a"))
+    assert "Trying the one before" in caplog.text
+    assert (folder / "summary.json").is_file()
+
+
+def test_a_teacher_with_another_class_count_is_refused(small):
+    a = run(small("method=supervised", "teacher=null", name="a"))
+    with pytest.raises(UserError, match="trained on 10 classes, and this data has 2"):
+        run(small(f"teacher.checkpoint={a}", "teacher.widths=[8,8]", "data.classes=[0,1]", name="b"))
+
+
+def test_a_wrong_method_option_is_known_before_a_teacher_is_trained(small, monkeypatch):
+    monkeypatch.setattr(train_module, "find_teacher", lambda *_: pytest.fail("too late"))
+    for override in ("method.temperature=0", "method.temperature=-1", "method.soft=-0.1", "method.hard=-1"):
+        with pytest.raises(UserError, match=r"temperature|loss weight"):
+            run(small(override, name="a"))
+
+
+def test_a_method_without_its_teacher_is_refused(small):
+    with pytest.raises(UserError, match=r"learns from a teacher.*net@teacher"):
+        run(small("teacher=null", name="a"))
+
+
+def test_a_foreign_target_is_refused(small):
+    cfg = small("+student.hidden._target_=os.system", name="a")
+    with pytest.raises(UserError, match=r"os\.system is refused"):
+        run(cfg)
+
+
+def test_a_folder_that_cannot_be_written_is_named(small, tmp_path):
+    (tmp_path / "file").write_text("")
+    cfg = small(name="a")
+    cfg.folder = str(tmp_path / "file" / "run")
+    with pytest.raises((UserError, OSError), match=r"cannot be written|Not a directory"):
+        train(cfg)
