@@ -75,10 +75,11 @@ def last_state(checkpoints: Path) -> Path | None:
 
 def build_trainer(cfg: DictConfig, folder: Path) -> Trainer:
     """Lightning's Trainer with the config's callbacks and loggers, and this project's."""
-    callbacks: list[Callback] = [StopSafely(folder / "checkpoints"), EpochLine(), *progress_bar()]
+    callbacks: list[Callback] = [EpochLine(), *progress_bar()]
     callbacks += [make(c) for c in (cfg.callbacks or {}).values()]
     if cfg.ema is not None:
         callbacks.append(EMAWeightAveraging(decay=cfg.ema))
+    callbacks.append(StopSafely(folder / "checkpoints"))  # last: what it saves, all others have seen
     loggers: list[Logger] = [make(c) for c in (cfg.logger or {}).values()]
     bar = any(c.__class__.__name__ == "RichProgressBar" for c in callbacks)
     return make(

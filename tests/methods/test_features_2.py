@@ -228,7 +228,7 @@ def test_a_network_without_maps_is_told_so(cls):
         cls(hint=-1)
 
 
-@pytest.mark.parametrize("key", ["ofd", "reviewkd", "simkd", "srd", "ickd", "kdsvd", "cwd", "pkd"])
+@pytest.mark.parametrize("key", ["ofd", "reviewkd", "simkd", "srrl", "ickd", "kdsvd", "cwd", "pkd"])
 def test_the_yaml_shows_every_argument_with_its_default(key):
     conf = OmegaConf.to_container(OmegaConf.load(CONF / f"{key}.yaml"))
     defaults = {k: p.default for k, p in inspect.signature(get_class(conf["_target_"])).parameters.items()}

@@ -1,4 +1,4 @@
-"""SimKD and SRD, which reuse the teacher's classifier: their networks, and their losses written out in float64."""
+"""SimKD and SRRL, which reuse the teacher's classifier: their networks, and their losses written out in float64."""
 
 import copy
 
@@ -10,7 +10,7 @@ from torch import nn
 from litdistill.errors import UserError
 from litdistill.methods.base import Outputs
 from litdistill.methods.simkd import ReusedHead, SimKD
-from litdistill.methods.srd import SRD
+from litdistill.methods.srrl import SRRL
 from litdistill.nets.mobilenet import mobilenet_v2
 from litdistill.nets.resnet import resnet
 from litdistill.nets.small import conv4, mlp
@@ -150,9 +150,9 @@ def test_simkd_loss(size):
 
 
 @pytest.mark.parametrize("batch", [1, 4])
-def test_srd_loss_and_gradient(batch):
+def test_srrl_loss_and_gradient(batch):
     teacher, images = teacher_net(), torch.randn(batch, *SHAPE)
-    method, student = SRD(hard=0, hint=0.5, soft=2), STUDENTS["conv4"]()
+    method, student = SRRL(hard=0, hint=0.5, soft=2), STUDENTS["conv4"]()
     assert method.prepare(student, teacher, torch.randn(2, *SHAPE)) is student
     s, t = read(method, student.eval(), teacher, images)
     method.build(s, t, torch.zeros(9))
@@ -180,15 +180,15 @@ def test_srd_loss_and_gradient(batch):
     assert all(v.dtype == torch.float32 for v in low.values())
 
 
-def test_srd_parts_can_be_left_out():
+def test_srrl_parts_can_be_left_out():
     teacher, images = teacher_net(), torch.randn(2, *SHAPE)
-    method, student = SRD(soft=0), STUDENTS["conv4"]()
+    method, student = SRRL(soft=0), STUDENTS["conv4"]()
     method.prepare(student, teacher, images)
     s, t = read(method, student, teacher, images)
     method.build(s, t, torch.zeros(9))
     assert list(method(s, t, torch.tensor([0, 1]))) == ["hard", "hint"]
     assert "weight" not in method.state_dict()
-    off = SRD(hint=0, soft=0)
+    off = SRRL(hint=0, soft=0)
     off.build(s, t, torch.zeros(9))
     assert off.taps() == ((), ())
     assert not list(off.parameters())
@@ -200,7 +200,7 @@ def two_layers():
     )
 
 
-@pytest.mark.parametrize("method", [SimKD, SRD])
+@pytest.mark.parametrize("method", [SimKD, SRRL])
 def test_a_teacher_whose_classifier_does_not_read_the_pooled_map_is_refused(method):
     """Its last layer fits by size (4 channels, 4 inputs), but reads something else."""
     images = torch.randn(2, *SHAPE)
@@ -218,4 +218,4 @@ def test_simkd_refuses_a_student_without_maps():
         SimKD(factor=0)
     vectors = Outputs(torch.zeros(2, 5), {"pooled": torch.zeros(2, 7)})
     with pytest.raises(UserError, match="spatial maps"):
-        SRD().build(vectors, vectors, torch.zeros(9))
+        SRRL().build(vectors, vectors, torch.zeros(9))

@@ -1,0 +1,122 @@
+"""Every method of conf/method, with its published weights, on pairs of networks that its authors did not try.
+
+One family, two families with other numbers of stages, and a teacher of tokens: a method trains the student there, term
+by term, in float32 and under bfloat16 autocast, or says in one line that it needs spatial maps.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from litdistill.errors import UserError
+from litdistill.methods.base import Method
+from litdistill.nets.mobilenet import mobilenet_v2
+from litdistill.nets.resnet import resnet
+from litdistill.nets.small import conv4
+from litdistill.nets.timm_door import timm_classifier
+from litdistill.taps import Tapped, find
+from litdistill.teacher import FrozenTeacher
+
+YAMLS = {p.stem: p for p in sorted((Path(__file__).parents[2] / "conf" / "method").glob("*.yaml"))}
+SHAPE, CLASSES, N = (3, 32, 32), 10, 4
+
+# Methods that compare positions, and so have nothing to read in tokens. A new one is added here, or works on tokens.
+SPATIAL = {"ab", "at", "cwd", "fitnet", "fsp", "ft", "ickd", "kdsvd", "nst", "ofd", "pkd", "reviewkd", "simkd"}
+SPATIAL |= {"srrl", "vid"}
+TWO_PHASES = {"ab", "fsp", "ft"}  # whose first epochs, under 1000 of them, have a loss of their own
+METHODS_OWN = {"paraphraser"}  # terms that train the method's own networks and not the student
+
+PAIRS = {
+    "resnet14-resnet8": (lambda: resnet(CLASSES, SHAPE, 14), lambda: resnet(CLASSES, SHAPE, 8)),
+    "resnet14-mobilenet_v2": (lambda: resnet(CLASSES, SHAPE, 14), lambda: mobilenet_v2(CLASSES, SHAPE)),
+    "vit_tiny-conv4": (
+        lambda: timm_classifier(CLASSES, SHAPE, "vit_tiny_patch16_224", patch_size=8),
+        lambda: conv4(CLASSES, SHAPE),
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=PAIRS)
+def pair(request):
+    """A pair's name, its teacher, whose BatchNorms have seen some images, and its student, to be copied."""
+    if request.param.startswith("vit"):
+        pytest.importorskip("timm")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    teacher, student = (make() for make in PAIRS[request.param])
+    with torch.no_grad():
+        for _ in range(20):
+            teacher.train()(torch.randn(N, *SHAPE))
+    before = {k: v.clone() for k, v in teacher.state_dict().items()}
+    yield request.param, teacher.eval(), student
+    torch.set_num_threads(threads)
+    assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
+
+
+def built(method: Method, teacher, student, example):
+    """The calls of `litdistill.build.build_distiller` in their order."""
+    student = method.prepare(student, teacher, example)
+    asked = method.taps()
+    tapped = Tapped(student, find(student, example, asked.student))
+    frozen = FrozenTeacher(teacher, find(teacher, example, asked.teacher))
+    student.eval()
+    try:
+        with torch.no_grad():
+            method.build(tapped(example), frozen(example), torch.arange(40) % CLASSES)
+    except UserError:
+        frozen.tapped.remove()
+        raise
+    student.train()
+    return tapped, frozen
+
+
+@pytest.mark.parametrize("name", YAMLS)
+def test_trains_the_student_or_says_that_it_needs_maps(pair, name):
+    pair_name, teacher, student = pair
+    torch.manual_seed(1)
+    images, labels, ids = torch.randn(N, *SHAPE), torch.tensor([3, 1, 4, 1]), torch.tensor([3, 11, 34, 21])
+    method = instantiate(OmegaConf.load(YAMLS[name]), _convert_="all")
+    teacher.requires_grad_(True)  # as it comes, before anything freezes it
+    if pair_name.startswith("vit") and name in SPATIAL:
+        with pytest.raises(UserError, match=f"method={name} compares spatial maps") as error:
+            built(method, teacher, copy.deepcopy(student), images[:2])
+        assert "\n" not in str(error.value)
+        return
+    tapped, frozen = built(method, teacher, copy.deepcopy(student), images[:2])
+    student = tapped.net
+    trained = [*student.parameters(), *method.parameters()]
+    assert not {id(p) for p in trained} & {id(p) for p in teacher.parameters()}
+    wanted_grads = [p for p in student.parameters() if p.requires_grad]
+    names = {}
+    for epoch in (0, 1000):
+        for low in (False, True):
+            method.epoch = epoch
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=low):
+                wanted = frozen(images) if method.needs_teacher else None
+                terms = method(tapped(images)._replace(ids=ids), wanted, labels)
+            names[epoch, low] = set(terms)
+            assert terms
+            assert all(v.shape == () and v.dtype == torch.float32 and v.isfinite() for v in terms.values()), terms
+            for key, term in terms.items():
+                grads = torch.autograd.grad(term, wanted_grads, retain_graph=True, allow_unused=True)
+                reached = any(g is not None and g.any() for g in grads)
+                assert reached == (key not in METHODS_OWN), f"{key} at epoch {epoch}, autocast {low}"
+            for p in trained:
+                p.grad = None
+            sum(terms.values()).backward()
+            grads = [p.grad for p in trained if p.grad is not None]
+            assert any(g.any() for g in grads)
+            assert all(g.isfinite().all() for g in grads)
+    frozen.tapped.remove()
+    assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
+    assert not any(m.training for m in teacher.modules())
+    assert names[0, False] == names[0, True]
+    assert names[1000, False] == names[1000, True]
+    assert (names[0, False] != names[1000, False]) == (name in TWO_PHASES)
