@@ -14,18 +14,23 @@ from litdistill.runtime import command
 
 @command("export")
 def main(cfg: DictConfig) -> None:
-    from rich import print as show
+    from rich.console import Console
 
     from litdistill.export import check_table, export, verify
 
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=140)  # in a file no line is too long
     data = OmegaConf.create({"data": cfg.data})
     limits = (cfg.tolerance.difference, cfg.tolerance.agreement)
     if cfg.verify:
-        show(check_table(verify(cfg.run, data, limits, cfg.trust)))
+        console.print(check_table(verify(cfg.run, data, limits, cfg.trust)))
         return
     path, check = export(cfg.run, cfg.format, cfg.precision, cfg.preprocessing, cfg.calibration, limits, data)
-    show(check_table({path.name: check}))
-    show(f"Written to {path}")
+    console.print(check_table({path.name: check}))
+    if cfg.format == "safetensors" and cfg.preprocessing:
+        print("safetensors holds weights alone: the normalisation stands in its metadata, and predict applies it.")
+    print(f"Written to {path}")
 
 
 if __name__ == "__main__":

@@ -33,9 +33,9 @@ def test_random_bits_are_uniform_and_independent_of_streams():
     assert (aug.random_bits(0, 0, ids, 1) >= 0).all()
 
 
-@pytest.mark.parametrize("other", [{"seed": 1}, {"epoch": 1}, {"stream": 2}])
+@pytest.mark.parametrize("other", [{"seed": 1}, {"round": 1}, {"stream": 2}])
 def test_random_bits_depend_on_everything(other):
-    base = {"seed": 0, "epoch": 0, "stream": 1}
+    base = {"seed": 0, "round": 0, "stream": 1}
     ids = torch.arange(1000)
     a, b = aug.random_bits(ids=ids, **base), aug.random_bits(ids=ids, **(base | other))
     assert (a == b).sum() == 0
@@ -79,7 +79,7 @@ def test_flip_and_cutout():
 def test_views_code_all_steps_and_decode_to_the_same_images():
     steps = [aug.Crop(1), aug.Flip(), aug.Cutout(2, (8, 8))]
     images, ids = torch.randint(0, 256, (200, 1, 8, 8), dtype=torch.uint8), torch.arange(200)
-    view = aug.draw_views(steps, seed=1, epoch=4, ids=ids)
+    view = aug.draw_views(steps, seed=1, round=4, ids=ids)
     expected = images
     for stream, step in enumerate(steps, start=1):
         expected = step.apply(expected, step.draw(aug.random_bits(1, 4, ids, stream)))
@@ -91,3 +91,20 @@ def test_views_code_all_steps_and_decode_to_the_same_images():
 def test_a_wrong_padding_is_refused():
     with pytest.raises(ValueError, match="zero"):
         aug.Crop(2, "mirror")
+
+
+def test_epochs_cut_an_endless_row_of_rounds():
+    ids = torch.arange(50, 60)
+    row = torch.cat([aug.order(7, r, ids) for r in range(5)])
+    pieces = [aug.epoch_order(7, e, ids, 12) for e in range(4)]
+    assert torch.equal(torch.cat([i for i, _ in pieces]), row[:48])
+    assert torch.cat([r for _, r in pieces]).tolist() == [n // 10 for n in range(48)]
+    whole, rounds = aug.epoch_order(7, 3, ids)
+    assert torch.equal(whole, aug.order(7, 3, ids))
+    assert rounds.tolist() == [3] * 10
+
+
+def test_each_sample_can_have_a_round_of_its_own():
+    ids, rounds = torch.arange(6), torch.tensor([0, 1, 2, 0, 1, 2])
+    found = aug.random_bits(1, rounds, ids, 1)
+    assert found.tolist() == [int(aug.random_bits(1, int(r), i[None], 1)) for r, i in zip(rounds, ids, strict=True)]

@@ -5,7 +5,7 @@ import torch
 from lightning import LightningModule, Trainer
 
 from litdistill.data.augment import Crop, Flip
-from litdistill.data.datamodule import IdLoader, ImageData
+from litdistill.data.datamodule import IdLoader, Ids, ImageData
 from litdistill.errors import UserError
 
 
@@ -71,7 +71,7 @@ def test_normalised_training_images_have_mean_0_and_deviation_1():
     images = torch.cat([b.images for b in data.batches("train")]).double()
     assert abs(images.mean()) < 1e-5
     assert abs(images.std(correction=0) - 1) < 1e-5
-    given = digits(mean=[0.5], std=[0.25]).batch(torch.tensor([0]), "train").images
+    given = digits(mean=[0.5], std=[0.25]).batch(Ids("train", torch.tensor([0]))).images
     assert torch.allclose(given, (data.source.train.images[:1] / 255 - 0.5) / 0.25, atol=1e-6)
 
 
@@ -116,18 +116,30 @@ def test_the_same_views_in_any_batch_size(tmp_path):
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_ranks_share_the_batches_of_one_process(world_size):
     ids = torch.arange(100, 137)
-    shuffled = lambda epoch: ids.roll(epoch)  # noqa: E731
-    alone = list(IdLoader(shuffled, 37, 6 * world_size, lambda: (3, 0)))
-    ranks = [list(IdLoader(shuffled, 37, 6, lambda: (3, 0), rank, world_size)) for rank in range(world_size)]
+    shuffled = lambda epoch: Ids("train", ids.roll(epoch))  # noqa: E731
+    alone = [b.ids for b in IdLoader(shuffled, 37, 6 * world_size, lambda: (3, 0))]
+    assert torch.equal(torch.cat(alone), ids.roll(3))
+    ranks = [[b.ids for b in IdLoader(shuffled, 37, 6, lambda: (3, 0), r, world_size)] for r in range(world_size)]
     assert all(len(r) == len(alone) == len(IdLoader(shuffled, 37, 6, rank=0, world_size=world_size)) for r in ranks)
     for i, batch in enumerate(alone):
         assert torch.equal(torch.cat([r[i] for r in ranks]), batch)  # evaluation counts each sample exactly once
-    padded = [list(IdLoader(shuffled, 37, 6, lambda: (3, 0), rank, world_size, pad=True)) for rank in range(world_size)]
+    padded = [
+        [b.ids for b in IdLoader(shuffled, 37, 6, lambda: (3, 0), r, world_size, pad=True)] for r in range(world_size)
+    ]
     assert all(len({len(r[i]) for r in padded}) == 1 for i in range(len(alone)))  # training: steps of equal size
 
 
 def test_a_loader_goes_on_in_the_middle_of_an_epoch():
-    ids = torch.arange(20)
-    whole = list(IdLoader(lambda _: ids, 20, 3))
-    rest = list(IdLoader(lambda _: ids, 20, 3, lambda: (0, 4)))
-    assert [x.tolist() for x in rest] == [x.tolist() for x in whole[4:]]
+    rows = Ids("train", torch.arange(20), torch.arange(20) * 2)
+    whole = list(IdLoader(lambda _: rows, 20, 3))
+    rest = list(IdLoader(lambda _: rows, 20, 3, lambda: (0, 4)))
+    assert [x.ids.tolist() for x in rest] == [x.ids.tolist() for x in whole[4:]]
+    assert all(torch.equal(x.rounds, x.ids * 2) for x in whole)
+
+
+def test_an_epoch_can_be_longer_than_the_training_set(tmp_path):
+    seen = views_seen(tmp_path, batch_size=40, epoch_size=100)
+    assert len(seen) == 200
+    counts = [sum(i == j for _, j, _, _ in seen) for i in {j for _, j, _, _ in seen}]
+    assert counts == [5] * 40  # every image as often as any other
+    assert len({(i, v) for _, i, v, _ in seen}) > 150  # ... and each time in another view

@@ -129,6 +129,32 @@ def test_wide_convolutions_and_gates_inside_blocks_are_no_stage() -> None:
     assert find(net, images(), "stages") == ["0", "1"]
 
 
+def test_a_block_with_more_than_two_sizes_inside_is_an_encoder_whose_maps_count() -> None:
+    class Encoder(nn.Sequential):
+        """Takes the stem's size and gives another, as a block does."""
+
+    encoder = Encoder(nn.Conv2d(4, 5, 3, 1, 1), nn.Conv2d(5, 6, 3, 2, 1), nn.Conv2d(6, 8, 3, 2, 1))
+    net = nn.Sequential(nn.Conv2d(1, 4, 3, 1, 1), encoder, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
+    assert find(net, images(), "stages") == ["1.0", "1.1", "1"]
+
+
+@pytest.mark.parametrize("passing", [nn.Identity, nn.Dropout, nn.Dropout2d])
+def test_what_passes_a_map_on_is_no_end_of_a_stage(passing: type[nn.Module]) -> None:
+    """Called last it gives an earlier map; right behind the last map it would have holes in it in training."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.convs = nn.ModuleList([nn.Conv2d(1, 4, 3, 1, 1), nn.Conv2d(4, 4, 3, 1, 1)])
+            self.behind, self.skip, self.fc = passing(), passing(), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.convs[0](x)
+            return self.fc((self.behind(self.convs[1](x)) + self.skip(x)).mean((2, 3)))
+
+    assert find(Net(), images(), "stages") == ["convs.1"]
+
+
 def test_pooling_alone_makes_no_stage_and_a_lone_strided_stem_is_none() -> None:
     body = [nn.Conv2d(1, 4, 7, 2, 3), nn.MaxPool2d(2), nn.Conv2d(4, 4, 3, 1, 1), nn.ReLU(), nn.Conv2d(4, 6, 3, 2, 1)]
     net = nn.Sequential(*body, nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.LazyLinear(3))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,14 @@ from litdistill.data.datamodule import ImageData
 from litdistill.distiller import Distiller
 from litdistill.errors import UserError
 from litdistill.methods.base import Method
-from litdistill.teacher import FrozenTeacher
+from litdistill.teacher import Ensemble, FrozenTeacher
 
 log = logging.getLogger(__name__)
 
 TARGETS = ("litdistill", "torch", "torchvision", "lightning")
+
+# Keys beside a network's own options.
+NOT_OPTIONS = ("checkpoint", "allow_chance", "recipe", "ensemble", "generations")
 
 # What of a config decides the weights that a run ends with: the key of a teacher that is found again.
 RECIPE = ("data", "student", "teacher", "method", "optimizer", "scheduler", "schedule", "ema", "seed", "trainer")
@@ -82,12 +86,37 @@ def build_data(cfg: DictConfig) -> ImageData:
 
 def build_net(node: DictConfig, data: ImageData, role: str, folder: str | Path | None = None) -> nn.Module:
     """A network for the shapes of `data`, with the weights that its `checkpoint` (or `folder`) names."""
-    options = {k: v for k, v in node.items() if k not in ("checkpoint", "allow_chance", "recipe")}
+    options = {k: v for k, v in node.items() if k not in NOT_OPTIONS}
     net: nn.Module = make(options, num_classes=data.num_classes, input_shape=data.input_shape)
     source = folder or node.get("checkpoint")
     if source is not None:
         fit_weights(net, load_weights(source), source, role)
     return net
+
+
+def build_teacher(cfg: DictConfig, data: ImageData, absent: Callable[[DictConfig, Path], None]) -> nn.Module | None:
+    """The teacher of a config with its weights, an `Ensemble` where several are named; None without one.
+
+    `absent(cfg, folder)` is called where `teacher.checkpoint` is auto and no run of that recipe is finished in `folder`:
+    it trains the teacher, or raises.
+    """
+    if cfg.teacher is None:
+        return None
+    if diffs := cfg.teacher.get("ensemble"):
+        members = []
+        for diff in diffs:
+            one = cfg.copy()
+            with open_dict(one):
+                one.teacher.ensemble = None
+                one.teacher = OmegaConf.merge(one.teacher, diff)
+            members.append(build_teacher(one, data, absent))
+        return Ensemble([m for m in members if m is not None])
+    if cfg.teacher.checkpoint != "auto":
+        return build_net(cfg.teacher, data, "teacher")
+    folder = teacher_folder(cfg)
+    if not finished(folder):
+        absent(cfg, folder)
+    return build_net(cfg.teacher, data, "teacher", folder)
 
 
 def build_distiller(cfg: DictConfig, data: ImageData, method: Method, teacher: nn.Module | None) -> Distiller:
@@ -119,6 +148,9 @@ def build_distiller(cfg: DictConfig, data: ImageData, method: Method, teacher: n
         dry = distiller.teacher(example) if distiller.teacher is not None else None
         method.build(distiller.tapped(example), dry, data.train_targets)
     student.train()
+    # A method's memories belong to their rank; DDP would overwrite them with the first one's.
+    ignored = [f"method.{name}" for name, _ in method.named_buffers()]
+    distiller._ddp_params_and_buffers_to_ignore = ignored  # type: ignore[assignment]
     return distiller
 
 
@@ -127,10 +159,13 @@ def teacher_config(cfg: DictConfig) -> DictConfig:
     recipe = OmegaConf.to_container(cfg.teacher.recipe, resolve=False) if cfg.teacher.get("recipe") else {}
     teacher = cfg.copy()
     with open_dict(teacher):
-        teacher.student = {k: v for k, v in cfg.teacher.items() if k not in ("checkpoint", "allow_chance", "recipe")}
+        teacher.student = {k: v for k, v in cfg.teacher.items() if k not in NOT_OPTIONS}
         teacher.student.checkpoint = None
-        teacher.teacher = None
-        teacher.method = {"_target_": "litdistill.methods.supervised.Supervised"}
+        if cfg.teacher.get("generations", 1) > 1:  # a teacher that was taught by its like
+            teacher.teacher.generations -= 1
+        else:
+            teacher.teacher = None
+            teacher.method = {"_target_": "litdistill.methods.supervised.Supervised"}
         teacher.schedule, teacher.ema, teacher.resume = {}, None, None
         merged = OmegaConf.merge(teacher, recipe)
         merged.name = "teachers"

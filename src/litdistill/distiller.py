@@ -86,6 +86,11 @@ class Distiller(LightningModule):
         """(N, C, H, W) -> the student's logits (N, classes)."""
         return self.student(images)
 
+    @property
+    def shipped(self) -> nn.Module:
+        """The network that is deployed: the student without what its method trained beside it."""
+        return self.method.ship(self.student)
+
     # -- training ----------------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> Any:
@@ -204,11 +209,9 @@ class Distiller(LightningModule):
         loader, pairs = self.trainer.val_dataloaders, []
         if loader is None:
             return
-        self.trainer.validating = True  # so that nothing is augmented
         for raw in loader:
             batch = Batch(*self.trainer.strategy.batch_to_device(raw))
             pairs.append((self.teacher(batch.images).logits, batch.targets))
-        self.trainer.training = True
         self._teacher_logits = [logits for logits, _ in pairs]
         logits, targets = self._gathered(pairs)
         check_teacher(logits, targets, self.allow_chance)

@@ -12,9 +12,10 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor, nn
 
 from litdistill import metrics
-from litdistill.build import build_data, build_distiller, build_net, make, teacher_folder
+from litdistill.build import build_data, build_distiller, build_teacher, make
 from litdistill.checkpoint import fit_weights, load_checkpoint, load_weights
 from litdistill.data.datamodule import ImageData
+from litdistill.distiller import Distiller
 from litdistill.errors import UserError
 from litdistill.teacher import weights_sha256
 
@@ -60,64 +61,58 @@ def load_run(folder: Path) -> tuple[DictConfig, dict[str, Any]]:
     return cfg, json.loads(summary.read_text())
 
 
-def rebuild(
-    folder: Path, overrides: DictConfig | None = None
-) -> tuple[ImageData, nn.Module, nn.Module | None, dict[str, Any]]:
-    """Data, student (best weights), teacher and summary of a finished run, from its own folder.
+def rebuild(folder: Path, overrides: DictConfig | None = None) -> tuple[ImageData, Distiller]:
+    """The data of a finished run, and its distiller with the best student and the teacher, from the run's own folder.
 
-    `overrides`: merged into the run's config, for data that has moved. The teacher is None where the run had none or
-    where it is gone, which is logged.
+    `overrides`: merged into the run's config, for data that has moved. Raises `UserError` where the teacher is gone or
+    another one than the run had.
     """
     cfg, summary = load_run(folder)
     if overrides is not None:
         cfg = OmegaConf.merge(cfg, overrides)  # type: ignore[assignment]
     data = build_data(cfg)
-    teacher = _teacher(cfg, data, summary)
+    teacher = build_teacher(cfg, data, _gone)
+    if teacher is not None:
+        found, noted = weights_sha256(teacher.state_dict()), summary["teacher"]["sha256"]
+        if found != noted:
+            raise UserError(f"The run had another teacher: its SHA-256 was {noted[:12]}…, and is now {found[:12]}….")
     with open_dict(cfg):
         cfg.student.checkpoint = None
-    student = build_distiller(cfg, data, make(cfg.method), teacher).student
-    fit_weights(student, load_weights(folder), folder, "student")
-    return data, student, teacher, summary
+    distiller = build_distiller(cfg, data, make(cfg.method), teacher)
+    fit_weights(distiller.shipped, load_weights(folder), folder, "student")
+    return data, distiller
 
 
-def _teacher(cfg: DictConfig, data: ImageData, summary: dict[str, Any]) -> nn.Module | None:
-    if cfg.teacher is None:
-        return None
-    folder = teacher_folder(cfg) if cfg.teacher.checkpoint == "auto" else None
-    try:
-        teacher = build_net(cfg.teacher, data, "teacher", folder)
-    except UserError as error:
-        raise UserError(f"The run's teacher cannot be had any more: {error}") from error
-    found, noted = weights_sha256(teacher.state_dict()), summary["teacher"]["sha256"]
-    if found != noted:
-        raise UserError(
-            f"The run had another teacher: its weights' SHA-256 was {noted[:12]}…, and is now {found[:12]}…."
-        )
-    return teacher
+def _gone(cfg: DictConfig, folder: Path) -> None:
+    raise UserError(f"The run's teacher is gone: {folder} holds no finished run any more. Train it again with the run.")
 
 
 def evaluate(folder: str | Path, overrides: DictConfig | None = None, device: str = "auto") -> dict[str, Any]:
     """Rebuilds a finished run and measures it anew on the test set; its last weights too where they are kept."""
     folder = Path(folder)
-    data, student, teacher, _ = rebuild(folder, overrides)
+    data, distiller = rebuild(folder, overrides)
     device = pick_device(device)
-    found = measure(student, teacher, data, "test", device)
+    teacher = distiller.teacher.net if distiller.teacher is not None else None
+    found = measure(distiller.shipped, teacher, data, "test", device)
     last = folder / "checkpoints" / "last.ckpt"
     if last.is_file():
-        found["last"] = measure_last(student, last, data, device)
+        found["last"] = measure_last(distiller, last, data, device)
     return found
 
 
-def measure_last(student: nn.Module, checkpoint: Path, data: ImageData, device: torch.device | str) -> dict[str, float]:
-    """Quality on the test set of the weights that training ended with. The student keeps them."""
+def load_student(distiller: Distiller, checkpoint: Path) -> nn.Module:
+    """The student that is shipped, with the weights of a checkpoint of its run."""
     state = load_checkpoint(checkpoint)["state_dict"]
-    fit_weights(
-        student,
-        {k.removeprefix("student."): v for k, v in state.items() if k.startswith("student.")},
-        checkpoint,
-        "student",
-    )
-    return metrics.quality(*collect(student, data, "test", device))
+    weights = {k.removeprefix("student."): v for k, v in state.items() if k.startswith("student.")}
+    fit_weights(distiller.student, weights, checkpoint, "student")
+    return distiller.shipped
+
+
+def measure_last(
+    distiller: Distiller, checkpoint: Path, data: ImageData, device: torch.device | str
+) -> dict[str, float]:
+    """Quality on the test set of the weights that training ended with. The student keeps them."""
+    return metrics.quality(*collect(load_student(distiller, checkpoint), data, "test", device))
 
 
 def pick_device(name: str) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 from torch import nn
 
-from litdistill.build import build_data, build_net
+from litdistill.build import NOT_OPTIONS, build_data, build_net
 from litdistill.checkpoint import fit_weights, load_weights, write_atomically, write_text
 from litdistill.data.datamodule import ImageData
 from litdistill.errors import UserError
@@ -30,8 +29,6 @@ from litdistill.metrics import likeness, quality
 from litdistill.predict import MANIFEST, SUFFIXES, check_facts, load, read_manifest, runtime
 from litdistill.summary import versions
 from litdistill.teacher import weights_sha256
-
-log = logging.getLogger(__name__)
 
 PRECISIONS = {
     "onnx": ("fp32", "fp16", "int8"),
@@ -67,9 +64,7 @@ def export(
         raise UserError(f"calibration={calibration} must be at least 1 image.")
     folder = Path(folder)
     student, data, net_options = load_student(folder, overrides)
-    if format == "safetensors" and preprocessing:
-        log.info("safetensors holds weights alone: the normalisation stands in its metadata, and predict applies it.")
-        preprocessing = False
+    preprocessing = preprocessing and format != "safetensors"  # which holds weights alone
     entry: dict[str, Any] = {
         "format": format,
         "precision": precision,
@@ -138,13 +133,14 @@ def load_student(folder: Path, overrides: DictConfig | None) -> tuple[nn.Module,
         cfg = OmegaConf.merge(cfg, overrides)  # type: ignore[assignment]
     options = OmegaConf.to_container(cfg.student, resolve=True)
     assert isinstance(options, dict)
-    own = {str(k): v for k, v in options.items() if k not in ("checkpoint", "weights", "pretrained")}
+    own = {str(k): v for k, v in options.items() if k not in (*NOT_OPTIONS, "weights", "pretrained")}
     data = build_data(cfg)
     student = build_net(OmegaConf.create(own), data, "student")
     try:
         fit_weights(student, load_weights(folder), folder, "student")
     except UserError:
-        data, student, *_ = rebuild(folder, overrides)
+        data, distiller = rebuild(folder, overrides)
+        student = distiller.shipped
     return student.cpu().eval(), data, own
 
 

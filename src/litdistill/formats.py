@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import io
 import json
 import logging
 import tempfile
 import warnings
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -92,12 +94,18 @@ def _traced(model: Shipped, example: Tensor) -> torch.export.ExportedProgram:
 
 
 def _write_torchscript(model: Shipped, example: Tensor, path: Path) -> None:
+    whole = io.BytesIO()
     try:
-        torch.jit.save(torch.jit.freeze(torch.jit.trace(model, (example,))), str(path))
+        torch.jit.save(torch.jit.freeze(torch.jit.trace(model, (example,))), whole)
     except (AttributeError, NotImplementedError, RuntimeError) as error:
         raise UserError(
-            f"PyTorch {torch.__version__} makes no TorchScript of this student, which is deprecated: use format=pt2. {error}"
+            f"PyTorch {torch.__version__} cannot write this student as TorchScript, which it deprecates: use format=pt2. "
+            f"{error}"
         ) from error
+    with zipfile.ZipFile(whole) as old, zipfile.ZipFile(path, "w") as new:
+        for item in old.infolist():
+            if not item.filename.endswith(".debug_pkl"):  # the paths of the source files
+                new.writestr(item, old.read(item))
 
 
 def _write_onnx(model: Shipped, example: Tensor, path: Path, metadata: Mapping[str, str]) -> None:

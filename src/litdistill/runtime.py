@@ -208,6 +208,7 @@ def quieten() -> None:
         ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
         ".*Found .* module\\(s\\) in eval mode at the start of training.*",
         ".*No positive samples.*",
+        ".*It is recommended to use `self.log.*sync_dist=True.*",
     ):
         warnings.filterwarnings("ignore", pattern)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
@@ -221,6 +222,8 @@ def adopt_lightning_logs() -> None:
         logger.handlers.clear()
         logger.propagate = True
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_tips)
+    if int(os.environ.get("LOCAL_RANK", 0)) or int(os.environ.get("RANK", 0)):
+        logging.getLogger().setLevel(logging.WARNING)  # the first rank speaks for all
 
 
 def _no_tips(record: logging.LogRecord) -> bool:

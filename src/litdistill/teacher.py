@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,24 @@ def weights_sha256(state: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
     return digest.hexdigest()
+
+
+class Ensemble(nn.Module):
+    """Several networks as one: their logits averaged, which is the geometric mean of what they predict.
+
+    Hinton, Vinyals & Dean 2015 (arXiv 1503.02531), section 3, allow either mean; the arithmetic one of probabilities
+    is `probabilities=True`, whose logits are the logarithms of the mean.
+    """
+
+    def __init__(self, members: Sequence[nn.Module], probabilities: bool = False):
+        super().__init__()
+        self.members, self.probabilities = nn.ModuleList(members), probabilities
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = torch.stack([member(images) for member in self.members])
+        if self.probabilities:
+            return torch.logsumexp(logits.log_softmax(2), 0) - math.log(len(logits))
+        return logits.mean(0)
 
 
 class FrozenTeacher(nn.Module):

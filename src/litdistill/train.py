@@ -18,13 +18,13 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from litdistill import pictures
-from litdistill.build import build_data, build_distiller, build_net, finished, make, teacher_config, teacher_folder
+from litdistill.build import build_data, build_distiller, build_teacher, finished, make, teacher_config
 from litdistill.callbacks import EpochLine, StopSafely, format_seconds, progress_bar
-from litdistill.checkpoint import STUDENT, fit_weights, load_checkpoint, save_student, write_text
+from litdistill.checkpoint import STUDENT, load_checkpoint, save_student, write_text
 from litdistill.data.datamodule import ImageData
 from litdistill.distiller import Distiller
 from litdistill.errors import UserError
-from litdistill.evaluate import measure, measure_last
+from litdistill.evaluate import load_student, measure, measure_last
 from litdistill.runtime import adopt_lightning_logs
 from litdistill.summary import hyperparameters, summarise
 
@@ -42,11 +42,11 @@ def train(cfg: DictConfig) -> float:
     torch.set_float32_matmul_precision("high")
     method = make(cfg.method)  # first, so that a wrong option is known before a teacher is trained
     data = build_data(cfg)
-    teacher = find_teacher(cfg, data) if cfg.teacher is not None else None
+    teacher = build_teacher(cfg, data, train_teacher)
     distiller = build_distiller(cfg, data, method, teacher)
     _introduce(cfg, data, distiller)
 
-    trainer = build_trainer(cfg, folder)
+    trainer = build_trainer(cfg, folder, phases=method.phases)
     fit_started = time.perf_counter()
     trainer.fit(distiller, datamodule=data, ckpt_path=last_state(folder / "checkpoints"), weights_only=True)
     fit_s = time.perf_counter() - fit_started
@@ -73,8 +73,11 @@ def last_state(checkpoints: Path) -> Path | None:
     return None
 
 
-def build_trainer(cfg: DictConfig, folder: Path) -> Trainer:
-    """Lightning's Trainer with the config's callbacks and loggers, and this project's."""
+def build_trainer(cfg: DictConfig, folder: Path, phases: bool = False) -> Trainer:
+    """Lightning's Trainer with the config's callbacks and loggers, and this project's.
+
+    `phases`: the method trains some parameters in its first epochs only, which plain DDP would take for a mistake.
+    """
     callbacks: list[Callback] = [EpochLine(), *progress_bar()]
     callbacks += [make(c) for c in (cfg.callbacks or {}).values()]
     if cfg.ema is not None:
@@ -82,8 +85,11 @@ def build_trainer(cfg: DictConfig, folder: Path) -> Trainer:
     callbacks.append(StopSafely(folder / "checkpoints"))  # last: what it saves, all others have seen
     loggers: list[Logger] = [make(c) for c in (cfg.logger or {}).values()]
     bar = any(c.__class__.__name__ == "RichProgressBar" for c in callbacks)
+    options = cfg.trainer.copy()
+    if phases and options.get("strategy") == "ddp":
+        options.strategy = "ddp_find_unused_parameters_true"
     return make(
-        cfg.trainer,
+        options,
         default_root_dir=str(folder),
         callbacks=callbacks,
         logger=loggers or False,
@@ -91,22 +97,19 @@ def build_trainer(cfg: DictConfig, folder: Path) -> Trainer:
     )
 
 
-def find_teacher(cfg: DictConfig, data: ImageData) -> torch.nn.Module:
-    """The teacher with its weights; `checkpoint: auto` trains it if no run of its recipe is finished yet."""
-    if cfg.teacher.checkpoint != "auto":
-        return build_net(cfg.teacher, data, "teacher")
-    folder = teacher_folder(cfg)
+def train_teacher(cfg: DictConfig, folder: Path) -> None:
+    """Trains the teacher of `cfg` in `folder`, unless another process has just done so."""
     with _lock(folder):
-        if not finished(folder):
-            log.info("No such teacher yet: training it once, in %s", folder)
-            recipe = teacher_config(cfg)
-            recipe.folder = str(folder)
-            if is_first_rank():
-                write_text(folder / ".hydra" / "config.yaml", OmegaConf.to_yaml(recipe))
-            with _logged_to(folder / "train.log"):
-                train(recipe)
-            log.info("The teacher is trained; now the student.")
-    return build_net(cfg.teacher, data, "teacher", folder)
+        if finished(folder):
+            return
+        log.info("No such teacher yet: training it once, in %s", folder)
+        recipe = teacher_config(cfg)
+        recipe.folder = str(folder)
+        if is_first_rank():
+            write_text(folder / ".hydra" / "config.yaml", OmegaConf.to_yaml(recipe))
+        with _logged_to(folder / "train.log"):
+            train(recipe)
+        log.info("The teacher is trained.")
 
 
 def is_first_rank() -> bool:
@@ -159,13 +162,10 @@ def _finish(
 ) -> None:
     """Measures best and last weights on the test set, which nothing has seen before, and writes what a run leaves."""
     device = trainer.strategy.root_device
-    student = distiller.student
     teacher = distiller.teacher.net if distiller.teacher is not None else None
     checkpoints = folder / "checkpoints"
-    last = measure_last(student, checkpoints / "last.ckpt", data, device)
-    state = load_checkpoint(checkpoints / "best.ckpt")["state_dict"]
-    weights = {k.removeprefix("student."): v for k, v in state.items() if k.startswith("student.")}
-    fit_weights(student, weights, checkpoints / "best.ckpt", "student")
+    last = measure_last(distiller, checkpoints / "last.ckpt", data, device)
+    student = load_student(distiller, checkpoints / "best.ckpt")
     found = measure(student, teacher, data, "test", device)
     summary = summarise(cfg, data, student, teacher, found, last, best, times, trainer)
     for logger in trainer.loggers:

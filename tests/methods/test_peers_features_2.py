@@ -1,8 +1,4 @@
-"""ReviewKD and ICKD against torchdistill 1.1.5. It has no OFD, KDSVD, CWD, PKD or SimKD.
-
-Its `SRDLoss` is another method of the same initials (Miles & Mikolajczyk 2024, "Understanding the role of the
-projector"), so that `litdistill.methods.srd`, after Yang et al. 2021, has nothing to be compared with.
-"""
+"""ReviewKD and ICKD against torchdistill 1.1.5. It has no OFD, KDSVD, CWD, PKD, SimKD or SRRL. For SRD see test_srd.py."""
 
 import pytest
 import torch

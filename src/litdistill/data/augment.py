@@ -1,6 +1,7 @@
-"""Augmentation and order as pure functions of (seed, epoch, sample id), computed for a whole batch on its device.
+"""Augmentation and order as pure functions of (seed, round, sample id), computed for a whole batch on its device.
 
-Nothing here holds generator state: a counter-based hash gives each sample of each epoch its random bits. So a sample's
+A round is one pass through the training set: an epoch, unless `epoch_size` makes an epoch something else. Nothing here
+holds generator state: a counter-based hash gives each sample of each round its random bits. So a sample's
 view is the same on any device, in any batch size and at any world size, a resumed run needs no generator state, and a
 teacher's outputs can be keyed by (sample id, view).
 
@@ -48,19 +49,42 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ _shift_right(x, 31)
 
 
-def random_bits(seed: int, epoch: int, ids: Tensor, stream: int) -> Tensor:
-    """63 random bits for each sample: (N,) int64, none negative. Streams are independent of each other."""
-    key = torch.tensor([seed, epoch, stream], dtype=torch.int64)
-    state = torch.zeros((), dtype=torch.int64)
-    for word in key:
-        state = _mix(state + _GOLDEN + word)
-    return _shift_right(_mix(_mix(ids + int(state)) + _GOLDEN), 1)
+def random_bits(seed: int, round: int | Tensor, ids: Tensor, stream: int) -> Tensor:
+    """63 random bits for each sample: (N,) int64, none negative. Streams are independent of each other.
+
+    `round`: how often the training set was passed through before, which is the epoch unless an epoch is something else;
+    one number, or one for each sample (N,).
+    """
+    state = _mix(_word(seed) + _GOLDEN)
+    state = _mix(state + _GOLDEN + _word(stream))
+    if isinstance(round, Tensor):
+        state = state.to(round.device)
+    state = _mix(state + _GOLDEN + (round if isinstance(round, Tensor) else _word(round)))
+    return _shift_right(_mix(_mix(ids + state.to(ids.device)) + _GOLDEN), 1)
 
 
-def order(seed: int, epoch: int, ids: Tensor) -> Tensor:
-    """The samples in the order in which this epoch visits them: a permutation of `ids` (N,), whatever order they come in."""
+def _word(number: int) -> Tensor:
+    return torch.tensor(number, dtype=torch.int64)
+
+
+def order(seed: int, round: int, ids: Tensor) -> Tensor:
+    """The samples in the order in which this round visits them: a permutation of `ids` (N,), however they are sorted."""
     ids = ids.sort().values
-    return ids[random_bits(seed, epoch, ids, stream=0).sort(stable=True).indices]
+    return ids[random_bits(seed, round, ids, stream=0).sort(stable=True).indices]
+
+
+def epoch_order(seed: int, epoch: int, ids: Tensor, size: int | None = None) -> tuple[Tensor, Tensor]:
+    """The samples of an epoch and the round that each belongs to: two tensors (size,).
+
+    Without a `size` an epoch is one round. With one, epochs cut an endless row of rounds into pieces of that size.
+    """
+    size = size or len(ids)
+    start, stop = epoch * size, (epoch + 1) * size
+    first, last = start // len(ids), -(-stop // len(ids))
+    row = torch.cat([order(seed, round, ids) for round in range(first, last)])
+    rounds = torch.arange(first, last).repeat_interleave(len(ids))
+    cut = slice(start - first * len(ids), stop - first * len(ids))
+    return row[cut], rounds[cut]
 
 
 class Crop:
@@ -134,14 +158,14 @@ class Cutout:
         return images.masked_fill(hit, 0)
 
 
-def draw_views(augment: Sequence[Augmentation], seed: int, epoch: int, ids: Tensor) -> Tensor:
+def draw_views(augment: Sequence[Augmentation], seed: int, round: int | Tensor, ids: Tensor) -> Tensor:
     """The view of each sample as one number, (N,) int64: the codes of all augmentations in mixed radix.
 
     Equal numbers are equal views, in whatever epoch and run; all zeros where there is no augmentation.
     """
     view = torch.zeros_like(ids)
     for stream, step in enumerate(augment, start=1):
-        view = view * step.views + step.draw(random_bits(seed, epoch, ids, stream))
+        view = view * step.views + step.draw(random_bits(seed, round, ids, stream))
     return view
 
 

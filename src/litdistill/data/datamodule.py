@@ -28,8 +28,16 @@ class Batch(NamedTuple):
     views: Tensor | None = None  # (N,) int64, which view of each image this is; None where nothing was augmented
 
 
+class Ids(NamedTuple):
+    """What a loader yields: which images, of which files, and for training which round's views of them."""
+
+    split: str  # "train" or "test": the files
+    ids: Tensor  # (N,) int64
+    rounds: Tensor | None = None  # (N,) int64; None: as they are
+
+
 class IdLoader:
-    """Yields the ids of one batch after the other, in the order that `ids_of_epoch(epoch)` gives.
+    """Yields the `Ids` of one batch after the other, in the order that `rows_of_epoch(epoch)` gives.
 
     `position()` says where training stands, as (epoch, batches done in it): the loader itself has no state, so that a
     resumed run continues in the middle of an epoch with the very batch that came next. Of every global batch of
@@ -38,7 +46,7 @@ class IdLoader:
 
     def __init__(
         self,
-        ids_of_epoch: Callable[[int], Tensor],
+        rows_of_epoch: Callable[[int], Ids],
         count: int,
         batch_size: int,
         position: Callable[[], tuple[int, int]] = lambda: (0, 0),
@@ -46,23 +54,22 @@ class IdLoader:
         world_size: int = 1,
         pad: bool = False,
     ):
-        self.ids_of_epoch, self.count, self.position = ids_of_epoch, count, position
+        self.rows_of_epoch, self.count, self.position = rows_of_epoch, count, position
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
         self.pad = pad  # every rank must make the same number of training steps; evaluation must count no sample twice
 
     def __len__(self) -> int:
         return -(-self.count // (self.batch_size * self.world_size))
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def __iter__(self) -> Iterator[Ids]:
         epoch, done = self.position()
-        ids = self.ids_of_epoch(epoch)
-        for chunk in ids.split(self.batch_size * self.world_size)[done:]:
+        split, ids, rounds = self.rows_of_epoch(epoch)
+        for chunk in torch.arange(self.count).split(self.batch_size * self.world_size)[done:]:
             if self.world_size > 1:
                 if self.pad and len(chunk) % self.world_size:
-                    missing = -len(chunk) % self.world_size
-                    chunk = torch.cat([chunk, ids[:missing]])
+                    chunk = torch.cat([chunk, torch.arange(-len(chunk) % self.world_size)])
                 chunk = chunk.tensor_split(self.world_size)[self.rank]
-            yield chunk
+            yield Ids(split, ids[chunk], None if rounds is None else rounds[chunk])
 
     def state_dict(self) -> dict[str, Any]:
         """Empty: Lightning asks for it before it believes that a loader can be resumed."""
@@ -84,6 +91,8 @@ class ImageData(LightningDataModule):
             for every `seed`, so that no student is validated on what its teacher was trained on.
         fraction, per_class: train on that share, or on so many images of each class (at most one of the two).
         subset_seed: which images these are; the run's seed unless given.
+        epoch_size: samples of an epoch, so that a small training set has as many steps as a large one; all of the set,
+            once, where null.
         batch_size: samples of a training step on each device. eval_batch_size: likewise without gradients.
         augment: augmentations of `litdistill.data.augment`, applied in this order.
         mean, std: of each channel on the scale 0 to 1, for normalisation; measured on the training set where null.
@@ -103,6 +112,7 @@ class ImageData(LightningDataModule):
         fraction: float | None = None,
         per_class: int | None = None,
         subset_seed: int | None = None,
+        epoch_size: int | None = None,
         batch_size: int = 64,
         eval_batch_size: int = 512,
         augment: Sequence[aug.Augmentation] = (),
@@ -112,11 +122,11 @@ class ImageData(LightningDataModule):
         download: bool = True,
     ):
         super().__init__()
-        _check_options(val_size, fraction, per_class, batch_size, eval_batch_size)
+        _check_options(val_size, fraction, per_class, min(batch_size, eval_batch_size, epoch_size or 1))
         self.name, self.root, self.image_size, self.download = name, root, image_size, download
         self.val_size, self.fraction, self.per_class = val_size, fraction, per_class
         self.subset_seed = seed if subset_seed is None else subset_seed
-        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
+        self.epoch_size, self.batch_size, self.eval_batch_size = epoch_size, batch_size, eval_batch_size
         self.augment, self.mean, self.std, self.seed = list(augment), mean, std, seed
         self.only = list(classes) if classes is not None else None
         self._source: Source | None = None
@@ -175,45 +185,37 @@ class ImageData(LightningDataModule):
     # -- the batches -------------------------------------------------------------------------------------------------
 
     def train_dataloader(self) -> IdLoader:
-        return IdLoader(
-            lambda epoch: aug.order(self.seed, epoch, self.train_ids),
-            len(self.train_ids),
-            self.batch_size,
-            self._position,
-            *self._world(),
-            pad=True,
-        )
+        rows = lambda epoch: Ids("train", *aug.epoch_order(self.seed, epoch, self.train_ids, self.epoch_size))  # noqa: E731
+        count = self.epoch_size or len(self.train_ids)
+        return IdLoader(rows, count, self.batch_size, self._position, *self._world(), pad=True)
 
     def val_dataloader(self) -> IdLoader:
-        return self._evaluation(self.val_ids)
+        return self._evaluation(Ids("train", self.val_ids))
 
     def test_dataloader(self) -> IdLoader:
-        return self._evaluation(self.test_ids)
+        return self._evaluation(Ids("test", self.test_ids))
 
-    def _evaluation(self, ids: Tensor) -> IdLoader:
-        return IdLoader(lambda _: ids, len(ids), self.eval_batch_size, lambda: (0, 0), *self._world())
+    def _evaluation(self, rows: Ids) -> IdLoader:
+        return IdLoader(lambda _: rows, len(rows.ids), self.eval_batch_size, lambda: (0, 0), *self._world())
 
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Batch:
-        """Lightning's hook: ids that lie on the device become the batch, augmented while training."""
-        assert self.trainer is not None
-        training = self.trainer.training
-        return self.batch(
-            batch, "test" if self.trainer.testing else "train", self.trainer.current_epoch if training else None
-        )
+    def on_after_batch_transfer(self, batch: Ids, dataloader_idx: int) -> Batch:
+        """Lightning's hook: ids that lie on the device become the batch."""
+        return self.batch(batch)
 
     def batches(self, split: str, device: torch.device | str = "cpu") -> Iterator[Batch]:
         """All of "train", "val" or "test" in order, unaugmented, without a trainer and on this process alone."""
         self.setup()
         ids = {"train": self.train_ids, "val": self.val_ids, "test": self.test_ids}[split]
         for chunk in ids.split(self.eval_batch_size):
-            yield self.batch(chunk.to(device), "test" if split == "test" else "train")
+            yield self.batch(Ids("test" if split == "test" else "train", chunk.to(device)))
 
-    def batch(self, ids: Tensor, split: str, epoch: int | None = None) -> Batch:
-        """The images of these ids of the "train" or "test" files, in the views of that epoch or as they are."""
+    def batch(self, rows: Ids) -> Batch:
+        """The images of these ids, in the views of their rounds or as they are."""
+        split, ids, rounds = rows
         data = self._on(split, ids.device)
         images, views = data.images[ids], None
-        if epoch is not None and self.augment:
-            views = aug.draw_views(self.augment, self.seed, epoch, ids)
+        if rounds is not None and self.augment:
+            views = aug.draw_views(self.augment, self.seed, rounds, ids)
             images = aug.apply_views(self.augment, images, views)
         return Batch(self.normalise(images), data.targets[ids], ids, views)
 
@@ -239,9 +241,7 @@ class ImageData(LightningDataModule):
 # -- splits: pure functions of the labels ------------------------------------------------------------------------------
 
 
-def _check_options(
-    val_size: float, fraction: float | None, per_class: int | None, batch_size: int, eval_batch_size: int
-) -> None:
+def _check_options(val_size: float, fraction: float | None, per_class: int | None, smallest: int) -> None:
     if fraction is not None and per_class is not None:
         raise UserError(
             "data.fraction and data.per_class both choose a subset: set one of them, and the other to null."
@@ -255,8 +255,8 @@ def _check_options(
             f"data.val_size={val_size} leaves nothing to choose the best epoch on. "
             "Give a fraction below 1 (0.1) or a number of images (5000)."
         )
-    if batch_size < 1 or eval_batch_size < 1:
-        raise UserError(f"data.batch_size={batch_size} and data.eval_batch_size={eval_batch_size} must be at least 1.")
+    if smallest < 1:
+        raise UserError("data.batch_size, data.eval_batch_size and data.epoch_size must be at least 1.")
 
 
 def _only(split: Split, classes: Sequence[int]) -> Split:

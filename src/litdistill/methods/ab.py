@@ -32,6 +32,8 @@ class AB(Method):
     get none. A boundary lies at 0 before an activation: name taps where `stages:pre` finds none.
     """
 
+    phases = True
+
     def __init__(
         self,
         hard: float = 1.0,

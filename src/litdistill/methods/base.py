@@ -40,17 +40,22 @@ class Method(nn.Module):
     """Base of all methods. Parameters of a method (projectors) are trained beside the student and shipped with nobody."""
 
     needs_teacher = True
-    epoch = 0  # set by the distiller before each epoch, for methods whose first epochs initialise (AB, FT, FSP)
+    phases = False  # whether the first epochs initialise and train other parameters than the rest (AB, FT, FSP)
+    epoch = 0  # set by the distiller before each epoch
 
     def taps(self) -> Taps:
         """Which features are read; none by default."""
         return Taps()
 
     def prepare(self, student: nn.Module, teacher: nn.Module | None, example: Tensor) -> nn.Module:
-        """The network that is trained and shipped: the student itself, but for methods that give it another head.
+        """The network that is trained: the student itself, but for methods that give it another head or companions.
 
         `example`: a few images (N, C, H, W) that both networks take.
         """
+        return student
+
+    def ship(self, student: nn.Module) -> nn.Module:
+        """What of the prepared network is measured, saved and deployed: all of it, but for methods that train companions."""
         return student
 
     def build(self, student: Outputs, teacher: Outputs | None, targets: Tensor) -> None:

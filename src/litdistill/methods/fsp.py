@@ -32,6 +32,8 @@ class FSP(Method):
     runs. In the first phase the student's classifier gets no gradient, in the second these convolutions get none.
     """
 
+    phases = True
+
     def __init__(
         self,
         hard: float = 1.0,

@@ -42,6 +42,8 @@ class FT(Method):
     the run is to be that many epochs longer.
     """
 
+    phases = True
+
     def __init__(
         self,
         hard: float = 1.0,

@@ -25,6 +25,7 @@ class Sum(Method):
             raise UserError("method.methods is empty. Name the methods to add, say {kd: …, at: …}.")
         self.methods = nn.ModuleDict(methods)
         self.needs_teacher = any(m.needs_teacher for m in methods.values())
+        self.phases = any(m.phases for m in methods.values())
         self.names: dict[str, tuple[list[str], list[str]]] = {}  # by method: which features of either network it reads
 
     def parts(self) -> dict[str, Method]:
@@ -52,6 +53,11 @@ class Sum(Method):
         student = dict.fromkeys(name for names, _ in self.names.values() for name in names)
         teacher = dict.fromkeys(name for _, names in self.names.values() for name in names)
         return Taps(list(student), list(teacher))
+
+    def ship(self, student: nn.Module) -> nn.Module:
+        for part in reversed(self.parts().values()):
+            student = part.ship(student)
+        return student
 
     def build(self, student: Outputs, teacher: Outputs | None, targets: Tensor) -> None:
         for key, part in self.parts().items():
