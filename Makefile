@@ -11,7 +11,8 @@ SETUP := .venv/.ready
 
 distill: $(SETUP)
 	@stamp=$$(date +%Y-%m-%d_%H-%M-%S)_$$$$; export RUN_STAMP=$$stamp; \
-	$(BIN)/python scripts/train.py --multirun experiment=digits seed=0,1,2 method=supervised,kd && \
+	$(BIN)/python scripts/train.py --multirun seed=0,1,2 \
+		experiment=digits/few_labels,digits/same_images,digits/distilled && \
 	$(BIN)/python scripts/report.py runs=runs/digits/$$stamp out=runs/digits/$$stamp/table.md && \
 	echo "Curves and pictures: $(BIN)/tensorboard --logdir runs"
 

@@ -17,7 +17,8 @@ def main(cfg: DictConfig) -> None:
     from litdistill.checkpoint import write_text
 
     places = list(cfg.runs) if isinstance(cfg.runs, ListConfig) else [cfg.runs]
-    rows = report.rows(report.summaries(places))
+    found = report.summaries(places)
+    rows = report.rows(found)
     console = Console()
     if not console.is_terminal:
         console = Console(width=170)  # in a file no line is too long
@@ -25,6 +26,9 @@ def main(cfg: DictConfig) -> None:
     if cfg.out is not None:
         write_text(cfg.out, report.markdown(rows))
         print(f"Written to {cfg.out}")
+    if cfg.picture is not None:
+        report.picture(found, cfg.picture)
+        print(f"Drawn to {cfg.picture}")
 
 
 if __name__ == "__main__":

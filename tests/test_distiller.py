@@ -8,10 +8,12 @@ from lightning import Trainer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from litdistill.data.augment import Crop, Flip
 from litdistill.data.datamodule import ImageData
 from litdistill.distiller import Distiller, check_teacher, interpolate
 from litdistill.errors import UserError
 from litdistill.methods.base import Method
+from litdistill.methods.fitnet import FitNet
 from litdistill.methods.kd import KD
 from litdistill.methods.supervised import Supervised
 from litdistill.nets.small import conv4
@@ -172,3 +174,50 @@ def test_a_teacher_is_known_by_the_hash_of_its_weights():
     assert weights_sha256(dict(reversed(a.state_dict().items()))) == weights_sha256(a.state_dict())
     next(iter(b.state_dict().values())).view(-1)[0] += 1e-3
     assert weights_sha256(a.state_dict()) != weights_sha256(b.state_dict())
+
+
+@pytest.mark.parametrize("augment", [[], [Flip()]])
+def test_the_teachers_table_gives_the_losses_of_the_live_teacher(tmp_path, monkeypatch, augment):
+    def run(tabulate: bool) -> tuple[list[float], int, dict]:
+        teacher, losses, calls = FrozenTeacher(net(16, seed=1)), [], []
+
+        class Spy(Distiller):
+            def training_step(self, *a):
+                loss = super().training_step(*a)
+                losses.append(loss.item())
+                return loss
+
+        monkeypatch.setattr(FrozenTeacher, "forward", _counted(FrozenTeacher.forward, calls))
+        distiller = Spy(net(), KD(), teacher, allow_chance=True, tabulate=tabulate)
+        fit(distiller, digits(augment=augment), tmp_path / str(tabulate), epochs=4)
+        monkeypatch.undo()
+        return losses, sum(calls), distiller.student.state_dict()
+
+    live, live_images, live_weights = run(False)
+    table, table_images, table_weights = run(True)
+    assert table == pytest.approx(live, rel=1e-5)
+    assert all(torch.allclose(v, table_weights[k], atol=1e-5) for k, v in live_weights.items())
+    views = 2 if augment else 1
+    assert live_images - table_images == (4 - views) * 120  # 120 images, 4 epochs
+
+
+def test_no_table_where_it_does_not_pay_or_features_are_read(tmp_path):
+    for options, method, epochs in (
+        ({"augment": [Crop(1)]}, KD(), 8),  # 9 views of an image that is seen 8 times
+        ({}, FitNet(), 4),
+    ):
+        teacher = FrozenTeacher(net(16, seed=1), ["layer1"] if isinstance(method, FitNet) else [])
+        distiller = Distiller(net(), method, teacher, allow_chance=True, student_taps=["layer1"])
+        if isinstance(method, FitNet):
+            example = torch.randn(2, 1, 8, 8)
+            method.build(distiller.tapped(example), teacher(example), torch.arange(10))
+        fit(distiller, digits(**options), tmp_path, epochs=epochs)
+        assert distiller._table is None
+
+
+def _counted(forward, calls):
+    def counted(self, images):
+        calls.append(len(images))
+        return forward(self, images)
+
+    return counted

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 TARGETS = ("litdistill", "torch", "torchvision", "lightning")
 
 # Keys beside a network's own options.
-NOT_OPTIONS = ("checkpoint", "allow_chance", "recipe", "ensemble", "generations")
+NOT_OPTIONS = ("checkpoint", "allow_chance", "recipe", "ensemble", "generations", "tabulate")
 
 # What of a config decides the weights that a run ends with: the key of a teacher that is found again.
 RECIPE = ("data", "student", "teacher", "method", "optimizer", "scheduler", "schedule", "ema", "seed", "trainer")
@@ -142,11 +142,14 @@ def build_distiller(cfg: DictConfig, data: ImageData, method: Method, teacher: n
         schedule=OmegaConf.to_container(cfg.schedule) or {},  # type: ignore[arg-type]
         student_taps=student_taps,
         allow_chance=bool(cfg.teacher is not None and cfg.teacher.allow_chance),
+        tabulate=bool(cfg.teacher is not None and cfg.teacher.get("tabulate", True)),
     )
     student.eval()  # a dry forward must not move BatchNorm's averages
     with torch.no_grad():
         dry = distiller.teacher(example) if distiller.teacher is not None else None
-        method.build(distiller.tapped(example), dry, data.train_targets)
+        trained_on = torch.full_like(data.train_targets, -1)
+        trained_on[data.train_ids] = data.train_targets[data.train_ids]
+        method.build(distiller.tapped(example), dry, trained_on)
     student.train()
     # A method's memories belong to their rank; DDP would overwrite them with the first one's.
     ignored = [f"method.{name}" for name, _ in method.named_buffers()]
@@ -156,13 +159,14 @@ def build_distiller(cfg: DictConfig, data: ImageData, method: Method, teacher: n
 
 def teacher_config(cfg: DictConfig) -> DictConfig:
     """The config of the run that trains the teacher of `cfg`: the teacher as the student, labels alone, then its recipe."""
-    recipe = OmegaConf.to_container(cfg.teacher.recipe, resolve=False) if cfg.teacher.get("recipe") else {}
+    recipe: Any = OmegaConf.to_container(cfg.teacher.recipe, resolve=False) if cfg.teacher.get("recipe") else {}
     teacher = cfg.copy()
     with open_dict(teacher):
         teacher.student = {k: v for k, v in cfg.teacher.items() if k not in NOT_OPTIONS}
         teacher.student.checkpoint = None
         if cfg.teacher.get("generations", 1) > 1:  # a teacher that was taught by its like
             teacher.teacher.generations -= 1
+            teacher.teacher.recipe = {**recipe, "seed": recipe.get("seed", cfg.seed) + 1}  # with other first weights
         else:
             teacher.teacher = None
             teacher.method = {"_target_": "litdistill.methods.supervised.Supervised"}
@@ -180,7 +184,8 @@ def recipe_hash(cfg: DictConfig) -> str:
         node = cfg[key]
         value = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
         if isinstance(value, dict):
-            value = {k: v for k, v in value.items() if k not in NO_RECIPE.get(key, ())}
+            # A key that is null is as good as absent: one that is added later changes no hash.
+            value = {k: v for k, v in value.items() if v is not None and k not in NO_RECIPE.get(key, ())}
         kept[key] = value
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:10]
 

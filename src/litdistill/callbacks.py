@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import signal
 import sys
@@ -9,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ProgressBar, RichProgressBar
 
@@ -72,6 +74,21 @@ class StopSafely(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._restore()
+
+
+class SeededSteps(Callback):
+    """What a step draws (dropout, a method's negatives) depends on seed, epoch, batch and rank alone: so a run that goes
+    on in the middle of an epoch needs no generator's state, and no two ranks draw the same."""
+
+    def __init__(self, seed: int):
+        self.seed = seed
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        place = f"{self.seed} {trainer.current_epoch} {batch_idx} {trainer.global_rank}"
+        seed = int.from_bytes(hashlib.sha256(place.encode()).digest()[:8])
+        torch.default_generator.manual_seed(seed)  # `torch.manual_seed` asks every kind of device, which takes longer
+        if pl_module.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
 
 
 class EpochLine(Callback):

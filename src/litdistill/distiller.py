@@ -5,6 +5,7 @@ It works with any Trainer and any loader that yields `(images, targets)` or a `l
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,11 +19,13 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from litdistill import metrics
-from litdistill.data.datamodule import Batch
+from litdistill.data.datamodule import Batch, ImageData
 from litdistill.errors import UserError
 from litdistill.methods.base import Method, Outputs
 from litdistill.taps import Tapped
-from litdistill.teacher import FrozenTeacher
+from litdistill.teacher import FrozenTeacher, tabulate
+
+log = logging.getLogger(__name__)
 
 Schedule = Mapping[str, Sequence[tuple[float, float]]]
 
@@ -53,6 +56,8 @@ class Distiller(LightningModule):
             first epoch counted as 1: `{"soft": [[0, 0], [20, 1]]}` warms the soft term up over 20 epochs.
         student_taps, teacher_taps: names of the nodes whose features the method reads (`litdistill.taps.find`).
         allow_chance: trains even with a teacher that is no better than chance.
+        tabulate: runs the teacher once over every view of every training image where that costs less than running it
+            in each step (`litdistill.teacher.tabulate`). The losses are equal to float32 rounding.
     """
 
     def __init__(
@@ -65,6 +70,7 @@ class Distiller(LightningModule):
         schedule: Schedule | None = None,
         student_taps: Sequence[str] = (),
         allow_chance: bool = False,
+        tabulate: bool = True,
     ):
         super().__init__()
         if method.needs_teacher and teacher is None:
@@ -73,7 +79,8 @@ class Distiller(LightningModule):
         self.__dict__["teacher"] = teacher  # past nn.Module's registration: see the class's docstring
         self.tapped = Tapped(student, student_taps)
         self.optimizer, self.scheduler, self.schedule = optimizer, scheduler, schedule or {}
-        self.allow_chance = allow_chance
+        self.allow_chance, self.tabulate = allow_chance, tabulate
+        self._table: Tensor | None = None
         self.teacher_s = 0.0  # seconds spent in the teacher since the fit began
         self._sums: dict[str, Tensor] = {}
         self._reset_window()
@@ -106,6 +113,7 @@ class Distiller(LightningModule):
         self.on_train_epoch_start()  # which Lightning skips for a run that goes on in the middle of an epoch
         if self.teacher is not None:
             self._examine_teacher()
+            self._tabulate_teacher()
 
     def on_train_epoch_start(self) -> None:
         self.method.epoch = self.current_epoch
@@ -116,13 +124,19 @@ class Distiller(LightningModule):
         student, teacher = self.tapped(batch.images)._replace(ids=batch.ids), None
         if self.teacher is not None and self.method.needs_teacher:
             start = time.perf_counter()
-            teacher = self.teacher(batch.images)._replace(ids=batch.ids)
+            teacher = self._taught(batch)
             self.teacher_s += time.perf_counter() - start
         terms = self.method(student, teacher, batch.targets)
         terms = {k: v * self._factors[k] if k in self._factors else v for k, v in terms.items()}
         loss = torch.stack(list(terms.values())).sum()
         self._watch(loss, terms, student, teacher, batch.targets)
         return loss
+
+    def _taught(self, batch: Batch) -> Outputs:
+        assert self.teacher is not None
+        if self._table is not None and batch.ids is not None:
+            return Outputs(self._table[0 if batch.views is None else batch.views, batch.ids], ids=batch.ids)
+        return self.teacher(batch.images)._replace(ids=batch.ids)
 
     def _watch(
         self, loss: Tensor, terms: dict[str, Tensor], student: Outputs, teacher: Outputs | None, y: Tensor
@@ -202,6 +216,26 @@ class Distiller(LightningModule):
     def _log_evaluation(self, split: str, values: dict[str, float]) -> None:
         for name, value in values.items():  # equal on every rank: what was gathered is everything
             self.log(f"{split}/{name}", value, prog_bar=name == "accuracy")
+
+    def _tabulate_teacher(self) -> None:
+        """Where only logits are read, on one process, and where it pays."""
+        data, epochs = getattr(self.trainer, "datamodule", None), self.trainer.max_epochs or 0
+        reads_features = bool(self.teacher and self.teacher.tapped.names)
+        if not (self.tabulate and self.method.needs_teacher and isinstance(data, ImageData)) or reads_features:
+            return
+        if self.trainer.world_size > 1 or epochs < 1:
+            return
+        start = time.perf_counter()
+        passes = epochs * (data.epoch_size or len(data.train_ids)) / len(data.train_ids)
+        assert self.teacher is not None
+        self._table = tabulate(self.teacher, data, self.device, passes)
+        if self._table is not None:
+            seconds = time.perf_counter() - start
+            self.teacher_s += seconds
+            log.info(
+                "The teacher's logits for %d view(s) of %d images: computed once, in %.1f s, instead of in %.0f passes.",
+                *(len(self._table), len(data.train_ids), seconds, passes),
+            )
 
     def _examine_teacher(self) -> None:
         """Runs the teacher over the validation set once; raises `UserError` if it is no better than chance."""

@@ -56,7 +56,8 @@ def show(writer: Any, student: nn.Module, teacher: nn.Module | None, data: Image
         writer.add_figure(f"validation/{name}", figure, step)
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """A figure of that size in inches that belongs to no window system and to no global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -77,7 +78,7 @@ def worst_mistakes(
     wrong = torch.where(predicted != targets, confidence, -1.0)
     chosen = wrong.argsort(descending=True, stable=True)[: min(count, int((wrong >= 0).sum()))].tolist()
     q = teacher.double().softmax(1) if teacher is not None else None
-    figure = _figure(12, 2.9 * max(1, -(-len(chosen) // 4)))
+    figure = new_figure(12, 2.9 * max(1, -(-len(chosen) // 4)))
     if not chosen:
         figure.text(0.5, 0.5, "no mistake on the validation set", ha="center", va="center", fontsize=14)
         return figure
@@ -117,7 +118,7 @@ def confusion_matrices(matrices: Sequence[tuple[str, Tensor]], names: Sequence[s
     """Counts (classes, classes), a panel a model; rows are labels. Mistakes are shaded, the diagonal is not."""
     classes = len(names)
     side = min(max(3.4, 0.45 * classes), 14)
-    figure = _figure(side * len(matrices) + 0.6, side + 0.4)
+    figure = new_figure(side * len(matrices) + 0.6, side + 0.4)
     for axes, (name, matrix) in zip(figure.subplots(1, len(matrices), squeeze=False)[0], matrices, strict=True):
         wrong = matrix.clone().double()
         wrong.fill_diagonal_(0)
@@ -141,7 +142,7 @@ def confusion_matrices(matrices: Sequence[tuple[str, Tensor]], names: Sequence[s
 
 def reliability_diagrams(models: Sequence[tuple[str, Tensor, Tensor, Tensor]]) -> Figure:
     """Accuracy over confidence, a panel a model; (name, confidence, accuracy, count) of each bin."""
-    figure = _figure(4.4 * len(models), 4.2)
+    figure = new_figure(4.4 * len(models), 4.2)
     for axes, (name, confidence, accuracy, count) in zip(
         figure.subplots(1, len(models), squeeze=False)[0], models, strict=True
     ):

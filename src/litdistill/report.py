@@ -106,6 +106,36 @@ def _row(runs: Sequence[dict[str, Any]]) -> dict[str, str]:
     return dict(zip(COLUMNS, values, strict=True))
 
 
+def picture(found: Sequence[dict[str, Any]], path: str | Path) -> None:
+    """Draws the test accuracy of every run as a dot, a row for each kind of student, and the teacher as a line."""
+    from litdistill.pictures import STUDENT_COLOUR, TEACHER_COLOUR, new_figure
+
+    kinds: dict[str, list[float]] = {}
+    teachers: dict[str, float] = {}
+    for run in found:
+        label = f"{run['method']}, {run['data']['train']:,} images"
+        kinds.setdefault(label, []).append(100 * run["student"]["test"]["accuracy"]["best"])
+        if run["teacher"]:
+            teachers[run["teacher"]["name"]] = 100 * run["teacher"]["test"]["accuracy"]
+    figure = new_figure(7.2, 1.1 + 0.5 * len(kinds))
+    axes = figure.subplots()
+    for row, values in enumerate(kinds.values()):
+        axes.plot(values, [row] * len(values), "o", color=STUDENT_COLOUR, alpha=0.6)
+        mean = statistics.mean(values)
+        axes.plot([mean, mean], [row - 0.28, row + 0.28], color=STUDENT_COLOUR, linewidth=3)
+        axes.annotate(f"{mean:.1f}", (mean, row - 0.32), ha="center", va="bottom", fontsize=9, color=STUDENT_COLOUR)
+    for name, value in teachers.items():
+        axes.axvline(value, color=TEACHER_COLOUR, linestyle="--", label=f"teacher {name}: {value:.1f}")
+    axes.set_yticks(range(len(kinds)), list(kinds))
+    axes.set_ylim(len(kinds) - 0.4, -0.7)
+    axes.set_xlabel("test accuracy (%), a dot a seed, a bar the mean")
+    axes.spines[["top", "right"]].set_visible(False)
+    if teachers:
+        axes.legend(frameon=False, loc="lower left", fontsize=8)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
 def spread(values: Sequence[float], digits: int = 2) -> str:
     """Mean ± standard deviation over seeds (the sample's, n - 1), or the value alone where there is one."""
     if len(values) == 1:

@@ -6,6 +6,7 @@ def main(cfg): ...
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import logging
@@ -45,9 +46,9 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
             quieten()
             sys.argv[1:] = resumed(sys.argv[1:])
             full = os.environ.get("HYDRA_FULL_ERROR") == "1"
-            os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach this function instead of Hydra's own printer
             try:
-                entry()
+                with _environment(HYDRA_FULL_ERROR="1"):  # errors come here instead of to Hydra's own printer
+                    entry()
             except KeyboardInterrupt:
                 _end("Interrupted.", 130)
             except Exception as error:
@@ -61,6 +62,19 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
         return run
 
     return decorate
+
+
+@contextlib.contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    before = {k: os.environ.get(k) for k in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for key, value in before.items():
+            os.environ.pop(key, None)
+            if value is not None:
+                os.environ[key] = value
 
 
 def _cause(error: BaseException) -> BaseException:
@@ -152,16 +166,16 @@ def suggestions(arguments: Iterable[str], config_name: str) -> str:
                     _nearest(f"{override.get_key_element()}={value}", value, groups[group], f"Options of {group}")
                 )
         elif key not in keys and not key.startswith("hydra") and not override.is_add():
-            known = sorted(keys | groups.keys())
-            lines.append(_nearest(key, key, known if "." in key else [k for k in known if "." not in k], "Keys"))
+            lines.append(_nearest(key, key, sorted(keys | groups.keys()), "Keys"))
     return "".join(f"\n  {line}" for line in lines)
 
 
 def _nearest(shown: str, name: str, known: Iterable[str], label: str) -> str:
     known = list(known)
-    near = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
     last = [k for k in known if k.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
-    near = list(dict.fromkeys(last + near))[:4]
+    if label == "Keys" and "." not in name:
+        known = [k for k in known if "." not in k]
+    near = list(dict.fromkeys(last + difflib.get_close_matches(name, known, n=4, cutoff=0.5)))[:4]
     return (
         f"{shown}: did you mean {' or '.join(near)}?" if near else f"{shown}: unknown. {label}: {', '.join(known[:40])}"
     )

@@ -107,10 +107,10 @@ def hyperparameters(cfg: DictConfig) -> dict[str, Any]:
         "student": net_name(cfg.student),
         "teacher": net_name(cfg.teacher) if cfg.teacher is not None else "none",
         "method": method_name(cfg),
-        "batch_size": cfg.data.batch_size,
-        "epochs": cfg.trainer.max_epochs,
-        "optimizer": str(cfg.optimizer["_target_"]).rsplit(".", 1)[-1],
-        "lr": cfg.optimizer.lr,
+        "train/batch_size": cfg.data.batch_size,  # TensorBoard shows the first few keys of the alphabet unless asked
+        "train/epochs": cfg.trainer.max_epochs,
+        "train/optimizer": str(cfg.optimizer["_target_"]).rsplit(".", 1)[-1],
+        "train/lr": cfg.optimizer.lr,
     }
     for key, value in cfg.method.items():
         if isinstance(value, (int, float, str, bool)) and key != "_target_":

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from litdistill.data.augment import count_views
+from litdistill.data.datamodule import ImageData
 from litdistill.methods.base import Outputs
 from litdistill.taps import Tapped
 
@@ -70,3 +72,25 @@ class FrozenTeacher(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> FrozenTeacher:
         """Shared, not copied: what averages a student's weights copies the module that holds its teacher."""
         return self
+
+
+TABLE_BYTES = 2**30
+
+
+def tabulate(teacher: FrozenTeacher, data: ImageData, device: torch.device, passes: float) -> Tensor | None:
+    """The teacher's logits for every view of every training image, (views, M, classes), or None where that does not pay.
+
+    It pays where training is going to look at an image more often (`passes`) than there are views of it, and is refused
+    beyond 1 GiB. Batches are cut from the sorted ids, so that the table is the same to the bit whatever the order of
+    training, and a resumed run finds again what it had.
+    """
+    views = count_views(data.augment)
+    rows = len(data.train_targets)
+    if views > passes or views * rows * data.num_classes * 4 > TABLE_BYTES:
+        return None
+    table = torch.zeros(views, rows, data.num_classes, device=device)
+    for view in range(views):
+        for ids in data.train_ids.to(device).split(data.eval_batch_size):
+            seen = data.seen("train", ids, torch.full_like(ids, view) if data.augment else None)
+            table[view, ids] = teacher(seen.images).logits.float()
+    return table

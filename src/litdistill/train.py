@@ -6,20 +6,20 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from filelock import FileLock
 from lightning import Trainer
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, LearningRateMonitor
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from litdistill import pictures
 from litdistill.build import build_data, build_distiller, build_teacher, finished, make, teacher_config
-from litdistill.callbacks import EpochLine, StopSafely, format_seconds, progress_bar
+from litdistill.callbacks import EpochLine, SeededSteps, StopSafely, format_seconds, progress_bar
 from litdistill.checkpoint import STUDENT, load_checkpoint, save_student, write_text
 from litdistill.data.datamodule import ImageData
 from litdistill.distiller import Distiller
@@ -31,8 +31,11 @@ from litdistill.summary import hyperparameters, summarise
 log = logging.getLogger(__name__)
 
 
-def train(cfg: DictConfig) -> float:
-    """Trains as `conf/train.yaml` describes; gives the best validation accuracy, which is what a sweep maximises."""
+def train(cfg: DictConfig, callbacks: Sequence[Callback] = ()) -> float:
+    """Trains as `conf/train.yaml` describes; gives the best validation accuracy, which is what a sweep maximises.
+
+    `callbacks`: of whoever calls, before the config's own.
+    """
     folder = Path(cfg.folder)
     if finished(folder):  # a resumed sweep repeats nothing
         log.info("%s is finished already.", folder)
@@ -40,6 +43,8 @@ def train(cfg: DictConfig) -> float:
     started = time.perf_counter()
     adopt_lightning_logs()
     torch.set_float32_matmul_precision("high")
+    if cfg.threads is not None:
+        torch.set_num_threads(cfg.threads)
     method = make(cfg.method)  # first, so that a wrong option is known before a teacher is trained
     data = build_data(cfg)
     teacher = build_teacher(cfg, data, train_teacher)
@@ -47,6 +52,7 @@ def train(cfg: DictConfig) -> float:
     _introduce(cfg, data, distiller)
 
     trainer = build_trainer(cfg, folder, phases=method.phases)
+    trainer.callbacks[:0] = callbacks  # type: ignore[attr-defined]
     fit_started = time.perf_counter()
     trainer.fit(distiller, datamodule=data, ckpt_path=last_state(folder / "checkpoints"), weights_only=True)
     fit_s = time.perf_counter() - fit_started
@@ -78,12 +84,14 @@ def build_trainer(cfg: DictConfig, folder: Path, phases: bool = False) -> Traine
 
     `phases`: the method trains some parameters in its first epochs only, which plain DDP would take for a mistake.
     """
-    callbacks: list[Callback] = [EpochLine(), *progress_bar()]
-    callbacks += [make(c) for c in (cfg.callbacks or {}).values()]
+    callbacks: list[Callback] = [SeededSteps(cfg.seed), EpochLine(), *progress_bar()]
+    loggers: list[Logger] = [make(c) for c in (cfg.logger or {}).values()]
+    named = [make(c) for c in (cfg.callbacks or {}).values()]
+    # The monitor refuses to have no logger.
+    callbacks += [c for c in named if loggers or not isinstance(c, LearningRateMonitor)]
     if cfg.ema is not None:
         callbacks.append(EMAWeightAveraging(decay=cfg.ema))
     callbacks.append(StopSafely(folder / "checkpoints"))  # last: what it saves, all others have seen
-    loggers: list[Logger] = [make(c) for c in (cfg.logger or {}).values()]
     bar = any(c.__class__.__name__ == "RichProgressBar" for c in callbacks)
     options = cfg.trainer.copy()
     if phases and options.get("strategy") == "ddp":
@@ -107,7 +115,7 @@ def train_teacher(cfg: DictConfig, folder: Path) -> None:
         recipe.folder = str(folder)
         if is_first_rank():
             write_text(folder / ".hydra" / "config.yaml", OmegaConf.to_yaml(recipe))
-        with _logged_to(folder / "train.log"):
+        with logged_to(folder / "train.log"):
             train(recipe)
         log.info("The teacher is trained.")
 
@@ -126,7 +134,7 @@ def _lock(folder: Path) -> contextlib.AbstractContextManager[object]:
 
 
 @contextlib.contextmanager
-def _logged_to(path: Path) -> Iterator[None]:
+def logged_to(path: Path) -> Iterator[None]:
     """Puts the log's lines into `path` too."""
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))

@@ -212,10 +212,15 @@ class ImageData(LightningDataModule):
     def batch(self, rows: Ids) -> Batch:
         """The images of these ids, in the views of their rounds or as they are."""
         split, ids, rounds = rows
+        if rounds is None or not self.augment:
+            return self.seen(split, ids, None)
+        return self.seen(split, ids, aug.draw_views(self.augment, self.seed, rounds, ids))
+
+    def seen(self, split: str, ids: Tensor, views: Tensor | None) -> Batch:
+        """The images of these ids in the given views (N,), or as they are."""
         data = self._on(split, ids.device)
-        images, views = data.images[ids], None
-        if rounds is not None and self.augment:
-            views = aug.draw_views(self.augment, self.seed, rounds, ids)
+        images = data.images[ids]
+        if views is not None:
             images = aug.apply_views(self.augment, images, views)
         return Batch(self.normalise(images), data.targets[ids], ids, views)
 

@@ -61,7 +61,8 @@ class Method(nn.Module):
     def build(self, student: Outputs, teacher: Outputs | None, targets: Tensor) -> None:
         """Makes projectors and memories, once, from what a dry forward of one small batch gave.
 
-        Shapes are inferred here and typed nowhere. `targets`: (M,) int64, the label of every training sample by id.
+        Shapes are inferred here and typed nowhere. `targets`: (M,) int64, the label of every sample by id, -1 for those
+        that are not trained on.
         Raises `UserError` where this pair of networks cannot do (no spatial maps, say).
         """
 

@@ -86,13 +86,14 @@ class CRD(Method):
         self.embed_teacher = nn.Linear(t.shape[1], self.width, device=s.device)
 
         targets = targets.to(s.device)
-        count = torch.bincount(targets)
+        trained = (targets >= 0).nonzero().squeeze(1)  # no memory of another sample is ever more than noise
+        count = torch.bincount(targets[trained])
         if int((count > 0).sum()) < 2:
             raise UserError(
                 "method=crd contrasts samples of different labels, and the training set has one label only."
             )
-        self.register_buffer("labels", torch.cat([targets, targets[:1]]))
-        self.register_buffer("by_label", targets.argsort(stable=True))
+        self.register_buffer("labels", torch.cat([targets, targets[:1]]).clamp(min=0))
+        self.register_buffer("by_label", trained[targets[trained].argsort(stable=True)])
         self.register_buffer("first", count.cumsum(0) - count)
         self.register_buffer("count", count)
         # One row more than there are samples: it takes what samples without an id leave.
@@ -122,7 +123,7 @@ class CRD(Method):
         s = F.normalize(self.embed_student(student), dim=1)
         t = F.normalize(self.embed_teacher(teacher), dim=1)
         known = ids >= 0
-        rows = torch.where(known, ids, len(self.by_label))
+        rows = torch.where(known, ids, len(self.labels) - 1)
         chosen = torch.cat([rows[:, None], self._draw(self.labels[rows])], dim=1)
 
         # Scores with the whole memory are cheaper than a copy of 16,385 of its rows for every sample.

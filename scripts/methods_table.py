@@ -1,0 +1,296 @@
+"""Trains a student by every method of conf/method, times a step of each, and writes the table of them all.
+
+    python scripts/methods_table.py out=docs/methods.md seeds=5
+
+Runs are those of conf/experiment/methods.yaml, in runs/methods/<method>/; what is finished there is not repeated.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import re
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf, open_dict
+from torch import Tensor
+
+from litdistill.build import make, recipe_hash
+from litdistill.checkpoint import write_text
+from litdistill.errors import UserError
+from litdistill.methods.base import Method, Outputs, Taps
+from litdistill.methods.kd import KD
+from litdistill.methods.sum import Sum
+from litdistill.nets.resnet import resnet
+from litdistill.report import spread
+from litdistill.runtime import CONF, quieten
+from litdistill.summary import versions
+from litdistill.taps import Tapped, find
+from litdistill.teacher import FrozenTeacher
+from litdistill.train import train
+
+DEFAULTS = {"out": "docs/methods.md", "seeds": 5, "rounds": 7, "runs": "runs"}
+CONTROL = "supervised"
+COLUMNS = ("method", "paper", "reads of the teacher", "defaults", "cost", "test accuracy %", "over the control")
+
+# The pair whose steps are timed: ResNet-20 teaches ResNet-8, both of the published CIFAR-100 tables.
+SHAPE, CLASSES, BATCH, SAMPLES = (3, 32, 32), 100, 32, 50_000
+LATER = 10**6  # an epoch behind every first phase
+
+
+# -- what a method is ---------------------------------------------------------------------------------------------------
+
+
+def options(path: Path) -> DictConfig:
+    """The method of a yaml, composed: one may be a diff on another."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        node = compose(overrides=[f"+method={path.stem}"]).method
+    assert isinstance(node, DictConfig)
+    return node
+
+
+def paper(path: Path, target: str) -> str:
+    """From the head of the method's module, or where the yaml is not named after its module, from the yaml's own."""
+    module = target.rpartition(".")[0]
+    if path.stem == module.rpartition(".")[2]:
+        spec = importlib.util.find_spec(module)
+        assert spec is not None
+        assert spec.origin is not None
+        text = ast.get_docstring(ast.parse(Path(spec.origin).read_text())) or ""
+    else:
+        lines = path.read_text().splitlines()
+        comment = next((i for i, line in enumerate(lines) if not line.startswith("#")), len(lines))
+        text = "\n".join(line.removeprefix("#").strip() for line in lines[:comment])
+    return linked(reference(text))
+
+
+def reference(text: str) -> str:
+    """The first paragraph of a text, up to the sentence that names a paper on arXiv, without the last full stop."""
+    sentences = re.split(r"(?<=[.:]) +(?=[A-Z])", " ".join(text.split("\n\n")[0].split()))
+    named = next((i for i, s in enumerate(sentences) if "arXiv" in s), len(sentences))
+    return " ".join(sentences[: named + 1]).rstrip(".:")
+
+
+def linked(text: str) -> str:
+    """Each arXiv number becomes a link."""
+    return re.sub(r"arXiv (\d{4}\.\d{4,5})", r"[arXiv \1](https://arxiv.org/abs/\1)", text)
+
+
+def defaults(node: Mapping[str, Any], prefix: str = "") -> str:
+    """`hard 1, hint 100` of a method's options; those of a sum with their method's name; taps are another column."""
+    shown = []
+    for key, value in node.items():
+        if key == "methods":
+            shown += [defaults(part, f"{name}.") for name, part in value.items()]
+        elif key != "_target_" and not key.endswith("_taps") and value is not None:
+            shown.append(f"{prefix}{key} {plain(value)}")
+    return ", ".join(shown)
+
+
+def plain(value: Any) -> str:
+    """Numbers without needless digits, lists with spaces between."""
+    if isinstance(value, (bool, str)):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, (int, float)) else " ".join(plain(v) for v in value)
+
+
+def taps_of(method: Method) -> list[Taps]:
+    """What a method, or each of a sum, reads, before it is resolved on networks."""
+    return (
+        [t for part in method.parts().values() for t in taps_of(part)] if isinstance(method, Sum) else [method.taps()]
+    )
+
+
+def reads(method: Method, uses_logits: bool) -> str:
+    """In words: the teacher's logits and taps, or what a method without one reads in its place."""
+    if not method.needs_teacher:
+        own = [name for taps in taps_of(method) for name in words(taps.student)]
+        return "no teacher" + (f"; the student's own {', '.join(own)}" if own else "")
+    found = ["logits"] if uses_logits else []
+    found += dict.fromkeys(name for taps in taps_of(method) for name in words(taps.teacher))
+    return ", ".join(found)
+
+
+def words(taps: Sequence[str] | str) -> list[str]:
+    return [taps] if isinstance(taps, str) else list(taps)
+
+
+# -- what a step of it costs --------------------------------------------------------------------------------------------
+
+
+class Step:
+    """A method on the pair of networks that is timed: forward of both, loss, backward."""
+
+    def __init__(self, method: Method):
+        torch.manual_seed(0)
+        self.images, self.targets = torch.randn(BATCH, *SHAPE), torch.randint(CLASSES, (BATCH,))
+        self.ids = torch.randperm(SAMPLES)[:BATCH]
+        example, teacher = self.images[:2], resnet(CLASSES, SHAPE, 20)
+        student = method.prepare(resnet(CLASSES, SHAPE, 8), teacher, example)
+        asked = method.taps()
+        self.method, self.student = method, Tapped(student, find(student, example, asked.student))
+        self.teacher = FrozenTeacher(teacher, find(teacher, example, asked.teacher))
+        student.eval()
+        with torch.no_grad():
+            method.build(self.student(example), self.teacher(example), torch.arange(SAMPLES) % CLASSES)
+        student.train()
+        self.parameters = [*student.parameters(), *method.parameters()]
+        method.epoch = LATER
+
+    def outputs(self) -> tuple[Outputs, Outputs | None]:
+        student = self.student(self.images)._replace(ids=self.ids)
+        return student, self.teacher(self.images)._replace(ids=self.ids) if self.method.needs_teacher else None
+
+    def terms(self, student: Outputs, teacher: Outputs | None) -> dict[str, Tensor]:
+        return self.method(student, teacher, self.targets)
+
+    def seconds(self) -> float:
+        start = time.perf_counter()
+        for p in self.parameters:
+            p.grad = None
+        torch.stack(list(self.terms(*self.outputs()).values())).sum().backward()
+        return time.perf_counter() - start
+
+    @torch.no_grad()
+    def uses_logits(self) -> bool:
+        """Whether any term changes with the teacher's logits alone."""
+        student, teacher = self.outputs()
+        if teacher is None:
+            return False
+        self.method.eval()  # memories stay
+        found = []
+        for logits in (teacher.logits, torch.randn_like(teacher.logits)):
+            torch.manual_seed(0)  # the same negatives
+            found.append(self.terms(student, teacher._replace(logits=logits)))
+        self.method.train()
+        return any(not torch.equal(found[0][k], found[1][k]) for k in found[0])
+
+
+def cost(step: Step, kd: Step, rounds: int) -> float:
+    """Seconds of a step over those of KD's, the median of rounds in which either is timed right after the other."""
+    for warm in (kd, step):
+        warm.seconds()
+    return statistics.median(step.seconds() / kd.seconds() for _ in range(rounds))
+
+
+# -- what it gives ------------------------------------------------------------------------------------------------------
+
+
+def run(name: str, seed: int, runs: str) -> tuple[DictConfig, dict[str, Any]]:
+    """Trains one cell unless it is there, and gives its config and its summary.
+
+    What decides its weights is in the folder's name, so that a changed default is not answered by an old run.
+    """
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("train", ["experiment=methods", f"method={name}", f"seed={seed}", f"runs={runs}", "folder=''"])
+    if "init_epochs" in cfg.method:
+        with open_dict(cfg):
+            cfg.method.init_epochs = first_epochs(cfg.method.init_epochs, cfg.trainer.max_epochs)
+    folder = Path(runs) / "methods" / name / f"{seed}-{recipe_hash(cfg)}"
+    cfg.folder = str(folder)
+    write_text(folder / ".hydra" / "config.yaml", OmegaConf.to_yaml(cfg))
+    train(cfg)
+    return cfg, json.loads((folder / "summary.json").read_text())
+
+
+def first_epochs(published: int, epochs: int) -> int:
+    """As large a share of a run as the published one of 240 epochs, and one epoch at least."""
+    return max(1, round(published / 240 * epochs))
+
+
+def accuracies(summaries: Sequence[Mapping[str, Any]]) -> list[float]:
+    """In per cent, on the test set, of the weights that training ended with."""
+    return [100 * s["student"]["test"]["accuracy"]["last"] for s in summaries]
+
+
+def gain(values: Sequence[float], control: Sequence[float]) -> str:
+    """Mean ± spread of the differences seed by seed, with its sign."""
+    text = spread([a - b for a, b in zip(values, control, strict=True)])
+    return text if text.startswith("-") else f"+{text}"
+
+
+def line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |"
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join([line(COLUMNS), "|" + "---|" * 4 + "---:|" * 3, *map(line, rows)]) + "\n"
+
+
+def head(cfg: DictConfig, summary: Mapping[str, Any], teacher: float, seeds: int, rounds: int) -> str:
+    """What the table is, from the runs themselves."""
+    data, student, taught = summary["data"], summary["student"], summary["teacher"]
+    used = ", ".join(f"{k} {v}" for k, v in versions().items())
+    return f"""# Methods
+
+Written by `python scripts/methods_table.py out=docs/methods.md seeds={seeds}`; not to be edited by hand.
+
+**A sanity check, not a ranking.** Every method trains the same small student ({student["name"]}, {student["params"]:,}
+parameters) on {data["train"]} labelled {data["name"]} of {"x".join(map(str, data["input_shape"]))}, {summary["steps"]} steps,
+beside the same teacher ({taught["name"]}, {taught["params"]:,} parameters, {teacher:.2f} % on the test set). Weights and
+temperatures are the published ones, most of which were tuned for CIFAR-100 or ImageNet, and none was tuned here: a method
+below the control may need nothing but another weight. The test set ({data["test"]} images) was used to choose nothing:
+the accuracy is that of the last epoch.
+
+- **method**: the name of its file in `conf/method`, as in `method=kd`. The control is `{CONTROL}`: labels alone.
+- **reads of the teacher**: its logits, as tried by changing them, and the features that are tapped by default.
+- **defaults**: as in the file. `init_epochs` is cut to the same share of this short run as of the published 240 epochs.
+- **cost**: time of a training step relative to `kd`, forward and backward with the teacher's forward where there is one;
+  ResNet-20 teaches ResNet-8, {BATCH} images of {"x".join(map(str, SHAPE))}, {CLASSES} classes, one CPU thread; the median of
+  {rounds} ratios of neighbouring steps. Of methods in two phases, the second.
+- **test accuracy %**, **over the control**: mean ± standard deviation over {seeds} seed(s), which draw the images, the
+  first weights and the order; the difference is taken seed by seed.
+
+Each run is `python scripts/train.py experiment=methods method=<method> seed=<seed>`, with {cfg.trainer.max_epochs} epochs.
+Made with {used}.
+
+"""
+
+
+def main() -> None:
+    quieten()
+    asked = OmegaConf.merge(DEFAULTS, OmegaConf.from_cli())
+    if set(asked) != set(DEFAULTS) or min(asked.seeds, asked.rounds) < 1:
+        raise UserError(
+            f"Give {', '.join(f'{k}={v}' for k, v in DEFAULTS.items())} or other values, at least 1 of each."
+        )
+    torch.set_num_threads(1)
+    paths = {p.stem: p for p in sorted((CONF / "method").glob("*.yaml"))}
+    results = {}
+    for name in paths:
+        results[name] = [run(name, seed, asked.runs) for seed in range(asked.seeds)]
+        print(f"{name}: {spread(accuracies([s for _, s in results[name]]))} %", flush=True)
+
+    scores = {name: accuracies([s for _, s in found]) for name, found in results.items()}
+    rows, kd = [], Step(KD())
+    for name in sorted(paths, key=lambda n: (n != CONTROL, n)):
+        node = options(paths[name])
+        step = Step(make(node))
+        over = gain(scores[name], scores[CONTROL]) if name != CONTROL else "control"
+        rows.append(
+            (
+                *(f"`{name}`", paper(paths[name], node["_target_"]), reads(step.method, step.uses_logits())),
+                *(defaults(node), f"{cost(step, kd, asked.rounds):.2f}", spread(scores[name]), over),
+            )
+        )
+        print(f"{name}: cost {rows[-1][4]}", flush=True)
+    cfg, summary = results[CONTROL][0]
+    teacher = 100 * summary["teacher"]["test"]["accuracy"]
+    write_text(asked.out, head(cfg, summary, teacher, asked.seeds, asked.rounds) + table(rows))
+    print(f"Written to {asked.out}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)

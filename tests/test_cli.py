@@ -1,0 +1,175 @@
+"""The commands as a user types them: in processes of their own, and their errors in this one."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from litdistill import runtime
+from litdistill.errors import UserError
+from litdistill.report import markdown, rows, spread, summaries
+
+ROOT = Path(__file__).parents[1]
+FAST = [
+    "data.per_class=12", "data.batch_size=32", "student.widths=[8,8]", "teacher.widths=[16,16]", "trainer=cpu",
+    "trainer.max_epochs=2", "+teacher.recipe.trainer.max_epochs=3", "threads=1",
+]  # fmt: skip
+
+
+def call(script: str, *arguments: str, cwd: Path, **options) -> subprocess.CompletedProcess:
+    env = {k: v for k, v in os.environ.items() if k != "RUN_STAMP"} | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "scripts" / f"{script}.py"), *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=env, timeout=300, **options)
+
+
+def test_a_sweep_its_report_and_an_evaluation(tmp_path):
+    done = call("train", "-m", *FAST, "name=try", "seed=0,1", "method=supervised,kd", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (sweep,) = (tmp_path / "runs" / "try").iterdir()
+    assert sorted(p.name for p in sweep.iterdir() if p.is_dir()) == ["0", "1", "2", "3"]
+    assert len(list((tmp_path / "runs" / "teachers").glob("conv4*/summary.json"))) == 1
+    log = (sweep / "0" / "train.log").read_text()
+    assert "`Trainer.fit` stopped" in log  # Lightning's own line ...
+    assert log.count("`Trainer.fit` stopped: `max_epochs=2` reached") == 1  # ... and once
+    assert "epoch 2/2" in log
+    command = json.loads((sweep / "3" / "summary.json").read_text())["command"]
+    assert command.startswith("python scripts/train.py -m data.per_class=12")
+
+    shown = call("report", f"runs={sweep}", "out=table.md", cwd=tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    assert "±" in (tmp_path / "table.md").read_text()
+    again = call("evaluate", f"run={sweep}/3", "device=cpu", cwd=tmp_path)
+    assert "reproduced to the digit" in again.stdout, again.stdout + again.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["runs", "table.md"]  # no command litters
+
+
+def test_ctrl_c_ends_cleanly_and_resume_auto_goes_on(tmp_path):
+    arguments = [*FAST, "trainer.max_epochs=300", "name=long"]
+    env = {k: v for k, v in os.environ.items() if k != "RUN_STAMP"} | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "scripts" / "train.py"), *arguments]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+    )
+    deadline = time.monotonic() + 200
+    while not list(tmp_path.glob("runs/long/*/checkpoints/last.ckpt")) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == 130, err
+    assert "Stopped by SIGINT" in err
+    assert "Traceback" not in err
+    (folder,) = (tmp_path / "runs" / "long").iterdir()
+    assert not (folder / "summary.json").exists()
+    done = call("train", *arguments, "resume=auto", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Going on from" in (folder / "train.log").read_text()
+    assert (folder / "summary.json").is_file()
+    assert [p.name for p in (tmp_path / "runs" / "long").iterdir()] == [folder.name]
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("data.per_clas=3", "did you mean data.per_class"),
+        ("net@student=conv44", "did you mean conv4"),
+        ("method=kdd", "did you mean kd"),
+        ("exprimnt=mnist", "did you mean experiment"),
+        ("trainer.max_epoch=3", "did you mean trainer.max_epochs"),
+        ("temperature=3", "method.temperature"),
+        ("optimizer.lr", "key=value"),
+        ("zzz=1", "unknown"),
+    ],
+)
+def test_a_typo_is_answered_with_the_nearest_names(argument, words, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py", argument])
+
+    @runtime.command("train")
+    def main(cfg):
+        pytest.fail("the config was accepted")
+
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    shown = capsys.readouterr().err
+    assert words in shown
+    assert "Traceback" not in shown
+
+
+def test_a_user_error_is_shown_alone_and_a_defect_with_its_traceback(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["train.py", f"runs={tmp_path}"])
+
+    @runtime.command("train")
+    def wrong(cfg):
+        raise UserError("the remedy")
+
+    with pytest.raises(SystemExit) as ended:
+        wrong()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.strip().endswith("the remedy")
+
+    @runtime.command("train")
+    def broken(cfg):
+        raise ZeroDivisionError("a defect")
+
+    with pytest.raises(ZeroDivisionError):
+        broken()
+
+
+def test_resume_finds_the_newest_unfinished_run_of_the_same_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+
+    def started(stamp: str, *overrides: str, finished: bool = False) -> None:
+        folder = tmp_path / "runs" / "train" / stamp
+        (folder / ".hydra").mkdir(parents=True)
+        (folder / ".hydra" / "overrides.yaml").write_text("".join(f"- {o}\n" for o in overrides) or "[]\n")
+        if finished:
+            (folder / "summary.json").write_text("{}")
+
+    started("2026-01-01", "seed=1")
+    started("2026-01-02", "seed=1")
+    started("2026-01-03", "seed=1", finished=True)
+    started("2026-01-04", "seed=2")
+    assert runtime.resumed(["seed=1", "resume=auto"]) == ["seed=1", "hydra.run.dir=runs/train/2026-01-02"]
+    assert runtime.resumed(["seed=9", "resume=auto"]) == ["seed=9"]
+    assert "no unfinished run" in capsys.readouterr().out
+    assert runtime.resumed(["seed=1"]) == ["seed=1"]
+    found = runtime.resumed(["resume=runs/train/2026-01-04", "trainer.max_epochs=9"])
+    assert found == ["seed=2", "trainer.max_epochs=9", "hydra.run.dir=runs/train/2026-01-04"]
+    with pytest.raises(SystemExit):
+        runtime.resumed(["resume=runs/nothing"])
+
+
+def summary(seed: int, accuracy: float, method: str = "kd") -> dict:
+    test = {"accuracy": {"best": accuracy, "last": accuracy - 0.01}, "nll": 0.1, "ece": 0.01, "brier": 0.1}
+    student = {"name": "s", "sha256": f"{method}{seed}", "params": 10, "test": test, "agreement": None}
+    data = {"name": "digits", "train": 100}
+    return {
+        "experiment": "e",
+        "method": method,
+        "seed": seed,
+        "data": data,
+        "teacher": None,
+        "student": student,
+        "epochs": 3,
+        "time": {"total_s": 2.0},
+    }
+
+
+def test_a_report_groups_seeds_and_gives_mean_and_spread(tmp_path):
+    for i, run in enumerate([summary(0, 0.90), summary(1, 0.92), summary(0, 0.5, "supervised")]):
+        (tmp_path / str(i)).mkdir()
+        (tmp_path / str(i) / "summary.json").write_text(json.dumps(run))
+    table = rows(summaries([tmp_path]))
+    assert [r["method"] for r in table] == ["kd", "supervised"]
+    assert table[0]["test accuracy %"] == "91.00 ± 1.41"
+    assert table[0]["seeds"] == "2"
+    assert table[1]["test accuracy %"] == "50.00"
+    assert markdown(table).count("\n") == 4
+    assert spread([1.0, 2.0, 3.0]) == "2.00 ± 1.00"
+    with pytest.raises(UserError, match="no folder"):
+        summaries([tmp_path / "nowhere"])

@@ -1,0 +1,92 @@
+"""Every file of conf/ composes; every experiment trains a step on generated data of its own shape."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from litdistill.data import datamodule
+from litdistill.data.sources import CIFAR10, CIFAR100, DIGITS, Source, Split
+from litdistill.runtime import CONF
+from litdistill.train import train
+from tests.conftest import compose_config
+
+SHAPES = {
+    "digits": ((1, 8, 8), DIGITS),
+    "mnist": ((1, 28, 28), DIGITS),
+    "fashion_mnist": ((1, 28, 28), DIGITS),
+    "cifar10": ((3, 32, 32), CIFAR10),
+    "cifar100": ((3, 32, 32), CIFAR100),
+}
+# What makes any run a matter of seconds: one step, a handful of images, a teacher of the same.
+STEP = [
+    "trainer=debug",
+    "data.val_size=0.5",
+    "data.batch_size=8",
+    "data.eval_batch_size=64",
+    "+data.epoch_size=8",
+    "logger=none",
+]
+
+
+def options(group: str) -> list[str]:
+    return sorted(str(p.relative_to(CONF / group).with_suffix("")) for p in (CONF / group).rglob("*.yaml"))
+
+
+def generated(name: str, root: str | Path, image_size: int | None = None, download: bool = True) -> Source:
+    """Random images in the data set's own shape and classes, a few of each class."""
+    shape, classes = SHAPES[name]
+    n = 4 * len(classes)
+    draw = torch.Generator().manual_seed(0)
+
+    def split() -> Split:
+        return Split(
+            torch.randint(0, 256, (n, *shape), dtype=torch.uint8, generator=draw), torch.arange(n) % len(classes)
+        )
+
+    return Source(split(), split(), classes)
+
+
+@pytest.mark.parametrize(
+    "group", ["data", "method", "optimizer", "scheduler", "trainer", "callbacks", "logger", "hydra"]
+)
+def test_every_option_of_every_group_composes(group, tmp_path):
+    for option in options(group):
+        if group == "hydra" and option != "default":
+            continue  # for other commands than train
+        extra = ["data.name=folder", "data.root=x"] if option in ("folder", "base") else []
+        cfg = compose_config(tmp_path / "run", f"{group}={option}", *extra)
+        OmegaConf.to_container(cfg, resolve=True)
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_every_network_composes_as_student_and_as_teacher(role, tmp_path):
+    for option in options("net"):
+        cfg = compose_config(tmp_path / "run", f"net@{role}={option}")
+        assert cfg[role]["_target_"].startswith("litdistill.nets")
+        assert "num_classes" not in cfg[role]
+
+
+@pytest.mark.parametrize("root", sorted(p.stem for p in CONF.glob("*.yaml")))
+def test_every_command_composes_and_says_how_it_is_called(root):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        compose(root)
+    assert f"python scripts/{root}.py" in (CONF / f"{root}.yaml").read_text()
+    assert (CONF.parent / "scripts" / f"{root}.py").is_file()
+
+
+@pytest.mark.parametrize("experiment", options("experiment"))
+def test_every_experiment_trains_a_step(experiment, tmp_path, monkeypatch):
+    monkeypatch.setattr(datamodule, "load", generated)
+    text = (CONF / "experiment" / f"{experiment}.yaml").read_text()
+    assert text.startswith("# @package _global_\n# ")  # a diff on train.yaml that says what it is
+    small = [a.replace("+data.epoch_size", "data.epoch_size") for a in STEP]
+    cfg = compose_config(tmp_path / "run", f"experiment={experiment}", *small)
+    if cfg.teacher is not None:
+        cfg.teacher.allow_chance, cfg.teacher.checkpoint, cfg.teacher.ensemble = True, None, None
+    cfg.data.per_class, cfg.data.fraction = None, None
+    assert cfg.name.startswith(experiment.split("/")[0])
+    train(cfg)
+    assert (tmp_path / "run" / "summary.json").is_file()

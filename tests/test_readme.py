@@ -1,0 +1,100 @@
+"""Every command of the README runs, and its own network and method are added as it says: one .py and one .yaml each."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import litdistill.methods
+import litdistill.nets
+from litdistill.data import datamodule
+from litdistill.data.sources import load
+from litdistill.runtime import CONF
+from litdistill.train import train
+from tests.conftest import compose_config
+from tests.test_configs import SHAPES, STEP, generated
+
+ROOT = CONF.parent
+README = (ROOT / "README.md").read_text()
+COMMANDS = [
+    line.split("   #")[0].strip()
+    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    for line in block.splitlines()
+    if line.strip() and not line.startswith("#")
+]
+TRAINS = [c for c in COMMANDS if c.startswith("python scripts/train.py")]
+
+
+@pytest.fixture
+def readme_files(tmp_path, monkeypatch):
+    """Writes the README's files where it says, in a folder of their own that Python and Hydra search too."""
+    written = re.findall(r"```(?:python|yaml)\n# (\S+)\n(.*?)```", README, re.DOTALL)
+    assert {Path(name).suffix for name, _ in written} == {".py", ".yaml"}
+    for name, text in written:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    for package in (litdistill.methods, litdistill.nets):
+        folder = tmp_path / "src" / package.__name__.replace(".", "/")
+        monkeypatch.setattr(package, "__path__", [*package.__path__, str(folder)])
+    return tmp_path
+
+
+def small_folder(root: Path) -> Path:
+    for split in ("train", "test"):
+        for label in ("cats", "dogs"):
+            for i in range(6):
+                path = root / split / label / f"{i}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (40, 36), (10 * i, 90 if label == "cats" else 10, 0)).save(path)
+    return root
+
+
+@pytest.mark.parametrize("command", TRAINS)
+def test_a_training_command_of_the_readme_trains(command, tmp_path, monkeypatch, readme_files):
+    real = lambda name, *a, **k: generated(name, *a, **k) if name in SHAPES else load(name, *a, **k)  # noqa: E731
+    monkeypatch.setattr(datamodule, "load", real)
+    arguments = shlex.split(command.replace("<folder>", str(small_folder(tmp_path / "images"))))[2:]
+    if "resume=auto" in arguments or any(a.startswith("trainer.devices") for a in arguments):
+        pytest.skip("a process of its own: test_cli.py, test_ddp.py")
+    chosen = [a for a in arguments if a != "-m"]
+    chosen = [a.split(",")[0] if "[" not in a else a for a in chosen]  # the first job of a sweep
+    small = [a for a in STEP if not a.startswith("+")] + ["data.epoch_size=8", "data.val_size=0.5"]
+    if "data=folder" in chosen or "data.per_class=20" in chosen:
+        small = [a.replace("data.val_size=0.5", "data.val_size=0.3") for a in small]
+    chosen = [a for a in chosen if not a.startswith(("trainer.max_epochs", "data.per_class", "data.fraction"))]
+    if "teacher=null" not in chosen:
+        small += ["teacher.checkpoint=null", "teacher.allow_chance=true"]
+    searchpath = f"hydra.searchpath=[file://{readme_files}/conf]"
+    cfg = compose_config(tmp_path / "run", *chosen, *small, searchpath)
+    train(cfg)
+    assert (tmp_path / "run" / "summary.json").is_file()
+
+
+def test_the_readmes_method_is_what_its_docstring_says(readme_files):
+    from litdistill.methods.margin import Margin
+
+    from litdistill.methods.base import Outputs
+
+    a, b, target = torch.randn(5, 3), torch.randn(5, 3), torch.tensor([0, 1, 2, 0, 1])
+    terms = Margin(hard=2, soft=3)(Outputs(a), Outputs(b), target)
+    assert terms["soft"] == pytest.approx(3 * (a - b).abs().mean().item())
+    assert terms["hard"] == pytest.approx(-2 * a.log_softmax(1)[range(5), target].mean().item())
+
+
+def test_the_readme_names_only_what_exists():
+    for command in COMMANDS:
+        first = command.split()[0]
+        if command.startswith("make"):
+            assert re.search(rf"^{command.split()[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        elif first == "python":
+            assert (ROOT / command.split()[1]).is_file(), command
+        else:
+            assert first in ("git", "tensorboard"), command
+    for path in re.findall(r"`((?:conf|src|scripts|docs)/[\w/.]+\.\w+)`", README):
+        assert (ROOT / path).exists() or path in README.split("```python\n# ")[1], path
+    for path in re.findall(r"\]\(([\w/.]+)\)", README):
+        assert (ROOT / path).exists(), path

@@ -1,0 +1,457 @@
+"""A sweep: how many trials, what survives a kill, what the objective is, and what is left of it. Most runs are stand-ins."""
+
+import functools
+import importlib
+import itertools
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from lightning.pytorch.callbacks import Callback
+from omegaconf import OmegaConf
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from litdistill import sweep_trial
+from litdistill.callbacks import Stopped
+from litdistill.errors import UserError
+from litdistill.evaluate import differences, evaluate, load_run
+from litdistill.runtime import CONF, suggestions
+from litdistill.train import train
+from tests.conftest import SMALL
+
+pytest.importorskip("optuna")
+
+from litdistill.sweep import sweep
+from litdistill.sweep_trial import objective
+
+FORK = multiprocessing.get_context("fork")
+
+
+def start(folder: Path, *overrides: str, space: dict | None = None):
+    """What `scripts/sweep.py` does with these overrides, and with a file in conf/sweep that has this space."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("sweep", ["sweep.storage=journal", *overrides])  # the quicker one
+        if space is not None:
+            cfg.sweep.space = space
+        return sweep(cfg, overrides, folder)
+
+
+def quick_compose(root: str, overrides: list[str]):
+    """Hydra's for values alone, in a hundredth of its time."""
+    cfg = default_config().copy()
+    for override in OverridesParser.create().parse_overrides(overrides):
+        OmegaConf.update(cfg, override.key_or_group, override.value(), force_add=True)
+    return cfg
+
+
+@functools.cache
+def default_config():
+    return compose("train")
+
+
+def accuracy(cfg) -> float:
+    """A stand-in's validation accuracy: best at temperature 4, and a little better for wider students."""
+    return 1 / (1 + abs(cfg.method.temperature - 4)) + 0.01 * sum(cfg.student.widths) / 100
+
+
+def leave(cfg, val: float) -> None:
+    """What a finished run leaves, as far as a sweep reads it; on the test set the worse is better."""
+    folder, cost = Path(cfg.folder), sum(cfg.student.widths)
+    student = {"params": cost, "macs": 10 * cost, "bytes": 4 * cost, "test": {"accuracy": {"best": 1 - val}}}
+    summary = {"val": {"best": val}, "student": student, "time": {"fit_s": 1.0}}
+    (folder / "summary.json").write_text(json.dumps(summary))
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Replaces training by a closed form; gives the folders in which it was called, in order."""
+    calls: list[Path] = []
+
+    def train(cfg, callbacks=()):
+        calls.append(Path(cfg.folder))
+        leave(cfg, accuracy(cfg))
+
+    monkeypatch.setattr(sweep_trial, "train", train)
+    monkeypatch.setattr(sweep_trial, "compose", quick_compose)
+    return calls
+
+
+def points(study) -> list[dict]:
+    return [t.params for t in study.trials]
+
+
+@pytest.mark.parametrize("options", [("sweep=optuna",), ("sweep=random",), ("sweep=grid", "sweep.trials=5")])
+def test_a_sweep_has_the_planned_trials_and_is_the_same_twice(quick, tmp_path, options):
+    options = ("sweep.trials=11", *options)
+    first = start(tmp_path / "a", *options)
+    n = 5 if "sweep=grid" in options else 11
+    assert [t.state.name for t in first.trials] == ["COMPLETE"] * n
+    assert len(quick) == n == len(set(quick))
+    assert points(first) == points(start(tmp_path / "b", *options))
+    assert len({str(p) for p in points(first)}) == n
+    if "sweep=grid" not in options:
+        other = start(tmp_path / "c", "sweep.seed=1", "sweep.trials=1", *options[1:])
+        assert points(other)[0] != points(first)[0]
+
+
+def test_tpe_learns_where_random_does_not(quick, tmp_path):
+    space = {"method.temperature": {"low": 1.0, "high": 30.0}}
+    tpe = start(tmp_path / "a", "sweep.trials=20", space=space)
+    chance = start(tmp_path / "b", "sweep=random", "sweep.trials=20", space=space)
+    late = lambda s: sum(t.value for t in s.trials[10:])  # noqa: E731
+    assert late(tpe) > 1.25 * late(chance)
+
+
+def test_a_grid_is_every_combination(quick, tmp_path):
+    space = {
+        "method": {"temperature": [2.0, 4], "hard": {"low": 0.0, "high": 0.5, "step": 0.25}},
+        "student.widths": [[8, 16, 32], [16, 32, 64]],
+    }
+    study = start(tmp_path / "a", "sweep=grid", space=space)
+    found = [tuple(t.params.values()) for t in study.trials]
+    assert list(study.trials[0].params) == ["method.temperature", "method.hard", "student.widths"]
+    assert found == list(itertools.product(["2.0", "4"], [0.0, 0.25, 0.5], ["[8,16,32]", "[16,32,64]"]))
+
+
+def killed_at(trial: int):
+    """A run in whose middle the process is killed."""
+
+    def train(cfg, callbacks=()):
+        if Path(cfg.folder).name == str(trial):
+            os.kill(os.getpid(), signal.SIGKILL)
+        leave(cfg, accuracy(cfg))
+
+    return train
+
+
+def in_a_process(monkeypatch, train, folder, *options):
+    monkeypatch.setattr(sweep_trial, "train", train)
+    process = FORK.Process(target=start, args=(folder, *options))
+    process.start()
+    return process
+
+
+@pytest.mark.parametrize(("kind", "storage"), [("optuna", "sqlite"), ("random", "journal"), ("grid", "sqlite")])
+def test_a_killed_sweep_ends_as_if_it_had_not_been_killed(quick, monkeypatch, tmp_path, kind, storage):
+    options = (f"sweep={kind}", "sweep.trials=8", f"sweep.storage={storage}")
+    whole = start(tmp_path / "whole", *options)
+    quick.clear()
+    with monkeypatch.context() as patch:
+        process = in_a_process(patch, killed_at(5), tmp_path / "parts", *options)
+        process.join()
+    assert process.exitcode == -signal.SIGKILL
+    parts = start(tmp_path / "parts", *options)
+    assert [t.state.name for t in parts.trials] == ["COMPLETE"] * 8
+    assert [p.name for p in quick] == ["5", "6", "7"]
+    assert points(parts) == points(whole)
+    assert [t.value for t in parts.trials] == [t.value for t in whole.trials]
+    start(tmp_path / "parts", *options)
+    assert len(quick) == 3
+    assert len(start(tmp_path / "parts", *options, "sweep.trials=10").trials) == 10
+
+
+def test_two_processes_share_a_sweep(quick, monkeypatch, tmp_path):
+    def train(cfg, callbacks=()):
+        with open(tmp_path / "calls", "a") as file:
+            file.write(f"{Path(cfg.folder).name} {os.getpid()}\n")
+        time.sleep(0.15)
+        leave(cfg, accuracy(cfg))
+
+    options = ("sweep=random", "sweep.trials=8", "sweep.storage=sqlite")
+    workers = [in_a_process(monkeypatch, train, tmp_path / "a", *options) for _ in range(2)]
+    for worker in workers:
+        worker.join()
+    assert [w.exitcode for w in workers] == [0, 0]
+    calls = [line.split() for line in (tmp_path / "calls").read_text().splitlines()]
+    assert sorted(int(n) for n, _ in calls) == list(range(8))
+    assert len({pid for _, pid in calls}) == 2
+    assert len(start(tmp_path / "a", *options).trials) == 8
+    assert "8 complete" in (tmp_path / "a" / "sweep.md").read_text()
+
+
+def test_a_failed_trial_is_recorded_with_its_reason_and_the_rest_go_on(quick, monkeypatch, tmp_path):
+    def train(cfg, callbacks=()):
+        if Path(cfg.folder).name == "1":
+            raise UserError("no such thing")
+        if Path(cfg.folder).name == "2":
+            raise RuntimeError("out of\nmemory")
+        leave(cfg, float("nan") if Path(cfg.folder).name == "3" else accuracy(cfg))
+
+    monkeypatch.setattr(sweep_trial, "train", train)
+    study = start(tmp_path / "a", "sweep.trials=5")
+    assert [t.state.name for t in study.trials] == ["COMPLETE", "FAIL", "FAIL", "FAIL", "COMPLETE"]
+    text = (tmp_path / "a" / "sweep.md").read_text()
+    assert "UserError: no such thing" in text
+    assert "RuntimeError: out of memory" in text
+    assert "is not finite" in text
+    assert len(start(tmp_path / "a", "sweep.trials=5").trials) == 5
+
+
+def test_a_sweep_of_failures_is_a_failure(quick, monkeypatch, tmp_path):
+    monkeypatch.setattr(sweep_trial, "train", lambda *_: 1 / 0)
+    with pytest.raises(UserError, match=r"None of 2 trials succeeded.*ZeroDivisionError"):
+        start(tmp_path / "a", "sweep.trials=2")
+
+
+def test_a_trial_that_kills_its_process_is_given_up(quick, monkeypatch, tmp_path):
+    for _ in range(2):
+        with monkeypatch.context() as patch:
+            in_a_process(patch, killed_at(1), tmp_path / "a", "sweep.trials=3", "sweep.attempts=2").join()
+    study = start(tmp_path / "a", "sweep.trials=3", "sweep.attempts=2")
+    assert [t.state.name for t in study.trials] == ["COMPLETE", "FAIL", "COMPLETE"]
+    assert study.trials[1].user_attrs["reason"] == "its process died 2 times"
+
+
+def test_a_stop_is_no_failure_of_the_trial(quick, monkeypatch, tmp_path):
+    def stop(cfg, callbacks=()):
+        raise Stopped(signal.SIGTERM, "step 1")
+
+    for _ in range(4):  # more often than a trial may die
+        with monkeypatch.context() as patch:
+            patch.setattr(sweep_trial, "train", stop)
+            with pytest.raises(Stopped):
+                start(tmp_path / "a", "sweep.trials=2")
+    assert [t.state.name for t in start(tmp_path / "a", "sweep.trials=2").trials] == ["COMPLETE"] * 2
+
+
+def test_the_objective_is_the_best_on_validation(quick, tmp_path):
+    study = start(tmp_path / "a", "sweep=grid")
+    assert study.best_value == max(accuracy(OmegaConf.load(f / ".hydra" / "config.yaml")) for f in quick)
+    assert study.best_params["method.temperature"] == "4.0"
+
+
+@pytest.mark.parametrize("name", ["test", "test/accuracy", "agreement"])
+def test_the_test_set_is_no_objective(quick, tmp_path, name):
+    with pytest.raises(UserError, match="The test set is no objective"):
+        start(tmp_path / "a", f"sweep.objectives=[{name}]")
+
+
+def test_a_metric_that_is_better_when_smaller_is_minimised(quick, tmp_path):
+    study = start(
+        tmp_path / "a", "sweep=grid", "callbacks.best.monitor=val/nll", "callbacks.best.mode=min", "sweep.trials=6"
+    )
+    assert study.best_value == min(t.value for t in study.trials)
+    assert "val/nll (minimize)" in (tmp_path / "a" / "sweep.md").read_text()
+
+
+def test_seeds_are_averaged_within_a_trial(quick, monkeypatch, tmp_path):
+    def train(cfg, callbacks=()):
+        assert cfg.data.seed == cfg.seed
+        leave(cfg, {3: 0.2, 4: 0.4, 9: 0.9}[cfg.seed] + cfg.method.hard)
+
+    monkeypatch.setattr(sweep_trial, "train", train)
+    study = start(tmp_path / "a", "sweep=random", "sweep.trials=3", "sweep.seeds=[3,4,9]")
+    for trial in study.trials:
+        assert trial.value == pytest.approx(0.5 + trial.params["method.hard"], abs=1e-12)
+        assert {p.name for p in (tmp_path / "a" / str(trial.number)).iterdir()} == {"seed3", "seed4", "seed9"}
+    assert "train.py -m experiment=best seed=3,4,9" in (tmp_path / "a" / "best.yaml").read_text()
+
+
+def test_the_pareto_front_is_that_of_a_brute_force(quick, tmp_path):
+    study = start(tmp_path / "a", "sweep=random", "sweep.trials=20", "sweep.objectives=[val,macs]")
+    values = {t.number: t.values for t in study.trials}
+    better = lambda a, b: a[0] >= b[0] and a[1] <= b[1] and a != b  # noqa: E731
+    front = {n for n, v in values.items() if not any(better(w, v) for w in values.values())}
+    assert {t.number for t in study.best_trials} == front
+    assert 1 < len(front) < 20
+    text = (tmp_path / "a" / "sweep.md").read_text()
+    shown = text.split("## Pareto front")[1].split("##")[0].splitlines()
+    assert {int(line.split("|")[1]) for line in shown if line[2:3].isdigit()} == front
+    most = max(front, key=lambda n: values[n][0])
+    assert f"trial {most}:" in (tmp_path / "a" / "best.yaml").read_text()
+
+
+def test_importance_finds_the_parameter_that_matters(quick, tmp_path):
+    start(tmp_path / "a", "sweep=random", "sweep.trials=25")
+    lines = (tmp_path / "a" / "sweep.md").read_text().split("## Importance")[1].splitlines()
+    shares = {
+        c[1].strip(): float(c[2]) for c in (x.split("|") for x in lines) if len(c) == 4 and c[2].strip()[0].isdigit()
+    }
+    assert shares.keys() == {"method.temperature", "method.hard", "method.soft", "optimizer.lr", "student.widths"}
+    assert max(shares, key=shares.__getitem__) == "method.temperature"
+    assert sum(shares.values()) == pytest.approx(1, abs=0.01)
+
+
+def rerun_config(folder: Path, home: Path, *overrides: str):
+    """What `best.yaml` composes to once it is in conf/experiment."""
+    (home / "experiment").mkdir(parents=True)
+    (home / "experiment" / "best.yaml").write_text((folder / "best.yaml").read_text())
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("train", ["experiment=best", f"hydra.searchpath=[file://{home}]", *overrides])
+
+
+def same_but_for_the_folder(a, b) -> bool:
+    a, b = (OmegaConf.to_container(c, resolve=False) for c in (a, b))
+    return {**a, "folder": 0} == {**b, "folder": 0}
+
+
+TEMPERATURE = {"method.temperature": {"low": 2.0, "high": 9.0}}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "space"),
+    [
+        ((), None),
+        (("experiment=digits/distilled", "optimizer=sgd", "seed=3", "+schedule.soft=[[0, 0], [20, 1]]"), None),
+        (("experiment=digits/few_labels", "method=dkd"), {"optimizer.lr": [1e-5, 1]}),
+        (("net@teacher=mlp", "+trainer.accumulate_grad_batches=2", "name='a b'", "++ema=0.9"), TEMPERATURE),
+        (("teacher=null",), {"method": ["supervised"], "optimizer": {"lr": {"low": 1e-5, "high": 2e-5}}}),
+        (("experiment=digits/distilled",), {"net@student": ["conv4_wide", "lenet"], "method": ["dkd", "kd"]}),
+        (("callbacks.learning_rate._target_=lightning.pytorch.callbacks.Timer", "sweep.seeds=[4,5]"), TEMPERATURE),
+    ],
+)
+def test_best_yaml_composes_to_the_config_of_the_best_trial(monkeypatch, tmp_path, overrides, space):
+    def train(cfg, callbacks=()):
+        folder = Path(cfg.folder)
+        summary = {"val": {"best": 0.1 * (1 + int(next(p for p in folder.parts[::-1] if p.isdigit())))}}
+        (folder / "summary.json").write_text(json.dumps(summary))
+
+    monkeypatch.setattr(sweep_trial, "train", train)
+    start(tmp_path / "a", "sweep.trials=2", *overrides, space=space)
+    folder, extra = tmp_path / "a" / "1", []
+    if "sweep.seeds=[4,5]" in overrides:
+        folder, extra = folder / "seed4", ["seed=4"]
+    then = OmegaConf.load(folder / ".hydra" / "config.yaml")
+    assert same_but_for_the_folder(rerun_config(tmp_path / "a", tmp_path / "home", *extra), then)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("method=supervised", r"sweep\.space: .*temperature.*sweep\.space\.KEY=null"),
+        ("sweep.space.method.temperature=3", "neither a list nor a range. To fix a value: method.temperature=3"),
+        ("sweep.space.method.temperature={low: 3, high: 1}", "is no range"),
+        ("+sweep.space.data.batch_size={low: 3}", "is no range"),
+        ("sweep.space=null", "sweep.space is empty"),
+        ("sweep.sampler=grid", "is a range; a grid needs a list"),
+        ("sweep.sampler=tpo", "choose tpe, random or grid"),
+        ("sweep.trials=null", "say how many"),
+        ("sweep.storage=nothing://a", "URL of a database"),
+    ],
+)
+def test_a_sweep_that_cannot_be_is_refused_before_its_first_trial(quick, tmp_path, override, message):
+    with pytest.raises(UserError, match=message):
+        start(tmp_path / "a", override)
+    assert quick == []
+
+
+def test_a_sweep_is_not_continued_as_another(quick, tmp_path):
+    start(tmp_path / "a", "sweep.trials=2")
+    with pytest.raises(UserError, match="another space"):
+        start(tmp_path / "a", "sweep.trials=3", "sweep.space.method.temperature.high=9")
+
+
+def test_a_misspelt_key_of_the_sweep_has_its_nearest_named():
+    assert "sweep.trials" in suggestions(["sweep.trails=3"], "sweep")
+
+
+def test_without_optuna_the_remedy_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    monkeypatch.delitem(sys.modules, "litdistill.sweep")
+    with pytest.raises(UserError, match=r"pip install 'litdistill\[sweep\]'"):
+        importlib.import_module("litdistill.sweep")
+
+
+# -- with real runs --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def real(teachers, tmp_path_factory):
+    """A grid of three: a good learning rate, none at all, and one between; the hopeless one is pruned."""
+    folder = tmp_path_factory.mktemp("real") / "sweep"
+    before = set(teachers.glob("teachers/*/student.safetensors"))
+    prune = ("sweep.prune.startup=1", "sweep.prune.warmup=0")
+    options = [*SMALL, f"runs={teachers}", "trainer.max_epochs=3", "sweep=grid", "sweep.storage=sqlite", *prune]
+    study = start(folder, *options, space={"optimizer.lr": [0.01, 0.0, 0.02]})
+    return study, folder, set(teachers.glob("teachers/*/student.safetensors")) - before
+
+
+def test_a_hopeless_trial_is_pruned_in_its_middle(real):
+    study, folder, _ = real
+    assert [t.state.name for t in study.trials] == ["COMPLETE", "PRUNED", "COMPLETE"]
+    assert len(study.trials[1].intermediate_values) < 3
+    assert not (folder / "1" / "summary.json").exists()
+    assert "of 3 |" in (folder / "sweep.md").read_text()
+
+
+def test_a_sweep_over_the_learning_rate_trains_its_teacher_once(real):
+    _, folder, teachers = real
+    assert len(teachers) == 1
+    taught = {json.loads((folder / n / "summary.json").read_text())["teacher"]["sha256"] for n in "02"}
+    assert len(taught) == 1
+
+
+def tensorboard(run: Path) -> EventAccumulator:
+    file = next(run.rglob("events.out.tfevents*"))
+    return EventAccumulator(str(file.parent), size_guidance={"scalars": 0}).Reload()
+
+
+def test_values_are_the_best_epochs_on_validation(real):
+    study, folder, _ = real
+    for n in (0, 2):
+        best = max(e.value for e in tensorboard(folder / str(n)).Scalars("val/accuracy"))
+        assert study.trials[n].value == pytest.approx(best)
+        assert max(study.trials[n].intermediate_values.values()) == pytest.approx(best)
+
+
+def test_tensorboard_has_the_hyperparameters_of_every_trial_the_pruned_one_too(real):
+    rates = []
+    for n in range(3):
+        events = tensorboard(real[1] / str(n))
+        start = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+        assert "best/val_accuracy" in events.Tags()["scalars"]
+        rates.append(b"lr" in start and b"method/temperature" in start)
+    assert rates == [True] * 3
+
+
+def test_a_trial_is_an_ordinary_run(real):
+    folder = real[1] / "0"
+    assert differences(evaluate(folder), load_run(folder)[1]) == []
+    assert (folder / "train.log").is_file()
+    assert load_run(folder)[1]["command"].startswith("python scripts/train.py ")
+    assert "optimizer.lr=0.01" in OmegaConf.load(folder / ".hydra" / "overrides.yaml")
+
+
+class StopAt(Callback):
+    """A signal in the middle of the second epoch."""
+
+    def on_train_batch_start(self, trainer, *_):
+        if trainer.global_step == 6:
+            signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_stopped_trial_goes_on_from_its_checkpoint(real, teachers, monkeypatch, tmp_path, caplog):
+    _, whole, _ = real
+    options = [*SMALL, f"runs={teachers}", "trainer.max_epochs=3", "sweep=grid"]
+    space = {"optimizer.lr": [0.01]}
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep_trial, "train", lambda cfg, callbacks: train(cfg, [*callbacks, StopAt()]))
+        with pytest.raises(Stopped):
+            start(tmp_path / "a", *options, space=space)
+    caplog.set_level("INFO", "litdistill")
+    study = start(tmp_path / "a", *options, space=space)
+    assert "Going on from" in caplog.text
+    assert list(study.trials[0].intermediate_values) == [0, 1, 2]
+    sha = lambda f: json.loads((f / "summary.json").read_text())["student"]["sha256"]  # noqa: E731
+    assert sha(tmp_path / "a" / "0") == sha(whole / "0")
+
+
+def test_latency_is_measured_of_the_student(real):
+    assert 0 < objective("latency_ms", real[1] / "0") < 1000
+
+
+def test_best_yaml_reruns_the_best_trial_to_the_bit(real, tmp_path):
+    study, folder, _ = real
+    cfg = rerun_config(folder, tmp_path / "home", f"folder={tmp_path / 'rerun'}")
+    best = study.best_trial.number
+    assert same_but_for_the_folder(cfg, OmegaConf.load(folder / str(best) / ".hydra" / "config.yaml"))
+    assert train(cfg) == study.best_value
+    sha = lambda f: json.loads((f / "summary.json").read_text())["student"]["sha256"]  # noqa: E731
+    assert sha(tmp_path / "rerun") == sha(folder / str(best))
