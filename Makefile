@@ -6,7 +6,7 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 BIN := .venv/bin
 SETUP := .venv/.ready
 
-.PHONY: distill test test-all setup requirements clean
+.PHONY: distill test zoo setup requirements clean
 .DEFAULT_GOAL := distill
 
 distill: $(SETUP)
@@ -22,9 +22,9 @@ test: $(SETUP)
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-# What takes longer but needs no network.
-test-all: $(SETUP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not network and not gpu and not slurm"
+# Every method and scheme trained, logged, stopped, resumed and shipped.
+zoo: $(SETUP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m zoo
 
 setup: $(SETUP)
 

@@ -120,13 +120,39 @@ def test_a_user_error_is_shown_alone_and_a_defect_with_its_traceback(monkeypatch
         broken()
 
 
+def test_a_full_or_read_only_disk_is_named_with_the_remedy(monkeypatch, capsys, tmp_path):
+    @runtime.command("train")
+    def full(cfg):
+        raise OSError(28, "No space left on device", "runs/x/checkpoints/last.ckpt")
+
+    (tmp_path / "file").write_text("")
+    for runs, words in ((tmp_path, "No space left"), (tmp_path / "file", "Not a directory")):
+        monkeypatch.setattr(sys, "argv", ["train.py", f"runs={runs}"])
+        with pytest.raises(SystemExit) as ended:
+            full()
+        assert ended.value.code == 2
+        shown = capsys.readouterr().err
+        assert words in shown
+        assert "choose another folder with runs=" in shown
+
+
+def test_help_and_the_composed_config_are_shown(tmp_path):
+    for script in ("train", "evaluate", "report"):
+        shown = call(script, "--cfg", "job", cwd=tmp_path)
+        assert shown.returncode == 0, shown.stderr
+        assert "_target_" in shown.stdout or "runs" in shown.stdout or "run:" in shown.stdout
+        assert f"python scripts/{script}.py" in call(script, "--help", cwd=tmp_path).stdout
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_resume_finds_the_newest_unfinished_run_of_the_same_command(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
 
-    def started(stamp: str, *overrides: str, finished: bool = False) -> None:
+    def started(stamp: str, *overrides: str, finished: bool = False, command: str = "train") -> None:
         folder = tmp_path / "runs" / "train" / stamp
         (folder / ".hydra").mkdir(parents=True)
-        (folder / ".hydra" / "overrides.yaml").write_text("".join(f"- {o}\n" for o in overrides) or "[]\n")
+        known = {"hydra": {"overrides": {"task": list(overrides)}, "job": {"config_name": command}}}
+        (folder / ".hydra" / "hydra.yaml").write_text(json.dumps(known))
         if finished:
             (folder / "summary.json").write_text("{}")
 
@@ -134,6 +160,7 @@ def test_resume_finds_the_newest_unfinished_run_of_the_same_command(tmp_path, mo
     started("2026-01-02", "seed=1")
     started("2026-01-03", "seed=1", finished=True)
     started("2026-01-04", "seed=2")
+    started("2026-01-05", "seed=1", command="sweep")
     assert runtime.resumed(["seed=1", "resume=auto"]) == ["seed=1", "hydra.run.dir=runs/train/2026-01-02"]
     assert runtime.resumed(["seed=9", "resume=auto"]) == ["seed=9"]
     assert "no unfinished run" in capsys.readouterr().out
@@ -144,15 +171,17 @@ def test_resume_finds_the_newest_unfinished_run_of_the_same_command(tmp_path, mo
         runtime.resumed(["resume=runs/nothing"])
 
 
-def summary(seed: int, accuracy: float, method: str = "kd") -> dict:
+def summary(seed: int, accuracy: float, method: str = "kd", temperature: float = 4.0) -> dict:
     test = {"accuracy": {"best": accuracy, "last": accuracy - 0.01}, "nll": 0.1, "ece": 0.01, "brier": 0.1}
     student = {"name": "s", "sha256": f"{method}{seed}", "params": 10, "test": test, "agreement": None}
     data = {"name": "digits", "train": 100}
+    options = {"method": method, "method/temperature": temperature}
     return {
         "experiment": "e",
         "method": method,
         "seed": seed,
         "data": data,
+        "options": options,
         "teacher": None,
         "student": student,
         "epochs": 3,
@@ -161,15 +190,17 @@ def summary(seed: int, accuracy: float, method: str = "kd") -> dict:
 
 
 def test_a_report_groups_seeds_and_gives_mean_and_spread(tmp_path):
-    for i, run in enumerate([summary(0, 0.90), summary(1, 0.92), summary(0, 0.5, "supervised")]):
+    for i, run in enumerate(
+        [summary(0, 0.90), summary(1, 0.92), summary(0, 0.5, "supervised"), summary(0, 0.7, temperature=8.0)]
+    ):
         (tmp_path / str(i)).mkdir()
         (tmp_path / str(i) / "summary.json").write_text(json.dumps(run))
     table = rows(summaries([tmp_path]))
-    assert [r["method"] for r in table] == ["kd", "supervised"]
+    assert [r["method"] for r in table] == ["kd (temperature 4.0)", "supervised", "kd (temperature 8.0)"]
     assert table[0]["test accuracy %"] == "91.00 ± 1.41"
     assert table[0]["seeds"] == "2"
     assert table[1]["test accuracy %"] == "50.00"
-    assert markdown(table).count("\n") == 4
+    assert markdown(table).count("\n") == 5
     assert spread([1.0, 2.0, 3.0]) == "2.00 ± 1.00"
     with pytest.raises(UserError, match="no folder"):
         summaries([tmp_path / "nowhere"])

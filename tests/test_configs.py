@@ -23,6 +23,7 @@ SHAPES = {
 # What makes any run a matter of seconds: one step, a handful of images, a teacher of the same.
 STEP = [
     "trainer=debug",
+    "trainer.max_epochs=1",  # an experiment's own number would stand otherwise
     "data.val_size=0.5",
     "data.batch_size=8",
     "data.eval_batch_size=64",

@@ -58,6 +58,8 @@ def load_run(folder: Path) -> tuple[DictConfig, dict[str, Any]]:
     assert isinstance(cfg, DictConfig)
     with open_dict(cfg):
         cfg.folder = str(folder)
+        # The teachers lie beside the run, from wherever this is called.
+        cfg.runs = str(next((p for p in folder.resolve().parents if (p / "teachers").is_dir()), cfg.runs))
     return cfg, json.loads(summary.read_text())
 
 

@@ -44,28 +44,23 @@ def summaries(places: Iterable[str | Path]) -> list[dict[str, Any]]:
 
 def rows(found: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
     """One row for each teacher and for each kind of student; runs that differ in their seed alone are one row."""
-    kinds: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    kinds: dict[str, list[dict[str, Any]]] = {}
     teachers: dict[str, dict[str, Any]] = {}
     for run in found:
-        data = run["data"]
-        teacher = run["teacher"]["name"] if run["teacher"] else None
-        kinds.setdefault(
-            (
-                run["experiment"],
-                data["name"],
-                data["train"],
-                teacher,
-                run["student"]["name"],
-                run["method"],
-                run["epochs"],
-            ),
-            [],
-        ).append(run)
-        if teacher:
+        kinds.setdefault(json.dumps([run["experiment"], run["data"], run["options"]], sort_keys=True), []).append(run)
+        if run["teacher"]:
             teachers[run["teacher"]["sha256"]] = run
     own = {run["student"]["sha256"] for run in found}
     table = [_teacher_row(run) for sha, run in teachers.items() if sha not in own]
-    return table + [_row(runs) for runs in kinds.values()]
+    return table + [_row(runs, _differing(runs[0], [k[0] for k in kinds.values()])) for runs in kinds.values()]
+
+
+def _differing(run: dict[str, Any], others: Sequence[dict[str, Any]]) -> str:
+    """The options in which a run differs from those that share its experiment, model, method and data, as text."""
+    name = lambda r: (r["experiment"], r["student"]["name"], r["method"], r["data"]["train"])  # noqa: E731
+    alike = [r["options"] for r in others if name(r) == name(run)]
+    differing = [k for k, v in run["options"].items() if any(o.get(k) != v for o in alike)]
+    return ", ".join(f"{k.rsplit('/', 1)[-1]} {run['options'][k]}" for k in differing)
 
 
 def _teacher_row(run: dict[str, Any]) -> dict[str, str]:
@@ -85,14 +80,14 @@ def _teacher_row(run: dict[str, Any]) -> dict[str, str]:
     return dict(zip(COLUMNS, values, strict=True))
 
 
-def _row(runs: Sequence[dict[str, Any]]) -> dict[str, str]:
+def _row(runs: Sequence[dict[str, Any]], differing: str) -> dict[str, str]:
     first = runs[0]
     students = [r["student"] for r in runs]
     tests = [s["test"] for s in students]
     values = (
         first["experiment"],
         first["student"]["name"],
-        first["method"],
+        first["method"] + (f" ({differing})" if differing else ""),
         f"{first['data']['train']:,}",
         f"{students[0]['params']:,}",
         spread([100 * t["accuracy"]["best"] for t in tests]),

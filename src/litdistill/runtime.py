@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
 import functools
 import logging
 import os
@@ -30,6 +31,7 @@ from rich.logging import RichHandler
 
 from litdistill.errors import UserError
 
+UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
 
@@ -44,13 +46,17 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
         @functools.wraps(task)
         def run() -> None:
             quieten()
-            sys.argv[1:] = resumed(sys.argv[1:])
+            sys.argv[1:] = resumed(sys.argv[1:], config_name)
             full = os.environ.get("HYDRA_FULL_ERROR") == "1"
             try:
                 with _environment(HYDRA_FULL_ERROR="1"):  # errors come here instead of to Hydra's own printer
                     entry()
             except KeyboardInterrupt:
                 _end("Interrupted.", 130)
+            except OSError as error:
+                if full or error.errno not in UNWRITABLE:
+                    raise
+                _end(f"Nothing can be written: {error}. Free some space, or choose another folder with runs=…", 2)
             except Exception as error:
                 if full or not isinstance(root := _cause(error), (UserError, HydraException, OmegaConfBaseException)):
                     if hasattr(error, "status"):
@@ -103,7 +109,7 @@ def _end(message: str, status: int) -> None:
     sys.exit(status)
 
 
-def resumed(arguments: list[str]) -> list[str]:
+def resumed(arguments: list[str], config_name: str = "train") -> list[str]:
     """Replaces `resume=<run folder>` or `resume=auto` by what continues that run in its own folder.
 
     A folder's run goes on with the overrides it was started with. `auto` is the newest unfinished run or sweep that was
@@ -119,7 +125,9 @@ def resumed(arguments: list[str]) -> list[str]:
     if target == "auto":
         runs = next((a.removeprefix("runs=") for a in overrides if a.startswith("runs=")), "runs")
         candidates = [
-            p for p in sorted(Path(runs).glob("*/*"), key=lambda p: p.name) if _overrides(p, sweep) == overrides
+            p
+            for p in sorted(Path(runs).glob("*/*"), key=lambda p: p.name)
+            if _overrides(p, sweep, config_name) == overrides
         ]
         unfinished = [p for p in candidates if sweep or not (p / "summary.json").is_file()]
         if not unfinished:
@@ -128,7 +136,7 @@ def resumed(arguments: list[str]) -> list[str]:
         folder = unfinished[-1]
     else:
         folder = Path(target)
-        found = _overrides(folder, sweep=False)
+        found = _overrides(folder, False, config_name)
         if found is None:
             print(f"\nresume={target}: no run was started there (it has no .hydra/overrides.yaml).", file=sys.stderr)
             sys.exit(2)
@@ -137,13 +145,13 @@ def resumed(arguments: list[str]) -> list[str]:
     return [*rest, f"hydra.{'sweep' if sweep else 'run'}.dir={folder}"]
 
 
-def _overrides(folder: Path, sweep: bool) -> list[str] | None:
-    """The overrides that a run or a sweep was started with; None where none was."""
-    file = folder / ("multirun.yaml" if sweep else ".hydra/overrides.yaml")
+def _overrides(folder: Path, sweep: bool, config_name: str) -> list[str] | None:
+    """The overrides that this command started a run or a sweep with in `folder`; None where it started none."""
+    file = folder / ("multirun.yaml" if sweep else ".hydra/hydra.yaml")
     if not file.is_file():
         return None
-    found = OmegaConf.load(file)
-    return list(found.hydra.overrides.task if sweep else found)
+    hydra_config = OmegaConf.load(file).hydra
+    return list(hydra_config.overrides.task) if hydra_config.job.config_name == config_name else None
 
 
 def suggestions(arguments: Iterable[str], config_name: str) -> str:

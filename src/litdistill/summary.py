@@ -39,6 +39,7 @@ def summarise(
         "experiment": cfg.name,
         "method": method_name(cfg),
         "seed": cfg.seed,
+        "options": {k: v for k, v in hyperparameters(cfg).items() if k != "seed"},
         "data": {
             "name": data.name,
             "classes": data.num_classes,
