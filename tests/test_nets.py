@@ -285,3 +285,10 @@ def test_the_table_of_networks(tmp_path, monkeypatch, capsys):
     assert "1,276,810" in shown
     assert "61,706" in shown
     assert script.sizes(YAMLS["lenet"], *DIGITS) == ("—", "—")
+
+
+@pytest.mark.parametrize(("shape", "places"), [((1, 28, 28), 9), ((3, 32, 32), 16), ((1, 8, 8), 1), ((1, 3, 5), 2)])
+def test_conv4_can_keep_places_apart(shape, places):
+    net = conv4(10, shape, widths=[4, 6, 8], global_pool=False)
+    assert net(torch.randn(2, *shape)).shape == (2, 10)
+    assert net.fc.in_features == 8 * places

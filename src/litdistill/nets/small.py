@@ -11,11 +11,18 @@ from torch import Tensor, nn
 from litdistill.nets.parts import he_init, require_size
 
 
-def conv4(num_classes: int, input_shape: Sequence[int], widths: Sequence[int] = (16, 32, 64)) -> nn.Module:
+def conv4(
+    num_classes: int,
+    input_shape: Sequence[int],
+    widths: Sequence[int] = (16, 32, 64),
+    global_pool: bool = True,
+) -> nn.Module:
     """Blocks of 3x3 convolution, batch normalisation, ReLU and 2x2 max-pooling, then one linear layer: 4 weight layers.
 
     Global average pooling takes the place of the last max-pooling, so any image size will do; a map of one pixel is
     pooled no further. `widths`: channels of each block. The blocks are `layer1`, `layer2`, …
+    `global_pool=False` keeps the places apart instead: a max-pooling as after the other blocks, and a wider classifier,
+    which centred images such as MNIST's are better told apart by.
     """
     channels, height, width = input_shape
     parts: OrderedDict[str, nn.Module] = OrderedDict()
@@ -26,8 +33,14 @@ def conv4(num_classes: int, input_shape: Sequence[int], widths: Sequence[int] = 
         conv = nn.Conv2d(channels, out, 3, padding=1, bias=False)
         parts[f"layer{i}"] = nn.Sequential(conv, nn.BatchNorm2d(out), nn.ReLU())
         channels = out
-    parts["pool"], parts["flatten"] = nn.AdaptiveAvgPool2d(1), nn.Flatten()
-    parts["fc"] = nn.Linear(channels, num_classes)
+    if global_pool:
+        parts["pool"] = nn.AdaptiveAvgPool2d(1)
+    else:
+        if min(height, width) >= 2:
+            parts["pool"] = nn.MaxPool2d(2)
+            height, width = height // 2, width // 2
+        channels *= height * width
+    parts["flatten"], parts["fc"] = nn.Flatten(), nn.Linear(channels, num_classes)
     net = nn.Sequential(parts)
     he_init(net)
     return net
