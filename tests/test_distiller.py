@@ -128,6 +128,11 @@ def test_terms_are_scaled_between_the_points_of_their_schedule(tmp_path):
     assert logged == [(2.5, 3.5), (5.0, 6.0), (7.5, 8.5)]
 
 
+def test_a_schedule_of_a_term_that_does_not_exist_is_refused(tmp_path):
+    with pytest.raises(UserError, match="schedule names sof, but the terms of this method are hard"):
+        fit(Distiller(net(), Supervised(), schedule={"sof": [(0, 0), (4, 1)]}), digits(), tmp_path)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_term(tmp_path):
     class Explodes(Method):
         needs_teacher = False

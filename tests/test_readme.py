@@ -67,7 +67,7 @@ def test_a_training_command_of_the_readme_trains(command, tmp_path, monkeypatch,
         small = [a.replace("data.val_size=0.5", "data.val_size=0.3") for a in small]
     chosen = [a for a in chosen if not a.startswith(("trainer.max_epochs", "data.per_class", "data.fraction"))]
     if "teacher=null" not in chosen:
-        small += ["teacher.checkpoint=null", "teacher.allow_chance=true"]
+        small += ["teacher.checkpoint=null", "teacher.allow_chance=true", "teacher.ensemble=null"]
     searchpath = f"hydra.searchpath=[file://{readme_files}/conf]"
     cfg = compose_config(tmp_path / "run", *chosen, *small, searchpath)
     train(cfg)
@@ -90,6 +90,8 @@ def test_the_readme_names_only_what_exists():
         first = command.split()[0]
         if command.startswith("make"):
             assert re.search(rf"^{command.split()[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        elif command.startswith("python -m litdistill."):
+            assert (ROOT / "src" / f"{command.split()[2].replace('.', '/')}.py").is_file()
         elif first == "python":
             assert (ROOT / command.split()[1]).is_file(), command
         else:
@@ -98,3 +100,10 @@ def test_the_readme_names_only_what_exists():
         assert (ROOT / path).exists() or path in README.split("```python\n# ")[1], path
     for path in re.findall(r"\]\(([\w/.]+)\)", README):
         assert (ROOT / path).exists(), path
+
+
+def test_the_readme_names_every_method():
+    methods = {p.stem for p in (CONF / "method").glob("*.yaml")}
+    named = set(re.findall(r"`(\w+)`", README.split("## Methods")[1].split("## Search")[0]))
+    assert methods <= named, methods - named
+    assert f"`method=` names one of {len(methods)}" in README

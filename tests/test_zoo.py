@@ -60,7 +60,6 @@ TERMS = {
     "hard_pseudo_label": {"hard", "pseudo"},
     "kd_at": {"hard", "kd_soft", "at_hint"},
     "kd_crd": {"hard", "kd_soft", "crd_hint"},
-    "sum": {"hard", "kd_soft", "crd_hint"},
     "mlkd": {"hard", "instance", "batch", "classes"},
     "rkd": {"hard", "distance", "angle"},
     "srd": {"hard", "hint", "soft"},

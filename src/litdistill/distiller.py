@@ -81,7 +81,7 @@ class Distiller(LightningModule):
         self.optimizer, self.scheduler, self.schedule = optimizer, scheduler, schedule or {}
         self.allow_chance, self.tabulate = allow_chance, tabulate
         self._table: Tensor | None = None
-        self.teacher_s = 0.0  # seconds spent in the teacher since the fit began
+        self.teacher_s = 0.0  # seconds spent in the teacher since the fit began (on a GPU: in giving it its orders)
         self._sums: dict[str, Tensor] = {}
         self._reset_window()
         self._eval: list[tuple[Tensor, Tensor]] = []
@@ -127,6 +127,9 @@ class Distiller(LightningModule):
             teacher = self._taught(batch)
             self.teacher_s += time.perf_counter() - start
         terms = self.method(student, teacher, batch.targets)
+        if not (self._factors.keys() <= terms.keys() or self.method.phases):
+            unknown = ", ".join(self._factors.keys() - terms.keys())
+            raise UserError(f"schedule names {unknown}, but the terms of this method are {', '.join(terms)}.")
         terms = {k: v * self._factors[k] if k in self._factors else v for k, v in terms.items()}
         loss = torch.stack(list(terms.values())).sum()
         self._watch(loss, terms, student, teacher, batch.targets)

@@ -117,7 +117,7 @@ def test_sum_refuses_labels_that_count_twice_and_an_empty_sum():
 
 
 def test_sum_config_trains_its_projectors_and_loads_again():
-    config = OmegaConf.load(Path(__file__).parents[2] / "conf/method/sum.yaml")
+    config = OmegaConf.load(Path(__file__).parents[2] / "conf/method/kd_crd.yaml")
     student, teacher, x, y = net(4), net(6), torch.randn(3, 1, 8, 8), torch.tensor([0, 1, 2])
     states = []
     for _ in range(2):
