@@ -225,6 +225,8 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(small, monkeypatch,
     with pytest.raises(Stopped) as stopped:
         run(small(*extra, name="parts"))
     assert stopped.value.status == 130
+    saved = torch.load(Path(small(name="parts").folder) / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["global_step"] == step + 1  # not a step is lost, in the middle of an epoch either
     assert signal.getsignal(signal.SIGINT) is handler
     monkeypatch.setattr(train_module, "build_trainer", build)
     assert equal(whole, weights(run(small(*extra, name="parts"))))

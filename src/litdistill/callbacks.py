@@ -56,7 +56,7 @@ class StopSafely(Callback):
             trainer.save_checkpoint(self.path)
             self._stop(trainer)
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.received is not None:
             self._stop(trainer)
 
