@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -190,5 +191,5 @@ def _finish(
         "%s: test accuracy %.2f %% (best epoch on validation), %.2f %% (last epoch)%s; %s in all. %s",
         *(cfg.name, 100 * found["student"]["accuracy"], 100 * last["accuracy"]),
         f", teacher {100 * found['teacher']['accuracy']:.2f} %" if teacher is not None else "",
-        *(format_seconds(times["total_s"]), folder),
+        *(format_seconds(times["total_s"]), os.path.relpath(folder)),
     )
