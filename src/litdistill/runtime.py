@@ -53,11 +53,9 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
                     entry()
             except KeyboardInterrupt:
                 _end("Interrupted.", 130)
-            except OSError as error:
-                if full or error.errno not in UNWRITABLE:
-                    raise
-                _end(f"Nothing can be written: {error}. Free some space, or choose another folder with runs=…", 2)
             except Exception as error:
+                if isinstance(error, OSError) and error.errno in UNWRITABLE and not full:
+                    _end(f"Nothing can be written: {error}. Free some space, or choose another folder with runs=…", 2)
                 if full or not isinstance(root := _cause(error), (UserError, HydraException, OmegaConfBaseException)):
                     if hasattr(error, "status"):
                         _end(str(error), error.status)
