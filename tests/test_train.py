@@ -1,6 +1,7 @@
 """A whole run: what it leaves, that it is the same twice, found again, resumed and reproduced."""
 
 import json
+import re
 import signal
 from pathlib import Path
 
@@ -261,10 +262,21 @@ def test_a_method_without_its_teacher_is_refused(small):
         run(small("teacher=null", name="a"))
 
 
-def test_a_foreign_target_is_refused(small):
-    cfg = small("+student.hidden._target_=os.system", name="a")
-    with pytest.raises(UserError, match=r"os\.system is refused"):
-        run(cfg)
+@pytest.mark.parametrize(
+    "target",
+    [
+        "os.system",
+        "torch.os.system",
+        "torch.hub.load",
+        "torch.load",
+        "litdistill.summary.subprocess.run",
+        "litdistill.checkpoint.write_text",
+        "lightning.pytorch.LightningModule.load_from_checkpoint",
+    ],
+)
+def test_a_foreign_target_is_refused(small, target):
+    with pytest.raises(UserError, match=re.escape(f"{target} is refused")):
+        run(small(f"+student.hidden._target_={target}", name="a"))
 
 
 def test_a_folder_that_cannot_be_written_is_named(small, tmp_path):

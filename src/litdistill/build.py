@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from hydra.errors import InstantiationException
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import nn
 
@@ -28,7 +28,12 @@ from litdistill.teacher import Ensemble, FrozenTeacher
 
 log = logging.getLogger(__name__)
 
-TARGETS = ("litdistill", "torch", "torchvision", "lightning")
+# Where what a config names must be defined. Not whole packages: through `torch.os.system` any of them offers everything.
+TARGETS = (
+    *("litdistill.data.augment", "litdistill.data.datamodule", "litdistill.methods.", "litdistill.nets."),
+    *("litdistill.callbacks", "torch.nn.", "torch.optim.", "torchvision.models."),
+    *(f"lightning.pytorch.{part}." for part in ("callbacks", "loggers", "profilers", "strategies", "trainer")),
+)
 
 # Keys beside a network's own options.
 NOT_OPTIONS = ("checkpoint", "allow_chance", "recipe", "ensemble", "generations", "tabulate")
@@ -63,18 +68,28 @@ def make(node: Any, **facts: Any) -> Any:
 
 
 def check_targets(node: Any) -> None:
-    """Raises `UserError` for a `_target_` anywhere in `node` that is outside of the packages in `TARGETS`."""
+    """Raises `UserError` for a `_target_` anywhere in `node` that is not defined in one of `TARGETS`."""
     if OmegaConf.is_dict(node) or isinstance(node, dict):
         target = node.get("_target_")
-        if target is not None and str(target).split(".")[0] not in TARGETS:
+        if target is not None and not _defined_in_targets(str(target)):
             raise UserError(
-                f"_target_: {target} is refused. A config can name what is in {', '.join(TARGETS)}; "
-                "wrap what else you need in a function of your own in src/litdistill."
+                f"_target_: {target} is refused. A config can name what is defined in {', '.join(TARGETS)}; wrap what "
+                "else you need in a function of your own in src/litdistill/nets or src/litdistill/methods."
             )
     if OmegaConf.is_config(node):
         node = OmegaConf.to_container(node, resolve=False)
     for value in node.values() if isinstance(node, dict) else node if isinstance(node, (list, tuple)) else ():
         check_targets(value)
+
+
+def _defined_in_targets(target: str) -> bool:
+    if target.split(".")[0] not in ("litdistill", "torch", "torchvision", "lightning"):
+        return False  # nor is it imported to see what it is
+    try:
+        origin = getattr(get_object(target), "__module__", None)
+    except (ImportError, AttributeError, ValueError, InstantiationException):
+        return True  # there is no such thing: instantiating it says so better
+    return isinstance(origin, str) and f"{origin}.".startswith(TARGETS)
 
 
 def build_data(cfg: DictConfig) -> ImageData:
