@@ -383,7 +383,7 @@ def test_a_hopeless_trial_is_pruned_in_its_middle(real):
 
 def test_a_sweep_over_the_learning_rate_trains_its_teacher_once(real):
     _, folder, teachers = real
-    assert len(teachers) == 1
+    assert len(teachers) <= 1  # none where another test of this session has trained the same one
     taught = {json.loads((folder / n / "summary.json").read_text())["teacher"]["sha256"] for n in "02"}
     assert len(taught) == 1
 
