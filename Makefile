@@ -1,4 +1,5 @@
 # make distill   a teacher, a student and the table that compares them, on bundled digits; sets itself up in .venv first
+# make compare   what distillation competes with, on one page; make compare DATA=mnist
 # make test      style, types and tests
 
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
@@ -6,7 +7,7 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 BIN := .venv/bin
 SETUP := .venv/.ready
 
-.PHONY: distill test zoo setup requirements clean
+.PHONY: distill compare test zoo setup requirements clean
 .DEFAULT_GOAL := distill
 
 distill: $(SETUP)
@@ -15,6 +16,12 @@ distill: $(SETUP)
 		experiment=digits/few_labels,digits/same_images,digits/distilled && \
 	$(BIN)/python scripts/report.py runs=runs/digits/$$stamp out=runs/digits/$$stamp/table.md && \
 	echo "Curves and pictures: $(BIN)/tensorboard --logdir runs"
+
+# Every technique on the same data, budget and seeds, and one page of them all: runs/compare/$(DATA)/report/index.html.
+# What is finished is not trained again. PICTURE=docs/compare.png writes the README's picture too.
+DATA ?= digits
+compare: $(SETUP)
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/compare.py dataset=$(DATA) $(if $(PICTURE),picture=$(PICTURE))
 
 test: $(SETUP)
 	$(BIN)/ruff check .

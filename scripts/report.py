@@ -1,7 +1,8 @@
 """Compares finished runs: one row for each kind of run, mean ± spread over its seeds.
 
-python scripts/report.py runs=runs/digits
-python scripts/report.py 'runs=[runs/digits,runs/mnist]' out=table.md
+python scripts/report.py runs=runs/digits                                  a table in the terminal
+python scripts/report.py 'runs=[runs/digits,runs/mnist]' out=table.md      and as Markdown
+python scripts/report.py runs=runs/digits out=report/                      a page with curves, costs and robustness
 """
 
 from omegaconf import DictConfig, ListConfig
@@ -23,9 +24,16 @@ def main(cfg: DictConfig) -> None:
     if not console.is_terminal:
         console = Console(width=170)  # in a file no line is too long
     console.print(report.table(rows))
-    if cfg.out is not None:
+    if cfg.out is not None and cfg.out.endswith(".md"):
         write_text(cfg.out, report.markdown(rows))
         print(f"Written to {cfg.out}")
+    elif cfg.out is not None:
+        from litdistill.page.build import build
+        from litdistill.page.collect import Settings
+
+        settings = Settings(cfg.threads, cfg.rounds, cfg.robustness, tuple(cfg.epsilons), cfg.device)
+        build(places, cfg.out, cfg.title, settings)
+        print(f"Written to {cfg.out.rstrip('/')}/index.html and report.md")
     if cfg.picture is not None:
         report.picture(found, cfg.picture)
         print(f"Drawn to {cfg.picture}")

@@ -108,3 +108,53 @@ def test_each_sample_can_have_a_round_of_its_own():
     ids, rounds = torch.arange(6), torch.tensor([0, 1, 2, 0, 1, 2])
     found = aug.random_bits(1, rounds, ids, 1)
     assert found.tolist() == [int(aug.random_bits(1, int(r), i[None], 1)) for r, i in zip(rounds, ids, strict=True)]
+
+
+@pytest.mark.parametrize("limit", ["TABLE", "OUTSIDE"])
+def test_steps_in_a_row_are_one_gather_however_it_is_done(limit, monkeypatch):
+    """By a table of pixels, without one, and in parts: the same as NumPy's pad, slice, mirror, pad and slice."""
+    steps = [aug.Crop(1), aug.Flip(), aug.Crop(2, "reflect"), aug.Cutout(3, (7, 6)), aug.Flip()]
+    images, ids = torch.randint(0, 256, (300, 3, 7, 6), dtype=torch.uint8), torch.arange(300)
+    views = aug.draw_views(steps, 0, 2, ids)
+    found = aug.apply_views(steps, images, views)
+    assert found.stride(1) == 1  # the channels are last in memory
+    codes = [step.draw(aug.random_bits(0, 2, ids, stream)).tolist() for stream, step in enumerate(steps, start=1)]
+    for n, x in enumerate(images.numpy()):
+        first, flip, second, cut, last = (c[n] for c in codes)
+        x = np.pad(x, ((0, 0), (1, 1), (1, 1)))[:, first // 3 :, first % 3 :][:, :7, :6]
+        x = x[:, :, ::-1] if flip else x
+        x = np.pad(x, ((0, 0), (2, 2), (2, 2)), mode="reflect")[:, second // 5 :, second % 5 :][:, :7, :6].copy()
+        top, left = cut // 6 - 1, cut % 6 - 1
+        x[:, max(top, 0) : top + 3, max(left, 0) : left + 3] = 0
+        x = x[:, :, ::-1] if last else x
+        assert (found[n].numpy() == x).all()
+    # Without a table each batch works out its pixels; a batch of too many pixels for 32 bits is halved until it fits.
+    monkeypatch.setattr(aug, limit, 0 if limit == "TABLE" else 3 * 7 * 6 * 20)
+    aug._table.cache_clear()
+    assert torch.equal(aug.apply_views(steps, images, views), found)
+    aug._table.cache_clear()
+
+
+class Brighten:
+    """A continuous augmentation: the code is the bits themselves."""
+
+    views = None
+
+    def draw(self, bits: torch.Tensor) -> torch.Tensor:
+        return bits
+
+    def apply(self, images: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
+        return (images * (code.double() / 2**63)[:, None, None, None]).to(torch.uint8)
+
+
+@pytest.mark.parametrize("steps", [[aug.Crop(1), Brighten()], [aug.Cutout(1, (2**11, 2**11))] * 3])
+def test_views_that_cannot_be_numbered_are_their_rounds(steps):
+    ids, rounds = torch.arange(50), torch.arange(50) % 3
+    assert aug.count_views(steps) is None
+    assert torch.equal(aug.draw_views(steps, 1, rounds, ids), rounds)
+    assert aug.draw_views(steps, 1, 7, ids).tolist() == [7] * 50
+    images = torch.randint(1, 256, (50, 1, 6, 6), dtype=torch.uint8)
+    expected = images
+    for stream, step in enumerate(steps, start=1):
+        expected = step.apply(expected, step.draw(aug.random_bits(1, rounds, ids, stream)))
+    assert torch.equal(aug.apply_views(steps, images, rounds, seed=1, ids=ids), expected)

@@ -1,9 +1,13 @@
 """`ImageData`: splits, subsets, batches; the same views for any batch size and world size."""
 
+import tracemalloc
+
+import numpy as np
 import pytest
 import torch
 from lightning import LightningModule, Trainer
 
+from litdistill.data import sources
 from litdistill.data.augment import Crop, Flip
 from litdistill.data.datamodule import IdLoader, Ids, ImageData
 from litdistill.errors import UserError
@@ -123,10 +127,12 @@ def test_ranks_share_the_batches_of_one_process(world_size):
     assert all(len(r) == len(alone) == len(IdLoader(shuffled, 37, 6, rank=0, world_size=world_size)) for r in ranks)
     for i, batch in enumerate(alone):
         assert torch.equal(torch.cat([r[i] for r in ranks]), batch)  # evaluation counts each sample exactly once
-    padded = [
-        [b.ids for b in IdLoader(shuffled, 37, 6, lambda: (3, 0), r, world_size, pad=True)] for r in range(world_size)
-    ]
-    assert all(len({len(r[i]) for r in padded}) == 1 for i in range(len(alone)))  # training: steps of equal size
+    training = [IdLoader(shuffled, 37, 6, lambda: (3, 0), r, world_size, pad=True) for r in range(world_size)]
+    for i, batch in enumerate(alone):
+        parts = [list(loader)[i].ids.double() for loader in training]
+        weighted = [loader.weight(i) * float(part.mean()) for loader, part in zip(training, parts, strict=True)]
+        assert sum(weighted) / world_size == pytest.approx(float(batch.double().mean()))
+        assert min(map(len, parts)) > 1  # BatchNorm needs two
 
 
 def test_a_loader_goes_on_in_the_middle_of_an_epoch():
@@ -134,7 +140,7 @@ def test_a_loader_goes_on_in_the_middle_of_an_epoch():
     whole = list(IdLoader(lambda _: rows, 20, 3))
     rest = list(IdLoader(lambda _: rows, 20, 3, lambda: (0, 4)))
     assert [x.ids.tolist() for x in rest] == [x.ids.tolist() for x in whole[4:]]
-    assert all(torch.equal(x.rounds, x.ids * 2) for x in whole)
+    assert all(torch.equal(x.views, x.ids * 2) for x in whole)
 
 
 def test_an_epoch_can_be_longer_than_the_training_set(tmp_path):
@@ -143,3 +149,16 @@ def test_an_epoch_can_be_longer_than_the_training_set(tmp_path):
     counts = [sum(i == j for _, j, _, _ in seen) for i in {j for _, j, _, _ in seen}]
     assert counts == [5] * 40  # every image as often as any other
     assert len({(i, v) for _, i, v, _ in seen}) > 150  # ... and each time in another view
+
+
+def test_reading_a_data_set_takes_one_copy_of_it():
+    """Beside the files' own bytes: peak memory is never more than twice the data set."""
+    draw = np.random.default_rng(0)
+    files = {name: draw.bytes(3073 * 500) for name in ("data_batch_1.bin", "data_batch_2.bin", "test_batch.bin")}
+    size = 3072 * 1500
+    tracemalloc.start()
+    source = sources._records_source(files, ("a", "b"), 1)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1.1 * size
+    assert source.train.images[700].numpy().tobytes() == files["data_batch_2.bin"][200 * 3073 + 1 : 201 * 3073]

@@ -16,7 +16,7 @@ def test_two_processes_make_one_run_with_exact_metrics(tmp_path):
     done = call("train", *overrides, *ddp, "name=two", "method=kd_crd", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (folder,) = (tmp_path / "runs" / "two").iterdir()
-    assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["teachers", "two"]
+    assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["cache", "teachers", "two"]
     assert not (folder / "train_ddp_process_1.log").exists()
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["device"]["world_size"] == 2

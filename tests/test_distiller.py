@@ -8,16 +8,14 @@ from lightning import Trainer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from litdistill.data.augment import Crop, Flip
 from litdistill.data.datamodule import ImageData
 from litdistill.distiller import Distiller, check_teacher, interpolate
 from litdistill.errors import UserError
 from litdistill.methods.base import Method
-from litdistill.methods.fitnet import FitNet
 from litdistill.methods.kd import KD
 from litdistill.methods.supervised import Supervised
 from litdistill.nets.small import conv4
-from litdistill.teacher import FrozenTeacher, weights_sha256
+from litdistill.teacher import FrozenTeacher, folded, weights_sha256
 
 
 def net(width: int = 8, seed: int = 0) -> nn.Module:
@@ -181,48 +179,34 @@ def test_a_teacher_is_known_by_the_hash_of_its_weights():
     assert weights_sha256(a.state_dict()) != weights_sha256(b.state_dict())
 
 
-@pytest.mark.parametrize("augment", [[], [Flip()]])
-def test_the_teachers_table_gives_the_losses_of_the_live_teacher(tmp_path, monkeypatch, augment):
-    def run(tabulate: bool) -> tuple[list[float], int, dict]:
-        teacher, losses, calls = FrozenTeacher(net(16, seed=1)), [], []
-
-        class Spy(Distiller):
-            def training_step(self, *a):
-                loss = super().training_step(*a)
-                losses.append(loss.item())
-                return loss
-
-        monkeypatch.setattr(FrozenTeacher, "forward", _counted(FrozenTeacher.forward, calls))
-        distiller = Spy(net(), KD(), teacher, allow_chance=True, tabulate=tabulate)
-        fit(distiller, digits(augment=augment), tmp_path / str(tabulate), epochs=4)
-        monkeypatch.undo()
-        return losses, sum(calls), distiller.student.state_dict()
-
-    live, live_images, live_weights = run(False)
-    table, table_images, table_weights = run(True)
-    assert table == pytest.approx(live, rel=1e-5)
-    assert all(torch.allclose(v, table_weights[k], atol=1e-5) for k, v in live_weights.items())
-    views = 2 if augment else 1
-    assert live_images - table_images == (4 - views) * 120  # 120 images, 4 epochs
+def test_folding_is_exact_in_float64_and_leaves_the_teacher_itself_alone():
+    teacher = net(16, seed=1).double().eval()
+    for m in teacher.modules():
+        if isinstance(m, nn.BatchNorm2d):  # as trained, not as made
+            m.running_mean.uniform_(-1, 1), m.running_var.uniform_(0.5, 2), m.weight.data.uniform_(0.5, 2)
+    before = weights_sha256(teacher.state_dict())
+    images = torch.randn(5, 1, 8, 8, dtype=torch.float64)
+    fast = folded(teacher, images)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in fast.modules())
+    torch.testing.assert_close(fast(images), teacher(images), rtol=1e-12, atol=1e-12)
+    frozen = FrozenTeacher(teacher, (), images)
+    torch.testing.assert_close(frozen(images).logits, teacher(images), rtol=1e-12, atol=1e-12)
+    assert frozen.sha256 == weights_sha256(teacher.state_dict()) == before
+    assert FrozenTeacher(teacher, ["layer1"], images)(images).features["layer1"].shape == (5, 16, 8, 8)
 
 
-def test_no_table_where_it_does_not_pay_or_features_are_read(tmp_path):
-    for options, method, epochs in (
-        ({"augment": [Crop(1)]}, KD(), 8),  # 9 views of an image that is seen 8 times
-        ({}, FitNet(), 4),
-    ):
-        teacher = FrozenTeacher(net(16, seed=1), ["layer1"] if isinstance(method, FitNet) else [])
-        distiller = Distiller(net(), method, teacher, allow_chance=True, student_taps=["layer1"])
-        if isinstance(method, FitNet):
-            example = torch.randn(2, 1, 8, 8)
-            method.build(distiller.tapped(example), teacher(example), torch.arange(10))
-        fit(distiller, digits(**options), tmp_path, epochs=epochs)
-        assert distiller._table is None
+def test_a_network_that_cannot_be_traced_or_folded_exactly_is_run_as_it_is():
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net(4)
 
+        def forward(self, images):
+            return self.net(images) if images.sum() > 0 else self.net(-images)
 
-def _counted(forward, calls):
-    def counted(self, images):
-        calls.append(len(images))
-        return forward(self, images)
-
-    return counted
+    odd = Branches().eval()
+    assert folded(odd, torch.randn(2, 1, 8, 8)) is odd
+    shared = nn.Sequential(conv := nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1), conv, nn.Flatten()).eval()
+    shared[1].running_var.fill_(9.0)
+    images = torch.randn(2, 1, 8, 8)
+    torch.testing.assert_close(FrozenTeacher(shared, (), images)(images).logits, shared(images))

@@ -25,8 +25,9 @@ COMMANDS = [
     for line in block.splitlines()
     if line.strip() and not line.startswith("#")
 ]
-# Those that need processes of their own are in test_cli.py and test_ddp.py.
-ELSEWHERE = ("resume=auto", "trainer.devices=2")
+# Those that need processes of their own are in test_cli.py, test_ddp.py, test_scale.py, test_launch.py and test_slurm.py, and
+# those that need other runs in test_techniques.py.
+ELSEWHERE = ("resume=auto", "trainer=ddp", "trainer=fsdp", "hydra/launcher", "experiment=compare/")
 TRAINS = [c for c in COMMANDS if c.startswith("python scripts/train.py") and not any(e in c for e in ELSEWHERE)]
 
 
@@ -91,11 +92,13 @@ def test_the_readme_names_only_what_exists():
         if command.startswith("make"):
             assert re.search(rf"^{command.split()[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
         elif command.startswith("python -m litdistill."):
-            assert (ROOT / "src" / f"{command.split()[2].replace('.', '/')}.py").is_file()
+            assert (ROOT / "src" / f"{command.split()[2].replace('.', '/')}.py").is_file(), command
         elif first == "python":
             assert (ROOT / command.split()[1]).is_file(), command
         else:
-            assert first in ("git", "tensorboard"), command
+            assert first in ("git", "tensorboard", "torchrun", "sbatch", "eval"), command
+            for script in re.findall(r"scripts/[\w/.]+", command):
+                assert (ROOT / script).is_file(), command
     for path in re.findall(r"`((?:conf|src|scripts|docs)/[\w/.]+\.\w+)`", README):
         assert (ROOT / path).exists() or path in README.split("```python\n# ")[1], path
     for path in re.findall(r"\]\(([\w/.]+)\)", README):
@@ -104,6 +107,6 @@ def test_the_readme_names_only_what_exists():
 
 def test_the_readme_names_every_method():
     methods = {p.stem for p in (CONF / "method").glob("*.yaml")}
-    named = set(re.findall(r"`(\w+)`", README.split("## Methods")[1].split("## Search")[0]))
+    named = set(re.findall(r"`(\w+)`", README.split("## Methods")[1].split("\n## ")[0]))
     assert methods <= named, methods - named
     assert f"`method=` names one of {len(methods)}" in README

@@ -19,8 +19,7 @@ from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from litdistill import sweep_trial
-from litdistill.callbacks import Stopped
-from litdistill.errors import UserError
+from litdistill.errors import Stopped, UserError
 from litdistill.evaluate import differences, evaluate, load_run
 from litdistill.runtime import CONF, suggestions
 from litdistill.train import train

@@ -13,8 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from litdistill import train as train_module
 from litdistill.build import recipe_hash, teacher_config, teacher_folder
-from litdistill.callbacks import Stopped
-from litdistill.errors import UserError
+from litdistill.errors import Stopped, UserError
 from litdistill.evaluate import differences, evaluate, load_run
 from litdistill.train import train
 

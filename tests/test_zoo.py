@@ -21,8 +21,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from litdistill.build import build_data, build_net, teacher_folder
-from litdistill.callbacks import Stopped
 from litdistill.checkpoint import write_text
+from litdistill.errors import Stopped
 from litdistill.evaluate import differences, evaluate, load_run
 from litdistill.runtime import CONF
 from litdistill.train import train

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,29 +20,50 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import nn
 
 from litdistill import taps
+from litdistill.cache import CacheOptions
 from litdistill.checkpoint import STUDENT, fit_weights, load_weights
+from litdistill.compress.structure import Step, load_structure, restore, structure_of
+from litdistill.data import augment as aug
 from litdistill.data.datamodule import ImageData
 from litdistill.distiller import Distiller
 from litdistill.errors import UserError
+from litdistill.launch import agreed
 from litdistill.methods.base import Method
 from litdistill.teacher import Ensemble, FrozenTeacher
+from litdistill.transfer import freeze, with_own_head
 
 log = logging.getLogger(__name__)
 
 # Where what a config names must be defined. Not whole packages: through `torch.os.system` any of them offers everything.
 TARGETS = (
-    *("litdistill.data.augment", "litdistill.data.datamodule", "litdistill.methods.", "litdistill.nets."),
-    *("litdistill.callbacks", "torch.nn.", "torch.optim.", "torchvision.models."),
+    *(f"litdistill.data.{part}." for part in ("augment", "randaugment", "mixing", "datamodule")),
+    *("litdistill.methods.", "litdistill.nets."),
+    *(f"litdistill.compress.{part}." for part in ("low_rank", "prune", "quantise")),
+    *("litdistill.callbacks", "litdistill.sharding", "torch.nn.", "torch.optim.", "torchvision.models."),
     *(f"lightning.pytorch.{part}." for part in ("callbacks", "loggers", "profilers", "strategies", "trainer")),
 )
 
 # Keys beside a network's own options.
-NOT_OPTIONS = ("checkpoint", "allow_chance", "recipe", "ensemble", "generations", "tabulate")
+NOT_OPTIONS = (
+    "checkpoint",
+    "head",
+    "trainable",
+    "allow_chance",
+    "recipe",
+    "ensemble",
+    "generations",
+    "cache",
+    "tabulate",
+)
 
 # What of a config decides the weights that a run ends with: the key of a teacher that is found again.
-RECIPE = ("data", "student", "teacher", "method", "optimizer", "scheduler", "schedule", "ema", "seed", "trainer")
+RECIPE = (
+    *("data", "student", "compress", "teacher", "method", "optimizer", "scheduler", "schedule", "ema", "seed"),
+    "trainer",
+)
+CALIBRATION = 512  # training images, unaugmented, that compressing may look at
 NO_RECIPE = {  # ... but for where things are and how fast they go
-    "data": ("root", "download", "eval_batch_size"),
+    "data": ("root", "download", "eval_batch_size", "resident", "memory_gb", "workers"),
     "trainer": (
         "accelerator",
         "devices",
@@ -99,14 +121,53 @@ def build_data(cfg: DictConfig) -> ImageData:
     return data
 
 
-def build_net(node: DictConfig, data: ImageData, role: str, folder: str | Path | None = None) -> nn.Module:
-    """A network for the shapes of `data`, with the weights that its `checkpoint` (or `folder`) names."""
+def build_net(node: DictConfig, data: ImageData, role: str, source: str | Path | nn.Module | None = None) -> nn.Module:
+    """A network for the shapes of `data`, with the weights that its `checkpoint` names, or those of `source`.
+
+    Where these are of a compressed network, it is compressed likewise.
+    """
     options = {k: v for k, v in node.items() if k not in NOT_OPTIONS}
     net: nn.Module = make(options, num_classes=data.num_classes, input_shape=data.input_shape)
-    source = folder or node.get("checkpoint")
-    if source is not None:
-        fit_weights(net, load_weights(source), source, role)
+    if source is None:
+        source = node.get("checkpoint")
+    if source is None:
+        return net
+    if isinstance(source, nn.Module):
+        name, state, steps = "the teacher", source.state_dict(), structure_of(source)
+    else:
+        name, state, steps = str(source), load_weights(source), load_structure(source)
+    example = torch.zeros(2, *data.input_shape)
+    net = restore(net, steps, example)
+    if (head := node.get("head")) is not None:
+        if head != "new":
+            raise UserError(f"{role}.head={head}: set it to new for a classifier that starts from nothing, or to null.")
+        state = with_own_head(net, state, example)
+    fit_weights(net, state, name, role)
     return net
+
+
+def build_student(
+    cfg: DictConfig,
+    data: ImageData,
+    teacher: nn.Module | None,
+    source: Path | None = None,
+    structure: list[Step] | None = None,
+) -> nn.Module:
+    """The student with the weights that it starts from, made smaller where `compress` says so.
+
+    `source`: the finished run that `student.checkpoint: auto` stands for. `structure`: that of a finished run's student,
+    which is given it and neither weights nor compression: its weights are to be loaded afterwards.
+    """
+    if structure is not None:
+        return restore(build_net(cfg.student, data, "student"), structure, torch.zeros(2, *data.input_shape))
+    if cfg.student.get("checkpoint") == "teacher" and teacher is None:
+        raise UserError("student.checkpoint=teacher: there is no teacher. Name one (net@teacher=…).")
+    start = teacher if cfg.student.get("checkpoint") == "teacher" else source
+    student = build_net(cfg.student, data, "student", start)
+    if cfg.get("compress") is None:
+        return student
+    ids = aug.order(0, 0, data.train_ids)[:CALIBRATION]
+    return make(cfg.compress)(student, data.seen("train", ids, None).images)
 
 
 def build_teacher(cfg: DictConfig, data: ImageData, absent: Callable[[DictConfig, Path], None]) -> nn.Module | None:
@@ -127,38 +188,54 @@ def build_teacher(cfg: DictConfig, data: ImageData, absent: Callable[[DictConfig
             members.append(build_teacher(one, data, absent))
         return Ensemble([m for m in members if m is not None])
     if cfg.teacher.checkpoint != "auto":
+        torch.manual_seed(cfg.seed)  # one as it is built is the same on every rank, and again when the run is rebuilt
         return build_net(cfg.teacher, data, "teacher")
     folder = teacher_folder(cfg)
-    if not finished(folder):
+    if not agreed(finished(folder)):
         absent(cfg, folder)
     return build_net(cfg.teacher, data, "teacher", folder)
 
 
-def build_distiller(cfg: DictConfig, data: ImageData, method: Method, teacher: nn.Module | None) -> Distiller:
-    """The student, and what it and the method need of each other, inferred from a dry forward of two images."""
+def build_distiller(
+    cfg: DictConfig,
+    data: ImageData,
+    method: Method,
+    teacher: nn.Module | None,
+    source: Path | None = None,
+    structure: list[Step] | None = None,
+) -> Distiller:
+    """The student, and what it and the method need of each other, inferred from a dry forward of two images.
+
+    `source`, `structure`: see `build_student`.
+    """
     if method.needs_teacher and teacher is None:
         raise UserError(
             f"{type(method).__name__} learns from a teacher, and there is none. "
             "Name one (net@teacher=…), or train with labels alone (method=supervised)."
         )
     torch.manual_seed(cfg.seed)  # the same first weights whatever came before and whatever the method
-    student = build_net(cfg.student, data, "student")
+    net = build_student(cfg, data, teacher, source, structure)
     example = data.normalise(data.source.train.images[data.train_ids[:2]])
-    student = method.prepare(student, teacher, example)
+    student = method.prepare(net, teacher, example)
     asked = method.taps()
     student_taps = taps.find(student, example, asked.student)
     teacher_taps = taps.find(teacher, example, asked.teacher) if teacher is not None else []
     distiller = Distiller(
         student,
         method,
-        FrozenTeacher(teacher, teacher_taps) if teacher is not None else None,
+        FrozenTeacher(teacher, teacher_taps, example) if teacher is not None else None,
         optimizer=make(cfg.optimizer),
         scheduler=make(cfg.scheduler),
         schedule=OmegaConf.to_container(cfg.schedule) or {},  # type: ignore[arg-type]
         student_taps=student_taps,
         allow_chance=bool(cfg.teacher is not None and cfg.teacher.allow_chance),
-        tabulate=bool(cfg.teacher is not None and cfg.teacher.get("tabulate", True)),
+        cache=_cache_options(cfg),
+        window=steps_at_once(cfg),
+        gradient_clip_val=cfg.trainer.get("gradient_clip_val"),
+        gradient_clip_algorithm=cfg.trainer.get("gradient_clip_algorithm") or "norm",
     )
+    fit_in = WINDOW_BYTES // (4 * math.prod(data.input_shape) * data.batch_size)
+    data.window = steps_at_once(cfg) if cfg.get("window", "auto") != "auto" else max(1, min(steps_at_once(cfg), fit_in))
     student.eval()  # a dry forward must not move BatchNorm's averages
     with torch.no_grad():
         dry = distiller.teacher(example) if distiller.teacher is not None else None
@@ -166,10 +243,42 @@ def build_distiller(cfg: DictConfig, data: ImageData, method: Method, teacher: n
         trained_on[data.train_ids] = data.train_targets[data.train_ids]
         method.build(distiller.tapped(example), dry, trained_on)
     student.train()
+    if (trainable := cfg.student.get("trainable")) is not None:
+        freeze(net, trainable, example)  # Lightning puts each module's own mode back after a validation
+    student.to(
+        memory_format=torch.channels_last
+    )  # convolutions are 1.2 to 1.6 times faster in it, and know by themselves
+    modes = cfg.get("compile") or {}
+    if modes.get("student") is not None:
+        student.compile(mode=modes["student"])
+    if modes.get("teacher") is not None and distiller.teacher is not None:
+        distiller.teacher.compile(mode=modes["teacher"])
     # A method's memories belong to their rank; DDP would overwrite them with the first one's.
     ignored = [f"method.{name}" for name, _ in method.named_buffers()]
     distiller._ddp_params_and_buffers_to_ignore = ignored  # type: ignore[assignment]
     return distiller
+
+
+WINDOW = 16  # minibatches: enough for Lightning's own cost a step to vanish
+WINDOW_BYTES = 2**26  # of images, which is what a step may hold at once
+
+
+def steps_at_once(cfg: DictConfig) -> int:
+    """How many minibatches a training step may hold (`litdistill.window`): `window`, or where that is auto a good number.
+
+    One where Lightning itself has to see each: to accumulate gradients, to scale losses for float16, to shard.
+    """
+    if cfg.get("window", "auto") != "auto":  # a run folder from before there were windows has no such key
+        return int(cfg.window)
+    trainer = cfg.trainer
+    plain = (trainer.get("strategy") or "auto") in ("auto", "ddp", "ddp_find_unused_parameters_true")
+    accumulates = (trainer.get("accumulate_grad_batches") or 1) > 1
+    return WINDOW if plain and not accumulates and not str(trainer.get("precision")).startswith("16") else 1
+
+
+def _cache_options(cfg: DictConfig) -> CacheOptions:
+    options = cfg.teacher.get("cache") if cfg.teacher is not None else None
+    return CacheOptions(**options, folder=Path(cfg.runs) / "cache") if options else CacheOptions()
 
 
 def teacher_config(cfg: DictConfig) -> DictConfig:
@@ -179,6 +288,7 @@ def teacher_config(cfg: DictConfig) -> DictConfig:
     with open_dict(teacher):
         teacher.student = {k: v for k, v in cfg.teacher.items() if k not in NOT_OPTIONS}
         teacher.student.checkpoint = None
+        teacher.compress = teacher.technique = None
         if cfg.teacher.get("generations", 1) > 1:  # a teacher that was taught by its like
             teacher.teacher.generations -= 1
             teacher.teacher.recipe = {**recipe, "seed": recipe.get("seed", cfg.seed) + 1}  # with other first weights
@@ -192,16 +302,40 @@ def teacher_config(cfg: DictConfig) -> DictConfig:
     return merged
 
 
+def student_config(cfg: DictConfig) -> DictConfig:
+    """The config of the run that `student.checkpoint: auto` starts from: that of `cfg` without its start, then the recipe."""
+    recipe: Any = OmegaConf.to_container(cfg.student.recipe, resolve=False) if cfg.student.get("recipe") else {}
+    source = cfg.copy()
+    with open_dict(source):
+        for key in ("checkpoint", "head", "trainable", "recipe"):
+            source.student[key] = None
+        source.compress = source.technique = source.resume = None
+        merged = OmegaConf.merge(source, recipe)
+        merged.name = "students"
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def student_folder(cfg: DictConfig) -> Path:
+    """Where the run that `student.checkpoint: auto` starts from is kept."""
+    recipe = student_config(cfg)
+    return Path(cfg.runs) / "students" / f"{net_name(recipe.student)}-{cfg.data.name}-{recipe_hash(recipe)}"
+
+
 def recipe_hash(cfg: DictConfig) -> str:
     """Ten hex digits that are equal for two configs exactly if their runs train the same weights."""
     kept: dict[str, Any] = {}
     for key in RECIPE:
-        node = cfg[key]
+        node = cfg.get(key)
+        if node is None and key == "compress":
+            continue
         value = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
         if isinstance(value, dict):
             # A key that is null is as good as absent: one that is added later changes no hash.
             value = {k: v for k, v in value.items() if v is not None and k not in NO_RECIPE.get(key, ())}
         kept[key] = value
+    if (scale := cfg.get("scale")) and scale.reference_batch is not None:
+        kept["scale"] = OmegaConf.to_container(scale)
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:10]
 
 

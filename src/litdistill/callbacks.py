@@ -1,79 +1,25 @@
-"""Callbacks of a run: a line an epoch with the time left, and a stop that loses nothing."""
+"""Callbacks of a run: what its steps draw, a line an epoch with the time left, and what some runs need."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
-import signal
 import sys
+import threading
 import time
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ProgressBar, RichProgressBar
+from torch import Tensor, nn
+
+from litdistill import metrics
+from litdistill.errors import UserError
+from litdistill.evaluate import collect
 
 log = logging.getLogger(__name__)
-
-
-class Stopped(Exception):
-    """Training was interrupted by a signal after its state was saved."""
-
-    def __init__(self, signum: int, where: str):
-        super().__init__(f"Stopped by {signal.Signals(signum).name} at {where}; the state is saved.")
-        self.status = 128 + signum
-
-
-class StopSafely(Callback):
-    """On Ctrl-C or SIGTERM: finishes the step, saves `last.ckpt` in the middle of the epoch, and ends.
-
-    A resumed run continues with the next batch, and ends with the weights of a run that was never stopped. A second
-    Ctrl-C does not wait.
-    """
-
-    signals = (signal.SIGINT, signal.SIGTERM)
-
-    def __init__(self, dirpath: str | Path):
-        self.path = Path(dirpath) / "last.ckpt"
-        self.received: int | None = None
-        self._before: dict[int, Any] = {}
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        try:
-            self._before = {s: signal.signal(s, self._receive) for s in self.signals}
-        except ValueError:  # not the main thread: whoever runs us handles signals
-            self._before = {}
-
-    def _receive(self, signum: int, frame: Any) -> None:
-        self.received = signum
-        signal.signal(signum, self._before.get(signum, signal.SIG_DFL))
-        log.warning("%s: stopping after this step. Again to stop at once.", signal.Signals(signum).name)
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        # At an epoch's last batch there is still its validation to do, and then its checkpoint is written anyway.
-        if self.received is not None and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
-            trainer.save_checkpoint(self.path)
-            self._stop(trainer)
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.received is not None:
-            self._stop(trainer)
-
-    def _stop(self, trainer: Trainer) -> None:
-        assert self.received is not None
-        raise Stopped(self.received, f"step {trainer.global_step} of epoch {trainer.current_epoch}")
-
-    def _restore(self) -> None:
-        for signum, handler in self._before.items():
-            signal.signal(signum, handler)
-        self._before = {}
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._restore()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._restore()
 
 
 class SeededSteps(Callback):
@@ -114,6 +60,73 @@ class EpochLine(Callback):
             log.info("epoch %*d/%d  %s  %s left", len(str(total)), done, total, text, format_seconds(left))
 
 
+class WatchTest(Callback):
+    """Measures the student on the test set after each epoch, for the figure that other tables give as "best on test".
+
+    It is logged and summarised beside the others, and chooses nothing.
+    """
+
+    def __init__(self) -> None:
+        self.best = 0.0
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        logits, targets = collect(pl_module.shipped, trainer.datamodule, "test", pl_module.device)  # type: ignore
+        accuracy = metrics.quality(logits, targets)["accuracy"]
+        self.best = max(self.best, accuracy)
+        pl_module.log("watched/test_accuracy", accuracy)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best = state_dict["best"]
+
+
+class ClassBias(Callback):
+    """Raises the student's biases of `classes` by one number, before training: the one that is best on the validation set.
+
+    Hinton, Vinyals & Dean 2015 (arXiv 1503.02531), section 3, correct so what a student makes of classes that its
+    transfer set lacks (3.5 for the threes) or of the only ones it has (-7.6 for the sevens and eights). They choose the
+    number on the test set.
+    """
+
+    def __init__(self, classes: Sequence[int]):
+        self.classes = list(classes)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_step:
+            return  # a resumed run has it
+        student, data = pl_module.student, trainer.datamodule  # type: ignore[attr-defined]
+        logits, targets = collect(student, data, "val", pl_module.device)  # type: ignore[arg-type]
+        layers = [m for m in student.modules() if isinstance(m, nn.Linear) and m.out_features == logits.shape[1]]  # type: ignore
+        if not layers or layers[-1].bias is None:
+            raise UserError("ClassBias needs a student that ends in a linear layer with a bias for each class.")
+        shift = best_shift(logits, targets, self.classes)
+        with torch.no_grad():
+            layers[-1].bias[self.classes] += shift
+        log.info("The biases of the classes %s are raised by %.2f.", ", ".join(map(str, self.classes)), shift)
+
+
+def best_shift(logits: Tensor, targets: Tensor, classes: Sequence[int]) -> float:
+    """What to add to the logits (N, C) of `classes` for the most correct predictions of the targets (N,).
+
+    Exact: a prediction changes only where the shift passes the gap between the best logit within `classes` and the best
+    of the others. Of all shifts that are as good, the middle of the widest interval.
+    """
+    inside = torch.zeros(logits.shape[1], dtype=torch.bool)
+    inside[list(classes)] = True
+    within, guess_within = logits.double().masked_fill(~inside, -torch.inf).max(1)
+    others, guess_others = logits.double().masked_fill(inside, -torch.inf).max(1)
+    gaps, order = (others - within).sort()
+    gains = ((guess_within == targets).long() - (guess_others == targets).long())[order]
+    correct = torch.cat([gains.new_zeros(1), gains.cumsum(0)])  # beyond the first 0, 1, …, N gaps
+    edges = torch.cat([gaps[:1] - 1, gaps, gaps[-1:] + 1])
+    widths = edges.diff()
+    best = correct[widths > 0].max()
+    i = int(torch.where(correct == best, widths, -1.0).argmax())
+    return float((edges[i] + edges[i + 1]) / 2)
+
+
 def format_seconds(seconds: float) -> str:
     """A duration for people: 8 s, 3 min 20 s, 2 h 5 min."""
     s = round(seconds)
@@ -125,5 +138,6 @@ def format_seconds(seconds: float) -> str:
 
 
 def progress_bar() -> list[ProgressBar]:
-    """A live bar where there is a terminal; elsewhere the lines of `EpochLine` are progress enough."""
-    return [RichProgressBar(leave=False)] if sys.stdout.isatty() else []
+    """A live bar where there is a terminal; elsewhere, and for a run in a pack, `EpochLine` is progress enough."""
+    alone = threading.current_thread() is threading.main_thread()
+    return [RichProgressBar(leave=False)] if sys.stdout.isatty() and alone else []

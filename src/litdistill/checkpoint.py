@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from litdistill.errors import UserError
 
 STUDENT = "student.safetensors"
+PART = ".part"  # of files that are still being written
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
@@ -24,7 +26,7 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=PART, dir=path.parent)
         os.close(handle)
         temporary = Path(name)
         try:
@@ -44,6 +46,30 @@ def write_text(path: str | Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
     write_atomically(path, write)
+
+
+def remove_parts(folder: Path) -> None:
+    """Deletes what killed processes left half written in `folder`, in which no other process may be writing now."""
+    for part in folder.rglob(f".*{PART}"):
+        part.unlink(missing_ok=True)
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Writes Lightning's checkpoints by `write_atomically`.
+
+    Lightning's own way goes through the system's folder for temporary files: where that is another disk than the run's,
+    the move from there is a copy, of which a kill leaves a part.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        if "://" in str(path):
+            return super().save_checkpoint(checkpoint, path, storage_options)
+
+        def write(temporary: Path) -> None:
+            with temporary.open("wb") as file:
+                torch.save(checkpoint, file)
+
+        write_atomically(path, write)
 
 
 def _umask() -> int:

@@ -19,11 +19,13 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from litdistill import metrics
+from litdistill.cache import CacheOptions, TeacherCache, open_cache
 from litdistill.data.datamodule import Batch, ImageData
 from litdistill.errors import UserError
 from litdistill.methods.base import Method, Outputs
 from litdistill.taps import Tapped
-from litdistill.teacher import FrozenTeacher, tabulate
+from litdistill.teacher import FrozenTeacher
+from litdistill.window import end_window, split, train_window
 
 log = logging.getLogger(__name__)
 
@@ -56,8 +58,9 @@ class Distiller(LightningModule):
             first epoch counted as 1: `{"soft": [[0, 0], [20, 1]]}` warms the soft term up over 20 epochs.
         student_taps, teacher_taps: names of the nodes whose features the method reads (`litdistill.taps.find`).
         allow_chance: trains even with a teacher that is no better than chance.
-        tabulate: runs the teacher once over every view of every training image where that costs less than running it
-            in each step (`litdistill.teacher.tabulate`). The losses are equal to float32 rounding.
+        cache: whether and where what the teacher says is kept (`litdistill.cache`). The losses are equal to float32 rounding.
+        window: how many minibatches a training step holds where the loader yields windows (`litdistill.window`); with more
+            than 1 gradients are clipped by `gradient_clip_val` and `gradient_clip_algorithm` here and not by the Trainer's.
     """
 
     def __init__(
@@ -70,7 +73,10 @@ class Distiller(LightningModule):
         schedule: Schedule | None = None,
         student_taps: Sequence[str] = (),
         allow_chance: bool = False,
-        tabulate: bool = True,
+        cache: CacheOptions | None = None,
+        window: int = 1,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str = "norm",
     ):
         super().__init__()
         if method.needs_teacher and teacher is None:
@@ -79,8 +85,15 @@ class Distiller(LightningModule):
         self.__dict__["teacher"] = teacher  # past nn.Module's registration: see the class's docstring
         self.tapped = Tapped(student, student_taps)
         self.optimizer, self.scheduler, self.schedule = optimizer, scheduler, schedule or {}
-        self.allow_chance, self.tabulate = allow_chance, tabulate
-        self._table: Tensor | None = None
+        self.allow_chance, self.cache_options = allow_chance, cache or CacheOptions()
+        self.cache: TeacherCache | None = None
+        self.val_logits: Tensor | None = (
+            None  # what the teacher says of the data's `val_ids`, where that is known before
+        )
+        # A step of several minibatches is optimised here (`litdistill.window`), one by one; of a single one by Lightning.
+        self.automatic_optimization = window == 1
+        self.gradient_clip_val, self.gradient_clip_algorithm = gradient_clip_val, gradient_clip_algorithm
+        self.held: Any = None  # see `litdistill.window`
         self.teacher_s = 0.0  # seconds spent in the teacher since the fit began (on a GPU: in giving it its orders)
         self._sums: dict[str, Tensor] = {}
         self._reset_window()
@@ -113,7 +126,7 @@ class Distiller(LightningModule):
         self.on_train_epoch_start()  # which Lightning skips for a run that goes on in the middle of an epoch
         if self.teacher is not None:
             self._examine_teacher()
-            self._tabulate_teacher()
+            self._open_cache()
 
     def on_train_epoch_start(self) -> None:
         self.method.epoch = self.current_epoch
@@ -121,11 +134,18 @@ class Distiller(LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         batch = Batch(*batch)
-        student, teacher = self.tapped(batch.images)._replace(ids=batch.ids), None
-        if self.teacher is not None and self.method.needs_teacher:
+        return self.loss(batch) if self.automatic_optimization else train_window(self, batch, batch_idx)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        end_window(self, outputs)
+
+    def loss(self, batch: Batch, teacher: Outputs | None = None) -> Tensor:
+        """The loss of one minibatch; `teacher`: what it gives for that, where it has been asked already."""
+        if teacher is None and self._asks:
             start = time.perf_counter()
             teacher = self._taught(batch)
             self.teacher_s += time.perf_counter() - start
+        student = self.tapped(batch.images)._replace(ids=batch.ids)
         terms = self.method(student, teacher, batch.targets)
         if not (self._factors.keys() <= terms.keys() or self.method.phases):
             unknown = ", ".join(self._factors.keys() - terms.keys())
@@ -135,10 +155,27 @@ class Distiller(LightningModule):
         self._watch(loss, terms, student, teacher, batch.targets)
         return loss
 
+    @property
+    def _asks(self) -> bool:
+        return self.teacher is not None and self.method.needs_teacher
+
+    def taught_ahead(self, window: Batch) -> list[Outputs] | None:
+        """What the teacher gives for each minibatch of a window, asked for at once: it is frozen, and large batches and
+        few lookups are what is fast. None where that gains nothing: without a teacher, for features that nobody keeps,
+        which are too much to hold, and on a CPU, which is as fast on small batches."""
+        if self.teacher is None or not self.method.needs_teacher or window.sizes is None:
+            return None
+        if self.cache is None and (self.teacher.tapped.names or self.device.type == "cpu"):
+            return None
+        start = time.perf_counter()
+        taught = split(self._taught(window), window.sizes)
+        self.teacher_s += time.perf_counter() - start
+        return taught
+
     def _taught(self, batch: Batch) -> Outputs:
         assert self.teacher is not None
-        if self._table is not None and batch.ids is not None:
-            return Outputs(self._table[0 if batch.views is None else batch.views, batch.ids], ids=batch.ids)
+        if self.cache is not None and batch.ids is not None:
+            return self.cache.outputs(batch)
         return self.teacher(batch.images)._replace(ids=batch.ids)
 
     def _watch(
@@ -220,25 +257,12 @@ class Distiller(LightningModule):
         for name, value in values.items():  # equal on every rank: what was gathered is everything
             self.log(f"{split}/{name}", value, prog_bar=name == "accuracy")
 
-    def _tabulate_teacher(self) -> None:
-        """Where only logits are read, on one process, and where it pays."""
+    def _open_cache(self) -> None:
+        """Where the teacher is read, its outputs can be known by image and view, and keeping them pays."""
         data, epochs = getattr(self.trainer, "datamodule", None), self.trainer.max_epochs or 0
-        reads_features = bool(self.teacher and self.teacher.tapped.names)
-        if not (self.tabulate and self.method.needs_teacher and isinstance(data, ImageData)) or reads_features:
-            return
-        if self.trainer.world_size > 1 or epochs < 1:
-            return
-        start = time.perf_counter()
-        passes = epochs * (data.epoch_size or len(data.train_ids)) / len(data.train_ids)
-        assert self.teacher is not None
-        self._table = tabulate(self.teacher, data, self.device, passes)
-        if self._table is not None:
-            seconds = time.perf_counter() - start
-            self.teacher_s += seconds
-            log.info(
-                "The teacher's logits for %d view(s) of %d images: computed once, in %.1f s, instead of in %.0f passes.",
-                *(len(self._table), len(data.train_ids), seconds, passes),
-            )
+        if self.teacher is not None and isinstance(data, ImageData) and self.cache_options.mode != "off" and self._asks:
+            passes = epochs * (data.epoch_size or len(data.train_ids)) / len(data.train_ids)
+            self.cache = open_cache(self.cache_options, self.teacher, data, self.device, passes, self.trainer.precision)
 
     def _examine_teacher(self) -> None:
         """Runs the teacher over the validation set once; raises `UserError` if it is no better than chance."""
@@ -246,12 +270,23 @@ class Distiller(LightningModule):
         loader, pairs = self.trainer.val_dataloaders, []
         if loader is None:
             return
-        for raw in loader:
+        limit = self.trainer.num_val_batches[0]
+        for i, raw in enumerate(loader):
+            if i >= limit:  # limit_val_batches, which the student's evaluation obeys too
+                break
             batch = Batch(*self.trainer.strategy.batch_to_device(raw))
-            pairs.append((self.teacher(batch.images).logits, batch.targets))
+            pairs.append((self._says(batch), batch.targets))
         self._teacher_logits = [logits for logits, _ in pairs]
         logits, targets = self._gathered(pairs)
         check_teacher(logits, targets, self.allow_chance)
+
+    def _says(self, batch: Batch) -> Tensor:
+        """The teacher's logits for a batch of the validation set."""
+        assert self.teacher is not None
+        if self.val_logits is None or batch.ids is None:
+            return self.teacher(batch.images).logits
+        place = torch.searchsorted(self.trainer.datamodule.val_ids, batch.ids.cpu())  # type: ignore[attr-defined]
+        return self.val_logits[place].to(self.device)
 
     def _gathered(self, pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         return self._gather(torch.cat([a for a, _ in pairs])), self._gather(torch.cat([b for _, b in pairs]))

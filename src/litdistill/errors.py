@@ -1,5 +1,18 @@
-"""The one exception whose message is meant for the user: it says what is wrong and names the remedy."""
+"""The exceptions whose message is meant for the user: what is wrong and what helps, and that a run has been stopped."""
+
+import signal
 
 
 class UserError(Exception):
     """Wrong input, not a defect: commands print its message alone, without a traceback, and exit with status 2."""
+
+
+class Stopped(BaseException):
+    """Training was interrupted by a signal after its state was saved.
+
+    No `Exception`: whatever goes on after one that failed (Hydra's multirun, a sweep) is to stop too.
+    """
+
+    def __init__(self, signum: int, where: str):
+        super().__init__(f"Stopped by {signal.Signals(signum).name} at {where}; the state is saved.")
+        self.status = 128 + signum

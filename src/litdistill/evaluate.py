@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from litdistill import metrics
 from litdistill.build import build_data, build_distiller, build_teacher, make
+from litdistill.cache import evaluated
 from litdistill.checkpoint import fit_weights, load_checkpoint, load_weights
+from litdistill.compress.structure import load_structure
 from litdistill.data.datamodule import ImageData
 from litdistill.distiller import Distiller
 from litdistill.errors import UserError
@@ -32,18 +34,33 @@ def collect(net: nn.Module, data: ImageData, split: str, device: torch.device | 
     return torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs])
 
 
+def collect_teacher(
+    teacher: nn.Module, data: ImageData, split: str, device: torch.device | str, folder: Path | None
+) -> Tensor:
+    """`collect` for a frozen network: its logits, computed once for all runs whose caches lie in `folder`."""
+    if folder is None:
+        return collect(teacher, data, split, device)[0]
+    return evaluated(
+        teacher, data, split, torch.device(device), folder, lambda: collect(teacher, data, split, device)[0]
+    )
+
+
 def measure(
     student: nn.Module,
     teacher: nn.Module | None,
     data: ImageData,
     split: str = "test",
     device: torch.device | str = "cpu",
+    folder: Path | None = None,
 ) -> dict[str, Any]:
-    """Quality of the student, and with a teacher its quality and how far the student follows it; a plain dict."""
+    """Quality of the student, and with a teacher its quality and how far the student follows it; a plain dict.
+
+    `folder`: see `collect_teacher`.
+    """
     logits, targets = collect(student, data, split, device)
     found: dict[str, Any] = {"student": metrics.quality(logits, targets)}
     if teacher is not None:
-        taught, _ = collect(teacher, data, split, device)
+        taught = collect_teacher(teacher, data, split, device, folder)
         found |= {"teacher": metrics.quality(taught, targets), "likeness": metrics.likeness(logits, taught)}
     return found
 
@@ -80,7 +97,7 @@ def rebuild(folder: Path, overrides: DictConfig | None = None) -> tuple[ImageDat
             raise UserError(f"The run had another teacher: its SHA-256 was {noted[:12]}…, and is now {found[:12]}….")
     with open_dict(cfg):
         cfg.student.checkpoint = None
-    distiller = build_distiller(cfg, data, make(cfg.method), teacher)
+    distiller = build_distiller(cfg, data, make(cfg.method), teacher, structure=load_structure(folder))
     fit_weights(distiller.shipped, load_weights(folder), folder, "student")
     return data, distiller
 

@@ -20,7 +20,9 @@ from rich.table import Table
 from torch import nn
 
 from litdistill.build import NOT_OPTIONS, build_data, build_net
-from litdistill.checkpoint import fit_weights, load_weights, write_atomically, write_text
+from litdistill.checkpoint import write_atomically, write_text
+from litdistill.compress.quantise import Int8
+from litdistill.compress.structure import structure_of
 from litdistill.data.datamodule import ImageData
 from litdistill.errors import UserError
 from litdistill.evaluate import collect, load_run, rebuild
@@ -64,6 +66,29 @@ def export(
         raise UserError(f"calibration={calibration} must be at least 1 image.")
     folder = Path(folder)
     student, data, net_options = load_student(folder, overrides)
+    path, entry = ship(folder, student, data, format, precision, preprocessing, calibration, limits, net_options)
+    return path, entry["check"]
+
+
+def ship(
+    folder: Path,
+    student: nn.Module,
+    data: ImageData,
+    format: str = "onnx",
+    precision: str = "fp32",
+    preprocessing: bool = True,
+    calibration: int = 512,
+    limits: Limits = (None, None),
+    net_options: Mapping[str, Any] | None = None,
+) -> tuple[Path, dict[str, Any]]:
+    """`export` of a student that is at hand; gives the path and the whole entry.
+
+    `net_options`: what a safetensors file's network is built with.
+    """
+    if isinstance(student, Int8) and (format, precision) != ("onnx", "int8"):
+        raise UserError("This student was trained to compute in int8: export it with format=onnx precision=int8.")
+    if structure_of(student) and format == "safetensors":
+        raise UserError("As safetensors nobody could rebuild this compressed network; use format=onnx.")
     preprocessing = preprocessing and format != "safetensors"  # which holds weights alone
     entry: dict[str, Any] = {
         "format": format,
@@ -77,7 +102,7 @@ def export(
         "output": "logits, float32",
     }
     if format == "safetensors":
-        entry["net"] = net_options
+        entry["net"] = dict(net_options or {})
     facts = check_facts(entry, Path("student" + SUFFIXES[format]))
     plain = preprocessing or format == "safetensors"
     name = "student" + ("" if precision == "fp32" else f"-{precision}") + ("" if plain else "-normalised")
@@ -96,7 +121,7 @@ def export(
     with FileLock(path.parent / f".{MANIFEST}.lock"):
         files = read_manifest(manifest) if manifest.is_file() else {}
         write_text(manifest, json.dumps({"files": {**files, path.name: entry}}, indent=2) + "\n")
-    return path, entry["check"]
+    return path, entry
 
 
 def verify(
@@ -135,9 +160,8 @@ def load_student(folder: Path, overrides: DictConfig | None) -> tuple[nn.Module,
     assert isinstance(options, dict)
     own = {str(k): v for k, v in options.items() if k not in (*NOT_OPTIONS, "weights", "pretrained")}
     data = build_data(cfg)
-    student = build_net(OmegaConf.create(own), data, "student")
     try:
-        fit_weights(student, load_weights(folder), folder, "student")
+        student = build_net(OmegaConf.create(own), data, "student", folder)
     except UserError:
         data, distiller = rebuild(folder, overrides)
         student = distiller.shipped
@@ -153,8 +177,9 @@ def check(
 ) -> dict[str, Any]:
     """An exported model beside the student on the whole test set: a plain dict, with the tolerances it must keep to."""
     expected, targets = collect(student, data, "test")
-    images = data.source.test.images[data.test_ids]
-    logits = torch.from_numpy(np.concatenate([run(chunk.numpy()) for chunk in images.split(data.eval_batch_size)]))
+    images = data.source.test.images
+    chunks = data.test_ids.split(data.eval_batch_size)
+    logits = torch.from_numpy(np.concatenate([run(images[chunk].numpy()) for chunk in chunks]))
     difference, agreement = (
         own if asked is None else float(asked) for asked, own in zip(limits, TOLERANCES[precision], strict=True)
     )

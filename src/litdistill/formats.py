@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import io
 import json
-import logging
 import tempfile
-import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from litdistill.checkpoint import fit_weights, save_student
+from litdistill.compress.quantise import Int8, converted, quiet
 from litdistill.data import augment as aug
 from litdistill.data.datamodule import ImageData
 from litdistill.errors import UserError
@@ -35,6 +33,9 @@ class Shipped(nn.Module):
     def __init__(self, net: nn.Module, data: ImageData, preprocessing: bool = True, half: bool = False):
         super().__init__()
         self.net = copy.deepcopy(net).cpu().eval().requires_grad_(False)
+        for tensor in (*self.net.parameters(), *self.net.buffers()):
+            # Weights with their channels last, as a GPU may like them, are traced to needless gathers.
+            tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
         self.preprocessing, self.half_precision = preprocessing, half
         assert data.mean is not None
         assert data.std is not None
@@ -56,10 +57,10 @@ def write_format(
     """Writes the file itself; what it was made with goes into `entry`."""
     metadata = {k: json.dumps(v) for k, v in entry.items()}
     model = Shipped(student, data, facts.preprocessing, half=entry["precision"] == "fp16").eval()
-    example = data.source.train.images[data.train_ids[:2]]
+    example = data.source.train.images[data.train_ids[:2]].clone(memory_format=torch.contiguous_format)
     if not facts.preprocessing:
         example = data.normalise(example)
-    with _quiet():
+    with quiet():
         if facts.format == "safetensors":
             try:
                 fit_weights(named_net(facts), student.state_dict(), "this run", "student")
@@ -73,6 +74,16 @@ def write_format(
         elif facts.format == "pt2":
             with path.open("wb") as file:
                 torch.export.save(_traced(model, example), file)
+        elif isinstance(student, Int8):
+            entry["quantisation"] = {
+                "tool": "torchao.quantization.pt2e",
+                "format": "QDQ",
+                "activations": "uint8 per tensor",
+                "weights": "int8 per channel, 7 bits",
+            }
+            model = Shipped(converted(student), data, facts.preprocessing)
+            metadata["quantisation"] = json.dumps(entry["quantisation"])
+            _write_onnx(model.eval(), example, path, metadata)
         elif entry["precision"] == "int8":
             entry["quantisation"] = _write_int8(model, example, data, path, metadata, calibration)
         else:
@@ -198,16 +209,3 @@ def _preprocessing_nodes(proto: Any) -> list[str]:
             reached |= set(node.output)
             names.append(node.name)
     return names
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the exporters' progress and advice, which ask nothing of the user; their errors are raised."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)

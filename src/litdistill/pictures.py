@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from litdistill import metrics
 from litdistill.data.datamodule import ImageData
-from litdistill.evaluate import collect
+from litdistill.evaluate import collect, collect_teacher
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,19 +35,30 @@ LAYOUT = {
 }
 
 
-def show(writer: Any, student: nn.Module, teacher: nn.Module | None, data: ImageData, device: Any, step: int) -> None:
-    """Draws all pictures of the best weights on the validation set; without matplotlib says so and draws none."""
+def show(
+    writer: Any,
+    student: nn.Module,
+    teacher: nn.Module | None,
+    data: ImageData,
+    device: Any,
+    step: int,
+    folder: Path | None = None,
+) -> None:
+    """Draws all pictures of the best weights on the validation set; without matplotlib says so and draws none.
+
+    `folder`: where what the teacher says may lie already (`litdistill.evaluate.collect_teacher`).
+    """
     try:
         import matplotlib  # noqa: F401
     except ImportError:
         log.warning("No pictures in TensorBoard: pip install 'litdistill[report]' brings matplotlib.")
         return
     logits, targets = collect(student, data, "val", device)
-    taught = collect(teacher, data, "val", device)[0] if teacher is not None else None
+    taught = collect_teacher(teacher, data, "val", device, folder) if teacher is not None else None
     both = [("student", logits), ("teacher", taught)] if taught is not None else [("student", logits)]
-    images = data.source.train.images[data.val_ids]
+    image = lambda i: data.source.train.images[data.val_ids[i : i + 1]][0]  # noqa: E731
     figures = {
-        "worst mistakes": worst_mistakes(images, targets, logits, taught, data.class_names),
+        "worst mistakes": worst_mistakes(image, targets, logits, taught, data.class_names),
         "confusion": confusion_matrices(
             [(n, metrics.confusion(x, targets)) for n, x in both if x is not None], data.class_names
         ),
@@ -67,11 +79,16 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def worst_mistakes(
-    images: Tensor, targets: Tensor, student: Tensor, teacher: Tensor | None, names: Sequence[str], count: int = 12
+    image: Callable[[int], Tensor],
+    targets: Tensor,
+    student: Tensor,
+    teacher: Tensor | None,
+    names: Sequence[str],
+    count: int = 12,
 ) -> Figure:
     """The images that the student gets wrong with the greatest confidence, and what both models make of them.
 
-    `images` (N, C, H, W) uint8, `targets` (N,), logits (N, classes).
+    `image(i)` (C, H, W) uint8, `targets` (N,), logits (N, classes).
     """
     p = student.double().softmax(1)
     confidence, predicted = p.max(1)
@@ -85,7 +102,7 @@ def worst_mistakes(
     cells = figure.subfigures(-(-len(chosen) // 4), 4, squeeze=False).ravel()
     for cell, i in zip(cells, chosen, strict=False):
         left, right = cell.subplots(1, 2, width_ratios=[1, 1.3])
-        left.imshow(images[i].permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", interpolation="nearest")
+        left.imshow(image(i).permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", interpolation="nearest")
         left.set_axis_off()
         left.set_title(f"is {names[int(targets[i])]}", fontsize=9)
         top = (p[i] + (q[i] if q is not None else 0)).topk(min(3, p.shape[1])).indices.tolist()

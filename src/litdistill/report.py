@@ -28,8 +28,11 @@ COLUMNS = (
 )
 
 
-def summaries(places: Iterable[str | Path]) -> list[dict[str, Any]]:
-    """All `summary.json` at or below the given folders, in the order of their paths. Raises `UserError` if there is none."""
+def runs(places: Iterable[str | Path]) -> list[tuple[Path, dict[str, Any]]]:
+    """Folder and summary of all finished runs at or below the given folders, in the order of their paths.
+
+    Raises `UserError` if there is none.
+    """
     folders = [Path(p) for p in places]
     paths = sorted({p.resolve() for folder in folders for p in folder.glob("**/summary.json")})
     if not paths:
@@ -39,20 +42,38 @@ def summaries(places: Iterable[str | Path]) -> list[dict[str, Any]]:
             + f"No finished run in {', '.join(map(str, folders))}: a finished run has a summary.json. "
             "Start one with python scripts/train.py."
         )
-    return [json.loads(p.read_text()) for p in paths]
+    return [(p.parent, json.loads(p.read_text())) for p in paths]
+
+
+def summaries(places: Iterable[str | Path]) -> list[dict[str, Any]]:
+    """The summaries of `runs`."""
+    return [summary for _, summary in runs(places)]
+
+
+def kinds(found: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Summaries that differ in their seed alone, together."""
+    by_kind: dict[str, list[dict[str, Any]]] = {}
+    for run in found:
+        kind = [run["experiment"], run.get("technique"), run["data"], run["options"]]
+        by_kind.setdefault(json.dumps(kind, sort_keys=True), []).append(run)
+    return list(by_kind.values())
 
 
 def rows(found: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
     """One row for each teacher and for each kind of student; runs that differ in their seed alone are one row."""
-    kinds: dict[str, list[dict[str, Any]]] = {}
-    teachers: dict[str, dict[str, Any]] = {}
-    for run in found:
-        kinds.setdefault(json.dumps([run["experiment"], run["data"], run["options"]], sort_keys=True), []).append(run)
-        if run["teacher"]:
-            teachers[run["teacher"]["sha256"]] = run
+    teachers = {run["teacher"]["sha256"]: run for run in found if run["teacher"]}
     own = {run["student"]["sha256"] for run in found}
     table = [_teacher_row(run) for sha, run in teachers.items() if sha not in own]
-    return table + [_row(runs, _differing(runs[0], [k[0] for k in kinds.values()])) for runs in kinds.values()]
+    alike = kinds(found)
+    return table + [_row(runs, _differing(runs[0], [k[0] for k in alike])) for runs in alike]
+
+
+def label(run: dict[str, Any], alike: Sequence[Sequence[dict[str, Any]]]) -> str:
+    """What a kind of run is called where space is short: its technique, or its method and how many images it saw."""
+    if run.get("technique"):
+        return str(run["technique"]).replace("_", " ")
+    differing = _differing(run, [k[0] for k in alike])
+    return f"{run['method']}, {run['data']['train']:,} images" + (f" ({differing})" if differing else "")
 
 
 def _differing(run: dict[str, Any], others: Sequence[dict[str, Any]]) -> str:
@@ -87,7 +108,7 @@ def _row(runs: Sequence[dict[str, Any]], differing: str) -> dict[str, str]:
     values = (
         first["experiment"],
         first["student"]["name"],
-        first["method"] + (f" ({differing})" if differing else ""),
+        (first.get("technique") or first["method"]) + (f" ({differing})" if differing else ""),
         f"{first['data']['train']:,}",
         f"{students[0]['params']:,}",
         spread([100 * t["accuracy"]["best"] for t in tests]),

@@ -13,9 +13,7 @@ import functools
 import logging
 import os
 import re
-import secrets
 import sys
-import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -24,41 +22,51 @@ from typing import Any
 
 import hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import HydraException
+from hydra.experimental.callback import Callback as HydraCallback
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.logging import RichHandler
+from yaml import YAMLError
 
-from litdistill.errors import UserError
+from litdistill import papers
+from litdistill.errors import Stopped, UserError
+from litdistill.launch import is_first_rank, run_stamp
+
+log = logging.getLogger(__name__)
 
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
 CONF = Path(__file__).resolve().parents[2] / "conf"
+papers.register()
 
 
 def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
     """Turns `main(cfg)` into a Hydra command with this project's manners; `main` stays callable with a config as `.task`."""
 
     def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
-        # Lightning's child processes inherit the stamp, so that all ranks of a run share one folder.
-        os.environ.setdefault("RUN_STAMP", time.strftime("%Y-%m-%d_%H-%M-%S_") + secrets.token_hex(2))
         entry = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(task)
 
         @functools.wraps(task)
         def run() -> None:
             quieten()
+            logging.raiseExceptions = False  # on a full disk what the run itself cannot write says so, in a line
             sys.argv[1:] = resumed(sys.argv[1:], config_name)
             full = os.environ.get("HYDRA_FULL_ERROR") == "1"
             try:
+                if "RUN_STAMP" not in os.environ:  # Lightning's child processes inherit it: all ranks share one folder
+                    os.environ["RUN_STAMP"] = run_stamp()
                 with _environment(HYDRA_FULL_ERROR="1"):  # errors come here instead of to Hydra's own printer
                     entry()
             except KeyboardInterrupt:
                 _end("Interrupted.", 130)
+            except Stopped as stop:
+                _end(str(stop), stop.status)
             except Exception as error:
                 if isinstance(error, OSError) and error.errno in UNWRITABLE and not full:
                     _end(f"Nothing can be written: {error}. Free some space, or choose another folder with runs=…", 2)
                 if full or not isinstance(root := _cause(error), (UserError, HydraException, OmegaConfBaseException)):
-                    if hasattr(error, "status"):
-                        _end(str(error), error.status)
                     raise
                 _end(f"{_first_lines(root)}{suggestions(sys.argv[1:], config_name)}", 2)
 
@@ -140,16 +148,43 @@ def resumed(arguments: list[str], config_name: str = "train") -> list[str]:
             sys.exit(2)
         rest = [*options, *found, *overrides]
     print(f"Resuming {folder}")
+    file, before = _notes(folder, sweep)
+    if _noted(file):  # Hydra is about to write it anew: a kill in that moment must not make the run unknown
+        os.replace(file, before)
     return [*rest, f"hydra.{'sweep' if sweep else 'run'}.dir={folder}"]
 
 
 def _overrides(folder: Path, sweep: bool, config_name: str) -> list[str] | None:
     """The overrides that this command started a run or a sweep with in `folder`; None where it started none."""
+    file, before = _notes(folder, sweep)
+    found = _noted(file) or _noted(before)
+    return found[1] if found and found[0] == config_name else None
+
+
+def _notes(folder: Path, sweep: bool) -> tuple[Path, Path]:
+    """Where Hydra notes what it was started with, and where that note is kept while it writes it again."""
     file = folder / ("multirun.yaml" if sweep else ".hydra/hydra.yaml")
-    if not file.is_file():
+    return file, file.with_suffix(".before.yaml")
+
+
+def _noted(file: Path) -> tuple[str, list[str]] | None:
+    """The name of the config and the overrides in one of Hydra's notes; None where it is missing or half written."""
+    try:
+        hydra_config = OmegaConf.load(file).hydra
+        return hydra_config.job.config_name, list(hydra_config.overrides.task)
+    except (OSError, YAMLError, OmegaConfBaseException, AttributeError):
         return None
-    hydra_config = OmegaConf.load(file).hydra
-    return list(hydra_config.overrides.task) if hydra_config.job.config_name == config_name else None
+
+
+class JobFailures(HydraCallback):
+    """Says at once which job of a multirun has failed, and of what: Hydra tells when all others are done, of the first."""
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
+        if config.hydra.mode == RunMode.MULTIRUN and job_return.status == JobStatus.FAILED:
+            log.error(
+                "Job %s failed: %s. The other jobs go on; the same command with resume=auto repeats what is not finished.",
+                *(config.hydra.job.num, _first_lines(_cause(job_return._return_value))),
+            )
 
 
 def suggestions(arguments: Iterable[str], config_name: str) -> str:
@@ -196,6 +231,7 @@ def _known(config_name: str) -> tuple[set[str], dict[str, list[str]]]:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose(config_name)
     files = [p.relative_to(CONF).with_suffix("") for p in CONF.rglob("*.yaml") if p.parent != CONF]
+    files += [Path("experiment", name) for name in papers.experiments()]
     groups: dict[str, list[str]] = {}
     for file in sorted(files):
         for depth in range(1, len(file.parts)):
@@ -228,6 +264,7 @@ def quieten() -> None:
         ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
         ".*Found .* module\\(s\\) in eval mode at the start of training.*",
         ".*No positive samples.*",
+        ".*`srun` command is available.*",
         ".*It is recommended to use `self.log.*sync_dist=True.*",
     ):
         warnings.filterwarnings("ignore", pattern)
@@ -242,7 +279,7 @@ def adopt_lightning_logs() -> None:
         logger.handlers.clear()
         logger.propagate = True
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_tips)
-    if int(os.environ.get("LOCAL_RANK", 0)) or int(os.environ.get("RANK", 0)):
+    if not is_first_rank():
         logging.getLogger().setLevel(logging.WARNING)  # the first rank speaks for all
 
 

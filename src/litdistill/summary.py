@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import platform
 import shlex
 import subprocess
@@ -15,9 +16,10 @@ from lightning import Trainer
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from litdistill.build import net_name
+from litdistill.build import net_name, student_folder
 from litdistill.data.datamodule import ImageData
 from litdistill.nets.profile import count_macs, count_parameters, weight_bytes
+from litdistill.scale import read_scale
 from litdistill.teacher import weights_sha256
 
 
@@ -33,13 +35,14 @@ def summarise(
     trainer: Trainer,
 ) -> dict[str, Any]:
     """A plain dict for JSON. `found` and `last` are what `evaluate.measure` gave for the best and the last weights."""
-    samples = trainer.global_step * data.batch_size * trainer.world_size
+    samples = trainer.global_step * read_scale(cfg, trainer).batch
     about = found["student"]
     return {
         "experiment": cfg.name,
+        "technique": cfg.get("technique"),
         "method": method_name(cfg),
         "seed": cfg.seed,
-        "options": {k: v for k, v in hyperparameters(cfg).items() if k != "seed"},
+        "options": {k: v for k, v in hyperparameters(cfg, trainer).items() if k != "seed"},
         "data": {
             "name": data.name,
             "classes": data.num_classes,
@@ -64,6 +67,7 @@ def summarise(
             "params": count_parameters(student),
             "macs": count_macs(student, data.input_shape),
             "bytes": weight_bytes(student),
+            "precision": "fp32",
             "test": {
                 "accuracy": {"best": about["accuracy"], "last": last["accuracy"]},
                 "nll": about["nll"],
@@ -73,6 +77,7 @@ def summarise(
             "agreement": found["likeness"]["agreement"] if teacher is not None else None,
             "kl": found["likeness"]["kl"] if teacher is not None else None,
         },
+        "start": start_cost(cfg),
         "val": {"best": best_val},
         "epochs": trainer.current_epoch,
         "steps": trainer.global_step,
@@ -89,6 +94,17 @@ def summarise(
     }
 
 
+def start_cost(cfg: DictConfig) -> dict[str, Any] | None:
+    """What training the network cost that the student started from (`student.checkpoint: auto`), all before it included."""
+    if cfg.student.get("checkpoint") != "auto":
+        return None
+    folder = student_folder(cfg)
+    found = json.loads((folder / "summary.json").read_text())
+    before = found.get("start") or {}
+    cost = {k: found[k] + before.get(k, 0) for k in ("epochs", "steps")}
+    return {"run": folder.name, **cost, "total_s": found["time"]["total_s"] + before.get("total_s", 0.0)}
+
+
 def method_name(cfg: DictConfig) -> str:
     """The method's module: `kd`, `fitnet`, …; for a sum the names of its parts."""
     parts = cfg.method.get("methods")
@@ -99,8 +115,8 @@ def method_name(cfg: DictConfig) -> str:
     return str(cfg.method["_target_"]).split(".")[-2]
 
 
-def hyperparameters(cfg: DictConfig) -> dict[str, Any]:
-    """What TensorBoard's HParams tab shows of a run: flat, plain values."""
+def hyperparameters(cfg: DictConfig, trainer: Trainer | None = None) -> dict[str, Any]:
+    """What TensorBoard's HParams tab shows of a run: flat, plain values; with a trainer, what its processes made of them."""
     flat: dict[str, Any] = {
         "experiment": cfg.name,
         "seed": cfg.seed,
@@ -113,6 +129,9 @@ def hyperparameters(cfg: DictConfig) -> dict[str, Any]:
         "train/optimizer": str(cfg.optimizer["_target_"]).rsplit(".", 1)[-1],
         "train/lr": cfg.optimizer.lr,
     }
+    if trainer is not None:
+        scale = read_scale(cfg, trainer)
+        flat |= {"train/global_batch": scale.batch, "train/scaled_lr": scale.lr}
     for key, value in cfg.method.items():
         if isinstance(value, (int, float, str, bool)) and key != "_target_":
             flat[f"method/{key}"] = value

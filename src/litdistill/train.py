@@ -6,64 +6,146 @@ import contextlib
 import json
 import logging
 import os
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from lightning import Trainer
+from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, LearningRateMonitor
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from litdistill import pictures
-from litdistill.build import build_data, build_distiller, build_teacher, finished, make, teacher_config
-from litdistill.callbacks import EpochLine, SeededSteps, StopSafely, format_seconds, progress_bar
-from litdistill.checkpoint import STUDENT, load_checkpoint, save_student, write_text
+from litdistill.build import (
+    build_data,
+    build_distiller,
+    build_teacher,
+    finished,
+    make,
+    steps_at_once,
+    student_config,
+    student_folder,
+    teacher_config,
+)
+from litdistill.callbacks import EpochLine, SeededSteps, WatchTest, format_seconds, progress_bar
+from litdistill.checkpoint import STUDENT, WholeCheckpoints, load_checkpoint, save_student, write_text
+from litdistill.compress.quantise import Int8
+from litdistill.compress.structure import structure_of
 from litdistill.data.datamodule import ImageData
 from litdistill.distiller import Distiller
 from litdistill.errors import UserError
-from litdistill.evaluate import load_student, measure, measure_last
+from litdistill.evaluate import collect_teacher, load_student, measure, measure_last
+from litdistill.export import ship
+from litdistill.launch import agreed, fit_to_launch, is_first_rank, join
+from litdistill.methods.base import Method
 from litdistill.runtime import adopt_lightning_logs
+from litdistill.safety import StopSafely, alone, explained
+from litdistill.scale import FairShares, read_scale
+from litdistill.sharding import ShardedTeacher
 from litdistill.summary import hyperparameters, summarise
 
 log = logging.getLogger(__name__)
 
 
-def train(cfg: DictConfig, callbacks: Sequence[Callback] = ()) -> float:
+def build(cfg: DictConfig, method: Method) -> tuple[ImageData, Distiller]:
+    """A run's data and its distiller, whose teacher is trained first where there is none yet."""
+    data = build_data(cfg)
+    teacher = build_teacher(cfg, data, train_teacher)
+    return data, build_distiller(cfg, data, method, teacher, start(cfg))
+
+
+def train(
+    cfg: DictConfig,
+    callbacks: Sequence[Callback] = (),
+    build: Callable[[DictConfig, Method], tuple[ImageData, Distiller]] = build,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
     """Trains as `conf/train.yaml` describes; gives the best validation accuracy, which is what a sweep maximises.
 
-    `callbacks`: of whoever calls, before the config's own.
+    `callbacks`: of whoever calls, before the config's own. `build`, `clock`: other ones for a run that shares what it is
+    built of, and its time, with others (`litdistill.pack`).
     """
     folder = Path(cfg.folder)
+    with contextlib.nullcontext() if finished(folder) else alone(folder):
+        return _train(cfg, folder, callbacks, build, clock)
+
+
+def _train(
+    cfg: DictConfig,
+    folder: Path,
+    callbacks: Sequence[Callback],
+    build: Callable[[DictConfig, Method], tuple[ImageData, Distiller]],
+    clock: Callable[[], float],
+) -> float:
     if finished(folder):  # a resumed sweep repeats nothing
         log.info("%s is finished already.", folder)
         return float(json.loads((folder / "summary.json").read_text())["val"]["best"])
-    started = time.perf_counter()
+    started = clock()
     adopt_lightning_logs()
     torch.set_float32_matmul_precision("high")
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
     method = make(cfg.method)  # first, so that a wrong option is known before a teacher is trained
-    data = build_data(cfg)
-    teacher = build_teacher(cfg, data, train_teacher)
-    distiller = build_distiller(cfg, data, method, teacher)
-    _introduce(cfg, data, distiller)
-
     trainer = build_trainer(cfg, folder, phases=method.phases)
     trainer.callbacks[:0] = callbacks  # type: ignore[attr-defined]
-    fit_started = time.perf_counter()
-    trainer.fit(distiller, datamodule=data, ckpt_path=last_state(folder / "checkpoints"), weights_only=True)
-    fit_s = time.perf_counter() - fit_started
-    checkpoint = trainer.checkpoint_callback
-    best = float(checkpoint.best_model_score)  # type: ignore[union-attr]
-    if trainer.is_global_zero:
-        times = {"fit_s": fit_s, "teacher_s": distiller.teacher_s, "total_s": time.perf_counter() - started}
+    scale = read_scale(cfg, trainer)
+    if trainer.world_size > 1:
+        trainer.callbacks.insert(0, FairShares())  # type: ignore[attr-defined]
+    join(trainer)
+    sharded = cfg.teacher is not None and isinstance(trainer.strategy, ShardedTeacher)
+    if sharded:  # its ranks run it together: none may find in a cache what another asks for
+        cfg = cfg.copy()
+        cfg.teacher.cache.mode = "off"
+    data, distiller = build(cfg, method)
+    distiller.optimizer = partial(distiller.optimizer, lr=scale.lr)
+    if distiller.teacher is not None and not sharded:
+        where = trainer.strategy.root_device
+        distiller.val_logits = collect_teacher(distiller.teacher.net, data, "val", where, evaluations(cfg))
+    _introduce(cfg, data, distiller)
+    log.info("%s", scale)
+
+    fit_started = clock()
+    with explained():
+        if cfg.trainer.max_epochs == 0:
+            best = untrained(trainer, distiller, data, folder / "checkpoints")
+        else:
+            trainer.fit(distiller, datamodule=data, ckpt_path=last_state(folder / "checkpoints"), weights_only=True)
+            score = trainer.checkpoint_callback.best_model_score  # type: ignore[union-attr]
+            if score is None:
+                raise UserError(
+                    "No epoch was validated, so that none is the best: trainer.limit_val_batches and "
+                    "trainer.check_val_every_n_epoch must let at least one be."
+                )
+            best = float(score)
+    fit_s = clock() - fit_started
+    if trainer.is_global_zero or sharded:
+        times = {"fit_s": fit_s, "teacher_s": distiller.teacher_s, "total_s": clock() - started}
         _finish(cfg, folder, data, distiller, trainer, best, times)
     trainer.strategy.barrier()
     return best
+
+
+def evaluations(cfg: DictConfig) -> Path | None:
+    """Where what a teacher says of the validation and test sets is kept for all runs that have it."""
+    return (
+        Path(cfg.runs) / "cache" / "evaluations"
+        if cfg.teacher is not None and cfg.teacher.cache.mode != "off"
+        else None
+    )
+
+
+def untrained(trainer: Trainer, distiller: Distiller, data: ImageData, checkpoints: Path) -> float:
+    """The validation accuracy of a student that is taken as it starts, whose checkpoints are written nonetheless."""
+    (found,) = trainer.validate(distiller, datamodule=data, verbose=False)
+    for name in ("best.ckpt", "last.ckpt"):
+        trainer.save_checkpoint(checkpoints / name)
+    return found["val/accuracy"]
 
 
 def last_state(checkpoints: Path) -> Path | None:
@@ -90,55 +172,90 @@ def build_trainer(cfg: DictConfig, folder: Path, phases: bool = False) -> Traine
     named = [make(c) for c in (cfg.callbacks or {}).values()]
     # The monitor refuses to have no logger.
     callbacks += [c for c in named if loggers or not isinstance(c, LearningRateMonitor)]
+    if cfg.watch_test:
+        callbacks.append(WatchTest())  # before the average's own, which puts the student's weights back
     if cfg.ema is not None:
         callbacks.append(EMAWeightAveraging(decay=cfg.ema))
-    callbacks.append(StopSafely(folder / "checkpoints"))  # last: what it saves, all others have seen
+    # Last: what it saves, all others have seen.
+    callbacks.append(StopSafely(folder / "checkpoints", cfg.checkpoint_minutes))
     bar = any(c.__class__.__name__ == "RichProgressBar" for c in callbacks)
+    plugins: list[Any] = [WholeCheckpoints()]
+    if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
+        plugins.append(SLURMEnvironment(auto_requeue=False))  # `StopSafely` has that signal
     options = cfg.trainer.copy()
+    if steps_at_once(cfg) > 1:  # the distiller clips: Lightning does not look into a step of several minibatches
+        options.gradient_clip_val = None
+    fit_to_launch(options)
     if phases and options.get("strategy") == "ddp":
         options.strategy = "ddp_find_unused_parameters_true"
+    elif phases and OmegaConf.is_dict(options.get("strategy")):
+        options.strategy.find_unused_parameters = True
     return make(
         options,
         default_root_dir=str(folder),
         callbacks=callbacks,
         logger=loggers or False,
         enable_progress_bar=bar,
+        plugins=plugins,
     )
 
 
 def train_teacher(cfg: DictConfig, folder: Path) -> None:
     """Trains the teacher of `cfg` in `folder`, unless another process has just done so."""
+    _train_once(teacher_config(cfg), folder, "teacher")
+
+
+def start(cfg: DictConfig) -> Path | None:
+    """The run that the student starts from where `student.checkpoint` is auto, trained where there is none yet."""
+    if cfg.student.get("checkpoint") != "auto":
+        return None
+    folder = student_folder(cfg)
+    if not agreed(finished(folder)):
+        _train_once(student_config(cfg), folder, "starting point")
+    return folder
+
+
+def _train_once(recipe: DictConfig, folder: Path, what: str) -> None:
     with _lock(folder):
-        if finished(folder):
+        if agreed(finished(folder)):
             return
-        log.info("No such teacher yet: training it once, in %s", folder)
-        recipe = teacher_config(cfg)
+        log.info("No such %s yet: training it once, in %s", what, folder)
         recipe.folder = str(folder)
         if is_first_rank():
             write_text(folder / ".hydra" / "config.yaml", OmegaConf.to_yaml(recipe))
         with logged_to(folder / "train.log"):
             train(recipe)
-        log.info("The teacher is trained.")
+        log.info("The %s is trained.", what)
 
 
-def is_first_rank() -> bool:
-    """Whether this process is a run's first, asked before there is a trainer."""
-    return int(getattr(rank_zero_only, "rank", None) or 0) == 0
-
-
-def _lock(folder: Path) -> contextlib.AbstractContextManager[object]:
+@contextlib.contextmanager
+def _lock(folder: Path) -> Iterator[None]:
     """Held by the first process of a run only: its other ranks train the teacher together with it."""
-    if not is_first_rank():
-        return contextlib.nullcontext()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    return FileLock(folder.parent / f".{folder.name}.lock")
+    lock = FileLock(folder.parent / f".{folder.name}.lock")
+    while not agreed(_acquired(lock) if is_first_rank() else True):
+        pass  # the ranks are told once a minute that the first one still waits, as they would give it up
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _acquired(lock: FileLock) -> bool:
+    with contextlib.suppress(Timeout):
+        lock.acquire(timeout=60)
+    return lock.is_locked
 
 
 @contextlib.contextmanager
 def logged_to(path: Path) -> Iterator[None]:
     """Puts the log's lines into `path` too."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    if threading.current_thread() is not threading.main_thread():  # a run in a pack: the others' lines are not its own
+        here = threading.get_ident()
+        handler.addFilter(lambda record: record.thread == here)
     logging.getLogger().addHandler(handler)
     try:
         yield
@@ -151,7 +268,7 @@ def _introduce(cfg: DictConfig, data: ImageData, distiller: Distiller) -> None:
     count = sum(p.numel() for p in distiller.student.parameters())
     taught = ""
     if distiller.teacher is not None:
-        size = sum(p.numel() for p in distiller.teacher.parameters())
+        size = sum(p.numel() for p in distiller.teacher.net.parameters())
         taught = f", teacher {size:,} parameters ({size / count:.1f}x)"
     log.info(
         "%s: %d images to train on, %d to validate, %d to test; %d classes of %s. Student %s parameters%s.",
@@ -169,23 +286,36 @@ def _finish(
     best: float,
     times: dict[str, float],
 ) -> None:
-    """Measures best and last weights on the test set, which nothing has seen before, and writes what a run leaves."""
+    """Measures best and last weights on the test set, which nothing has seen before, and writes what a run leaves.
+
+    The first rank alone writes.
+    """
     device = trainer.strategy.root_device
     teacher = distiller.teacher.net if distiller.teacher is not None else None
     checkpoints = folder / "checkpoints"
     last = measure_last(distiller, checkpoints / "last.ckpt", data, device)
     student = load_student(distiller, checkpoints / "best.ckpt")
-    found = measure(student, teacher, data, "test", device)
+    found = measure(student, teacher, data, "test", device, evaluations(cfg))
     summary = summarise(cfg, data, student, teacher, found, last, best, times, trainer)
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, WatchTest):
+            summary["student"]["test"]["accuracy"]["best_on_test"] = callback.best
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
-            logger.log_hyperparams(hyperparameters(cfg), {"best/val_accuracy": best})
-            pictures.show(logger.experiment, student, teacher, data, device, trainer.global_step)
+            logger.log_hyperparams(hyperparameters(cfg, trainer), {"best/val_accuracy": best})
+            pictures.show(logger.experiment, student, teacher, data, device, trainer.global_step, evaluations(cfg))
             logger.experiment.add_text("config", "```yaml\n" + OmegaConf.to_yaml(cfg) + "```", 0)
             logger.experiment.add_custom_scalars(pictures.LAYOUT)
             logger.experiment.flush()
+    if not trainer.is_global_zero:
+        return
     facts = {"classes": data.class_names, "mean": data.mean, "std": data.std, "input_shape": data.input_shape}
-    save_student(student, folder / STUDENT, {k: json.dumps(v) for k, v in facts.items()})
+    metadata = {k: json.dumps(v) for k, v in facts.items()}
+    if steps := structure_of(student):
+        metadata["structure"] = json.dumps(steps)
+    save_student(student, folder / STUDENT, metadata)
+    if isinstance(student, Int8):
+        summary["student"] |= {"precision": "int8", "bytes": ship(folder, student, data, precision="int8")[1]["bytes"]}
     write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")  # last: it says that the run is finished
     log.info(
         "%s: test accuracy %.2f %% (best epoch on validation), %.2f %% (last epoch)%s; %s in all. %s",

@@ -216,7 +216,7 @@ def fetch(name: str, root: Path, problems: Sequence[str]) -> Files:
                 continue
             for file, data in content.items():
                 (Path(temporary) / file).write_bytes(data)
-                if (folder / file).exists():
+                if (folder / file).exists() and (folder / file).read_bytes() != data:
                     os.replace(folder / file, folder / f"{file}.damaged")
                 os.replace(Path(temporary) / file, folder / file)
         log.info("data=%s is verified and lies in %s", name, folder)

@@ -1,20 +1,15 @@
-"""Reads folders of images, one subfolder a class, into one uint8 tensor."""
+"""Folders of images, one subfolder a class: which files there are, and the bytes of each."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
-import torch
-from PIL import Image
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from litdistill.data.streaming import Encoded
 from litdistill.errors import UserError
 
 Labelled = list[tuple[Path, int]]  # images with the index of their class
@@ -51,37 +46,34 @@ def train_and_test(root: Path) -> tuple[tuple[str, ...], Labelled, Labelled]:
     return classes, _flat(kept), _flat(held_out)
 
 
-def read_split(paths: Sequence[Path], size: int, channels: int) -> Tensor:
-    """(N, `channels`, `size`, `size`) uint8 from N image files, decoded by several threads, with a progress bar."""
-    images = np.empty((len(paths), channels, size, size), np.uint8)
+class FolderFiles:
+    """The files of one split, in order."""
 
-    def decode(index: int) -> None:
+    def __init__(self, paths: Sequence[Path]):
+        self.paths = [str(path) for path in paths]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[str, bytes]:
         try:
-            with Image.open(paths[index]) as image:
-                images[index] = _square(image.convert("RGB" if channels == 3 else "L"), size)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # PIL raises all of these
-            raise UserError(
-                f"The image {paths[index]} cannot be read ({error}). Replace or remove it, and start again."
-            ) from error
-
-    console = Console(stderr=True)
-    pool = ThreadPoolExecutor()
-    try:
-        done = pool.map(decode, range(len(paths)))
-        for _ in track(done, "Reading images", len(paths), console=console, disable=not console.is_terminal):
-            pass
-    finally:
-        pool.shutdown(cancel_futures=True)
-    return torch.from_numpy(images)
+            return self.paths[index], Path(self.paths[index]).read_bytes()
+        except OSError as error:
+            raise UserError(f"The image {self.paths[index]} cannot be read: {error}") from error
 
 
-def _square(image: Image.Image, size: int) -> np.ndarray:
-    """(C, size, size): the shorter side resized, the centre cropped, both as torchvision's Resize and CenterCrop do."""
-    width, height = (size * side // min(image.size) for side in image.size)
-    image = image.resize((width, height), Image.Resampling.BILINEAR)
-    left, top = round((width - size) / 2), round((height - size) / 2)
-    pixels = np.asarray(image.crop((left, top, left + size, top + size)))
-    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+def read_split(paths: Sequence[Path], size: int, channels: int) -> Tensor:
+    """(N, `channels`, `size`, `size`) uint8 from N image files."""
+    return Encoded(FolderFiles(paths), size, channels, "").decode(range(len(paths)), progress=True)
+
+
+def encoded(root: Path, files: Labelled, size: int, channels: int) -> Encoded:
+    """The images of one split as they lie there. They are known by their names, sizes in bytes and times of change."""
+    digest = hashlib.sha256(f"{size} {channels}".encode())
+    for path, _ in files:
+        found = path.stat()
+        digest.update(f"{path.relative_to(root).as_posix()} {found.st_size} {found.st_mtime_ns}\n".encode())
+    return Encoded(FolderFiles([path for path, _ in files]), size, channels, digest.hexdigest())
 
 
 def _by_class(folder: Path) -> dict[str, list[Path]]:

@@ -1,4 +1,4 @@
-"""Where images come from: bundled digits, the published data sets, or a folder of your own.
+"""Where images come from: bundled digits, the published data sets, or a folder (or shards) of your own.
 
 `load` gives all of a data set as uint8 tensors, with a fixed split in train and test that no seed changes.
 """
@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -16,11 +17,14 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from torchvision.datasets import FashionMNIST
 
+from litdistill.data import shards
 from litdistill.data.fetch import SETS, obtain
-from litdistill.data.folder import Labelled, read_split, train_and_test
+from litdistill.data.folder import Labelled, encoded, train_and_test
+from litdistill.data.streaming import Encoded
 from litdistill.errors import UserError
 
-NAMES = ("digits", *SETS, "folder")
+STREAMED = ("folder", "shards")  # what may be larger than memory
+NAMES = ("digits", *SETS, *STREAMED)
 TEST_PER_DIGIT = 50
 
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -40,7 +44,7 @@ DIGITS = tuple("0123456789")
 class Split(NamedTuple):
     """N labelled images."""
 
-    images: Tensor  # (N, C, H, W) uint8
+    images: Tensor | Encoded  # (N, C, H, W) uint8
     targets: Tensor  # (N,) int64
 
 
@@ -53,17 +57,24 @@ class Source(NamedTuple):
 
 
 def load(
-    name: str, root: str | Path, image_size: int | None = None, download: bool = True, channels: int = 3
+    name: str,
+    root: str | Path,
+    image_size: int | None = None,
+    download: bool = True,
+    channels: int = 3,
+    memory: float = math.inf,
 ) -> Source:
     """All images of the data set `name` (one of `NAMES`), whose verified files lie in, or are fetched to, `root/name`.
 
-    For `folder`, `root` is the folder itself, and `image_size` (pixels) and `channels` say what to make of its images;
-    every other set has a size of its own. Raises `UserError` for an unknown name, files not to be had, a damaged image.
+    For `folder` and `shards`, `root` is the place itself, `image_size` (pixels) and `channels` say what to make of the
+    images, and if they take more than `memory` bytes they are not read but stay where they are (`streaming.Encoded`).
+    Every other set has a size of its own, and is read into memory.
+    Raises `UserError` for an unknown name, files not to be had, a damaged image.
     """
-    if name == "folder":
+    if name in STREAMED:
         if image_size is None:
-            raise UserError("data=folder needs a size that all images are brought to: set data.image_size, 64 say.")
-        return read_folder(root, image_size, channels)
+            raise UserError(f"data={name} needs a size that all images are brought to: set data.image_size, 64 say.")
+        return (read_folder if name == "folder" else read_shards)(root, image_size, channels, memory)
     if name not in NAMES:
         raise UserError(f"data.name={name} is unknown. Choose one of {', '.join(NAMES)}.")
     source = _digits() if name == "digits" else _READERS[name](obtain(name, root, download).content)
@@ -71,7 +82,7 @@ def load(
     if image_size not in (None, size):
         raise UserError(
             f"data={name} has images of {size}x{size} and data.image_size={image_size} cannot change that. "
-            "Leave data.image_size out; only data=folder reads it."
+            "Leave data.image_size out; only data=folder and data=shards read it."
         )
     return source
 
@@ -80,13 +91,16 @@ def fingerprint(split: Split) -> str:
     """SHA-256 over shape, type and bytes of images and targets, in hexadecimal: the same wherever the data lies."""
     sha = hashlib.sha256()
     for tensor in split:
+        if isinstance(tensor, Encoded):
+            sha.update(tensor.sha256.encode())
+            continue
         array = tensor.detach().cpu().contiguous().numpy()
         sha.update(f"{array.dtype.str} {array.shape};".encode())
         sha.update(array.data)
     return sha.hexdigest()
 
 
-def read_folder(root: str | Path, image_size: int, channels: int = 3) -> Source:
+def read_folder(root: str | Path, image_size: int, channels: int = 3, memory: float = math.inf) -> Source:
     """Images of your own: `root/train/<class>/…` and `root/test/<class>/…` (or `val` where there is no `test`).
 
     Where there is only `root/<class>/…` or `root/train/<class>/…`, 20 % of each class are the test set: those whose
@@ -94,15 +108,44 @@ def read_folder(root: str | Path, image_size: int, channels: int = 3) -> Source:
     resized to `image_size` pixels and the centre cropped; `channels` 3 gives RGB, 1 grey. Files are in order of name.
     Raises `UserError` for a missing folder, classes that differ between the two, or an image that cannot be read.
     """
-    if channels not in (1, 3) or image_size < 1:
-        raise UserError(f"data.image_size={image_size} must be at least 1, and channels={channels} either 1 or 3.")
-    classes, train, test = train_and_test(Path(root))
+    _check_shape(image_size, channels)
+    root = Path(root)
+    classes, train, test = train_and_test(root)
 
     def split(files: Labelled) -> Split:
-        images = read_split([path for path, _ in files], image_size, channels)
-        return Split(images, torch.tensor([label for _, label in files]))
+        return Split(encoded(root, files, image_size, channels), torch.tensor([label for _, label in files]))
 
-    return Source(split(train), split(test), classes)
+    return _in_memory(Source(split(train), split(test), classes), memory)
+
+
+def read_shards(root: str | Path, image_size: int, channels: int = 3, memory: float = math.inf) -> Source:
+    """What `litdistill.data.shards` has written: images like a folder's, in few large files."""
+    _check_shape(image_size, channels)
+    classes, labels = shards.facts(root)
+    splits = [
+        Split(shards.encoded(root, name, len(labels[name]), image_size, channels), torch.tensor(labels[name]))
+        for name in ("train", "test")
+    ]
+    return _in_memory(Source(splits[0], splits[1], classes), memory)
+
+
+def _check_shape(image_size: int, channels: int) -> None:
+    if channels not in (1, 3) or image_size < 1:
+        raise UserError(f"data.image_size={image_size} must be at least 1, and channels={channels} either 1 or 3.")
+
+
+def _in_memory(source: Source, memory: float) -> Source:
+    """The source with its images decoded, if they take no more than `memory` bytes."""
+    if sum(split.images.shape.numel() for split in source[:2]) > memory:
+        return source
+    train, test = (
+        Split(
+            s.images.decode(range(len(s.images)), progress=True) if isinstance(s.images, Encoded) else s.images,
+            s.targets,
+        )
+        for s in source[:2]
+    )
+    return Source(train, test, source.classes)
 
 
 def _digits() -> Source:
@@ -131,7 +174,7 @@ def read_idx(data: bytes) -> np.ndarray:
 
 
 def _split(images: np.ndarray, labels: np.ndarray) -> Split:
-    return Split(torch.from_numpy(images.copy()), torch.from_numpy(labels.astype(np.int64)))
+    return Split(torch.from_numpy(np.require(images, requirements="W")), torch.from_numpy(labels.astype(np.int64)))
 
 
 def _idx_source(files: Mapping[str, bytes], classes: tuple[str, ...]) -> Source:
@@ -146,8 +189,9 @@ def _records_source(files: Mapping[str, bytes], classes: tuple[str, ...], label_
     """CIFAR's binary version: records of one label (CIFAR-10) or the coarse and the fine one, 3 planes of 32x32."""
 
     def split(names: list[str]) -> Split:
-        records = np.frombuffer(b"".join(files[name] for name in names), np.uint8).reshape(-1, label_bytes + 3072)
-        return _split(records[:, label_bytes:].reshape(-1, 3, 32, 32), records[:, label_bytes - 1])
+        records = [np.frombuffer(files[name], np.uint8).reshape(-1, label_bytes + 3072) for name in names]
+        images = np.concatenate([r[:, label_bytes:] for r in records])  # the only copy that is made of them
+        return _split(images.reshape(-1, 3, 32, 32), np.concatenate([r[:, label_bytes - 1] for r in records]))
 
     test = [name for name in files if name.startswith("test")]
     return Source(split(sorted(files.keys() - test)), split(test), classes)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
 from collections.abc import Sequence
 from math import prod
 
+import torch
 from torch import Tensor, nn
 
 from litdistill.nets.parts import he_init, require_size
@@ -52,11 +54,14 @@ def mlp(
     widths: Sequence[int] = (800, 800),
     dropout: float = 0.0,
     input_dropout: float = 0.0,
+    max_norm: float | None = None,
 ) -> nn.Module:
     """A perceptron with ReLU on the flattened image; by default the student of arXiv 1503.02531, section 3.
 
     `widths`: units of each hidden layer ([1200, 1200] for the paper's teacher); the layers are `layer1`, `layer2`, …
     `dropout`, `input_dropout`: probability of dropping a hidden unit or a pixel (.5 and .2 in arXiv 1207.0580).
+    `max_norm`: the L2 norm beyond which the incoming weights of a hidden unit are scaled back, after each training step
+    and before the next (the weight constraint of arXiv 1207.0580; its appendix A.1 caps the squared length at 15).
     """
     parts: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
     if input_dropout:
@@ -66,8 +71,17 @@ def mlp(
         layer = [nn.Linear(units, out), nn.ReLU(), *([nn.Dropout(dropout)] if dropout else [])]
         parts[f"layer{i}"] = nn.Sequential(*layer)
         units = out
+        if max_norm is not None:
+            layer[0].register_forward_pre_hook(functools.partial(_hold_norm, max_norm))
     parts["fc"] = nn.Linear(units, num_classes)
     return nn.Sequential(parts)
+
+
+def _hold_norm(max_norm: float, layer: nn.Module, _: object) -> None:
+    """Before a forward in training; in evaluation weights are what they are, so that measuring moves nothing."""
+    if layer.training:
+        with torch.no_grad():
+            layer.weight.renorm_(2, 0, max_norm)  # type: ignore[operator]
 
 
 class LeNet(nn.Module):

@@ -1,0 +1,192 @@
+"""How fast a distillation step is, against the loop that other projects write and against a bare loop.
+
+    python scripts/benchmark.py                              all of it: a table, and benchmark.json
+    python scripts/benchmark.py --pairs small --rounds 3     one pair, quickly
+    python scripts/benchmark.py --device cuda                on a GPU: FLOPs, the share of its peak and kernels a step too
+
+All variants of a pair run in one process on one thread, in turn, every other round in reverse. What is compared is process
+CPU time a step (on a GPU wall time, synchronised), and figures are medians of each round's ratio, with quartiles:
+milliseconds drift on a shared machine, ratios hardly.
+
+`peers`: images augmented one by one by torchvision's transforms in a DataLoader, the teacher run anew in each step, the plain
+optimiser, loss and accuracy read after each step. `torchdistill`: its distillation box on the same loader, where installed.
+`live`: this project, the teacher run anew. `cached`: what it says is known. `hard`: this project with labels alone.
+`floor`: a bare loop over resident images and known outputs that logs nothing. Networks, images and labels are random, which
+costs what real ones cost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmark_parts import PAIRS, Bench, Pair, budget, hushed, variants
+from benchmark_questions import filled_by_views, gpu_facts, growth, peak_memory
+
+TARGETS = {  # what the ratios are to reach, on two cores
+    "small": {"peers/live": 4, "peers/cached": 15, "cached/floor": 1.10, "cached/hard": 1.05},
+    "resnet50": {"peers/live": 1.6, "peers/cached": 12, "cached/floor": 1.05, "cached/hard": 1.05},
+    "resnet50-3x3": {"peers/live": 1.5, "peers/cached": 50, "cached/floor": 1.05, "cached/hard": 1.05},
+    "resnet32x4": {"peers/live": 1.35, "peers/cached": 3, "cached/floor": 1.05, "cached/hard": 1.05},
+}
+
+QUESTIONS = ["pairs", "filled", "data", "pack", "growth", "memory"]
+
+
+def ratios(pair: Pair, rounds: int, device: torch.device) -> dict[str, Any]:
+    """Times all variants of a pair; medians in milliseconds, ratios with quartiles, and what a step is made of."""
+    bench = Bench(pair, device)
+    run: dict[str, Callable[[], float]] = variants(bench)
+    for step in run.values():  # warm up: allocations, kernels, the loader's first images
+        step()
+    times: dict[str, list[float]] = {name: [] for name in run}
+    for i in range(rounds):
+        for name in list(run) if i % 2 == 0 else list(run)[::-1]:
+            times[name].append(run[name]())
+    found: dict[str, Any] = {"ms": {name: 1e3 * statistics.median(t) for name, t in times.items()}, "ratios": {}}
+    for name in TARGETS[pair.name] | dict.fromkeys(["torchdistill/cached"] if "torchdistill" in run else []):
+        over, under = name.split("/")
+        found["ratios"][name] = quartiles([a / b for a, b in zip(times[over], times[under], strict=True)])
+    found["budget_ms"] = {name: 1e3 * seconds for name, seconds in budget(bench, rounds).items()}
+    if device.type == "cuda":
+        found["gpu"] = gpu_facts(bench, found["ms"])
+    return found
+
+
+def quartiles(values: list[float]) -> list[float]:
+    """[lower quartile, median, upper quartile]."""
+    if len(values) < 2:
+        return values * 3
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return [low, middle, high]
+
+
+def table(found: dict[str, Any]) -> str:
+    """What `ratios` gave for each pair, as Markdown."""
+    names = ["peers/live", "peers/cached", "cached/floor", "cached/hard"]
+    lines = [
+        "| pair | peers, ms | live, ms | cached, ms | " + " | ".join(n.replace("/", " ÷ ") for n in names) + " |",
+        "|---|" + "---:|" * (3 + len(names)),
+    ]
+    for name, one in found.items():
+        cells = [f"{one['ms'][v]:.1f}" for v in ("peers", "live", "cached")]
+        for ratio in names:
+            low, middle, high = one["ratios"][ratio]
+            target = TARGETS[name][ratio]
+            sign = "≤" if ratio.startswith("cached") else "≥"
+            cells.append(f"{middle:.2f} ({low:.2f}–{high:.2f}), aim {sign} {target:g}")
+        lines.append(f"| {PAIRS[name].words} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def page(found: dict[str, Any]) -> str:
+    """All figures of a benchmark.json as Markdown."""
+    parts = []
+    if "pairs" in found:
+        pairs = {PAIRS[name].words: one for name, one in found["pairs"].items()}
+        parts.append(table(found["pairs"]))
+        parts.append("CPU milliseconds of the parts of a step, each by itself:")
+        names = next(iter(pairs.values()))["budget_ms"]
+        rows = [
+            f"| {w} | " + " | ".join(f"{v:.2f}" for v in one["budget_ms"].values()) + " |" for w, one in pairs.items()
+        ]
+        parts.append("\n".join(["| pair | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names), *rows]))
+        box = [f"{one['ratios']['torchdistill/cached'][1]:.1f} ({w})" for w, one in pairs.items()]
+        parts.append("torchdistill's distillation box ÷ cached: " + ", ".join(box) + ".")
+    if f := found.get("filled"):
+        parts.append(
+            "A cache that fills as views come up (ResNet-50 → ConvNet, ±2 pixels, 30 epochs): the first run is "
+            f"{f['live/first']:.2f} times as fast as one that asks the teacher anew (aim ≥ 1.45), the next one, with "
+            f"another seed, {f['live/next']:.1f} times (aim ≥ 8); weights differ from those of the run that asks anew by "
+            f"at most {f['largest_difference_of_weights']:.0e} (aim ≤ 1e-5)."
+        )
+    if "data" in found:
+        ratio = {name: "{1:.0f} times ({0:.0f}–{2:.0f})".format(*d["ratio"]) for name, d in found["data"].items()}
+        words = "; ".join(f"{name}: {r}" for name, r in ratio.items())
+        parts.append(f"A batch of augmented images, image by image ÷ here (aim ≥ 20 and ≥ 60): {words}.")
+    for what, by in found.get("growth", {}).items():
+        unit = "Samples a second of a whole run" if what == "ranks" else "CPU milliseconds of a cached step"
+        digits = 0 if what == "ranks" else 2
+        parts.append(f"{unit}, by {what}: " + ", ".join(f"{k}: {v:.{digits}f}" for k, v in by.items()) + ".")
+    if m := found.get("memory"):
+        parts.append(
+            f"Peak memory: {m['images_bytes'] / 1e6:.0f} MB of images added {m['added_bytes'] / 1e6:.0f} MB to the process, "
+            f"of which the cache of all 162 views {m['cache_bytes'] / 1e6:.0f} MB; without it {m['added/images']:.2f} "
+            "times the images (aim ≤ 2)."
+        )
+    return "\n\n".join(parts)
+
+
+def fill(path: Path, name: str, text: str) -> None:
+    """Puts `text` between `<!-- name -->` and the next `<!-- end -->` of a file."""
+    before, rest = path.read_text().split(f"<!-- {name} -->\n", 1)
+    path.write_text(f"{before}<!-- {name} -->\n{text}\n<!-- end -->{rest.split('<!-- end -->', 1)[1]}")
+
+
+def main() -> None:
+    """See the head of this file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", nargs="*", choices=[*PAIRS], default=None, help="which pairs; all where left out")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument(
+        "--only", nargs="*", choices=["pairs", "filled", "data", "pack", "growth", "memory"], default=None
+    )
+    parser.add_argument("--json", type=Path, default=Path("benchmark.json"), help="where the figures go")
+    parser.add_argument(
+        "--into", type=Path, default=None, help="a page whose part <!-- benchmark --> is written anew, as is README's"
+    )
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    hushed()
+    torch.set_num_threads(1)
+    device = torch.device(args.device)
+    wanted = args.only or (
+        ["pairs"] if args.pairs is not None else ["pairs", "filled", "data", "pack", "growth", "memory"]
+    )
+    results: dict[str, Any] = json.loads(args.json.read_text()) if args.json.is_file() else {}
+
+    def keep(key: str, value: Any) -> None:
+        results[key] = value
+        args.json.write_text(json.dumps(results, indent=1) + "\n")
+
+    if "pairs" in wanted:
+        found = results.get("pairs", {})
+        for name in args.pairs or PAIRS:
+            found[name] = ratios(PAIRS[name], args.rounds, device)
+            print(name, json.dumps(found[name]), flush=True)
+            keep("pairs", found)
+        print(table(found))
+    if "filled" in wanted:
+        keep("filled", filled_by_views())
+        print("filled by views:", json.dumps(results["filled"]), flush=True)
+    if "data" in wanted:
+        from benchmark_data import augmentation_ratios
+
+        keep("data", augmentation_ratios(args.rounds))
+        print("augmented input, image by image ÷ here:", json.dumps(results["data"]), flush=True)
+    if "pack" in wanted:
+        from benchmark_pack import pack_ratios
+
+        keep("pack", pack_ratios(rounds=args.rounds))
+        print("packs:", json.dumps(results["pack"]), flush=True)
+    if "growth" in wanted:
+        keep("growth", growth(device))
+        print("growth:", json.dumps(results["growth"]), flush=True)
+    if "memory" in wanted:
+        keep("memory", peak_memory())
+        print("memory:", json.dumps(results["memory"]), flush=True)
+    if args.into is not None:
+        fill(args.into, "benchmark", page(results))
+        if "pairs" in results:
+            fill(Path(__file__).parents[1] / "README.md", "speed", table(results["pairs"]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,396 @@
+"""The loops that `benchmark.py` times: one function a variant, each giving seconds a step."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from lightning import Trainer
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor
+from lightning.pytorch.loggers import TensorBoardLogger
+from omegaconf import OmegaConf
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+from litdistill.build import NOT_OPTIONS, WINDOW, WINDOW_BYTES, make
+from litdistill.cache import CacheOptions, TeacherCache
+from litdistill.callbacks import EpochLine, SeededSteps
+from litdistill.data.augment import Crop, Flip
+from litdistill.data.datamodule import ImageData
+from litdistill.data.sources import Source, Split
+from litdistill.distiller import Distiller
+from litdistill.methods.base import Outputs
+from litdistill.methods.kd import KD
+from litdistill.methods.supervised import Supervised
+from litdistill.runtime import CONF
+from litdistill.safety import StopSafely
+from litdistill.teacher import FrozenTeacher
+
+
+class Pair(NamedTuple):
+    """What is timed: networks by their files in conf/net with changed options, images, and how many steps a round."""
+
+    name: str
+    words: str
+    teacher: tuple[str, dict[str, Any]]
+    student: tuple[str, dict[str, Any]]
+    shape: tuple[int, int, int]
+    steps: int
+    crop_and_flip: bool = False
+    batch: int = 64
+
+
+SMALL = ("conv4", {"widths": [8, 16, 32]})
+PAIRS = {
+    p.name: p
+    for p in (
+        Pair(
+            "small",
+            "conv4 16x32x64 → conv4 4x8x16, 28x28",
+            ("conv4", {"widths": [16, 32, 64]}),
+            ("conv4", {"widths": [4, 8, 16]}),
+            (1, 28, 28),
+            50,
+        ),
+        Pair(
+            "resnet50",
+            "ResNet-50, standard stem → conv4 8x16x32, 28x28",
+            ("resnet50", {"stem": "standard"}),
+            SMALL,
+            (1, 28, 28),
+            6,
+        ),
+        Pair(
+            "resnet50-3x3", "ResNet-50, 3x3 stem → conv4 8x16x32, 28x28", ("resnet50_cifar", {}), SMALL, (1, 28, 28), 2
+        ),
+        Pair(
+            "resnet32x4",
+            "resnet32x4 → resnet8x4, 32x32, crop and flip",
+            ("resnet32x4", {}),
+            ("resnet8x4", {}),
+            (3, 32, 32),
+            2,
+            True,
+        ),
+    )
+}
+
+
+def hushed() -> None:
+    """Lightning's own lines say nothing here."""
+    for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "litdistill", "torchdistill"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def network(node: tuple[str, dict[str, Any]], shape: tuple[int, int, int], classes: int = 10) -> nn.Module:
+    """A network of conf/net, with the same first weights each time."""
+    name, options = node
+    torch.manual_seed(0)
+    config = OmegaConf.merge(OmegaConf.load(CONF / "net" / f"{name}.yaml"), options)
+    return make({k: v for k, v in config.items() if k not in NOT_OPTIONS}, num_classes=classes, input_shape=shape)
+
+
+def random_data(
+    shape: tuple[int, int, int], count: int, augment: Any = (), classes: int = 10, batch_size: int = 64, **options: Any
+) -> ImageData:
+    """`count` images of noise to train on, and as few others as the splits need."""
+    generator = torch.Generator().manual_seed(0)
+
+    def split(n: int) -> Split:
+        images = torch.randint(0, 256, (n, *shape), dtype=torch.uint8, generator=generator)
+        return Split(images, torch.arange(n) % classes)
+
+    held = 2 * classes
+    source = Source(split(count + held), split(held), tuple(str(i) for i in range(classes)))
+    data = ImageData("digits", val_size=held / (count + held), batch_size=batch_size, augment=augment, **options)
+    data._load = lambda: source  # type: ignore[method-assign]
+    data.setup()
+    return data
+
+
+class Bench:
+    """A pair on its device: the data, and a clock that fits the device."""
+
+    def __init__(self, pair: Pair, device: torch.device, classes: int = 10):
+        self.pair, self.device, self.classes = pair, device, classes
+        augment = [Crop(4), Flip()] if pair.crop_and_flip else []
+        count = pair.batch * max(64, 4 * pair.steps)
+        self.data = random_data(pair.shape, count, augment, classes, pair.batch)
+        self.optimizer = functools.partial(torch.optim.SGD, lr=0.01, momentum=0.9, weight_decay=5e-4)
+        self.fused = functools.partial(self.optimizer, fused=True)
+
+    def clock(self) -> float:
+        """Seconds: of this process's CPU, or where a GPU computes of the wall, when it is done."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+            return time.perf_counter()
+        return time.process_time()
+
+    def networks(self) -> tuple[nn.Module, nn.Module]:
+        student, teacher = (
+            network(n, self.pair.shape, self.classes).to(self.device) for n in (self.pair.student, self.pair.teacher)
+        )
+        return student, teacher.eval().requires_grad_(False)
+
+
+def variants(bench: Bench) -> dict[str, Callable[[], float]]:
+    """By name a function that trains for `pair.steps` steps and gives seconds a step."""
+    found: dict[str, Callable[[], float]] = {
+        "peers": peers(bench),
+        "live": functools.partial(project, bench, "live"),
+        "cached": functools.partial(project, bench, "cached"),
+        "hard": functools.partial(project, bench, "hard"),
+        "floor": floor(bench),
+    }
+    with contextlib.suppress(ImportError):
+        found["torchdistill"] = torchdistill(bench)
+    return found
+
+
+# -- the loop of other projects --------------------------------------------------------------------------------------
+
+
+class OneByOne(Dataset[Any]):
+    """Images as torchvision's data sets give them."""
+
+    def __init__(self, bench: Bench):
+        split = bench.data.source.train
+        self.images = [image.permute(1, 2, 0).squeeze(-1).numpy() for image in split.images[:]]
+        self.targets = split.targets.tolist()
+        moves = [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip()]
+        self.transform = transforms.Compose(
+            [
+                *(moves if bench.pair.crop_and_flip else []),
+                transforms.ToTensor(),
+                transforms.Normalize(bench.data.mean, bench.data.std),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.transform(Image.fromarray(self.images[index])), self.targets[index]
+
+
+def endless(loader: Any) -> Iterator[Any]:
+    while True:
+        yield from loader
+
+
+def peers(bench: Bench, workers: int = 0) -> Callable[[], float]:
+    student, teacher = bench.networks()
+    optimizer = bench.optimizer(student.parameters())
+    workers = workers if bench.device.type == "cpu" else 8
+    batches = endless(DataLoader(OneByOne(bench), batch_size=bench.pair.batch, shuffle=True, num_workers=workers))
+
+    def run() -> float:
+        student.train()
+        start = bench.clock()
+        for _ in range(bench.pair.steps):
+            images, targets = (x.to(bench.device) for x in next(batches))
+            with torch.no_grad():
+                taught = teacher(images)
+            logits = student(images)
+            soft = F.kl_div(F.log_softmax(logits / 4, 1), F.softmax(taught / 4, 1), reduction="batchmean") * 16
+            loss = 0.1 * F.cross_entropy(logits, targets) + 0.9 * soft
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            loss.item(), (logits.argmax(1) == targets).float().mean().item()  # what its progress line shows
+        return (bench.clock() - start) / bench.pair.steps
+
+    return run
+
+
+def torchdistill(bench: Bench) -> Callable[[], float]:
+    from torchdistill.core.distillation import get_distillation_box
+
+    student, teacher = bench.networks()
+    side = {"forward_proc": "forward_batch_only", "sequential": []}
+    paths = {
+        f"{who}_module_{what}": value
+        for who in ("student", "teacher")
+        for what, value in (("path", "."), ("io", "output"))
+    }
+    criterion = {"key": "KDLoss", "kwargs": {**paths, "temperature": 4.0, "alpha": 0.1, "reduction": "batchmean"}}
+    box = get_distillation_box(
+        teacher,
+        student,
+        {"train": OneByOne(bench)},
+        {
+            "num_epochs": 1,
+            "train_data_loader": {
+                "dataset_id": "train",
+                "sampler": {"class_or_func": torch.utils.data.RandomSampler, "kwargs": {}},
+                "kwargs": {"batch_size": bench.pair.batch, "num_workers": 0},
+            },
+            "teacher": {**side, "requires_grad": False},
+            "student": {**side, "requires_grad": True},
+            "optimizer": {"key": "SGD", "kwargs": {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4}},
+            "criterion": {
+                "key": "WeightedSumLoss",
+                "kwargs": {"sub_terms": {"kd": {"criterion": criterion, "weight": 1.0}}},
+            },
+        },
+        bench.device,
+        None,
+        False,
+        1,
+    )
+    batches = endless(box.train_data_loader)
+    box.pre_epoch_process(epoch=0)
+
+    def run() -> float:
+        start = bench.clock()
+        for _ in range(bench.pair.steps):
+            images, targets, extra = next(batches)
+            loss = box.forward_process(images.to(bench.device), targets.to(bench.device), extra)
+            box.post_forward_process(loss)
+            loss.item()
+        return (bench.clock() - start) / bench.pair.steps
+
+    return run
+
+
+# -- this project ----------------------------------------------------------------------------------------------------
+
+
+class Stopwatch(Callback):
+    """Reads the clock after `warm` steps and after `steps` more."""
+
+    def __init__(self, bench: Bench, warm: int):
+        self.bench, self.warm, self.times = bench, warm, [0.0, 0.0]
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        for i, step in enumerate((self.warm, self.warm + self.bench.pair.steps)):
+            if trainer.global_step == step:
+                self.times[i] = self.bench.clock()
+
+    @property
+    def seconds(self) -> float:
+        return (self.times[1] - self.times[0]) / self.bench.pair.steps
+
+
+class Known(Distiller):
+    """A distiller whose teacher has been asked everything before."""
+
+    def _open_cache(self) -> None:
+        assert self.teacher is not None
+        data: ImageData = self.trainer.datamodule  # type: ignore[attr-defined]
+        self.cache = TeacherCache(self.teacher, data, self.device)
+        batch = next(iter(data.batches("train", self.device)))
+        views = torch.zeros(len(batch.images), dtype=torch.int64) if data.augment else None
+        store = self.cache._store("train", batch._replace(views=views))
+        store.known.fill_(True)
+        store.near.normal_()
+
+
+def project(bench: Bench, kind: str, steps_at_once: int | None = None) -> float:
+    """A fit with what a run has: callbacks, a TensorBoard log, the learning rate's monitor."""
+    student, teacher = bench.networks()
+    student.to(memory_format=torch.channels_last)
+    example = bench.data.seen("train", bench.data.train_ids[:2].to(bench.device), None).images
+    window = (
+        max(1, min(WINDOW, WINDOW_BYTES // (4 * example[0].numel() * bench.pair.batch)))
+        if steps_at_once is None
+        else steps_at_once
+    )
+    window = min(window, bench.pair.steps)
+    bench.data.window = window
+    which = Known if kind == "cached" else Distiller
+    distiller = which(
+        student,
+        Supervised() if kind == "hard" else KD(hard=0.1, soft=0.9, temperature=4),
+        None if kind == "hard" else FrozenTeacher(teacher, (), example),
+        optimizer=bench.fused,
+        allow_chance=True,
+        cache=CacheOptions("off"),
+        window=window,
+    )
+    warm = bench.pair.steps
+    with tempfile.TemporaryDirectory() as folder:
+        watch = Stopwatch(bench, warm)
+        trainer = Trainer(
+            accelerator="cpu" if bench.device.type == "cpu" else "gpu",
+            devices=1,
+            max_steps=warm + bench.pair.steps,
+            max_epochs=-1,
+            callbacks=[SeededSteps(0), EpochLine(), LearningRateMonitor("epoch"), StopSafely(folder), watch],
+            logger=TensorBoardLogger(folder),
+            log_every_n_steps=50,
+            limit_val_batches=0,
+            num_sanity_val_steps=0,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            enable_checkpointing=False,
+            default_root_dir=folder,
+            use_distributed_sampler=False,
+            precision="32-true" if bench.device.type == "cpu" else "bf16-mixed",
+        )
+        trainer.fit(distiller, datamodule=bench.data)
+    return watch.seconds
+
+
+def floor(bench: Bench) -> Callable[[], float]:
+    """As little as a step can be: gather, augment, two losses, backward, the fused optimiser."""
+    student, _ = bench.networks()
+    student.to(memory_format=torch.channels_last)
+    data, method, optimizer = bench.data, KD(hard=0.1, soft=0.9, temperature=4), bench.fused(student.parameters())
+    views = data.views or 1
+    taught = torch.randn(views, len(data.train_targets), bench.classes, device=bench.device)
+    generator = torch.Generator().manual_seed(0)
+    autocast = functools.partial(torch.autocast, bench.device.type, torch.bfloat16, enabled=bench.device.type == "cuda")
+
+    def run() -> float:
+        student.train()
+        start = bench.clock()
+        for _ in range(bench.pair.steps):
+            chosen = torch.randint(len(data.train_ids), (bench.pair.batch,), generator=generator)
+            ids = data.train_ids[chosen].to(bench.device)
+            view = torch.randint(views, (bench.pair.batch,), generator=generator).to(bench.device)
+            batch = data.seen("train", ids, view if data.augment else None)
+            with autocast():
+                terms = method(Outputs(student(batch.images)), Outputs(taught[view, ids]), batch.targets)
+            optimizer.zero_grad()
+            (terms["hard"] + terms["soft"]).backward()
+            optimizer.step()
+        return (bench.clock() - start) / bench.pair.steps
+
+    return run
+
+
+def budget(bench: Bench, rounds: int) -> dict[str, float]:
+    """Median seconds of the parts of a step: images, teacher, student's forward with the loss, backward, optimiser."""
+    student, teacher = bench.networks()
+    student.to(memory_format=torch.channels_last)
+    data, method, optimizer = bench.data, KD(), bench.fused(student.parameters())
+    ids = data.train_ids[: bench.pair.batch].to(bench.device)
+    views = torch.arange(bench.pair.batch, device=bench.device) % (data.views or 1) if data.augment else None
+    frozen = FrozenTeacher(teacher, (), data.seen("train", ids[:2], None).images)
+    parts: dict[str, list[float]] = {}
+
+    def timed(name: str, work: Callable[[], Any]) -> Any:
+        start = bench.clock()
+        result = work()
+        parts.setdefault(name, []).append(bench.clock() - start)
+        return result
+
+    for _ in range(rounds + 1):
+        batch = timed("images", lambda: data.seen("train", ids, views))
+        taught = timed("teacher", lambda: frozen(batch.images))  # noqa: B023
+        terms = timed("forward", lambda: method(Outputs(student(batch.images)), taught, batch.targets))  # noqa: B023
+        optimizer.zero_grad()
+        timed("backward", lambda: (terms["hard"] + terms["soft"]).backward())  # noqa: B023
+        timed("optimiser", optimizer.step)
+    return {name: statistics.median(times[1:]) for name, times in parts.items()}

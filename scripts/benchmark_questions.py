@@ -1,0 +1,164 @@
+"""What `benchmark.py` asks beside the ratios of steps: caches that fill, growth, memory, and what only a GPU can tell."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmark_parts import PAIRS, Bench, project, random_data
+from lightning import Trainer
+from torch import Tensor
+
+from litdistill.build import WINDOW
+from litdistill.cache import CacheOptions
+from litdistill.data.augment import Crop
+from litdistill.distiller import Distiller
+from litdistill.methods.kd import KD
+from litdistill.teacher import FrozenTeacher
+
+
+def filled_by_views(images: int = 256, epochs: int = 30) -> dict[str, float]:
+    """ResNet-50 → ConvNet on shifted images: the first run that keeps what it asks, and the next with another seed, against
+    one that asks anew each time; and how far their weights are from each other."""
+    pair = PAIRS["resnet50"]
+    bench = Bench(pair, torch.device("cpu"))
+
+    def fit(mode: str, seed: int, folder: str) -> tuple[float, dict[str, Tensor]]:
+        data = random_data(pair.shape, images, [Crop(2)], seed=seed, subset_seed=0)
+        data.window = WINDOW
+        student, teacher = bench.networks()
+        student.to(memory_format=torch.channels_last)
+        example = data.seen("train", data.train_ids[:2], None).images
+        options = CacheOptions(mode, Path(folder))
+        frozen = FrozenTeacher(teacher, (), example)
+        distiller = Distiller(student, KD(), frozen, bench.fused, allow_chance=True, cache=options, window=WINDOW)
+        trainer = Trainer(
+            accelerator="cpu",
+            max_epochs=epochs,
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            enable_checkpointing=False,
+            limit_val_batches=0,
+            num_sanity_val_steps=0,
+            default_root_dir=folder,
+        )
+        start = time.process_time()
+        trainer.fit(distiller, datamodule=data)
+        return time.process_time() - start, distiller.student.state_dict()
+
+    with tempfile.TemporaryDirectory() as folder:
+        live, expected = fit("off", 0, folder)
+        first, weights = fit("disk", 0, folder)
+        second, _ = fit("disk", 1, folder)
+        live_again, _ = fit("off", 1, folder)
+    apart = max(float((weights[k] - v).abs().max()) for k, v in expected.items() if v.is_floating_point())
+    return {
+        "live_s": live,
+        "live/first": live / first,
+        "live/next": live_again / second,
+        "largest_difference_of_weights": apart,
+    }
+
+
+def growth(device: torch.device) -> dict[str, dict[str, float]]:
+    """CPU milliseconds of a cached step as images, classes and batch grow; and of a whole run's samples with two ranks."""
+    found: dict[str, dict[str, float]] = {"images": {}, "classes": {}, "batch": {}}
+    pair = PAIRS["small"]
+    for count in (2_000, 20_000, 200_000):
+        bench = Bench(pair, device)
+        bench.data = random_data(pair.shape, count)
+        found["images"][str(count)] = 1e3 * statistics.median(project(bench, "cached") for _ in range(3))
+    for classes in (10, 100, 1000):
+        bench = Bench(pair, device, classes)
+        found["classes"][str(classes)] = 1e3 * statistics.median(project(bench, "cached") for _ in range(3))
+    for size in (16, 64, 256):
+        bench = Bench(pair._replace(batch=size), device)
+        found["batch"][str(size)] = 1e3 * statistics.median(project(bench, "cached") for _ in range(3))
+    found["ranks"] = {str(n): _samples_per_s(n) for n in (1, 2)}
+    return found
+
+
+def _samples_per_s(ranks: int) -> float:
+    """Of a short run of `scripts/train.py` with that many gloo processes, one thread each."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [
+            sys.executable,
+            str(Path(__file__).parent / "train.py"),
+            f"runs={folder}",
+            f"folder={folder}/run",
+            "logger=none",
+            "threads=1",
+            "trainer=ddp" if ranks > 1 else "trainer=cpu",
+            "trainer.accelerator=cpu",
+            f"trainer.devices={ranks}",
+            "trainer.max_epochs=20",
+            f"data.batch_size={64 // ranks}",
+            "net@teacher=conv4",
+            "+teacher.recipe.trainer.max_epochs=1",
+            "teacher.allow_chance=true",
+        ]
+        subprocess.run(command, check=True, capture_output=True)
+        return json.loads((Path(folder) / "run" / "summary.json").read_text())["time"]["samples_per_s"]
+
+
+MEMORY = """
+import resource, sys, torch
+sys.path.insert(0, {scripts!r})
+import benchmark_parts as parts
+parts.hushed()
+torch.set_num_threads(1)
+pair = parts.PAIRS["resnet32x4"]._replace(steps=16)
+parts.project(parts.Bench(pair, torch.device("cpu")), "live")       # what the libraries take when they run
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+bench = parts.Bench(pair, torch.device("cpu"))
+bench.data = parts.random_data(pair.shape, {count}, bench.data.augment)
+data = bench.data.source.train.images.nbytes
+parts.project(bench, "cached")
+print(before * 1024, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, data)
+"""
+
+
+def peak_memory(count: int = 200_000) -> dict[str, float]:
+    """What a large resident data set adds to a process's peak, in bytes, relative to the images' own; in a fresh process."""
+    code = MEMORY.format(scripts=str(Path(__file__).parent), count=count)
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, capture_output=True, text=True)
+    before, after, data = map(int, done.stdout.split()[-3:])
+    table = count * 162 * (40 + 8 + 1)  # the cache of 162 views: rows, marks and which are known
+    return {
+        "images_bytes": data,
+        "added_bytes": after - before,
+        "cache_bytes": table,
+        "added/images": (after - before - table) / data,
+    }
+
+
+def gpu_facts(bench: Bench, ms: dict[str, float]) -> dict[str, Any]:
+    """FLOPs of a step, the share of this card's bf16 peak (measured by large products) and kernels a step."""
+    from torch.profiler import ProfilerActivity, profile
+    from torch.utils.flop_counter import FlopCounterMode
+
+    student, teacher = bench.networks()
+    images = torch.randn(bench.pair.batch, *bench.pair.shape, device=bench.device)
+    with FlopCounterMode(display=False) as counter:
+        student(images).sum().backward()
+        with torch.no_grad():
+            teacher(images)
+    a = torch.randn(8192, 8192, device=bench.device, dtype=torch.bfloat16)
+    a @ a
+    start = bench.clock()
+    for _ in range(20):
+        a @ a
+    peak = 20 * 2 * 8192**3 / (bench.clock() - start)
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        project(bench, "live")
+    kernels = sum(e.count for e in profiler.key_averages()) / (2 * bench.pair.steps)
+    flops = counter.get_total_flops()
+    return {"flops": flops, "peak": peak, "share_of_peak": flops / (ms["live"] / 1e3) / peak, "kernels": kernels}

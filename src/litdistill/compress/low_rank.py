@@ -1,0 +1,163 @@
+"""Low-rank factorisation of convolutions and linear layers by the singular value decomposition.
+
+A convolution of O kernels of I x k x k, unfolded to a matrix (O, I·k·k), becomes r kernels of I x k x k and a 1x1
+convolution from r to O. At rank r this is the best approximation of the matrix in the Frobenius norm (Eckart & Young
+1936), its squared error the sum of the squared singular values that are dropped. Denton et al. 2014 (arXiv 1404.0736),
+section 3.2, and Zhang et al. 2016 (arXiv 1505.06798), section 3.1 without the data.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from litdistill.errors import UserError
+from litdistill.nets.parts import evaluating
+from litdistill.nets.profile import count_macs, count_parameters
+
+MEASURES = ("parameters", "macs")
+
+
+def low_rank(net: nn.Module, images: Tensor, budget: float, of: str = "parameters") -> nn.Module:
+    """Factorises layers of a trained network, in place, until it has the share `budget` of its `parameters` or `macs`.
+
+    All layers are bought from one purse: a layer's rank is where the next singular value is worth less than it costs, its
+    worth being its share in the layer's squared Frobenius norm. A layer that factors would make larger stays whole.
+    `images`: a few (N, C, H, W) for a dry forward. Raises `UserError` for a budget that rank 1 everywhere exceeds.
+    """
+    from litdistill.compress.structure import compressed
+
+    check_budget(budget, of)
+    uses = _uses(net, images) if of == "macs" else {}
+    layers = [_layer(name, m, uses.get(name, 1)) for name, m in net.named_modules() if _factorable(m)]
+    total = count_macs(net, images.shape[1:]) if of == "macs" else count_parameters(net)
+    ranks = choose_ranks(layers, total, budget * total)
+    return compressed(net, set_ranks(net, ranks), {"kind": "low_rank", "layers": ranks})
+
+
+def check_budget(budget: float, of: str) -> None:
+    """Raises `UserError` for a budget that is no share, or one of something else than `MEASURES`."""
+    if of not in MEASURES:
+        raise UserError(f"compress.of={of}: a budget is a share of the network's {' or '.join(MEASURES)}.")
+    if not 0 < budget <= 1:
+        raise UserError(f"compress.budget={budget} is a share of the network's {of}: above 0 and at most 1.")
+
+
+class Layer(NamedTuple):
+    """What choosing a rank needs to know of a layer."""
+
+    name: str
+    tails: list[float]  # [r]: the share of the squared Frobenius norm that rank r leaves out
+    cost: int  # of one rank, in parameters or multiply-accumulates
+    whole: int  # cost of the layer as it is, its bias apart
+
+
+def choose_ranks(layers: list[Layer], total: float, allowed: float) -> dict[str, int]:
+    """The ranks that leave out the least for a network of `total` cost to cost at most `allowed`, by bisection of a price.
+
+    Layers that stay whole are left out of the answer.
+    """
+
+    def at(price: float) -> dict[str, int]:
+        ranks = {}
+        for layer in layers:
+            small = range(1, min(len(layer.tails) - 1, (layer.whole - 1) // layer.cost) + 1)
+            best = min(small, key=lambda r: layer.tails[r] + price * r * layer.cost, default=None)
+            if best is not None and layer.tails[best] + price * best * layer.cost < price * layer.whole:
+                ranks[layer.name] = best
+        return ranks
+
+    of = {layer.name: layer for layer in layers}
+    cost = lambda ranks: total - sum(of[n].whole - r * of[n].cost for n, r in ranks.items())  # noqa: E731
+    cheap, dear = 0.0, 1e6
+    least = cost(at(dear))
+    if total > allowed and least > allowed:
+        raise UserError(
+            f"compress.budget={allowed / total:.3g} is too small: rank 1 everywhere leaves {least / total:.3g} of this "
+            "network. Give a larger budget, or choose a smaller network."
+        )
+    if total <= allowed:
+        return {}
+    for _ in range(100):
+        price = (cheap * dear) ** 0.5 if cheap else dear / 1e3
+        if price < 1e-15:
+            break
+        cheap, dear = (cheap, price) if cost(at(price)) <= allowed else (price, dear)
+    return at(dear)
+
+
+def set_ranks(net: nn.Module, ranks: Mapping[str, int]) -> nn.Module:
+    """Replaces the named layers, in place, by their factors of the given ranks."""
+    for name, rank in ranks.items():
+        layer = net.get_submodule(name)
+        if not _factorable(layer) or type(rank) is not int or not 1 <= rank <= min(unfolded(layer).shape):
+            raise ValueError(f"{name} cannot have rank {rank}")
+        net.set_submodule(name, factors(layer, rank))
+    return net
+
+
+def factors(layer: nn.Module, rank: int) -> nn.Sequential:
+    """A convolution or linear layer as two, `inner` to `rank` channels and `outer` from there, by its truncated SVD.
+
+    Computed in float64. The square roots of the singular values go to either side, so that both learn alike.
+    """
+    u, s, vh = torch.linalg.svd(unfolded(layer).double(), full_matrices=False)
+    root = s[:rank].sqrt()
+    first, second = root[:, None] * vh[:rank], u[:, :rank] * root
+    bias = layer.bias is not None
+    like: dict[str, Any] = {"device": first.device, "dtype": unfolded(layer).dtype}
+    inner: nn.Conv2d | nn.Linear
+    outer: nn.Conv2d | nn.Linear
+    if isinstance(layer, nn.Conv2d):
+        for key in ("kernel_size", "stride", "padding", "dilation", "padding_mode"):
+            like[key] = getattr(layer, key)
+        inner = nn.Conv2d(layer.in_channels, rank, bias=False, **like)
+        outer = nn.Conv2d(rank, layer.out_channels, 1, bias=bias, device=like["device"], dtype=like["dtype"])
+    else:
+        assert isinstance(layer, nn.Linear)
+        inner = nn.Linear(layer.in_features, rank, bias=False, **like)
+        outer = nn.Linear(rank, layer.out_features, bias=bias, **like)
+    with torch.no_grad():
+        inner.weight.copy_(first.reshape(inner.weight.shape))
+        outer.weight.copy_(second.reshape(outer.weight.shape))
+        if outer.bias is not None and layer.bias is not None:
+            outer.bias.copy_(layer.bias)
+    return nn.Sequential(OrderedDict(inner=inner, outer=outer)).train(layer.training)
+
+
+def unfolded(layer: nn.Module) -> Tensor:
+    """The weight as a matrix (outputs, inputs of one output)."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight.detach().flatten(1)
+
+
+def _factorable(module: nn.Module) -> bool:
+    """Plain convolutions and linear layers only: who subclasses them may read their weight."""
+    return type(module) is nn.Linear or (type(module) is nn.Conv2d and module.groups == 1)
+
+
+def _layer(name: str, module: nn.Module, uses: int) -> Layer:
+    energy = torch.linalg.svdvals(unfolded(module).double()) ** 2
+    tails = [1.0, *(1 - energy.cumsum(0) / energy.sum().clamp(min=1e-300)).tolist()]
+    outputs, inputs = unfolded(module).shape
+    return Layer(name, tails, uses * (outputs + inputs), uses * outputs * inputs)
+
+
+def _uses(net: nn.Module, images: Tensor) -> dict[str, int]:
+    """At how many places of one image each layer is applied."""
+    found: dict[str, int] = {}
+    handles = [
+        m.register_forward_hook(lambda _, __, out, name=name: found.__setitem__(name, out[0].numel() // out.shape[1]))
+        for name, m in net.named_modules()
+        if _factorable(m)
+    ]
+    with evaluating(net):
+        net(images[:1])
+    for handle in handles:
+        handle.remove()
+    return found

@@ -1,0 +1,122 @@
+"""Which images are trained on, validated on and left out: pure functions of the labels. And what may be asked for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from litdistill.data import augment as aug
+from litdistill.data.sources import Split
+from litdistill.errors import UserError
+
+
+def budget(resident: bool | str, memory_gb: float) -> float:
+    """How many bytes the images of a folder or of shards may take in memory."""
+    if resident not in (True, False, "auto") or not memory_gb >= 0:
+        raise UserError(
+            f"data.resident={resident} must be true, false or auto, and data.memory_gb={memory_gb} not negative."
+        )
+    return memory_gb * 1e9 if resident == "auto" else math.inf if resident else 0
+
+
+def check_options(val_size: float, fraction: float | None, per_class: int | None, smallest: int) -> None:
+    if fraction is not None and per_class is not None:
+        raise UserError(
+            "data.fraction and data.per_class both choose a subset: set one of them, and the other to null."
+        )
+    if fraction is not None and not 0 < fraction <= 1:
+        raise UserError(f"data.fraction={fraction} must be above 0 and at most 1.")
+    if per_class is not None and per_class < 1:
+        raise UserError(f"data.per_class={per_class} must be at least 1.")
+    if val_size <= 0:
+        raise UserError(
+            f"data.val_size={val_size} leaves nothing to choose the best epoch on. "
+            "Give a fraction below 1 (0.1) or a number of images (5000)."
+        )
+    if smallest < 1:
+        raise UserError("data.batch_size, data.eval_batch_size and data.epoch_size must be at least 1.")
+
+
+def only(split: Split, classes: Sequence[int]) -> Split:
+    """Targets renumbered in the order of `classes`, -1 for the rest; no image moves, so that ids stay what they are."""
+    new = torch.full((int(split.targets.max()) + 1,), -1, dtype=torch.int64)
+    for i, c in enumerate(classes):
+        if 0 <= c < len(new):
+            new[c] = i
+    return Split(split.images, new[split.targets])
+
+
+def names(names: Sequence[str], classes: Sequence[int]) -> tuple[str, ...]:
+    wrong = [c for c in classes if not 0 <= c < len(names)]
+    if wrong or len(set(classes)) != len(classes) or len(classes) < 2:
+        raise UserError(
+            f"data.classes={list(classes)} must name at least two different classes out of 0 to {len(names) - 1}."
+        )
+    return tuple(names[c] for c in classes)
+
+
+def _shuffled_classes(ids: Tensor, targets: Tensor, seed: int) -> list[Tensor]:
+    """The ids of each class, each in a random order that depends on the seed and the ids alone."""
+    ids = aug.order(seed, 0, ids)
+    return [ids[targets[ids] == c] for c in targets[ids].unique()]
+
+
+def hold_out(ids: Tensor, targets: Tensor, val_size: float) -> tuple[Tensor, Tensor]:
+    """Stratified (held out, rest), both sorted; the same for every seed."""
+    share = val_size if val_size < 1 else val_size / len(ids)
+    classes = _shuffled_classes(ids, targets, seed=-1)
+    counts = [round(len(c) * share) for c in classes]
+    held, rest = (torch.cat(parts).sort().values for parts in _cut(classes, counts))
+    if len(rest) == 0 or len(held) == 0 or min(len(c) - n for c, n in zip(classes, counts, strict=True)) == 0:
+        raise UserError(
+            f"data.val_size={val_size} of {len(ids)} training images leaves {len(rest)} to train on and {len(held)} to "
+            "validate on, and each class needs at least one on either side. Choose another size, such as 0.1."
+        )
+    return held, rest
+
+
+def subset(ids: Tensor, targets: Tensor, fraction: float | None, per_class: int | None, seed: int) -> Tensor:
+    """The part of the training ids that is trained on, the same number or share of each class; sorted."""
+    if fraction is None and per_class is None:
+        return ids
+    classes = _shuffled_classes(ids, targets, seed)
+    if per_class is not None:
+        few = min(len(c) for c in classes)
+        if per_class > few:
+            raise UserError(f"data.per_class={per_class}, but the smallest class has {few} images to train on.")
+        counts = [per_class] * len(classes)
+    else:
+        counts = [max(1, round(len(c) * (fraction or 1))) for c in classes]
+    return torch.cat(_cut(classes, counts)[0]).sort().values
+
+
+def without(ids: Tensor, targets: Tensor, omit: Sequence[int], count: int) -> Tensor:
+    """The ids whose class is not in `omit`, with `count` classes in all."""
+    if not set(omit) < set(range(count)):
+        raise UserError(f"data.omit={list(omit)} must name some, but not all, of the classes 0 to {count - 1}.")
+    return ids[~torch.isin(targets[ids], torch.tensor(omit, dtype=targets.dtype))]
+
+
+def _cut(classes: list[Tensor], counts: list[int]) -> tuple[list[Tensor], list[Tensor]]:
+    pairs = list(zip(classes, counts, strict=True))
+    return [c[:n] for c, n in pairs], [c[n:] for c, n in pairs]
+
+
+def mean_std(batches: Iterable[Tensor]) -> tuple[list[float], list[float]]:
+    """Of each channel of uint8 images (N, C, H, W), on the scale 0 to 1, from a histogram: exact, and a batch at a time."""
+    counts: list[Tensor] = []
+    for images in batches:
+        counts = counts or [torch.zeros(256, dtype=torch.int64) for _ in range(images.shape[1])]
+        for c, count in enumerate(counts):
+            count += torch.bincount(images[:, c].flatten(), minlength=256)
+    levels = torch.arange(256, dtype=torch.float64) / 255
+    mean, std = [], []
+    for count in counts:
+        p = count.double() / count.sum()
+        m = (p * levels).sum()
+        mean.append(float(m))
+        std.append(float((p * (levels - m) ** 2).sum().sqrt()) or 1.0)
+    return mean, std

@@ -1,0 +1,171 @@
+"""Images that do not fit into memory: they stay encoded where they are, and worker processes decode them ahead of use.
+
+Only decoding is done image by image. What comes out of it is the same uint8 tensor that a resident data set is gathered
+from, so that order, views, ids and pixels are those of a data set in memory, to the bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+from torch.utils.data import DataLoader, get_worker_info
+
+from litdistill.errors import UserError
+
+TIMEOUT = 300  # seconds that a batch may take: longer than any disk does, and shorter than anybody waits
+
+
+class Files(Protocol):
+    """N encoded images: the name of each, for messages, and its bytes."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[str, bytes]: ...
+
+
+class Encoded:
+    """N images decoded whenever they are asked for; indexed by ids like the uint8 tensor (N, `channels`, `size`, `size`)
+    that they would be.
+
+    The shorter side is resized to `size`, and the centre cropped. `sha256`: of what the images are.
+    """
+
+    dtype = torch.uint8
+
+    def __init__(self, files: Files, size: int, channels: int, sha256: str):
+        self.files, self.size, self.channels, self.sha256 = files, size, channels, sha256
+        self.shape = torch.Size((len(files), channels, size, size))
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, ids: Any) -> Tensor:
+        """Raises `UserError`, which names the file, for an image that cannot be read."""
+        return self.decode(torch.arange(len(self))[ids].tolist())
+
+    def decode(self, ids: Sequence[int], progress: bool = False) -> Tensor:
+        """(n, C, S, S), by several threads, or by one in a worker process; with a progress bar on a terminal."""
+        images = np.empty((len(ids), *self.shape[1:]), np.uint8)
+
+        def decode(place: int) -> None:
+            name, content = self.files[ids[place]]
+            try:
+                with Image.open(io.BytesIO(content)) as image:
+                    images[place] = _square(image.convert("RGB" if self.channels == 3 else "L"), self.size)
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # PIL raises all of these
+                raise UserError(
+                    f"The image {name} cannot be read ({error}). Replace or remove it, and start again."
+                ) from error
+
+        if get_worker_info() is not None:
+            for place in range(len(ids)):
+                decode(place)
+            return torch.from_numpy(images)
+        console, pool = Console(stderr=True), ThreadPoolExecutor()
+        try:
+            done = pool.map(decode, range(len(ids)))
+            quiet = not (progress and console.is_terminal)
+            for _ in track(done, "Reading images", len(ids), console=console, disable=quiet):
+                pass
+        finally:
+            pool.shutdown(cancel_futures=True)
+        return torch.from_numpy(images)
+
+
+def _square(image: Image.Image, size: int) -> np.ndarray:
+    """(C, size, size): the shorter side resized, the centre cropped, both as torchvision's Resize and CenterCrop do."""
+    width, height = (size * side // min(image.size) for side in image.size)
+    image = image.resize((width, height), Image.Resampling.BILINEAR)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    pixels = np.asarray(image.crop((left, top, left + size, top + size)))
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+
+
+class _Decoder:
+    """What a worker does: gives a batch of ids with their images. An error is handed over as it is, and raised there."""
+
+    def __init__(self, images: Mapping[str, Any], wanted: Callable[[Any], Tensor]):
+        self.images, self.wanted = images, wanted
+
+    def __getitem__(self, rows: Any) -> Any:
+        try:
+            return rows._replace(images=self.images[rows.split][self.wanted(rows)])
+        except UserError as error:
+            return error
+
+
+def _deaf(worker: int) -> None:
+    """A Ctrl-C reaches all processes of a terminal: the run decides what comes of it, and still needs its data."""
+    for signum in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(signum, signal.SIG_IGN)
+
+
+class Prefetched:
+    """The batches of `rows` (an `IdLoader`), each with its images, decoded ahead by `workers` processes.
+
+    `images`: the splits by name. `wanted`: the ids of the images that a batch needs. `keep`: whether workers live on
+    from one epoch to the next. Raises `UserError` where an image cannot be read, where a worker dies, and where one gives
+    nothing for `TIMEOUT` seconds.
+    """
+
+    def __init__(
+        self, rows: Any, images: Mapping[str, Any], wanted: Callable[[Any], Tensor], workers: int, keep: bool = False
+    ):
+        self.rows = rows
+        self.loader: DataLoader[Any] = DataLoader(
+            _Decoder(images, wanted),  # type: ignore[arg-type]
+            sampler=rows,
+            batch_size=None,
+            collate_fn=_as_it_is,
+            num_workers=workers,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=keep and workers > 0,
+            timeout=TIMEOUT if workers else 0,
+            worker_init_fn=_deaf,
+            generator=torch.Generator(),  # or it would draw from the one that dropout draws from
+        )
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[Any]:
+        batches: Any = iter(self.loader)
+        try:
+            for batch in batches:
+                if isinstance(batch, UserError):
+                    raise batch
+                yield batch
+        except RuntimeError as error:
+            if "DataLoader" not in str(error):
+                raise
+            with contextlib.suppress(
+                RuntimeError
+            ):  # or the end of each other worker would raise it once more, anywhere
+                batches._shutdown_workers()
+            cause = str(error.__cause__ or error).strip().splitlines()[0]
+            raise UserError(
+                f"A process that reads images has ended or hangs ({cause}). Most often memory ran out: set fewer "
+                "data.workers or a smaller data.batch_size, or data.workers=0 to see what happens."
+            ) from error
+
+    def state_dict(self) -> dict[str, Any]:
+        """Empty, as an `IdLoader`'s."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to load."""
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch

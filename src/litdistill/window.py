@@ -1,0 +1,94 @@
+"""A training step of several minibatches: Lightning's own cost a step is paid once for all of them.
+
+What users and callbacks see keeps its meaning: the counts that `global_step`, `batch_idx`, logging, checkpoints and a
+resume go by advance with every minibatch, callbacks are called around every minibatch, schedules step at the end of the
+epoch. It follows `_TrainingEpochLoop.advance` of Lightning, which does the same around a single one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from litdistill.data.datamodule import Batch
+from litdistill.methods.base import Outputs
+
+if TYPE_CHECKING:
+    from litdistill.distiller import Distiller
+
+
+def train_window(module: Distiller, window: Batch, first: int) -> Tensor:
+    """Optimises on the minibatches of `window` one after the other; `first` is the index of the first in its epoch.
+
+    Gives the loss of the last one. Lightning begins the first of them and ends the last, with `end_window`.
+    """
+    trainer = module.trainer
+    loop, optimizer = trainer.fit_loop.epoch_loop, module.optimizers()
+    parts = list(minibatches(window))[window.skip :]
+    taught = module.taught_ahead(window)
+    for i, batch in enumerate(parts):
+        if i:
+            _begin(module, batch, first + i)
+        loop.batch_progress.is_last_batch = loop.batch_progress.current.ready == trainer.num_training_batches
+        loss = module.loss(batch, taught[window.skip + i] if taught else None)
+        optimizer.zero_grad()  # type: ignore[union-attr]
+        module.manual_backward(loss)
+        if module.gradient_clip_val is not None:
+            module.clip_gradients(optimizer, module.gradient_clip_val, module.gradient_clip_algorithm)  # type: ignore[arg-type]
+        optimizer.step()  # type: ignore[union-attr]
+        if loop.batch_progress.current.ready == trainer.num_training_batches:
+            for scheduler in (config.scheduler for config in trainer.lr_scheduler_configs):
+                scheduler.step()
+        if i + 1 == len(parts) or loop.done:
+            # Lightning would tell callbacks the index of the first: none is there when it calls.
+            module.held, trainer.callbacks = (trainer.callbacks, batch, first + i), []  # type: ignore[attr-defined]
+            return loss.detach()
+        _end(module, {"loss": loss.detach()}, batch, first + i)
+    raise AssertionError("an empty window")
+
+
+def end_window(module: Distiller, outputs: Any) -> None:
+    """Calls the callbacks after the last minibatch of a window; called by Lightning where it would have called them."""
+    if module.held is not None:
+        (callbacks, batch, index), module.held = module.held, None
+        module.trainer.callbacks = callbacks  # type: ignore[attr-defined]
+        for callback in callbacks:
+            callback.on_train_batch_end(module.trainer, module, outputs, batch, index)
+
+
+def minibatches(window: Batch) -> Iterator[Batch]:
+    """The minibatches of a window, as views of its tensors."""
+    sizes = window.sizes or (len(window.images),)
+    start = 0
+    for size in sizes:
+        rows = slice(start, start + size)
+        ids, views = (None if x is None else x[rows] for x in (window.ids, window.views))
+        yield Batch(window.images[rows], window.targets[rows], ids, views)
+        start += size
+
+
+def split(outputs: Outputs, sizes: tuple[int, ...]) -> list[Outputs]:
+    """What a network gave for a window, by minibatch."""
+    logits = outputs.logits.split(sizes)
+    features = {k: v.split(sizes) for k, v in outputs.features.items()}
+    ids = outputs.ids.split(sizes) if outputs.ids is not None else [None] * len(sizes)
+    return [Outputs(logits[i], {k: v[i] for k, v in features.items()}, ids[i]) for i in range(len(sizes))]
+
+
+def _begin(module: Distiller, batch: Batch, index: int) -> None:
+    trainer, progress = module.trainer, module.trainer.fit_loop.epoch_loop.batch_progress
+    progress.increment_ready()
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        callback.on_train_batch_start(trainer, module, batch, index)
+    progress.increment_started()
+
+
+def _end(module: Distiller, output: Any, batch: Batch, index: int) -> None:
+    trainer, loop = module.trainer, module.trainer.fit_loop.epoch_loop
+    loop.batch_progress.increment_processed()
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        callback.on_train_batch_end(trainer, module, output, batch, index)
+    loop.batch_progress.increment_completed()
+    loop._batches_that_stepped += 1  # the x-axis of what is logged

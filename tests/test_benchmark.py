@@ -1,0 +1,53 @@
+"""The benchmark runs, and computes what it says; what it measures is asserted nowhere."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+import benchmark
+import benchmark_parts as parts
+import benchmark_questions as questions
+
+CPU = torch.device("cpu")
+TINY = parts.PAIRS["small"]._replace(steps=3, batch=8)
+
+
+def test_every_variant_of_a_pair_gives_its_seconds_a_step():
+    bench = parts.Bench(TINY, CPU)
+    run = parts.variants(bench)
+    assert set(run) >= {"peers", "live", "cached", "hard", "floor"}
+    assert all(0 < step() < 60 for step in run.values())
+    assert set(parts.budget(bench, 1)) == {"images", "teacher", "forward", "backward", "optimiser"}
+
+
+def test_the_cached_variant_asks_its_teacher_nothing_and_the_live_one_everything(monkeypatch):
+    seen = []
+    inner = parts.FrozenTeacher.forward
+    monkeypatch.setattr(parts.FrozenTeacher, "forward", lambda self, x: (seen.append(len(x)), inner(self, x))[1])
+    bench = parts.Bench(TINY, CPU)
+    parts.project(bench, "cached")
+    assert sum(seen) == 2  # its dry forward
+    seen.clear()
+    parts.project(bench, "live")
+    assert sum(seen) == 2 * TINY.steps * TINY.batch
+
+
+def test_quartiles_are_numpys_and_the_table_shows_them():
+    values = [3.0, 1.0, 2.0, 8.0, 5.0]
+    assert benchmark.quartiles(values) == pytest.approx(np.quantile(values, [0.25, 0.5, 0.75]))
+    one = {
+        "ms": {"peers": 53.0, "live": 9.0, "cached": 3.0},
+        "ratios": {key: [1.0, 1.1, 1.2] for key in benchmark.TARGETS["small"]},
+    }
+    assert "53.0 | 9.0 | 3.0 | 1.10 (1.00–1.20), aim ≥ 4" in benchmark.table({"small": one})
+
+
+@pytest.mark.slow
+def test_filled_caches_memory_and_growth_can_be_asked():
+    found = questions.filled_by_views(images=64, epochs=2)
+    assert found["largest_difference_of_weights"] < 1e-5
+    assert questions.peak_memory(count=3000)["images_bytes"] > 3000 * 3072

@@ -1,0 +1,346 @@
+"""The teacher's cache: exact, shared, and never believed without reason."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from lightning import Trainer
+from safetensors.torch import load_file
+
+from litdistill import cache as cache_module
+from litdistill import evaluate as evaluate_module
+from litdistill.cache import CacheOptions, Store, TeacherCache, cache_key, expected_saving, fingerprint, make_room
+from litdistill.data.augment import Crop, Flip
+from litdistill.data.datamodule import ImageData
+from litdistill.distiller import Distiller
+from litdistill.errors import UserError
+from litdistill.methods.fitnet import FitNet
+from litdistill.methods.kd import KD
+from litdistill.nets.small import conv4
+from litdistill.runtime import CONF
+from litdistill.teacher import FrozenTeacher
+from litdistill.train import train
+
+
+class Dim:
+    """An augmentation with no end of views: each image darker by some shade."""
+
+    views = None
+
+    def draw(self, bits):
+        return bits
+
+    def apply(self, images, code):
+        return (images * (0.5 + 0.5 * (code % 2**20) / 2**20)[:, None, None, None]).to(torch.uint8)
+
+
+CPU = torch.device("cpu")
+
+
+def net(width: int = 8, seed: int = 0):
+    torch.manual_seed(seed)
+    return conv4(10, (1, 8, 8), widths=[width, width])
+
+
+def digits(seed: int = 0, augment=(), **options) -> ImageData:
+    data = ImageData("digits", per_class=12, subset_seed=0, batch_size=40, augment=augment, seed=seed, **options)
+    data.setup()
+    return data
+
+
+def run(tmp_path, cache: CacheOptions, augment=(), method=None, epochs: int = 4, seed: int = 0, window: int = 4):
+    """The losses of a short fit, how many images the teacher saw in it, and the student's weights."""
+    method = method or KD()
+    taps = ["layer1"] if isinstance(method, FitNet) else []
+    teacher, losses, seen = FrozenTeacher(net(16, seed=1), taps), [], []
+
+    class Spy(Distiller):
+        def loss(self, *a):
+            loss = super().loss(*a)
+            losses.append(loss.item())
+            return loss
+
+    data = digits(seed, augment)
+    data.window = window
+    optimizer = functools.partial(torch.optim.SGD, lr=0.05)
+    distiller = Spy(net(), method, teacher, optimizer, allow_chance=True, student_taps=taps, cache=cache, window=window)
+    if taps:
+        example = torch.randn(2, 1, 8, 8)
+        method.build(distiller.tapped(example), teacher(example), torch.arange(10))
+    inner = teacher.forward
+    teacher.forward = lambda images: (seen.append(len(images)), inner(images))[1]  # type: ignore[method-assign]
+    trainer = Trainer(accelerator="cpu", max_epochs=epochs, logger=False, enable_progress_bar=False, num_sanity_val_steps=0,
+                      enable_model_summary=False, enable_checkpointing=False, default_root_dir=tmp_path,
+                      limit_val_batches=0)  # fmt: skip
+    trainer.fit(distiller, datamodule=data)
+    return losses, sum(seen), distiller.student.state_dict(), distiller
+
+
+@pytest.mark.parametrize("where", ["memory", "disk"])
+@pytest.mark.parametrize("augment", [[], [Flip()], [Crop(1), Flip()], [Dim()]], ids=["none", "flip", "crop", "dim"])
+@pytest.mark.parametrize("method", [KD, FitNet])
+def test_the_losses_with_the_cache_are_those_of_the_live_teacher(tmp_path, where, augment, method):
+    options = CacheOptions(where, tmp_path / "cache")
+    live, _, live_weights, _ = run(tmp_path, CacheOptions("off"), augment, method())
+    first, _, weights, distiller = run(tmp_path, options, augment, method())
+    assert first[:3] == live[:3]  # the first epoch is computed, in the very batches: equal to the bit
+    assert first == pytest.approx(live, rel=1e-5)
+    assert all(torch.allclose(v, weights[k], atol=1e-5) for k, v in live_weights.items())
+    views = {"none": 1, "flip": 2}.get(_id(augment))
+    if views == 1:
+        assert distiller.cache.computed == 120  # each image once, instead of in each of 4 epochs
+    assert distiller.cache.asked == 4 * 120
+    again, again_images, _, second = run(tmp_path, options, augment, method())
+    if where == "disk":
+        assert second.cache.computed == 0  # nothing is left to compute for a run that comes after
+        assert again_images <= 2 + 40  # its dry forward, and the spot check of what it found
+        assert again == first
+
+
+def _id(augment) -> str:
+    return "none" if not augment else "flip" if len(augment) == 1 and isinstance(augment[0], Flip) else "other"
+
+
+def test_a_run_with_another_seed_finds_the_views_of_the_first(tmp_path):
+    options = CacheOptions("disk", tmp_path)
+    for seed in range(6):
+        *_, distiller = run(tmp_path, options, [Flip()], epochs=6, seed=seed)
+    assert distiller.cache.computed == 0
+    rows = distiller.cache._stores["train-views"].known
+    assert int(rows.sum()) <= 2 * len(distiller.trainer.datamodule.train_targets)
+
+
+def test_what_is_kept_is_what_the_teacher_says_in_float64(tmp_path):
+    data, teacher = digits(augment=[Crop(1)]), FrozenTeacher(net(16, seed=1), ["layer2"])
+    cache = TeacherCache(teacher, data, CPU, tmp_path)
+    ids = data.train_ids[:30]
+    views = torch.arange(30) % 9
+    batch = data.seen("train", ids, views)
+    cache.outputs(batch)
+    kept = cache.outputs(batch)
+    exact = FrozenTeacher(net(16, seed=1).double(), ["layer2"])(batch.images.double())
+    torch.testing.assert_close(kept.logits.double(), exact.logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(kept.features["layer2"].double(), exact.features["layer2"], rtol=1e-4, atol=1e-5)
+    assert kept.features["layer2"].shape == exact.features["layer2"].shape
+    assert torch.equal(kept.ids, ids)
+
+
+@pytest.mark.parametrize(
+    "change", ["teacher", "network", "data", "augment", "dtype", "taps", "precision", "seed", "mean"]
+)
+def test_whatever_changes_what_the_teacher_says_is_another_cache(change):
+    def key(**c):
+        data = digits(c.get("seed", 0), c.get("augment", [Crop(1)]), mean=c.get("mean"), std=c.get("mean"))
+        if c.get("data"):
+            data.source.train.images[0, 0, 0, 0] += 1
+        inner = net(16, seed=c.get("weights", 1))
+        if c.get("network"):
+            inner.layer1[2] = torch.nn.LeakyReLU()
+        teacher = FrozenTeacher(inner, c.get("taps", []))
+        return cache_key(teacher, data, CPU, c.get("dtype", torch.float32), c.get("precision", "32-true"))
+
+    changes = {
+        "teacher": {"weights": 2}, "network": {"network": True}, "data": {"data": True}, "augment": {"augment": [Crop(2)]},
+        "dtype": {"dtype": torch.float16}, "taps": {"taps": ["layer1"]}, "precision": {"precision": "bf16-mixed"},
+        "mean": {"mean": [0.3]},
+    }  # fmt: skip
+    assert key() == key()
+    if change == "seed":  # the views of an image are numbered the same for every seed, unless there is no end of them
+        assert key(seed=1) == key()
+        assert key(seed=1, augment=[Dim()]) != key(augment=[Dim()])
+    else:
+        assert key(**changes[change]) != key()
+
+
+@pytest.mark.parametrize("damage", ["row", "place", "mark", "half"])
+def test_a_row_that_was_torn_or_damaged_does_not_count(tmp_path, damage):
+    values = torch.randn(6, 5)
+    store = Store(6, 5, torch.float32, CPU, tmp_path / "a")
+    store.put(torch.arange(4), values[:4])
+    again = Store(6, 5, torch.float32, CPU, tmp_path / "a")
+    assert again.known.tolist() == [True] * 4 + [False] * 2
+    assert torch.equal(again.get(torch.arange(4))[0], values[:4])
+    if damage == "row":
+        again.values.view(torch.int32)[2, 3] ^= 1  # a single bit
+    elif damage == "place":
+        again.values[2], again.marks[2] = again.values[3].clone(), again.marks[3].clone()
+    elif damage == "mark":
+        again.marks[2] = 0
+    else:
+        again.values[2, :2] = 0
+    assert Store(6, 5, torch.float32, CPU, tmp_path / "a").known.tolist() == [True, True, False, True, False, False]
+
+
+def test_a_fingerprint_is_its_formula_and_never_zero():
+    values = torch.zeros(3, 4)
+    assert (fingerprint(values, torch.arange(3)) != 0).all()
+    assert len(set(fingerprint(values, torch.arange(3)).tolist())) == 3
+    swapped = torch.tensor([[1.0, 2.0, 3.0, 4.0], [2.0, 1.0, 3.0, 4.0]])
+    marks = fingerprint(swapped, torch.zeros(2, dtype=torch.int64))
+    assert marks[0] != marks[1]
+
+
+def test_a_file_that_is_not_the_teachers_is_dropped_with_a_warning(tmp_path, caplog):
+    data, teacher = digits(), FrozenTeacher(net(16, seed=1))
+    batch = data.seen("train", data.train_ids, None)
+    cache = TeacherCache(teacher, data, CPU, tmp_path)
+    right = cache.outputs(batch).logits
+    cache._stores["train-plain"].put(data.train_ids, right + 1)  # well-formed, and wrong
+    other = TeacherCache(teacher, data, CPU, tmp_path)
+    assert torch.equal(other.outputs(batch).logits, right)
+    assert "computed anew" in caplog.text
+
+
+def test_processes_that_run_at_once_share_their_rows(tmp_path):
+    data, teacher = digits(), FrozenTeacher(net(16, seed=1))
+    batch = data.seen("train", data.train_ids, None)
+    a, b = (TeacherCache(teacher, data, CPU, tmp_path) for _ in range(2))
+    b.outputs(data.seen("train", data.train_ids[:1], None))  # both are open before either has computed the rest
+    first = a.outputs(batch).logits
+    assert torch.equal(b.outputs(batch).logits, first)
+    assert b.computed == 1
+
+
+def test_a_kill_in_the_middle_of_a_write_leaves_whole_rows_only(tmp_path):
+    code = f"""
+        import os, torch
+        from pathlib import Path
+        from litdistill import cache
+        store = cache.Store(64, 1000, torch.float32, torch.device("cpu"), Path({str(tmp_path)!r}) / "a")
+        store.put(torch.arange(10), torch.full((10, 1000), 2.0))
+        inner = cache.fingerprint
+        cache.fingerprint = lambda *a: os.kill(os.getpid(), 9)   # after the rows, before their marks
+        store.put(torch.arange(5, 20), torch.full((15, 1000), 3.0))
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == -9
+    store = Store(64, 1000, torch.float32, CPU, tmp_path / "a")
+    assert store.known.nonzero().flatten().tolist() == [0, 1, 2, 3, 4]
+
+
+def test_a_full_disk_costs_the_file_and_not_the_run(tmp_path, monkeypatch, caplog):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(cache_module.os, "posix_fallocate", full)
+    losses, *_, distiller = run(tmp_path, CacheOptions("disk", tmp_path / "cache"))
+    assert "kept in memory" in caplog.text
+    assert "No space left" in caplog.text
+    assert distiller.cache.computed == 120
+    assert len(losses) == 12
+
+
+def test_the_share_that_is_saved_is_that_of_a_draw_of_views():
+    torch.manual_seed(0)
+    views, passes = 25, 30
+    drawn = torch.randint(views, (20_000, passes))
+    distinct = torch.stack([row.unique().numel() * torch.ones(()) for row in drawn[:4000]]).mean()
+    assert expected_saving(views, passes) == pytest.approx(1 - float(distinct) / passes, abs=0.005)
+    assert expected_saving(1, 4) == 0.75
+    assert expected_saving(40, 40, finite=False) == 0
+
+
+def test_a_cache_that_does_not_pay_is_not_used_and_says_so(tmp_path, caplog):
+    caplog.set_level("INFO")
+    auto = CacheOptions("auto", tmp_path / "cache")
+    *_, distiller = run(tmp_path, auto, [Crop(4), Flip()], epochs=1)  # 162 views, one pass
+    assert distiller.cache is None
+    assert "not kept: each of 162 views is seen about once" in caplog.text
+    *_, distiller = run(tmp_path, auto._replace(shared=True), [Crop(4), Flip()], epochs=1)  # ... but more runs follow
+    assert distiller.cache is not None
+    *_, distiller = run(tmp_path, auto, [Crop(4), Flip()], epochs=1)  # and so one did
+    assert distiller.cache.computed == 0
+    *_, distiller = run(tmp_path, auto._replace(gb=1e-5), epochs=4)
+    assert distiller.cache is None
+    assert "teacher.cache.gb" in caplog.text
+    with pytest.raises(UserError, match=r"teacher\.cache\.mode=fast"):
+        run(tmp_path, CacheOptions("fast"))
+
+
+def test_half_precision_halves_the_rows_and_only_rounds(tmp_path):
+    full, half = (run(tmp_path / d, CacheOptions("disk", tmp_path / d, dtype=d)) for d in ("float32", "float16"))
+    assert half[0][3:] == pytest.approx(full[0][3:], rel=2e-3)
+    assert half[0][3:] != full[0][3:]
+    sizes = [next((tmp_path / d).rglob("*.rows")).stat().st_size for d in ("float32", "float16")]
+    assert sizes[0] == 2 * sizes[1]
+
+
+def test_the_longest_unused_goes_first(tmp_path):
+    for i, name in enumerate("abc"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.rows").write_bytes(b"0" * 100)
+        os.utime(tmp_path / name, (i, i))
+    make_room(tmp_path, needed=50, limit=260)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["b", "c"]
+    make_room(tmp_path, needed=50, limit=60)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_second_run_asks_the_teacher_nothing_at_all(tmp_path, monkeypatch):
+    """Its training, validation and test outputs are those of the first: a sweep's teacher works once."""
+    seen = []
+    inner = FrozenTeacher.forward
+
+    def counted(self, images):
+        seen.append(len(images))
+        return inner(self, images)
+
+    options = [f"runs={tmp_path}", "data.per_class=12", "trainer=cpu", "trainer.max_epochs=3", "logger=none", "threads=1",
+               "net@teacher=conv4", "+teacher.recipe.trainer.max_epochs=1", "teacher.allow_chance=true"]  # fmt: skip
+    asked = []
+    monkeypatch.setattr(evaluate_module, "collect", _counted_collect(asked))
+    for i, extra in enumerate(([], ["method.temperature=8", "method.hard=0.5"])):
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            cfg = compose("train", [*options, *extra, f"folder={tmp_path}/{i}"])
+        if i == 1:
+            monkeypatch.setattr(FrozenTeacher, "forward", counted)
+            asked.clear()
+        train(cfg)
+    assert sum(seen) <= 2 + cache_module.SPOT_CHECK + 64  # dry forwards and the spot check
+    assert asked == ["student"] * len(asked)
+    kept = next((tmp_path / "cache" / "evaluations").glob("*.safetensors"))
+    kept.write_bytes(kept.read_bytes()[:-8])  # torn: computed again, not believed
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        train(compose("train", [*options, f"folder={tmp_path}/2"]))
+    a, b = (json.loads((tmp_path / f"{i}" / "summary.json").read_text()) for i in (0, 2))
+    assert a["student"] == b["student"]
+    assert a["teacher"] == b["teacher"]
+
+
+def _counted_collect(asked):
+    inner = evaluate_module.collect
+
+    def collect(net, *a, **k):
+        asked.append("student" if any(p.requires_grad for p in net.parameters()) else "teacher")
+        return inner(net, *a, **k)
+
+    return collect
+
+
+def test_two_ranks_share_one_cache_and_compute_each_row_once(tmp_path):
+    options = [
+        *("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.max_epochs=3", "threads=1"),
+        *("data.per_class=12", "data.batch_size=8", "logger=none"),
+        *("net@teacher=conv4", "teacher.checkpoint=null", "teacher.allow_chance=true"),
+    ]
+    for mode in ("auto", "off"):
+        places = [f"runs={tmp_path}", f"folder={tmp_path}/{mode}", f"teacher.cache.mode={mode}"]
+        done = subprocess.run(
+            [sys.executable, "scripts/train.py", *options, *places],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+    marks = next(tmp_path.rglob("train-plain.marks"))
+    written = torch.from_file(str(marks), size=marks.stat().st_size // 8, dtype=torch.int64) != 0
+    assert int(written.sum()) == 120
+    a, b = (load_file(tmp_path / mode / "student.safetensors") for mode in ("auto", "off"))
+    assert all(torch.allclose(a[k], b[k], atol=1e-5) for k in a)

@@ -1,0 +1,133 @@
+"""The comparison of techniques: which runs it is made of, that none is repeated, and that a page comes out."""
+
+import inspect
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+from litdistill import compare
+from litdistill.errors import UserError
+from litdistill.page.sections import accuracy, each
+from litdistill.runtime import CONF
+from tests.pages import group
+
+torch.set_num_threads(1)
+TINY = [
+    *("trainer.max_epochs=1", "teacher.recipe.trainer.max_epochs=3", "teacher.widths=[16,16]", "student.widths=[8,8]"),
+    *("data.epoch_size=256", "trainer.accelerator=cpu", "teacher.recipe.data.epoch_size=1024"),
+]
+
+
+def config(tmp_path, *overrides: str) -> DictConfig:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("compare", [f"runs={tmp_path}/runs", "jobs=1", *overrides])
+
+
+def test_every_technique_is_run_with_every_seed(tmp_path):
+    found = compare.jobs(config(tmp_path, "dataset=mnist", "seeds=2"))
+    files = {p.stem for p in (CONF / "experiment" / "compare").glob("*.yaml")} - {"_base"}
+    assert {j.technique for j in found} == files
+    family = {j.variant for j in found if j.technique == "family"}
+    assert len(family) == 5
+    assert "4x8x16" in family
+    assert len(found) == 2 * (len(files) - 1 + len(family)) == len(set(found))
+    assert {j.seed for j in found} == {0, 1}
+    assert all("data=mnist" in j.overrides for j in found)
+    assert all(f"experiment=compare/{j.technique}" in j.overrides for j in found)
+
+
+@pytest.mark.parametrize("wrong", ["techniques=[scratsh]", "seeds=0", "jobs=0"])
+def test_what_cannot_be_run_is_told_before_anything_runs(tmp_path, wrong):
+    with pytest.raises(UserError):
+        compare.jobs(config(tmp_path, wrong))
+
+
+def test_a_run_is_not_repeated_and_a_changed_one_has_a_folder_of_its_own(tmp_path, monkeypatch):
+    trained = []
+
+    def train(cfg):
+        trained.append(cfg.folder)
+        folder = tmp_path.joinpath(cfg.folder)
+        (folder / "summary.json").write_text(json.dumps({"student": {"test": {"accuracy": {"best": 0.5}}}}))
+
+    monkeypatch.setattr(compare, "train", train)
+    todo = compare.jobs(config(tmp_path, "techniques=[scratch]", "seeds=2"))
+    first = compare.run_all(todo, 1)
+    assert first == compare.run_all(todo, 1)
+    assert len(set(first)) == 2
+    changed = [j._replace(overrides=(*j.overrides, "optimizer.lr=0.5")) for j in todo]
+    assert not set(compare.run_all(changed, 1)) & set(first)
+    assert len(set(trained)) == 4  # train() itself passes over what is finished
+    assert (first[1] / ".hydra" / "overrides.yaml").read_text().startswith("- experiment=compare/scratch\n")
+
+
+def runs(pid: int) -> bool:
+    """Whether there is such a process, and not only what is left of it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for a process in /proc")
+def test_a_worker_ends_when_its_parent_is_gone(tmp_path):
+    """A child whose parent ends at once is told so by a signal that it can answer, and ends by the next one."""
+    # The function alone: what its module imports takes longer than all the rest.
+    child = f"""
+import pathlib, signal, threading, time, os
+{inspect.getsource(compare.end_with)}
+def first(number, frame):
+    pathlib.Path({str(tmp_path / "saved")!r}).write_text("")
+    signal.signal(number, signal.SIG_DFL)
+signal.signal(signal.SIGTERM, first)
+threading.Thread(target=end_with, args=(os.getppid(), 0.2), daemon=True).start()
+pathlib.Path({str(tmp_path / "pid")!r}).write_text(str(os.getpid()))
+time.sleep(500)
+"""
+    code = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); "
+    waits = f"import pathlib\nwhile not pathlib.Path({str(tmp_path / 'pid')!r}).is_file(): time.sleep(0.1)"
+    subprocess.run([sys.executable, "-c", code + waits], check=True, timeout=300)
+    pid, deadline = int((tmp_path / "pid").read_text() or 0), time.monotonic() + 60
+    while runs(pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not runs(pid)
+    assert (tmp_path / "saved").exists()
+
+
+@pytest.mark.slow
+def test_a_comparison_ends_in_a_page_and_a_picture(tmp_path):
+    """With two processes, as `make compare` does it, but for sizes."""
+    tiny = ",".join(f"'{o}'" for o in TINY)
+    chosen = ["techniques=[scratch,distilled]", "seeds=1", "jobs=2", "robustness=10", "rounds=2", "epsilons=[8]"]
+    cfg = config(tmp_path, *chosen, f"overrides=[{tiny}]", f"picture={tmp_path}/main.png")
+    (made,) = compare.compare(cfg)
+    assert [r.label for r in made.rows] == ["teacher", "distilled", "scratch"]
+    assert made.problems == []
+    text = (tmp_path / "runs" / "report" / "index.html").read_text()
+    for row in made.rows[1:]:
+        summary = json.loads((row.seeds[0].folder / "summary.json").read_text())
+        assert f"{100 * summary['student']['test']['accuracy']['best']:.2f}" in text
+        assert re.search(rf"python scripts/train.py experiment=compare/{row.label} data=digits seed=0", text)
+    assert (tmp_path / "main.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_main_picture_marks_every_model(tmp_path):
+    made = group(rows=12)
+    compare.draw(made, tmp_path / "docs" / "main.png")
+    from PIL import Image
+
+    with Image.open(tmp_path / "docs" / "main.png") as image:
+        width, height = image.size
+        colours = {c for _, c in image.convert("RGB").getcolors(1 << 24)}
+    assert width > 1000 < height * 4
+    wanted = [(0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00), (0x00, 0x9E, 0x73), (0xCC, 0x79, 0xA7), (0xE6, 0x9F, 0x00)]
+    assert set(wanted) <= colours
+    assert all(len(each(r, accuracy)) == len(r.seeds) for r in made.rows)

@@ -1,0 +1,135 @@
+"""Int8: against integer arithmetic written out in NumPy, its ranges, its gradients, and the file that onnxruntime runs."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from litdistill.compress.quantise import Int8, converted, int8
+from litdistill.compress.structure import restore, structure_of
+from litdistill.errors import UserError
+from litdistill.nets.profile import count_macs, count_parameters
+from litdistill.nets.resnet import resnet
+from litdistill.nets.small import conv4, mlp
+
+pytest.importorskip("torchao")
+
+
+def images(n=64):
+    return torch.randn(n, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def trained(net: nn.Module) -> nn.Module:
+    torch.manual_seed(1)
+    net.train()
+    for _ in range(3):
+        net(torch.randn(32, 1, 8, 8) * 2 + 0.3)
+    return net.eval()
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """A perceptron and its int8 form."""
+    torch.manual_seed(0)
+    net = mlp(10, (1, 8, 8), (20,))
+    return net, int8(copy.deepcopy(net), images())
+
+
+def affine(low, high):
+    """Scale and zero point of uint8 for a range that holds zero. Jacob et al. 2018, section 2.1."""
+    low, high = min(low, 0.0), max(high, 0.0)
+    scale = (high - low) / 255
+    return scale, round(-low / scale)
+
+
+def test_the_logits_are_those_of_integer_arithmetic(pair):
+    net, small = pair
+    x, layers = images().flatten(1).double().numpy(), [net.layer1[0], net.fc]
+    for i, layer in enumerate(layers):
+        w, b = layer.weight.detach().double().numpy(), layer.bias.detach().double().numpy()
+        scale, zero = affine(x.min(), x.max())
+        q = np.clip(np.rint(x / scale) + zero, 0, 255).astype(np.int64)
+        row = np.abs(w).max(1) / 63  # 7 bits, a scale a row, symmetric
+        rounded = np.rint(w / row[:, None]).astype(np.int64)
+        assert np.abs(rounded).max() == 63
+        x = (q - zero) @ rounded.T * (scale * row) + b
+        if i == 0:
+            x = np.maximum(x, 0)
+    found = small(images()).detach().numpy()
+    close = np.abs(found - x) < 1e-4 * np.abs(x).max()  # but where float32 rounds to the other side of a half
+    assert close.mean() > 0.98
+    assert np.abs(found - x).max() < 0.02 * np.abs(x).max()
+    assert np.abs(found - net(images()).detach().numpy()).max() > 1e-3  # and it is not the float network
+
+
+@pytest.mark.parametrize(
+    "build", [lambda: conv4(10, (1, 8, 8)), lambda: resnet(10, (1, 8, 8), 8), lambda: mlp(10, (1, 8, 8), (30, 20))]
+)
+def test_batch_normalisation_is_folded_and_the_converted_network_gives_the_same_to_the_bit(build):
+    net = trained(build())
+    small = int8(copy.deepcopy(net), images())
+    norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert count_parameters(small) == count_parameters(net) - sum(m.num_features for m in norms)
+    assert count_macs(small, (1, 8, 8)) == count_macs(net, (1, 8, 8))
+    logits = small(images())
+    assert (logits - net(images())).abs().max() < 0.1 * logits.abs().max()
+    form = converted(small)
+    assert torch.equal(form(images()), logits)
+    weights = [b for _, b in form.program.named_buffers() if b.dtype == torch.int8]
+    assert len(weights) == sum(isinstance(m, (nn.Conv2d, nn.Linear)) for m in net.modules())
+    assert max(int(w.abs().max()) for w in weights) == 63
+
+
+def test_ranges_follow_in_training_and_stand_in_evaluation(pair):
+    small = copy.deepcopy(pair[1])
+    small.eval()(images())
+    before = {k: v.clone() for k, v in small.state_dict().items()}
+    small(images() * 100)
+    assert all(torch.equal(v, before[k]) for k, v in small.state_dict().items())
+    small.train()(images() * 100)
+    moved = [k for k, v in small.state_dict().items() if not torch.equal(v, before[k])]
+    assert any("max_val" in k for k in moved)
+    assert not any(k.endswith(("weight", "bias")) for k in moved)
+
+
+def test_gradients_pass_straight_through(pair):
+    net, small = copy.deepcopy(pair[0]), copy.deepcopy(pair[1]).train()
+    y = torch.arange(64) % 10
+    for one in (net, small):
+        nn.functional.cross_entropy(one(images()), y).backward()
+    ours = {k.removeprefix("program."): p.grad for k, p in small.named_parameters()}
+    for name, parameter in net.named_parameters():
+        cosine = nn.functional.cosine_similarity(ours[name].flatten(), parameter.grad.flatten(), dim=0)
+        assert cosine > 0.98, name
+    optimiser = torch.optim.Adam(small.parameters(), 1e-2)
+    losses = []
+    for _ in range(30):
+        loss = nn.functional.cross_entropy(small(images()), y)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+    assert torch.equal(converted(small)(images()), small.eval()(images()))
+
+
+def test_it_is_restored_from_plain_values(pair):
+    small = pair[1]
+    steps = json.loads(json.dumps(structure_of(small)))
+    again = restore(mlp(10, (1, 8, 8), (20,)), steps, torch.zeros(2, 1, 8, 8))
+    again.load_state_dict(small.state_dict())
+    assert isinstance(again, Int8)
+    assert torch.equal(again.eval()(images()), small.eval()(images()))
+    assert again(images(1)).shape == (1, 10)
+
+
+def test_a_network_that_cannot_be_traced_is_refused():
+    class Choosy(nn.Module):
+        def forward(self, x):
+            return x.flatten(1)[:, :3] if x.sum() > 0 else x.flatten(1)[:, 3:6]
+
+    with pytest.raises(UserError, match="cannot trace this network"):
+        int8(Choosy(), images())

@@ -1,0 +1,47 @@
+"""The notebooks run from top to bottom, and are committed with the outputs of such a run and no trace of a machine."""
+
+import re
+from pathlib import Path
+
+import nbclient
+import nbformat
+import pytest
+
+FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+NAMES = ["01_distil_in_ten_minutes", "02_compare_runs", "03_bring_your_own"]
+
+
+def texts(cell) -> str:
+    """All that a cell printed or returned in words."""
+    return "".join(o.get("text", "") + "".join(str(v) for k, v in o.get("data", {}).items() if "image" not in k)
+                   for o in cell.get("outputs", []))  # fmt: skip
+
+
+def test_there_are_three():
+    assert [p.stem for p in NOTEBOOKS] == NAMES
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_notebook_is_committed_with_the_outputs_of_one_run(path):
+    notebook = nbformat.read(path, 4)
+    nbformat.validate(notebook)
+    code = [c for c in notebook.cells if c.cell_type == "code"]
+    assert [c.execution_count for c in code] == list(range(1, len(code) + 1))
+    assert not any(o.output_type == "error" for c in code for o in c.outputs)
+    assert sum("image/png" in o.get("data", {}) for c in code for o in c.outputs) >= 2
+    for cell in code:
+        assert not re.search(r"/(?:work|home|root|tmp|Users|opt|usr)/|\.venv|site-packages|Warning", texts(cell))
+    assert path.stat().st_size < 400_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_notebook_runs_from_top_to_bottom(path):
+    notebook = nbformat.read(path, 4)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    client = nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(FOLDER)}})
+    client.execute()  # raises where a cell does
+    assert all(o.output_type != "error" for c in notebook.cells for o in c.get("outputs", []))

@@ -1,0 +1,163 @@
+"""A step of several minibatches is what as many steps of one are: to the bit, and for whoever watches."""
+
+import copy
+import csv
+import functools
+
+import pytest
+import torch
+from lightning import Trainer
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from torch import nn
+
+from litdistill.cache import CacheOptions
+from litdistill.callbacks import SeededSteps
+from litdistill.data.augment import Crop
+from litdistill.data.datamodule import IdLoader, Ids, ImageData
+from litdistill.distiller import Distiller
+from litdistill.methods.kd import KD
+from litdistill.nets.small import conv4
+from litdistill.teacher import FrozenTeacher
+
+
+class Diary(Callback):
+    """Everything that a callback can see around a batch."""
+
+    def __init__(self):
+        self.lines = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.lines.append(("start", trainer.current_epoch, batch_idx, trainer.global_step))
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.lines.append(
+            ("end", trainer.current_epoch, batch_idx, trainer.global_step, round(float(outputs["loss"]), 5))
+        )
+
+    def on_validation_start(self, trainer, pl_module):
+        self.lines.append(("validation", trainer.current_epoch, trainer.global_step))
+
+
+def run(tmp_path, window: int, clip: float | None = None, callbacks=(), epochs: int = 3, ckpt=None, **options):
+    torch.manual_seed(0)
+    student = nn.Sequential(conv4(10, (1, 8, 8), widths=[8, 8]), nn.Dropout(0.1))
+    teacher = FrozenTeacher(conv4(10, (1, 8, 8), widths=[16, 16]))
+    distiller = Distiller(
+        student,
+        KD(),
+        teacher,
+        optimizer=functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9),
+        scheduler=functools.partial(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=0.5),
+        schedule={"soft": [(0, 0), (4, 1)]},
+        allow_chance=True,
+        cache=CacheOptions("off"),
+        window=window,
+        gradient_clip_val=clip,
+    )
+    data = ImageData("digits", per_class=23, batch_size=20, augment=[Crop(1)])  # 12 batches, the last one smaller
+    data.window = window
+    diary = Diary()
+    settings = {
+        "accelerator": "cpu", "max_epochs": epochs, "enable_progress_bar": False, "enable_model_summary": False,
+        "num_sanity_val_steps": 0, "log_every_n_steps": 5, "use_distributed_sampler": False,
+        "logger": CSVLogger(tmp_path / f"log{window}", flush_logs_every_n_steps=1), "default_root_dir": tmp_path / str(window),
+    }  # fmt: skip
+    if window == 1:
+        settings["gradient_clip_val"] = clip
+    trainer = Trainer(
+        **(settings | options),
+        callbacks=[SeededSteps(0), LearningRateMonitor("step"), *copy.deepcopy(callbacks), diary],
+    )
+    trainer.fit(distiller, datamodule=data, ckpt_path=ckpt, weights_only=True)
+    return distiller, trainer, diary.lines
+
+
+@pytest.mark.parametrize(
+    ("clip", "callbacks", "options"),
+    [
+        (None, [], {}),
+        (0.5, [EMAWeightAveraging(decay=0.9)], {}),
+        (None, [], {"val_check_interval": 7}),
+        (None, [], {"val_check_interval": 0.5}),
+        (None, [], {"max_steps": 17, "epochs": -1}),
+        (None, [], {"limit_train_batches": 8}),
+        (None, [], {"precision": "bf16-mixed", "epochs": 1}),
+    ],
+)
+def test_weights_counts_logs_and_what_callbacks_see_are_those_of_single_steps(tmp_path, clip, callbacks, options):
+    one, trainer, diary = run(tmp_path, 1, clip, callbacks, **options)
+    many, trainer16, diary16 = run(tmp_path, 4, clip, callbacks, **options)
+    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), many.state_dict().values(), strict=True))
+    assert diary16 == diary
+    assert trainer16.global_step == trainer.global_step
+    assert trainer16.callback_metrics.keys() == trainer.callback_metrics.keys()
+    own = trainer.fit_loop.epoch_loop.state_dict(), trainer16.fit_loop.epoch_loop.state_dict()
+    for key in ("batch_progress.total", "state_dict"):
+        assert str([v for k, v in own[0].items() if key in k]) == str([v for k, v in own[1].items() if key in k])
+    assert (
+        trainer16.fit_loop.epoch_loop.batch_progress.state_dict()
+        == trainer.fit_loop.epoch_loop.batch_progress.state_dict()
+    )
+    logs = [_log(t) for t in (trainer, trainer16)]
+    assert logs[0] == logs[1]
+
+
+def _log(trainer) -> list[dict[str, str]]:
+    """The rows that were logged, without the measured speed."""
+    with open(f"{trainer.logger.log_dir}/metrics.csv") as file:
+        rows = [{k: v for k, v in row.items() if not k.startswith("speed/") and v} for row in csv.DictReader(file)]
+    assert any("train/soft" in row for row in rows)
+    return [{k: float(v) for k, v in row.items()} for row in rows]
+
+
+def test_a_checkpoint_within_a_window_goes_on_where_it_was_written(tmp_path):
+    whole, _, _ = run(tmp_path, 4)
+    every = [ModelCheckpoint(tmp_path / "points", filename="{step}", every_n_train_steps=1, save_top_k=-1)]
+    run(tmp_path / "b", 4, callbacks=every, epochs=2)
+    for step in (3, 6, 11, 12, 18):
+        resumed, trainer, diary = run(tmp_path / f"c{step}", 4, ckpt=tmp_path / "points" / f"step={step}.ckpt")
+        assert all(
+            torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True)
+        )
+        assert diary[0][3] == step
+        assert trainer.global_step == 36
+
+
+def test_windows_lie_where_they_lie_wherever_a_run_goes_on():
+    def windows(done: int) -> list[Ids]:
+        rows = Ids("train", torch.arange(50), torch.zeros(50, dtype=torch.int64))
+        return list(IdLoader(lambda _: rows, 50, 4, lambda: (0, done), ends=lambda _: [3, 6, 10, 13]))
+
+    whole = windows(0)
+    assert [w.sizes for w in whole] == [(4, 4, 4), (4, 4, 4), (4, 4, 4, 4), (4, 4, 2)]
+    assert torch.cat([w.ids for w in whole]).tolist() == list(range(50))
+    for done in range(13):
+        rest = windows(done)
+        starts = [0, 3, 6, 10]
+        assert rest[0].skip == done - max(s for s in starts if s <= done)
+        assert [w.ids.tolist() for w in rest] == [w.ids.tolist() for w in whole[len(whole) - len(rest) :]]
+    assert windows(13) == []
+
+
+def test_the_windows_images_are_gathered_once_and_in_minibatches(tmp_path):
+    sizes = []
+
+    class Spy(ImageData):
+        def seen(self, split, ids, views):
+            if split == "train" and views is not None:
+                sizes.append(len(ids))
+            return super().seen(split, ids, views)
+
+    data = Spy("digits", per_class=8, batch_size=10, augment=[Crop(1)])
+    data.window = 5
+    distiller = Distiller(
+        conv4(10, (1, 8, 8), widths=[4]),
+        KD(),
+        FrozenTeacher(conv4(10, (1, 8, 8), widths=[4])),
+        allow_chance=True,
+        window=5,
+    )
+    Trainer(accelerator="cpu", max_epochs=1, logger=False, enable_progress_bar=False, enable_model_summary=False,
+            enable_checkpointing=False, default_root_dir=tmp_path).fit(distiller, datamodule=data)  # fmt: skip
+    assert [n for n in sizes if n > 2] == [50, 30]
