@@ -218,6 +218,9 @@ def _node(name: str, table: Table, column: str, method: str) -> dict[str, Any]:
 def register() -> None:
     """Makes every cell an option of Hydra's group `experiment`."""
     store = ConfigStore.instance()
+    # Hydra copies its sources, and with them this one store, at every look at a group: a quarter of a second each time for
+    # so many cells. What is loaded from it is a copy anyway.
+    setattr(ConfigStore, "__deepcopy__", lambda self, memo: self)  # noqa: B010
     for name, node in experiments().items():
         group, _, cell = f"experiment/{name}".rpartition("/")
         store.store(group=group, name=cell, node=node, package="_global_")
