@@ -133,11 +133,9 @@ def _train(
 
 def evaluations(cfg: DictConfig) -> Path | None:
     """Where what a teacher says of the validation and test sets is kept for all runs that have it."""
-    return (
-        Path(cfg.runs) / "cache" / "evaluations"
-        if cfg.teacher is not None and cfg.teacher.cache.mode != "off"
-        else None
-    )
+    if cfg.teacher is None or (cfg.teacher.get("cache") or {}).get("mode") == "off":
+        return None
+    return Path(cfg.runs) / "cache" / "evaluations"
 
 
 def untrained(trainer: Trainer, distiller: Distiller, data: ImageData, checkpoints: Path) -> float:
