@@ -27,11 +27,11 @@ test: $(SETUP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 # Every method and scheme trained, logged, stopped, resumed and shipped.
 zoo: $(SETUP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m zoo
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m zoo
 
 setup: $(SETUP)
 
