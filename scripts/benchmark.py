@@ -4,9 +4,10 @@
     python scripts/benchmark.py --pairs small --rounds 3     one pair, quickly
     python scripts/benchmark.py --device cuda                on a GPU: FLOPs, the share of its peak and kernels a step too
 
-All variants of a pair run in one process on one thread, in turn, every other round in reverse. What is compared is process
-CPU time a step (on a GPU wall time, synchronised), and figures are medians of each round's ratio, with quartiles:
-milliseconds drift on a shared machine, ratios hardly.
+All variants of a pair run on one thread, in turn, every other round in reverse: other projects' loops in one process and this
+project's in another, since the project sets its process's allocator (`litdistill.allocator`). What is compared is process CPU
+time a step (on a GPU wall time, synchronised), and figures are medians of each round's ratio, with quartiles: milliseconds
+drift on a shared machine, ratios hardly.
 
 `peers`: images augmented one by one by torchvision's transforms in a DataLoader, the teacher run anew in each step, the plain
 optimiser, loss and accuracy read after each step. `torchdistill`: its distillation box on the same loader, where installed.
@@ -18,16 +19,21 @@ costs what real ones cost.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+import multiprocessing
 import statistics
 import warnings
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
 from benchmark_parts import PAIRS, Bench, Pair, budget, hushed, variants
 from benchmark_questions import filled_by_views, gpu_facts, growth, peak_memory
+
+from litdistill.allocator import keep_freed_memory
 
 TARGETS = {  # what the ratios are to reach, on two cores
     "small": {"peers/live": 4, "peers/cached": 15, "cached/floor": 1.10, "cached/hard": 1.05},
@@ -36,15 +42,13 @@ TARGETS = {  # what the ratios are to reach, on two cores
     "resnet32x4": {"peers/live": 1.35, "peers/cached": 3, "cached/floor": 1.05, "cached/hard": 1.05},
 }
 
+OTHERS = ["peers", "torchdistill"]
 QUESTIONS = ["pairs", "filled", "data", "pack", "growth", "memory"]
 
 
 def ratios(pair: Pair, rounds: int, device: torch.device) -> dict[str, Any]:
     """Times all variants of a pair; medians in milliseconds, ratios with quartiles, and what a step is made of."""
-    bench = Bench(pair, device)
-    run: dict[str, Callable[[], float]] = variants(bench)
-    for step in run.values():  # warm up: allocations, kernels, the loader's first images
-        step()
+    run = served(pair, device, own=False) | served(pair, device, own=True)
     times: dict[str, list[float]] = {name: [] for name in run}
     for i in range(rounds):
         for name in list(run) if i % 2 == 0 else list(run)[::-1]:
@@ -53,10 +57,44 @@ def ratios(pair: Pair, rounds: int, device: torch.device) -> dict[str, Any]:
     for name in TARGETS[pair.name] | dict.fromkeys(["torchdistill/cached"] if "torchdistill" in run else []):
         over, under = name.split("/")
         found["ratios"][name] = quartiles([a / b for a, b in zip(times[over], times[under], strict=True)])
+    bench = Bench(pair, device)
     found["budget_ms"] = {name: 1e3 * seconds for name, seconds in budget(bench, rounds).items()}
     if device.type == "cuda":
         found["gpu"] = gpu_facts(bench, found["ms"])
     return found
+
+
+def served(pair: Pair, device: torch.device, own: bool) -> dict[str, Callable[[], float]]:
+    """This project's variants, or those of others, in a process of their own that ends with this one; by name, as `variants`
+    gives them."""
+    here, there = multiprocessing.Pipe()
+    multiprocessing.get_context("spawn").Process(target=serve, args=(there, pair, device, own), daemon=True).start()
+
+    def ask(name: str) -> float:
+        here.send(name)
+        return float(here.recv())
+
+    return {name: functools.partial(ask, name) for name in here.recv()}
+
+
+def serve(pipe: Connection, pair: Pair, device: torch.device, own: bool) -> None:
+    """Runs what it is asked for by name, once it is warm: allocations, kernels, the loader's first images."""
+    quiet(own)
+    run = {name: step for name, step in variants(Bench(pair, device)).items() if (name not in OTHERS) == own}
+    for step in run.values():
+        step()
+    pipe.send(list(run))
+    while True:
+        pipe.send(run[pipe.recv()]())
+
+
+def quiet(own: bool = True) -> None:
+    """One thread and few words, and this project's allocator where it is its own time that is taken."""
+    warnings.filterwarnings("ignore")
+    hushed()
+    torch.set_num_threads(1)
+    if own:
+        keep_freed_memory()
 
 
 def quartiles(values: list[float]) -> list[float]:
@@ -135,21 +173,15 @@ def main() -> None:
     parser.add_argument("--pairs", nargs="*", choices=[*PAIRS], default=None, help="which pairs; all where left out")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument(
-        "--only", nargs="*", choices=["pairs", "filled", "data", "pack", "growth", "memory"], default=None
-    )
+    parser.add_argument("--only", nargs="*", choices=QUESTIONS, default=None)
     parser.add_argument("--json", type=Path, default=Path("benchmark.json"), help="where the figures go")
     parser.add_argument(
         "--into", type=Path, default=None, help="a page whose part <!-- benchmark --> is written anew, as is README's"
     )
     args = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    hushed()
-    torch.set_num_threads(1)
+    quiet()
     device = torch.device(args.device)
-    wanted = args.only or (
-        ["pairs"] if args.pairs is not None else ["pairs", "filled", "data", "pack", "growth", "memory"]
-    )
+    wanted = args.only or (["pairs"] if args.pairs is not None else QUESTIONS)
     results: dict[str, Any] = json.loads(args.json.read_text()) if args.json.is_file() else {}
 
     def keep(key: str, value: Any) -> None:

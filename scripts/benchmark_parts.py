@@ -46,7 +46,8 @@ class Pair(NamedTuple):
     student: tuple[str, dict[str, Any]]
     shape: tuple[int, int, int]
     steps: int
-    crop_and_flip: bool = False
+    shift: int = 2  # pixels of zeros around an image, out of which it is cropped anew
+    flip: bool = False
     batch: int = 64
 
 
@@ -56,22 +57,27 @@ PAIRS = {
     for p in (
         Pair(
             "small",
-            "conv4 16x32x64 → conv4 4x8x16, 28x28",
-            ("conv4", {"widths": [16, 32, 64]}),
-            ("conv4", {"widths": [4, 8, 16]}),
+            "conv4 32x64x128 → conv4 8x16x32, 28x28, shifted",
+            ("conv4", {"widths": [32, 64, 128]}),
+            SMALL,
             (1, 28, 28),
             50,
         ),
         Pair(
             "resnet50",
-            "ResNet-50, standard stem → conv4 8x16x32, 28x28",
+            "ResNet-50, standard stem → conv4 8x16x32, 28x28, shifted",
             ("resnet50", {"stem": "standard"}),
             SMALL,
             (1, 28, 28),
             6,
         ),
         Pair(
-            "resnet50-3x3", "ResNet-50, 3x3 stem → conv4 8x16x32, 28x28", ("resnet50_cifar", {}), SMALL, (1, 28, 28), 2
+            "resnet50-3x3",
+            "ResNet-50, 3x3 stem → conv4 8x16x32, 28x28, shifted",
+            ("resnet50_cifar", {}),
+            SMALL,
+            (1, 28, 28),
+            2,
         ),
         Pair(
             "resnet32x4",
@@ -80,7 +86,8 @@ PAIRS = {
             ("resnet8x4", {}),
             (3, 32, 32),
             2,
-            True,
+            shift=4,
+            flip=True,
         ),
     )
 }
@@ -123,7 +130,7 @@ class Bench:
 
     def __init__(self, pair: Pair, device: torch.device, classes: int = 10):
         self.pair, self.device, self.classes = pair, device, classes
-        augment = [Crop(4), Flip()] if pair.crop_and_flip else []
+        augment = [Crop(pair.shift), *([Flip()] if pair.flip else [])]
         count = pair.batch * max(64, 4 * pair.steps)
         self.data = random_data(pair.shape, count, augment, classes, pair.batch)
         self.optimizer = functools.partial(torch.optim.SGD, lr=0.01, momentum=0.9, weight_decay=5e-4)
@@ -167,10 +174,10 @@ class OneByOne(Dataset[Any]):
         split = bench.data.source.train
         self.images = [image.permute(1, 2, 0).squeeze(-1).numpy() for image in split.images[:]]
         self.targets = split.targets.tolist()
-        moves = [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip()]
         self.transform = transforms.Compose(
             [
-                *(moves if bench.pair.crop_and_flip else []),
+                transforms.RandomCrop(bench.pair.shape[-1], padding=bench.pair.shift),
+                *([transforms.RandomHorizontalFlip()] if bench.pair.flip else []),
                 transforms.ToTensor(),
                 transforms.Normalize(bench.data.mean, bench.data.std),
             ]
@@ -289,11 +296,8 @@ class Known(Distiller):
         assert self.teacher is not None
         data: ImageData = self.trainer.datamodule  # type: ignore[attr-defined]
         self.cache = TeacherCache(self.teacher, data, self.device)
-        batch = next(iter(data.batches("train", self.device)))
-        views = torch.zeros(len(batch.images), dtype=torch.int64) if data.augment else None
-        store = self.cache._store("train", batch._replace(views=views))
-        store.known.fill_(True)
-        store.near.normal_()
+        self.cache.store.known.fill_(True)
+        self.cache.store.near.normal_()
 
 
 def project(bench: Bench, kind: str, steps_at_once: int | None = None) -> float:

@@ -54,6 +54,8 @@ def group(rows: int = 12, seeds: int = 2, classes: int = 10, name: str = HOSTILE
         each = [seed(10 * i + s, 0.6 + 0.02 * i, classes, f"s{i}-{s}", summary(s)) for s in range(seeds)]
         made.append(Row(label, about, each, timing=timing(20_000 * (i + 1), 0.01 * (i + 1))))
     made[-1].precision = "int8"
+    for one in made[-1].seeds:
+        one.summary["start"] = {"from": "network", "images": 50_000, "method": "label_smoothing"}
     facts = {"name": "digits", "classes": classes, "input_shape": [1, 8, 8], "test": 60}
     images = torch.randint(0, 256, (60, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     return Group("digits", facts, made, images, tuple(map(str, range(classes))))

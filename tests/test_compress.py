@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from litdistill.compress.low_rank import Layer, choose_ranks, factors, low_rank, set_ranks
+from litdistill.compress.low_rank import Layer, _uses, choose_ranks, factors, low_rank, set_ranks
 from litdistill.compress.prune import prune
 from litdistill.compress.structure import load_structure, restore, structure_of
 from litdistill.errors import UserError
@@ -114,6 +114,32 @@ def test_low_rank_keeps_to_its_budget_and_is_restored_from_plain_values(net, bud
     again.load_state_dict(small.state_dict())
     torch.testing.assert_close(again(x), small(x), rtol=0, atol=0)
     assert structure_of(again) == steps
+
+
+class Tokens(nn.Module):
+    """A block of linear layers on 16 tokens of 4 numbers that is applied `times` times, and a wide classifier."""
+
+    def __init__(self, times: int):
+        super().__init__()
+        self.times, self.up, self.down, self.fc = times, nn.Linear(4, 24), nn.Linear(24, 4), nn.Linear(64, 40)
+
+    def forward(self, x):
+        x = x.reshape(len(x), 16, 4)
+        for _ in range(self.times):
+            x = x + self.down(self.up(x).relu())
+        return self.fc(x.flatten(1))
+
+
+@pytest.mark.parametrize("times", [1, 3])
+@pytest.mark.parametrize("budget", [0.4, 0.6, 0.8])
+def test_a_layer_counts_for_every_token_and_every_call(times, budget):
+    torch.manual_seed(0)
+    net = Tokens(times).double().eval()
+    assert _uses(net, images()) == {"up": 16 * times, "down": 16 * times, "fc": 1}
+    whole = count_macs(net, (1, 8, 8))
+    assert whole == 2 * 16 * 24 * 4 * times + 64 * 40
+    small = low_rank(net, images(), budget, "macs")
+    assert 0.6 * budget * whole < count_macs(small, (1, 8, 8)) <= budget * whole
 
 
 NETS = {

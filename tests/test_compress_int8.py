@@ -8,12 +8,14 @@ import pytest
 import torch
 from torch import nn
 
+from litdistill.build import build_data, build_distiller, build_net, make
 from litdistill.compress.quantise import Int8, converted, int8
 from litdistill.compress.structure import restore, structure_of
 from litdistill.errors import UserError
 from litdistill.nets.profile import count_macs, count_parameters
 from litdistill.nets.resnet import resnet
 from litdistill.nets.small import conv4, mlp
+from tests.conftest import SMALL, compose_config
 
 pytest.importorskip("torchao")
 
@@ -124,6 +126,27 @@ def test_it_is_restored_from_plain_values(pair):
     assert isinstance(again, Int8)
     assert torch.equal(again.eval()(images()), small.eval()(images()))
     assert again(images(1)).shape == (1, 10)
+
+
+@pytest.mark.parametrize("method", ["at", "fitnet", "rkd", "simkd", "kd_at"])
+def test_a_method_that_reads_features_of_the_student_is_refused_with_those_that_work(tmp_path, method):
+    cfg = compose_config(tmp_path / "run", *SMALL, "compress=int8", f"method={method}", "teacher.checkpoint=null")
+    data = build_data(cfg)
+    teacher = build_net(cfg.teacher, data, "teacher")
+    with pytest.raises(UserError, match=r"in int8 .*reads logits alone \(kd, dkd, dist, mlkd, supervised\)"):
+        build_distiller(cfg, data, make(cfg.method), teacher)
+
+
+@pytest.mark.parametrize("method", ["kd", "dkd", "dist", "mlkd", "supervised"])
+def test_the_methods_that_are_named_then_work(tmp_path, method):
+    cfg = compose_config(tmp_path / "run", *SMALL, "compress=int8", f"method={method}", "teacher.checkpoint=null")
+    data = build_data(cfg)
+    distiller = build_distiller(cfg, data, make(cfg.method), build_net(cfg.teacher, data, "teacher"))
+    assert isinstance(distiller.student, Int8)
+    x, y = data.normalise(data.source.train.images[:8]), data.source.train.targets[:8]
+    teacher = distiller.teacher(x) if distiller.teacher is not None else None
+    sum(distiller.method(distiller.tapped(x), teacher, y).values()).backward()
+    assert all(p.grad is not None for p in distiller.student.parameters())
 
 
 def test_a_network_that_cannot_be_traced_is_refused():

@@ -14,6 +14,7 @@ from torch.distributed import TCPStore
 
 from litdistill.errors import UserError
 from litdistill.launch import Launch, fit_to_launch, launched, run_stamp
+from litdistill.train import build_trainer
 from tests import forked
 from tests.conftest import compose_config
 from tests.test_cli import ROOT, call
@@ -152,3 +153,33 @@ def test_the_workers_of_a_sweep_do_each_trial_once(tmp_path):
     assert "6 complete" in (folder / "sweep.md").read_text()
     # The second has left the config of the first as it was: resume=auto finds the sweep by it.
     assert list(OmegaConf.load(folder / ".hydra" / "overrides.yaml")) == [*arguments, *space]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=2", "method=ft"],
+        ["trainer=auto", "+trainer.strategy=ddp", "trainer.devices=2", "trainer.accelerator=cpu"],
+    ],
+)
+def test_a_trainer_takes_what_its_file_has_no_key_for(tmp_path, overrides):
+    cfg = compose_config(tmp_path, *overrides)
+    assert build_trainer(cfg, tmp_path, phases="method=ft" in overrides).world_size == 2
+
+
+@pytest.mark.slow
+def test_the_ranks_of_a_sweeps_trials_train_on_the_trials_own_values(tmp_path):
+    """Lightning starts them by the command of the trial and not of the sweep. DDP refuses ranks whose networks differ."""
+    pytest.importorskip("optuna")
+    arguments = [a for a in PLAIN if not a.startswith(("student.widths", "name="))] + ["data.per_class=8", "name=s"]
+    ranks = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "sweep=grid"]
+    space = ["sweep.space.method=null", "sweep.space.student.widths=[[8],[12]]"]
+    done = call("sweep", *arguments, *ranks, *space, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / "runs" / "s").iterdir()
+    assert sorted(p.name for p in (tmp_path / "runs" / "s").iterdir()) == [
+        folder.name
+    ]  # no rank made a sweep of its own
+    found = [json.loads((folder / trial / "summary.json").read_text()) for trial in "01"]
+    assert [s["device"]["world_size"] for s in found] == [2, 2]
+    assert found[0]["student"]["params"] != found[1]["student"]["params"]

@@ -142,6 +142,23 @@ def test_onnx_and_torch_give_the_same_through_the_same_door(tmp_path):
         assert np.allclose(measure.onnx_run(content, 1)(images), measure.torch_run(net, "cpu")(images), atol=1e-3)
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_runtime_is_given_the_threads_that_are_stated(tmp_path, monkeypatch, threads):
+    import onnxruntime
+
+    onnx_file(tmp_path / "small.onnx", 8)
+    given, session = [], onnxruntime.InferenceSession
+
+    def watched(content, options, **others):
+        given.append((options.intra_op_num_threads, options.inter_op_num_threads))
+        return session(content, options, **others)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", watched)
+    measure.onnx_run(str(tmp_path / "small.onnx"), threads)(np.zeros((2, 1, 8, 8), np.uint8))
+    measure._grow(str(tmp_path / "small.onnx"), 2, threads)  # what the process that measures memory does
+    assert set(given) == {(threads, 1)}
+
+
 def test_energy_is_read_from_the_packages_counters_which_start_anew(tmp_path, monkeypatch):
     monkeypatch.setattr(measure, "RAPL", tmp_path)
     run = lambda images: None  # noqa: E731

@@ -69,6 +69,32 @@ def test_the_accuracy_of_a_class_is_that_of_counting(classes):
         assert float(found[c]) == pytest.approx(sum(mine) / len(mine))
 
 
+def test_a_class_without_test_images_is_not_the_worst():
+    made = group(rows=1, seeds=1, classes=3)
+    for row in made.rows:
+        for seed in row.seeds:
+            seed.test_targets = torch.where(seed.test_targets == 1, 2, seed.test_targets)
+    shown = table(sections.per_class(made, ""), "classes")
+    for i in range(2):
+        assert cell(shown, i, "1") == ""
+        worst = min("02", key=lambda c: float(cell(shown, i, c)))
+        assert cell(shown, i, "worst class") == worst
+
+
+def test_what_a_row_starts_from_and_how_its_epoch_was_chosen_is_told():
+    made = group(rows=3, seeds=2)
+    for seed in made.rows[1].seeds:
+        seed.summary["start"] = {"from": "teacher", "images": 1168, "method": "supervised"}
+    for seed in made.rows[3].seeds:
+        seed.summary["epochs"] = 0
+    section = sections.quality(made, "")
+    shown = table(section, "quality")
+    starts = [cell(shown, i, "starts from") for i in range(4)]
+    assert starts == ["", "the teacher (1,168 images)", "nothing", "a network of 50,000 images (label_smoothing)"]
+    assert [cell(shown, i, "last epoch %") for i in range(4)] == ["", "80.00 ± 0.00", "80.00 ± 0.00", ""]
+    assert "validation set has 60 images, of which one is 1.7 points" in section.blocks[0].text
+
+
 def test_failures_are_what_only_the_teacher_has_right_the_surest_first():
     targets = torch.zeros(5, dtype=torch.int64)
     right, wrong = [2.0, 0.0, 0.0], [0.0, 2.0, 0.0]
@@ -195,12 +221,13 @@ def test_a_page_of_real_runs(runs, tmp_path):
     settings = Settings(rounds=2, robustness=20, epsilons=(8,), device="cpu")
     (made,) = build([runs], tmp_path / "page", "Students", settings)
     assert [(r.label.split(",")[0], len(r.seeds)) for r in made.rows] == [("teacher", 1), ("kd", 2), ("supervised", 1)]
+    few = torch.from_numpy(np.linspace(0, summary["data"]["test"] - 1, 20).astype(int))
     for row in made.rows[1:]:
         for seed in row.seeds:  # measured anew, and the same as when the run ended
             assert seed.quality["accuracy"] == seed.summary["student"]["test"]["accuracy"]["best"]
             assert seed.quality["nll"] == seed.summary["student"]["test"]["nll"]
             assert seed.robustness["attacks"]["FGSM"][0] == pytest.approx(
-                (seed.test[:20].argmax(1) == seed.test_targets[:20]).double().mean().item()
+                (seed.test[few].argmax(1) == seed.test_targets[few]).double().mean().item()
             )
         assert row.timing["bytes"] == row.file.stat().st_size
         assert row.file.parent.name == "export"

@@ -83,7 +83,7 @@ def test_a_job_that_is_told_to_leave_is_requeued_and_goes_on_in_its_folder(scrip
     )
     assert (state(cluster, job)["JobState"], state(cluster, job)["Restarts"]) == ("COMPLETED", "1"), output.read_text()
     (folder,) = (tmp_path / "runs" / "one").iterdir()
-    assert re.fullmatch(rf"slurm-{job}-[0-9a-f]{{4}}", folder.name)
+    assert re.fullmatch(rf"slurm-{job}-[0-9a-f]{{12}}", folder.name)
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["device"]["world_size"] == ranks
     assert summary["epochs"] == 100

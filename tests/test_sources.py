@@ -378,6 +378,32 @@ def test_archives_are_read_by_name_and_never_unpacked(tmp_path, monkeypatch, kin
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["a", "b", "secret"]
 
 
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE])
+def test_a_hostile_archive_writes_nothing_outside_of_the_folder_and_is_given_up(tmp_path, monkeypatch, kind):
+    """Through all of `obtain`, which does write: paths that lead out, and links where data should be."""
+    secret, root = tmp_path / "secret", tmp_path / "a" / "root"
+    secret.write_bytes(b"secret")
+    slips = [
+        ("set/../../../../evil", b"slip", tarfile.REGTYPE),
+        (str(tmp_path / "absolute"), b"slip", tarfile.REGTYPE),
+        ("set/link", str(tmp_path), tarfile.SYMTYPE),
+        ("set/link/through", b"slip", tarfile.REGTYPE),
+    ]
+    served = [archive(*slips, ("set/x", str(secret), kind)), archive(*slips, ("set/x", b"good", tarfile.REGTYPE))]
+    monkeypatch.setattr(ways, "download", lambda url: served[int(url)])
+    hostile, honest = (functools.partial(ways.mirror_tar, url, "set", ("x",)) for url in "01")
+    for digest_of in (b"good", b"secret"):  # not even if the link led to the very bytes that are looked for
+        publish(monkeypatch, "fashion_mnist", {"x": digest_of}, hostile=hostile)
+        with pytest.raises(UserError, match="hostile: set/x in the archive is not a regular file"):
+            fetch.obtain("fashion_mnist", root)
+    publish(monkeypatch, "fashion_mnist", {"x": b"good"}, hostile=hostile, honest=honest)
+    assert fetch.obtain("fashion_mnist", root).content == {"x": b"good"}
+    files = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if not p.is_dir() and p.suffix != ".lock"}
+    assert files == {"secret", "a/root/fashion_mnist/x"}
+    assert secret.read_bytes() == b"secret"
+    assert not any(p.is_symlink() for p in tmp_path.rglob("*"))
+
+
 def test_a_gzip_bomb_is_refused(monkeypatch):
     monkeypatch.setattr(ways, "LIMIT", 1000)
     assert ways.unzip(gzip.compress(bytes(1000))) == bytes(1000)

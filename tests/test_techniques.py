@@ -25,7 +25,7 @@ from litdistill.export import export
 from litdistill.methods.base import Outputs, Taps
 from litdistill.methods.fitnet import FitNet
 from litdistill.methods.kd import KD
-from litdistill.methods.shuffled import Shuffled
+from litdistill.methods.shuffled import Shuffled, of_its_class
 from litdistill.predict import load
 from litdistill.runtime import CONF
 from litdistill.train import train
@@ -101,7 +101,13 @@ def test_every_technique_trains_and_is_rebuilt_to_the_digit(tiny, technique):
     found = summary(folder)
     assert found["technique"] == technique
     assert differences(evaluate(folder), found) == []
-    assert (found["start"] is not None) == (load_run(folder)[0].student.checkpoint == "auto")
+    source = load_run(folder)[0].student.checkpoint
+    assert (found["start"] is not None) == (source is not None)
+    if source is not None:  # which is trained on all images, of five classes or ten, or on the few of the run itself
+        assert found["start"]["from"] == ("teacher" if source == "teacher" else "network")
+        few = found["data"]["train"]
+        assert (found["start"]["images"] > few) == (source == "teacher" or technique.startswith("transfer"))
+        assert ("run" in found["start"]) == (source == "auto")
     _, distiller = rebuild(folder)
     assert sum(p.numel() for p in distiller.shipped.parameters()) == found["student"]["params"]
 
@@ -146,13 +152,15 @@ def test_the_file_of_an_int8_student_holds_int8_weights(tiny):
 
 def test_a_compressed_student_is_a_starting_point_and_a_teacher(tiny, runs):
     start = tiny("pruned")
-    folder = runs / "again"
+    folder, teacher = runs / "again", summary(start)["start"]
     cfg = compose_config(folder, "experiment=compare/distilled", *TINY, "student.widths=[8,16]", "trainer.max_epochs=1")
     cfg.student.checkpoint = cfg.teacher.checkpoint = str(start)
     cfg.teacher.allow_chance, cfg.optimizer.lr = True, 0.0
     write_text(folder / ".hydra" / "config.yaml", OmegaConf.to_yaml(cfg))
     train(cfg)
     assert summary(folder)["student"]["params"] == summary(start)["student"]["params"]
+    begun = {"from": "network", "images": teacher["images"], "method": "kd"}  # which the teacher had seen before it
+    assert summary(folder)["start"] == begun
     assert summary(folder)["teacher"]["sha256"] == summary(start)["student"]["sha256"]
     _, distiller = rebuild(folder)
     assert structure_of(distiller.shipped) == structure_of(rebuild(start)[1].shipped)
@@ -306,9 +314,11 @@ def outputs(seed: int) -> Outputs:
     return Outputs(torch.randn(6, 4, generator=draw), {"layer1": torch.randn(6, 3, 2, 2, generator=draw)})
 
 
-def test_a_shuffled_teacher_gives_each_sample_the_one_before_and_labels_stay():
-    student, teacher, target = outputs(0), outputs(1), torch.arange(6) % 4
-    other = [5, 0, 1, 2, 3, 4]
+def test_a_shuffled_teacher_gives_each_sample_the_next_of_its_class_and_labels_stay():
+    student, teacher, target = outputs(0), outputs(1), torch.tensor([0, 1, 0, 3, 1, 0])
+    other = [2, 4, 5, 3, 1, 0]  # the only 3 keeps its own
+    assert of_its_class(target).tolist() == other
+    assert of_its_class(torch.nn.functional.one_hot(target).float()).tolist() == other
     method = KD(hard=0.3, soft=0.7)
     expected = method(student, Outputs(teacher.logits[other]), target)
     found = Shuffled(method)(student, teacher, target)
@@ -318,20 +328,14 @@ def test_a_shuffled_teacher_gives_each_sample_the_one_before_and_labels_stay():
 
 
 def test_features_are_shuffled_alike():
-    student, teacher, target = outputs(0), outputs(1), torch.arange(6) % 4
+    student, teacher, target = outputs(0), outputs(1), torch.tensor([0, 1, 0, 3, 1, 0])
     torch.manual_seed(0)
     plain = FitNet()
     plain.build(student, teacher, target)
-    other = Outputs(teacher.logits.roll(1, 0), {"layer1": teacher.features["layer1"].roll(1, 0)})
+    other = Outputs(teacher.logits, {"layer1": teacher.features["layer1"][[2, 4, 5, 3, 1, 0]]})
     found = Shuffled(plain)(student, teacher, target)
     assert found["hint"].item() == plain(student, other, target)["hint"].item()
     assert Shuffled(plain).taps() == plain.taps() != Taps()
-
-
-def test_a_batch_of_one_cannot_be_shuffled():
-    one = Outputs(torch.zeros(1, 4))
-    with pytest.raises(UserError, match="batch of one"):
-        Shuffled(KD())(one, one, torch.zeros(1, dtype=torch.int64))
 
 
 def test_any_method_is_shuffled_by_an_override(tmp_path):

@@ -1,20 +1,23 @@
 """A whole run: what it leaves, that it is the same twice, found again, resumed and reproduced."""
 
 import json
+import pickle
 import re
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from litdistill import train as train_module
 from litdistill.build import recipe_hash, teacher_config, teacher_folder
 from litdistill.errors import Stopped, UserError
 from litdistill.evaluate import differences, evaluate, load_run
+from litdistill.export import export
 from litdistill.train import train
 
 
@@ -103,14 +106,30 @@ def test_evaluate_reproduces_the_summary_to_the_digit(finished):
 
 
 def test_evaluate_notices_other_weights(finished, tmp_path):
-    import shutil
-
-    from safetensors.torch import save_file
-
     copy = shutil.copytree(finished, tmp_path / "copy")
     state = load_file(copy / "student.safetensors")
     save_file({k: v + 0.1 if v.is_floating_point() else v for k, v in state.items()}, copy / "student.safetensors")
-    assert differences(evaluate(copy), load_run(copy)[1])
+    with pytest.raises(UserError, match="not the student of this run: the SHA-256"):
+        evaluate(copy)
+
+
+def test_evaluate_notices_another_measurement(finished, tmp_path):
+    copy = shutil.copytree(finished, tmp_path / "copy")
+    summary = load_run(copy)[1]
+    summary["student"]["test"]["nll"] += 1e-9
+    assert [line.split(":")[0] for line in differences(evaluate(copy), summary)] == ["nll"]
+
+
+def test_evaluate_refuses_an_exported_file_that_was_changed(finished, tmp_path):
+    copy = shutil.copytree(finished, tmp_path / "copy")
+    path, _ = export(copy, "onnx")
+    export(copy, "safetensors")
+    summary = load_run(copy)[1]
+    assert differences(evaluate(copy), summary) == []
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(UserError, match=r"student\.onnx is not the file that was exported: its SHA-256"):
+        evaluate(copy)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -230,6 +249,11 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(small, monkeypatch,
     assert signal.getsignal(signal.SIGINT) is handler
     monkeypatch.setattr(train_module, "build_trainer", build)
     assert equal(whole, weights(run(small(*extra, name="parts"))))
+
+
+def test_that_a_run_was_stopped_is_told_from_one_process_to_another():
+    stop = pickle.loads(pickle.dumps(Stopped(signal.SIGTERM, "step 3")))
+    assert (type(stop), stop.status, str(stop)) == (Stopped, 143, "Stopped by SIGTERM at step 3; the state is saved.")
 
 
 def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(small, monkeypatch, caplog):

@@ -10,6 +10,7 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
 
 from litdistill.cache import CacheOptions
 from litdistill.callbacks import SeededSteps
@@ -17,6 +18,7 @@ from litdistill.data.augment import Crop
 from litdistill.data.datamodule import IdLoader, Ids, ImageData
 from litdistill.distiller import Distiller
 from litdistill.methods.kd import KD
+from litdistill.methods.supervised import Supervised
 from litdistill.nets.small import conv4
 from litdistill.teacher import FrozenTeacher
 
@@ -37,6 +39,16 @@ class Diary(Callback):
 
     def on_validation_start(self, trainer, pl_module):
         self.lines.append(("validation", trainer.current_epoch, trainer.global_step))
+
+
+class StopAt(Callback):
+    """As a timer does, in the middle of a window."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_train_batch_end(self, trainer, *_):
+        trainer.should_stop = trainer.global_step >= self.step
 
 
 def run(tmp_path, window: int, clip: float | None = None, callbacks=(), epochs: int = 3, ckpt=None, **options):
@@ -81,11 +93,13 @@ def run(tmp_path, window: int, clip: float | None = None, callbacks=(), epochs: 
         (None, [], {"val_check_interval": 7}),
         (None, [], {"val_check_interval": 0.5}),
         (None, [], {"max_steps": 17, "epochs": -1}),
-        (None, [], {"limit_train_batches": 8}),
+        (None, [], {"limit_train_batches": 7}),
+        (None, ["stop"], {}),
         (None, [], {"precision": "bf16-mixed", "epochs": 1}),
     ],
 )
 def test_weights_counts_logs_and_what_callbacks_see_are_those_of_single_steps(tmp_path, clip, callbacks, options):
+    callbacks = [StopAt(6) if c == "stop" else c for c in callbacks]
     one, trainer, diary = run(tmp_path, 1, clip, callbacks, **options)
     many, trainer16, diary16 = run(tmp_path, 4, clip, callbacks, **options)
     assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), many.state_dict().values(), strict=True))
@@ -122,6 +136,19 @@ def test_a_checkpoint_within_a_window_goes_on_where_it_was_written(tmp_path):
         )
         assert diary[0][3] == step
         assert trainer.global_step == 36
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 4), (4, 1)])
+def test_a_run_goes_on_with_another_window(tmp_path, before, after):
+    whole, _, _ = run(tmp_path, 4)
+    every = [ModelCheckpoint(tmp_path / "points", filename="{step}", every_n_train_steps=7, save_top_k=-1)]
+    run(tmp_path / "b", before, callbacks=every, epochs=2)
+    resumed, trainer, diary = run(tmp_path / "c", after, ckpt=tmp_path / "points" / "step=14.ckpt")
+    assert diary[0] == ("start", 1, 2, 14)
+    assert trainer.global_step == 36
+    assert all(
+        torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True)
+    )
 
 
 def test_windows_lie_where_they_lie_wherever_a_run_goes_on():
@@ -161,3 +188,30 @@ def test_the_windows_images_are_gathered_once_and_in_minibatches(tmp_path):
     Trainer(accelerator="cpu", max_epochs=1, logger=False, enable_progress_bar=False, enable_model_summary=False,
             enable_checkpointing=False, default_root_dir=tmp_path).fit(distiller, datamodule=data)  # fmt: skip
     assert [n for n in sizes if n > 2] == [50, 30]
+
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(5):
+            yield torch.randn(4, 1, 8, 8, generator=generator), torch.arange(4)
+
+
+def test_a_loader_of_others_without_a_length_is_validated_and_scheduled_as_ever(tmp_path):
+    found = []
+    for window in (1, 4):
+        torch.manual_seed(0)
+        schedule = functools.partial(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=0.5)
+        optimizer = functools.partial(torch.optim.SGD, lr=0.1)
+        distiller = Distiller(conv4(10, (1, 8, 8), widths=[4]), Supervised(), None, optimizer, schedule, window=window)
+        diary = Diary()
+        trainer = Trainer(
+            accelerator="cpu", max_epochs=2, logger=False, enable_progress_bar=False, enable_model_summary=False,
+            enable_checkpointing=False, default_root_dir=tmp_path, num_sanity_val_steps=0, callbacks=[diary],
+        )  # fmt: skip
+        loaders = [DataLoader(Endless(), batch_size=None) for _ in range(2)]
+        trainer.fit(distiller, *loaders)
+        found.append((diary.lines, trainer.optimizers[0].param_groups[0]["lr"], trainer.global_step))
+    assert found[0] == found[1]
+    assert [line for line in found[0][0] if line[0] == "validation"] == [("validation", 0, 5), ("validation", 1, 10)]
+    assert found[0][1] == 0.1 * 0.5**2

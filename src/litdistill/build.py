@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
+from hydra.types import RunMode
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import nn
@@ -22,6 +24,7 @@ from torch import nn
 from litdistill import taps
 from litdistill.cache import CacheOptions
 from litdistill.checkpoint import STUDENT, fit_weights, load_weights
+from litdistill.compress.quantise import Int8
 from litdistill.compress.structure import Step, load_structure, restore, structure_of
 from litdistill.data import augment as aug
 from litdistill.data.datamodule import ImageData
@@ -63,6 +66,7 @@ RECIPE = (
 )
 CALIBRATION = 512  # training images, unaugmented, that compressing may look at
 NO_RECIPE = {  # ... but for where things are and how fast they go
+    "teacher": ("cache",),
     "data": ("root", "download", "eval_batch_size", "resident", "memory_gb", "workers"),
     "trainer": (
         "accelerator",
@@ -216,9 +220,18 @@ def build_distiller(
     torch.manual_seed(cfg.seed)  # the same first weights whatever came before and whatever the method
     net = build_student(cfg, data, teacher, source, structure)
     example = data.normalise(data.source.train.images[data.train_ids[:2]])
-    student = method.prepare(net, teacher, example)
-    asked = method.taps()
-    student_taps = taps.find(student, example, asked.student)
+    try:
+        student = method.prepare(net, teacher, example)
+        asked = method.taps()
+        student_taps = taps.find(student, example, asked.student)
+    except UserError as error:
+        if not isinstance(net, Int8):
+            raise
+        raise UserError(
+            f"{type(method).__name__} reads features inside the student, and in int8 (compress=int8) that is one traced "
+            "graph without layers to tap. Use a method that reads logits alone (kd, dkd, dist, mlkd, supervised), or distil "
+            "in float first and start from that student: student.checkpoint=<its run folder> compress=int8."
+        ) from error
     teacher_taps = taps.find(teacher, example, asked.teacher) if teacher is not None else []
     distiller = Distiller(
         student,
@@ -278,7 +291,10 @@ def steps_at_once(cfg: DictConfig) -> int:
 
 def _cache_options(cfg: DictConfig) -> CacheOptions:
     options = cfg.teacher.get("cache") if cfg.teacher is not None else None
-    return CacheOptions(**options, folder=Path(cfg.runs) / "cache") if options else CacheOptions()
+    if not options:
+        return CacheOptions()
+    multirun = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+    return CacheOptions(**{**options, "shared": options.get("shared") or multirun}, folder=Path(cfg.runs) / "cache")
 
 
 def teacher_config(cfg: DictConfig) -> DictConfig:
@@ -318,8 +334,12 @@ def student_config(cfg: DictConfig) -> DictConfig:
 
 def student_folder(cfg: DictConfig) -> Path:
     """Where the run that `student.checkpoint: auto` starts from is kept."""
-    recipe = student_config(cfg)
-    return Path(cfg.runs) / "students" / f"{net_name(recipe.student)}-{cfg.data.name}-{recipe_hash(recipe)}"
+    return student_place(student_config(cfg))
+
+
+def student_place(recipe: DictConfig) -> Path:
+    """Where a run of that config lies if it is one that others start from."""
+    return Path(recipe.runs) / "students" / f"{net_name(recipe.student)}-{recipe.data.name}-{recipe_hash(recipe)}"
 
 
 def recipe_hash(cfg: DictConfig) -> str:

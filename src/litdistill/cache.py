@@ -12,6 +12,7 @@ torn by a kill, or that was damaged since, does not count, and is computed anew.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -19,6 +20,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,7 +57,7 @@ class Store:
         self.values = _mapped(path, ".rows", rows * width, dtype).view(rows, width)
         self.marks = _mapped(path, ".marks", rows, torch.int64)
         self.known = torch.zeros(rows, dtype=torch.bool)
-        for index in self.marks.nonzero().flatten().split(2**16):
+        for index in self.marks.nonzero().flatten().split(max(1, 2**22 // width)):  # 16 MiB at a time
             self.known[index] = self.marks[index] == fingerprint(self.values[index], index)
         # On the CPU the file itself is what rows are gathered from; a GPU has a copy.
         self.near = self.values if device.type == "cpu" else self.values.to(device)
@@ -97,7 +99,10 @@ def _mapped(path: Path | None, suffix: str, count: int, dtype: torch.dtype) -> T
     file, size = path.with_name(path.name + suffix), count * dtype.itemsize
     with FileLock(path.with_name(path.name + ".lock")), open(file, "ab") as opened:
         if os.fstat(opened.fileno()).st_size < size:  # a file that is longer belongs to a longer run, and serves too
-            os.posix_fallocate(opened.fileno(), 0, size)
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(opened.fileno(), 0, size)
+            else:  # macOS: the file is made, but no room is taken
+                opened.truncate(size)
     return torch.from_file(str(file), shared=True, size=count, dtype=dtype)
 
 
@@ -134,14 +139,13 @@ class TeacherCache:
         self.teacher, self.data, self.device, self.dtype, self.rounds = teacher, data, device, dtype, rounds
         self.folder = folder / cache_key(teacher, data, device, dtype, precision) if folder is not None else None
         self.computed = self.asked = 0
-        self._stores: dict[str, Store] = {}
         self._shapes: dict[str, torch.Size] = {}
 
-    def outputs(self, batch: Batch, split: str = "train") -> Outputs:
-        """What the teacher gives for a batch that `data` made of `split`, whose ids and views say which rows these are."""
+    def outputs(self, batch: Batch) -> Outputs:
+        """What the teacher gives for a batch of training images, whose ids and views say which rows these are."""
         assert batch.ids is not None
-        store = self._store(split, batch)
-        index = batch.ids if batch.views is None else batch.views * self._count(split) + batch.ids
+        store = self.store
+        index = batch.ids if batch.views is None else batch.views * len(self.data.train_targets) + batch.ids
         values, known = store.get(index)
         self.asked += len(index)
         if not bool(known.all()):
@@ -157,7 +161,7 @@ class TeacherCache:
     def bytes(self) -> int:
         """What the rows of the training images take, once all are there."""
         views = view_count(self.data, self.rounds)
-        return self._count("train") * views * (self._width() * self.dtype.itemsize + 8)
+        return len(self.data.train_targets) * views * (self._width() * self.dtype.itemsize + 8)
 
     def _width(self) -> int:
         """The numbers of a row; from a dry forward, once."""
@@ -168,7 +172,7 @@ class TeacherCache:
 
     def _run(self, images: Tensor) -> Tensor:
         """The rows of images, in groups of one size: what the teacher says of one must not depend on who came with it."""
-        size = self.data.batch_size if self.device.type == "cpu" else max(self.data.batch_size, 1024)
+        size = self.data.batch_size
         rows = []
         for group in images.split(size):
             padding = size - len(group)
@@ -182,38 +186,34 @@ class TeacherCache:
         named = {k: p.view(-1, *s) for (k, s), p in zip(self._shapes.items(), parts, strict=True)}
         return Outputs(named.pop("logits"), named, ids)
 
-    def _count(self, split: str) -> int:
-        data = self.data.source.test if split == "test" else self.data.source.train
-        return len(data.targets)
+    @cached_property
+    def store(self) -> Store:
+        """The rows: of every training image in every view, or as it is where nothing is augmented."""
+        rows = len(self.data.train_targets) * view_count(self.data, self.rounds)
+        store = self._open(rows, self._width())
+        if self.folder is not None:
+            self._believe(store)
+        return store
 
-    def _store(self, split: str, batch: Batch) -> Store:
-        name = f"{split}-{'plain' if batch.views is None else 'views'}"
-        if name not in self._stores:
-            rows = self._count(split) * (1 if batch.views is None else view_count(self.data, self.rounds))
-            self._stores[name] = self._open(name, rows, self._width())
-            if self.folder is not None:
-                self._believe(name, split)
-        return self._stores[name]
-
-    def _open(self, name: str, rows: int, width: int) -> Store:
+    def _open(self, rows: int, width: int) -> Store:
         if self.folder is not None:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                return Store(rows, width, self.dtype, self.device, self.folder / name)
+                return Store(rows, width, self.dtype, self.device, self.folder / "outputs")
             except OSError as error:
                 log.warning("The teacher's cache is kept in memory: %s cannot be written: %s", self.folder, error)
                 self.folder = None
         return Store(rows, width, self.dtype, self.device)
 
-    def _believe(self, name: str, split: str) -> None:
+    def _believe(self, store: Store) -> None:
         """Computes a few of the rows again, and drops all if they differ: something is not in the key that should be."""
-        store, count = self._stores[name], self._count(split)
+        count = len(self.data.train_targets)
         rows = store.known.nonzero().flatten()
         if len(rows) == 0:
             return
         rows = rows[:: max(1, len(rows) // SPOT_CHECK)][:SPOT_CHECK]
         ids, views = rows % count, rows // count
-        batch = self.data.seen(split, ids, None if name.endswith("plain") else views)
+        batch = self.data.seen("train", ids, views if self.data.draws_views else None)
         again, kept = self._run(batch.images), store.get(rows)[0]
         if (again - kept).abs().max() > max(TOLERANCE, 2 * torch.finfo(self.dtype).eps) * again.abs().max():
             log.warning("The teacher's cache in %s is not what the teacher says: it is computed anew.", self.folder)
@@ -254,10 +254,8 @@ def open_cache(
     folder = options.folder if options.mode != "memory" else None
     cache = TeacherCache(teacher, data, device, folder, rounds, getattr(torch, options.dtype), precision)
     views = view_count(data, rounds)
-    if data.fixed_views is not None:
-        saving = max(0.0, 1 - data.fixed_views / passes)
-    else:
-        saving = expected_saving(views, passes, data.views is not None)
+    finite = data.views is not None
+    saving = expected_saving(views, passes) if finite else max(0.0, 1 - views / passes)
     again = options.shared or (cache.folder is not None and cache.folder.is_dir())
     if options.mode == "auto" and saving < 0.05 and not again:
         log.info("The teacher's outputs are not kept: each of %d views is seen about once in this run.", views)
@@ -269,8 +267,8 @@ def open_cache(
             *(size / 1e9, options.gb),
         )
         return None
-    if cache.folder is not None and not cache.folder.is_dir():
-        make_room(cache.folder.parent, size, int(options.gb * 1e9))
+    if cache.folder is not None:
+        prepare(cache.folder, size, int(options.gb * 1e9))
     log.info(
         "The teacher's outputs are kept %s, by image and view (%d of each, %.2f GB): that saves %.0f %% of its work%s.",
         f"in {os.path.relpath(cache.folder)}" if cache.folder else "in memory",
@@ -291,21 +289,36 @@ def evaluated(
 
     Whoever comes first computes them; those who start at the same time wait for the file.
     """
-    key = cache_key(FrozenTeacher(net), data, device, torch.float32, split)
+    ids = {"train": data.train_ids, "val": data.val_ids, "test": data.test_ids}[split]
+    key = cache_key(FrozenTeacher(net), data, device, torch.float32, f"{split} {_digest(ids)}")
     path = folder / f"{key}.safetensors"
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / f"{key}.lock"):
-        try:
-            with safe_open(path, "pt") as file:
-                logits, noted = file.get_tensor("logits"), (file.metadata() or {}).get("sha256")
-            if noted == weights_sha256({"logits": logits}):
-                return logits
-            log.warning("%s is damaged: what the teacher says is computed anew.", path)
-        except (OSError, SafetensorError):
-            pass  # there is none, or not a whole one
-        logits = compute()
-        facts = {"sha256": weights_sha256({"logits": logits})}
-        write_atomically(path, lambda temporary: save_file({"logits": logits.contiguous()}, temporary, facts))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock: contextlib.AbstractContextManager[Any] = FileLock(folder / f"{key}.lock").acquire()
+    except OSError as error:
+        log.warning("What the teacher says is not kept: %s cannot be written: %s", folder, error)
+        return compute()
+    with lock:
+        if (logits := _read(path)) is None:
+            logits = compute()
+            facts = {"sha256": weights_sha256({"logits": logits})}
+            try:
+                write_atomically(path, lambda temporary: save_file({"logits": logits.contiguous()}, temporary, facts))
+            except UserError as error:
+                log.warning("What the teacher says is not kept: %s", error)
+    return logits
+
+
+def _read(path: Path) -> Tensor | None:
+    """The logits in a file of `evaluated`; None where there is none, or not a whole one."""
+    try:
+        with safe_open(path, "pt") as file:
+            logits, noted = file.get_tensor("logits"), (file.metadata() or {}).get("sha256")
+    except (OSError, SafetensorError):
+        return None
+    if noted != weights_sha256({"logits": logits}):
+        log.warning("%s is damaged: what the teacher says is computed anew.", path)
+        return None
     return logits
 
 
@@ -314,10 +327,9 @@ def view_count(data: ImageData, rounds: int) -> int:
     return data.views or min(rounds, data.fixed_views or rounds)
 
 
-def expected_saving(views: int, passes: float, finite: bool = True) -> float:
-    """The share of the teacher's work that is not done in one run that starts without a row."""
-    distinct = views * (1 - (1 - 1 / views) ** passes) if finite else passes
-    return max(0.0, 1 - distinct / passes)
+def expected_saving(views: int, passes: float) -> float:
+    """The share of the teacher's work that is not done in a run that starts without a row and draws its views at random."""
+    return max(0.0, 1 - views * (1 - (1 - 1 / views) ** passes) / passes)
 
 
 def cache_key(teacher: FrozenTeacher, data: ImageData, device: torch.device, dtype: torch.dtype, precision: str) -> str:
@@ -340,6 +352,20 @@ def cache_key(teacher: FrozenTeacher, data: ImageData, device: torch.device, dty
 
 def _digest(tensor: Tensor) -> str:
     return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
+
+
+def prepare(folder: Path, needed: int, limit: int) -> None:
+    """Makes the folder of a cache, with room for it, or notes that it is in use; one process at a time.
+
+    Where that cannot be done, rows are kept in memory, which is said when they are.
+    """
+    with contextlib.suppress(OSError):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.parent / ".room.lock"):
+            if not folder.is_dir():
+                make_room(folder.parent, needed, limit)
+                folder.mkdir()
+            os.utime(folder)
 
 
 def make_room(folder: Path, needed: int, limit: int) -> None:

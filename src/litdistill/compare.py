@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import multiprocessing
@@ -19,7 +20,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from litdistill.build import recipe_hash
+from litdistill.build import recipe_hash, student_place
 from litdistill.callbacks import format_seconds
 from litdistill.checkpoint import write_text
 from litdistill.errors import UserError
@@ -142,6 +143,11 @@ def run(job: Job) -> Path:
     write_text(folder / ".hydra" / "overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(list(job.overrides))))
     with logged_to(folder / "train.log"):
         train(cfg)
+    if cfg.student.checkpoint is None:  # what other techniques start from, where their recipe is this run's
+        start = student_place(cfg)
+        start.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            start.symlink_to(os.path.relpath(folder, start.parent))
     return folder
 
 

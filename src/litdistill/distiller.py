@@ -87,13 +87,14 @@ class Distiller(LightningModule):
         self.optimizer, self.scheduler, self.schedule = optimizer, scheduler, schedule or {}
         self.allow_chance, self.cache_options = allow_chance, cache or CacheOptions()
         self.cache: TeacherCache | None = None
-        self.val_logits: Tensor | None = (
-            None  # what the teacher says of the data's `val_ids`, where that is known before
-        )
+        self.val_logits: Tensor | None = None  # what the teacher says of the data's `val_ids`, if that is known before
         # A step of several minibatches is optimised here (`litdistill.window`), one by one; of a single one by Lightning.
         self.automatic_optimization = window == 1
         self.gradient_clip_val, self.gradient_clip_algorithm = gradient_clip_val, gradient_clip_algorithm
-        self.held: Any = None  # see `litdistill.window`
+        self.called: Any = (
+            None  # the trainer's callbacks, while Lightning is kept from calling them (`litdistill.window`)
+        )
+        self.apart_s = 0.0  # seconds that went by for other runs, which this one starts from, while it was built
         self.teacher_s = 0.0  # seconds spent in the teacher since the fit began (on a GPU: in giving it its orders)
         self._sums: dict[str, Tensor] = {}
         self._reset_window()
@@ -137,7 +138,7 @@ class Distiller(LightningModule):
         return self.loss(batch) if self.automatic_optimization else train_window(self, batch, batch_idx)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        end_window(self, outputs)
+        end_window(self)
 
     def loss(self, batch: Batch, teacher: Outputs | None = None) -> Tensor:
         """The loss of one minibatch; `teacher`: what it gives for that, where it has been asked already."""
@@ -224,9 +225,27 @@ class Distiller(LightningModule):
                 "A smaller optimizer.lr or trainer.gradient_clip_val=1 usually helps."
             )
 
+    def on_train_end(self) -> None:
+        if self.cache is not None and self.cache.asked:
+            known = self.cache.asked - self.cache.computed
+            log.info(
+                "Of %d outputs of the teacher %.0f %% were known.", self.cache.asked, 100 * known / self.cache.asked
+            )
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Lets a run go on with another `window`: Lightning counts the steps that it makes itself and all others apart."""
+        loops = checkpoint["loops"]["fit_loop"]
+        own = loops["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]["total"]
+        ours = loops["epoch_loop.manual_optimization.optim_step_progress"]["total"]
+        for count in (own, ours):
+            count.update(max((own, ours), key=lambda c: c["completed"]))
+
     # -- validation and test -----------------------------------------------------------------------------------------
 
     def on_validation_epoch_start(self) -> None:
+        if self.trainer.world_size > 1 and not self.automatic_optimization:
+            for buffer in self.student.buffers():  # as DDP does before each of Lightning's own steps, and then only
+                torch.distributed.broadcast(buffer, 0)
         if self._steps and not self.trainer.sanity_checking:  # no checkpoint is written of what is not a number
             self._stop_if_not_finite({k: v / self._steps for k, v in self._sums.items()})
         self._eval.clear()

@@ -1,5 +1,7 @@
 """The exceptions whose message is meant for the user: what is wrong and what helps, and that a run has been stopped."""
 
+from __future__ import annotations
+
 import signal
 
 
@@ -15,4 +17,7 @@ class Stopped(BaseException):
 
     def __init__(self, signum: int, where: str):
         super().__init__(f"Stopped by {signal.Signals(signum).name} at {where}; the state is saved.")
-        self.status = 128 + signum
+        self.signum, self.where, self.status = signum, where, 128 + signum
+
+    def __reduce__(self) -> tuple[type[Stopped], tuple[int, str]]:
+        return type(self), (self.signum, self.where)  # how a process of a pool hands it to the one that waits

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from litdistill import metrics
 from litdistill.build import build_data, build_distiller, build_teacher, make
 from litdistill.cache import evaluated
-from litdistill.checkpoint import fit_weights, load_checkpoint, load_weights
+from litdistill.checkpoint import STUDENT, fit_weights, load_checkpoint, load_weights
 from litdistill.compress.structure import load_structure
 from litdistill.data.datamodule import ImageData
 from litdistill.distiller import Distiller
 from litdistill.errors import UserError
+from litdistill.predict import MANIFEST, read_manifest, verified
 from litdistill.teacher import weights_sha256
 
 log = logging.getLogger(__name__)
@@ -107,8 +108,12 @@ def _gone(cfg: DictConfig, folder: Path) -> None:
 
 
 def evaluate(folder: str | Path, overrides: DictConfig | None = None, device: str = "auto") -> dict[str, Any]:
-    """Rebuilds a finished run and measures it anew on the test set; its last weights too where they are kept."""
+    """Rebuilds a finished run and measures it anew on the test set; its last weights too where they are kept.
+
+    Raises `UserError` where the student or a file exported from it is not the one that the run left.
+    """
     folder = Path(folder)
+    verify_files(folder)
     data, distiller = rebuild(folder, overrides)
     device = pick_device(device)
     teacher = distiller.teacher.net if distiller.teacher is not None else None
@@ -117,6 +122,22 @@ def evaluate(folder: str | Path, overrides: DictConfig | None = None, device: st
     if last.is_file():
         found["last"] = measure_last(distiller, last, data, device)
     return found
+
+
+def verify_files(folder: Path) -> None:
+    """Raises `UserError` for a student other than summary.json's, or an exported file other than its manifest's.
+
+    By their SHA-256 alone: no model is opened.
+    """
+    found, noted = weights_sha256(load_weights(folder)), load_run(folder)[1]["student"]["sha256"]
+    if found != noted:
+        raise UserError(
+            f"{folder / STUDENT} is not the student of this run: the SHA-256 of its weights is {found[:12]}…, and "
+            f"summary.json has {noted[:12]}…. Fetch the run's folder anew, or train it again."
+        )
+    manifest = folder / "export" / MANIFEST
+    for name in read_manifest(manifest) if manifest.is_file() else ():
+        verified(manifest.parent / Path(name).name)
 
 
 def load_student(distiller: Distiller, checkpoint: Path) -> nn.Module:

@@ -61,8 +61,8 @@ def run_stamp() -> str:
     instead, so that a requeued job finds the folder of its first start.
     """
     if _in_slurm_job():
-        typed = hashlib.sha256("\0".join(sys.argv[1:]).encode()).hexdigest()
-        return f"slurm-{os.environ['SLURM_JOB_ID']}-{typed[:4]}"
+        typed = hashlib.sha256("\0".join([os.path.basename(sys.argv[0]), *sys.argv[1:]]).encode()).hexdigest()
+        return f"slurm-{os.environ['SLURM_JOB_ID']}-{typed[:12]}"
     stamp = time.strftime("%Y-%m-%d_%H-%M-%S_") + secrets.token_hex(2)
     return _of_first_rank(stamp) if "TORCHELASTIC_RUN_ID" in os.environ else stamp
 

@@ -144,13 +144,17 @@ def resumed(arguments: list[str], config_name: str = "train") -> list[str]:
         folder = Path(target)
         found = _overrides(folder, False, config_name)
         if found is None:
-            print(f"\nresume={target}: no run was started there (it has no .hydra/overrides.yaml).", file=sys.stderr)
+            print(
+                f"\nresume={target}: no run was started there (it has no .hydra/hydra.yaml of this command).",
+                file=sys.stderr,
+            )
             sys.exit(2)
         rest = [*options, *found, *overrides]
     print(f"Resuming {folder}")
     file, before = _notes(folder, sweep)
     if _noted(file):  # Hydra is about to write it anew: a kill in that moment must not make the run unknown
-        os.replace(file, before)
+        with contextlib.suppress(FileNotFoundError):  # another rank or worker has just done so
+            os.replace(file, before)
     return [*rest, f"hydra.{'sweep' if sweep else 'run'}.dir={folder}"]
 
 

@@ -77,7 +77,7 @@ class FairShares(Callback):
         self.weight = 1.0
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        loader = trainer.train_dataloader
+        loader = getattr(trainer.train_dataloader, "rows", trainer.train_dataloader)  # what is streamed wraps the rows
         self.weight = loader.weight(batch_idx) if isinstance(loader, IdLoader) else 1.0
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:

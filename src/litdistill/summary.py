@@ -16,7 +16,7 @@ from lightning import Trainer
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from litdistill.build import net_name, student_folder
+from litdistill.build import net_name, student_folder, teacher_folder
 from litdistill.data.datamodule import ImageData
 from litdistill.nets.profile import count_macs, count_parameters, weight_bytes
 from litdistill.scale import read_scale
@@ -77,7 +77,7 @@ def summarise(
             "agreement": found["likeness"]["agreement"] if teacher is not None else None,
             "kl": found["likeness"]["kl"] if teacher is not None else None,
         },
-        "start": start_cost(cfg),
+        "start": start_of(cfg),
         "val": {"best": best_val},
         "epochs": trainer.current_epoch,
         "steps": trainer.global_step,
@@ -94,15 +94,32 @@ def summarise(
     }
 
 
-def start_cost(cfg: DictConfig) -> dict[str, Any] | None:
-    """What training the network cost that the student started from (`student.checkpoint: auto`), all before it included."""
-    if cfg.student.get("checkpoint") != "auto":
-        return None
-    folder = student_folder(cfg)
+def start_of(cfg: DictConfig) -> dict[str, Any] | None:
+    """What the student started from; None where that is nothing.
+
+    `from`: "teacher", "network" or "published"; `images`: how many the network was trained on, or any before it if more,
+    None where that is not known; `method`: of its run. With `student.checkpoint: auto` also `run`, and what it cost, all
+    before it included.
+    """
+    source = cfg.student.get("checkpoint")
+    if source is None:
+        fetched = cfg.student.get("weights") or cfg.student.get("pretrained")
+        return {"from": "published", "images": None} if fetched else None
+    named, run = source, student_folder
+    if source == "teacher":
+        named, run = cfg.teacher.checkpoint, teacher_folder
+    start: dict[str, Any] = {"from": "teacher" if source == "teacher" else "network", "images": None}
+    folder = run(cfg) if named == "auto" else Path(named or "")
+    if named is None or not (folder / "summary.json").is_file():
+        return start
     found = json.loads((folder / "summary.json").read_text())
     before = found.get("start") or {}
+    start |= {"images": max(found["data"]["train"], before.get("images") or 0), "method": found["method"]}
+    if source != "auto":
+        return start
     cost = {k: found[k] + before.get(k, 0) for k in ("epochs", "steps")}
-    return {"run": folder.name, **cost, "total_s": found["time"]["total_s"] + before.get("total_s", 0.0)}
+    total_s = found["time"]["total_s"] + before.get("total_s", 0.0)
+    return {**start, "run": folder.name, **cost, "total_s": total_s}
 
 
 def method_name(cfg: DictConfig) -> str:

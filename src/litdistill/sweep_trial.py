@@ -92,6 +92,8 @@ def run_one(plan: Plan, trial: optuna.Trial, overrides: list[str], folder: Path,
     inside = folder.is_relative_to(Path.cwd())
     whole = [*overrides, f"folder={literal(str(folder.relative_to(Path.cwd()) if inside else folder))}"]
     cfg = compose("train", whole)
+    if cfg.teacher is not None:
+        cfg.teacher.cache.shared = True  # trials to come have the same teacher
     write_text(folder / ".hydra" / "config.yaml", OmegaConf.to_yaml(cfg))
     write_text(folder / ".hydra" / "overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(overrides)))
     callbacks = [Judge(trial, plan.monitor, hyperparameters(cfg))] if judged else []

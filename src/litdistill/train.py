@@ -22,6 +22,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from omegaconf import DictConfig, OmegaConf
 
 from litdistill import pictures
+from litdistill.allocator import keep_freed_memory
 from litdistill.build import (
     build_data,
     build_distiller,
@@ -55,9 +56,20 @@ log = logging.getLogger(__name__)
 
 def build(cfg: DictConfig, method: Method) -> tuple[ImageData, Distiller]:
     """A run's data and its distiller, whose teacher is trained first where there is none yet."""
-    data = build_data(cfg)
-    teacher = build_teacher(cfg, data, train_teacher)
-    return data, build_distiller(cfg, data, method, teacher, start(cfg))
+    data, apart = build_data(cfg), 0.0
+
+    def timed(work: Callable[..., Any], *given: Any) -> Any:
+        """A teacher or a starting point is a run of its own: its time, and that of waiting for it, is not this one's."""
+        nonlocal apart
+        begun = time.perf_counter()
+        found = work(*given)
+        apart += time.perf_counter() - begun
+        return found
+
+    teacher = build_teacher(cfg, data, partial(timed, train_teacher))
+    distiller = build_distiller(cfg, data, method, teacher, timed(start, cfg))
+    distiller.apart_s = apart
+    return data, distiller
 
 
 def train(
@@ -88,6 +100,7 @@ def _train(
         return float(json.loads((folder / "summary.json").read_text())["val"]["best"])
     started = clock()
     adopt_lightning_logs()
+    keep_freed_memory()
     torch.set_float32_matmul_precision("high")
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
@@ -101,7 +114,7 @@ def _train(
     sharded = cfg.teacher is not None and isinstance(trainer.strategy, ShardedTeacher)
     if sharded:  # its ranks run it together: none may find in a cache what another asks for
         cfg = cfg.copy()
-        cfg.teacher.cache.mode = "off"
+        OmegaConf.update(cfg, "teacher.cache.mode", "off", force_add=True)
     data, distiller = build(cfg, method)
     distiller.optimizer = partial(distiller.optimizer, lr=scale.lr)
     if distiller.teacher is not None and not sharded:
@@ -125,7 +138,7 @@ def _train(
             best = float(score)
     fit_s = clock() - fit_started
     if trainer.is_global_zero or sharded:
-        times = {"fit_s": fit_s, "teacher_s": distiller.teacher_s, "total_s": clock() - started}
+        times = {"fit_s": fit_s, "teacher_s": distiller.teacher_s, "total_s": clock() - started - distiller.apart_s}
         _finish(cfg, folder, data, distiller, trainer, best, times)
     trainer.strategy.barrier()
     return best
@@ -133,7 +146,7 @@ def _train(
 
 def evaluations(cfg: DictConfig) -> Path | None:
     """Where what a teacher says of the validation and test sets is kept for all runs that have it."""
-    if cfg.teacher is None or (cfg.teacher.get("cache") or {}).get("mode") == "off":
+    if cfg.teacher is None or (cfg.teacher.get("cache") or {}).get("mode") in ("off", "memory"):
         return None
     return Path(cfg.runs) / "cache" / "evaluations"
 
@@ -181,6 +194,7 @@ def build_trainer(cfg: DictConfig, folder: Path, phases: bool = False) -> Traine
     if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
         plugins.append(SLURMEnvironment(auto_requeue=False))  # `StopSafely` has that signal
     options = cfg.trainer.copy()
+    OmegaConf.set_struct(options, False)  # what a launch or a method needs may be no key of this trainer's file
     if steps_at_once(cfg) > 1:  # the distiller clips: Lightning does not look into a step of several minibatches
         options.gradient_clip_val = None
     fit_to_launch(options)

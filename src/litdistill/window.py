@@ -8,7 +8,7 @@ epoch. It follows `_TrainingEpochLoop.advance` of Lightning, which does the same
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def train_window(module: Distiller, window: Batch, first: int) -> Tensor:
     """Optimises on the minibatches of `window` one after the other; `first` is the index of the first in its epoch.
 
-    Gives the loss of the last one. Lightning begins the first of them and ends the last, with `end_window`.
+    Gives the loss of the last one. Lightning begins the first of them; after the last it calls `end_window`.
     """
     trainer = module.trainer
     loop, optimizer = trainer.fit_loop.epoch_loop, module.optimizers()
@@ -31,31 +31,35 @@ def train_window(module: Distiller, window: Batch, first: int) -> Tensor:
     for i, batch in enumerate(parts):
         if i:
             _begin(module, batch, first + i)
-        loop.batch_progress.is_last_batch = loop.batch_progress.current.ready == trainer.num_training_batches
+        if window.sizes is not None:  # else Lightning has seen what the loader has left
+            loop.batch_progress.is_last_batch = loop.batch_progress.current.ready == trainer.num_training_batches
         loss = module.loss(batch, taught[window.skip + i] if taught else None)
         optimizer.zero_grad()  # type: ignore[union-attr]
         module.manual_backward(loss)
         if module.gradient_clip_val is not None:
             module.clip_gradients(optimizer, module.gradient_clip_val, module.gradient_clip_algorithm)  # type: ignore[arg-type]
         optimizer.step()  # type: ignore[union-attr]
-        if loop.batch_progress.current.ready == trainer.num_training_batches:
+        if loop._num_ready_batches_reached():
             for scheduler in (config.scheduler for config in trainer.lr_scheduler_configs):
                 scheduler.step()
+        loop.batch_progress.increment_processed()
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            callback.on_train_batch_end(trainer, module, {"loss": loss.detach()}, batch, first + i)
         if i + 1 == len(parts) or loop.done:
-            # Lightning would tell callbacks the index of the first: none is there when it calls.
-            module.held, trainer.callbacks = (trainer.callbacks, batch, first + i), []  # type: ignore[attr-defined]
-            return loss.detach()
-        _end(module, {"loss": loss.detach()}, batch, first + i)
-    raise AssertionError("an empty window")
+            break
+        loop.batch_progress.increment_completed()
+        loop._batches_that_stepped += 1  # the x-axis of what is logged
+    # Lightning is about to end the last one too: to count it, and to call the callbacks, with the index of the first.
+    for progress in (loop.batch_progress.current, loop.batch_progress.total):
+        progress.processed -= 1  # type: ignore[attr-defined]
+    module.called, trainer.callbacks = trainer.callbacks, []  # type: ignore[attr-defined]
+    return loss.detach()
 
 
-def end_window(module: Distiller, outputs: Any) -> None:
-    """Calls the callbacks after the last minibatch of a window; called by Lightning where it would have called them."""
-    if module.held is not None:
-        (callbacks, batch, index), module.held = module.held, None
-        module.trainer.callbacks = callbacks  # type: ignore[attr-defined]
-        for callback in callbacks:
-            callback.on_train_batch_end(module.trainer, module, outputs, batch, index)
+def end_window(module: Distiller) -> None:
+    """Gives the callbacks back, which have been called already; called by Lightning where it has called them."""
+    if module.called is not None:
+        module.trainer.callbacks, module.called = module.called, None  # type: ignore[attr-defined]
 
 
 def minibatches(window: Batch) -> Iterator[Batch]:
@@ -83,12 +87,3 @@ def _begin(module: Distiller, batch: Batch, index: int) -> None:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         callback.on_train_batch_start(trainer, module, batch, index)
     progress.increment_started()
-
-
-def _end(module: Distiller, output: Any, batch: Batch, index: int) -> None:
-    trainer, loop = module.trainer, module.trainer.fit_loop.epoch_loop
-    loop.batch_progress.increment_processed()
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        callback.on_train_batch_end(trainer, module, output, batch, index)
-    loop.batch_progress.increment_completed()
-    loop._batches_that_stepped += 1  # the x-axis of what is logged

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -149,13 +150,15 @@ def _layer(name: str, module: nn.Module, uses: int) -> Layer:
 
 
 def _uses(net: nn.Module, images: Tensor) -> dict[str, int]:
-    """At how many places of one image each layer is applied."""
+    """At how many places of one image each layer is applied: pixels or tokens, of all its calls."""
     found: dict[str, int] = {}
-    handles = [
-        m.register_forward_hook(lambda _, __, out, name=name: found.__setitem__(name, out[0].numel() // out.shape[1]))
-        for name, m in net.named_modules()
-        if _factorable(m)
-    ]
+
+    def count(name: str, layer: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> None:
+        channels = out.shape[1] if isinstance(layer, nn.Conv2d) else out.shape[-1]
+        found[name] = found.get(name, 0) + out[0].numel() // channels
+
+    layers = [(name, m) for name, m in net.named_modules() if _factorable(m)]
+    handles = [m.register_forward_hook(partial(count, name)) for name, m in layers]
     with evaluating(net):
         net(images[:1])
     for handle in handles:

@@ -181,7 +181,17 @@ class ImageData(LightningDataModule):
 
         The number of a view is its round then, and means something for this seed and these training ids only.
         """
-        return aug.count_views(self.augment) if self.mix is None else None
+        return None if self.by_round else aug.count_views(self.augment)
+
+    @property
+    def by_round(self) -> bool:
+        """Whether a view is numbered by its round although augmentation alone could number it."""
+        return self.mix is not None or (bool(self.augment) and self.fixed_views is not None)
+
+    @property
+    def draws_views(self) -> bool:
+        """Whether training sees anything but the images as they are."""
+        return bool(self.augment) or self.mix is not None
 
     # -- the batches -------------------------------------------------------------------------------------------------
 
@@ -196,9 +206,9 @@ class ImageData(LightningDataModule):
         ids, rounds = aug.epoch_order(self.seed, epoch, self.train_ids, self.epoch_size)
         if self.fixed_views is not None:
             rounds = rounds % self.fixed_views
-        if self.mix is not None:
-            return Ids("train", ids, rounds)
-        return Ids("train", ids, aug.draw_views(self.augment, self.seed, rounds, ids) if self.augment else None)
+        if not self.draws_views:
+            return Ids("train", ids)
+        return Ids("train", ids, rounds if self.by_round else aug.draw_views(self.augment, self.seed, rounds, ids))
 
     def _window_ends(self, done: int) -> list[int]:
         """Where windows of at most `window` batches end, `done` batches into the epoch: also wherever something is logged or
@@ -274,8 +284,8 @@ class ImageData(LightningDataModule):
         images, targets = images.to(ids.device), data.targets.index_select(0, everyone)
         if views is not None and self.augment:
             codes = views
-            if mix:
-                codes = aug.draw_views(self.augment, self.seed, views.repeat(2), everyone)
+            if self.by_round:
+                codes = aug.draw_views(self.augment, self.seed, views.repeat(2) if mix else views, everyone)
             images = aug.apply_views(self.augment, images, codes, self.seed, everyone)
         if mix:
             assert views is not None

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
-from litdistill.errors import UserError
 from litdistill.methods.base import Method, Outputs, Taps
 
 
-class Shuffled(Method):
-    """`method` as it is, but that every sample is given what the teacher says of the sample before it in the batch.
+def of_its_class(target: Tensor) -> Tensor:
+    """(N,): for each sample the place of the next one of its class in the batch, its own where it is alone of it."""
+    target = target if target.ndim == 1 else target.argmax(1)
+    order = target.argsort(stable=True)
+    ranked, following = target[order], order.roll(-1)
+    first = order[torch.searchsorted(ranked, ranked)]
+    return torch.empty_like(order).scatter_(0, order, torch.where(target[following] == ranked, following, first))
 
-    The teacher's outputs have the same distribution as ever, in each batch exactly, and say nothing of the image that they
-    are given for. Since batches are drawn at random, so is the pairing; it needs no random number, so that a resumed run
-    goes on to the bit. Labels stay with their images. Raises `UserError` for a batch of one.
+
+class Shuffled(Method):
+    """`method` as it is, but that every sample is given what the teacher says of another one of the same class.
+
+    The teacher's outputs have the same distribution as ever, in each batch and each class exactly: what classes are like,
+    and how sure the teacher is of them, the student still learns. What it cannot learn is what the teacher knows of the
+    very image. Since batches are drawn at random, so is the pairing; it needs no random number, so that a resumed run goes
+    on to the bit. A sample that is alone of its class in its batch keeps its own.
     """
 
     def __init__(self, method: Method):
@@ -34,10 +44,9 @@ class Shuffled(Method):
         self.method.build(student, teacher, targets)
 
     def forward(self, student: Outputs, teacher: Outputs | None, target: Tensor) -> dict[str, Tensor]:
-        if len(target) < 2:
-            raise UserError("A batch of one image has no other to take the teacher of. Choose another data.batch_size.")
         self.method.epoch = self.epoch
         if teacher is not None:
-            features = {name: x.roll(1, 0) for name, x in teacher.features.items()}
-            teacher = teacher._replace(logits=teacher.logits.roll(1, 0), features=features)
+            other = of_its_class(target)
+            features = {name: x[other] for name, x in teacher.features.items()}
+            teacher = teacher._replace(logits=teacher.logits[other], features=features)
         return self.method(student, teacher, target)

@@ -174,7 +174,7 @@ def _adopt(group: Group, data: ImageData, spoilt: dict[str, list[Tensor]], setti
     if not group.classes:
         group.images, group.classes = images, tuple(data.class_names)
         if settings.robustness:
-            spoilt.update(robustness.corrupted(group.images[: settings.robustness]))
+            spoilt.update(robustness.corrupted(group.images[spread_out(settings.robustness, len(images))]))
     if tuple(data.class_names) != group.classes or not torch.equal(images, group.images):
         raise UserError("it was tested on other images than the runs before it. Give it a page of its own.")
 
@@ -193,7 +193,7 @@ def _starts(folder: Path, summary: dict[str, Any]) -> dict[str, float]:
     """Seconds of the run that a run's student started from, of the one before that, and so on, each without the others."""
     cfg, _ = load_run(folder)
     found: dict[str, float] = {}
-    while (start := summary.get("start")) is not None:
+    while (start := summary.get("start")) is not None and "run" in start:
         file = Path(cfg.runs, "students", Path(start["run"]).name, "summary.json")
         if not file.is_file():
             return found | {start["run"]: start["total_s"]}  # which is that of all before it together
@@ -230,11 +230,18 @@ def _measure(
         measured = hashlib.sha256(content).hexdigest()
     seed.temperature = fit_temperature(seed.val, seed.val_targets)
     if settings.robustness:
-        n, targets = settings.robustness, seed.test_targets[: settings.robustness]
+        chosen = spread_out(settings.robustness, len(group.images))
+        images, targets = group.images[chosen], seed.test_targets[chosen]
+        seen = hashlib.sha256(images.contiguous().numpy().tobytes()).hexdigest()
         how = hashlib.sha256(inspect.getsource(robustness).encode()).hexdigest()  # another definition, another accuracy
-        asked = [group.facts, len(targets), settings.epsilons, data.mean, data.std, how]
-        compute = lambda: _robustness(predict, logits_of, group.images[:n], targets, spoilt, settings, device)  # noqa: E731
+        asked = [group.facts, seen, settings.epsilons, data.mean, data.std, how]
+        compute = lambda: _robustness(predict, logits_of, images, targets, spoilt, settings, device)  # noqa: E731
         seed.robustness = _cached(out / "cache" / f"robustness-{measured[:16]}.json", asked, compute)
+
+
+def spread_out(n: int, of: int) -> Tensor:
+    """Which of the test images are spoilt: `n` evenly spaced ones, since some data sets are sorted by class."""
+    return torch.linspace(0, of - 1, min(n, of), dtype=torch.float64).long()
 
 
 @torch.no_grad()

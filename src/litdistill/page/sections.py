@@ -55,29 +55,49 @@ def share(values: Sequence[float], of: float) -> str:
 
 
 def quality(group: Group, key: str) -> Section:
-    head = ["model", "network", "trained on", "seeds", "accuracy %", "NLL", "ECE", "agreement %", "KL", "last epoch %"]
+    head = ["model", "network", "starts from", "trained on", "seeds", "accuracy %", "last epoch %", "NLL", "ECE"]
+    head += ["agreement %", "KL"]
     rows = []
     for name, row in zip(names(group), group.rows, strict=True):
         first, teacher = row.seeds[0].summary, taught(row, group)
         like = [metrics.likeness(s.test, teacher.seeds[0].test) for s in row.seeds] if teacher else []
-        last = [100 * s.summary["student"]["test"]["accuracy"]["last"] for s in row.seeds if s.summary]
+        trained = [s.summary for s in row.seeds if s.summary.get("epochs")]  # else the last epoch is that of its start
+        last = [100 * summary["student"]["test"]["accuracy"]["last"] for summary in trained]
+        begun = (starts_from(first), f"{first['data']['train']:,}") if first else ("", "")
         rows.append(
             [
-                *(name, row.about["name"], f"{first['data']['train']:,}" if first else "", str(len(row.seeds))),
-                *(spread(each(row, accuracy)), spread([s.quality["nll"] for s in row.seeds], 3)),
-                spread([s.quality["ece"] for s in row.seeds], 3),
+                *(name, row.about["name"], *begun, str(len(row.seeds))),
+                *(spread(each(row, accuracy)), spread(last) if last else ""),
+                *(spread([s.quality[k] for s in row.seeds], 3) for k in ("nll", "ece")),
                 spread([100 * x["agreement"] for x in like]) if like else "",
-                *(spread([x["kl"] for x in like], 3) if like else "", spread(last) if last else ""),
+                spread([x["kl"] for x in like], 3) if like else "",
             ]
         )
+    chosen_on = min(len(s.val_targets) for r in group.rows for s in r.seeds)
     about = (
         f"On {group.facts['test']:,} test images that nothing was trained or chosen on. Accuracy is that of the weights "
-        "that were best on the validation set, as they ship: rows that are int8 are measured as their int8 file. "
+        "that were best on the validation set, as they ship: rows that are int8 are measured as their int8 file. The "
+        f"validation set has {chosen_on:,} images, of which one is {100 / chosen_on:.2g} points: the epoch that is best on "
+        "so few is partly drawn by lot, and what it has before others there may be noise. So the last epoch, which nothing "
+        "chose, stands beside it; a row that was only converted has none. Images are those of the row's own training: what "
+        "it starts from may have seen more. "
         "Mean ± standard deviation over seeds. Agreement: the share of images that the teacher puts into the same class; "
         "KL: from the teacher, in nats."
     )
-    blocks: list[Block] = [Text(about), Table(f"{key}quality", head, rows, 2)]
+    blocks: list[Block] = [Text(about), Table(f"{key}quality", head, rows, 3)]
     return Section(f"{key}worth", "What each is worth", blocks)
+
+
+def starts_from(summary: Mapping[str, Any]) -> str:
+    """Whose weights a run began with, and how many images they had seen."""
+    start = summary.get("start")
+    if start is None:
+        return "nothing"
+    images = f"{start['images']:,} images" if start.get("images") else "unknown images"
+    return {
+        "teacher": f"the teacher ({images})",
+        "published": "published weights",
+    }.get(start.get("from"), f"a network of {images}" + (f" ({start['method']})" if "method" in start else ""))
 
 
 def cost(group: Group, key: str, settings: Settings) -> Section:
@@ -102,7 +122,9 @@ def cost(group: Group, key: str, settings: Settings) -> Section:
         f"{', of the time that the thread had the CPU' if settings.threads == 1 else ''} (median and quartiles over "
         "rounds; below 1 is faster than the teacher). Peak memory: by how much a fresh process grows that has "
         "onnxruntime loaded, loads the file and runs it on 64 images. Energy: of the whole CPU package, whatever else it "
-        "does. Parameters and multiply-accumulates (of one image) are those of the network in float32."
+        "does. Multiply-accumulates are those of one image. Parameters are those of the network that was trained: in int8 its "
+        "batch normalisation is folded into the convolutions, which leaves fewer. Of networks as small as some here most of "
+        "the latency is what a call of the runtime costs, whatever it computes, and int8 need not be faster there."
     )
     if timed:
         about += f" While it timed, this process had {timed[0][1].timing['cpu_share']:.2f} CPUs."
@@ -185,21 +207,17 @@ def per_class(group: Group, key: str) -> Section:
     rows = []
     for name, row in zip(names(group), group.rows, strict=True):
         hits = torch.stack([class_accuracy(s.test, s.test_targets, len(group.classes)) for s in row.seeds]).mean(0)
-        worst = int(hits.argmin())
-        rows.append([name, f"{group.classes[worst]}", *(f"{100 * float(h):.1f}" for h in hits)])
+        worst = int(hits.nan_to_num(2.0).argmin())  # a class without test images is none
+        rows.append([name, group.classes[worst], *("" if h != h else f"{100 * h:.1f}" for h in hits.tolist())])
     about = "In per cent of the test images of that class, the mean over seeds."
     table = Table(f"{key}classes", ["model", "worst class", *group.classes], rows, 1)
     return Section(f"{key}per-class", "Accuracy of each class", [Text(about), table])
 
 
 def class_accuracy(logits: Tensor, targets: Tensor, classes: int) -> Tensor:
-    """(classes,): the share of each class's samples that are right."""
-    counts = metrics.confusion(logits, targets).double() if classes > 2 else _two(logits, targets)
-    return counts.diagonal() / counts.sum(1)
-
-
-def _two(logits: Tensor, targets: Tensor) -> Tensor:
-    return torch.bincount(2 * targets + logits.argmax(1), minlength=4).reshape(2, 2).double()
+    """(classes,): the share of each class's samples that are right, NaN for a class that has none."""
+    right = logits.argmax(1) == targets
+    return torch.bincount(targets[right], minlength=classes).double() / torch.bincount(targets, minlength=classes)
 
 
 def calibration(group: Group, key: str) -> Section:

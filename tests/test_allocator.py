@@ -1,0 +1,42 @@
+"""What a step frees is kept for the next one."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+FAULTS = """
+import resource, sys, torch
+from litdistill.allocator import keep_freed_memory
+if sys.argv[1] == "kept":
+    assert keep_freed_memory()
+def step():
+    a = [torch.ones(200_000) for _ in range(8)]                     # 800 kB each, as activations of a small network are
+step(); step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def faults(how: str, **environment: str) -> int:
+    done = subprocess.run(
+        [sys.executable, "-c", FAULTS, how], capture_output=True, text=True, check=True, env=environment
+    )
+    return int(done.stdout)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_a_step_asks_the_system_for_no_memory_that_the_one_before_had() -> None:
+    assert faults("left") > 10_000  # 20 steps, 8 tensors, 195 pages of 4 kB
+    assert faults("kept") < 1_000
+
+
+def test_an_environment_that_sets_the_allocator_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from litdistill.allocator import keep_freed_memory
+
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "131072")
+    assert not keep_freed_memory()
