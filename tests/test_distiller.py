@@ -14,8 +14,9 @@ from litdistill.errors import UserError
 from litdistill.methods.base import Method
 from litdistill.methods.kd import KD
 from litdistill.methods.supervised import Supervised
+from litdistill.nets.resnet import resnet
 from litdistill.nets.small import conv4
-from litdistill.teacher import FrozenTeacher, folded, weights_sha256
+from litdistill.teacher import FrozenTeacher, folded, prepacked, weights_sha256
 
 
 def net(width: int = 8, seed: int = 0) -> nn.Module:
@@ -193,6 +194,37 @@ def test_folding_is_exact_in_float64_and_leaves_the_teacher_itself_alone():
     torch.testing.assert_close(frozen(images).logits, teacher(images), rtol=1e-12, atol=1e-12)
     assert frozen.sha256 == weights_sha256(teacher.state_dict()) == before
     assert FrozenTeacher(teacher, ["layer1"], images)(images).features["layer1"].shape == (5, 16, 8, 8)
+
+
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32)])
+def test_a_prepacked_teacher_says_the_same_of_any_batch_and_of_each_image_the_same_in_each_call(shape):
+    torch.manual_seed(0)
+    for teacher in (conv4(10, shape, widths=[16, 32, 64]), resnet(10, shape, 20, [16, 16, 32, 64])):
+        frozen = FrozenTeacher(teacher, (), torch.randn(2, *shape))
+        images = torch.randn(64, *shape)
+        calls = [frozen(images).logits for _ in range(4)]
+        assert isinstance(frozen._packed[0], torch.jit.ScriptModule)
+        with torch.no_grad():
+            assert torch.allclose(calls[0].double(), teacher.double()(images.double()), atol=1e-4)
+        assert all(torch.equal(calls[0], again) for again in calls)
+        assert torch.allclose(torch.cat([frozen(chunk).logits for chunk in images.split(23)]), calls[0], atol=1e-5)
+
+
+def test_a_teacher_whose_course_depends_on_its_images_is_not_written_down():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net()
+
+        def forward(self, x):
+            return self.net(x) * (2 if len(x) > 1 else 1)
+
+    odd = Odd().eval()
+    images = torch.randn(4, 1, 8, 8)
+    assert prepacked(odd, images) is odd
+    frozen = FrozenTeacher(odd, (), images[:2])
+    assert torch.equal(frozen(images[:1]).logits, odd(images[:1]).detach())
+    assert torch.equal(frozen(images).logits, odd(images).detach())
 
 
 def test_a_network_that_cannot_be_traced_or_folded_exactly_is_run_as_it_is():
