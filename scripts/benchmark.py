@@ -19,6 +19,7 @@ costs what real ones cost.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
 import multiprocessing
@@ -84,8 +85,9 @@ def serve(pipe: Connection, pair: Pair, device: torch.device, own: bool) -> None
     for step in run.values():
         step()
     pipe.send(list(run))
-    while True:
-        pipe.send(run[pipe.recv()]())
+    with contextlib.suppress(EOFError):  # nobody is left to ask
+        while True:
+            pipe.send(run[pipe.recv()]())
 
 
 def quiet(own: bool = True) -> None:
@@ -148,6 +150,21 @@ def page(found: dict[str, Any]) -> str:
         ratio = {name: "{1:.0f} times ({0:.0f}–{2:.0f})".format(*d["ratio"]) for name, d in found["data"].items()}
         words = "; ".join(f"{name}: {r}" for name, r in ratio.items())
         parts.append(f"A batch of augmented images, image by image ÷ here (aim ≥ 20 and ≥ 60): {words}.")
+    if "pack" in found:
+        rows = [
+            f"| {teacher} | {size} | {row['ms']:.2f} | {row['ratio']:.2f} ({row['low']:.2f}–{row['high']:.2f}) |"
+            for teacher, by in found["pack"].items()
+            for size, row in by.items()
+        ]
+        head = "| teacher | students in a pack | CPU ms a student and step | times less than alone |\n|---|---:|---:|---:|\n"
+        parts.append(f"Packs ({PAIRS['small'].words}, but not shifted):\n\n{head}" + "\n".join(rows))
+    if "trials" in found:
+        took = "; ".join(
+            f"{PAIRS[n].words}: {r[1]:.1f} times ({r[0]:.1f}–{r[2]:.1f})" for n, r in found["trials"].items()
+        )
+        parts.append(
+            f"Sixteen trials, peers' loop ÷ one pack with a shared cache (aim ≥ 8), images not shifted: {took}."
+        )
     for what, by in found.get("growth", {}).items():
         unit = "Samples a second of a whole run" if what == "ranks" else "CPU milliseconds of a cached step"
         digits = 0 if what == "ranks" else 2
@@ -204,9 +221,10 @@ def main() -> None:
         keep("data", augmentation_ratios(args.rounds))
         print("augmented input, image by image ÷ here:", json.dumps(results["data"]), flush=True)
     if "pack" in wanted:
-        from benchmark_pack import pack_ratios
+        from benchmark_pack import pack_ratios, sixteen_trials
 
         keep("pack", pack_ratios(rounds=args.rounds))
+        keep("trials", sixteen_trials(args.rounds))
         print("packs:", json.dumps(results["pack"]), flush=True)
     if "growth" in wanted:
         keep("growth", growth(device))

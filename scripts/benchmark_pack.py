@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import benchmark_parts as parts
 import torch
 from hydra import compose, initialize_config_dir
 from lightning import LightningModule, Trainer
@@ -31,9 +32,10 @@ from litdistill.train import train
 WARM_UP, MEASURED = 2, 5  # windows of 16 minibatches of 64
 SMALL_PAIR = [  # conv4 of 32, 64 and 128 channels teaches one of 8, 16 and 32 on 28x28 images
     *("data=mnist", "data.batch_size=64", f"+data.epoch_size={64 * 16 * (WARM_UP + MEASURED + 2)}"),
-    *("student.widths=[8,16,32]", "teacher.widths=[32,64,128]", "teacher.checkpoint=null", "teacher.allow_chance=true"),
+    *("student.widths=[8,16,32]", "teacher.checkpoint=null", "teacher.allow_chance=true"),
     *("trainer=cpu", "trainer.log_every_n_steps=1000000", "logger=none", "trainer.max_epochs=100"),
 ]
+TEACHERS = {"small": ["teacher.widths=[32,64,128]"], "resnet50": ["net@teacher=resnet50", "teacher.stem=standard"]}
 
 
 class Enough(Exception):
@@ -87,7 +89,9 @@ def pack_ratios(sizes: Sequence[int] = (1, 2, 4, 8, 16), rounds: int = 5) -> dic
     for teacher, mode in (("cached", "disk"), ("live", "off")):
         times = {size: list[float]() for size in (1, *sizes)}
         with tempfile.TemporaryDirectory() as runs, initialize_config_dir(str(CONF), version_base="1.3"):
-            cfg = compose("train", [*SMALL_PAIR, f"teacher.cache.mode={mode}", f"runs={runs}", "folder=null"])
+            cfg = compose(
+                "train", [*SMALL_PAIR, *TEACHERS["small"], f"teacher.cache.mode={mode}", f"runs={runs}", "folder=null"]
+            )
             milliseconds(1, cfg)  # fills the cache
             for i in range(rounds):
                 for size in sorted(times, reverse=bool(i % 2)):
@@ -102,6 +106,20 @@ def pack_ratios(sizes: Sequence[int] = (1, 2, 4, 8, 16), rounds: int = 5) -> dic
                 "low": low,
                 "high": high,
             }
+    return found
+
+
+def sixteen_trials(rounds: int = 5) -> dict[str, list[float]]:
+    """How many times longer sixteen runs of the loop of other projects take than a pack of sixteen students whose teacher's
+    outputs are kept, a step: quartiles over rounds, by the pair's name. Images are not augmented."""
+    found = {}
+    for name, teacher in TEACHERS.items():
+        loop = parts.peers(parts.Bench(parts.PAIRS[name]._replace(shift=0), torch.device("cpu")))
+        with tempfile.TemporaryDirectory() as runs, initialize_config_dir(str(CONF), version_base="1.3"):
+            cfg = compose("train", [*SMALL_PAIR, *teacher, f"runs={runs}", "folder=null"])
+            milliseconds(1, cfg), loop()  # fills the cache; warms up
+            ratios = [1000 * loop() / milliseconds(16, cfg) for _ in range(rounds)]
+        found[name] = statistics.quantiles(ratios, n=4, method="inclusive") if rounds > 1 else ratios * 3
     return found
 
 

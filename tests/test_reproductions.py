@@ -5,12 +5,14 @@ import re
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from litdistill import papers, reproductions
 from litdistill.errors import UserError
 from litdistill.papers import Published
 from litdistill.runtime import CONF
 from litdistill.train import train
+from tests.conftest import compose_config
 from tests.test_papers import started
 
 ROOT = CONF.parent
@@ -52,6 +54,23 @@ def test_a_committed_result_is_whole_and_tells_nothing_of_the_machine(path):
 )
 def test_a_verdict_compares_the_mean_with_the_published_figure(ours, theirs, said):
     assert reproductions.verdict(ours, theirs) == said
+
+
+def test_what_a_run_says_of_a_key_that_its_experiment_says_too_makes_no_other_cell(tmp_path):
+    folder = tmp_path / "run"
+    cfg = compose_config(folder, "experiment=hinton2015/teacher", "optimizer.lr=0.5")
+
+    def cell(*overrides):
+        noted = {"runtime": {"choices": {"experiment": "hinton2015/teacher"}}, "overrides": {"task": list(overrides)}}
+        (folder / ".hydra").mkdir(parents=True, exist_ok=True)
+        OmegaConf.save({"hydra": noted}, folder / ".hydra" / "hydra.yaml")
+        OmegaConf.save(cfg, folder / ".hydra" / "config.yaml")
+        (folder / "summary.json").write_text("{}")
+        return reproductions.cell_of(folder)
+
+    same = f"trainer.max_epochs={cfg.trainer.max_epochs}"
+    assert cell("experiment=hinton2015/teacher", "name=mine", "threads=1", same) == ("hinton2015/teacher", 0)
+    assert cell("experiment=hinton2015/teacher", same, "optimizer.lr=0.5") == ("hinton2015/teacher/optimizer.lr=0.5", 0)
 
 
 def summary(best, last, on_test, seed):

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
 
 from litdistill.checkpoint import write_text
 from litdistill.errors import UserError
@@ -22,13 +23,25 @@ from litdistill.evaluate import collect as logits_of
 from litdistill.evaluate import differences, evaluate, load_run, rebuild
 from litdistill.papers import TABLES, Published, Table, cells, published
 from litdistill.report import spread
+from litdistill.runtime import CONF
 
 RESULTS = Path("docs/results")
 PROTOCOLS = {"last": "last epoch", "best": "best on validation", "best_on_test": "best on test"}
 
 # What a run may be started with and still be a run of its experiment: its seed, and what changes no weight.
 NO_VARIANT = (
-    *("experiment", "seed", "threads", "watch_test", "runs", "logger", "resume", "hydra.run.dir", "hydra.sweep.dir"),
+    *(
+        "experiment",
+        "name",
+        "seed",
+        "threads",
+        "watch_test",
+        "runs",
+        "logger",
+        "resume",
+        "hydra.run.dir",
+        "hydra.sweep.dir",
+    ),
     *("student.checkpoint", "trainer.accelerator", "trainer.devices", "data.root"),
 )
 
@@ -44,9 +57,19 @@ def cell_of(folder: Path) -> tuple[str, int]:
     experiment = noted.runtime.choices.get("experiment")
     if experiment is None:
         raise UserError(f"{folder} is the run of no experiment.")
-    variant = sorted(o for o in noted.overrides.task if o.lstrip("+~").split("=")[0] not in NO_VARIANT)
     cfg, _ = load_run(folder)
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        plain = compose("train", [f"experiment={experiment}"])
+    new = (o for o in noted.overrides.task if o.lstrip("+~").split("=")[0] not in NO_VARIANT)
+    variant = sorted(o for o in new if not _is_said_by(plain, o, cfg))
     return "/".join([experiment, *([" ".join(variant)] if variant else [])]), int(cfg.seed)
+
+
+def _is_said_by(plain: DictConfig, override: str, cfg: DictConfig) -> bool:
+    """Whether a run's override gives a key the value that the experiment gives it anyway."""
+    key = override.partition("=")[0]
+    here = OmegaConf.select(cfg, key)
+    return key[0] not in "+~" and not OmegaConf.is_config(here) and here == OmegaConf.select(plain, key)
 
 
 def collect(folder: Path, results: Path = RESULTS) -> Path:
@@ -186,6 +209,7 @@ def not_run(table: Table, name: str, results: Results) -> str:
 TITLES = {
     "hinton2015": "MNIST: Hinton, Vinyals & Dean 2015 (arXiv 1503.02531), section 3",
     "zagoruyko2017": "CIFAR-10: Zagoruyko & Komodakis 2017 (arXiv 1612.03928), table 1",
+    "zagoruyko2017_short": "CIFAR-10: the same in 6 epochs, for two cores",
     "aberhu": "CIFAR-10: AberHu's Knowledge-Distillation-Zoo",
     "crd_cifar10": "CIFAR-10 under the CRD protocol",
     "crd": "CIFAR-100: the table of Tian, Krishnan & Isola 2020 (arXiv 1910.10699) and its later rows",
