@@ -11,12 +11,13 @@ from torch.utils.data import DataLoader, TensorDataset
 from litdistill.data.datamodule import ImageData
 from litdistill.distiller import Distiller, check_teacher, interpolate
 from litdistill.errors import UserError
+from litdistill.faster import Product, folded, prepacked
 from litdistill.methods.base import Method
 from litdistill.methods.kd import KD
 from litdistill.methods.supervised import Supervised
 from litdistill.nets.resnet import resnet
 from litdistill.nets.small import conv4
-from litdistill.teacher import FrozenTeacher, folded, prepacked, weights_sha256
+from litdistill.teacher import FrozenTeacher, weights_sha256
 
 
 def net(width: int = 8, seed: int = 0) -> nn.Module:
@@ -203,11 +204,30 @@ def test_a_prepacked_teacher_says_the_same_of_any_batch_and_of_each_image_the_sa
         frozen = FrozenTeacher(teacher, (), torch.randn(2, *shape))
         images = torch.randn(64, *shape)
         calls = [frozen(images).logits for _ in range(4)]
-        assert isinstance(frozen._packed[0], torch.jit.ScriptModule)
+        assert isinstance(frozen._packed[images.shape[1:]], torch.jit.ScriptModule)
         with torch.no_grad():
             assert torch.allclose(calls[0].double(), teacher.double()(images.double()), atol=1e-4)
         assert all(torch.equal(calls[0], again) for again in calls)
         assert torch.allclose(torch.cat([frozen(chunk).logits for chunk in images.split(23)]), calls[0], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "size"),
+    [
+        (1, 1, 0, (1, 1)),
+        (1, 2, 0, (2, 2)),
+        (3, 1, 1, (1, 1)),
+        (3, 2, 1, (2, 2)),
+        (3, 2, 1, (2, 1)),
+        (3, 1, 0, (3, 3)),
+        (5, 7, 2, (4, 3)),
+    ],
+)
+def test_a_convolution_to_one_pixel_is_a_matrix_product(kernel, stride, padding, size):
+    conv = nn.Conv2d(4, 6, kernel, stride, padding, bias=padding != 1).double()
+    maps = torch.randn(5, 4, *size, dtype=torch.float64).to(memory_format=torch.channels_last)
+    assert conv(maps).shape == (5, 6, 1, 1)
+    torch.testing.assert_close(Product(conv, *size)(maps), conv(maps), rtol=1e-12, atol=1e-12)
 
 
 def test_a_teacher_whose_course_depends_on_its_images_is_not_written_down():
