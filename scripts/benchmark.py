@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 from benchmark_parts import PAIRS, Bench, Pair, budget, hushed, variants
-from benchmark_questions import filled_by_views, gpu_facts, growth, peak_memory
+from benchmark_questions import filled_by_views, growth, kernels_a_step, peak_memory, share_of_peak
 
 from litdistill.allocator import keep_freed_memory
 
@@ -60,8 +60,9 @@ def ratios(pair: Pair, rounds: int, device: torch.device) -> dict[str, Any]:
         found["ratios"][name] = quartiles([a / b for a, b in zip(times[over], times[under], strict=True)])
     bench = Bench(pair, device)
     found["budget_ms"] = {name: 1e3 * seconds for name, seconds in budget(bench, rounds).items()}
+    found["peak"] = share_of_peak(bench, found["budget_ms"]["teacher"] / 1e3, found["ms"]["live"] / 1e3)
     if device.type == "cuda":
-        found["gpu"] = gpu_facts(bench, found["ms"])
+        found["kernels"] = kernels_a_step(bench)
     return found
 
 
@@ -137,6 +138,14 @@ def page(found: dict[str, Any]) -> str:
             f"| {w} | " + " | ".join(f"{v:.2f}" for v in one["budget_ms"].values()) + " |" for w, one in pairs.items()
         ]
         parts.append("\n".join(["| pair | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names), *rows]))
+        shares = [
+            f"{100 * one['peak']['teacher_share']:.0f} % and {100 * one['peak']['step_share']:.0f} % ({w})"
+            for w, one in pairs.items()
+        ]
+        parts.append(
+            "Floating-point operations a second of the teacher's forward and of the whole live step, in per cent of what large "
+            "matrix products reach on the same device: " + "; ".join(shares) + "."
+        )
         box = [f"{one['ratios']['torchdistill/cached'][1]:.1f} ({w})" for w, one in pairs.items()]
         parts.append("torchdistill's distillation box ÷ cached: " + ", ".join(box) + ".")
     if f := found.get("filled"):

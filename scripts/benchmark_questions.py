@@ -9,7 +9,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from benchmark_parts import PAIRS, Bench, project, random_data
@@ -140,25 +139,43 @@ def peak_memory(count: int = 200_000) -> dict[str, float]:
     }
 
 
-def gpu_facts(bench: Bench, ms: dict[str, float]) -> dict[str, Any]:
-    """FLOPs of a step, the share of this card's bf16 peak (measured by large products) and kernels a step."""
-    from torch.profiler import ProfilerActivity, profile
+def share_of_peak(bench: Bench, teacher_s: float, step_s: float) -> dict[str, float]:
+    """FLOPs of a live step and of its teacher's part, and the share of this device's peak that each takes in the given time.
+
+    The peak is measured by large matrix products, in float32 on a CPU and in bfloat16 on a GPU, as the steps are.
+    """
     from torch.utils.flop_counter import FlopCounterMode
 
     student, teacher = bench.networks()
     images = torch.randn(bench.pair.batch, *bench.pair.shape, device=bench.device)
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as taught, torch.no_grad():
+        teacher(images)
+    with FlopCounterMode(display=False) as learnt:
         student(images).sum().backward()
-        with torch.no_grad():
-            teacher(images)
-    a = torch.randn(8192, 8192, device=bench.device, dtype=torch.bfloat16)
-    a @ a
-    start = bench.clock()
-    for _ in range(20):
+    cpu = bench.device.type == "cpu"
+    side, times = (2048, 10) if cpu else (8192, 20)
+    a = torch.randn(side, side, device=bench.device, dtype=torch.float32 if cpu else torch.bfloat16)
+    seconds = []
+    for _ in range(times):
+        start = bench.clock()
         a @ a
-    peak = 20 * 2 * 8192**3 / (bench.clock() - start)
+        seconds.append(bench.clock() - start)
+    peak = 2 * side**3 / min(seconds)
+    of_teacher = taught.get_total_flops()
+    flops = of_teacher + learnt.get_total_flops()
+    return {
+        "peak_flops_per_s": peak,
+        "teacher_flops": of_teacher,
+        "teacher_share": of_teacher / teacher_s / peak,
+        "step_flops": flops,
+        "step_share": flops / step_s / peak,
+    }
+
+
+def kernels_a_step(bench: Bench) -> float:
+    """How many kernels of a GPU a live step starts."""
+    from torch.profiler import ProfilerActivity, profile
+
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         project(bench, "live")
-    kernels = sum(e.count for e in profiler.key_averages()) / (2 * bench.pair.steps)
-    flops = counter.get_total_flops()
-    return {"flops": flops, "peak": peak, "share_of_peak": flops / (ms["live"] / 1e3) / peak, "kernels": kernels}
+    return sum(e.count for e in profiler.key_averages()) / (2 * bench.pair.steps)
