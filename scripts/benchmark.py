@@ -49,11 +49,12 @@ QUESTIONS = ["pairs", "filled", "data", "pack", "growth", "memory"]
 
 def ratios(pair: Pair, rounds: int, device: torch.device) -> dict[str, Any]:
     """Times all variants of a pair; medians in milliseconds, ratios with quartiles, and what a step is made of."""
-    run = served(pair, device, own=False) | served(pair, device, own=True)
-    times: dict[str, list[float]] = {name: [] for name in run}
-    for i in range(rounds):
-        for name in list(run) if i % 2 == 0 else list(run)[::-1]:
-            times[name].append(run[name]())
+    with contextlib.ExitStack() as at_end:
+        run = served(pair, device, False, at_end) | served(pair, device, True, at_end)
+        times: dict[str, list[float]] = {name: [] for name in run}
+        for i in range(rounds):
+            for name in list(run) if i % 2 == 0 else list(run)[::-1]:
+                times[name].append(run[name]())
     found: dict[str, Any] = {"ms": {name: 1e3 * statistics.median(t) for name, t in times.items()}, "ratios": {}}
     for name in TARGETS[pair.name] | dict.fromkeys(["torchdistill/cached"] if "torchdistill" in run else []):
         over, under = name.split("/")
@@ -66,11 +67,14 @@ def ratios(pair: Pair, rounds: int, device: torch.device) -> dict[str, Any]:
     return found
 
 
-def served(pair: Pair, device: torch.device, own: bool) -> dict[str, Callable[[], float]]:
-    """This project's variants, or those of others, in a process of their own that ends with this one; by name, as `variants`
-    gives them."""
+def served(pair: Pair, device: torch.device, own: bool, at_end: contextlib.ExitStack) -> dict[str, Callable[[], float]]:
+    """This project's variants, or those of others, in a process of their own; by name, as `variants` gives them."""
     here, there = multiprocessing.Pipe()
-    multiprocessing.get_context("spawn").Process(target=serve, args=(there, pair, device, own), daemon=True).start()
+    process = multiprocessing.get_context("spawn").Process(target=serve, args=(there, pair, device, own))
+    process.start()
+    there.close()
+    at_end.callback(process.join)
+    at_end.callback(here.close)  # first: the other end then has nobody left to answer
 
     def ask(name: str) -> float:
         here.send(name)
