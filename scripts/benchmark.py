@@ -11,9 +11,9 @@ drift on a shared machine, ratios hardly.
 
 `peers`: images augmented one by one by torchvision's transforms in a DataLoader, the teacher run anew in each step, the plain
 optimiser, loss and accuracy read after each step. `torchdistill`: its distillation box on the same loader, where installed.
-`live`: this project, the teacher run anew. `cached`: what it says is known. `hard`: this project with labels alone.
-`floor`: a bare loop over resident images and known outputs that logs nothing. Networks, images and labels are random, which
-costs what real ones cost.
+`live`: this project, the teacher run anew; `packed`: the same with `compile.teacher=prepacked`. `cached`: what the teacher says
+is known. `hard`: this project with labels alone. `floor`: a bare loop over resident images and known outputs that logs
+nothing. Networks, images and labels are random, which costs what real ones cost.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def ratios(pair: Pair, rounds: int, device: torch.device) -> dict[str, Any]:
             for name in list(run) if i % 2 == 0 else list(run)[::-1]:
                 times[name].append(run[name]())
     found: dict[str, Any] = {"ms": {name: 1e3 * statistics.median(t) for name, t in times.items()}, "ratios": {}}
-    for name in TARGETS[pair.name] | dict.fromkeys(["torchdistill/cached"] if "torchdistill" in run else []):
+    for name in [*TARGETS[pair.name], "peers/packed", *(["torchdistill/cached"] if "torchdistill" in run else [])]:
         over, under = name.split("/")
         found["ratios"][name] = quartiles([a / b for a, b in zip(times[over], times[under], strict=True)])
     bench = Bench(pair, device)
@@ -150,6 +150,11 @@ def page(found: dict[str, Any]) -> str:
             "Floating-point operations a second of the teacher's forward and of the whole live step, in per cent of what large "
             "matrix products reach on the same device: " + "; ".join(shares) + "."
         )
+        packed = [
+            "{1:.2f} ({0:.2f}–{2:.2f}, {name})".format(*one["ratios"]["peers/packed"], name=w)
+            for w, one in pairs.items()
+        ]
+        parts.append("With `compile.teacher=prepacked` peers ÷ live is: " + "; ".join(packed) + ".")
         box = [f"{one['ratios']['torchdistill/cached'][1]:.1f} ({w})" for w, one in pairs.items()]
         parts.append("torchdistill's distillation box ÷ cached: " + ", ".join(box) + ".")
     if f := found.get("filled"):

@@ -155,6 +155,7 @@ def variants(bench: Bench) -> dict[str, Callable[[], float]]:
     found: dict[str, Callable[[], float]] = {
         "peers": peers(bench),
         "live": functools.partial(project, bench, "live"),
+        "packed": functools.partial(project, bench, "packed"),
         "cached": functools.partial(project, bench, "cached"),
         "hard": functools.partial(project, bench, "hard"),
         "floor": floor(bench),
@@ -313,10 +314,13 @@ def project(bench: Bench, kind: str, steps_at_once: int | None = None) -> float:
     window = min(window, bench.pair.steps)
     bench.data.window = window
     which = Known if kind == "cached" else Distiller
+    frozen = None if kind == "hard" else FrozenTeacher(teacher, (), example)
+    if frozen is not None and kind == "packed":
+        frozen.compile("prepacked")
     distiller = which(
         student,
         Supervised() if kind == "hard" else KD(hard=0.1, soft=0.9, temperature=4),
-        None if kind == "hard" else FrozenTeacher(teacher, (), example),
+        frozen,
         optimizer=bench.fused,
         allow_chance=True,
         cache=CacheOptions("off"),

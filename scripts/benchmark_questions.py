@@ -23,7 +23,7 @@ from litdistill.methods.kd import KD
 from litdistill.teacher import FrozenTeacher
 
 
-def filled_by_views(images: int = 256, epochs: int = 30) -> dict[str, float]:
+def filled_by_views(images: int = 1024, epochs: int = 30) -> dict[str, float]:
     """ResNet-50 → ConvNet on shifted images: the first run that keeps what it asks, and the next with another seed, against
     one that asks anew each time; and how far their weights are from each other."""
     pair = PAIRS["resnet50"]

@@ -49,7 +49,6 @@ class ShardedTeacher(DDPStrategy):
         teacher = distiller.teacher
         if teacher.run is not teacher.net:  # a faster form of it, and a second one to hold
             teacher.run, teacher.tapped = teacher.net, Tapped(teacher.net, teacher.tapped.names)
-            teacher.packs = False
         mesh = init_device_mesh(self.root_device.type, (trainer.world_size,))
         blocks = shard(teacher.net, mesh, self.block)
         log.info("The teacher lies on %d devices, in %d block(s).", trainer.world_size, blocks)

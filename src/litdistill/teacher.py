@@ -60,10 +60,8 @@ class FrozenTeacher(nn.Module):
             net.to(memory_format=torch.channels_last)
             run = net if taps else folded(net, example)  # nothing can be tapped that is folded away
         self.tapped = Tapped(run, taps)
-        self.run, self.packs = run, run is not net
-        self._packed: dict[
-            torch.Size, nn.Module
-        ] = {}  # by the shape of an image; no submodules, as they cannot be moved
+        self.run, self.packs = run, False
+        self._packed: list[nn.Module] = []  # no submodule: it cannot be moved to another device
 
     def train(self, mode: bool = True) -> FrozenTeacher:
         """Stays in eval mode: a BatchNorm that saw the student's batches would drift."""
@@ -74,18 +72,20 @@ class FrozenTeacher(nn.Module):
         """(N, C, H, W) -> logits (N, classes) and the tapped features."""
         if not self.packs or images.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
             return self.tapped(images)
-        if (shape := images.shape[1:]) not in self._packed:
-            self._packed[shape] = prepacked(self.run, images)
-        return Outputs(self._packed[shape](images))
+        if not self._packed:
+            self._packed = [prepacked(self.run, images)]
+        return Outputs(self._packed[0](images))
 
     @property
     def sha256(self) -> str:
         return weights_sha256(self.net.state_dict())
 
-    def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compiles the form that is run, in place."""
-        self.run.compile(*args, **kwargs)
-        self.packs = False
+    def compile(self, mode: str = "default") -> None:
+        """Compiles the form that is run, in place, in one of the modes of `torch.compile`. `prepacked` is one more, for CPUs,
+        without an effect where features are tapped."""
+        if mode != "prepacked":
+            self.run.compile(mode=mode)
+        self.packs = mode == "prepacked" and not self.tapped.names
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FrozenTeacher:
         """Shared, not copied: what averages a student's weights copies the module that holds its teacher."""
