@@ -31,7 +31,8 @@ def faults(how: str, **environment: str) -> int:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
 def test_a_step_asks_the_system_for_no_memory_that_the_one_before_had() -> None:
-    assert faults("left") > 10_000  # 20 steps, 8 tensors, 195 pages of 4 kB
+    # Left alone it depends on how the heap happens to lie whether all 20 steps of 8 tensors of 195 pages of 4 kB fault.
+    assert faults("left", MALLOC_MMAP_THRESHOLD_="131072") > 20_000
     assert faults("kept") < 1_000
 
 

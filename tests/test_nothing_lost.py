@@ -75,6 +75,8 @@ def test_a_kill_before_or_within_any_write_loses_nothing(whole, tmp_path, stride
     for number in range(2, count + 1, stride):
         cwd = tmp_path / str(number)
         status, printed = call("train", [*TINY, *extra], cwd, partial(killed_at_change, number))
+        if status == 0 and number > 50:
+            break  # how often events are flushed depends on the clock, so a run has now more writes and now fewer
         assert status == -signal.SIGKILL, (number, printed)
         status, printed = call("train", [*TINY, *extra, "resume=auto"], cwd, no_pictures)
         assert status == 0, (number, printed)

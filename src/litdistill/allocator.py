@@ -14,9 +14,9 @@ NEVER = 2**31 - 1
 def keep_freed_memory() -> bool:
     """Keeps freed memory in this process, where the C library is glibc; whether it is now kept.
 
-    By default glibc gives large blocks back to the system when they are freed, and the system hands out zeroed pages when
-    they are asked for again: a thousand page faults in each step of a small network, which took a third of its time
-    (`scripts/benchmark.py` compares). What a process holds at its peak stays as it was, up to fragments.
+    By default glibc gives large blocks back to the system when they are freed, if the heap happens to lie so, and the system
+    hands out zeroed pages when they are asked for again: up to a thousand page faults in each step of a small network, a
+    third of its time. What a process holds at its peak stays as it was, up to fragments.
 
     No number changes. An environment that sets the thresholds itself (`MALLOC_TRIM_THRESHOLD_`, `MALLOC_MMAP_THRESHOLD_`,
     `GLIBC_TUNABLES`) or another allocator (`LD_PRELOAD`) is left as it is.
