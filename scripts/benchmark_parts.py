@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import logging
 import statistics
@@ -38,7 +39,8 @@ from litdistill.teacher import FrozenTeacher
 
 
 class Pair(NamedTuple):
-    """What is timed: networks by their files in conf/net with changed options, images, and how many steps a round."""
+    """What is timed: networks by their files in conf/net with changed options, images, and how many steps a round, with the
+    teacher and without it."""
 
     name: str
     words: str
@@ -46,6 +48,7 @@ class Pair(NamedTuple):
     student: tuple[str, dict[str, Any]]
     shape: tuple[int, int, int]
     steps: int
+    light_steps: int
     shift: int = 2  # pixels of zeros around an image, out of which it is cropped anew
     flip: bool = False
     batch: int = 64
@@ -61,7 +64,8 @@ PAIRS = {
             ("conv4", {"widths": [32, 64, 128]}),
             SMALL,
             (1, 28, 28),
-            50,
+            steps=50,
+            light_steps=50,
         ),
         Pair(
             "resnet50",
@@ -69,7 +73,8 @@ PAIRS = {
             ("resnet50", {"stem": "standard"}),
             SMALL,
             (1, 28, 28),
-            6,
+            steps=6,
+            light_steps=32,
         ),
         Pair(
             "resnet50-3x3",
@@ -77,7 +82,8 @@ PAIRS = {
             ("resnet50_cifar", {}),
             SMALL,
             (1, 28, 28),
-            2,
+            steps=2,
+            light_steps=32,
         ),
         Pair(
             "resnet32x4",
@@ -85,7 +91,8 @@ PAIRS = {
             ("resnet32x4", {}),
             ("resnet8x4", {}),
             (3, 32, 32),
-            2,
+            steps=2,
+            light_steps=2,
             shift=4,
             flip=True,
         ),
@@ -131,7 +138,7 @@ class Bench:
     def __init__(self, pair: Pair, device: torch.device, classes: int = 10):
         self.pair, self.device, self.classes = pair, device, classes
         augment = [Crop(pair.shift), *([Flip()] if pair.flip else [])]
-        count = pair.batch * max(64, 4 * pair.steps)
+        count = pair.batch * max(64, 4 * max(pair.steps, pair.light_steps))
         self.data = random_data(pair.shape, count, augment, classes, pair.batch)
         self.optimizer = functools.partial(torch.optim.SGD, lr=0.01, momentum=0.9, weight_decay=5e-4)
         self.fused = functools.partial(self.optimizer, fused=True)
@@ -151,14 +158,16 @@ class Bench:
 
 
 def variants(bench: Bench) -> dict[str, Callable[[], float]]:
-    """By name a function that trains for `pair.steps` steps and gives seconds a step."""
+    """By name a function that trains for so many steps as the pair says, and gives seconds a step."""
+    light = copy.copy(bench)
+    light.pair = bench.pair._replace(steps=bench.pair.light_steps)
     found: dict[str, Callable[[], float]] = {
         "peers": peers(bench),
         "live": functools.partial(project, bench, "live"),
         "packed": functools.partial(project, bench, "packed"),
-        "cached": functools.partial(project, bench, "cached"),
-        "hard": functools.partial(project, bench, "hard"),
-        "floor": floor(bench),
+        "cached": functools.partial(project, light, "cached"),
+        "hard": functools.partial(project, light, "hard"),
+        "floor": floor(light),
     }
     with contextlib.suppress(ImportError):
         found["torchdistill"] = torchdistill(bench)

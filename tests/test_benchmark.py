@@ -13,7 +13,7 @@ import benchmark_parts as parts
 import benchmark_questions as questions
 
 CPU = torch.device("cpu")
-TINY = parts.PAIRS["small"]._replace(steps=3, batch=8)
+TINY = parts.PAIRS["small"]._replace(steps=3, light_steps=3, batch=8)
 
 
 def test_every_variant_of_a_pair_gives_its_seconds_a_step():
