@@ -135,7 +135,7 @@ def test_what_is_kept_is_what_the_teacher_says_in_float64(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", ["teacher", "network", "data", "augment", "mix", "dtype", "taps", "precision", "seed", "mean"]
+    "change", ["teacher", "network", "data", "augment", "mix", "dtype", "taps", "precision", "seed", "mean", "mode"]
 )
 def test_whatever_changes_what_the_teacher_says_is_another_cache(change):
     def key(**c):
@@ -148,12 +148,14 @@ def test_whatever_changes_what_the_teacher_says_is_another_cache(change):
         if c.get("network"):
             inner.layer1[2] = torch.nn.LeakyReLU()
         teacher = FrozenTeacher(inner, c.get("taps", []))
+        if c.get("mode"):
+            teacher.compile(c["mode"])
         return cache_key(teacher, data, CPU, c.get("dtype", torch.float32), c.get("precision", "32-true"))
 
     changes = {
         "teacher": {"weights": 2}, "network": {"network": True}, "data": {"data": True}, "augment": {"augment": [Crop(2)]},
         "dtype": {"dtype": torch.float16}, "taps": {"taps": ["layer1"]}, "precision": {"precision": "bf16-mixed"},
-        "mean": {"mean": [0.3]}, "mix": {"mix": Mixup(0.5)},
+        "mean": {"mean": [0.3]}, "mix": {"mix": Mixup(0.5)}, "mode": {"mode": "prepacked"},
     }  # fmt: skip
     assert key() == key()
     mixed = [key(mix=Mixup(0.5)), key(mix=Mixup(0.2)), key(mix=Mixup(0.5), seed=1)]

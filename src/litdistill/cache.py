@@ -339,6 +339,7 @@ def cache_key(teacher: FrozenTeacher, data: ImageData, device: torch.device, dty
         "teacher": teacher.sha256,
         "network": hashlib.sha256(repr(teacher.net).encode()).hexdigest(),
         "taps": teacher.tapped.names,
+        "compiled": teacher.mode,
         "data": data.sha256,
         "normalised": (data.mean, data.std),
         "augment": [(type(a).__name__, sorted((k, repr(v)) for k, v in vars(a).items())) for a in data.augment],

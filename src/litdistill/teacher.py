@@ -60,7 +60,8 @@ class FrozenTeacher(nn.Module):
             net.to(memory_format=torch.channels_last)
             run = net if taps else folded(net, example)  # nothing can be tapped that is folded away
         self.tapped = Tapped(run, taps)
-        self.run, self.packs = run, False
+        self.run = run
+        self.mode: str | None = None  # in which it is compiled
         self._packed: list[nn.Module] = []  # no submodule: it cannot be moved to another device
 
     def train(self, mode: bool = True) -> FrozenTeacher:
@@ -70,7 +71,8 @@ class FrozenTeacher(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> Outputs:
         """(N, C, H, W) -> logits (N, classes) and the tapped features."""
-        if not self.packs or images.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        packs = self.mode == "prepacked" and not self.tapped.names
+        if not packs or images.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
             return self.tapped(images)
         if not self._packed:
             self._packed = [prepacked(self.run, images)]
@@ -83,9 +85,9 @@ class FrozenTeacher(nn.Module):
     def compile(self, mode: str = "default") -> None:
         """Compiles the form that is run, in place, in one of the modes of `torch.compile`. `prepacked` is one more, for CPUs,
         without an effect where features are tapped."""
+        self.mode = mode
         if mode != "prepacked":
             self.run.compile(mode=mode)
-        self.packs = mode == "prepacked" and not self.tapped.names
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FrozenTeacher:
         """Shared, not copied: what averages a student's weights copies the module that holds its teacher."""
