@@ -175,13 +175,13 @@ def page(found: dict[str, Any]) -> str:
             for size, row in by.items()
         ]
         head = "| teacher | students in a pack | CPU ms a student and step | times less than alone |\n|---|---:|---:|---:|\n"
-        parts.append(f"Packs ({PAIRS['small'].words}, but not shifted):\n\n{head}" + "\n".join(rows))
+        parts.append(f"Packs of the pair {PAIRS['small'].words}, but for the shift:\n\n{head}" + "\n".join(rows))
     if "trials" in found:
         took = "; ".join(
             f"{PAIRS[n].words}: {r[1]:.1f} times ({r[0]:.1f}–{r[2]:.1f})" for n, r in found["trials"].items()
         )
         parts.append(
-            f"Sixteen trials, peers' loop ÷ one pack with a shared cache (aim ≥ 8), images not shifted: {took}."
+            f"Sixteen trials, peers' loop ÷ one pack with a shared cache (aim ≥ 8), of the pairs above but for the shift: {took}."
         )
     for what, by in found.get("growth", {}).items():
         unit = "Samples a second of a whole run" if what == "ranks" else "CPU milliseconds of a cached step"
