@@ -181,7 +181,8 @@ def page(found: dict[str, Any]) -> str:
             f"{PAIRS[n].words}: {r[1]:.1f} times ({r[0]:.1f}–{r[2]:.1f})" for n, r in found["trials"].items()
         )
         parts.append(
-            f"Sixteen trials, peers' loop ÷ one pack with a shared cache (aim ≥ 8), of the pairs above but for the shift: {took}."
+            "Sixteen trials, peers' loop ÷ one pack with a shared cache (aim ≥ 8), of the pairs above but for the shift: "
+            f"{took}."
         )
     for what, by in found.get("growth", {}).items():
         unit = "Samples a second of a whole run" if what == "ranks" else "CPU milliseconds of a cached step"
