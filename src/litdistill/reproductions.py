@@ -30,18 +30,8 @@ PROTOCOLS = {"last": "last epoch", "best": "best on validation", "best_on_test":
 
 # What a run may be started with and still be a run of its experiment: its seed, and what changes no weight.
 NO_VARIANT = (
-    *(
-        "experiment",
-        "name",
-        "seed",
-        "threads",
-        "watch_test",
-        "runs",
-        "logger",
-        "resume",
-        "hydra.run.dir",
-        "hydra.sweep.dir",
-    ),
+    *("experiment", "name", "seed", "threads", "watch_test", "runs", "logger", "resume"),
+    *("hydra.run.dir", "hydra.sweep.dir"),
     *("student.checkpoint", "trainer.accelerator", "trainer.devices", "data.root"),
 )
 
