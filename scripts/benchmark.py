@@ -161,7 +161,8 @@ def page(found: dict[str, Any]) -> str:
         parts.append(
             "A cache that fills as views come up (ResNet-50 → ConvNet, ±2 pixels, 30 epochs): the first run is "
             f"{f['live/first']:.2f} times as fast as one that asks the teacher anew (aim ≥ 1.45), the next one, with "
-            f"another seed, {f['live/next']:.1f} times (aim ≥ 8); weights differ from those of the run that asks anew by "
+            f"another seed, {f['live/next']:.1f} times (aim ≥ 8), and {f['live/next_same_views']:.1f} times where it sees the "
+            "same views of an image (`data.view_seed=0`); weights differ from those of the run that asks anew by "
             f"at most {f['largest_difference_of_weights']:.0e} (aim ≤ 1e-5)."
         )
     if "data" in found:

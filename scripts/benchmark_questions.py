@@ -24,13 +24,13 @@ from litdistill.teacher import FrozenTeacher
 
 
 def filled_by_views(images: int = 1024, epochs: int = 30) -> dict[str, float]:
-    """ResNet-50 → ConvNet on shifted images: the first run that keeps what it asks, and the next with another seed, against
-    one that asks anew each time; and how far their weights are from each other."""
+    """ResNet-50 → ConvNet on shifted images: the first run that keeps what it asks, and the next with another seed, which sees
+    other views of an image or the same, against one that asks anew each time; and how far weights are from each other."""
     pair = PAIRS["resnet50"]
     bench = Bench(pair, torch.device("cpu"))
 
-    def fit(mode: str, seed: int, folder: str) -> tuple[float, dict[str, Tensor]]:
-        data = random_data(pair.shape, images, [Crop(2)], seed=seed, subset_seed=0)
+    def fit(mode: str, seed: int, folder: str, view_seed: int | None = None) -> tuple[float, dict[str, Tensor]]:
+        data = random_data(pair.shape, images, [Crop(2)], seed=seed, subset_seed=0, view_seed=view_seed)
         data.window = WINDOW
         student, teacher = bench.networks()
         student.to(memory_format=torch.channels_last)
@@ -56,6 +56,7 @@ def filled_by_views(images: int = 1024, epochs: int = 30) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         live, expected = fit("off", 0, folder)
         first, weights = fit("disk", 0, folder)
+        same_views, _ = fit("disk", 1, folder, view_seed=0)
         second, _ = fit("disk", 1, folder)
         live_again, _ = fit("off", 1, folder)
     apart = max(float((weights[k] - v).abs().max()) for k, v in expected.items() if v.is_floating_point())
@@ -63,6 +64,7 @@ def filled_by_views(images: int = 1024, epochs: int = 30) -> dict[str, float]:
         "live_s": live,
         "live/first": live / first,
         "live/next": live_again / second,
+        "live/next_same_views": live_again / same_views,
         "largest_difference_of_weights": apart,
     }
 

@@ -313,6 +313,21 @@ def test_fixed_views_bound_what_is_seen_and_what_is_kept(tmp_path, augment):
     assert len(distiller.cache.store.known) == 2 * len(data.train_targets)
 
 
+@pytest.mark.parametrize("seen", [{"augment": [Crop(2), Flip()]}, {"augment": [Dim()]}, {"mix": Mixup()}],
+                         ids=["finite", "continuous", "mixed"])  # fmt: skip
+def test_runs_of_other_seeds_that_see_the_same_views_ask_nothing_more(tmp_path, seen):
+    options = CacheOptions("disk", tmp_path)
+    losses, _, _, first = run(tmp_path, options, seed=0, view_seed=5, **seen)
+    others, _, _, second = run(tmp_path, options, seed=1, view_seed=5, **seen)
+    assert first.cache.computed > 0
+    assert second.cache.computed == 0
+    assert others != losses  # in another order
+    live, *_ = run(tmp_path, CacheOptions("off"), seed=1, view_seed=5, **seen)
+    assert others == pytest.approx(live, rel=1e-5)
+    *_, own = run(tmp_path, options, seed=1, **seen)
+    assert own.cache.computed > 0
+
+
 def test_a_bit_far_out_in_a_wide_row_counts_too():
     values = torch.randn(1, 1000)
     before = fingerprint(values, torch.zeros(1, dtype=torch.int64))

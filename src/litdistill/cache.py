@@ -344,7 +344,7 @@ def cache_key(teacher: FrozenTeacher, data: ImageData, device: torch.device, dty
         "normalised": (data.mean, data.std),
         "augment": [(type(a).__name__, sorted((k, repr(v)) for k, v in vars(a).items())) for a in data.augment],
         "mixed": mixed,
-        "seed": None if data.views is not None else data.seed,
+        "seed": None if data.views is not None else data.view_seed,
         "kept": str(dtype),
         "precision": (precision, torch.get_float32_matmul_precision(), device.type, torch.__version__),
     }

@@ -46,7 +46,8 @@ class ImageData(LightningDataModule):
         augment: augmentations of `litdistill.data.augment`, applied in this order.
         mix: mixes each image and its label with another's after that (`litdistill.data.mixing`).
         mean, std: of each channel on the scale 0 to 1, for normalisation; measured on the training set where null.
-        seed: of order and augmentation.
+        seed: of order and augmentation. view_seed: of augmentation alone, where runs that differ in their seed are to see each
+            image in the same views, and their teacher is to be asked once for all of them; `seed` where null.
         download: whether files that are missing may be fetched.
         fixed_views: every image is seen in so many views only, those of the first rounds, over and over: so a teacher's
             outputs can be kept however many views there are.
@@ -76,6 +77,7 @@ class ImageData(LightningDataModule):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         seed: int = 0,
+        view_seed: int | None = None,
         download: bool = True,
         resident: bool | str = "auto",
         memory_gb: float = 4.0,
@@ -89,7 +91,8 @@ class ImageData(LightningDataModule):
         self.val_size, self.fraction, self.per_class = val_size, fraction, per_class
         self.subset_seed = seed if subset_seed is None else subset_seed
         self.epoch_size, self.batch_size, self.eval_batch_size = epoch_size, batch_size, eval_batch_size
-        self.augment, self.mix, self.mean, self.std, self.seed = list(augment), mix, mean, std, seed
+        self.augment, self.mix, self.mean, self.std = list(augment), mix, mean, std
+        self.seed, self.view_seed = seed, seed if view_seed is None else view_seed
         self.memory, self.workers = splits.budget(resident, memory_gb), workers
         self.omit, self.fixed_views = list(omit or ()), fixed_views
         self.only = list(classes) if classes is not None else None
@@ -179,7 +182,7 @@ class ImageData(LightningDataModule):
     def views(self) -> int | None:
         """How many distinct views of an image training sees; None where they cannot be numbered, as `aug.count_views`.
 
-        The number of a view is its round then, and means something for this seed and these training ids only.
+        The number of a view is its round then, and means something for this view seed and these training ids only.
         """
         return None if self.by_round else aug.count_views(self.augment)
 
@@ -208,7 +211,7 @@ class ImageData(LightningDataModule):
             rounds = rounds % self.fixed_views
         if not self.draws_views:
             return Ids("train", ids)
-        return Ids("train", ids, rounds if self.by_round else aug.draw_views(self.augment, self.seed, rounds, ids))
+        return Ids("train", ids, rounds if self.by_round else aug.draw_views(self.augment, self.view_seed, rounds, ids))
 
     def _window_ends(self, done: int) -> list[int]:
         """Where windows of at most `window` batches end, `done` batches into the epoch: also wherever something is logged or
@@ -246,7 +249,7 @@ class ImageData(LightningDataModule):
     def _prefetched(self, rows: Any, keep: bool = False) -> Prefetched:
         images = {name: self._split(name).images for name in ("train", "test")}
         trained = self.train_ids if self.mix is not None else None
-        return Prefetched(rows, images, functools.partial(needed, self.seed, trained), self.workers, keep)
+        return Prefetched(rows, images, functools.partial(needed, self.view_seed, trained), self.workers, keep)
 
     def on_after_batch_transfer(self, batch: Ids, dataloader_idx: int) -> Batch:
         """Lightning's hook: ids that lie on the device become the batch."""
@@ -277,7 +280,7 @@ class ImageData(LightningDataModule):
         """`images`: those that are `needed`, where they were decoded before."""
         data = self._on(split, ids.device)
         mix = self.mix if views is not None else None
-        everyone = needed(self.seed, self._trained_on(ids.device) if mix else None, Ids(split, ids, views))
+        everyone = needed(self.view_seed, self._trained_on(ids.device) if mix else None, Ids(split, ids, views))
         if images is None:
             here = data.images
             images = here[everyone.cpu()] if isinstance(here, Encoded) else here.index_select(0, everyone)
@@ -285,12 +288,12 @@ class ImageData(LightningDataModule):
         if views is not None and self.augment:
             codes = views
             if self.by_round:
-                codes = aug.draw_views(self.augment, self.seed, views.repeat(2) if mix else views, everyone)
-            images = aug.apply_views(self.augment, images, codes, self.seed, everyone)
+                codes = aug.draw_views(self.augment, self.view_seed, views.repeat(2) if mix else views, everyone)
+            images = aug.apply_views(self.augment, images, codes, self.view_seed, everyone)
         if mix:
             assert views is not None
             pairs = (images.tensor_split(2), targets.tensor_split(2))
-            images, targets = mixing.mix(mix, self.seed, views, ids, *pairs, self.num_classes)
+            images, targets = mixing.mix(mix, self.view_seed, views, ids, *pairs, self.num_classes)
         return Batch(self.normalise(images), targets, ids, views)
 
     def normalise(self, images: Tensor) -> Tensor:
