@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from litdistill.build import NOT_OPTIONS, WINDOW, WINDOW_BYTES, make
+from litdistill.build import WINDOW, WINDOW_BYTES, make
 from litdistill.cache import CacheOptions, TeacherCache
 from litdistill.callbacks import EpochLine, SeededSteps
 from litdistill.data.augment import Crop, Flip
@@ -33,6 +33,7 @@ from litdistill.distiller import Distiller
 from litdistill.methods.base import Outputs
 from litdistill.methods.kd import KD
 from litdistill.methods.supervised import Supervised
+from litdistill.recipes import NOT_OPTIONS
 from litdistill.runtime import CONF
 from litdistill.safety import StopSafely
 from litdistill.teacher import FrozenTeacher

@@ -23,13 +23,14 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor
 
-from litdistill.build import make, recipe_hash
+from litdistill.build import make
 from litdistill.checkpoint import write_text
 from litdistill.errors import UserError
 from litdistill.methods.base import Method, Outputs, Taps
 from litdistill.methods.kd import KD
 from litdistill.methods.sum import Sum
 from litdistill.nets.resnet import resnet
+from litdistill.recipes import recipe_hash
 from litdistill.report import spread
 from litdistill.runtime import CONF, quieten
 from litdistill.summary import versions

@@ -17,11 +17,12 @@ from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from litdistill import shared as shared_module
-from litdistill.build import build_data, teacher_folder
+from litdistill.build import build_data
 from litdistill.checkpoint import write_text
 from litdistill.data.datamodule import ImageData
 from litdistill.errors import Stopped, UserError
 from litdistill.pack import Pack
+from litdistill.recipes import teacher_folder
 from litdistill.runtime import CONF
 from litdistill.shared import common
 from litdistill.sweep import sweep

@@ -9,13 +9,13 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 from litdistill import papers
-from litdistill.build import recipe_hash, teacher_config
 from litdistill.callbacks import best_shift
 from litdistill.data import datamodule
 from litdistill.data.datamodule import ImageData
 from litdistill.errors import UserError
 from litdistill.evaluate import differences, evaluate
 from litdistill.nets.small import mlp
+from litdistill.recipes import recipe_hash, teacher_config
 from litdistill.runtime import CONF
 from litdistill.train import train
 from tests.conftest import compose_config

@@ -15,8 +15,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.distributed.tensor import DTensor
 
 from litdistill import build, sharding
-from litdistill.build import recipe_hash
 from litdistill.errors import UserError
+from litdistill.recipes import recipe_hash
 from litdistill.scale import Scale
 from litdistill.train import train
 from tests import forked

@@ -17,9 +17,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from litdistill import train as train_module
-from litdistill.build import build_data, build_net, teacher_config
+from litdistill.build import build_data, build_net
 from litdistill.data.sources import Source, Split
 from litdistill.evaluate import differences, evaluate, load_run, rebuild
+from litdistill.recipes import teacher_config
 from litdistill.runtime import CONF
 from litdistill.summary import method_name
 from tests.conftest import compose_config

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from litdistill import train as train_module
-from litdistill.build import build_data, build_net, recipe_hash, student_config, student_folder, teacher_folder
+from litdistill.build import build_data, build_net
 from litdistill.checkpoint import write_text
 from litdistill.compress.quantise import Int8
 from litdistill.compress.structure import structure_of
@@ -27,6 +27,7 @@ from litdistill.methods.fitnet import FitNet
 from litdistill.methods.kd import KD
 from litdistill.methods.shuffled import Shuffled, of_its_class
 from litdistill.predict import load
+from litdistill.recipes import recipe_hash, student_config, student_folder, teacher_folder
 from litdistill.runtime import CONF
 from litdistill.train import train
 from litdistill.transfer import freeze, with_own_head

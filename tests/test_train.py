@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from litdistill import train as train_module
-from litdistill.build import recipe_hash, teacher_config, teacher_folder
 from litdistill.errors import Stopped, UserError
 from litdistill.evaluate import differences, evaluate, load_run
 from litdistill.export import export
+from litdistill.recipes import recipe_hash, teacher_config, teacher_folder
 from litdistill.train import train
 
 

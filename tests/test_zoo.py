@@ -20,10 +20,11 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from litdistill.build import build_data, build_net, teacher_folder
+from litdistill.build import build_data, build_net
 from litdistill.checkpoint import write_text
 from litdistill.errors import Stopped
 from litdistill.evaluate import differences, evaluate, load_run
+from litdistill.recipes import teacher_folder
 from litdistill.runtime import CONF
 from litdistill.train import train
 from tests.conftest import compose_config

@@ -5,8 +5,6 @@ Training and evaluation build a run by the same function, so that a run is rebui
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import math
 from collections.abc import Callable
@@ -23,7 +21,7 @@ from torch import nn
 
 from litdistill import taps
 from litdistill.cache import CacheOptions
-from litdistill.checkpoint import STUDENT, fit_weights, load_weights
+from litdistill.checkpoint import fit_weights, load_weights
 from litdistill.compress.quantise import Int8
 from litdistill.compress.structure import Step, load_structure, restore, structure_of
 from litdistill.data import augment as aug
@@ -32,6 +30,7 @@ from litdistill.distiller import Distiller
 from litdistill.errors import UserError
 from litdistill.launch import agreed
 from litdistill.methods.base import Method
+from litdistill.recipes import NOT_OPTIONS, finished, teacher_folder
 from litdistill.teacher import Ensemble, FrozenTeacher
 from litdistill.transfer import freeze, with_own_head
 
@@ -46,37 +45,7 @@ TARGETS = (
     *(f"lightning.pytorch.{part}." for part in ("callbacks", "loggers", "profilers", "strategies", "trainer")),
 )
 
-# Keys beside a network's own options.
-NOT_OPTIONS = (
-    "checkpoint",
-    "head",
-    "trainable",
-    "allow_chance",
-    "recipe",
-    "ensemble",
-    "generations",
-    "cache",
-    "tabulate",
-)
-
-# What of a config decides the weights that a run ends with: the key of a teacher that is found again.
-RECIPE = (
-    *("data", "student", "compress", "teacher", "method", "optimizer", "scheduler", "schedule", "ema", "seed"),
-    "trainer",
-)
 CALIBRATION = 512  # training images, unaugmented, that compressing may look at
-NO_RECIPE = {  # ... but for where things are and how fast they go
-    "teacher": ("cache",),
-    "data": ("root", "download", "eval_batch_size", "resident", "memory_gb", "workers"),
-    "trainer": (
-        "accelerator",
-        "devices",
-        "num_nodes",
-        "log_every_n_steps",
-        "enable_model_summary",
-        "enable_progress_bar",
-    ),
-}
 
 
 def make(node: Any, **facts: Any) -> Any:
@@ -258,9 +227,8 @@ def build_distiller(
     student.train()
     if (trainable := cfg.student.get("trainable")) is not None:
         freeze(net, trainable, example)  # Lightning puts each module's own mode back after a validation
-    student.to(
-        memory_format=torch.channels_last
-    )  # convolutions are 1.2 to 1.6 times faster in it, and know by themselves
+    # Convolutions are 1.2 to 1.6 times faster in it, and know by themselves.
+    student.to(memory_format=torch.channels_last)
     modes = cfg.get("compile") or {}
     if modes.get("student") is not None:
         student.compile(mode=modes["student"])
@@ -295,88 +263,3 @@ def _cache_options(cfg: DictConfig) -> CacheOptions:
         return CacheOptions()
     multirun = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
     return CacheOptions(**{**options, "shared": options.get("shared") or multirun}, folder=Path(cfg.runs) / "cache")
-
-
-def teacher_config(cfg: DictConfig) -> DictConfig:
-    """The config of the run that trains the teacher of `cfg`: the teacher as the student, labels alone, then its recipe."""
-    recipe: Any = OmegaConf.to_container(cfg.teacher.recipe, resolve=False) if cfg.teacher.get("recipe") else {}
-    teacher = cfg.copy()
-    with open_dict(teacher):
-        teacher.student = {k: v for k, v in cfg.teacher.items() if k not in NOT_OPTIONS}
-        teacher.student.checkpoint = None
-        teacher.compress = teacher.technique = None
-        if cfg.teacher.get("generations", 1) > 1:  # a teacher that was taught by its like
-            teacher.teacher.generations -= 1
-            teacher.teacher.recipe = {**recipe, "seed": recipe.get("seed", cfg.seed) + 1}  # with other first weights
-        else:
-            teacher.teacher = None
-            teacher.method = {"_target_": "litdistill.methods.supervised.Supervised"}
-        teacher.schedule, teacher.ema, teacher.resume = {}, None, None
-        merged = OmegaConf.merge(teacher, recipe)
-        merged.name = "teachers"
-    assert isinstance(merged, DictConfig)
-    return merged
-
-
-def student_config(cfg: DictConfig) -> DictConfig:
-    """The config of the run that `student.checkpoint: auto` starts from: that of `cfg` without its start, then the recipe."""
-    recipe: Any = OmegaConf.to_container(cfg.student.recipe, resolve=False) if cfg.student.get("recipe") else {}
-    source = cfg.copy()
-    with open_dict(source):
-        for key in ("checkpoint", "head", "trainable", "recipe"):
-            source.student[key] = None
-        source.compress = source.technique = source.resume = None
-        merged = OmegaConf.merge(source, recipe)
-        merged.name = "students"
-    assert isinstance(merged, DictConfig)
-    return merged
-
-
-def student_folder(cfg: DictConfig) -> Path:
-    """Where the run that `student.checkpoint: auto` starts from is kept."""
-    return student_place(student_config(cfg))
-
-
-def student_place(recipe: DictConfig) -> Path:
-    """Where a run of that config lies if it is one that others start from."""
-    return Path(recipe.runs) / "students" / f"{net_name(recipe.student)}-{recipe.data.name}-{recipe_hash(recipe)}"
-
-
-def recipe_hash(cfg: DictConfig) -> str:
-    """Ten hex digits that are equal for two configs exactly if their runs train the same weights."""
-    kept: dict[str, Any] = {}
-    for key in RECIPE:
-        node = cfg.get(key)
-        if node is None and key == "compress":
-            continue
-        value = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
-        if isinstance(value, dict):
-            # A key that is null is as good as absent: one that is added later changes no hash.
-            value = {k: v for k, v in value.items() if v is not None and k not in NO_RECIPE.get(key, ())}
-        kept[key] = value
-    if (scale := cfg.get("scale")) and scale.reference_batch is not None:
-        kept["scale"] = OmegaConf.to_container(scale)
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:10]
-
-
-def teacher_folder(cfg: DictConfig) -> Path:
-    """Where the teacher that `teacher.checkpoint: auto` trains is kept."""
-    recipe = teacher_config(cfg)
-    return Path(cfg.runs) / "teachers" / f"{net_name(recipe.student)}-{cfg.data.name}-{recipe_hash(recipe)}"
-
-
-def net_name(node: DictConfig) -> str:
-    """A short name of a network: its function, and whatever option has the name's look."""
-    name = str(node["_target_"]).rsplit(".", 1)[-1]
-    if "name" in node:
-        return str(node["name"])
-    for key in ("depth", "width", "widths", "hidden"):
-        if key in node:
-            value = node[key]
-            name += "-" + ("x".join(map(str, value)) if OmegaConf.is_list(value) else str(value))
-    return name
-
-
-def finished(folder: Path) -> bool:
-    """Whether a run has left all that it leaves."""
-    return (folder / "summary.json").is_file() and (folder / STUDENT).is_file()

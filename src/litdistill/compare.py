@@ -20,7 +20,6 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from litdistill.build import recipe_hash, student_place
 from litdistill.callbacks import format_seconds
 from litdistill.checkpoint import write_text
 from litdistill.errors import UserError
@@ -28,6 +27,7 @@ from litdistill.page import plots
 from litdistill.page.build import build
 from litdistill.page.collect import Group, Settings
 from litdistill.page.sections import accuracy, each, looks
+from litdistill.recipes import recipe_hash, student_place
 from litdistill.runtime import CONF, quieten
 from litdistill.train import logged_to, train
 

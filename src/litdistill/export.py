@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 from torch import nn
 
-from litdistill.build import NOT_OPTIONS, build_data, build_net
+from litdistill.build import build_data, build_net
 from litdistill.checkpoint import write_atomically, write_text
 from litdistill.compress.quantise import Int8
 from litdistill.compress.structure import structure_of
@@ -29,6 +29,7 @@ from litdistill.evaluate import collect, load_run, rebuild
 from litdistill.formats import write_format
 from litdistill.metrics import likeness, quality
 from litdistill.predict import MANIFEST, SUFFIXES, check_facts, load, read_manifest, runtime
+from litdistill.recipes import NOT_OPTIONS
 from litdistill.summary import versions
 from litdistill.teacher import weights_sha256
 

@@ -30,11 +30,11 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig
 
-from litdistill.build import finished
 from litdistill.data.datamodule import ImageData
 from litdistill.distiller import Distiller
 from litdistill.errors import Stopped
 from litdistill.methods.base import Method
+from litdistill.recipes import finished
 from litdistill.safety import StopSafely
 from litdistill.shared import Shared, common
 from litdistill.train import start, train

@@ -15,10 +15,11 @@ from lightning import Trainer
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from litdistill.build import build_data, build_distiller, build_teacher, recipe_hash, teacher_config
+from litdistill.build import build_data, build_distiller, build_teacher
 from litdistill.data.datamodule import Batch, Ids, ImageData
 from litdistill.distiller import Distiller
 from litdistill.methods.base import Method, Outputs
+from litdistill.recipes import recipe_hash, teacher_config
 from litdistill.train import train_teacher
 
 # What of a config runs may differ in that share their data and teacher; the teacher's own recipe is looked at besides.

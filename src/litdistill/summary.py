@@ -16,9 +16,9 @@ from lightning import Trainer
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from litdistill.build import net_name, student_folder, teacher_folder
 from litdistill.data.datamodule import ImageData
 from litdistill.nets.profile import count_macs, count_parameters, weight_bytes
+from litdistill.recipes import net_name, student_folder, teacher_folder
 from litdistill.scale import read_scale
 from litdistill.teacher import weights_sha256
 

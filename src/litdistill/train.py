@@ -23,17 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from litdistill import pictures
 from litdistill.allocator import keep_freed_memory
-from litdistill.build import (
-    build_data,
-    build_distiller,
-    build_teacher,
-    finished,
-    make,
-    steps_at_once,
-    student_config,
-    student_folder,
-    teacher_config,
-)
+from litdistill.build import build_data, build_distiller, build_teacher, make, steps_at_once
 from litdistill.callbacks import EpochLine, SeededSteps, WatchTest, format_seconds, progress_bar
 from litdistill.checkpoint import STUDENT, WholeCheckpoints, load_checkpoint, save_student, write_text
 from litdistill.compress.quantise import Int8
@@ -45,6 +35,7 @@ from litdistill.evaluate import collect_teacher, load_student, measure, measure_
 from litdistill.export import ship
 from litdistill.launch import agreed, fit_to_launch, is_first_rank, join
 from litdistill.methods.base import Method
+from litdistill.recipes import finished, student_config, student_folder, teacher_config
 from litdistill.runtime import adopt_lightning_logs
 from litdistill.safety import StopSafely, alone, explained
 from litdistill.scale import FairShares, read_scale
