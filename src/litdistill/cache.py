@@ -40,9 +40,8 @@ from litdistill.teacher import FrozenTeacher, weights_sha256
 log = logging.getLogger(__name__)
 
 SPOT_CHECK = 32  # rows of a file that are computed again before it is believed
-TOLERANCE = (
-    1e-3  # ... and may differ by, relative to the largest: kernels round differently from one batch size to another
-)
+# ... and may differ by, relative to the largest: kernels round differently from one batch size to another.
+TOLERANCE = 1e-3
 
 
 class Store:

@@ -56,7 +56,7 @@ class Distiller(LightningModule):
             stepped once an epoch.
         schedule: for any term of the loss, points (epoch, factor) between which its weight is scaled linearly, with the
             first epoch counted as 1: `{"soft": [[0, 0], [20, 1]]}` warms the soft term up over 20 epochs.
-        student_taps, teacher_taps: names of the nodes whose features the method reads (`litdistill.taps.find`).
+        student_taps: names of the nodes whose features the method reads (`litdistill.taps.find`); the teacher has its own.
         allow_chance: trains even with a teacher that is no better than chance.
         cache: whether and where what the teacher says is kept (`litdistill.cache`). The losses are equal to float32 rounding.
         window: how many minibatches a training step holds where the loader yields windows (`litdistill.window`); with more
@@ -91,9 +91,8 @@ class Distiller(LightningModule):
         # A step of several minibatches is optimised here (`litdistill.window`), one by one; of a single one by Lightning.
         self.automatic_optimization = window == 1
         self.gradient_clip_val, self.gradient_clip_algorithm = gradient_clip_val, gradient_clip_algorithm
-        self.called: Any = (
-            None  # the trainer's callbacks, while Lightning is kept from calling them (`litdistill.window`)
-        )
+        # The trainer's callbacks, while Lightning is kept from calling them (`litdistill.window`).
+        self.called: Any = None
         self.apart_s = 0.0  # seconds that went by for other runs, which this one starts from, while it was built
         self.teacher_s = 0.0  # seconds spent in the teacher since the fit began (on a GPU: in giving it its orders)
         self._sums: dict[str, Tensor] = {}
