@@ -11,7 +11,8 @@ drift on a shared machine, ratios hardly.
 
 `peers`: images augmented one by one by torchvision's transforms in a DataLoader, the teacher run anew in each step, the plain
 optimiser, loss and accuracy read after each step. `torchdistill`: its distillation box on the same loader, where installed.
-`live`: this project, the teacher run anew; `packed`: the same with `compile.teacher=prepacked`. `cached`: what the teacher says
+`live`: this project, the teacher run anew; `packed`: the same with `compile.teacher=prepacked`; `bf16`: the same with
+`trainer.precision=bf16-mixed`, on a CPU that has instructions for it. `cached`: what the teacher says
 is known. `hard`: this project with labels alone. `floor`: a bare loop over resident images and known outputs that logs
 nothing. Networks, images and labels are random, which costs what real ones cost.
 """
@@ -44,6 +45,7 @@ TARGETS = {  # what the ratios are to reach, on two cores
 }
 
 OTHERS = ["peers", "torchdistill"]
+OTHER_RATIOS = [("peers", "packed"), ("peers", "bf16"), ("torchdistill", "cached")]  # without an aim
 QUESTIONS = ["pairs", "filled", "data", "pack", "growth", "memory"]
 
 
@@ -56,7 +58,8 @@ def ratios(pair: Pair, rounds: int, device: torch.device) -> dict[str, Any]:
             for name in list(run) if i % 2 == 0 else list(run)[::-1]:
                 times[name].append(run[name]())
     found: dict[str, Any] = {"ms": {name: 1e3 * statistics.median(t) for name, t in times.items()}, "ratios": {}}
-    for name in [*TARGETS[pair.name], "peers/packed", *(["torchdistill/cached"] if "torchdistill" in run else [])]:
+    others = [f"{over}/{under}" for over, under in OTHER_RATIOS if over in run and under in run]
+    for name in [*TARGETS[pair.name], *others]:
         over, under = name.split("/")
         found["ratios"][name] = quartiles([a / b for a, b in zip(times[over], times[under], strict=True)])
     bench = Bench(pair, device)
@@ -155,6 +158,15 @@ def page(found: dict[str, Any]) -> str:
             for w, one in pairs.items()
         ]
         parts.append("With `compile.teacher=prepacked` peers ÷ live is: " + "; ".join(packed) + ".")
+        if rounded := [
+            "{1:.2f} ({0:.2f}–{2:.2f}, {name})".format(*one["ratios"]["peers/bf16"], name=w)
+            for w, one in pairs.items()
+            if "peers/bf16" in one["ratios"]
+        ]:
+            parts.append(
+                "With `trainer.precision=bf16-mixed`, which rounds products to 8 bits and is no default on a CPU, on this one, "
+                f"which has instructions for it, peers (in float32) ÷ live is: {'; '.join(rounded)}."
+            )
         box = [f"{one['ratios']['torchdistill/cached'][1]:.1f} ({w})" for w, one in pairs.items()]
         parts.append("torchdistill's distillation box ÷ cached: " + ", ".join(box) + ".")
     if f := found.get("filled"):
