@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from litdistill.data import augment as aug
+from litdistill.errors import UserError
 
 MASK = (1 << 64) - 1
 
@@ -158,3 +159,8 @@ def test_views_that_cannot_be_numbered_are_their_rounds(steps):
     for stream, step in enumerate(steps, start=1):
         expected = step.apply(expected, step.draw(aug.random_bits(1, rounds, ids, stream)))
     assert torch.equal(aug.apply_views(steps, images, rounds, seed=1, ids=ids), expected)
+
+
+def test_a_reflection_needs_an_image_larger_than_its_border():
+    with pytest.raises(UserError, match="more than 8 pixels"):
+        aug.Crop(8, "reflect").apply(torch.zeros(1, 1, 8, 8, dtype=torch.uint8), torch.tensor([0]))

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import textwrap
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hydra import compose, initialize_config_dir
 from lightning import Trainer
 from safetensors.torch import load_file
@@ -25,7 +27,7 @@ from litdistill.methods.fitnet import FitNet
 from litdistill.methods.kd import KD
 from litdistill.nets.small import conv4
 from litdistill.runtime import CONF
-from litdistill.teacher import FrozenTeacher
+from litdistill.teacher import Ensemble, FrozenTeacher
 from litdistill.train import train
 
 
@@ -348,9 +350,13 @@ def test_the_longest_unused_goes_first(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "x.rows").write_bytes(b"0" * 100)
         os.utime(tmp_path / name, (i, i))
-    make_room(tmp_path, needed=50, limit=260)
+    make_room(tmp_path / "new", needed=50, limit=260)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["b", "c"]
-    make_room(tmp_path, needed=50, limit=60)
+    make_room(tmp_path / "b", needed=160, limit=260)  # one that is there already and has to grow
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["b", "c"]
+    make_room(tmp_path / "b", needed=160, limit=250)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["b"]
+    make_room(tmp_path / "new", needed=50, limit=60)
     assert not list(tmp_path.iterdir())
 
 
@@ -416,3 +422,70 @@ def test_two_ranks_share_one_cache_and_compute_each_row_once(tmp_path):
     assert int(written.sum()) == 120
     a, b = (load_file(tmp_path / mode / "student.safetensors") for mode in ("auto", "off"))
     assert all(torch.allclose(a[k], b[k], atol=1e-5) for k in a)
+
+
+class Act(torch.nn.Module):
+    """A network that is not all in its layers: what it applies and scales by are plain attributes."""
+
+    def __init__(self, act=F.relu, scale: float = 1.0):
+        super().__init__()
+        self.fc, self.act, self.scale = torch.nn.Linear(64, 10), act, scale
+
+    def forward(self, images):
+        return self.act(self.fc(images.flatten(1))) * self.scale
+
+
+def _acts():
+    torch.manual_seed(0)
+    first = Act()
+    others = Act(torch.tanh), Act(scale=2.0)
+    for other in others:
+        other.load_state_dict(first.state_dict())
+    member = net(16)
+    return [first, *others, Ensemble([member, net(8)]), Ensemble([member, net(8)], probabilities=True)]
+
+
+def test_networks_of_the_same_weights_that_compute_otherwise_share_no_rows():
+    data = digits()
+    key = functools.partial(cache_key, data=data, device=CPU, dtype=torch.float32, precision="32-true")
+    keys = [key(FrozenTeacher(n)) for n in _acts()]
+    assert len(set(keys)) == 5
+    assert keys == [key(FrozenTeacher(n)) for n in _acts()]  # and no address of an object is in a key
+
+
+def test_evaluations_that_are_not_the_networks_are_computed_anew(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(cache_module, "cache_key", lambda *_: "key")  # as if it lacked what tells two networks apart
+    one, other, data = Act(), Act(torch.tanh), digits()
+    for teacher in (one, other, one):
+        found = evaluate_module.collect_teacher(teacher, data, "val", "cpu", tmp_path)
+        assert torch.equal(found, evaluate_module.collect(teacher, data, "val")[0])
+    assert caplog.text.count("is not what the teacher says") == 2
+
+
+def test_augmentations_that_differ_in_a_large_table_share_no_rows():
+    class Table(Flip):
+        def __init__(self, table):
+            self.table = table
+
+    tables = [torch.zeros(2000) for _ in range(2)]
+    tables[1][1000] = 1
+    keys = [cache_key(FrozenTeacher(net()), digits(augment=[Table(t)]), CPU, torch.float32, "") for t in tables]
+    assert keys[0] != keys[1]
+
+
+def test_rows_that_are_no_numbers_are_not_believed(tmp_path, caplog):
+    options = CacheOptions("disk", tmp_path)
+    *_, distiller = run(tmp_path, options)
+    store = distiller.cache.store
+    rows = store.known.nonzero().flatten()
+    store.put(rows, torch.full((len(rows), 10), torch.nan))  # with the marks that belong to them
+    losses, *_ = run(tmp_path, options)
+    assert "is not what the teacher says" in caplog.text
+    assert all(map(math.isfinite, losses))
+
+
+def test_outputs_beyond_half_precision_are_refused():
+    store = Store(2, 3, torch.float16, CPU)
+    store.put(torch.tensor([0]), torch.full((1, 3), 60000.0))
+    with pytest.raises(UserError, match="float32"):
+        store.put(torch.tensor([1]), torch.full((1, 3), 70000.0))

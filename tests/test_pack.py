@@ -416,3 +416,9 @@ def test_a_trial_at_its_last_attempt_runs_alone(teachers, tmp_path, monkeypatch)
 def test_a_pack_that_cannot_be_is_refused(teachers, tmp_path, override):
     with pytest.raises(UserError, match=r"sweep\.pack="):
         start(teachers, tmp_path, "sweep=grid", "sweep.pack=2", override, space=GRID)
+
+
+def test_runs_whose_seed_draws_their_teacher_share_none(small):
+    fixed = ["data.seed=0", "data.subset_seed=0", "teacher.allow_chance=true"]
+    for drawn in ("teacher.checkpoint=null", "+teacher.head=new", "teacher.ensemble=[{checkpoint: null}]"):
+        assert common(small(*fixed, drawn)) != common(small(*fixed, drawn, "seed=1"))

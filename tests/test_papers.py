@@ -122,7 +122,15 @@ def test_a_cell_trains_a_step(name, tmp_path, monkeypatch):
 
 def test_the_teacher_of_the_mnist_students_is_the_one_of_its_own_experiment(tmp_path):
     own = compose_config(tmp_path / "run", "experiment=hinton2015/teacher")
-    for cell in ("distilled", "no_threes", "no_threes_bias", "only_7_8", "only_7_8_bias", "thirty_units"):
+    for cell in (
+        "distilled",
+        "distilled_jittered",
+        "no_threes",
+        "no_threes_bias",
+        "only_7_8",
+        "only_7_8_bias",
+        "thirty_units",
+    ):
         taught = teacher_config(compose_config(tmp_path / "run", f"experiment=hinton2015/{cell}"))
         taught.method = own.method  # it is written there with its defaults
         assert recipe_hash(taught) == recipe_hash(own)

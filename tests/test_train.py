@@ -175,6 +175,7 @@ def test_an_automatic_teacher_is_trained_once_and_shared_by_seeds_and_methods(sm
         ("method.temperature=9", True),
         ("teacher.recipe.seed=1", False),
         ("teacher.widths=[16,17]", False),
+        ("data.subset_seed=3", True),  # it is trained on all of it
         ("data.classes=[0,1]", False),
         ("optimizer.lr=0.01", False),
         ("teacher.recipe.trainer.max_epochs=4", False),
@@ -308,3 +309,20 @@ def test_a_folder_that_cannot_be_written_is_named(small, tmp_path):
     cfg.folder = str(tmp_path / "file" / "run")
     with pytest.raises((UserError, OSError), match=r"cannot be written|Not a directory"):
         train(cfg)
+
+
+def test_what_was_added_for_a_student_trains_no_teacher(small):
+    stop = "+callbacks.stop={_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: val/accuracy}"
+    plain, added = (teacher_config(small(*more)) for more in ([], [stop]))
+    assert recipe_hash(plain) == recipe_hash(added)
+    assert "stop" not in added.callbacks
+    own = teacher_config(small(stop.replace("+callbacks", "+teacher.recipe.callbacks")))
+    assert "stop" in own.callbacks
+    assert recipe_hash(own) != recipe_hash(plain)
+
+
+def test_a_precision_that_is_not_offered_is_refused(small):
+    with pytest.raises(UserError, match="bf16-mixed"):
+        train(small("trainer.precision=bf16-true"))
+    with pytest.raises(UserError, match="window"):
+        train(small("trainer.precision=16-mixed", "window=4"))

@@ -215,3 +215,30 @@ def test_a_loader_of_others_without_a_length_is_validated_and_scheduled_as_ever(
     assert found[0] == found[1]
     assert [line for line in found[0][0] if line[0] == "validation"] == [("validation", 0, 5), ("validation", 1, 10)]
     assert found[0][1] == 0.1 * 0.5**2
+
+
+@pytest.mark.parametrize(("steps", "at"), [(17, 14), (5, 3)])
+def test_a_run_that_goes_on_ends_at_its_last_step(tmp_path, steps, at):
+    options = {"max_steps": steps, "log_every_n_steps": 100}
+    whole, _, _ = run(tmp_path, 16, **options)
+    every = [ModelCheckpoint(tmp_path / "points", filename="{step}", every_n_train_steps=1, save_top_k=-1)]
+    run(tmp_path / "b", 16, callbacks=every, **options)
+    resumed, trainer, _ = run(tmp_path / "c", 16, ckpt=tmp_path / "points" / f"step={at}.ckpt", **options)
+    assert trainer.global_step == steps
+    assert all(
+        torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True)
+    )
+
+
+def test_what_is_logged_of_accumulated_steps_is_the_mean_of_all_their_minibatches(tmp_path, monkeypatch):
+    losses, inner = [], Distiller.loss
+    monkeypatch.setattr(Distiller, "loss", lambda self, *a: (losses.append(loss := inner(self, *a)), loss)[1])
+    _, trainer, _ = run(tmp_path, 1, epochs=2, accumulate_grad_batches=3, log_every_n_steps=2)
+    logged = [row["train/loss"] for row in _log(trainer) if "train/loss" in row]
+    assert logged == pytest.approx([torch.stack(losses[i : i + 6]).mean().item() for i in range(0, 24, 6)])
+
+
+def test_logging_can_be_switched_off(tmp_path):
+    for window in (1, 4):
+        _, trainer, _ = run(tmp_path, window, epochs=1, log_every_n_steps=0)
+        assert trainer.global_step == 12

@@ -249,9 +249,14 @@ def steps_at_once(cfg: DictConfig) -> int:
 
     One where Lightning itself has to see each: to accumulate gradients, to scale losses for float16, to shard.
     """
-    if cfg.get("window", "auto") != "auto":  # a run folder from before there were windows has no such key
-        return int(cfg.window)
     trainer = cfg.trainer
+    if cfg.get("window", "auto") != "auto":  # a run folder from before there were windows has no such key
+        if int(cfg.window) > 1 and str(trainer.get("precision")).startswith("16"):
+            raise UserError(
+                f"window={cfg.window}: for float16 losses are scaled, which Lightning undoes where a step is one minibatch. "
+                "Leave window at auto, or use trainer.precision=bf16-mixed."
+            )
+        return int(cfg.window)
     plain = (trainer.get("strategy") or "auto") in ("auto", "ddp", "ddp_find_unused_parameters_true")
     accumulates = (trainer.get("accumulate_grad_batches") or 1) > 1
     return WINDOW if plain and not accumulates and not str(trainer.get("precision")).startswith("16") else 1

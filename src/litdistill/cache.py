@@ -35,7 +35,8 @@ from litdistill.data import augment as aug
 from litdistill.data.datamodule import Batch, ImageData
 from litdistill.errors import UserError
 from litdistill.methods.base import Outputs
-from litdistill.teacher import FrozenTeacher, weights_sha256
+from litdistill.nets.parts import evaluating
+from litdistill.teacher import FrozenTeacher, described, weights_sha256
 
 log = logging.getLogger(__name__)
 
@@ -68,8 +69,13 @@ class Store:
 
     def put(self, index: Tensor, values: Tensor) -> None:
         """Keeps rows (N, width); `index` (N,)."""
-        values = values.to(self.dtype)
-        here, near = index.cpu(), values.cpu()
+        here, exact, values = index.cpu(), values, values.to(self.dtype)
+        near = values.cpu()
+        if self.dtype == torch.float16 and near.isinf().any() and exact.isfinite().all():
+            raise UserError(
+                f"teacher.cache.dtype=float16 holds numbers up to 65,504, and the teacher gives {exact.abs().max():.3g}: "
+                "keep its outputs as float32."
+            )
         self.values[here] = near
         self.marks[here] = fingerprint(near, here)  # after the row: a mark without its row would be a lie
         if self.near is not self.values:
@@ -214,7 +220,7 @@ class TeacherCache:
         ids, views = rows % count, rows // count
         batch = self.data.seen("train", ids, views if self.data.draws_views else None)
         again, kept = self._run(batch.images), store.get(rows)[0]
-        if (again - kept).abs().max() > max(TOLERANCE, 2 * torch.finfo(self.dtype).eps) * again.abs().max():
+        if not _alike(again, kept, max(TOLERANCE, 2 * torch.finfo(self.dtype).eps)):
             log.warning("The teacher's cache in %s is not what the teacher says: it is computed anew.", self.folder)
             store.clear()
 
@@ -298,7 +304,11 @@ def evaluated(
         log.warning("What the teacher says is not kept: %s cannot be written: %s", folder, error)
         return compute()
     with lock:
-        if (logits := _read(path)) is None:
+        logits = _read(path)
+        if logits is not None and not _says(net, data, split, ids[:SPOT_CHECK], device, logits):
+            log.warning("%s is not what the teacher says: it is computed anew.", path)
+            logits = None
+        if logits is None:
             logits = compute()
             facts = {"sha256": weights_sha256({"logits": logits})}
             try:
@@ -306,6 +316,18 @@ def evaluated(
             except UserError as error:
                 log.warning("What the teacher says is not kept: %s", error)
     return logits
+
+
+def _says(net: nn.Module, data: ImageData, split: str, ids: Tensor, device: torch.device, logits: Tensor) -> bool:
+    """Whether these are a network's logits (M, classes) for a split, as far as its first images `ids` (N,) tell."""
+    images = data.seen("test" if split == "test" else "train", ids.to(device), None).images
+    with evaluating(net.to(device)):
+        return _alike(net(images).float().cpu(), logits[: len(ids)].cpu(), TOLERANCE)
+
+
+def _alike(again: Tensor, kept: Tensor, tolerance: float) -> bool:
+    """Whether two tensors differ by no more than `tolerance` of the first one's largest number; no where one has a NaN."""
+    return again.shape == kept.shape and bool((again - kept).abs().max() <= tolerance * again.abs().max())
 
 
 def _read(path: Path) -> Tensor | None:
@@ -333,15 +355,15 @@ def expected_saving(views: int, passes: float) -> float:
 
 def cache_key(teacher: FrozenTeacher, data: ImageData, device: torch.device, dtype: torch.dtype, precision: str) -> str:
     """Sixteen hex digits that are equal only where rows may be shared."""
-    mixed = [type(data.mix).__name__, repr(vars(data.mix)), _digest(data.train_ids)] if data.mix is not None else None
+    mixed = [described(data.mix), _digest(data.train_ids)] if data.mix is not None else None
     facts: Mapping[str, Any] = {
         "teacher": teacher.sha256,
-        "network": hashlib.sha256(repr(teacher.net).encode()).hexdigest(),
+        "network": [repr(teacher.net), described(teacher.net)],
         "taps": teacher.tapped.names,
         "compiled": teacher.mode,
         "data": data.sha256,
         "normalised": (data.mean, data.std),
-        "augment": [(type(a).__name__, sorted((k, repr(v)) for k, v in vars(a).items())) for a in data.augment],
+        "augment": [described(a) for a in data.augment],
         "mixed": mixed,
         "seed": None if data.views is not None else data.view_seed,
         "kept": str(dtype),
@@ -362,22 +384,23 @@ def prepare(folder: Path, needed: int, limit: int) -> None:
     with contextlib.suppress(OSError):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.parent / ".room.lock"):
-            if not folder.is_dir():
-                make_room(folder.parent, needed, limit)
-                folder.mkdir()
+            make_room(folder, needed, limit)
+            folder.mkdir(exist_ok=True)
             os.utime(folder)
 
 
 def make_room(folder: Path, needed: int, limit: int) -> None:
-    """Removes the caches in `folder` that were not used for longest until `needed` bytes more stay below `limit`.
+    """Removes the caches beside `folder` that were not used for longest until all stay below `limit` bytes when it holds
+    `needed`. It itself stays.
 
     Those who have one open go on with it: a file that is mapped lives on without its name.
     """
-    caches = sorted((p for p in folder.glob("*") if any(p.glob("*.rows"))), key=lambda p: p.stat().st_mtime)
-    sizes = [sum(f.stat().st_size for f in p.iterdir()) for p in caches]
-    for cache, size in zip(caches, sizes, strict=True):
-        if sum(sizes) + needed <= limit:
+    caches = sorted((p for p in folder.parent.glob("*") if any(p.glob("*.rows"))), key=lambda p: p.stat().st_mtime)
+    sizes = {p: sum(f.stat().st_size for f in p.iterdir()) for p in caches}
+    total = sum(sizes.values()) + max(0, needed - sizes.pop(folder, 0))
+    for cache, size in sizes.items():
+        if total <= limit:
             return
         log.info("Removing %s to make room.", cache)
         shutil.rmtree(cache, ignore_errors=True)
-        sizes[sizes.index(size)] = 0
+        total -= size

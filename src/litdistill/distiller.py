@@ -197,7 +197,8 @@ class Distiller(LightningModule):
             )
             self._steps += 1
             self._samples += len(y)
-        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        every, loop = self.trainer.log_every_n_steps, self.trainer.fit_loop.epoch_loop  # type: ignore[attr-defined]
+        if every and (self.trainer.global_step + 1) % every == 0 and not loop._should_accumulate():
             self._log_window()
 
     def _log_window(self) -> None:
@@ -231,8 +232,18 @@ class Distiller(LightningModule):
                 "Of %d outputs of the teacher %.0f %% were known.", self.cache.asked, 100 * known / self.cache.asked
             )
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds what each rank's method remembers (CRD's memories), which the first rank's state alone would leave out."""
+        if self.trainer.world_size > 1:
+            own = {name: self.all_gather(x) for name, x in self.method.named_buffers()}
+            checkpoint["buffers_of_ranks"] = own
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Lets a run go on with another `window`: Lightning counts the steps that it makes itself and all others apart."""
+        """Gives each rank its own of those back, where there are as many ranks as before. And lets a run go on with another
+        `window`: Lightning counts the steps that it makes itself and all others apart."""
+        for name, of_ranks in checkpoint.get("buffers_of_ranks", {}).items():
+            if self._trainer is not None and len(of_ranks) == self.trainer.world_size:
+                checkpoint["state_dict"][f"method.{name}"] = of_ranks[self.trainer.global_rank]
         loops = checkpoint["loops"]["fit_loop"]
         own = loops["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]["total"]
         ours = loops["epoch_loop.manual_optimization.optim_step_progress"]["total"]
@@ -251,7 +262,8 @@ class Distiller(LightningModule):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         batch = Batch(*batch)
-        self._eval.append((self.student(batch.images), batch.targets))
+        logits = self.student(batch.images)
+        self._eval.append((logits.clone(), batch.targets))  # a CUDA graph writes its next outputs over these
 
     def on_validation_epoch_end(self) -> None:
         logits, targets = self._gathered(self._eval)

@@ -43,6 +43,9 @@ NO_RECIPE = {  # ... but for where things are and how fast they go
 }
 
 
+OWN_CALLBACKS = ("best", "last", "learning_rate")  # those of conf/callbacks, which decide no weight
+
+
 def teacher_config(cfg: DictConfig) -> DictConfig:
     """The config of the run that trains the teacher of `cfg`: the teacher as the student, labels alone, then its recipe."""
     recipe: Any = OmegaConf.to_container(cfg.teacher.recipe, resolve=False) if cfg.teacher.get("recipe") else {}
@@ -51,6 +54,7 @@ def teacher_config(cfg: DictConfig) -> DictConfig:
         teacher.student = {k: v for k, v in cfg.teacher.items() if k not in NOT_OPTIONS}
         teacher.student.checkpoint = None
         teacher.compress = teacher.technique = None
+        _drop_callbacks(teacher)
         if cfg.teacher.get("generations", 1) > 1:  # a teacher that was taught by its like
             teacher.teacher.generations -= 1
             teacher.teacher.recipe = {**recipe, "seed": recipe.get("seed", cfg.seed) + 1}  # with other first weights
@@ -72,10 +76,16 @@ def student_config(cfg: DictConfig) -> DictConfig:
         for key in ("checkpoint", "head", "trainable", "recipe"):
             source.student[key] = None
         source.compress = source.technique = source.resume = None
+        _drop_callbacks(source)
         merged = OmegaConf.merge(source, recipe)
         merged.name = "students"
     assert isinstance(merged, DictConfig)
     return merged
+
+
+def _drop_callbacks(cfg: DictConfig) -> None:
+    """What was added for the student is not the other run's; its recipe can name its own."""
+    cfg.callbacks = {k: v for k, v in (cfg.get("callbacks") or {}).items() if k in OWN_CALLBACKS}
 
 
 def student_folder(cfg: DictConfig) -> Path:
@@ -89,7 +99,10 @@ def student_place(recipe: DictConfig) -> Path:
 
 
 def recipe_hash(cfg: DictConfig) -> str:
-    """Ten hex digits that are equal for two configs exactly if their runs train the same weights."""
+    """Ten hex digits that are equal for two configs if their runs train the same weights.
+
+    On how many processes is no part of it, so that a teacher that eight devices have trained is found on one.
+    """
     kept: dict[str, Any] = {}
     for key in RECIPE:
         node = cfg.get(key)
@@ -100,6 +113,10 @@ def recipe_hash(cfg: DictConfig) -> str:
             # A key that is null is as good as absent: one that is added later changes no hash.
             value = {k: v for k, v in value.items() if v is not None and k not in NO_RECIPE.get(key, ())}
         kept[key] = value
+    if kept["data"].get("fraction") is None and kept["data"].get("per_class") is None:
+        kept["data"]["subset_seed"] = cfg.seed  # all of it, whatever the seed
+    if added := {k: v for k, v in (cfg.get("callbacks") or {}).items() if k not in OWN_CALLBACKS}:
+        kept["callbacks"] = OmegaConf.to_container(OmegaConf.create(added), resolve=True)
     if (scale := cfg.get("scale")) and scale.reference_batch is not None:
         kept["scale"] = OmegaConf.to_container(scale)
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:10]

@@ -41,7 +41,16 @@ def common(cfg: DictConfig) -> str:
         facts["data"].pop("subset_seed", None)  # all of it, whatever the seed
     if cfg.teacher is not None and (cfg.teacher.checkpoint == "auto" or cfg.teacher.get("ensemble")):
         facts["recipe"] = recipe_hash(teacher_config(cfg))
+    if cfg.teacher is not None and _is_drawn(cfg.teacher):
+        facts["seed"] = cfg.seed
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _is_drawn(teacher: Any) -> bool:
+    """Whether weights of a teacher depend on the run's seed."""
+    if diffs := teacher.get("ensemble"):
+        return any(_is_drawn({**teacher, "ensemble": None, **diff}) for diff in diffs)
+    return teacher.get("checkpoint") is None or teacher.get("head") is not None
 
 
 class Shared:

@@ -25,6 +25,33 @@ def weights_sha256(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def described(thing: Any) -> Any:
+    """The plain values in an object, for a hash that is the same in another process: numbers and words as they are, tensors by
+    their bytes, functions by name, modules and whatever else by type and public attributes."""
+    if isinstance(thing, (str, int, float, complex, bool, bytes, type(None))):
+        return repr(thing)
+    if isinstance(thing, Tensor):
+        return weights_sha256({"": thing})
+    if isinstance(thing, Mapping):
+        return [(str(k), described(v)) for k, v in thing.items()]
+    if isinstance(thing, (list, tuple)):
+        return [described(v) for v in thing]
+    if isinstance(thing, nn.Module):  # its weights have a hash of their own
+        return [(name, _named(type(m)), _attributes(m)) for name, m in thing.named_modules()]
+    if callable(thing) and hasattr(thing, "__qualname__"):
+        return _named(thing)
+    return [_named(type(thing)), _attributes(thing)]
+
+
+def _named(thing: Any) -> str:
+    return f"{thing.__module__}.{thing.__qualname__}"
+
+
+def _attributes(thing: Any) -> Any:
+    public = {k: v for k, v in getattr(thing, "__dict__", {}).items() if not k.startswith("_") and k != "training"}
+    return [(k, described(v)) for k, v in sorted(public.items())]
+
+
 class Ensemble(nn.Module):
     """Several networks as one: their logits averaged, which is the geometric mean of what they predict.
 
@@ -73,7 +100,11 @@ class FrozenTeacher(nn.Module):
         """(N, C, H, W) -> logits (N, classes) and the tapped features."""
         packs = self.mode == "prepacked" and not self.tapped.names
         if not packs or images.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
-            return self.tapped(images)
+            out = self.tapped(images)
+            if self.mode in (None, "default", "prepacked"):
+                return out
+            # A CUDA graph writes its next outputs over these.
+            return Outputs(out.logits.clone(), {k: v.clone() for k, v in out.features.items()})
         if not self._packed:
             self._packed = [prepacked(self.run, images)]
         return Outputs(self._packed[0](images))

@@ -169,6 +169,10 @@ def build_trainer(cfg: DictConfig, folder: Path, phases: bool = False) -> Traine
 
     `phases`: the method trains some parameters in its first epochs only, which plain DDP would take for a mistake.
     """
+    if (precision := str(cfg.trainer.get("precision"))) in ("bf16-true", "16-true", "64-true", "64"):
+        raise UserError(
+            f"trainer.precision={precision}: weights and images are float32 here. Use 32-true, bf16-mixed or 16-mixed."
+        )
     callbacks: list[Callback] = [SeededSteps(cfg.seed), EpochLine(), *progress_bar()]
     loggers: list[Logger] = [make(c) for c in (cfg.logger or {}).values()]
     named = [make(c) for c in (cfg.callbacks or {}).values()]

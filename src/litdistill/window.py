@@ -45,7 +45,7 @@ def train_window(module: Distiller, window: Batch, first: int) -> Tensor:
         loop.batch_progress.increment_processed()
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             callback.on_train_batch_end(trainer, module, {"loss": loss.detach()}, batch, first + i)
-        if i + 1 == len(parts) or loop.done:
+        if i + 1 == len(parts) or loop._is_training_done or loop.done:
             break
         loop.batch_progress.increment_completed()
         loop._batches_that_stepped += 1  # the x-axis of what is logged

@@ -29,6 +29,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from litdistill.errors import UserError
+
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed number, the increment of splitmix64
 _MIX1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _MIX2 = -7723592293110705685  # 0x94D049BB133111EB
@@ -115,6 +117,10 @@ class Crop:
 
     def _axis(self, shift: Tensor, size: int) -> Tensor:
         index = torch.arange(-self.pad, size - self.pad, device=shift.device) + shift[:, None]
+        if self.mode == "reflect" and self.pad >= size:
+            raise UserError(
+                f"Crop: pad={self.pad} with mode=reflect needs images of more than {self.pad} pixels a side."
+            )
         if self.mode == "reflect":  # at the border pixels, which are not repeated
             index = index.abs()
             return torch.where(index >= size, 2 * (size - 1) - index, index)
