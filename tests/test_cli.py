@@ -83,6 +83,11 @@ def test_ctrl_c_ends_cleanly_and_resume_auto_goes_on(tmp_path):
         ("temperature=3", "method.temperature"),
         ("optimizer.lr", "key=value"),
         ("zzz=1", "unknown"),
+        (
+            "data.root=/my images=v1",
+            """Quote the value, which has signs of Hydra's own in it: 'data.root="/my images=v1"'""",
+        ),
+        ("teacher.recipe.trainer.max_epochs=3", "+teacher.recipe.trainer.max_epochs=3"),
     ],
 )
 def test_a_typo_is_answered_with_the_nearest_names(argument, words, monkeypatch, capsys):
@@ -98,10 +103,14 @@ def test_a_typo_is_answered_with_the_nearest_names(argument, words, monkeypatch,
     shown = capsys.readouterr().err
     assert words in shown
     assert "Traceback" not in shown
+    assert "To append to your config" not in shown  # a key that nothing reads
 
 
 def test_a_user_error_is_shown_alone_and_a_defect_with_its_traceback(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["train.py", f"runs={tmp_path}"])
+    # An option of a group that is not the default one: no typo, whatever else is wrong.
+    monkeypatch.setattr(
+        sys, "argv", ["train.py", f"runs={tmp_path}", "net@student=torchvision", "student.name=resnet18"]
+    )
 
     @runtime.command("train")
     def wrong(cfg):
@@ -169,6 +178,11 @@ def test_resume_finds_the_newest_unfinished_run_of_the_same_command(tmp_path, mo
     assert found == ["seed=2", "trainer.max_epochs=9", "hydra.run.dir=runs/train/2026-01-04"]
     with pytest.raises(SystemExit):
         runtime.resumed(["resume=runs/nothing"])
+    started("2026-01-06", "seed=3", "data=digits")
+    swapped = ["data=digits", "seed=3"]
+    assert runtime.resumed([*swapped, "resume=auto"]) == [*swapped, "hydra.run.dir=runs/train/2026-01-06"]
+    started("2026-01-07", "seed=4", "seed=5")
+    assert runtime.resumed(["seed=5", "seed=4", "resume=auto"]) == ["seed=5", "seed=4"]  # the last one counts
 
 
 def summary(seed: int, accuracy: float, method: str = "kd", temperature: float = 4.0) -> dict:
@@ -191,7 +205,10 @@ def summary(seed: int, accuracy: float, method: str = "kd", temperature: float =
 
 def test_a_report_groups_seeds_and_gives_mean_and_spread(tmp_path):
     for i, run in enumerate(
-        [summary(0, 0.90), summary(1, 0.92), summary(0, 0.5, "supervised"), summary(0, 0.7, temperature=8.0)]
+        [
+            *(summary(0, 0.90), summary(1, 0.92), summary(0, 0.5, "supervised"), summary(0, 0.7, temperature=8.0)),
+            summary(1, 0.92),  # repeated
+        ]
     ):
         (tmp_path / str(i)).mkdir()
         (tmp_path / str(i) / "summary.json").write_text(json.dumps(run))

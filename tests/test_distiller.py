@@ -165,6 +165,11 @@ def test_chance_is_the_most_frequent_label():
         check_teacher(majority, targets)
     assert check_teacher(majority, targets, allow_chance=True) == 0.9
     assert check_teacher(nn.functional.one_hot(targets).float(), targets) == 1
+    for few in (
+        torch.tensor([0, 1] * 4),
+        torch.tensor([0] * 95 + [1] * 5),
+    ):  # no number could exceed chance by three sigma
+        assert check_teacher(nn.functional.one_hot(few).float(), few) == 1
     with pytest.raises(UserError, match="not finite"):
         check_teacher(majority / 0, targets)
 

@@ -18,6 +18,7 @@ from torchvision import datasets, transforms
 from torchvision.datasets.mnist import read_sn3_pascalvincent_tensor
 
 from litdistill.data import fetch
+from litdistill.data.folder import train_and_test
 from litdistill.data.sources import CIFAR100, Split, fingerprint, load, read_folder, read_idx
 from litdistill.errors import UserError
 from tests.published import RNG, TINY, check_tiny, cifar_record, idx, publish, put
@@ -217,6 +218,23 @@ def test_what_is_wrong_with_a_folder_is_said(tmp_path):
 
 
 # -- the rest ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_that_is_not_read_is_named(tmp_path, caplog):
+    for split in ("train", "test", "val"):
+        for name in "ab":
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.new("L", (4, 4)).save(tmp_path / split / name / "0.png")
+    _, train, test = train_and_test(tmp_path)
+    assert {path.parent.parent.name for path, _ in train} == {"train"}
+    assert {path.parent.parent.name for path, _ in test} == {"test"}
+    assert f"{tmp_path / 'val'} is not read" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["folder", "shards"])
+def test_images_of_ones_own_need_a_place(name):
+    with pytest.raises(UserError, match="needs a place"):
+        load(name, None, 32)
 
 
 def test_unknown_names_and_sizes_are_refused(tmp_path):

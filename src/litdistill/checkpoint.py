@@ -105,8 +105,13 @@ def _nearby(path: Path) -> str:
     folder = path.parent
     while not folder.is_dir() and folder != folder.parent:
         folder = folder.parent
-    found = [p for pattern in ("*.ckpt", "*.safetensors", "*/*.ckpt") for p in sorted(folder.glob(pattern))]
-    return f" Near it: {', '.join(str(p) for p in found[:4])}." if found else f" {folder} holds none."
+    patterns = ("*.ckpt", "*.safetensors", "*/*.ckpt", "*/student.safetensors")
+    found = [p for pattern in patterns for p in sorted(folder.glob(pattern), reverse=True)]  # the newest runs first
+    return (
+        f" Near it: {', '.join(str(p) for p in found[:4])}."
+        if found
+        else f" There is no checkpoint in {folder} either."
+    )
 
 
 def load_weights(source: str | Path) -> dict[str, Tensor]:

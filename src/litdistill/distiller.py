@@ -329,16 +329,19 @@ class Distiller(LightningModule):
 def check_teacher(logits: Tensor, targets: Tensor, allow_chance: bool = False) -> float:
     """The teacher's accuracy. Raises `UserError` if its logits are not numbers, or no better than chance.
 
-    Chance is the share of the most frequent label, and three standard deviations of it are granted.
+    Chance is the share of the most frequent label, and three standard deviations of it are granted, but no more than half of
+    what is left to be right about: of few samples no other number could tell.
     """
     if not torch.isfinite(logits).all():
         raise UserError("The teacher's logits are not finite. Its checkpoint is damaged or of another network.")
     accuracy = (logits.argmax(1) == targets).double().mean().item()
     chance = (torch.bincount(targets).max() / len(targets)).item()
-    if accuracy <= chance + 3 * math.sqrt(chance * (1 - chance) / len(targets)) and not allow_chance:
+    granted = min(3 * math.sqrt(chance * (1 - chance) / len(targets)), (1 - chance) / 2)
+    if accuracy <= chance + granted and not allow_chance:
         raise UserError(
             f"The teacher is at chance level: {accuracy:.1%} on the validation set, where the most frequent class alone "
-            f"gives {chance:.1%}. A student would learn noise from it. Train the teacher (teacher.checkpoint=auto), name "
-            "a trained one (teacher.checkpoint=<run folder or file>), or allow it with teacher.allow_chance=true."
+            f"gives {chance:.1%}. A student would learn noise from it. Train the teacher (teacher.checkpoint=auto), for longer "
+            "if it was (+teacher.recipe.trainer.max_epochs=…), name a trained one (teacher.checkpoint=<run folder or file>), "
+            "or allow it with teacher.allow_chance=true."
         )
     return accuracy

@@ -16,7 +16,10 @@ class Stopped(BaseException):
     """
 
     def __init__(self, signum: int, where: str):
-        super().__init__(f"Stopped by {signal.Signals(signum).name} at {where}; the state is saved.")
+        name = signal.Signals(signum).name
+        super().__init__(
+            f"Stopped by {name} at {where}; the state is saved. The same command with resume=auto goes on."
+        )
         self.signum, self.where, self.status = signum, where, 128 + signum
 
     def __reduce__(self) -> tuple[type[Stopped], tuple[int, str]]:

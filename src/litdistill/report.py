@@ -51,12 +51,12 @@ def summaries(places: Iterable[str | Path]) -> list[dict[str, Any]]:
 
 
 def kinds(found: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Summaries that differ in their seed alone, together."""
-    by_kind: dict[str, list[dict[str, Any]]] = {}
+    """Summaries that differ in their seed alone, together; a run that was repeated to the bit counts once."""
+    by_kind: dict[str, dict[str, dict[str, Any]]] = {}
     for run in found:
         kind = [run["experiment"], run.get("technique"), run["data"], run["options"]]
-        by_kind.setdefault(json.dumps(kind, sort_keys=True), []).append(run)
-    return list(by_kind.values())
+        by_kind.setdefault(json.dumps(kind, sort_keys=True), {})[run["student"]["sha256"]] = run
+    return [list(by_weights.values()) for by_weights in by_kind.values()]
 
 
 def rows(found: Sequence[dict[str, Any]]) -> list[dict[str, str]]:

@@ -38,6 +38,15 @@ from litdistill.launch import is_first_rank, run_stamp
 log = logging.getLogger(__name__)
 
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
+# Of Hydra's messages what helps nobody here: `+key` would add a key that nothing reads, and options are listed below.
+HYDRAS_OWN = (
+    "\t",
+    "Config search path",
+    "See https",
+    "Set the env",
+    "To append to your config",
+    "Available options in",
+)
 CONF = Path(__file__).resolve().parents[2] / "conf"
 papers.register()
 
@@ -68,7 +77,9 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
                     _end(f"Nothing can be written: {error}. Free some space, or choose another folder with runs=…", 2)
                 if full or not isinstance(root := _cause(error), (UserError, HydraException, OmegaConfBaseException)):
                     raise
-                _end(f"{_first_lines(root)}{suggestions(sys.argv[1:], config_name)}", 2)
+                # What composing refused is a key or an option; later errors say themselves what they are about.
+                near = "" if isinstance(root, UserError) else suggestions(sys.argv[1:], config_name)
+                _end(f"{_first_lines(root)}{near}", 2)
 
         run.task = task  # type: ignore[attr-defined]
         return run
@@ -101,11 +112,7 @@ def _cause(error: BaseException) -> BaseException:
 
 def _first_lines(error: BaseException) -> str:
     text = str(error) or traceback.format_exception_only(error)[-1]
-    lines = [
-        line
-        for line in text.splitlines()
-        if not line.startswith(("\t", "Config search path", "See https", "Set the env"))
-    ]
+    lines = [line for line in text.splitlines() if not line.startswith(HYDRAS_OWN)]
     return "\n".join(lines).strip()
 
 
@@ -133,7 +140,7 @@ def resumed(arguments: list[str], config_name: str = "train") -> list[str]:
         candidates = [
             p
             for p in sorted(Path(runs).glob("*/*"), key=lambda p: p.name)
-            if _overrides(p, sweep, config_name) == overrides
+            if (found := _overrides(p, sweep, config_name)) is not None and _alike(found, overrides)
         ]
         unfinished = [p for p in candidates if sweep or not (p / "summary.json").is_file()]
         if not unfinished:
@@ -156,6 +163,12 @@ def resumed(arguments: list[str], config_name: str = "train") -> list[str]:
         with contextlib.suppress(FileNotFoundError):  # another rank or worker has just done so
             os.replace(file, before)
     return [*rest, f"hydra.{'sweep' if sweep else 'run'}.dir={folder}"]
+
+
+def _alike(one: list[str], other: list[str]) -> bool:
+    """Whether two lists of overrides say the same: in any order, unless a key comes twice."""
+    keys = [override.lstrip("+~").split("=")[0] for override in one]
+    return one == other or (len(set(keys)) == len(keys) and sorted(one) == sorted(other))
 
 
 def _overrides(folder: Path, sweep: bool, config_name: str) -> list[str] | None:
@@ -201,7 +214,11 @@ def suggestions(arguments: Iterable[str], config_name: str) -> str:
         try:
             override = OverridesParser.create().parse_override(argument)
         except HydraException:
-            lines.append(f"{argument!r} is no override. Write key=value, without spaces around the sign.")
+            name, sign, text = argument.partition("=")
+            if sign and text == text.strip() and name == name.strip():
+                lines.append(f"Quote the value, which has signs of Hydra's own in it: '{name}=\"{text}\"'")
+            else:
+                lines.append(f"{argument!r} is no override. Write key=value, without spaces around the sign.")
             continue
         key, group = override.key_or_group, override.key_or_group.split("@")[0]
         if group in groups and not override.is_delete():
@@ -210,6 +227,8 @@ def suggestions(arguments: Iterable[str], config_name: str) -> str:
                 lines.append(
                     _nearest(f"{override.get_key_element()}={value}", value, groups[group], f"Options of {group}")
                 )
+        elif key.startswith(("teacher.recipe.", "student.recipe.")) and key not in keys and not override.is_add():
+            lines.append(f"{key}: what a recipe does not have yet is added with a plus: +{argument}")
         elif key not in keys and not key.startswith("hydra") and not override.is_add():
             lines.append(_nearest(key, key, sorted(keys | groups.keys()), "Keys"))
     return "".join(f"\n  {line}" for line in lines)

@@ -53,6 +53,8 @@ class Scale(NamedTuple):
 
 def read_scale(cfg: DictConfig, trainer: Trainer) -> Scale:
     """That of a run of `conf/train.yaml` under this trainer. Raises `UserError` for an unknown rule or no batch."""
+    if not isinstance(cfg.optimizer.get("lr", 0), (int, float)):
+        raise UserError(f"optimizer.lr={cfg.optimizer.lr} is no number.")
     options = cfg.get("scale") or {}
     reference, rule = options.get("reference_batch"), options.get("rule", "linear")
     if rule not in RULES:

@@ -119,7 +119,8 @@ def _train(
         if cfg.trainer.max_epochs == 0:
             best = untrained(trainer, distiller, data, folder / "checkpoints")
         else:
-            trainer.fit(distiller, datamodule=data, ckpt_path=last_state(folder / "checkpoints"), weights_only=True)
+            last = last_state(folder / "checkpoints", cfg.trainer.max_epochs)
+            trainer.fit(distiller, datamodule=data, ckpt_path=last, weights_only=True)
             score = trainer.checkpoint_callback.best_model_score  # type: ignore[union-attr]
             if score is None:
                 raise UserError(
@@ -150,15 +151,23 @@ def untrained(trainer: Trainer, distiller: Distiller, data: ImageData, checkpoin
     return found["val/accuracy"]
 
 
-def last_state(checkpoints: Path) -> Path | None:
-    """The newest checkpoint that can be read, to go on from: `last.ckpt`, else `best.ckpt`; None for a new run."""
+def last_state(checkpoints: Path, max_epochs: int | None = None) -> Path | None:
+    """The newest checkpoint that can be read, to go on from: `last.ckpt`, else `best.ckpt`; None for a new run.
+
+    Raises `UserError` where it is of an epoch beyond `max_epochs`.
+    """
     for name in ("last.ckpt", "best.ckpt"):
         if (checkpoints / name).is_file():
             try:
-                load_checkpoint(checkpoints / name)
+                state = load_checkpoint(checkpoints / name)
             except UserError as error:
                 log.warning("%s Trying the one before.", error)
                 continue
+            if max_epochs is not None and 0 <= max_epochs <= state["epoch"]:
+                raise UserError(
+                    f"{checkpoints / name} is of epoch {state['epoch'] + 1}, and trainer.max_epochs={max_epochs}. Set that "
+                    "higher to go on, or start a new run without resume."
+                )
             log.info("Going on from %s", checkpoints / name)
             return checkpoints / name
     return None

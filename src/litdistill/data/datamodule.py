@@ -60,7 +60,7 @@ class ImageData(LightningDataModule):
     def __init__(
         self,
         name: str,
-        root: str | Path = "data_files",
+        root: str | Path | None = "data_files",
         image_size: int | None = None,
         classes: Sequence[int] | None = None,
         val_size: float = 0.1,

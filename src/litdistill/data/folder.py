@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from litdistill.data.streaming import Encoded
 from litdistill.errors import UserError
+
+log = logging.getLogger(__name__)
 
 Labelled = list[tuple[Path, int]]  # images with the index of their class
 TEST_SHARE = 0.2  # of each class, where the folder has no test set of its own
@@ -25,6 +28,14 @@ def train_and_test(root: Path) -> tuple[tuple[str, ...], Labelled, Labelled]:
     if test is not None and train == root:
         raise UserError(
             f"{root} has a folder {test.name} but none called train. Add it, or move the classes up to {root}."
+        )
+    unused = [
+        name for name in ("val", "valid", "validation") if (root / name).is_dir() and root / name not in (train, test)
+    ]
+    if train != root and unused:
+        log.warning(
+            "%s is not read: validation images are a part of %s (data.val_size), and test images lie in %s.",
+            *(root / unused[0], train, test or f"{root / 'test'}, or are a fifth of {train}"),
         )
     files = _by_class(train)
     classes = tuple(files)

@@ -58,7 +58,7 @@ class Source(NamedTuple):
 
 def load(
     name: str,
-    root: str | Path,
+    root: str | Path | None,
     image_size: int | None = None,
     download: bool = True,
     channels: int = 3,
@@ -72,12 +72,14 @@ def load(
     Raises `UserError` for an unknown name, files not to be had, a damaged image.
     """
     if name in STREAMED:
+        if root is None:
+            raise UserError(f"data={name} needs a place: data.root=<folder>.")
         if image_size is None:
             raise UserError(f"data={name} needs a size that all images are brought to: set data.image_size, 64 say.")
         return (read_folder if name == "folder" else read_shards)(root, image_size, channels, memory)
     if name not in NAMES:
         raise UserError(f"data.name={name} is unknown. Choose one of {', '.join(NAMES)}.")
-    source = _digits() if name == "digits" else _READERS[name](obtain(name, root, download).content)
+    source = _digits() if name == "digits" else _READERS[name](obtain(name, root or "data_files", download).content)
     size = source.train.images.shape[-1]
     if image_size not in (None, size):
         raise UserError(

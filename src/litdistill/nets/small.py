@@ -10,6 +10,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
+from litdistill.errors import UserError
 from litdistill.nets.parts import he_init, require_size
 
 
@@ -26,6 +27,8 @@ def conv4(
     `global_pool=False` keeps the places apart instead: a max-pooling as after the other blocks, and a wider classifier,
     which centred images such as MNIST's are better told apart by.
     """
+    if not widths:
+        raise UserError("conv4 needs the channels of one block at least: widths=[16,32,64].")
     channels, height, width = input_shape
     parts: OrderedDict[str, nn.Module] = OrderedDict()
     for i, out in enumerate(widths, 1):
