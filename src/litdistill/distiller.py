@@ -29,6 +29,8 @@ from litdistill.window import end_window, split, train_window
 
 log = logging.getLogger(__name__)
 
+NOTED = 16  # minibatches whose figures are summed at once: a dozen small operations cost as much as an optimiser's step
+
 Schedule = Mapping[str, Sequence[tuple[float, float]]]
 
 
@@ -95,12 +97,15 @@ class Distiller(LightningModule):
         self.called: Any = None
         self.apart_s = 0.0  # seconds that went by for other runs, which this one starts from, while it was built
         self.teacher_s = 0.0  # seconds spent in the teacher since the fit began (on a GPU: in giving it its orders)
-        self._sums: dict[str, Tensor] = {}
         self._reset_window()
         self._eval: list[tuple[Tensor, Tensor]] = []
         self._teacher_logits: list[Tensor] = []  # on the validation set, which does not change
 
     teacher: FrozenTeacher | None
+    # Since the last log: what is noted of each minibatch, in this order; the last ones; and the sums of those before.
+    _names: tuple[str, ...]
+    _noted: list[tuple[list[Tensor], Tensor, Tensor, Tensor | None]]
+    _sums: Tensor | None
 
     def forward(self, images: Tensor) -> Tensor:
         """(N, C, H, W) -> the student's logits (N, classes)."""
@@ -181,28 +186,50 @@ class Distiller(LightningModule):
     def _watch(
         self, loss: Tensor, terms: dict[str, Tensor], student: Outputs, teacher: Outputs | None, y: Tensor
     ) -> None:
-        """Adds to sums on the device, which are read and logged only where the trainer logs."""
-        with torch.no_grad():
-            predicted = student.logits.argmax(1)
-            hits = predicted == (y if y.ndim == 1 else y.argmax(1))
-            values = {"loss": loss, **terms, "accuracy": hits.float().mean()}
-            if teacher is not None:
-                values["agreement"] = (predicted == teacher.logits.argmax(1)).float().mean()
-            values = {k: v.detach().float() for k, v in values.items()}
-            if self._sums.keys() != values.keys():
-                self._reset_window()
-                self._sums = dict.fromkeys(values, torch.zeros((), device=loss.device))
-            self._sums = dict(
-                zip(values, torch._foreach_add(list(self._sums.values()), list(values.values())), strict=True)
-            )
-            self._steps += 1
-            self._samples += len(y)
+        """Notes what is to be logged: summed for several minibatches at once, and read only where the trainer logs."""
+        names = ("loss", *terms, "accuracy", *(["agreement"] if teacher is not None else []))
+        if names != self._names:
+            self._reset_window()
+            self._names = names
+        values = [x.detach() for x in (loss, *terms.values())]
+        predicted = student.logits.detach().argmax(1)  # now: a CUDA graph writes its next logits over these
+        self._noted.append((values, predicted, y, teacher.logits if teacher is not None else None))
+        self._steps += 1
+        self._samples += len(y)
+        if len(self._noted) == NOTED:
+            self._sum()
         every, loop = self.trainer.log_every_n_steps, self.trainer.fit_loop.epoch_loop  # type: ignore[attr-defined]
         if every and (self.trainer.global_step + 1) % every == 0 and not loop._should_accumulate():
             self._log_window()
 
+    @torch.no_grad()
+    def _sum(self) -> None:
+        """Adds what was noted to sums on the device: of the loss and its terms over minibatches, of hits over samples."""
+        if not self._noted:
+            return
+        values, predicted, targets, taught = zip(*self._noted, strict=True)
+        self._noted = []
+        said, truth = torch.cat(predicted), torch.cat(targets)
+        counts = [(said == (truth if truth.ndim == 1 else truth.argmax(1))).sum()]
+        if "agreement" in self._names:
+            counts.append((said == torch.cat(taught).argmax(1)).sum())
+        scalars = torch.stack([x.float() for row in values for x in row]).view(len(values), -1).sum(0)
+        sums = torch.cat([scalars, torch.stack(counts).float()])
+        self._sums = sums if self._sums is None else self._sums + sums
+
+    def _means(self) -> dict[str, Tensor]:
+        """Of what was noted since the last log: over minibatches, and of accuracy and agreement over samples."""
+        self._sum()
+        if self._sums is None:
+            return {}
+        by_sample = ("accuracy", "agreement")
+        return {
+            name: x / (self._samples if name in by_sample else self._steps)
+            for name, x in zip(self._names, self._sums.unbind(), strict=True)
+        }
+
     def _log_window(self) -> None:
-        means = {k: v / self._steps for k, v in self._sums.items()}
+        means = self._means()
         self._stop_if_not_finite(means)
         seconds = max(time.perf_counter() - self._window_start, 1e-9)
         for name, value in means.items():
@@ -212,7 +239,7 @@ class Distiller(LightningModule):
         self._reset_window()
 
     def _reset_window(self) -> None:
-        self._sums = {}
+        self._names, self._noted, self._sums = (), [], None
         self._steps = self._samples = 0
         self._window_start, self._window_teacher_s = time.perf_counter(), self.teacher_s
 
@@ -257,7 +284,7 @@ class Distiller(LightningModule):
             for buffer in self.student.buffers():  # as DDP does before each of Lightning's own steps, and then only
                 torch.distributed.broadcast(buffer, 0)
         if self._steps and not self.trainer.sanity_checking:  # no checkpoint is written of what is not a number
-            self._stop_if_not_finite({k: v / self._steps for k, v in self._sums.items()})
+            self._stop_if_not_finite(self._means())
         self._eval.clear()
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
