@@ -198,7 +198,11 @@ def page(found: dict[str, Any]) -> str:
             f"{took}."
         )
     for what, by in found.get("growth", {}).items():
-        unit = "Samples a second of a whole run" if what == "ranks" else "CPU milliseconds of a cached step"
+        unit = (
+            "Samples a second of a whole run on the digits, whose steps are shorter than an exchange of gradients"
+            if what == "ranks"
+            else "CPU milliseconds of a cached step"
+        )
         digits = 0 if what == "ranks" else 2
         parts.append(f"{unit}, by {what}: " + ", ".join(f"{k}: {v:.{digits}f}" for k, v in by.items()) + ".")
     if m := found.get("memory"):
