@@ -242,3 +242,20 @@ def test_logging_can_be_switched_off(tmp_path):
     for window in (1, 4):
         _, trainer, _ = run(tmp_path, window, epochs=1, log_every_n_steps=0)
         assert trainer.global_step == 12
+
+
+def test_logged_accuracy_and_agreement_are_shares_of_the_samples_since_the_last_log(tmp_path, monkeypatch):
+    seen, inner = [], Distiller._watch
+
+    def watch(self, loss, terms, student, teacher, y):
+        said = student.logits.argmax(1)
+        seen.append(torch.stack([said == y, said == teacher.logits.argmax(1)]))
+        inner(self, loss, terms, student, teacher, y)
+
+    monkeypatch.setattr(Distiller, "_watch", watch)
+    _, trainer, _ = run(tmp_path, 4, epochs=1, log_every_n_steps=6)  # 12 minibatches, the last one smaller
+    rows = [row for row in _log(trainer) if "train/accuracy" in row]
+    for row, part in zip(rows, (seen[:6], seen[6:]), strict=True):
+        accuracy, agreement = torch.cat(part, 1).double().mean(1).tolist()
+        assert row["train/accuracy"] == pytest.approx(accuracy)
+        assert row["train/agreement"] == pytest.approx(agreement)
