@@ -274,4 +274,4 @@ def attempt(plan: Plan, trial: optuna.Trial) -> None:
     else:
         study.tell(trial, values)
         shown = "  ".join(f"{name} {value:.6g}" for name, value in zip(plan.names, values, strict=True))
-        log.info("Trial %d, %d in all: %s  (%s)", trial.number, plan.count, shown, trial.params)
+        log.info("Trial %d is complete: %s  (%s)", trial.number, shown, trial.params)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from litdistill.checkpoint import write_text
 
+log = logging.getLogger(__name__)
+
 
 def write_report(
     study: optuna.Study, folder: Path, overrides: Sequence[str], names: Sequence[str], seeds: Sequence[int]
@@ -23,6 +26,11 @@ def write_report(
     write_text(folder / "sweep.md", markdown(study, overrides, names, seeds))
     if (best := best_trial(study)) is not None:
         write_text(folder / "best.yaml", experiment(best, names, seeds))
+        log.info(
+            "The best is trial %d. All are in %s, and best.yaml beside it reruns the best.",
+            best.number,
+            folder / "sweep.md",
+        )
 
 
 def best_trial(study: optuna.Study) -> FrozenTrial | None:
