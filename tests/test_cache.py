@@ -27,7 +27,7 @@ from litdistill.methods.fitnet import FitNet
 from litdistill.methods.kd import KD
 from litdistill.nets.small import conv4
 from litdistill.runtime import CONF
-from litdistill.teacher import Ensemble, FrozenTeacher
+from litdistill.teacher import Ensemble, FrozenTeacher, described
 from litdistill.train import train
 
 
@@ -451,6 +451,13 @@ def test_networks_of_the_same_weights_that_compute_otherwise_share_no_rows():
     keys = [key(FrozenTeacher(n)) for n in _acts()]
     assert len(set(keys)) == 5
     assert keys == [key(FrozenTeacher(n)) for n in _acts()]  # and no address of an object is in a key
+
+
+def test_a_network_that_holds_what_holds_it_is_described_too():
+    one, other = Act(functools.partial(F.leaky_relu, negative_slope=0.1)), Act(functools.partial(F.leaky_relu))
+    for module in (one, other):
+        module.owners = [{"owner": module}]
+    assert described(one) == described(one) != described(other)
 
 
 def test_evaluations_that_are_not_the_networks_are_computed_anew(tmp_path, monkeypatch, caplog):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
@@ -25,31 +26,35 @@ def weights_sha256(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def described(thing: Any) -> Any:
+def described(thing: Any, above: tuple[int, ...] = ()) -> Any:
     """The plain values in an object, for a hash that is the same in another process: numbers and words as they are, tensors by
-    their bytes, functions by name, modules and whatever else by type and public attributes."""
+    their bytes, functions by name, modules and whatever else by type and public attributes.
+
+    `above`: the objects that this one lies in, which are not described again inside it.
+    """
     if isinstance(thing, (str, int, float, complex, bool, bytes, type(None))):
         return repr(thing)
     if isinstance(thing, Tensor):
         return weights_sha256({"": thing})
+    if id(thing) in above:
+        return "above"
+    inside = functools.partial(described, above=(*above, id(thing)))
     if isinstance(thing, Mapping):
-        return [(str(k), described(v)) for k, v in thing.items()]
+        return [(str(k), inside(v)) for k, v in thing.items()]
     if isinstance(thing, (list, tuple)):
-        return [described(v) for v in thing]
-    if isinstance(thing, nn.Module):  # its weights have a hash of their own
-        return [(name, _named(type(m)), _attributes(m)) for name, m in thing.named_modules()]
+        return [inside(v) for v in thing]
+    if isinstance(thing, functools.partial):
+        return [inside(v) for v in (thing.func, thing.args, thing.keywords)]
     if callable(thing) and hasattr(thing, "__qualname__"):
-        return _named(thing)
-    return [_named(type(thing)), _attributes(thing)]
+        return f"{thing.__module__}.{thing.__qualname__}"
+    # Of a module the weights have a hash of their own.
+    parts = thing.named_modules() if isinstance(thing, nn.Module) else [("", thing)]
+    return [(name, f"{type(part).__module__}.{type(part).__qualname__}", inside(_public(part))) for name, part in parts]
 
 
-def _named(thing: Any) -> str:
-    return f"{thing.__module__}.{thing.__qualname__}"
-
-
-def _attributes(thing: Any) -> Any:
-    public = {k: v for k, v in getattr(thing, "__dict__", {}).items() if not k.startswith("_") and k != "training"}
-    return [(k, described(v)) for k, v in sorted(public.items())]
+def _public(thing: Any) -> dict[str, Any]:
+    own = getattr(thing, "__dict__", {})
+    return {k: own[k] for k in sorted(own) if not k.startswith("_") and k != "training"}
 
 
 class Ensemble(nn.Module):
