@@ -87,7 +87,7 @@ def test_ctrl_c_ends_cleanly_and_resume_auto_goes_on(tmp_path):
             "data.root=/my images=v1",
             """Quote the value, which has signs of Hydra's own in it: 'data.root="/my images=v1"'""",
         ),
-        ("teacher.recipe.trainer.max_epochs=3", "+teacher.recipe.trainer.max_epochs=3"),
+        ("teacher.recipe.trainer.max_epochs=3", "++teacher.recipe.trainer.max_epochs=3"),
     ],
 )
 def test_a_typo_is_answered_with_the_nearest_names(argument, words, monkeypatch, capsys):

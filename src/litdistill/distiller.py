@@ -368,7 +368,7 @@ def check_teacher(logits: Tensor, targets: Tensor, allow_chance: bool = False) -
         raise UserError(
             f"The teacher is at chance level: {accuracy:.1%} on the validation set, where the most frequent class alone "
             f"gives {chance:.1%}. A student would learn noise from it. Train the teacher (teacher.checkpoint=auto), for longer "
-            "if it was (+teacher.recipe.trainer.max_epochs=…), name a trained one (teacher.checkpoint=<run folder or file>), "
+            "if it was (++teacher.recipe.trainer.max_epochs=…), name a trained one (teacher.checkpoint=<run folder or file>), "
             "or allow it with teacher.allow_chance=true."
         )
     return accuracy

@@ -221,15 +221,16 @@ def suggestions(arguments: Iterable[str], config_name: str) -> str:
                 lines.append(f"{argument!r} is no override. Write key=value, without spaces around the sign.")
             continue
         key, group = override.key_or_group, override.key_or_group.split("@")[0]
+        adds = override.is_add() or override.is_force_add()
         if group in groups and not override.is_delete():
             value = override.value()
             if isinstance(value, str) and value not in groups[group]:
                 lines.append(
                     _nearest(f"{override.get_key_element()}={value}", value, groups[group], f"Options of {group}")
                 )
-        elif key.startswith(("teacher.recipe.", "student.recipe.")) and key not in keys and not override.is_add():
-            lines.append(f"{key}: what a recipe does not have yet is added with a plus: +{argument}")
-        elif key not in keys and not key.startswith("hydra") and not override.is_add():
+        elif key.startswith(("teacher.recipe.", "student.recipe.")) and key not in keys and not adds:
+            lines.append(f"{key}: what a recipe may not have yet is set with two plus signs: ++{argument}")
+        elif key not in keys and not key.startswith("hydra") and not adds:
             lines.append(_nearest(key, key, sorted(keys | groups.keys()), "Keys"))
     return "".join(f"\n  {line}" for line in lines)
 
