@@ -69,6 +69,27 @@ def test_a_run_leaves_all_there_is_to_know(finished):
     assert s["command"].startswith("python ")
 
 
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("+method.temprature=2", "KD takes no option temprature: did you mean temperature?"),
+        ("+student.widht=[8]", "conv4 takes no option widht: did you mean widths?"),
+        ("student.widths=[]", "conv4 needs the channels of one block at least"),
+        ("+optimizer.momentun=1", "Adam takes no option momentun: it takes params, lr, betas"),
+        ("optimizer.lr=abc", "optimizer.lr=abc is no number"),
+        ("+trainer.max_epoch=3", "Trainer takes no option max_epoch: did you mean max_epochs"),
+        ("+data.batchsize=3", "ImageData takes no option batchsize: did you mean batch_size"),
+    ],
+)
+def test_a_wrong_option_is_known_before_a_teacher_is_trained(small, tmp_path, override, words):
+    cfg = small(override)
+    cfg.runs = str(tmp_path)
+    with pytest.raises(UserError) as refused:
+        train(cfg)
+    assert str(refused.value).startswith(words)
+    assert not (tmp_path / "teachers").exists()
+
+
 def test_checkpoints_hold_tensors_and_plain_values_and_no_teacher(finished):
     for name in ("best.ckpt", "last.ckpt"):
         saved = torch.load(finished / "checkpoints" / name, weights_only=True)

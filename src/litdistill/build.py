@@ -5,9 +5,11 @@ Training and evaluation build a run by the same function, so that a run is rebui
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +65,8 @@ def make(node: Any, **facts: Any) -> Any:
 
 
 def check_targets(node: Any) -> None:
-    """Raises `UserError` for a `_target_` anywhere in `node` that is not defined in one of `TARGETS`."""
+    """Raises `UserError` for a `_target_` anywhere in `node` that is not defined in one of `TARGETS`, or does not take what it
+    is given."""
     if OmegaConf.is_dict(node) or isinstance(node, dict):
         target = node.get("_target_")
         if target is not None and not _defined_in_targets(str(target)):
@@ -71,6 +74,8 @@ def check_targets(node: Any) -> None:
                 f"_target_: {target} is refused. A config can name what is defined in {', '.join(TARGETS)}; wrap what "
                 "else you need in a function of your own in src/litdistill/nets or src/litdistill/methods."
             )
+        if target is not None:
+            _check_options(str(target), [str(k) for k in node if not str(k).startswith("_")])
     if OmegaConf.is_config(node):
         node = OmegaConf.to_container(node, resolve=False)
     for value in node.values() if isinstance(node, dict) else node if isinstance(node, (list, tuple)) else ():
@@ -85,6 +90,20 @@ def _defined_in_targets(target: str) -> bool:
     except (ImportError, AttributeError, ValueError, InstantiationException):
         return True  # there is no such thing: instantiating it says so better
     return isinstance(origin, str) and f"{origin}.".startswith(TARGETS)
+
+
+def _check_options(target: str, names: Iterable[str]) -> None:
+    try:
+        takes = inspect.signature(get_object(target)).parameters
+    except (ImportError, AttributeError, ValueError, TypeError, InstantiationException):
+        return  # as above
+    if any(p.kind is p.VAR_KEYWORD for p in takes.values()):
+        return
+    for name in names:
+        if name not in takes:
+            near = difflib.get_close_matches(name, takes, 2)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"it takes {', '.join(takes)}."
+            raise UserError(f"{target.rpartition('.')[2]} takes no option {name}: {hint}")
 
 
 def build_data(cfg: DictConfig) -> ImageData:

@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from litdistill import pictures
 from litdistill.allocator import keep_freed_memory
-from litdistill.build import build_data, build_distiller, build_teacher, make, steps_at_once
+from litdistill.build import build_data, build_distiller, build_net, build_teacher, make, steps_at_once
 from litdistill.callbacks import EpochLine, SeededSteps, WatchTest, format_seconds, progress_bar
 from litdistill.checkpoint import STUDENT, WholeCheckpoints, load_checkpoint, save_student, write_text
 from litdistill.compress.quantise import Int8
@@ -57,7 +57,13 @@ def build(cfg: DictConfig, method: Method) -> tuple[ImageData, Distiller]:
         apart += time.perf_counter() - begun
         return found
 
-    teacher = build_teacher(cfg, data, partial(timed, train_teacher))
+    def absent(one: DictConfig, folder: Path) -> None:
+        # A student that cannot be built is better known before its teacher is trained than after.
+        student = {k: v for k, v in cfg.student.items() if k != "checkpoint"}
+        make(cfg.optimizer)(build_net(OmegaConf.create(student), data, "student").parameters())
+        timed(train_teacher, one, folder)
+
+    teacher = build_teacher(cfg, data, absent)
     distiller = build_distiller(cfg, data, method, teacher, timed(start, cfg))
     distiller.apart_s = apart
     return data, distiller
