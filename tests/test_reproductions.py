@@ -65,7 +65,7 @@ def test_what_a_run_says_of_a_key_that_its_experiment_says_too_makes_no_other_ce
         (folder / ".hydra").mkdir(parents=True, exist_ok=True)
         OmegaConf.save({"hydra": noted}, folder / ".hydra" / "hydra.yaml")
         OmegaConf.save(cfg, folder / ".hydra" / "config.yaml")
-        (folder / "summary.json").write_text("{}")
+        (folder / "summary.json").write_text(json.dumps(summary(0.5, 0.5, 0.5, 0)))
         return reproductions.cell_of(folder)
 
     same = f"trainer.max_epochs={cfg.trainer.max_epochs}"
@@ -77,9 +77,10 @@ def summary(best, last, on_test, seed):
     return {
         "seed": seed,
         "command": f"python scripts/train.py experiment=crd/vgg13_vgg8/kd seed={seed}",
-        "student": {"test": {"accuracy": {"best": best, "last": last, "best_on_test": on_test}}},
+        "student": {"sha256": "", "test": {"accuracy": {"best": best, "last": last, "best_on_test": on_test}}},
         "time": {"total_s": 600.0},
         "device": {"name": "x86_64", "type": "cpu", "threads": 2},
+        "teacher": {"sha256": f"{seed % 2}", "test": {"accuracy": 0.8 + seed % 2 / 50}},
     }
 
 
@@ -89,13 +90,22 @@ def test_a_cell_that_was_run_moves_from_the_published_table_to_the_results(tmp_p
     for seed, last in ((0, 0.73), (1, 0.74), (10, 0.75)):
         (folder / f"{seed}.json").write_text(json.dumps(summary(0.7, last, 0.76, seed)))
     page = reproductions.page(tmp_path)
-    row = "| vgg13_vgg8/kd | 72.98 | 74.00 ± 1.00 | 70.00 ± 0.00 | 76.00 ± 0.00 | 3 | 10 min | reached |"
+    taught = "81.00 ± 1.41"  # two teachers, of which one taught twice
+    row = f"| vgg13_vgg8/kd | 72.98 | 74.00 ± 1.00 | 70.00 ± 0.00 | 76.00 ± 0.00 | {taught} | 3 | 10 min | reached |"
     assert row in page
     assert [s["seed"] for s in reproductions.read(tmp_path)["crd/vgg13_vgg8/kd"]] == [0, 1, 10]
     before = next(line for line in reproductions.page(tmp_path / "crd").splitlines() if line.startswith("| kd | 74.92"))
     after = next(line for line in page.splitlines() if line.startswith("| kd | 74.92"))
     assert "72.98" in before
     assert "72.98" not in after
+
+
+def test_a_run_with_other_settings_is_compared_with_the_same_published_figure(tmp_path):
+    folder = tmp_path / "hinton2015" / "distilled" / "trainer.max_epochs=5"
+    folder.mkdir(parents=True)
+    (folder / "0.json").write_text(json.dumps(summary(0.9919, 0.992, 0.993, 0) | {"errors_by_class": [81]}))
+    row = "| distilled/trainer.max_epochs=5 | 74 | 80 | 81 | 70 | 2000 | 1 | 10 min | missed by 7 errors |"
+    assert row in reproductions.page(tmp_path)
 
 
 def test_every_published_cell_is_on_the_page():

@@ -91,9 +91,11 @@ def read(results: Path = RESULTS) -> dict[str, list[dict[str, Any]]]:
 def figures(runs: Sequence[dict[str, Any]], protocol: str, errors: bool) -> list[float]:
     """Ours, one a run: test accuracy in %, or errors of 10,000; empty where a run has no such figure."""
     found = [run["student"]["test"]["accuracy"].get(protocol) for run in runs]
-    if None in found:
-        return []
-    return [10_000 * (1 - a) if errors else 100 * a for a in found]
+    return [] if None in found else [_figure(accuracy, errors) for accuracy in found]
+
+
+def _figure(accuracy: float, errors: bool) -> float:
+    return 10_000 * (1 - accuracy) if errors else 100 * accuracy
 
 
 def verdict(ours: Sequence[float], theirs: Published | None) -> str:
@@ -114,10 +116,13 @@ def row(cell: str, runs: Sequence[dict[str, Any]], theirs: Published | None, err
     """One row of a table of results."""
     digits = 0 if errors else 2
     ours = {p: figures(runs, p, errors) for p in PROTOCOLS}
+    teachers = {run["teacher"]["sha256"]: run["teacher"]["test"]["accuracy"] for run in runs if run["teacher"]}
+    taught = [_figure(accuracy, errors) for accuracy in teachers.values()]
+    shown = [spread(v, 1 if errors and len(v) > 1 else digits) if v else "" for v in (*ours.values(), taught)]
     return [
         cell.split("/", 1)[1],
         f"{theirs.value:.{digits}f}" if theirs else "",
-        *(spread(values, 1 if errors and len(values) > 1 else digits) if values else "" for values in ours.values()),
+        *shown,
         str(len(runs)),
         duration(statistics.mean(run["time"]["total_s"] for run in runs)),
         verdict(ours[theirs.protocol] if theirs else [], theirs),
@@ -160,12 +165,12 @@ def section(name: str, title: str, results: Results, theirs: Mapping[str, Publis
     if own:
         errors = any(p.errors for c, p in theirs.items() if c.startswith(f"{name}/"))
         unit = "test errors of 10,000" if errors else "test accuracy %"
-        head = ["experiment", "published", *PROTOCOLS.values(), "seeds", "time a run", "verdict"]
+        head = ["experiment", "published", *PROTOCOLS.values(), "its teacher", "seeds", "time a run", "verdict"]
         place = {cell: i for i, cell in enumerate(theirs)}
         order = sorted(
             own, key=lambda c: (place.get(c, len(place)), [float(n) for n in re.findall(r"\d+\.?\d*", c)], c)
         )
-        rows = [row(c, own[c], theirs.get(c), errors) for c in order]
+        rows = [row(c, own[c], theirs.get(re.sub("/[^/]*=.*", "", c)), errors) for c in order]
         parts.append(f"In {unit}, mean ± standard deviation over seeds.\n\n" + markdown(head, rows))
         if errors:
             parts.append(by_class({c.split("/", 1)[1]: own[c] for c in order}))
@@ -215,7 +220,8 @@ Three figures of one run: the accuracy on the test set of the **last epoch**; of
 and of the epoch that was **best on test**, which many tables report and which is no accuracy on unseen images: it is logged
 (`watch_test=true`) and chooses nothing. A verdict compares the mean over seeds with the published figure under the protocol
 of the publication; where that chooses by something else than the last epoch or the test set, under best on validation.
-*Within spread* is missed by no more than the standard deviation over the seeds.
+*Within spread* is missed by no more than the standard deviation over the seeds. *Its teacher* is measured with the weights
+that were best on validation.
 """
 
 
