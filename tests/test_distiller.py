@@ -150,6 +150,18 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_term(tmp_path):
     assert all(torch.isfinite(v).all() for v in state.values())
 
 
+def test_a_student_that_overflows_in_its_last_step_stops_the_run_and_no_checkpoint_is_written(tmp_path):
+    class Spoils(Distiller):
+        def on_train_batch_end(self, *a):
+            super().on_train_batch_end(*a)
+            if self.trainer.is_last_batch:
+                next(self.student.parameters()).data.fill_(math.inf)
+
+    with pytest.raises(UserError, match=r"not finite.*optimizer\.lr"):
+        fit(Spoils(net(), Supervised()), digits(), tmp_path, epochs=1)
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
 def test_a_teacher_at_chance_level_is_refused_before_the_first_step(tmp_path):
     distiller = Distiller(net(), KD(), FrozenTeacher(net(16, seed=1)))
     before = weights_sha256(distiller.student.state_dict())

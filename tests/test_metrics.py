@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from litdistill import metrics
+from litdistill.errors import UserError
 
 
 @pytest.mark.parametrize(("n", "classes"), [(1, 2), (7, 3), (200, 10), (50, 1000)])
@@ -40,3 +41,13 @@ def test_confusion_and_reliability_count_every_sample_once():
     full = count > 0
     assert (accuracy * count)[full].sum() == pytest.approx((logits.argmax(1) == targets).sum().item())
     assert (confidence * count)[full].sum() == pytest.approx(logits.double().softmax(1).max(1).values.sum().item())
+
+
+def test_logits_that_are_not_numbers_are_refused_and_a_class_that_is_ruled_out_is_none():
+    logits, targets = torch.randn(5, 3), torch.tensor([0, 1, 2, 0, 1])
+    logits[:2, 2] = -torch.inf
+    assert metrics.quality(logits, targets.clamp(max=1))["brier"] < 2
+    for bad in (torch.nan, torch.inf):
+        logits[3, 1] = bad
+        with pytest.raises(UserError, match=r"logits of 1 of 5 images are not finite.*optimizer\.lr"):
+            metrics.quality(logits, targets)

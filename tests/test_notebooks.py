@@ -2,7 +2,9 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
+import matplotlib.pyplot as plt
 import nbclient
 import nbformat
 import pytest
@@ -33,6 +35,28 @@ def test_a_notebook_is_committed_with_the_outputs_of_one_run(path):
     for cell in code:
         assert not re.search(r"/(?:work|home|root|tmp|Users|opt|usr)/|\.venv|site-packages|Warning", texts(cell))
     assert path.stat().st_size < 400_000
+
+
+@pytest.mark.parametrize("methods", [1, 4])
+def test_runs_of_any_number_of_methods_are_compared(monkeypatch, methods):
+    monkeypatch.setattr(plt, "show", lambda: None)
+    cell = nbformat.read(FOLDER / "02_compare_runs.ipynb", 4).cells[-1]
+    found = [(Path(f"{method}-{seed}"), {"method": f"m{method}"}) for method in range(methods) for seed in (0, 1)]
+    stand_ins = {
+        "rebuild": lambda folder: (folder, SimpleNamespace(shipped=None)),
+        "collect": lambda net, data, split: (net, data),
+        "reliability": lambda net, data, bins: ([0.5], [0.5], [1]),
+    }
+    names = {
+        "plt": plt,
+        "Path": Path,
+        "runs": found,
+        "colours": {f"m{i}": f"C{i}" for i in range(methods)},
+        **stand_ins,
+    }
+    exec(cell.source, names)
+    assert [axis.get_title() for axis in names["figure"].axes] == [f"m{i}" for i in range(methods)]
+    plt.close("all")
 
 
 @pytest.mark.slow

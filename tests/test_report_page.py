@@ -16,9 +16,10 @@ from litdistill.errors import UserError
 from litdistill.page import history, plots, sections
 from litdistill.page.blocks import Section, Table, Text
 from litdistill.page.build import build
-from litdistill.page.collect import Settings, _cached, _tell_apart
+from litdistill.page.collect import Row, Settings, _cached, _tell_apart
 from litdistill.page.robust import robust
 from litdistill.train import train
+from tests import pages
 from tests.conftest import SMALL, compose_config
 from tests.pages import SETTINGS, group
 
@@ -93,6 +94,35 @@ def test_what_a_row_starts_from_and_how_its_epoch_was_chosen_is_told():
     assert starts == ["", "the teacher (1,168 images)", "nothing", "a network of 50,000 images (label_smoothing)"]
     assert [cell(shown, i, "last epoch %") for i in range(4)] == ["", "80.00 ± 0.00", "80.00 ± 0.00", ""]
     assert "validation set has 60 images, of which one is 1.7 points" in section.blocks[0].text
+
+
+def test_each_run_is_compared_with_its_own_teacher():
+    made = group(rows=1, seeds=2)
+    row = made.rows[1]
+    own = pages.seed(98, 0.5, 10, "other", {})
+    made.rows.insert(1, Row("teacher", made.rows[0].about, [own], teacher=True, timing=made.rows[0].timing))
+    row.seeds[1].summary["teacher"] = {"sha256": "other"}
+    same = lambda a, b: 100 * (a.test.argmax(1) == b.test.argmax(1)).double().mean().item()  # noqa: E731
+    each = [same(row.seeds[0], made.rows[0].seeds[0]), same(row.seeds[1], own)]
+    shown = f"{statistics.mean(each):.2f} ± {statistics.stdev(each):.2f}"
+    assert cell(table(sections.quality(made, ""), "quality"), 2, "agreement %") == shown
+    assert sections.over_seeds(made, "").blocks[1].pictures[1].alt.endswith(f"{shown}.")
+
+
+def test_how_a_row_came_about_is_told_as_it_was():
+    made = group(rows=2, seeds=1)
+    made.rows[2].seeds[0].summary["experiment"] = "teachers"
+    for checkpoint, words in (
+        ("auto", "first run that needs it"),
+        ("runs/a", "given, as runs/a"),
+        (None, "built with"),
+    ):
+        made.rows[0].checkpoint = checkpoint
+        told = [b.text for b in history.rerun(made, "").blocks]
+        assert words in told[0]
+        assert told[2] == "python scripts/train.py method=kd seed=0"
+        assert "is trained by the first run that needs it, here by" in told[3]
+        assert len(told) == 5
 
 
 def test_failures_are_what_only_the_teacher_has_right_the_surest_first():
@@ -231,6 +261,8 @@ def test_a_page_of_real_runs(runs, tmp_path):
             )
         assert row.timing["bytes"] == row.file.stat().st_size
         assert row.file.parent.name == "export"
+    assert "settings" in summary  # by which the runs of one kind are known
+    assert made.rows[0].checkpoint == "auto"
     assert made.rows[0].seeds[0].quality["accuracy"] == summary["teacher"]["test"]["accuracy"]
     (problem,) = made.problems
     assert "no finished run" in problem

@@ -21,6 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from litdistill import sweep_trial
 from litdistill.errors import Stopped, UserError
 from litdistill.evaluate import differences, evaluate, load_run
+from litdistill.recipes import teacher_folder
 from litdistill.runtime import CONF, suggestions
 from litdistill.train import train
 from tests.conftest import SMALL
@@ -28,6 +29,7 @@ from tests.conftest import SMALL
 pytest.importorskip("optuna")
 
 from litdistill.sweep import sweep
+from litdistill.sweep_space import pinned, read_space
 from litdistill.sweep_trial import objective
 
 FORK = multiprocessing.get_context("fork")
@@ -337,6 +339,18 @@ def test_best_yaml_composes_to_the_config_of_the_best_trial(monkeypatch, tmp_pat
         ("sweep.sampler=tpo", "choose tpe, random or grid"),
         ("sweep.trials=null", "say how many"),
         ("sweep.storage=nothing://a", "URL of a database"),
+        ("sweep.trials=two", r"sweep\.trials=two must be a whole number, and at least 1"),
+        ("sweep.trials=0", r"sweep\.trials=0 must be"),
+        ("sweep.workers=0", r"sweep\.workers=0 must be"),
+        ("sweep.attempts=0", r"sweep\.attempts=0 must be"),
+        ("sweep.attempts=null", r"sweep\.attempts=None must be"),
+        ("sweep.seed=-1", r"sweep\.seed=-1 must be"),
+        ("sweep.prune.startup=-1", r"sweep\.prune\.startup=-1 must be"),
+        ("sweep.prune.warmup=0.5", r"sweep\.prune\.warmup=0\.5 must be"),
+        ("sweep.seeds=3", r"sweep\.seeds=\[0,1,2\]"),
+        ("sweep.seeds=[]", r"sweep\.seeds=\[0,1,2\]"),
+        ("sweep.objectives=[]", r"sweep\.objectives=\[val\]"),
+        ("sweep.objectives=val", r"sweep\.objectives=\[val\]"),
     ],
 )
 def test_a_sweep_that_cannot_be_is_refused_before_its_first_trial(quick, tmp_path, override, message):
@@ -349,6 +363,42 @@ def test_a_sweep_is_not_continued_as_another(quick, tmp_path):
     start(tmp_path / "a", "sweep.trials=2")
     with pytest.raises(UserError, match="another space"):
         start(tmp_path / "a", "sweep.trials=3", "sweep.space.method.temperature.high=9")
+
+
+def test_a_sweep_goes_on_with_the_options_that_its_trials_have_in_common(quick, tmp_path):
+    begun = ("sweep.trials=2", "data.batch_size=16", "seed=1")
+    start(tmp_path / "a", *begun)
+    for other in ("data.batch_size=8", "seed=2", "optimizer.weight_decay=0.5", "scheduler=cosine"):
+        with pytest.raises(UserError, match="another training options common to all trials"):
+            start(tmp_path / "a", *begun, other)
+    with pytest.raises(UserError, match="another monitored metric"):
+        start(tmp_path / "a", *begun, "callbacks.best.monitor=val/brier")
+    same = ("data.root=elsewhere", "threads=2", "trainer.log_every_n_steps=7", "watch_test=true", "runs=others")
+    study = start(tmp_path / "a", *begun, *same, "sweep.trials=3")
+    assert len(study.trials) == 3
+    question = json.loads(study.user_attrs["question"])
+    study.set_user_attr("question", json.dumps({k: question[k] for k in ("space", "objectives", "seeds")}))  # as once
+    assert len(start(tmp_path / "a", "sweep.trials=4").trials) == 4
+
+
+@pytest.mark.parametrize(
+    ("space", "given"),
+    [
+        ({"optimizer": ["adam", "sgd"]}, ()),
+        ({"optimizer": ["sgd", "adamw"], "optimizer.lr": [0.1, 0.2]}, ("+teacher.recipe.optimizer.weight_decay=0.5",)),
+        ({"scheduler": ["steps", "cosine", "none"], "trainer.max_epochs": [3, 4]}, ("scheduler=cosine",)),
+        ({"trainer": ["cpu", "gpu"]}, ()),
+        ({"data.epoch_size": [100, 200]}, ("data.epoch_size=50",)),
+    ],
+)
+def test_whatever_is_searched_there_is_one_teacher(space, given):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        own = ["folder=x", *given]
+        base = compose("train", own)
+        held, distributions = pinned(base, read_space(space)), read_space(space)
+        points = [f"{key}={choice}" for key, d in distributions.items() for choice in d.choices]
+        found = {teacher_folder(compose("train", [*own, *held, point])) for point in points}
+    assert found == {teacher_folder(base)}
 
 
 def test_a_misspelt_key_of_the_sweep_has_its_nearest_named():

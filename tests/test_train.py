@@ -90,6 +90,21 @@ def test_a_wrong_option_is_known_before_a_teacher_is_trained(small, tmp_path, ov
     assert not (tmp_path / "teachers").exists()
 
 
+@pytest.mark.parametrize("name", ["ab", "fsp", "ft"])
+def test_a_run_that_ends_within_its_methods_first_phase_is_refused_before_a_teacher_is_trained(small, tmp_path, name):
+    for epochs, refused in ((2, True), (3, False)):
+        cfg = small(
+            f"method={name}", "method.init_epochs=2", f"trainer.max_epochs={epochs}", "trainer.precision=16-true"
+        )
+        cfg.runs = str(tmp_path / "new")
+        # What comes next is the precision, which is not offered.
+        with pytest.raises(
+            UserError, match=r"trainer\.max_epochs=2 .*method\.init_epochs=2" if refused else "precision"
+        ):
+            train(cfg)
+    assert not (tmp_path / "new").exists()
+
+
 def test_checkpoints_hold_tensors_and_plain_values_and_no_teacher(finished):
     for name in ("best.ckpt", "last.ckpt"):
         saved = torch.load(finished / "checkpoints" / name, weights_only=True)
@@ -120,6 +135,18 @@ def test_tensorboard_shows_every_term_both_models_and_the_best_metric(finished):
     best = json.loads((finished / "summary.json").read_text())["val"]["best"]
     assert events.Scalars("best/val_accuracy")[-1].value == pytest.approx(best)
     assert max(e.value for e in events.Scalars("val/accuracy")) == pytest.approx(best)
+
+
+@pytest.mark.parametrize("epochs", [0, 1])
+def test_the_best_metric_has_the_name_of_what_is_monitored(small, epochs):
+    least = ("callbacks.best.monitor=val/nll", "callbacks.best.mode=min", f"trainer.max_epochs={epochs}")
+    cfg = small("method=supervised", *least)
+    cfg.teacher = None
+    best = train(cfg)
+    events = EventAccumulator(cfg.folder).Reload()
+    assert events.Scalars("best/val_nll")[-1].value == pytest.approx(best)
+    assert "best/val_accuracy" not in events.Tags()["scalars"]
+    assert events.Scalars("val/nll")[-1].value == pytest.approx(best)
 
 
 def test_evaluate_reproduces_the_summary_to_the_digit(finished):
@@ -295,6 +322,14 @@ def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(small, monkeypat
     run(small("trainer.max_epochs=3", name="a"))
     assert "Trying the one before" in caplog.text
     assert (folder / "summary.json").is_file()
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", bytes(1000)])
+def test_a_last_checkpoint_that_is_none_falls_back_to_the_one_before(tmp_path, content):
+    (tmp_path / "last.ckpt").write_bytes(content)
+    assert train_module.last_state(tmp_path) is None
+    torch.save({"epoch": 0}, tmp_path / "best.ckpt")
+    assert train_module.last_state(tmp_path) == tmp_path / "best.ckpt"
 
 
 def test_a_teacher_with_another_class_count_is_refused(small):

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_calibration_error, multiclass_confusion_matrix
 
+from litdistill.errors import UserError
+
 ECE_BINS = 15
 
 
@@ -14,10 +16,16 @@ def quality(logits: Tensor, targets: Tensor) -> dict[str, float]:
     """Accuracy, negative log-likelihood (nats), Brier score and expected calibration error of (N, classes) and (N,).
 
     The Brier score is the sum over classes of squared differences, averaged over samples (Brier 1950): from 0 to 2.
-    ECE: 15 bins of equal width (Guo et al. 2017, arXiv 1706.04599, section 2).
+    ECE: 15 bins of equal width (Guo et al. 2017, arXiv 1706.04599, section 2). Raises `UserError` for logits that give no
+    probabilities.
     """
     logits = logits.double()
     p = logits.softmax(1)
+    if bad := int(p.isnan().any(1).sum()):
+        raise UserError(
+            f"The logits of {bad} of {len(p)} images are not finite: the network's weights have overflowed. Checkpoints of "
+            "earlier epochs are kept. A smaller optimizer.lr or trainer.gradient_clip_val=1 usually helps."
+        )
     return {
         "accuracy": (logits.argmax(1) == targets).double().mean().item(),
         "nll": F.cross_entropy(logits, targets).item(),

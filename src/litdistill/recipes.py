@@ -62,6 +62,11 @@ def teacher_config(cfg: DictConfig) -> DictConfig:
             teacher.teacher = None
             teacher.method = {"_target_": "litdistill.methods.supervised.Supervised"}
         teacher.schedule, teacher.ema, teacher.resume = {}, None, None
+        for key in ("optimizer", "scheduler"):
+            # The options of one class mean nothing to another: a recipe that has one with its options has all of it.
+            own, whole = teacher.get(key), recipe.get(key) or {}
+            if own is not None and {"_target_"} < whole.keys() and whole["_target_"] != own.get("_target_"):
+                teacher[key] = None
         merged = OmegaConf.merge(teacher, recipe)
         merged.name = "teachers"
     assert isinstance(merged, DictConfig)
@@ -99,7 +104,17 @@ def student_place(recipe: DictConfig) -> Path:
 
 
 def recipe_hash(cfg: DictConfig) -> str:
-    """Ten hex digits that are equal for two configs if their runs train the same weights.
+    """Ten hex digits that are equal for two configs if their runs train the same weights."""
+    return digest(recipe(cfg))
+
+
+def digest(facts: dict[str, Any]) -> str:
+    """Ten hex digits of plain values."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def recipe(cfg: DictConfig) -> dict[str, Any]:
+    """What of a config decides the weights that its run ends with, as plain values.
 
     On how many processes is no part of it, so that a teacher that eight devices have trained is found on one.
     """
@@ -115,11 +130,14 @@ def recipe_hash(cfg: DictConfig) -> str:
         kept[key] = value
     if kept["data"].get("fraction") is None and kept["data"].get("per_class") is None:
         kept["data"]["subset_seed"] = cfg.seed  # all of it, whatever the seed
-    if added := {k: v for k, v in (cfg.get("callbacks") or {}).items() if k not in OWN_CALLBACKS}:
-        kept["callbacks"] = OmegaConf.to_container(OmegaConf.create(added), resolve=True)
+    if any(k not in OWN_CALLBACKS for k in cfg.get("callbacks") or {}):
+        nowhere = cfg.copy()
+        OmegaConf.update(nowhere, "folder", "", force_add=True)  # where they write to decides nothing
+        found: Any = OmegaConf.to_container(nowhere.callbacks, resolve=True)
+        kept["callbacks"] = {k: v for k, v in found.items() if k not in OWN_CALLBACKS}
     if (scale := cfg.get("scale")) and scale.reference_batch is not None:
         kept["scale"] = OmegaConf.to_container(scale)
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:10]
+    return kept
 
 
 def teacher_folder(cfg: DictConfig) -> Path:

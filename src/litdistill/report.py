@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from litdistill.errors import UserError
 
@@ -51,10 +53,13 @@ def summaries(places: Iterable[str | Path]) -> list[dict[str, Any]]:
 
 
 def kinds(found: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Summaries that differ in their seed alone, together; a run that was repeated to the bit counts once."""
+    """Summaries that differ in their seed alone, together; a run that was repeated to the bit counts once.
+
+    Summaries of earlier versions have no "settings": of those, only what stands in "options" tells kinds apart.
+    """
     by_kind: dict[str, dict[str, dict[str, Any]]] = {}
     for run in found:
-        kind = [run["experiment"], run.get("technique"), run["data"], run["options"]]
+        kind = [run["experiment"], run.get("technique"), run["data"], run["options"], run.get("settings")]
         by_kind.setdefault(json.dumps(kind, sort_keys=True), {})[run["student"]["sha256"]] = run
     return [list(by_weights.values()) for by_weights in by_kind.values()]
 
@@ -70,18 +75,46 @@ def rows(found: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
 
 def label(run: dict[str, Any], alike: Sequence[Sequence[dict[str, Any]]]) -> str:
     """What a kind of run is called where space is short: its technique, or its method and how many images it saw."""
-    if run.get("technique"):
-        return str(run["technique"]).replace("_", " ")
     differing = _differing(run, [k[0] for k in alike])
-    return f"{run['method']}, {run['data']['train']:,} images" + (f" ({differing})" if differing else "")
+    name = str(run.get("technique") or "").replace("_", " ") or f"{run['method']}, {run['data']['train']:,} images"
+    return name + (f" ({differing})" if differing else "")
+
+
+def tell_apart(labels: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Labels that stand twice get their network's name, and a number where even that is not enough."""
+    found = list(labels)
+    for more in (names, [str(i + 1) for i in range(len(found))]):
+        found = [f"{one}, {added}" if found.count(one) > 1 else one for one, added in zip(found, more, strict=True)]
+    return found
 
 
 def _differing(run: dict[str, Any], others: Sequence[dict[str, Any]]) -> str:
-    """The options in which a run differs from those that share its experiment, model, method and data, as text."""
-    name = lambda r: (r["experiment"], r["student"]["name"], r["method"], r["data"]["train"])  # noqa: E731
-    alike = [r["options"] for r in others if name(r) == name(run)]
-    differing = [k for k, v in run["options"].items() if any(o.get(k) != v for o in alike)]
-    return ", ".join(f"{k.rsplit('/', 1)[-1]} {run['options'][k]}" for k in differing)
+    """In what a run differs from those that share its experiment, technique, model, method and data, as text.
+
+    First its options; then, from those whose options are the same, its settings.
+    """
+    name = lambda r: (r["experiment"], r.get("technique"), r["student"]["name"], r["method"], r["data"]["train"])  # noqa: E731
+    others = [r for r in others if name(r) == name(run)]
+    told = [f"{k.rsplit('/', 1)[-1]} {run['options'][k]}" for k in _own(run, others, "options")]
+    alike = [r for r in others if r["options"] == run["options"]]
+    if "settings" in run:
+        told += [_setting(k, run["settings"][k]) for k in _own(run, alike, "settings")]
+    elif any("settings" in r for r in alike):
+        told.append("settings not noted")
+    return ", ".join(told)
+
+
+def _own(run: dict[str, Any], others: Sequence[dict[str, Any]], what: str) -> list[str]:
+    """The keys of `what` that another run which has noted that gives another value."""
+    noted = [r[what] for r in others if what in r]
+    return [k for k, v in run[what].items() if any(o.get(k) != v for o in noted)]
+
+
+def _setting(key: str, value: Any) -> str:
+    """`optimizer.weight_decay` is called weight_decay, `scheduler._target_` scheduler; of a network the whole key."""
+    if key.endswith("._target_"):
+        return f"{key.removesuffix('._target_')} {str(value).rsplit('.', 1)[-1]}"
+    return f"{key if key.startswith(('student.', 'teacher.')) else key.split('.', 1)[-1]} {value}"
 
 
 def _teacher_row(run: dict[str, Any]) -> dict[str, str]:
@@ -116,7 +149,7 @@ def _row(runs: Sequence[dict[str, Any]], differing: str) -> dict[str, str]:
         spread([t["nll"] for t in tests], 3),
         spread([t["ece"] for t in tests], 3),
         spread([100 * s["agreement"] for s in students]) if students[0]["agreement"] is not None else "",
-        str(len(runs)),
+        str(len({r["seed"] for r in runs})),
         f"{statistics.mean(r['time']['total_s'] for r in runs):.0f} s",
     )
     return dict(zip(COLUMNS, values, strict=True))
@@ -126,24 +159,21 @@ def picture(found: Sequence[dict[str, Any]], path: str | Path) -> None:
     """Draws the test accuracy of every run as a dot, a row for each kind of student, and the teacher as a line."""
     from litdistill.pictures import STUDENT_COLOUR, TEACHER_COLOUR, new_figure
 
-    kinds: dict[str, list[float]] = {}
-    teachers: dict[str, float] = {}
-    for run in found:
-        label = f"{run['method']}, {run['data']['train']:,} images"
-        kinds.setdefault(label, []).append(100 * run["student"]["test"]["accuracy"]["best"])
-        if run["teacher"]:
-            teachers[run["teacher"]["name"]] = 100 * run["teacher"]["test"]["accuracy"]
-    figure = new_figure(7.2, 1.1 + 0.5 * len(kinds))
+    alike = kinds(found)
+    names = tell_apart([label(k[0], alike) for k in alike], [k[0]["student"]["name"] for k in alike])
+    teachers = {r["teacher"]["name"]: 100 * r["teacher"]["test"]["accuracy"] for r in found if r["teacher"]}
+    figure = new_figure(7.2, 1.1 + 0.5 * len(alike))
     axes = figure.subplots()
-    for row, values in enumerate(kinds.values()):
+    for row, runs in enumerate(alike):
+        values = [100 * run["student"]["test"]["accuracy"]["best"] for run in runs]
         axes.plot(values, [row] * len(values), "o", color=STUDENT_COLOUR, alpha=0.6)
         mean = statistics.mean(values)
         axes.plot([mean, mean], [row - 0.28, row + 0.28], color=STUDENT_COLOUR, linewidth=3)
         axes.annotate(f"{mean:.1f}", (mean, row - 0.32), ha="center", va="bottom", fontsize=9, color=STUDENT_COLOUR)
     for name, value in teachers.items():
         axes.axvline(value, color=TEACHER_COLOUR, linestyle="--", label=f"teacher {name}: {value:.1f}")
-    axes.set_yticks(range(len(kinds)), list(kinds))
-    axes.set_ylim(len(kinds) - 0.4, -0.7)
+    axes.set_yticks(range(len(names)), names, parse_math=False)  # a name is no formula
+    axes.set_ylim(len(names) - 0.4, -0.7)
     axes.set_xlabel("test accuracy (%), a dot a seed, a bar the mean")
     axes.spines[["top", "right"]].set_visible(False)
     if teachers:
@@ -156,7 +186,9 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
     """Mean ± standard deviation over seeds (the sample's, n - 1), or the value alone where there is one."""
     if len(values) == 1:
         return f"{values[0]:.{digits}f}"
-    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+    finite = all(map(math.isfinite, values))  # of others stdev makes an error
+    deviation = statistics.stdev(values) if finite else math.nan
+    return f"{statistics.mean(values):.{digits}f} ± {deviation:.{digits}f}"
 
 
 def table(rows: Sequence[dict[str, str]]) -> Table:
@@ -165,14 +197,14 @@ def table(rows: Sequence[dict[str, str]]) -> Table:
     for column in COLUMNS:
         shown.add_column(column, justify="left" if column in COLUMNS[:3] else "right")
     for row in rows:
-        shown.add_row(*row.values())
+        shown.add_row(*map(Text, row.values()))  # in which brackets are no markup
     return shown
 
 
 def markdown(rows: Sequence[dict[str, str]]) -> str:
     """For a README."""
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * 3 + "---:|" * (len(COLUMNS) - 3)]
-    lines += ["| " + " | ".join(row.values()) + " |" for row in rows]
+    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row.values()) + " |" for row in rows]
     return "\n".join(lines) + "\n"
 
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from litdistill.data.datamodule import ImageData
 from litdistill.nets.profile import count_macs, count_parameters, weight_bytes
-from litdistill.recipes import net_name, student_folder, teacher_folder
+from litdistill.recipes import digest, net_name, recipe, student_folder, teacher_folder
 from litdistill.scale import read_scale
 from litdistill.teacher import weights_sha256
 
@@ -37,12 +37,14 @@ def summarise(
     """A plain dict for JSON. `found` and `last` are what `evaluate.measure` gave for the best and the last weights."""
     samples = trainer.global_step * read_scale(cfg, trainer).batch
     about = found["student"]
+    sha256 = None if teacher is None else weights_sha256(teacher.state_dict())
     return {
         "experiment": cfg.name,
         "technique": cfg.get("technique"),
         "method": method_name(cfg),
         "seed": cfg.seed,
         "options": {k: v for k, v in hyperparameters(cfg, trainer).items() if k != "seed"},
+        "settings": settings(cfg, sha256),
         "data": {
             "name": data.name,
             "classes": data.num_classes,
@@ -55,7 +57,7 @@ def summarise(
         if teacher is None
         else {
             "name": net_name(cfg.teacher),
-            "sha256": weights_sha256(teacher.state_dict()),
+            "sha256": sha256,
             "params": count_parameters(teacher),
             "macs": count_macs(teacher, data.input_shape),
             "bytes": weight_bytes(teacher),
@@ -120,6 +122,48 @@ def start_of(cfg: DictConfig) -> dict[str, Any] | None:
     cost = {k: found[k] + before.get(k, 0) for k in ("epochs", "steps")}
     total_s = found["time"]["total_s"] + before.get("total_s", 0.0)
     return {**start, "run": folder.name, **cost, "total_s": total_s}
+
+
+# What of a recipe makes no other kind of run.
+NO_SETTING = ("seed", "teacher.allow_chance", "trainer.deterministic", "trainer.strategy")
+
+
+def settings(cfg: DictConfig, teacher_sha256: str | None = None) -> dict[str, Any]:
+    """What decides the weights of a run, but for its seed: by the keys of its config, equal for runs of different seeds.
+
+    A teacher and a starting point that are given by a path count by the settings of the run that lies there. Where that
+    has noted none, the teacher counts by its weights, and the starting point by what is known of it (`start_of`).
+    """
+    alike = cfg.copy()
+    alike.seed = 0  # and with it all that is interpolated from it
+    kept = recipe(alike)
+    if (teacher := kept["teacher"]) and teacher.get("checkpoint", "auto") != "auto":
+        teacher.pop("recipe", None)
+        teacher["checkpoint"] = _settings_at(teacher["checkpoint"]) or (teacher_sha256 or "")[:10]
+    if kept["student"].get("checkpoint", "auto") not in ("auto", "teacher"):
+        kept["student"].pop("recipe", None)
+        known = start_of(cfg) or {}
+        nature = "/".join(str(known[k]) for k in ("from", "method", "images") if known.get(k) is not None)
+        kept["student"]["checkpoint"] = _settings_at(kept["student"]["checkpoint"]) or nature
+    return {k: v for k, v in _flat(kept).items() if not k.startswith(NO_SETTING)}
+
+
+def _settings_at(run: str) -> str | None:
+    """The settings of a finished run as ten hex digits, if it has noted them."""
+    path = Path(run, "summary.json")
+    noted = json.loads(path.read_text()).get("settings") if path.is_file() else None
+    return digest(noted) if noted else None
+
+
+def _flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values that are no dicts and not null, by their keys joined with dots."""
+    flat: dict[str, Any] = {}
+    for key, value in node.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        elif value is not None:
+            flat[f"{prefix}{key}"] = value
+    return flat
 
 
 def method_name(cfg: DictConfig) -> str:

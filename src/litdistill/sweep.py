@@ -25,11 +25,12 @@ from filelock import FileLock, Timeout
 from hydra import compose
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from litdistill.errors import Stopped, UserError
 from litdistill.launch import launched
 from litdistill.pack import Pack
+from litdistill.recipes import recipe_hash
 from litdistill.runtime import CONF
 
 try:
@@ -56,8 +57,6 @@ def sweep(cfg: DictConfig, overrides: Sequence[str], folder: Path) -> optuna.Stu
     """
     if (launch := launched()) is not None and launch.nodes * launch.tasks > 1:
         raise UserError("A sweep is started as one process. Each trial starts its own ranks: trainer=ddp.")
-    if cfg.sweep.workers < 1:
-        raise UserError(f"sweep.workers={cfg.sweep.workers} must be at least 1.")
     plan = make_plan(cfg, overrides, folder)
     log.info("Sweep of %d trials over %s in %s", plan.count, ", ".join(plan.space), folder)
     try:
@@ -118,15 +117,16 @@ def helpers(count: int, overrides: Sequence[str], folder: Path) -> Iterator[list
 def make_plan(cfg: DictConfig, overrides: Sequence[str], folder: Path) -> Plan:
     """Checks all that can be known before the first trial, and opens the study. Raises `UserError`."""
     options = cfg.sweep
+    check_options(options)
     if wrong := [o for o in options.objectives if o not in OBJECTIVES]:
         raise UserError(
             f"sweep.objectives={wrong}: a trial is judged by {', '.join(OBJECTIVES)}. The test set is no objective: "
             "what was chosen by it cannot be measured on it any more."
         )
-    if options.pack < 1 or (options.pack > 1 and "fit_s" in options.objectives):
+    if options.pack > 1 and "fit_s" in options.objectives:
         raise UserError(
-            f"sweep.pack={options.pack} must be at least 1, and 1 with sweep.objectives=[fit_s]: runs that share what they "
-            "compute have no time of their own."
+            f"sweep.pack={options.pack} must be 1 with sweep.objectives=[fit_s]: runs that share what they compute have no "
+            "time of their own."
         )
     if options.sampler not in ("tpe", "random", "grid"):
         raise UserError(f"sweep.sampler={options.sampler}: choose tpe, random or grid.")
@@ -153,13 +153,43 @@ def make_plan(cfg: DictConfig, overrides: Sequence[str], folder: Path) -> Plan:
     folder.mkdir(parents=True, exist_ok=True)
     study = open_study(options, folder, directions)
     question = json.dumps(
-        {"space": options.space, "objectives": options.objectives, "seeds": options.seeds}, default=plain
+        {
+            "space": options.space,
+            "objectives": options.objectives,
+            "seeds": options.seeds,
+            "monitored metric": best.monitor,
+            "training options common to all trials": recipe_hash(base),  # which paths, devices and the like are not
+        },
+        default=plain,
     )
-    if study.user_attrs.setdefault("question", question) != question:
-        raise UserError(f"The sweep in {folder} has another space, objectives or seeds. Start a new one.")
+    # One that was begun by an earlier version has not noted all of it.
+    asked, before = json.loads(question), json.loads(study.user_attrs.get("question", "{}"))
+    if other := [key for key in asked if key in before and before[key] != asked[key]]:
+        raise UserError(f"The sweep in {folder} has another {', another '.join(other)}. Start a new one.")
     study.set_user_attr("question", question)
     pack = Pack(options.pack) if options.pack > 1 else None
     return Plan(options, folder, common, space, study, count, best.monitor, pack)
+
+
+LEAST = {"trials": 1, "seed": 0, "workers": 1, "pack": 1, "attempts": 1, "prune.startup": 0, "prune.warmup": 0}
+
+
+def check_options(options: DictConfig) -> None:
+    """Raises `UserError` for a number of a sweep's options that is none, or too small, and for what is to be a list."""
+    for key, least in LEAST.items():
+        value = OmegaConf.select(options, key)
+        if value is None and (key == "trials" or (key.startswith("prune.") and options.prune is None)):
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise UserError(f"sweep.{key}={value} must be a whole number, and at least {least}.")
+    seeds = plain(options.seeds)
+    if seeds is not None and not (isinstance(seeds, list) and seeds and all(type(s) is int for s in seeds)):
+        raise UserError(f"sweep.seeds={seeds} must be a list of whole numbers, sweep.seeds=[0,1,2], or null.")
+    if not (OmegaConf.is_list(options.objectives) and options.objectives):
+        raise UserError(
+            f"sweep.objectives={options.objectives} must be a list of one or more of {', '.join(OBJECTIVES)}: "
+            "sweep.objectives=[val]."
+        )
 
 
 def training_overrides(overrides: Sequence[str]) -> list[str]:

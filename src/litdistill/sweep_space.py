@@ -18,9 +18,10 @@ from optuna import Trial
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from litdistill.errors import UserError
+from litdistill.recipes import teacher_config
 
-# Keys that a teacher's recipe takes over from its student's config: where they are searched, the teacher keeps its own.
-SHARED = ("optimizer.", "scheduler.", "trainer.", "data.batch_size", "data.epoch_size", "data.augment")
+# What a teacher's recipe takes over from its student's config: where it is searched, the teacher keeps its own.
+SHARED = ("optimizer", "scheduler", "trainer", "data.batch_size", "data.epoch_size", "data.augment")
 
 
 def read_space(node: Any, prefix: str = "") -> dict[str, BaseDistribution]:
@@ -93,8 +94,9 @@ def pinned(base: DictConfig, space: Mapping[str, BaseDistribution]) -> list[str]
     """Overrides that hold the automatic teacher's recipe still, so that it is trained once and not for every trial."""
     if base.teacher is None or base.teacher.checkpoint != "auto":
         return []
-    keys = [k for k in space if k.startswith(SHARED) and OmegaConf.select(base.teacher.recipe, k) is None]
-    return [f"++teacher.recipe.{k}={literal(plain(OmegaConf.select(base, k)))}" for k in keys]
+    teacher = teacher_config(base)
+    keys = [k for k in space if any(k == shared or k.startswith(f"{shared}.") for shared in SHARED)]
+    return [f"++teacher.recipe.{k}={literal(plain(OmegaConf.select(teacher, k)))}" for k in keys]
 
 
 def plain(node: Any) -> Any:

@@ -155,7 +155,7 @@ class Judge(Callback):
             return
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.log_hyperparams(self.shown, {"best/val_accuracy": value})
+                logger.log_hyperparams(self.shown, {f"best/{self.monitor.replace('/', '_')}": value})
                 logger.experiment.flush()
         raise optuna.TrialPruned(f"{self.monitor} {value:.4g} in epoch {epoch + 1} of {trainer.max_epochs}")
 

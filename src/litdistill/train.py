@@ -75,7 +75,7 @@ def train(
     build: Callable[[DictConfig, Method], tuple[ImageData, Distiller]] = build,
     clock: Callable[[], float] = time.perf_counter,
 ) -> float:
-    """Trains as `conf/train.yaml` describes; gives the best validation accuracy, which is what a sweep maximises.
+    """Trains as `conf/train.yaml` describes; gives the best validation accuracy, or whatever else `callbacks.best` monitors.
 
     `callbacks`: of whoever calls, before the config's own. `build`, `clock`: other ones for a run that shares what it is
     built of, and its time, with others (`litdistill.pack`).
@@ -102,6 +102,15 @@ def _train(
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
     method = make(cfg.method)  # first, so that a wrong option is known before a teacher is trained
+    rehearsed = (
+        cfg.trainer.get("limit_train_batches") is not None
+    )  # to see that all fits together, as with trainer=debug
+    if 0 < (epochs := cfg.trainer.max_epochs or 0) <= method.init_epochs and not rehearsed:
+        raise UserError(
+            f"trainer.max_epochs={epochs} would end within the first phase of this method, which leaves the student untrained "
+            f"for method.init_epochs={method.init_epochs} epochs. Set trainer.max_epochs above that, or method.init_epochs "
+            "lower."
+        )
     trainer = build_trainer(cfg, folder, phases=method.phases)
     trainer.callbacks[:0] = callbacks  # type: ignore[attr-defined]
     scale = read_scale(cfg, trainer)
@@ -150,11 +159,16 @@ def evaluations(cfg: DictConfig) -> Path | None:
 
 
 def untrained(trainer: Trainer, distiller: Distiller, data: ImageData, checkpoints: Path) -> float:
-    """The validation accuracy of a student that is taken as it starts, whose checkpoints are written nonetheless."""
+    """What is monitored, of a student that is taken as it starts; its checkpoints are written nonetheless."""
     (found,) = trainer.validate(distiller, datamodule=data, verbose=False)
     for name in ("best.ckpt", "last.ckpt"):
         trainer.save_checkpoint(checkpoints / name)
-    return found["val/accuracy"]
+    return found[monitored(trainer)]
+
+
+def monitored(trainer: Trainer) -> str:
+    """The metric by which the best epoch is chosen."""
+    return trainer.checkpoint_callback.monitor  # type: ignore[union-attr]
 
 
 def last_state(checkpoints: Path, max_epochs: int | None = None) -> Path | None:
@@ -324,7 +338,9 @@ def _finish(
             summary["student"]["test"]["accuracy"]["best_on_test"] = callback.best
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
-            logger.log_hyperparams(hyperparameters(cfg, trainer), {"best/val_accuracy": best})
+            logger.log_hyperparams(
+                hyperparameters(cfg, trainer), {f"best/{monitored(trainer).replace('/', '_')}": best}
+            )
             pictures.show(logger.experiment, student, teacher, data, device, trainer.global_step, evaluations(cfg))
             logger.experiment.add_text("config", "```yaml\n" + OmegaConf.to_yaml(cfg) + "```", 0)
             logger.experiment.add_custom_scalars(pictures.LAYOUT)
@@ -337,7 +353,7 @@ def _finish(
         metadata["structure"] = json.dumps(steps)
     save_student(student, folder / STUDENT, metadata)
     if isinstance(student, Int8):
-        summary["student"] |= {"precision": "int8", "bytes": ship(folder, student, data, precision="int8")[1]["bytes"]}
+        summary["student"] |= {"precision": "int8", "bytes": _ship_int8(folder, student, data)}
     write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")  # last: it says that the run is finished
     log.info(
         "%s: test accuracy %.2f %% (best epoch on validation), %.2f %% (last epoch)%s; %s in all. %s",
@@ -345,3 +361,16 @@ def _finish(
         f", teacher {100 * found['teacher']['accuracy']:.2f} %" if teacher is not None else "",
         *(format_seconds(times["total_s"]), os.path.relpath(folder)),
     )
+
+
+def _ship_int8(folder: Path, student: Int8, data: ImageData) -> int | None:
+    """The bytes of the file that is written; None where none can be, for which a trained run is not given up."""
+    try:
+        return int(ship(folder, student, data, precision="int8")[1]["bytes"])
+    except UserError as error:
+        log.warning(
+            "The int8 file is not written, and the run is finished without it. %s To write it later: "
+            "python scripts/export.py run=%s precision=int8",
+            *(error, os.path.relpath(folder)),
+        )
+        return None

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from litdistill.methods.base import Method, Outputs
-from litdistill.methods.dist import pearson_distance
+from litdistill.methods.dist import DIST, pearson_distance
 from litdistill.methods.dkd import DKD
 from litdistill.methods.kd_standardised import KDStandardised
 from litdistill.methods.logit_mse import LogitMSE
@@ -94,6 +94,19 @@ def test_pearson_distance_sees_neither_scale_nor_shift_and_sees_a_sign(scale, sh
     a, b, _ = draw((4, 10), seed=seed)
     assert pearson_distance(a * scale + shift, b).item() == pytest.approx(pearson_distance(a, b).item(), abs=1e-4)
     assert pearson_distance(a, -a * scale).item() == pytest.approx(2, abs=1e-4)
+
+
+def test_a_row_whose_variance_is_rounding_gets_no_gradient():
+    _, teacher, _ = draw((8, 10))
+    for student, largest in ((torch.zeros(8, 10), 0.0), (torch.full((8, 10), 3.3), 0.0), (torch.randn(8, 10), 50.0)):
+        student.requires_grad_()
+        sum(DIST(hard=0)(Outputs(student), Outputs(teacher), torch.arange(8)).values()).backward()
+        assert student.grad.abs().max() <= largest
+    for dtype in (torch.float32, torch.float64):  # as ever where there is any variance
+        a, b = torch.randn(4, 10, dtype=dtype) * 1e-3 + 0.1, torch.randn(4, 10, dtype=dtype)
+        x, y = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
+        plain = 1 - ((x * y).sum(1) / (x.norm(dim=1) * y.norm(dim=1) + 1e-8)).mean()
+        assert torch.equal(pearson_distance(a, b), plain)
 
 
 def test_standardised_gradient_is_finite_for_a_classifier_that_starts_at_zero():

@@ -11,7 +11,10 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from litdistill.errors import UserError
+from litdistill.methods.ab import AB
 from litdistill.methods.base import Method, Taps
+from litdistill.methods.fsp import FSP
+from litdistill.methods.ft import FT
 from litdistill.methods.kd import KD
 from litdistill.methods.sp import SP
 from litdistill.methods.sum import Sum
@@ -106,14 +109,33 @@ def test_sum_adds_the_terms_of_its_methods():
 
 
 def test_sum_refuses_labels_that_count_twice_and_an_empty_sum():
-    student, teacher, x, y = net(4), net(6), torch.randn(3, 1, 8, 8), torch.tensor([0, 1, 2])
-    method = Sum({"kd": KD(), "sp": SP()})
-    method.prepare(student, teacher, x)
-    s, t = Tapped(student, method.taps().student)(x), Tapped(teacher, method.taps().teacher)(x)
     with pytest.raises(UserError, match=r"methods\.sp\.hard=0"):
-        method(s, t, y)
+        Sum({"kd": KD(), "sp": SP()})
+    for parts in ({"kd": KD(), "ab": AB()}, {"fsp": FSP(), "kd": KD()}):  # of which one comes to its labels later
+        with pytest.raises(UserError, match=r"methods\.kd\.hard=0"):
+            Sum(parts)
+        Sum(parts | {"kd": KD(hard=0)})
+    with pytest.raises(UserError, match="ab and fsp must both"):
+        Sum({"ab": AB(), "fsp": FSP()})
     with pytest.raises(UserError, match="empty"):
         Sum({})
+
+
+def test_two_terms_of_the_labels_are_refused_where_no_option_tells_of_them():
+    class Labels(Method):
+        def forward(self, student, teacher, target):
+            return {"hard": student.logits.sum()}
+
+    student, x = net(4), torch.randn(3, 1, 8, 8)
+    method = Sum({"kd": KD(soft=0), "own": Labels()})
+    method.prepare(student, None, x)
+    with pytest.raises(UserError, match=r"methods\.own\.hard=0"):
+        method(Tapped(student, [])(x), None, torch.tensor([0, 1, 2]))
+
+
+def test_a_sum_is_untrained_as_long_as_all_its_methods_are():
+    assert Sum({"kd": KD(hard=0), "ab": AB(init_epochs=5)}).init_epochs == 0
+    assert Sum({"ab": AB(init_epochs=5), "ft": FT(hard=0, init_epochs=3)}).init_epochs == 3
 
 
 def test_sum_config_trains_its_projectors_and_loads_again():

@@ -32,7 +32,7 @@ class AB(Method):
     get none. A boundary lies at 0 before an activation: name taps where `stages:pre` finds none.
     """
 
-    phases = True
+    phases = needs_hard = True
 
     def __init__(
         self,

@@ -41,6 +41,8 @@ class Method(nn.Module):
 
     needs_teacher = True
     phases = False  # whether the first epochs initialise and train other parameters than the rest (AB, FT, FSP)
+    init_epochs = 0  # how many of those leave the student without the loss that it is trained for
+    needs_hard = False  # whether its weight of the labels cannot be 0
     epoch = 0  # set by the distiller before each epoch
 
     def taps(self) -> Taps:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -12,12 +13,19 @@ def pearson_distance(a: Tensor, b: Tensor) -> Tensor:
     """1 − the Pearson correlation of the rows of two matrices `(rows, columns)`, a mean over the rows; in [0, 2].
 
     Unchanged when a row is scaled (by a positive number) or shifted. The 10⁻⁸ of the authors' code, added to the
-    product of the norms, makes a row without any variance uncorrelated with everything.
+    product of the norms, makes a row without any variance uncorrelated with everything; a row whose variance is that of
+    rounding is one, and gets no gradient, which would be as large as the inverse of that.
     """
-    a = a - a.mean(dim=1, keepdim=True)
-    b = b - b.mean(dim=1, keepdim=True)
+    a, b = centred(a), centred(b)
     correlation = (a * b).sum(dim=1) / (a.norm(dim=1) * b.norm(dim=1) + 1e-8)
     return 1 - correlation.mean()
+
+
+def centred(x: Tensor) -> Tensor:
+    """Rows without their mean; 0, and without a gradient, where what is left is rounding."""
+    rest = x - x.mean(dim=1, keepdim=True)
+    rounding = 8 * torch.finfo(x.dtype).eps * x.detach().norm(dim=1, keepdim=True)
+    return rest.masked_fill(rest.detach().norm(dim=1, keepdim=True) <= rounding, 0.0)
 
 
 class DIST(Method):

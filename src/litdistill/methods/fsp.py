@@ -32,7 +32,7 @@ class FSP(Method):
     runs. In the first phase the student's classifier gets no gradient, in the second these convolutions get none.
     """
 
-    phases = True
+    phases = needs_hard = True
 
     def __init__(
         self,

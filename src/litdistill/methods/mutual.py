@@ -65,9 +65,22 @@ class Mutual(Method):
 
 
 def _fresh(net: nn.Module) -> nn.Module:
-    """A copy with first weights of its own, drawn by each layer's own rule."""
+    """A copy with first weights of its own, drawn by each layer's own rule.
+
+    Attention has its rule under another name. A parameter without any, as an embedding of positions that a network holds
+    itself, is shuffled: the same numbers in other places are as likely a draw.
+    """
     peer = copy.deepcopy(net)
     for module in peer.modules():
         if callable(reset := getattr(module, "reset_parameters", None)):
             reset()
+    for module in peer.modules():  # afterwards: what comes before is what it has always been for networks without these
+        if callable(getattr(module, "reset_parameters", None)):
+            continue
+        if callable(reset := getattr(module, "_reset_parameters", None)):
+            reset()
+            continue
+        for parameter in module.parameters(recurse=False):
+            flat = parameter.data.flatten()
+            parameter.data = flat[torch.randperm(len(flat)).to(flat.device)].view_as(parameter)
     return peer

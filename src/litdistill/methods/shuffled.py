@@ -29,7 +29,7 @@ class Shuffled(Method):
     def __init__(self, method: Method):
         super().__init__()
         self.method = method
-        self.needs_teacher, self.phases = method.needs_teacher, method.phases
+        self.needs_teacher, self.phases, self.init_epochs = method.needs_teacher, method.phases, method.init_epochs
 
     def taps(self) -> Taps:
         return self.method.taps()

@@ -16,16 +16,25 @@ class Sum(Method):
 
     A term is named after its method's key: `kd_soft` and `at_hint` of `{"kd": …, "at": …}`. `hard` alone keeps its
     name, and one method alone may have it: labels that count twice would not be seen in a log. So `hard: 0` is set in
-    all methods but one; `forward` raises `UserError` otherwise.
+    all methods but one. Raises `UserError` otherwise, here or, for methods that have no `hard`, in `forward`.
     """
 
     def __init__(self, methods: Mapping[str, Method]):
         super().__init__()
         if not methods:
             raise UserError("method.methods is empty. Name the methods to add, say {kd: …, at: …}.")
+        labelled = [key for key, m in methods.items() if getattr(m, "hard", 0)]
+        labelled.sort(key=lambda key: not methods[key].needs_hard)
+        if len(labelled) > 1:
+            if methods[labelled[1]].needs_hard:
+                raise UserError(
+                    f"{' and '.join(labelled[:2])} must both learn from the labels. Leave one out of the sum."
+                )
+            raise UserError(f"Two methods of the sum learn from the labels. Set method.methods.{labelled[1]}.hard=0.")
         self.methods = nn.ModuleDict(methods)
         self.needs_teacher = any(m.needs_teacher for m in methods.values())
         self.phases = any(m.phases for m in methods.values())
+        self.init_epochs = min(m.init_epochs for m in methods.values())
         self.names: dict[str, tuple[list[str], list[str]]] = {}  # by method: which features of either network it reads
 
     def parts(self) -> dict[str, Method]:

@@ -74,6 +74,7 @@ class Row:
     about: dict[str, Any]  # name, params, macs of the network
     seeds: list[Seed] = field(default_factory=list)
     teacher: bool = False
+    checkpoint: str | None = "auto"  # of a teacher: how the config of its first student's run has it
     precision: str = "fp32"
     file: Path | None = None  # the ONNX file of the first seed, which is timed
     net: nn.Module | None = None  # the same for the GPU, where it is no int8
@@ -131,12 +132,9 @@ def _group(facts: dict[str, Any], runs: Sequence[tuple[Path, dict[str, Any]]], o
 
 
 def _tell_apart(rows: Sequence[Row]) -> None:
-    """Labels that stand twice get their network's name, and a number where even that is not enough."""
-    for name in (lambda row, i: row.about["name"], lambda row, i: str(i + 1)):
-        labels = [r.label for r in rows]
-        for i, row in enumerate(rows):
-            if labels.count(row.label) > 1:
-                row.label += f", {name(row, i)}"
+    apart = report.tell_apart([r.label for r in rows], [r.about["name"] for r in rows])
+    for row, label in zip(rows, apart, strict=True):
+        row.label = label
 
 
 def _measure_run(
@@ -157,6 +155,7 @@ def _measure_run(
         seed = Seed(_own_summary(folder, sha) or {}, folder, sha256=sha)
         _measure(seed, distiller.teacher.net, None, data, device, group, spoilt, out, settings)
         teacher.seeds.append(seed)
+        teacher.checkpoint = load_run(folder)[0].teacher.checkpoint
         teacher.file = write_teacher(distiller.teacher.net, data, out / "cache" / f"teacher-{sha[:12]}.onnx")
         teacher.net = Shipped(distiller.teacher.net, data)
     net = distiller.shipped

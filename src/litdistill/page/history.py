@@ -135,14 +135,26 @@ def rerun(group: Group, key: str) -> Section:
     blocks: list[Block] = []
     for style, row in _both(group):
         if row.teacher:
-            blocks += [Text(f"{style.name}: is trained by the first run that needs it.")]
-        else:
-            blocks += [Text(style.name), Code("\n".join(dict.fromkeys(command(s) for s in row.seeds)))]
+            blocks += [Text(f"{style.name}: {origin(row.checkpoint)}.")]
+            continue
+        needed = row.seeds[0].summary.get("experiment") in ("teachers", "students")
+        blocks += [Text(f"{style.name}: is trained by the first run that needs it, here by" if needed else style.name)]
+        blocks += [Code("\n".join(dict.fromkeys(command(s) for s in row.seeds)))]
     return Section(f"{key}rerun", "How to run each row again", blocks)
 
 
+def origin(checkpoint: str | None) -> str:
+    """Where a teacher comes from."""
+    if checkpoint == "auto":
+        return "is trained by the first run that needs it"
+    return "has the weights that it is built with" if checkpoint is None else f"was given, as {checkpoint}"
+
+
 def command(seed: Seed) -> str:
-    """What starts this one run: its own overrides if it was a job of a sweep, else the command as it was typed."""
+    """What starts this one run: its own overrides if it was a job of a sweep, else the command as it was typed.
+
+    Of a teacher or a starting point, which a run trains that needs it, that is the command of this run.
+    """
     overrides = seed.folder / ".hydra" / "overrides.yaml"
     if overrides.is_file():
         return shlex.join(["python", "scripts/train.py", *map(str, OmegaConf.load(overrides))])

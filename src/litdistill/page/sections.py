@@ -37,12 +37,16 @@ def looks(group: Group) -> list[plots.Style]:
     return plots.styles([r.label for r in group.rows], [r.teacher for r in group.rows])
 
 
-def taught(row: Row, group: Group) -> Row | None:
-    """The teacher that a row is compared with: the one that its runs had, else the group's first."""
-    if row.teacher:
-        return None
-    sha = (row.seeds[0].summary.get("teacher") or {}).get("sha256")
-    return next((r for r in group.rows if r.teacher and r.seeds[0].sha256 == sha), group.teacher)
+def taught(row: Row, group: Group) -> list[tuple[Seed, Seed]]:
+    """A row's runs, each with the teacher that it is compared with: its own, else the group's first.
+
+    None for a teacher, nor where there is no teacher.
+    """
+    if row.teacher or group.teacher is None:
+        return []
+    teachers = {r.seeds[0].sha256: r.seeds[0] for r in group.rows if r.teacher}
+    own = [str((seed.summary.get("teacher") or {}).get("sha256")) for seed in row.seeds]
+    return [(seed, teachers.get(sha, group.teacher.seeds[0])) for seed, sha in zip(row.seeds, own, strict=True)]
 
 
 def share(values: Sequence[float], of: float) -> str:
@@ -59,14 +63,14 @@ def quality(group: Group, key: str) -> Section:
     head += ["agreement %", "KL"]
     rows = []
     for name, row in zip(names(group), group.rows, strict=True):
-        first, teacher = row.seeds[0].summary, taught(row, group)
-        like = [metrics.likeness(s.test, teacher.seeds[0].test) for s in row.seeds] if teacher else []
+        first = row.seeds[0].summary
+        like = [metrics.likeness(seed.test, teacher.test) for seed, teacher in taught(row, group)]
         trained = [s.summary for s in row.seeds if s.summary.get("epochs")]  # else the last epoch is that of its start
         last = [100 * summary["student"]["test"]["accuracy"]["last"] for summary in trained]
         begun = (starts_from(first), f"{first['data']['train']:,}") if first else ("", "")
         rows.append(
             [
-                *(name, row.about["name"], *begun, str(len(row.seeds))),
+                *(name, row.about["name"], *begun, str(len({s.summary.get("seed") for s in row.seeds}))),
                 *(spread(each(row, accuracy)), spread(last) if last else ""),
                 *(spread([s.quality[k] for s in row.seeds], 3) for k in ("nll", "ece")),
                 spread([100 * x["agreement"] for x in like]) if like else "",
@@ -186,12 +190,10 @@ def over_seeds(group: Group, key: str) -> Section:
     about = "A mark a seed, a bar and a number their mean; dashed, the teacher's accuracy."
     svg = plots.dots(styles, values, "test accuracy (%)", teacher)
     pictures = [Picture(f"{key}accuracy", svg, "Test accuracy of each seed: " + listed(styles, values))]
-    pairs = [(s, r, t) for s, r in zip(styles, group.rows, strict=True) if (t := taught(r, group))]
+    pairs = [(s, t) for s, r in zip(styles, group.rows, strict=True) if (t := taught(r, group))]
     if pairs:
-        follow = [
-            [100 * metrics.likeness(seed.test, t.seeds[0].test)["agreement"] for seed in r.seeds] for _, r, t in pairs
-        ]
-        styles = [s for s, _, _ in pairs]
+        follow = [[100 * metrics.likeness(seed.test, t.test)["agreement"] for seed, t in each] for _, each in pairs]
+        styles = [s for s, _ in pairs]
         alt = "Agreement with the teacher on the test set: " + listed(styles, follow)
         pictures.append(Picture(f"{key}agreement", plots.dots(styles, follow, "agreement with the teacher (%)"), alt))
     return Section(
@@ -257,11 +259,10 @@ def failures(group: Group, key: str) -> Section:
         )
     ]
     for style, row in zip(looks(group), group.rows, strict=True):
-        teacher = taught(row, group)
-        if teacher is None:
+        if not (pairs := taught(row, group)):
             continue
-        seed = row.seeds[0]
-        lost, won = failed(seed.test, teacher.seeds[0].test, seed.test_targets)
+        seed, teacher = pairs[0]
+        lost, won = failed(seed.test, teacher.test, seed.test_targets)
         thumbs = [
             Thumb(
                 f"{key}failure-{style.number}-{i}",
