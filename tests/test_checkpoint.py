@@ -1,7 +1,10 @@
 """Weights from outside: nothing executes, nothing half-written, and clear words where they do not fit."""
 
+import io
 import os
 import pickle
+import random
+import zipfile
 
 import pytest
 import torch
@@ -61,6 +64,74 @@ def test_a_truncated_file_is_found_out(tmp_path, name):
     (tmp_path / name).write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match="damaged"):
         load_weights(tmp_path / name)
+
+
+def archive(content: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as file:
+        for name, data in content.items():
+            file.writestr(name, data)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"hello world, this is text\n",
+        b'{"a": 1}',
+        b"<!DOCTYPE html>",
+        b"\x89PNG\r\n\x1a\n" + b"x" * 100,
+        bytes(5000),
+        pickle.dumps({"a": 1}),
+        archive({"a/b.txt": b"x"}),
+        archive({"archive/data.pkl": pickle.dumps({"a": 1}), "archive/version": b"3"}),
+    ],
+)
+def test_a_file_of_something_else_is_not_said_to_be_dangerous_nor_that_danger_helps(tmp_path, content):
+    (tmp_path / "a.ckpt").write_bytes(content)
+    with pytest.raises(UserError, match="is damaged, or no file that") as refused:
+        load_checkpoint(tmp_path / "a.ckpt")
+    assert "weights_only" not in str(refused.value)
+
+
+def test_a_network_saved_whole_is_refused_with_what_it_holds(tmp_path):
+    torch.save(net(), tmp_path / "a.ckpt")
+    with pytest.raises(UserError, match=r"Python objects \(torch\.nn\.[\w.]+\).*Save the state dict alone") as refused:
+        load_checkpoint(tmp_path / "a.ckpt")
+    assert "weights_only" not in str(refused.value)
+
+
+def test_a_garbled_file_is_one_line_whatever_byte_it_is(tmp_path):
+    torch.save(net().state_dict(), tmp_path / "a.ckpt")
+    whole, draw = (tmp_path / "a.ckpt").read_bytes(), random.Random(0)
+    refused = 0
+    for _ in range(150):
+        garbled = bytearray(whole)
+        for _ in range(3):
+            garbled[draw.randrange(len(garbled))] = draw.randrange(256)
+        (tmp_path / "a.ckpt").write_bytes(garbled)
+        try:
+            load_weights(tmp_path / "a.ckpt")
+        except UserError:
+            refused += 1
+    assert refused > 10
+
+
+@pytest.mark.parametrize("found", [{"state_dict": None}, {"state_dict": 3}, {1: torch.ones(1)}, {}, [1], 3])
+def test_what_is_no_state_dict_is_said_to_be_none(tmp_path, found):
+    torch.save(found, tmp_path / "a.ckpt")
+    with pytest.raises(UserError, match="no state dict of a network"):
+        load_weights(tmp_path / "a.ckpt")
+
+
+def test_images_of_another_kind_are_not_taken_for_other_classes():
+    for here, there in (
+        (conv4(10, (3, 8, 8), widths=[4, 4]), net()),
+        (mlp(10, (1, 8, 8)), mlp(10, (1, 9, 9))),
+    ):
+        with pytest.raises(UserError, match="images of another size, or another number of channels"):
+            fit_weights(here, there.state_dict(), "x", "student")
 
 
 def test_weights_of_another_network_are_refused_with_what_differs():

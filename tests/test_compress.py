@@ -3,12 +3,16 @@
 import copy
 import itertools
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import nn
 
+from litdistill.build import build_net
+from litdistill.checkpoint import save_student
 from litdistill.compress.low_rank import Layer, _uses, choose_ranks, factors, low_rank, set_ranks
 from litdistill.compress.prune import prune
 from litdistill.compress.structure import load_structure, restore, structure_of
@@ -215,6 +219,29 @@ def test_steps_add_up():
     again = restore(blank, structure_of(small), x)
     again.load_state_dict(small.state_dict())
     torch.testing.assert_close(again(x), small(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("classes", [3, 12])
+@pytest.mark.parametrize(("way", "budget"), [(prune, 0.3), (low_rank, 0.1)])
+def test_a_compressed_start_is_given_a_new_head_for_other_classes(tmp_path, way, budget, classes):
+    small = way(trained(conv4(10, (1, 8, 8), (20, 30))), images(), budget)
+    (step,) = structure_of(small)
+    assert "fc" in step["layers"]
+    save_student(small.float(), tmp_path / "student.safetensors", {"structure": json.dumps([step])})
+    options = {
+        "_target_": "litdistill.nets.small.conv4",
+        "widths": [20, 30],
+        "checkpoint": str(tmp_path),
+        "head": "new",
+    }
+    data = SimpleNamespace(num_classes=classes, input_shape=(1, 8, 8))
+    net = build_net(OmegaConf.create(options), data, "student").eval()
+    assert net(images().float()).shape == (6, classes)
+    assert isinstance(net.fc, nn.Linear)  # a whole one, for the channels that are left
+    body = {k: v for k, v in small.state_dict().items() if not k.startswith("fc")}
+    assert all(torch.equal(v, net.state_dict()[k]) for k, v in body.items())
+    again = restore(conv4(classes, (1, 8, 8), (20, 30)), structure_of(net), images().float())
+    again.load_state_dict(net.state_dict())
 
 
 @pytest.mark.parametrize("net", [shufflenet_v1(10, (3, 32, 32)), resnet(10, (3, 32, 32), 8, shortcut="pad")])

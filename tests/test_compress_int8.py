@@ -2,15 +2,19 @@
 
 import copy
 import json
+import sys
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from litdistill.build import build_data, build_distiller, build_net, make
+from litdistill import train as train_module
+from litdistill.build import build_data, build_distiller, build_net, build_student, make
+from litdistill.checkpoint import save_student
 from litdistill.compress.quantise import Int8, converted, int8
 from litdistill.compress.structure import restore, structure_of
+from litdistill.data.datamodule import ImageData
 from litdistill.errors import UserError
 from litdistill.nets.profile import count_macs, count_parameters
 from litdistill.nets.resnet import resnet
@@ -85,6 +89,23 @@ def test_batch_normalisation_is_folded_and_the_converted_network_gives_the_same_
     assert max(int(w.abs().max()) for w in weights) == 63
 
 
+@pytest.mark.parametrize("share", [1, 1e-2, 1e-3, 1e-4])
+def test_small_weights_and_small_activations_are_rounded_like_any_others(share):
+    torch.manual_seed(0)
+    data = ImageData("digits", mean=[0.3], std=[0.37])
+    data.setup()
+    net, x = mlp(10, (1, 8, 8), (20,)), data.normalise(data.source.train.images)
+    logits = net(x)
+    with torch.no_grad():
+        for tensor in net.layer1[0].parameters():
+            tensor *= share
+        net.fc.weight /= share
+    small = int8(net, x[:512])
+    found, form = small(x), converted(small)(x)
+    assert torch.equal(form, found)  # of real images too, many of whose values lie halfway between two levels
+    assert (found.argmax(1) == logits.argmax(1)).float().mean() > 0.75
+
+
 def test_ranges_follow_in_training_and_stand_in_evaluation(pair):
     small = copy.deepcopy(pair[1])
     small.eval()(images())
@@ -147,6 +168,64 @@ def test_the_methods_that_are_named_then_work(tmp_path, method):
     teacher = distiller.teacher(x) if distiller.teacher is not None else None
     sum(distiller.method(distiller.tapped(x), teacher, y).values()).backward()
     assert all(p.grad is not None for p in distiller.student.parameters())
+
+
+# -- runs --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def start(tmp_path):
+    """The folder of an int8 student."""
+    net = int8(trained(conv4(10, (1, 8, 8), (8, 8))), images())
+    save_student(net, tmp_path / "start" / "student.safetensors", {"structure": json.dumps(structure_of(net))})
+    return tmp_path / "start"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["compress=int8"], "compress=int8: the student starts from an int8 network"),
+        (["compress=low_rank"], "compress=low_rank: the student starts from an int8 network"),
+        (["student.head=new", "data.classes=[0,1,2]"], "student.head=new: an int8 network"),
+        (["student.trainable=[head]"], r"student.trainable=\['head'\]: an int8 network"),
+    ],
+)
+def test_what_an_int8_start_cannot_is_said_with_where_to_start_instead(start, tmp_path, overrides, message):
+    cfg = compose_config(tmp_path / "run", *SMALL, f"student.checkpoint={start}", *overrides)
+    with pytest.raises(UserError, match=rf"{message}.*float"):
+        build_student(cfg, build_data(cfg), None)
+
+
+def test_an_int8_start_is_trained_on(start, tmp_path):
+    cfg = compose_config(tmp_path / "run", *SMALL, f"student.checkpoint={start}")
+    assert isinstance(build_student(cfg, build_data(cfg), None), Int8)
+
+
+def test_what_the_file_of_an_int8_run_needs_is_known_before_training(tmp_path, monkeypatch):
+    cfg = compose_config(tmp_path / "run", *SMALL, "compress=int8")
+    data = build_data(cfg)
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "onnxscript", None)
+        with pytest.raises(UserError, match=r"onnxscript is not installed.*pip install 'litdistill\[export\]'"):
+            build_student(cfg, data, None)
+    data._source = data.source._replace(classes=("a\nb", *data.class_names[1:]))
+    with pytest.raises(UserError, match=r"The class 'a\\nb' cannot be exported.*Rename its folder"):
+        build_student(cfg, data, None)
+
+
+def test_a_trained_int8_run_is_finished_where_its_file_is_refused(tmp_path, monkeypatch, caplog):
+    overrides = ["compress=int8", "method=supervised", "teacher=null", "logger=none", "trainer.max_epochs=1"]
+    cfg = compose_config(tmp_path / "run", *SMALL, *overrides)
+
+    def refuse(*_, **__):
+        raise UserError("It is not the student. Allow it with tolerance.agreement.")
+
+    monkeypatch.setattr(train_module, "ship", refuse)
+    train_module.train(cfg)
+    student = json.loads((tmp_path / "run" / "summary.json").read_text())["student"]
+    assert (student["precision"], student["bytes"]) == ("int8", None)
+    assert "finished without it. It is not the student. Allow it with" in caplog.text
+    assert "python scripts/export.py run=" in caplog.text
 
 
 def test_a_network_that_cannot_be_traced_is_refused():

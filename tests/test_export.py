@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from litdistill.checkpoint import write_text
 from litdistill.data.folder import read_split
 from litdistill.data.sources import load as load_data
 from litdistill.errors import UserError
-from litdistill.export import export, verify
+from litdistill.export import export, ship, verify
 from litdistill.predict import build_net, check_facts, load, main, predict, read_images
 from litdistill.train import train
 from tests.conftest import compose_config
@@ -187,6 +188,29 @@ def test_the_tolerances_can_be_set(run):
         export(run, "safetensors", "fp16", limits=(0.0, None))
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"calibration": "abc"}, "calibration=abc must be a number of images"),
+        ({"calibration": 1.5}, r"calibration=1\.5 must be a number of images"),
+        ({"calibration": 0}, "at least 1"),
+        ({"preprocessing": "perhaps"}, "preprocessing=perhaps must be true or false"),
+        ({"limits": ("abc", None)}, r"tolerance\.difference=abc must be a number"),
+        ({"limits": (None, float("nan"))}, r"tolerance\.agreement=nan must be a number"),
+    ],
+)
+def test_a_wrong_option_is_named(run, options, message):
+    with pytest.raises(UserError, match=message):
+        export(run, **options)
+
+
+def test_verify_refuses_a_wrong_option(run):
+    with pytest.raises(UserError, match=r"tolerance\.difference=abc must be a number"):
+        verify(run, limits=("abc", None))
+    with pytest.raises(UserError, match="trust=perhaps must be true or false"):
+        verify(run, trust="perhaps")
+
+
 @pytest.mark.parametrize(("format", "precision"), [("pt2", "int8"), ("torchscript", "fp16"), ("tflite", "fp32")])
 def test_what_is_not_offered_is_refused_with_what_is(run, format, precision):
     with pytest.raises(UserError, match="format=onnx with precision=fp32 or fp16 or int8"):
@@ -216,6 +240,25 @@ def test_verify_measures_every_file_again_and_refuses_a_changed_one(run):
             verify(run, trust=True)
     finally:
         path.write_bytes(good)
+
+
+# -- the names of classes ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["می\u200cرود", "red\u3000panda", "crème\u00a0brûlée", "a\u200db", "x" * 200])
+def test_the_names_of_classes_may_be_of_any_language(shipped, name):
+    restamp(shipped / "student.onnx", classes=[name, *"123456789"])
+    assert load(shipped / "student.onnx").facts.classes[0] == name
+
+
+@pytest.mark.parametrize(
+    "name", ["a\x1b[2J", "a\nb", "a\x9b", "a\u2028b", "a\u202eb", "a\u2066b", "a\udce9", "x" * 201]
+)
+def test_a_class_whose_name_acts_on_who_reads_it_is_named_before_anything_is_written(run, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(export_module, "write_format", lambda *_: pytest.fail("written"))
+    data = SimpleNamespace(class_names=(name, *"123456789"))
+    with pytest.raises(UserError, match=r"The class .* cannot be exported: its name .* Rename its folder"):
+        ship(tmp_path, torch.nn.Linear(1, 1), data)
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------

@@ -217,6 +217,19 @@ def test_what_is_wrong_with_a_folder_is_said(tmp_path):
         load("folder", tmp_path, image_size=4)
 
 
+def test_names_of_files_need_be_no_text_and_those_of_classes_do(tmp_path):
+    paint(tmp_path, {"a": 5, "b": 5})
+    for letter in "ab":
+        (tmp_path / letter / "0.png").rename(os.fsdecode(os.fsencode(tmp_path / letter) + b"/caf\xe9.png"))
+    for memory in (0, 1e9):  # as they lie there, and read
+        source = load("folder", tmp_path, image_size=4, memory=memory)
+        assert len(source.train.targets) == 8
+        assert source.train.images[:8].shape == (8, 3, 4, 4)
+    (tmp_path / "b").rename(os.fsdecode(os.fsencode(tmp_path) + b"/\xe9"))
+    with pytest.raises(UserError, match=r"is not UTF-8\. Rename it"):
+        load("folder", tmp_path, image_size=4)
+
+
 # -- the rest ----------------------------------------------------------------------------------------------------------
 
 

@@ -30,6 +30,7 @@ from litdistill.data import augment as aug
 from litdistill.data.datamodule import ImageData
 from litdistill.distiller import Distiller
 from litdistill.errors import UserError
+from litdistill.formats import check_int8
 from litdistill.launch import agreed
 from litdistill.methods.base import Method
 from litdistill.recipes import NOT_OPTIONS, finished, teacher_folder
@@ -74,12 +75,12 @@ def check_targets(node: Any) -> None:
                 f"_target_: {target} is refused. A config can name what is defined in {', '.join(TARGETS)}; wrap what "
                 "else you need in a function of your own in src/litdistill/nets or src/litdistill/methods."
             )
-        if target is not None:
-            _check_options(str(target), [str(k) for k in node if not str(k).startswith("_")])
     if OmegaConf.is_config(node):
         node = OmegaConf.to_container(node, resolve=False)
     for value in node.values() if isinstance(node, dict) else node if isinstance(node, (list, tuple)) else ():
         check_targets(value)
+    if isinstance(node, dict) and node.get("_target_") is not None:
+        _check_options(str(node["_target_"]), [str(k) for k in node if not str(k).startswith("_")])
 
 
 def _defined_in_targets(target: str) -> bool:
@@ -128,11 +129,11 @@ def build_net(node: DictConfig, data: ImageData, role: str, source: str | Path |
         name, state, steps = "the teacher", source.state_dict(), structure_of(source)
     else:
         name, state, steps = str(source), load_weights(source), load_structure(source)
-    example = torch.zeros(2, *data.input_shape)
-    net = restore(net, steps, example)
-    if (head := node.get("head")) is not None:
-        if head != "new":
-            raise UserError(f"{role}.head={head}: set it to new for a classifier that starts from nothing, or to null.")
+    example, head = torch.zeros(2, *data.input_shape), node.get("head")
+    if head not in (None, "new"):
+        raise UserError(f"{role}.head={head}: set it to new for a classifier that starts from nothing, or to null.")
+    net = restore(net, steps, example, new_head=head is not None)
+    if head is not None:
         state = with_own_head(net, state, example)
     fit_weights(net, state, name, role)
     return net
@@ -156,10 +157,23 @@ def build_student(
         raise UserError("student.checkpoint=teacher: there is no teacher. Name one (net@teacher=…).")
     start = teacher if cfg.student.get("checkpoint") == "teacher" else source
     student = build_net(cfg.student, data, "student", start)
-    if cfg.get("compress") is None:
-        return student
-    ids = aug.order(0, 0, data.train_ids)[:CALIBRATION]
-    return make(cfg.compress)(student, data.seen("train", ids, None).images)
+    if cfg.get("compress") is not None:
+        if isinstance(student, Int8):
+            raise UserError(
+                f"compress={str(cfg.compress.get('_target_')).rpartition('.')[2]}: the student starts from an int8 network, "
+                "which is one traced graph and is compressed no further. Start from the float run that it was made of."
+            )
+        ids = aug.order(0, 0, data.train_ids)[:CALIBRATION]
+        student = make(cfg.compress)(student, data.seen("train", ids, None).images)
+    if isinstance(student, Int8):
+        if cfg.student.get("trainable") is not None:
+            raise UserError(
+                f"student.trainable={list(cfg.student.trainable)}: an int8 network is one traced graph, of which no layer can "
+                "be named. Train those layers of the float network first, and start from that run with compress=int8 and "
+                "student.trainable=null."
+            )
+        check_int8(data.class_names)  # before it is trained, as its file is a part of its run
+    return student
 
 
 def build_teacher(cfg: DictConfig, data: ImageData, absent: Callable[[DictConfig, Path], None]) -> nn.Module | None:

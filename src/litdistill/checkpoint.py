@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
+import re
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -84,6 +86,19 @@ def save_student(net: nn.Module, path: Path, metadata: Mapping[str, str]) -> Non
     write_atomically(path, lambda temporary: save_file(state, temporary, dict(metadata)))
 
 
+def noted(source: str | Path, key: str) -> Any:
+    """What the student of a run folder, or a `.safetensors` file, says under `key` of itself; None where it says nothing."""
+    path = Path(source)
+    path = path / STUDENT if path.is_dir() else path
+    if path.suffix != ".safetensors" or not path.is_file():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            return json.loads((file.metadata() or {}).get(key, "null"))
+    except (SafetensorError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: the {key} of its network cannot be read. ({error})") from error
+
+
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """What `torch.save` wrote to `path`, if it holds nothing but tensors and plain values; nothing in it is executed."""
     path = Path(path)
@@ -91,14 +106,17 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise UserError(f"There is no checkpoint at {path}.{_nearby(path)}")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except OSError as error:
+        raise UserError(f"{path} cannot be read, or is damaged: {error.strerror or error}") from error
+    except Exception as error:  # of a damaged file torch raises almost any, with the advice to load it at any risk
+        objects = re.search(r"(?:GLOBAL|class|function) ([A-Za-z_][\w.]*)", str(error))
+        if not isinstance(error, pickle.UnpicklingError) or objects is None:
+            raise UserError(f"{path} is damaged, or no file that torch.save wrote.") from error
         raise UserError(
-            f"{path} holds Python objects besides tensors and plain values, and loading them could run any code: refused. "
-            "Save the state dict alone (torch.save(net.state_dict(), …), or safetensors) where you trust the file. "
-            f"The first objection: {str(error).splitlines()[0]}"
+            f"{path} holds Python objects ({objects[1]}) besides tensors and plain values, and loading them could run any "
+            "code: refused. Save the state dict alone (torch.save(net.state_dict(), …), or safetensors) where you trust the "
+            "file."
         ) from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise UserError(f"{path} is damaged or no checkpoint: {str(error).splitlines()[0]}") from error
 
 
 def _nearby(path: Path) -> str:
@@ -130,7 +148,9 @@ def load_weights(source: str | Path) -> dict[str, Tensor]:
         except SafetensorError as error:
             raise UserError(f"{path} is damaged or no safetensors file: {error}") from error
     found = load_checkpoint(path)
-    state = found.get("state_dict", found) if isinstance(found, dict) else {}
+    state = found.get("state_dict", found) if isinstance(found, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(k, str) for k in state):
+        state = {}
     student = {k.removeprefix("student."): v for k, v in state.items() if k.startswith("student.")}
     state = student or state
     if not state or not all(isinstance(v, Tensor) for v in state.values()):
@@ -149,18 +169,19 @@ def fit_weights(net: nn.Module, state: Mapping[str, Tensor], source: str | Path,
     lines = [f"{len(missing)} missing: {_some(missing)}"] if missing else []
     lines += [f"{len(extra)} not in this network: {_some(extra)}"] if extra else []
     lines += [f"{k} is {tuple(state[k].shape)} there and {tuple(own[k].shape)} here" for k in shapes[:4]]
-    if (
-        not missing
-        and not extra
-        and len(shapes) <= 2
-        and all(k.rsplit(".", 1)[-1] in ("weight", "bias") for k in shapes)
-    ):
-        remedy = (
-            f"Only the classifier differs: the {role} was trained on {state[shapes[-1]].shape[0]} classes, and this data "
-            f"has {own[shapes[-1]].shape[0]}. Train one on these classes, or choose the same data.classes."
-        )
-    else:
-        remedy = f"It is another network: choose the one it was saved from with net@{role}=… and the same options."
+    remedy = f"It is another network: choose the one it was saved from with net@{role}=… and the same options."
+    if not missing and not extra and len(shapes) <= 2:
+        there, here = state[shapes[0]].shape, own[shapes[0]].shape
+        if all(state[k].ndim == own[k].ndim and state[k].shape[1:] == own[k].shape[1:] for k in shapes):
+            remedy = (
+                f"Only the classifier differs: the {role} was trained on {there[0]} classes, and this data has {here[0]}. "
+                "Train one on these classes, or choose the same data.classes."
+            )
+        elif len(shapes) == 1 and there[:1] == here[:1]:
+            remedy = (
+                f"Only what reads the images differs: the {role} was trained on images of another size, or another number "
+                "of channels (grey has 1, RGB 3). Choose the same data.image_size and images of the same kind."
+            )
     raise UserError(f"The weights in {source} do not fit the {role}: " + "; ".join(lines) + f". {remedy}")
 
 

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
+from yaml import YAMLError
 
 from litdistill import metrics
-from litdistill.build import build_data, build_distiller, build_teacher, make
+from litdistill.build import build_distiller, build_teacher, make
 from litdistill.cache import evaluated
-from litdistill.checkpoint import STUDENT, fit_weights, load_checkpoint, load_weights
+from litdistill.checkpoint import STUDENT, fit_weights, load_checkpoint, load_weights, noted
 from litdistill.compress.structure import load_structure
 from litdistill.data.datamodule import ImageData
 from litdistill.distiller import Distiller
@@ -23,6 +26,7 @@ from litdistill.predict import MANIFEST, read_manifest, verified
 from litdistill.teacher import weights_sha256
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @torch.no_grad()
@@ -72,13 +76,67 @@ def load_run(folder: Path) -> tuple[DictConfig, dict[str, Any]]:
     if not config.is_file() or not summary.is_file():
         have = ", ".join(sorted(p.name for p in folder.iterdir())) if folder.is_dir() else "no such folder"
         raise UserError(f"{folder} is no finished run: it needs .hydra/config.yaml and summary.json ({have}).")
-    cfg = OmegaConf.load(config)
-    assert isinstance(cfg, DictConfig)
+    cfg, found = _whole(config, _read_config), _whole(summary, _read_summary)
     with open_dict(cfg):
         cfg.folder = str(folder)
         # The teachers lie beside the run, from wherever this is called.
         cfg.runs = str(next((p for p in folder.resolve().parents if (p / "teachers").is_dir()), cfg.runs))
-    return cfg, json.loads(summary.read_text())
+    return cfg, found
+
+
+def _whole(path: Path, read: Callable[[Path], T]) -> T:
+    """What `read` makes of a file of a run; raises `UserError` where it is damaged."""
+    try:
+        return read(path)
+    except (OSError, ValueError, LookupError, TypeError, RecursionError, YAMLError, OmegaConfBaseException) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise UserError(
+            f"{path} is damaged ({type(error).__name__}: {reason}). Fetch the run's folder anew, or train it again."
+        ) from error
+
+
+def _read_config(path: Path) -> DictConfig:
+    cfg = OmegaConf.load(path)
+    if not isinstance(cfg, DictConfig) or any(cfg[key] is None for key in ("runs", "data", "student", "method")):
+        raise ValueError("it is no config of a run")
+    return cfg
+
+
+def _read_summary(path: Path) -> dict[str, Any]:
+    summary = json.loads(path.read_text(encoding="utf-8"))
+    networks = [summary["student"], *([summary["teacher"]] if summary["teacher"] is not None else [])]
+    if not all(isinstance(network["sha256"], str) for network in networks):
+        raise ValueError("it is no summary of a run")
+    return summary
+
+
+def run_data(cfg: DictConfig, folder: Path) -> ImageData:
+    """The data of a finished run, normalised as in its training, whatever else its place holds by now.
+
+    Raises `UserError` where its classes or the shape of its images are others than the student was trained for.
+    """
+    data: ImageData = make(cfg.data)
+    mean, std = noted(folder, "mean"), noted(folder, "std")
+    if mean is not None and std is not None:
+        data.mean, data.std = mean, std  # before they would be measured
+    data.setup()
+    classes, shape = noted(folder, "classes"), noted(folder, "input_shape")
+    back = "Put its data back as they were, or name the place where they are with +data.root=…"
+    if classes is not None and classes != list(data.class_names):
+        gone, new = (
+            [c for c in a if c not in b] for a, b in ((classes, data.class_names), (data.class_names, classes))
+        )
+        raise UserError(
+            f"{folder} was trained on other classes than its data have now, or in another order: only then {_some(gone)}, "
+            f"only now {_some(new)}. {back}"
+        )
+    if shape is not None and shape != list(data.input_shape):
+        raise UserError(f"{folder} was trained on images of {shape}, and its data are {list(data.input_shape)}. {back}")
+    return data
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:10]) + (", …" if len(names) > 10 else "") or "none"
 
 
 def rebuild(folder: Path, overrides: DictConfig | None = None) -> tuple[ImageData, Distiller]:
@@ -90,7 +148,7 @@ def rebuild(folder: Path, overrides: DictConfig | None = None) -> tuple[ImageDat
     cfg, summary = load_run(folder)
     if overrides is not None:
         cfg = OmegaConf.merge(cfg, overrides)  # type: ignore[assignment]
-    data = build_data(cfg)
+    data = run_data(cfg, folder)
     teacher = build_teacher(cfg, data, _gone)
     if teacher is not None:
         found, noted = weights_sha256(teacher.state_dict()), summary["teacher"]["sha256"]
@@ -156,8 +214,18 @@ def measure_last(
 
 
 def pick_device(name: str) -> str:
-    """ "auto" is a GPU if there is one, else the CPU."""
-    return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    """ "auto" is a GPU if there is one, else the CPU. Raises `UserError` for any that is not there."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name).cpu()
+    except (
+        RuntimeError,
+        AssertionError,
+        NotImplementedError,
+    ) as error:  # what torch raises depends on how it was built
+        raise UserError(f"device={name} is not there: choose auto, cpu, or a GPU such as cuda:0.") from error
+    return name
 
 
 def differences(found: dict[str, Any], summary: dict[str, Any]) -> list[str]:

@@ -19,14 +19,14 @@ from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 from torch import nn
 
-from litdistill.build import build_data, build_net
+from litdistill.build import build_net
 from litdistill.checkpoint import write_atomically, write_text
 from litdistill.compress.quantise import Int8
 from litdistill.compress.structure import structure_of
 from litdistill.data.datamodule import ImageData
 from litdistill.errors import UserError
-from litdistill.evaluate import collect, load_run, rebuild
-from litdistill.formats import write_format
+from litdistill.evaluate import collect, load_run, rebuild, run_data
+from litdistill.formats import check_names, write_format
 from litdistill.metrics import likeness, quality
 from litdistill.predict import MANIFEST, SUFFIXES, check_facts, load, read_manifest, runtime
 from litdistill.recipes import NOT_OPTIONS
@@ -63,12 +63,22 @@ def export(
     if precision not in PRECISIONS.get(format, ()):
         offered = "; ".join(f"format={f} with precision={' or '.join(p)}" for f, p in PRECISIONS.items())
         raise UserError(f"format={format} precision={precision} is not offered. There is {offered}.")
-    if calibration < 1:
-        raise UserError(f"calibration={calibration} must be at least 1 image.")
+    if not isinstance(preprocessing, bool):
+        raise UserError(f"preprocessing={preprocessing} must be true or false.")
+    if type(calibration) is not int or calibration < 1:
+        raise UserError(f"calibration={calibration} must be a number of images, at least 1.")
+    check_limits(limits)
     folder = Path(folder)
     student, data, net_options = load_student(folder, overrides)
     path, entry = ship(folder, student, data, format, precision, preprocessing, calibration, limits, net_options)
     return path, entry["check"]
+
+
+def check_limits(limits: Limits) -> None:
+    """Raises `UserError` for a tolerance that is no number."""
+    for name, value in zip(("difference", "agreement"), limits, strict=True):
+        if value is not None and (type(value) not in (int, float) or not value >= 0):
+            raise UserError(f"tolerance.{name}={value} must be a number of at least 0, or null for the usual one.")
 
 
 def ship(
@@ -90,6 +100,7 @@ def ship(
         raise UserError("This student was trained to compute in int8: export it with format=onnx precision=int8.")
     if structure_of(student) and format == "safetensors":
         raise UserError("As safetensors nobody could rebuild this compressed network; use format=onnx.")
+    check_names(data.class_names)
     preprocessing = preprocessing and format != "safetensors"  # which holds weights alone
     entry: dict[str, Any] = {
         "format": format,
@@ -132,6 +143,9 @@ def verify(
 
     Raises `UserError` for a changed file, one that only `trust` may open, and one that differs beyond the tolerance.
     """
+    check_limits(limits)
+    if not isinstance(trust, bool):
+        raise UserError(f"trust={trust} must be true or false.")
     folder = Path(folder)
     manifest = folder / "export" / MANIFEST
     if not manifest.is_file():
@@ -160,7 +174,7 @@ def load_student(folder: Path, overrides: DictConfig | None) -> tuple[nn.Module,
     options = OmegaConf.to_container(cfg.student, resolve=True)
     assert isinstance(options, dict)
     own = {str(k): v for k, v in options.items() if k not in (*NOT_OPTIONS, "weights", "pretrained")}
-    data = build_data(cfg)
+    data = run_data(cfg, folder)
     try:
         student = build_net(OmegaConf.create(own), data, "student", folder)
     except UserError:
@@ -203,8 +217,8 @@ def _refuse_mismatch(path: Path, found: Mapping[str, Any]) -> None:
             f"{path.name} is not the student, so it is not kept: logits differ by up to {found['difference']:.3g} "
             f"(tolerance {'any' if most is None else format(most, '.3g')}), {100 * found['agreement']:.2f} % of predictions "
             f"agree (at least {100 * least:.2f} %), accuracy {100 * found['accuracy']:.2f} % against "
-            f"{100 * found['student_accuracy']:.2f} %. Choose a higher precision, for int8 more images "
-            "(calibration=2000), or allow it with tolerance.difference and tolerance.agreement."
+            f"{100 * found['student_accuracy']:.2f} %. Of a student trained in float choose a higher precision, or for int8 "
+            "more images (calibration=2000); or allow it with tolerance.difference and tolerance.agreement."
         )
 
 

@@ -7,7 +7,8 @@ import io
 import json
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,25 @@ from litdistill.compress.quantise import Int8, converted, quiet
 from litdistill.data import augment as aug
 from litdistill.data.datamodule import ImageData
 from litdistill.errors import UserError
-from litdistill.predict import MISSING, Facts
+from litdistill.predict import MISSING, Facts, unfit_names
 from litdistill.predict import build_net as named_net
+
+
+def check_names(classes: Sequence[str]) -> None:
+    """Raises `UserError` for the name of a class that no file may hold."""
+    if unfit := unfit_names(classes):
+        raise UserError(
+            f"The class {unfit[0]!r} cannot be exported: its name is longer than 200 characters or has one that controls a "
+            "terminal. Rename its folder, and train again."
+        )
+
+
+def check_int8(classes: Sequence[str]) -> None:
+    """Raises `UserError` for what would keep back the file of an int8 student of these classes."""
+    check_names(classes)
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        if find_spec(package) is None:
+            raise UserError(f"An int8 student is shipped as ONNX: {MISSING.format(package)}")
 
 
 class Shipped(nn.Module):

@@ -16,6 +16,7 @@ import importlib
 import inspect
 import io
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -23,8 +24,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
+from litdistill.data.decode import decode
 from litdistill.errors import UserError
 from litdistill.onnx_wire import external_data
 
@@ -35,6 +36,8 @@ MANIFEST = "manifest.json"
 SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2", "safetensors": ".safetensors", "torchscript": ".pt"}
 CODE = ("pt2", "torchscript")  # formats that can carry code
 BATCH = 64
+# Control characters, ends of lines and paragraphs, halves of characters, and what turns the direction of the text after it.
+ACTING = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
 MISSING = "{} is not installed. Install what exported files need with pip install 'litdistill[export]'."
 
 
@@ -113,10 +116,10 @@ def check_facts(entry: Mapping[str, Any], path: Path) -> Facts:
     right = {
         "format": isinstance(facts.format, str) and SUFFIXES.get(facts.format) == path.suffix,
         "preprocessing": isinstance(facts.preprocessing, bool),
-        # A name that moves the cursor or rings the bell would be no name.
         "classes": isinstance(facts.classes, list)
         and 1 < len(facts.classes) <= 100_000
-        and all(isinstance(c, str) and len(c) <= 200 and c.isprintable() for c in facts.classes),
+        and all(isinstance(c, str) for c in facts.classes)
+        and not unfit_names(facts.classes),
         "input_shape": numbers(facts.input_shape, 1, 4096, (int,)) and len(facts.input_shape) == 3,
         "mean": numbers(facts.mean, -1e6, 1e6, (int, float)),
         "std": numbers(facts.std, 1e-6, 1e6, (int, float)),
@@ -128,6 +131,11 @@ def check_facts(entry: Mapping[str, Any], path: Path) -> Facts:
     if wrong:
         raise UserError(f"What {MANIFEST} says of {path.name} makes no sense ({', '.join(wrong)}): export it again.")
     return facts
+
+
+def unfit_names(classes: Sequence[str]) -> list[str]:
+    """Those that no exported file may hold: too long, or with characters that do something to whoever prints them."""
+    return [name for name in classes if len(name) > 200 or ACTING.search(name)]
 
 
 # -- the runtimes ------------------------------------------------------------------------------------------------------
@@ -241,21 +249,7 @@ def read_images(paths: Sequence[str | Path], input_shape: Sequence[int]) -> np.n
     channels, height, width = input_shape
     if channels not in (1, 3):
         raise UserError(f"The student takes images of {channels} channels; image files have 1 (grey) or 3 (RGB).")
-    images = np.empty((len(paths), channels, height, width), np.uint8)
-    for row, path in zip(images, paths, strict=True):
-        try:
-            with Image.open(path) as file:
-                image = file.convert("RGB" if channels == 3 else "L")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow raises all of these
-            raise UserError(f"The image {path} cannot be read: {error}.") from error
-        wide, tall = image.size
-        tight = (width, wide) if width * tall >= height * wide else (height, tall)  # the side that just fits
-        size = [side * tight[0] // tight[1] for side in image.size]
-        image = image.resize((max(size[0], width), max(size[1], height)), Image.Resampling.BILINEAR)
-        left, top = round((image.width - width) / 2), round((image.height - height) / 2)
-        pixels = np.asarray(image.crop((left, top, left + width, top + height)))
-        row[:] = pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
-    return images
+    return np.stack([decode(path, path, channels, height, width) for path in paths])
 
 
 def predict(model: Model, paths: Sequence[str | Path], top: int = 5) -> list[dict[str, Any]]:
@@ -291,7 +285,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(json.dumps(found, indent=2))
         return
     for one in found:
-        print(f"{one['image']}: " + ", ".join(f"{c['class']} {100 * c['probability']:.1f} %" for c in one["top"]))
+        name = os.fsencode(one["image"]).decode(errors="replace")  # which need be no text
+        print(f"{name}: " + ", ".join(f"{c['class']} {100 * c['probability']:.1f} %" for c in one["top"]))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import dataclasses
 import logging
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -74,9 +75,19 @@ def fake_quantised(net: nn.Module, images: Tensor) -> Int8:
 def converted(net: Int8) -> Int8:
     """The int8 form itself, on the CPU: rounded weights as int8 tensors, quantise and dequantise operations between layers."""
     with quiet():
+        from torchao.quantization.pt2e import FakeQuantize
         from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 
-        return Int8(convert_pt2e(copy.deepcopy(net.program).cpu())).eval()
+        program = copy.deepcopy(net.program).cpu()
+        for module in program.modules():
+            if isinstance(module, FakeQuantize):
+                # What it has computed with. Its observer's own differ in the last bit, and have another least scale.
+                module.calculate_qparams = partial(_scale_and_zero, module)
+        return Int8(convert_pt2e(program)).eval()
+
+
+def _scale_and_zero(module: Any) -> tuple[Tensor, Tensor]:
+    return module.scale, module.zero_point
 
 
 def _quantizer() -> Any:
@@ -91,10 +102,9 @@ def _quantizer() -> Any:
     )
 
     default = get_default_x86_inductor_quantization_config(is_qat=True)
-    # Not the fused operation, whose scale differs by 1/127 from the one that a converted graph gets.
-    rounding = FakeQuantize.with_args(
-        observer=MovingAveragePerChannelMinMaxObserver, averaging_constant=1.0, eps=2**-12
-    )
+    # Not the fused operation, whose scale differs by 1/127 from the one that a converted graph gets. The least scale is far
+    # below that of any channel that does something: all weights of one below it are rounded to zero.
+    rounding = FakeQuantize.with_args(observer=MovingAveragePerChannelMinMaxObserver, averaging_constant=1.0, eps=1e-8)
     weight = dataclasses.replace(default.weight, quant_min=-63, quant_max=63, observer_or_fake_quant_ctr=rounding)
     return X86InductorQuantizer().set_global(dataclasses.replace(default, weight=weight, is_qat=False))
 

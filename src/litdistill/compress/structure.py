@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from litdistill.checkpoint import STUDENT
+from litdistill.checkpoint import noted
 from litdistill.compress.low_rank import set_ranks
-from litdistill.compress.prune import set_sizes
+from litdistill.compress.prune import SIZES, set_sizes, sizes
 from litdistill.compress.quantise import fake_quantised
 from litdistill.errors import UserError
+from litdistill.transfer import head_of
 
 Step = dict[str, Any]
 
@@ -42,27 +42,22 @@ def compressed(net: nn.Module, smaller: nn.Module, step: Step) -> nn.Module:
 
 def load_structure(source: str | Path) -> list[Step]:
     """The structure of the student that a run folder or a `.safetensors` file holds; empty for any other file."""
-    path = Path(source)
-    path = path / STUDENT if path.is_dir() else path
-    if path.suffix != ".safetensors" or not path.is_file():
-        return []
-    try:
-        with safe_open(path, "pt") as file:
-            steps = json.loads((file.metadata() or {}).get("structure", "[]"))
-        if not isinstance(steps, list):
-            raise ValueError("it is no list")
-    except (SafetensorError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: the structure of its network cannot be read. ({error})") from error
+    steps = noted(source, "structure") or []
+    if not isinstance(steps, list):
+        raise UserError(f"{source} is damaged: the structure of its network is no list.")
     return steps
 
 
-def restore(net: nn.Module, steps: Sequence[Step], images: torch.Tensor) -> nn.Module:
+def restore(net: nn.Module, steps: Sequence[Step], images: torch.Tensor, new_head: bool = False) -> nn.Module:
     """Gives a network as built the structure of a compressed one; its weights are to be loaded afterwards.
 
-    `images`: a few (N, C, H, W) that it takes. Raises `UserError` for a structure that this network cannot have.
+    `images`: a few (N, C, H, W) that it takes. `new_head`: its classifier keeps the outputs that it was built with, and is
+    not factorised. Raises `UserError` for a structure that this network cannot have.
     """
+    head = head_of(net, images) if new_head and steps else None
     for step in steps:
         try:
+            step = step if head is None else _with_own_head(net, step, head)
             if step["kind"] == "low_rank":
                 smaller = set_ranks(net, step["layers"])
             elif step["kind"] == "prune":
@@ -78,3 +73,19 @@ def restore(net: nn.Module, steps: Sequence[Step], images: torch.Tensor) -> nn.M
             ) from error
         net = compressed(net, smaller, dict(step))
     return net
+
+
+def _with_own_head(net: nn.Module, step: Step, head: str) -> Step:
+    """The step without what it does to the outputs of the classifier `head`, a layer or several."""
+    if step["kind"] == "int8":
+        raise UserError(
+            "student.head=new: an int8 network is one traced graph, whose classifier cannot be exchanged. Start from the "
+            "float run that it was made of, with student.head=new and compress=int8."
+        )
+    parts = [name for name, m in net.named_modules() if f"{name}.".startswith(f"{head}.") and type(m) in SIZES]
+    if step["kind"] == "low_rank":
+        return {**step, "layers": {name: rank for name, rank in step["layers"].items() if name not in parts}}
+    layers = dict(step["layers"])
+    for name in set(parts[-1:]) & layers.keys():
+        layers[name] = {**layers[name], **{k: n for k, n in sizes(net)[name].items() if k.startswith("out_")}}
+    return {**step, "layers": layers}

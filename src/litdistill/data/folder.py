@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -51,7 +52,8 @@ def train_and_test(root: Path) -> tuple[tuple[str, ...], Labelled, Labelled]:
     for name, paths in files.items():
         if len(paths) < 2:
             raise UserError(f"{train / name} holds one image; with no test folder a class needs two or more. Add some.")
-        ranked = sorted(paths, key=lambda path: hashlib.sha256(path.relative_to(train).as_posix().encode()).digest())
+        names = {path: os.fsencode(path.relative_to(train).as_posix()) for path in paths}
+        ranked = sorted(paths, key=lambda path: hashlib.sha256(names[path]).digest())
         count = max(1, round(TEST_SHARE * len(paths)))
         held_out[name], kept[name] = sorted(ranked[:count]), sorted(ranked[count:])
     return classes, _flat(kept), _flat(held_out)
@@ -83,7 +85,7 @@ def encoded(root: Path, files: Labelled, size: int, channels: int) -> Encoded:
     digest = hashlib.sha256(f"{size} {channels}".encode())
     for path, _ in files:
         found = path.stat()
-        digest.update(f"{path.relative_to(root).as_posix()} {found.st_size} {found.st_mtime_ns}\n".encode())
+        digest.update(os.fsencode(f"{path.relative_to(root).as_posix()} {found.st_size} {found.st_mtime_ns}\n"))
     return Encoded(FolderFiles([path for path, _ in files]), size, channels, digest.hexdigest())
 
 
@@ -93,6 +95,8 @@ def _by_class(folder: Path) -> dict[str, list[Path]]:
         raise UserError(f"{folder} has {len(names)} class folders; it needs two or more, each named after its class.")
     files = {}
     for name in names:
+        if name != os.fsencode(name).decode(errors="replace"):  # a file's name is only read, a class's shown
+            raise UserError(f"The name of the class folder {name!r} in {folder} is not UTF-8. Rename it.")
         files[name] = sorted(
             path
             for path in (folder / name).rglob("*")

@@ -15,12 +15,12 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
+from litdistill.data.decode import decode
 from litdistill.errors import UserError
 
 TIMEOUT = 300  # seconds that a batch may take: longer than any disk does, and shorter than anybody waits
@@ -58,38 +58,23 @@ class Encoded:
         """(n, C, S, S), by several threads, or by one in a worker process; with a progress bar on a terminal."""
         images = np.empty((len(ids), *self.shape[1:]), np.uint8)
 
-        def decode(place: int) -> None:
+        def fill(place: int) -> None:
             name, content = self.files[ids[place]]
-            try:
-                with Image.open(io.BytesIO(content)) as image:
-                    images[place] = _square(image.convert("RGB" if self.channels == 3 else "L"), self.size)
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # PIL raises all of these
-                raise UserError(
-                    f"The image {name} cannot be read ({error}). Replace or remove it, and start again."
-                ) from error
+            images[place] = decode(io.BytesIO(content), name, self.channels, self.size, self.size)
 
         if get_worker_info() is not None:
             for place in range(len(ids)):
-                decode(place)
+                fill(place)
             return torch.from_numpy(images)
         console, pool = Console(stderr=True), ThreadPoolExecutor()
         try:
-            done = pool.map(decode, range(len(ids)))
+            done = pool.map(fill, range(len(ids)))
             quiet = not (progress and console.is_terminal)
             for _ in track(done, "Reading images", len(ids), console=console, disable=quiet):
                 pass
         finally:
             pool.shutdown(cancel_futures=True)
         return torch.from_numpy(images)
-
-
-def _square(image: Image.Image, size: int) -> np.ndarray:
-    """(C, size, size): the shorter side resized, the centre cropped, both as torchvision's Resize and CenterCrop do."""
-    width, height = (size * side // min(image.size) for side in image.size)
-    image = image.resize((width, height), Image.Resampling.BILINEAR)
-    left, top = round((width - size) / 2), round((height - size) / 2)
-    pixels = np.asarray(image.crop((left, top, left + size, top + size)))
-    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
 
 class _Decoder:

@@ -1,0 +1,53 @@
+"""Image files as pixels, the same in training and for `predict`: what Pillow alone would turn white, black or huge."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from litdistill.data.folder import read_split
+from litdistill.errors import UserError
+from litdistill.predict import read_images
+
+
+def train(path, channels=1, size=8):
+    return read_split([path], size, channels).numpy()
+
+
+def use(path, channels=1, size=8):
+    return read_images([path], (channels, size, size))
+
+
+RAMP = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+PLACES = pytest.mark.parametrize("read", [train, use])
+
+
+@PLACES
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("name", ["a.png", "a.tif", "big-endian.tif", "a.pgm"])
+def test_grey_of_16_bits_is_scaled_to_8(tmp_path, read, channels, name):
+    path = tmp_path / name
+    if name == "a.pgm":
+        path.write_bytes(b"P5 8 8 65535\n" + RAMP.astype(">u2").tobytes())
+    elif name == "big-endian.tif":
+        Image.frombytes("I;16B", (8, 8), RAMP.astype(">u2").tobytes()).save(path)
+    else:
+        Image.fromarray(RAMP).save(path)
+    expected = np.broadcast_to(np.rint(RAMP / 257), (1, channels, 8, 8))
+    np.testing.assert_array_equal(read(path, channels), expected)
+
+
+@PLACES
+@pytest.mark.parametrize("kind", [np.float32, np.int32])
+def test_numbers_of_32_bits_are_refused_with_what_to_do(tmp_path, read, kind):
+    Image.fromarray(RAMP.astype(kind)).save(tmp_path / "a.tif")
+    with pytest.raises(UserError, match=r"a\.tif cannot be read .*32 bits.*save it in 8 or 16 bits"):
+        read(tmp_path / "a.tif")
+
+
+@PLACES
+def test_an_image_that_is_all_length_is_refused_before_it_fills_the_memory(tmp_path, read):
+    Image.new("L", (2001, 10)).save(tmp_path / "long.png")
+    Image.new("L", (2000, 10), 7).save(tmp_path / "shorter.png")
+    with pytest.raises(UserError, match=r"long\.png cannot be read .*2001 x 10 pixels: crop it"):
+        read(tmp_path / "long.png")
+    assert (read(tmp_path / "shorter.png") == 7).all()

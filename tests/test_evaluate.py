@@ -1,0 +1,100 @@
+"""Finished runs that are measured again: by what they were trained with, and with words for what has changed or is damaged."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from omegaconf import OmegaConf
+from PIL import Image
+
+from litdistill.checkpoint import noted, write_text
+from litdistill.errors import UserError
+from litdistill.evaluate import evaluate, load_run, pick_device
+from litdistill.export import export
+from litdistill.predict import load
+from litdistill.train import train
+from tests.conftest import compose_config
+
+
+@pytest.fixture
+def images(tmp_path) -> Path:
+    """Two classes, each dark on the left or on the right, that no channel's mean tells apart."""
+    draw = np.random.default_rng(0)
+    for split, count in (("train", 12), ("test", 6)):
+        for left, name in ((True, "east"), (False, "west")):
+            (tmp_path / "images" / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = draw.integers(60, 100, (8, 8, 3), np.uint8)
+                pixels[:, slice(0, 4) if left else slice(4, 8)] //= 2
+                Image.fromarray(pixels).save(tmp_path / "images" / split / name / f"{i:02}.png")
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def own(images, tmp_path) -> Path:
+    """A finished run on them."""
+    cfg = compose_config(
+        tmp_path / "own",
+        *("data=folder", f"data.root={images}", "data.image_size=8", "data.batch_size=8", "method=supervised"),
+        *("teacher=null", "student.widths=[4,8]", "trainer=cpu", "trainer.max_epochs=1", "logger=none"),
+    )
+    write_text(tmp_path / "own" / ".hydra" / "config.yaml", OmegaConf.to_yaml(cfg))
+    train(cfg)
+    return tmp_path / "own"
+
+
+def test_a_run_is_normalised_as_it_was_trained_though_its_folder_has_grown(own, images):
+    before = evaluate(own, device="cpu")
+    for i in range(40):
+        Image.new("RGB", (8, 8), (250, 250, 200 + i)).save(images / "train" / "east" / f"new{i}.png")
+    assert evaluate(own, device="cpu") == before
+    pytest.importorskip("onnxruntime")
+    path, check = export(own)
+    trained = json.loads((own / "summary.json").read_text())["student"]["test"]["accuracy"]["best"]
+    assert check["accuracy"] == check["student_accuracy"] == trained
+    facts = load(path).facts
+    assert (facts.mean, facts.std) == (noted(own, "mean"), noted(own, "std"))
+
+
+def test_a_run_whose_classes_or_images_are_others_now_is_refused(own, images):
+    with pytest.raises(UserError, match=r"images of \[3, 8, 8\], and its data are \[3, 9, 9\]"):
+        export(own, overrides=OmegaConf.create({"data": {"image_size": 9}}))
+    for split in ("train", "test"):
+        (images / split / "east").rename(images / split / "zenith")
+    for again in (export, evaluate):
+        with pytest.raises(UserError, match="only then east, only now zenith"):
+            again(own)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("summary.json", b""),
+        ("summary.json", b'{"student": {"sha256": 5'),
+        ("summary.json", b"[1]"),
+        ("summary.json", b'{"student": null, "teacher": null}'),
+        ("summary.json", b"\xff\xfe"),
+        ("summary.json", b"[" * 100_000),
+        (".hydra/config.yaml", b""),
+        (".hydra/config.yaml", b"- 1\n- 2\n"),
+        (".hydra/config.yaml", b"data: [\n"),
+        (".hydra/config.yaml", b"text"),
+        (".hydra/config.yaml", b"\xff\xfe\x00"),
+        (".hydra/config.yaml", b"data: {name: digits}\n"),
+    ],
+)
+def test_a_damaged_file_of_a_run_is_named(tmp_path, name, content):
+    write_text(tmp_path / ".hydra" / "config.yaml", OmegaConf.to_yaml(compose_config(tmp_path)))
+    write_text(tmp_path / "summary.json", '{"student": {"sha256": "5"}, "teacher": null}')
+    load_run(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"{name} is damaged .*Fetch the run's folder anew"):
+        load_run(tmp_path)
+
+
+def test_a_device_that_is_not_there_is_named_with_those_that_are():
+    for name in ("tpu", "cuda:99"):
+        with pytest.raises(UserError, match=f"device={name} is not there: choose auto, cpu"):
+            pick_device(name)
+    assert pick_device("cpu") == "cpu"
