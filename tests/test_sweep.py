@@ -496,6 +496,13 @@ def test_a_stopped_trial_goes_on_from_its_checkpoint(real, teachers, monkeypatch
     assert sha(tmp_path / "a" / "0") == sha(whole / "0")
 
 
+def test_a_trial_whose_int8_file_was_refused_has_no_size_to_be_judged_by(tmp_path):
+    (tmp_path / "summary.json").write_text(json.dumps({"student": {"bytes": None, "params": 7}}))
+    assert objective("params", tmp_path) == 7
+    with pytest.raises(UserError, match="has no bytes: its int8 file was refused"):
+        objective("bytes", tmp_path)
+
+
 def test_latency_is_measured_of_the_student(real):
     assert 0 < objective("latency_ms", real[1] / "0") < 1000
 

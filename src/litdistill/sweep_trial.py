@@ -112,13 +112,15 @@ def last_attempt(plan: Plan, trial: optuna.Trial) -> bool:
 
 
 def objective(name: str, folder: Path) -> float:
-    """One of `OBJECTIVES` of a finished run."""
+    """One of `OBJECTIVES` of a finished run. Raises `UserError` where it has none."""
     path = OBJECTIVES[name]
     if path is None:
         return latency_ms(folder)
     value = json.loads((folder / "summary.json").read_text())
     for key in path:
         value = value[key]
+    if value is None:
+        raise UserError(f"The run in {folder} has no {name}: its int8 file was refused, for what its log says.")
     return float(value)
 
 
