@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from PIL import Image
+from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
 from litdistill.data.folder import read_split
 from litdistill.errors import UserError
@@ -17,8 +18,31 @@ def use(path, channels=1, size=8):
     return read_images([path], (channels, size, size))
 
 
-RAMP = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
 PLACES = pytest.mark.parametrize("read", [train, use])
+RAMP = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+
+
+@PLACES
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [(8, 8), (40, 25), (25, 40), (5, 7), (300, 8), (19, 8)])
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P"])
+def test_images_are_brought_to_size_as_torchvision_does(tmp_path, read, channels, size, mode):
+    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 4), np.uint8)
+    Image.fromarray(noise).convert("RGB").convert(mode).save(tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as image:
+        plain = image.convert("RGB" if channels == 3 else "L")
+    expected = np.asarray(Compose([Resize(8, InterpolationMode.BILINEAR), CenterCrop(8)])(plain))
+    expected = expected.reshape(8, 8, channels).transpose(2, 0, 1)
+    np.testing.assert_array_equal(read(tmp_path / "a.png", channels), expected[None])
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 20), (3, 20, 8), (1, 7, 31)])
+@pytest.mark.parametrize("size", [(40, 25), (25, 40), (20, 8), (9, 9), (33, 7)])
+def test_images_fill_a_shape_that_is_not_square(tmp_path, shape, size):
+    Image.new("RGB", size, (200, 200, 200)).save(tmp_path / "a.png")
+    images = read_images([tmp_path / "a.png"], shape)
+    assert images.shape == (1, *shape)
+    assert (images == 200).all()  # nothing but the image, so no border
 
 
 @PLACES

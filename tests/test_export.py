@@ -21,11 +21,10 @@ from safetensors.torch import load_file
 
 from litdistill import export as export_module
 from litdistill.checkpoint import write_text
-from litdistill.data.folder import read_split
 from litdistill.data.sources import load as load_data
 from litdistill.errors import UserError
 from litdistill.export import export, ship, verify
-from litdistill.predict import build_net, check_facts, load, main, predict, read_images
+from litdistill.predict import build_net, check_facts, load, main, predict
 from litdistill.train import train
 from tests.conftest import compose_config
 
@@ -483,22 +482,3 @@ def test_the_command_prints_a_line_for_each_image_and_ends_with_two_on_wrong_inp
         main([model, str(tmp_path / "no.png")])
     assert end.value.code == 2
     assert "cannot be read" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("size", [(8, 8), (40, 25), (25, 40), (5, 7), (300, 8), (19, 8)])
-@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P"])
-def test_images_are_brought_to_size_as_they_are_in_training(tmp_path, channels, size, mode):
-    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 4), np.uint8)
-    Image.fromarray(noise).convert("RGB").convert(mode).save(tmp_path / "a.png")
-    expected = read_split([tmp_path / "a.png"], 8, channels)
-    np.testing.assert_array_equal(read_images([tmp_path / "a.png"], (channels, 8, 8)), expected.numpy())
-
-
-@pytest.mark.parametrize("shape", [(1, 8, 20), (3, 20, 8), (1, 7, 31)])
-@pytest.mark.parametrize("size", [(40, 25), (25, 40), (20, 8), (9, 9), (33, 7)])
-def test_images_fill_a_shape_that_is_not_square(tmp_path, shape, size):
-    Image.new("RGB", size, (200, 200, 200)).save(tmp_path / "a.png")
-    images = read_images([tmp_path / "a.png"], shape)
-    assert images.shape == (1, *shape)
-    assert (images == 200).all()  # nothing but the image, so no border

@@ -66,8 +66,7 @@ def make(node: Any, **facts: Any) -> Any:
 
 
 def check_targets(node: Any) -> None:
-    """Raises `UserError` for a `_target_` anywhere in `node` that is not defined in one of `TARGETS`, or does not take what it
-    is given."""
+    """Raises `UserError` for a `_target_` anywhere in `node` that is not in `TARGETS`, or does not take what it is given."""
     if OmegaConf.is_dict(node) or isinstance(node, dict):
         target = node.get("_target_")
         if target is not None and not _defined_in_targets(str(target)):

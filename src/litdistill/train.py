@@ -102,9 +102,8 @@ def _train(
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
     method = make(cfg.method)  # first, so that a wrong option is known before a teacher is trained
-    rehearsed = (
-        cfg.trainer.get("limit_train_batches") is not None
-    )  # to see that all fits together, as with trainer=debug
+    # Some batches only, as with trainer=debug, are to see that all fits together.
+    rehearsed = cfg.trainer.get("limit_train_batches") is not None
     if 0 < (epochs := cfg.trainer.max_epochs or 0) <= method.init_epochs and not rehearsed:
         raise UserError(
             f"trainer.max_epochs={epochs} would end within the first phase of this method, which leaves the student untrained "

@@ -131,14 +131,14 @@ class Prefetched:
                 if isinstance(batch, UserError):
                     raise batch
                 yield batch
-        except RuntimeError as error:
-            if "DataLoader" not in str(error):
+        except (RuntimeError, EOFError, ConnectionError) as error:  # the latter two of a worker that died while it sent
+            if isinstance(error, RuntimeError) and "DataLoader" not in str(error):
                 raise
-            with contextlib.suppress(
-                RuntimeError
-            ):  # or the end of each other worker would raise it once more, anywhere
+            # Here, or the end of each other worker would raise it once more, anywhere.
+            with contextlib.suppress(RuntimeError):
                 batches._shutdown_workers()
-            cause = str(error.__cause__ or error).strip().splitlines()[0]
+            told = str(error.__cause__ or "").strip() or str(error).strip() or "it broke off while it sent images"
+            cause = told.splitlines()[0]
             raise UserError(
                 f"A process that reads images has ended or hangs ({cause}). Most often memory ran out: set fewer "
                 "data.workers or a smaller data.batch_size, or data.workers=0 to see what happens."

@@ -1,0 +1,116 @@
+"""A sweep of real runs: pruning, one teacher, TensorBoard, a trial that goes on from its checkpoint, and best.yaml."""
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+from lightning.pytorch.callbacks import Callback
+from omegaconf import OmegaConf
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from litdistill import sweep_trial
+from litdistill.errors import Stopped
+from litdistill.evaluate import differences, evaluate, load_run
+from litdistill.train import train
+from tests.conftest import SMALL
+
+pytest.importorskip("optuna")
+
+from litdistill.sweep_trial import objective
+from tests.test_sweep import rerun_config, same_but_for_the_folder, start
+
+
+@pytest.fixture(scope="module")
+def real(teachers, tmp_path_factory):
+    """A grid of three: a good learning rate, none at all, and one between; the hopeless one is pruned."""
+    folder = tmp_path_factory.mktemp("real") / "sweep"
+    before = set(teachers.glob("teachers/*/student.safetensors"))
+    prune = ("sweep.prune.startup=1", "sweep.prune.warmup=0")
+    options = [*SMALL, f"runs={teachers}", "trainer.max_epochs=3", "sweep=grid", "sweep.storage=sqlite", *prune]
+    study = start(folder, *options, space={"optimizer.lr": [0.01, 0.0, 0.02]})
+    return study, folder, set(teachers.glob("teachers/*/student.safetensors")) - before
+
+
+def test_a_hopeless_trial_is_pruned_in_its_middle(real):
+    study, folder, _ = real
+    assert [t.state.name for t in study.trials] == ["COMPLETE", "PRUNED", "COMPLETE"]
+    assert len(study.trials[1].intermediate_values) < 3
+    assert not (folder / "1" / "summary.json").exists()
+    assert "of 3 |" in (folder / "sweep.md").read_text()
+
+
+def test_a_sweep_over_the_learning_rate_trains_its_teacher_once(real):
+    _, folder, teachers = real
+    assert len(teachers) <= 1  # none where another test of this session has trained the same one
+    taught = {json.loads((folder / n / "summary.json").read_text())["teacher"]["sha256"] for n in "02"}
+    assert len(taught) == 1
+
+
+def tensorboard(run: Path) -> EventAccumulator:
+    file = next(run.rglob("events.out.tfevents*"))
+    return EventAccumulator(str(file.parent), size_guidance={"scalars": 0}).Reload()
+
+
+def test_values_are_the_best_epochs_on_validation(real):
+    study, folder, _ = real
+    for n in (0, 2):
+        best = max(e.value for e in tensorboard(folder / str(n)).Scalars("val/accuracy"))
+        assert study.trials[n].value == pytest.approx(best)
+        assert max(study.trials[n].intermediate_values.values()) == pytest.approx(best)
+
+
+def test_tensorboard_has_the_hyperparameters_of_every_trial_the_pruned_one_too(real):
+    rates = []
+    for n in range(3):
+        events = tensorboard(real[1] / str(n))
+        start = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+        assert "best/val_accuracy" in events.Tags()["scalars"]
+        rates.append(b"lr" in start and b"method/temperature" in start)
+    assert rates == [True] * 3
+
+
+def test_a_trial_is_an_ordinary_run(real):
+    folder = real[1] / "0"
+    assert differences(evaluate(folder), load_run(folder)[1]) == []
+    assert (folder / "train.log").is_file()
+    assert load_run(folder)[1]["command"].startswith("python scripts/train.py ")
+    assert "optimizer.lr=0.01" in OmegaConf.load(folder / ".hydra" / "overrides.yaml")
+
+
+class StopAt(Callback):
+    """A signal in the middle of the second epoch."""
+
+    def on_train_batch_start(self, trainer, *_):
+        if trainer.global_step == 6:
+            signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_stopped_trial_goes_on_from_its_checkpoint(real, teachers, monkeypatch, tmp_path, caplog):
+    _, whole, _ = real
+    options = [*SMALL, f"runs={teachers}", "trainer.max_epochs=3", "sweep=grid"]
+    space = {"optimizer.lr": [0.01]}
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep_trial, "train", lambda cfg, callbacks: train(cfg, [*callbacks, StopAt()]))
+        with pytest.raises(Stopped):
+            start(tmp_path / "a", *options, space=space)
+    caplog.set_level("INFO", "litdistill")
+    study = start(tmp_path / "a", *options, space=space)
+    assert "Going on from" in caplog.text
+    assert list(study.trials[0].intermediate_values) == [0, 1, 2]
+    sha = lambda f: json.loads((f / "summary.json").read_text())["student"]["sha256"]  # noqa: E731
+    assert sha(tmp_path / "a" / "0") == sha(whole / "0")
+
+
+def test_latency_is_measured_of_the_student(real):
+    assert 0 < objective("latency_ms", real[1] / "0") < 1000
+
+
+def test_best_yaml_reruns_the_best_trial_to_the_bit(real, tmp_path):
+    study, folder, _ = real
+    cfg = rerun_config(folder, tmp_path / "home", f"folder={tmp_path / 'rerun'}")
+    best = study.best_trial.number
+    assert same_but_for_the_folder(cfg, OmegaConf.load(folder / str(best) / ".hydra" / "config.yaml"))
+    assert train(cfg) == study.best_value
+    sha = lambda f: json.loads((f / "summary.json").read_text())["student"]["sha256"]  # noqa: E731
+    assert sha(tmp_path / "rerun") == sha(folder / str(best))
