@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,9 @@ from litdistill.runtime import CONF, quieten
 os.environ.setdefault("RUN_STAMP", "test")
 quieten()
 torch.set_num_threads(1)
+# What another test has left is not collected in a process that is forked from this one: an onnxruntime session would wait
+# there for threads that only this one has.
+os.register_at_fork(after_in_child=gc.freeze)
 
 # A run that takes a second: one that is enough for a property, not for an accuracy.
 SMALL = [

@@ -5,6 +5,9 @@ import os
 import pickle
 import shutil
 import signal
+import subprocess
+import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -222,6 +225,34 @@ def test_a_worker_that_dies_while_it_sends_is_an_error_with_words_too(monkeypatc
     with pytest.raises(UserError, match=r"has ended or hangs \(.+\)\..*data\.workers"):
         list(loader)
     assert batches.ended
+
+
+def test_a_worker_collects_nothing_that_was_garbage_before_it():
+    """In a process of its own, as this one leaves such garbage alone after every fork."""
+    program = """
+        import gc, os, torch
+        from litdistill.data.datamodule import IdLoader, Ids
+        from litdistill.data.streaming import Prefetched
+
+        class Session:
+            def __del__(self):
+                os._exit(7)  # the real one never returns
+
+        class Images:
+            def __getitem__(self, ids):
+                gc.collect()
+                return torch.zeros(len(ids))
+
+        gc.disable()
+        session = Session()
+        session.itself = session
+        del session
+        rows = IdLoader(lambda _: Ids("train", torch.arange(4)), 4, 2)
+        assert len(list(Prefetched(rows, {"train": Images()}, lambda rows: rows.ids, workers=1))) == 2
+        os._exit(0)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 class Sleeper(Killer):

@@ -7,6 +7,7 @@ from, so that order, views, ids and pixels are those of a data set in memory, to
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -90,8 +91,13 @@ class _Decoder:
             return error
 
 
-def _deaf(worker: int) -> None:
-    """A Ctrl-C reaches all processes of a terminal: the run decides what comes of it, and still needs its data."""
+def _begin(worker: int) -> None:
+    """What a worker does first.
+
+    A Ctrl-C reaches all processes of a terminal: the run decides what comes of it, and still needs its data. And what was
+    garbage before the fork is not collected here: an onnxruntime session would wait for threads that this process lacks.
+    """
+    gc.freeze()
     for signum in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(signum, signal.SIG_IGN)
 
@@ -117,7 +123,7 @@ class Prefetched:
             pin_memory=torch.cuda.is_available(),
             persistent_workers=keep and workers > 0,
             timeout=TIMEOUT if workers else 0,
-            worker_init_fn=_deaf,
+            worker_init_fn=_begin,
             generator=torch.Generator(),  # or it would draw from the one that dropout draws from
         )
 
