@@ -23,13 +23,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from litdistill.build import WINDOW, WINDOW_BYTES, make
+from litdistill.build import WINDOW, WINDOW_BYTES
 from litdistill.cache import CacheOptions, TeacherCache
 from litdistill.callbacks import EpochLine, SeededSteps
 from litdistill.data.augment import Crop, Flip
 from litdistill.data.datamodule import ImageData
 from litdistill.data.sources import Source, Split
 from litdistill.distiller import Distiller
+from litdistill.instantiate import instantiate
 from litdistill.methods.base import Outputs
 from litdistill.methods.kd import KD
 from litdistill.methods.supervised import Supervised
@@ -112,7 +113,9 @@ def network(node: tuple[str, dict[str, Any]], shape: tuple[int, int, int], class
     name, options = node
     torch.manual_seed(0)
     config = OmegaConf.merge(OmegaConf.load(CONF / "net" / f"{name}.yaml"), options)
-    return make({k: v for k, v in config.items() if k not in NOT_OPTIONS}, num_classes=classes, input_shape=shape)
+    return instantiate(
+        {k: v for k, v in config.items() if k not in NOT_OPTIONS}, num_classes=classes, input_shape=shape
+    )
 
 
 def random_data(

@@ -17,9 +17,9 @@ def main(cfg: DictConfig) -> None:
     from litdistill.evaluate import differences, evaluate, load_run
     from litdistill.report import evaluation_table
 
-    found = evaluate(cfg.run, OmegaConf.create({"data": cfg.data}), cfg.device)
+    found = evaluate(cfg.run, OmegaConf.create({"data": cfg.data}), cfg.device, cfg.trust)
     show(evaluation_table(found))
-    changed = differences(found, load_run(Path(cfg.run))[1])
+    changed = differences(found, load_run(Path(cfg.run), cfg.trust)[1])
     if changed:
         show("[bold yellow]The run's summary says otherwise:[/]\n  " + "\n  ".join(changed))
     else:

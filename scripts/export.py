@@ -24,9 +24,10 @@ def main(cfg: DictConfig) -> None:
     data = OmegaConf.create({"data": cfg.data})
     limits = (cfg.tolerance.difference, cfg.tolerance.agreement)
     if cfg.verify:
-        console.print(check_table(verify(cfg.run, data, limits, cfg.trust)))
+        console.print(check_table(verify(cfg.run, data, limits, cfg.trust, cfg.allow_code)))
         return
-    path, check = export(cfg.run, cfg.format, cfg.precision, cfg.preprocessing, cfg.calibration, limits, data)
+    options = (cfg.format, cfg.precision, cfg.preprocessing, cfg.calibration)
+    path, check = export(cfg.run, *options, limits, data, cfg.trust)
     console.print(check_table({path.name: check}))
     if cfg.format == "safetensors" and cfg.preprocessing:
         print("safetensors holds weights alone: the normalisation stands in its metadata, and predict applies it.")

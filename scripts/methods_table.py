@@ -23,9 +23,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor
 
-from litdistill.build import make
 from litdistill.checkpoint import write_text
 from litdistill.errors import UserError
+from litdistill.instantiate import instantiate
 from litdistill.methods.base import Method, Outputs, Taps
 from litdistill.methods.kd import KD
 from litdistill.methods.sum import Sum
@@ -274,7 +274,7 @@ def main() -> None:
     rows, kd = [], Step(KD())
     for name in sorted(paths, key=lambda n: (n != CONTROL, n)):
         node = options(paths[name])
-        step = Step(make(node))
+        step = Step(instantiate(node))
         over = gain(scores[name], scores[CONTROL]) if name != CONTROL else "control"
         rows.append(
             (

@@ -30,8 +30,11 @@ def main(cfg: DictConfig) -> None:
     elif cfg.out is not None:
         from litdistill.page.build import build
         from litdistill.page.collect import Settings
+        from litdistill.trust import packages
 
-        settings = Settings(cfg.threads, cfg.rounds, cfg.robustness, tuple(cfg.epsilons), cfg.device)
+        settings = Settings(
+            cfg.threads, cfg.rounds, cfg.robustness, tuple(cfg.epsilons), cfg.device, packages(cfg.trust)
+        )
         build(places, cfg.out, cfg.title, settings)
         print(f"Written to {cfg.out.rstrip('/')}/index.html and report.md")
     if cfg.picture is not None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,13 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
+from litdistill.origin import FOREIGN
 from litdistill.runtime import CONF, quieten
 
 os.environ.setdefault("RUN_STAMP", "test")
+# Which runs were made here is kept beside none of the user's own.
+STATE = tempfile.TemporaryDirectory(prefix="litdistill-state-")
+os.environ["LITDISTILL_STATE"] = STATE.name
 quieten()
 torch.set_num_threads(1)
 # What another test has left is not collected in a process that is forked from this one: an onnxruntime session would wait
@@ -40,6 +45,13 @@ def compose_config(folder: Path, *overrides: str, root: str = "train") -> DictCo
         return compose(
             root, [f"runs={folder.parent}", f"+folder={folder}" if root != "train" else f"folder={folder}", *overrides]
         )
+
+
+@pytest.fixture(autouse=True)
+def own_runs() -> Iterator[None]:
+    """Ends what `resume=` of a folder that was not made here leaves in the environment of a command."""
+    yield
+    os.environ.pop(FOREIGN, None)
 
 
 @pytest.fixture(scope="session")

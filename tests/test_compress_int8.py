@@ -10,12 +10,13 @@ import torch
 from torch import nn
 
 from litdistill import train as train_module
-from litdistill.build import build_data, build_distiller, build_net, build_student, make
+from litdistill.build import build_data, build_distiller, build_net, build_student
 from litdistill.checkpoint import save_student
 from litdistill.compress.quantise import Int8, converted, int8
 from litdistill.compress.structure import restore, structure_of
 from litdistill.data.datamodule import ImageData
 from litdistill.errors import UserError
+from litdistill.instantiate import instantiate
 from litdistill.nets.profile import count_macs, count_parameters
 from litdistill.nets.resnet import resnet
 from litdistill.nets.small import conv4, mlp
@@ -155,14 +156,14 @@ def test_a_method_that_reads_features_of_the_student_is_refused_with_those_that_
     data = build_data(cfg)
     teacher = build_net(cfg.teacher, data, "teacher")
     with pytest.raises(UserError, match=r"in int8 .*reads logits alone \(kd, dkd, dist, mlkd, supervised\)"):
-        build_distiller(cfg, data, make(cfg.method), teacher)
+        build_distiller(cfg, data, instantiate(cfg.method), teacher)
 
 
 @pytest.mark.parametrize("method", ["kd", "dkd", "dist", "mlkd", "supervised"])
 def test_the_methods_that_are_named_then_work(tmp_path, method):
     cfg = compose_config(tmp_path / "run", *SMALL, "compress=int8", f"method={method}", "teacher.checkpoint=null")
     data = build_data(cfg)
-    distiller = build_distiller(cfg, data, make(cfg.method), build_net(cfg.teacher, data, "teacher"))
+    distiller = build_distiller(cfg, data, instantiate(cfg.method), build_net(cfg.teacher, data, "teacher"))
     assert isinstance(distiller.student, Int8)
     x, y = data.normalise(data.source.train.images[:8]), data.source.train.targets[:8]
     teacher = distiller.teacher(x) if distiller.teacher is not None else None

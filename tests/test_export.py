@@ -206,8 +206,8 @@ def test_a_wrong_option_is_named(run, options, message):
 def test_verify_refuses_a_wrong_option(run):
     with pytest.raises(UserError, match=r"tolerance\.difference=abc must be a number"):
         verify(run, limits=("abc", None))
-    with pytest.raises(UserError, match="trust=perhaps must be true or false"):
-        verify(run, trust="perhaps")
+    with pytest.raises(UserError, match="allow_code=perhaps must be true or false"):
+        verify(run, allow_code="perhaps")
 
 
 @pytest.mark.parametrize(("format", "precision"), [("pt2", "int8"), ("torchscript", "fp16"), ("tflite", "fp32")])
@@ -224,9 +224,9 @@ def test_a_missing_extra_is_named(run, monkeypatch):
 
 
 def test_verify_measures_every_file_again_and_refuses_a_changed_one(run):
-    with pytest.raises(UserError, match=r"trust=true"):
+    with pytest.raises(UserError, match=r"allow_code=true"):
         verify(run)
-    found = verify(run, trust=True)
+    found = verify(run, allow_code=True)
     saved = json.loads((run / "export" / "manifest.json").read_text())["files"]
     assert found.keys() == {case[3] for case in CASES}
     for name in ("student.onnx", "student.pt2", "student-fp16.safetensors"):
@@ -236,7 +236,7 @@ def test_verify_measures_every_file_again_and_refuses_a_changed_one(run):
     try:
         path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
         with pytest.raises(UserError, match="SHA-256"):
-            verify(run, trust=True)
+            verify(run, allow_code=True)
     finally:
         path.write_bytes(good)
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from litdistill import runtime
+from litdistill import origin, runtime
 from litdistill.checkpoint import WholeCheckpoints
 from litdistill.data import fetch
 from tests.forked import (
@@ -214,9 +214,9 @@ def test_no_part_of_the_note_of_a_command_is_taken_for_another_command(tmp_path)
     whole = ("train", [*TINY, "trainer.max_epochs=1", "seed=3"])
     for length in range(0, len(text) + 1, 7):
         part.write_text(text[:length])
-        found = runtime._noted(part)
+        found = origin.noted(part)
         assert found in (None, whole) or found[0] not in ("train", "sweep")
-    assert runtime._noted(note) == whole
+    assert origin.noted(note) == whole
 
 
 @pytest.mark.parametrize("again", [[], ["-m"]])

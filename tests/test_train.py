@@ -2,7 +2,6 @@
 
 import json
 import pickle
-import re
 import shutil
 import signal
 from pathlib import Path
@@ -348,23 +347,6 @@ def test_a_wrong_method_option_is_known_before_a_teacher_is_trained(small, monke
 def test_a_method_without_its_teacher_is_refused(small):
     with pytest.raises(UserError, match=r"learns from a teacher.*net@teacher"):
         run(small("teacher=null", name="a"))
-
-
-@pytest.mark.parametrize(
-    "target",
-    [
-        "os.system",
-        "torch.os.system",
-        "torch.hub.load",
-        "torch.load",
-        "litdistill.summary.subprocess.run",
-        "litdistill.checkpoint.write_text",
-        "lightning.pytorch.LightningModule.load_from_checkpoint",
-    ],
-)
-def test_a_foreign_target_is_refused(small, target):
-    with pytest.raises(UserError, match=re.escape(f"{target} is refused")):
-        run(small(f"+student.hidden._target_={target}", name="a"))
 
 
 def test_a_folder_that_cannot_be_written_is_named(small, tmp_path):

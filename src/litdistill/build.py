@@ -5,19 +5,14 @@ Training and evaluation build a run by the same function, so that a run is rebui
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import InstantiationException
 from hydra.types import RunMode
-from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import nn
 
@@ -31,6 +26,7 @@ from litdistill.data.datamodule import ImageData
 from litdistill.distiller import Distiller
 from litdistill.errors import UserError
 from litdistill.formats import check_int8
+from litdistill.instantiate import instantiate
 from litdistill.launch import agreed
 from litdistill.methods.base import Method
 from litdistill.recipes import NOT_OPTIONS, finished, teacher_folder
@@ -39,76 +35,12 @@ from litdistill.transfer import freeze, with_own_head
 
 log = logging.getLogger(__name__)
 
-# Where what a config names must be defined. Not whole packages: through `torch.os.system` any of them offers everything.
-TARGETS = (
-    *(f"litdistill.data.{part}." for part in ("augment", "randaugment", "mixing", "datamodule")),
-    *("litdistill.methods.", "litdistill.nets."),
-    *(f"litdistill.compress.{part}." for part in ("low_rank", "prune", "quantise")),
-    *("litdistill.callbacks", "litdistill.sharding", "torch.nn.", "torch.optim.", "torchvision.models."),
-    *(f"lightning.pytorch.{part}." for part in ("callbacks", "loggers", "profilers", "strategies", "trainer")),
-)
-
 CALIBRATION = 512  # training images, unaugmented, that compressing may look at
-
-
-def make(node: Any, **facts: Any) -> Any:
-    """Instantiates what a config names, with what is known at run time only; a `UserError` in it is not wrapped.
-
-    Only what this project, torch, torchvision and Lightning offer can be named: a config may come from a stranger.
-    """
-    check_targets(node)
-    try:
-        return instantiate(node, **facts, _convert_="all")
-    except InstantiationException as error:
-        if isinstance(error.__cause__, UserError):
-            raise error.__cause__ from None
-        raise
-
-
-def check_targets(node: Any) -> None:
-    """Raises `UserError` for a `_target_` anywhere in `node` that is not in `TARGETS`, or does not take what it is given."""
-    if OmegaConf.is_dict(node) or isinstance(node, dict):
-        target = node.get("_target_")
-        if target is not None and not _defined_in_targets(str(target)):
-            raise UserError(
-                f"_target_: {target} is refused. A config can name what is defined in {', '.join(TARGETS)}; wrap what "
-                "else you need in a function of your own in src/litdistill/nets or src/litdistill/methods."
-            )
-    if OmegaConf.is_config(node):
-        node = OmegaConf.to_container(node, resolve=False)
-    for value in node.values() if isinstance(node, dict) else node if isinstance(node, (list, tuple)) else ():
-        check_targets(value)
-    if isinstance(node, dict) and node.get("_target_") is not None:
-        _check_options(str(node["_target_"]), [str(k) for k in node if not str(k).startswith("_")])
-
-
-def _defined_in_targets(target: str) -> bool:
-    if target.split(".")[0] not in ("litdistill", "torch", "torchvision", "lightning"):
-        return False  # nor is it imported to see what it is
-    try:
-        origin = getattr(get_object(target), "__module__", None)
-    except (ImportError, AttributeError, ValueError, InstantiationException):
-        return True  # there is no such thing: instantiating it says so better
-    return isinstance(origin, str) and f"{origin}.".startswith(TARGETS)
-
-
-def _check_options(target: str, names: Iterable[str]) -> None:
-    try:
-        takes = inspect.signature(get_object(target)).parameters
-    except (ImportError, AttributeError, ValueError, TypeError, InstantiationException):
-        return  # as above
-    if any(p.kind is p.VAR_KEYWORD for p in takes.values()):
-        return
-    for name in names:
-        if name not in takes:
-            near = difflib.get_close_matches(name, takes, 2)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"it takes {', '.join(takes)}."
-            raise UserError(f"{target.rpartition('.')[2]} takes no option {name}: {hint}")
 
 
 def build_data(cfg: DictConfig) -> ImageData:
     """The data set of a config, read and split."""
-    data: ImageData = make(cfg.data)
+    data: ImageData = instantiate(cfg.data)
     data.setup()
     return data
 
@@ -119,7 +51,7 @@ def build_net(node: DictConfig, data: ImageData, role: str, source: str | Path |
     Where these are of a compressed network, it is compressed likewise.
     """
     options = {k: v for k, v in node.items() if k not in NOT_OPTIONS}
-    net: nn.Module = make(options, num_classes=data.num_classes, input_shape=data.input_shape)
+    net: nn.Module = instantiate(options, num_classes=data.num_classes, input_shape=data.input_shape)
     if source is None:
         source = node.get("checkpoint")
     if source is None:
@@ -163,7 +95,7 @@ def build_student(
                 "which is one traced graph and is compressed no further. Start from the float run that it was made of."
             )
         ids = aug.order(0, 0, data.train_ids)[:CALIBRATION]
-        student = make(cfg.compress)(student, data.seen("train", ids, None).images)
+        student = instantiate(cfg.compress)(student, data.seen("train", ids, None).images)
     if isinstance(student, Int8):
         if cfg.student.get("trainable") is not None:
             raise UserError(
@@ -238,8 +170,8 @@ def build_distiller(
         student,
         method,
         FrozenTeacher(teacher, teacher_taps, example) if teacher is not None else None,
-        optimizer=make(cfg.optimizer),
-        scheduler=make(cfg.scheduler),
+        optimizer=instantiate(cfg.optimizer),
+        scheduler=instantiate(cfg.scheduler),
         schedule=OmegaConf.to_container(cfg.schedule) or {},  # type: ignore[arg-type]
         student_taps=student_taps,
         allow_chance=bool(cfg.teacher is not None and cfg.teacher.allow_chance),

@@ -73,6 +73,15 @@ class WholeCheckpoints(TorchCheckpointIO):
 
         write_atomically(path, write)
 
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Removes one file of Lightning's, by a path that a checkpoint may have noted: no folder, and nothing beside it."""
+        if Path(path).suffix != ".ckpt" or ".." in Path(path).parts:
+            raise UserError(f"{path} is no checkpoint of this run, and is not removed. A checkpoint of it was changed.")
+        if "://" in str(path):
+            return super().remove_checkpoint(path)
+        if not Path(path).is_dir():
+            Path(path).unlink(missing_ok=True)
+
 
 def _umask() -> int:
     mask = os.umask(0)

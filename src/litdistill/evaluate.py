@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,15 +16,18 @@ from torch import Tensor, nn
 from yaml import YAMLError
 
 from litdistill import metrics
-from litdistill.build import build_distiller, build_teacher, make
+from litdistill.build import build_distiller, build_teacher
 from litdistill.cache import evaluated
 from litdistill.checkpoint import STUDENT, fit_weights, load_checkpoint, load_weights, noted
 from litdistill.compress.structure import load_structure
 from litdistill.data.datamodule import ImageData
 from litdistill.distiller import Distiller
 from litdistill.errors import UserError
+from litdistill.instantiate import instantiate
+from litdistill.origin import made_here
 from litdistill.predict import MANIFEST, read_manifest, verified
 from litdistill.teacher import weights_sha256
+from litdistill.trust import check_trusted, packages
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -70,15 +74,19 @@ def measure(
     return found
 
 
-def load_run(folder: Path) -> tuple[DictConfig, dict[str, Any]]:
-    """The config and the summary of a finished run. Raises `UserError` where it is none."""
+def load_run(folder: Path, trust: Sequence[str] = ()) -> tuple[DictConfig, dict[str, Any]]:
+    """The config and the summary of a finished run.
+
+    Raises `UserError` where it is none, and where another has made it and its config names more than this project offers and
+    the packages in `trust` (`litdistill.trust`).
+    """
+    packages(trust)
     config, summary = folder / ".hydra" / "config.yaml", folder / "summary.json"
     if not config.is_file() or not summary.is_file():
         have = ", ".join(sorted(p.name for p in folder.iterdir())) if folder.is_dir() else "no such folder"
         raise UserError(f"{folder} is no finished run: it needs .hydra/config.yaml and summary.json ({have}).")
-    cfg, found = _whole(config, _read_config), _whole(summary, _read_summary)
+    cfg, found = _whole(config, lambda path: _read_config(path, folder, trust)), _whole(summary, _read_summary)
     with open_dict(cfg):
-        cfg.folder = str(folder)
         # The teachers lie beside the run, from wherever this is called.
         cfg.runs = str(next((p for p in folder.resolve().parents if (p / "teachers").is_dir()), cfg.runs))
     return cfg, found
@@ -95,9 +103,16 @@ def _whole(path: Path, read: Callable[[Path], T]) -> T:
         ) from error
 
 
-def _read_config(path: Path) -> DictConfig:
-    cfg = OmegaConf.load(path)
-    if not isinstance(cfg, DictConfig) or any(cfg[key] is None for key in ("runs", "data", "student", "method")):
+def _read_config(path: Path, folder: Path, trust: Sequence[str]) -> DictConfig:
+    content = path.read_bytes()  # read once: what is checked is what is used
+    cfg = OmegaConf.load(io.StringIO(content.decode()))
+    if not isinstance(cfg, DictConfig):
+        raise ValueError("it is no config of a run")
+    with open_dict(cfg):
+        cfg.folder = str(folder)
+    if not made_here(folder, content):
+        check_trusted(cfg, folder, trust)
+    if any(cfg[key] is None for key in ("runs", "data", "student", "method")):
         raise ValueError("it is no config of a run")
     return cfg
 
@@ -115,7 +130,7 @@ def run_data(cfg: DictConfig, folder: Path) -> ImageData:
 
     Raises `UserError` where its classes or the shape of its images are others than the student was trained for.
     """
-    data: ImageData = make(cfg.data)
+    data: ImageData = instantiate(cfg.data)
     mean, std = noted(folder, "mean"), noted(folder, "std")
     if mean is not None and std is not None:
         data.mean, data.std = mean, std  # before they would be measured
@@ -139,13 +154,15 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:10]) + (", …" if len(names) > 10 else "") or "none"
 
 
-def rebuild(folder: Path, overrides: DictConfig | None = None) -> tuple[ImageData, Distiller]:
+def rebuild(
+    folder: Path, overrides: DictConfig | None = None, trust: Sequence[str] = ()
+) -> tuple[ImageData, Distiller]:
     """The data of a finished run, and its distiller with the best student and the teacher, from the run's own folder.
 
-    `overrides`: merged into the run's config, for data that has moved. Raises `UserError` where the teacher is gone or
-    another one than the run had.
+    `overrides`: merged into the run's config, for data that has moved. `trust`: see `load_run`. Raises `UserError` where the
+    teacher is gone or another one than the run had.
     """
-    cfg, summary = load_run(folder)
+    cfg, summary = load_run(folder, trust)
     if overrides is not None:
         cfg = OmegaConf.merge(cfg, overrides)  # type: ignore[assignment]
     data = run_data(cfg, folder)
@@ -156,7 +173,7 @@ def rebuild(folder: Path, overrides: DictConfig | None = None) -> tuple[ImageDat
             raise UserError(f"The run had another teacher: its SHA-256 was {then[:12]}…, and is now {found[:12]}….")
     with open_dict(cfg):
         cfg.student.checkpoint = None
-    distiller = build_distiller(cfg, data, make(cfg.method), teacher, structure=load_structure(folder))
+    distiller = build_distiller(cfg, data, instantiate(cfg.method), teacher, structure=load_structure(folder))
     fit_weights(distiller.shipped, load_weights(folder), folder, "student")
     return data, distiller
 
@@ -165,14 +182,18 @@ def _gone(cfg: DictConfig, folder: Path) -> None:
     raise UserError(f"The run's teacher is gone: {folder} holds no finished run any more. Train it again with the run.")
 
 
-def evaluate(folder: str | Path, overrides: DictConfig | None = None, device: str = "auto") -> dict[str, Any]:
+def evaluate(
+    folder: str | Path, overrides: DictConfig | None = None, device: str = "auto", trust: Sequence[str] = ()
+) -> dict[str, Any]:
     """Rebuilds a finished run and measures it anew on the test set; its last weights too where they are kept.
+
+    `trust`: see `load_run`.
 
     Raises `UserError` where the student or a file exported from it is not the one that the run left.
     """
     folder = Path(folder)
-    verify_files(folder)
-    data, distiller = rebuild(folder, overrides)
+    verify_files(folder, trust)
+    data, distiller = rebuild(folder, overrides, trust)
     device = pick_device(device)
     teacher = distiller.teacher.net if distiller.teacher is not None else None
     found = measure(distiller.shipped, teacher, data, "test", device)
@@ -182,12 +203,12 @@ def evaluate(folder: str | Path, overrides: DictConfig | None = None, device: st
     return found
 
 
-def verify_files(folder: Path) -> None:
+def verify_files(folder: Path, trust: Sequence[str] = ()) -> None:
     """Raises `UserError` for a student other than summary.json's, or an exported file other than its manifest's.
 
     By their SHA-256 alone: no model is opened.
     """
-    found, noted = weights_sha256(load_weights(folder)), load_run(folder)[1]["student"]["sha256"]
+    found, noted = weights_sha256(load_weights(folder)), load_run(folder, trust)[1]["student"]["sha256"]
     if found != noted:
         raise UserError(
             f"{folder / STUDENT} is not the student of this run: the SHA-256 of its weights is {found[:12]}…, and "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from litdistill.errors import UserError
 from litdistill.evaluate import collect, load_run, rebuild, run_data
 from litdistill.formats import check_names, write_format
 from litdistill.metrics import likeness, quality
+from litdistill.origin import check_links
 from litdistill.predict import MANIFEST, SUFFIXES, check_facts, load, read_manifest, runtime
 from litdistill.recipes import NOT_OPTIONS
 from litdistill.summary import versions
@@ -53,10 +54,12 @@ def export(
     calibration: int = 512,
     limits: Limits = (None, None),
     overrides: DictConfig | None = None,
+    trust: Sequence[str] = (),
 ) -> tuple[Path, dict[str, Any]]:
     """Writes `<folder>/export/student….<suffix>` and its entry in `manifest.json`; gives the path and what the check found.
 
     `limits` replaces `TOLERANCES` where not None. `overrides` are merged into the run's config, for data that has moved.
+    `trust`: packages that the config of a run of somebody else may name.
     Raises `UserError` for what cannot be exported, and for a file that differs from the student beyond the tolerance;
     a file of that name that was there before stays as it was.
     """
@@ -69,7 +72,7 @@ def export(
         raise UserError(f"calibration={calibration} must be a number of images, at least 1.")
     check_limits(limits)
     folder = Path(folder)
-    student, data, net_options = load_student(folder, overrides)
+    student, data, net_options = load_student(folder, overrides, trust)
     path, entry = ship(folder, student, data, format, precision, preprocessing, calibration, limits, net_options)
     return path, entry["check"]
 
@@ -101,6 +104,7 @@ def ship(
     if structure_of(student) and format == "safetensors":
         raise UserError("As safetensors nobody could rebuild this compressed network; use format=onnx.")
     check_names(data.class_names)
+    check_links(folder)
     preprocessing = preprocessing and format != "safetensors"  # which holds weights alone
     entry: dict[str, Any] = {
         "format": format,
@@ -137,22 +141,26 @@ def ship(
 
 
 def verify(
-    folder: str | Path, overrides: DictConfig | None = None, limits: Limits = (None, None), trust: bool = False
+    folder: str | Path,
+    overrides: DictConfig | None = None,
+    limits: Limits = (None, None),
+    trust: Sequence[str] = (),
+    allow_code: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Checks again every exported file of a run: first its SHA-256, then its logits on the test set.
 
-    Raises `UserError` for a changed file, one that only `trust` may open, and one that differs beyond the tolerance.
+    Raises `UserError` for a changed file, one that only `allow_code` opens, and one that differs beyond the tolerance.
     """
     check_limits(limits)
-    if not isinstance(trust, bool):
-        raise UserError(f"trust={trust} must be true or false.")
+    if not isinstance(allow_code, bool):
+        raise UserError(f"allow_code={allow_code} must be true or false.")
     folder = Path(folder)
     manifest = folder / "export" / MANIFEST
     if not manifest.is_file():
         raise UserError(f"Nothing was exported from {folder} yet: there is no {manifest}.")
     files = read_manifest(manifest)
-    models = {name: load(manifest.parent / Path(name).name, trust) for name in files}
-    student, data, _ = load_student(folder, overrides)
+    models = {name: load(manifest.parent / Path(name).name, allow_code) for name in files}
+    student, data, _ = load_student(folder, overrides, trust)
     found = {}
     for name, model in models.items():
         precision = files[name].get("precision")
@@ -163,12 +171,14 @@ def verify(
     return found
 
 
-def load_student(folder: Path, overrides: DictConfig | None) -> tuple[nn.Module, ImageData, dict[str, Any]]:
+def load_student(
+    folder: Path, overrides: DictConfig | None, trust: Sequence[str] = ()
+) -> tuple[nn.Module, ImageData, dict[str, Any]]:
     """The student of a finished run, in eval mode on the CPU, its data, and the options that its network is built with.
 
     The teacher is only asked for where it is part of the student (a method that gives the student another head).
     """
-    cfg, _ = load_run(folder)
+    cfg, _ = load_run(folder, trust)
     if overrides is not None:
         cfg = OmegaConf.merge(cfg, overrides)  # type: ignore[assignment]
     options = OmegaConf.to_container(cfg.student, resolve=True)
@@ -178,7 +188,7 @@ def load_student(folder: Path, overrides: DictConfig | None) -> tuple[nn.Module,
     try:
         student = build_net(OmegaConf.create(own), data, "student", folder)
     except UserError:
-        data, distiller = rebuild(folder, overrides)
+        data, distiller = rebuild(folder, overrides, trust)
         student = distiller.shipped
     return student.cpu().eval(), data, own
 

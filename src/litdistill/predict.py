@@ -67,7 +67,7 @@ def load(path: str | Path, trust: bool = False) -> Model:
     if facts.format in CODE and not trust:
         raise UserError(
             f"{path}: torch's loaders of {SUFFIXES[facts.format]} files can run code that hides in them: refused. "
-            "Use the student's .onnx or .safetensors file, or --trust (trust=true) if you exported this one yourself."
+            "Use the student's .onnx or .safetensors file, or --trust (allow_code=true) if you exported this one yourself."
         )
     return Model(facts, runtime(content, facts, path))
 

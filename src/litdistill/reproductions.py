@@ -43,14 +43,14 @@ Results = Mapping[str, Sequence[dict[str, Any]]]
 
 def cell_of(folder: Path) -> tuple[str, int]:
     """The experiment that a run belongs to, with what else it was started with, and its seed. Raises `UserError`."""
-    noted = OmegaConf.load(folder / ".hydra" / "hydra.yaml").hydra
-    experiment = noted.runtime.choices.get("experiment")
-    if experiment is None:
+    noted: Any = OmegaConf.to_container(OmegaConf.load(folder / ".hydra" / "hydra.yaml"), resolve=False)
+    experiment = noted["hydra"]["runtime"]["choices"].get("experiment")
+    if experiment is None or not re.fullmatch(r"\w+(/\w+)*", experiment):
         raise UserError(f"{folder} is the run of no experiment.")
     cfg, _ = load_run(folder)
     with initialize_config_dir(str(CONF), version_base="1.3"):
         plain = compose("train", [f"experiment={experiment}"])
-    new = (o for o in noted.overrides.task if o.lstrip("+~").split("=")[0] not in NO_VARIANT)
+    new = (o for o in noted["hydra"]["overrides"]["task"] if o.lstrip("+~").split("=")[0] not in NO_VARIANT)
     variant = sorted(o for o in new if not _is_said_by(plain, o, cfg))
     return "/".join([experiment, *([" ".join(variant)] if variant else [])]), int(cfg.seed)
 

@@ -29,11 +29,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.logging import RichHandler
-from yaml import YAMLError
 
 from litdistill import papers
 from litdistill.errors import Stopped, UserError
 from litdistill.launch import is_first_rank, run_stamp
+from litdistill.origin import begin_foreign, check_foreign, check_links, made_here, noted, replayable
 
 log = logging.getLogger(__name__)
 
@@ -55,15 +55,15 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
     """Turns `main(cfg)` into a Hydra command with this project's manners; `main` stays callable with a config as `.task`."""
 
     def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
-        entry = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(task)
+        entry = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(_checked(task))
 
         @functools.wraps(task)
         def run() -> None:
             quieten()
             logging.raiseExceptions = False  # on a full disk what the run itself cannot write says so, in a line
-            sys.argv[1:] = resumed(sys.argv[1:], config_name)
             full = os.environ.get("HYDRA_FULL_ERROR") == "1"
             try:
+                sys.argv[1:] = resumed(sys.argv[1:], config_name)
                 if "RUN_STAMP" not in os.environ:  # Lightning's child processes inherit it: all ranks share one folder
                     os.environ["RUN_STAMP"] = run_stamp()
                 with _environment(HYDRA_FULL_ERROR="1"):  # errors come here instead of to Hydra's own printer
@@ -85,6 +85,17 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
         return run
 
     return decorate
+
+
+def _checked(task: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
+    """`task`, before which the config is checked where it goes on with a run of somebody else."""
+
+    @functools.wraps(task)
+    def run(cfg: DictConfig) -> Any:
+        check_foreign(cfg, trust=cfg.get("trust"))
+        return task(cfg)
+
+    return run
 
 
 @contextlib.contextmanager
@@ -125,8 +136,10 @@ def _end(message: str, status: int) -> None:
 def resumed(arguments: list[str], config_name: str = "train") -> list[str]:
     """Replaces `resume=<run folder>` or `resume=auto` by what continues that run in its own folder.
 
-    A folder's run goes on with the overrides it was started with. `auto` is the newest unfinished run or sweep that was
-    started with these very overrides, and a new one where there is none. The key itself never reaches Hydra.
+    A folder's run goes on with the overrides it was started with; where another has made it, with those that set keys of
+    its own, and its config is checked before anything of it is made (`litdistill.origin`). `auto` is the newest unfinished
+    run or sweep that was started with these very overrides, and a new one where there is none. The key itself never reaches
+    Hydra. Raises `UserError` for what another's run may not say, and for links that lead out of the folder.
     """
     wanted = [a for a in arguments if a.startswith("resume=")]
     rest = [a for a in arguments if not a.startswith("resume=")]
@@ -156,10 +169,14 @@ def resumed(arguments: list[str], config_name: str = "train") -> list[str]:
                 file=sys.stderr,
             )
             sys.exit(2)
+        if not made_here(folder):
+            found = replayable(found, folder)
+            begin_foreign(folder)
         rest = [*options, *found, *overrides]
+    check_links(folder)
     print(f"Resuming {folder}")
     file, before = _notes(folder, sweep)
-    if _noted(file):  # Hydra is about to write it anew: a kill in that moment must not make the run unknown
+    if noted(file):  # Hydra is about to write it anew: a kill in that moment must not make the run unknown
         with contextlib.suppress(FileNotFoundError):  # another rank or worker has just done so
             os.replace(file, before)
     return [*rest, f"hydra.{'sweep' if sweep else 'run'}.dir={folder}"]
@@ -174,7 +191,7 @@ def _alike(one: list[str], other: list[str]) -> bool:
 def _overrides(folder: Path, sweep: bool, config_name: str) -> list[str] | None:
     """The overrides that this command started a run or a sweep with in `folder`; None where it started none."""
     file, before = _notes(folder, sweep)
-    found = _noted(file) or _noted(before)
+    found = noted(file) or noted(before)
     return found[1] if found and found[0] == config_name else None
 
 
@@ -182,15 +199,6 @@ def _notes(folder: Path, sweep: bool) -> tuple[Path, Path]:
     """Where Hydra notes what it was started with, and where that note is kept while it writes it again."""
     file = folder / ("multirun.yaml" if sweep else ".hydra/hydra.yaml")
     return file, file.with_suffix(".before.yaml")
-
-
-def _noted(file: Path) -> tuple[str, list[str]] | None:
-    """The name of the config and the overrides in one of Hydra's notes; None where it is missing or half written."""
-    try:
-        hydra_config = OmegaConf.load(file).hydra
-        return hydra_config.job.config_name, list(hydra_config.overrides.task)
-    except (OSError, YAMLError, OmegaConfBaseException, AttributeError):
-        return None
 
 
 class JobFailures(HydraCallback):

@@ -21,6 +21,7 @@ from lightning.pytorch.callbacks import Callback
 from litdistill.checkpoint import remove_parts
 from litdistill.errors import Stopped, UserError
 from litdistill.launch import is_first_rank
+from litdistill.origin import check_links
 
 log = logging.getLogger(__name__)
 
@@ -126,12 +127,14 @@ class StopSafely(Callback):
 def alone(folder: Path) -> Iterator[None]:
     """Holds the lock of a run's folder, which the system releases when its process dies, however that comes about.
 
-    Raises `UserError` where another process holds it for longer than one that is just ending would.
+    Raises `UserError` where another process holds it for longer than one that is just ending would, and for a link in the
+    folder that leads out of it.
     """
     if not is_first_rank():
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
+    check_links(folder)
     try:
         held = FileLock(folder / ".lock").acquire(timeout=PATIENCE_S)
     except Timeout as error:

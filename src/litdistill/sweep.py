@@ -15,7 +15,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from litdistill.errors import Stopped, UserError
 from litdistill.launch import launched
+from litdistill.origin import is_foreign, remember, replayable
 from litdistill.pack import Pack
 from litdistill.recipes import recipe_hash
 from litdistill.runtime import CONF
@@ -38,6 +39,7 @@ try:
 except ImportError as error:
     raise UserError("A sweep needs Optuna: pip install 'litdistill[sweep]'") from error
 
+from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.storages.journal import JournalFileBackend
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
@@ -57,6 +59,7 @@ def sweep(cfg: DictConfig, overrides: Sequence[str], folder: Path) -> optuna.Stu
     """
     if (launch := launched()) is not None and launch.nodes * launch.tasks > 1:
         raise UserError("A sweep is started as one process. Each trial starts its own ranks: trainer=ddp.")
+    remember(folder, cfg)
     plan = make_plan(cfg, overrides, folder)
     log.info("Sweep of %d trials over %s in %s", plan.count, ", ".join(plan.space), folder)
     try:
@@ -138,6 +141,8 @@ def make_plan(cfg: DictConfig, overrides: Sequence[str], folder: Path) -> Plan:
         count = min(len(grid(space)), math.inf if count is None else count)
     if count is None:
         raise UserError(f"sweep.trials=null goes with sweep=grid. For {options.sampler} say how many: sweep.trials=20.")
+    if is_foreign():
+        check_foreign_sweep(options, space, folder)
     common = training_overrides(overrides)
     base = compose("train", common)
     common += pinned(base, space)
@@ -190,6 +195,19 @@ def check_options(options: DictConfig) -> None:
             f"sweep.objectives={options.objectives} must be a list of one or more of {', '.join(OBJECTIVES)}: "
             "sweep.objectives=[val]."
         )
+
+
+def check_foreign_sweep(options: DictConfig, space: Mapping[str, BaseDistribution], folder: Path) -> None:
+    """Raises `UserError` for a sweep of somebody else that would set more than a run's own keys, or ask another database."""
+    if options.storage not in ("sqlite", "journal"):
+        raise UserError(
+            f"sweep.storage={options.storage} is refused: {folder} was not made here. Use sqlite or journal."
+        )
+    for key, distribution in space.items():
+        choices = distribution.choices if isinstance(distribution, CategoricalDistribution) else ("0",)
+        overrides = [f"{key}={choice}" for choice in choices]
+        if "_target_" in key or replayable(overrides, folder) != overrides:
+            raise UserError(f"sweep.space.{key} is refused: {folder} was not made here, and may not search that.")
 
 
 def training_overrides(overrides: Sequence[str]) -> list[str]:

@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from litdistill import pictures
 from litdistill.allocator import keep_freed_memory
-from litdistill.build import build_data, build_distiller, build_net, build_teacher, make, steps_at_once
+from litdistill.build import build_data, build_distiller, build_net, build_teacher, steps_at_once
 from litdistill.callbacks import EpochLine, SeededSteps, WatchTest, format_seconds, progress_bar
 from litdistill.checkpoint import STUDENT, WholeCheckpoints, load_checkpoint, save_student, write_text
 from litdistill.compress.quantise import Int8
@@ -33,8 +33,10 @@ from litdistill.distiller import Distiller
 from litdistill.errors import UserError
 from litdistill.evaluate import collect_teacher, load_student, measure, measure_last
 from litdistill.export import ship
+from litdistill.instantiate import instantiate
 from litdistill.launch import agreed, fit_to_launch, is_first_rank, join
 from litdistill.methods.base import Method
+from litdistill.origin import check_foreign, check_links, remember
 from litdistill.recipes import finished, student_config, student_folder, teacher_config
 from litdistill.runtime import adopt_lightning_logs
 from litdistill.safety import StopSafely, alone, explained
@@ -60,7 +62,7 @@ def build(cfg: DictConfig, method: Method) -> tuple[ImageData, Distiller]:
     def absent(one: DictConfig, folder: Path) -> None:
         # A student that cannot be built is better known before its teacher is trained than after.
         student = {k: v for k, v in cfg.student.items() if k != "checkpoint"}
-        make(cfg.optimizer)(build_net(OmegaConf.create(student), data, "student").parameters())
+        instantiate(cfg.optimizer)(build_net(OmegaConf.create(student), data, "student").parameters())
         timed(train_teacher, one, folder)
 
     teacher = build_teacher(cfg, data, absent)
@@ -95,13 +97,16 @@ def _train(
     if finished(folder):  # a resumed sweep repeats nothing
         log.info("%s is finished already.", folder)
         return float(json.loads((folder / "summary.json").read_text())["val"]["best"])
+    check_foreign(cfg, folder)
+    if is_first_rank():
+        remember(folder, cfg)
     started = clock()
     adopt_lightning_logs()
     keep_freed_memory()
     torch.set_float32_matmul_precision("high")
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
-    method = make(cfg.method)  # first, so that a wrong option is known before a teacher is trained
+    method = instantiate(cfg.method)  # first, so that a wrong option is known before a teacher is trained
     # Some batches only, as with trainer=debug, are to see that all fits together.
     rehearsed = cfg.trainer.get("limit_train_batches") is not None
     if 0 < (epochs := cfg.trainer.max_epochs or 0) <= method.init_epochs and not rehearsed:
@@ -202,8 +207,8 @@ def build_trainer(cfg: DictConfig, folder: Path, phases: bool = False) -> Traine
             f"trainer.precision={precision}: weights and images are float32 here. Use 32-true, bf16-mixed or 16-mixed."
         )
     callbacks: list[Callback] = [SeededSteps(cfg.seed), EpochLine(), *progress_bar()]
-    loggers: list[Logger] = [make(c) for c in (cfg.logger or {}).values()]
-    named = [make(c) for c in (cfg.callbacks or {}).values()]
+    loggers: list[Logger] = [instantiate(c) for c in (cfg.logger or {}).values()]
+    named = [instantiate(c) for c in (cfg.callbacks or {}).values()]
     # The monitor refuses to have no logger.
     callbacks += [c for c in named if loggers or not isinstance(c, LearningRateMonitor)]
     if cfg.watch_test:
@@ -225,7 +230,7 @@ def build_trainer(cfg: DictConfig, folder: Path, phases: bool = False) -> Traine
         options.strategy = "ddp_find_unused_parameters_true"
     elif phases and OmegaConf.is_dict(options.get("strategy")):
         options.strategy.find_unused_parameters = True
-    return make(
+    return instantiate(
         options,
         default_root_dir=str(folder),
         callbacks=callbacks,
@@ -256,6 +261,7 @@ def _train_once(recipe: DictConfig, folder: Path, what: str) -> None:
             return
         log.info("No such %s yet: training it once, in %s", what, folder)
         recipe.folder = str(folder)
+        check_links(folder)
         if is_first_rank():
             write_text(folder / ".hydra" / "config.yaml", OmegaConf.to_yaml(recipe))
         with logged_to(folder / "train.log"):

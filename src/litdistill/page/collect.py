@@ -40,6 +40,7 @@ class Settings(NamedTuple):
     robustness: int = 1000
     epsilons: tuple[int, ...] = (4, 8, 16, 32)
     device: str = "auto"
+    trust: tuple[str, ...] = ()
 
 
 @dataclass
@@ -147,20 +148,22 @@ def _measure_run(
     out: Path,
     settings: Settings,
 ) -> None:
-    data, distiller = rebuild(folder)
+    data, distiller = rebuild(folder, trust=settings.trust)
     device = pick_device(settings.device)
     _adopt(group, data, spoilt, settings)
     if distiller.teacher is not None and not (teacher := teachers[summary["teacher"]["sha256"]]).seeds:
         sha = summary["teacher"]["sha256"]
-        seed = Seed(_own_summary(folder, sha) or {}, folder, sha256=sha)
+        seed = Seed(_own_summary(folder, sha, settings) or {}, folder, sha256=sha)
         _measure(seed, distiller.teacher.net, None, data, device, group, spoilt, out, settings)
         teacher.seeds.append(seed)
-        teacher.checkpoint = load_run(folder)[0].teacher.checkpoint
+        teacher.checkpoint = load_run(folder, settings.trust)[0].teacher.checkpoint
         teacher.file = write_teacher(distiller.teacher.net, data, out / "cache" / f"teacher-{sha[:12]}.onnx")
         teacher.net = Shipped(distiller.teacher.net, data)
     net = distiller.shipped
-    path = shipped_file(folder, row.precision, summary) if row.precision == "int8" or row.file is None else None
-    seed = Seed(summary, folder, sha256=summary["student"]["sha256"], starts=_starts(folder, summary))
+    path = None
+    if row.precision == "int8" or row.file is None:
+        path = shipped_file(folder, row.precision, summary, settings.trust)
+    seed = Seed(summary, folder, sha256=summary["student"]["sha256"], starts=_starts(folder, summary, settings))
     _measure(seed, net, path if row.precision == "int8" else None, data, device, group, spoilt, out, settings)
     row.seeds.append(seed)
     if row.file is None:
@@ -178,9 +181,9 @@ def _adopt(group: Group, data: ImageData, spoilt: dict[str, list[Tensor]], setti
         raise UserError("it was tested on other images than the runs before it. Give it a page of its own.")
 
 
-def _own_summary(folder: Path, sha: str) -> dict[str, Any] | None:
+def _own_summary(folder: Path, sha: str, settings: Settings) -> dict[str, Any] | None:
     """The summary of the run that trained a teacher, among those that are kept beside a student's run."""
-    cfg, _ = load_run(folder)
+    cfg, _ = load_run(folder, settings.trust)
     for path in Path(cfg.runs, "teachers").glob("*/summary.json"):
         summary = json.loads(path.read_text())
         if summary["student"]["sha256"] == sha:
@@ -188,9 +191,9 @@ def _own_summary(folder: Path, sha: str) -> dict[str, Any] | None:
     return None
 
 
-def _starts(folder: Path, summary: dict[str, Any]) -> dict[str, float]:
+def _starts(folder: Path, summary: dict[str, Any], settings: Settings) -> dict[str, float]:
     """Seconds of the run that a run's student started from, of the one before that, and so on, each without the others."""
-    cfg, _ = load_run(folder)
+    cfg, _ = load_run(folder, settings.trust)
     found: dict[str, float] = {}
     while (start := summary.get("start")) is not None and "run" in start:
         file = Path(cfg.runs, "students", Path(start["run"]).name, "summary.json")

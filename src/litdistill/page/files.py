@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from litdistill.formats import write_format
 from litdistill.predict import MANIFEST, Facts, read_manifest, runtime, verified
 
 
-def shipped_file(folder: Path, precision: str, summary: dict[str, Any]) -> Path:
+def shipped_file(folder: Path, precision: str, summary: dict[str, Any], trust: Sequence[str] = ()) -> Path:
     """The ONNX file of a run, verified; written where there is none of this student yet."""
     manifest = folder / "export" / MANIFEST
     files = read_manifest(manifest) if manifest.is_file() else {}
@@ -27,7 +28,7 @@ def shipped_file(folder: Path, precision: str, summary: dict[str, Any]) -> Path:
             content, facts = verified(path)
             runtime(content, facts, path)  # which refuses weights that lie in other files
             return path
-    return export(folder, "onnx", precision)[0]
+    return export(folder, "onnx", precision, trust=trust)[0]
 
 
 def write_teacher(net: nn.Module, data: ImageData, path: Path) -> Path:

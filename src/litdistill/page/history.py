@@ -157,5 +157,8 @@ def command(seed: Seed) -> str:
     """
     overrides = seed.folder / ".hydra" / "overrides.yaml"
     if overrides.is_file():
-        return shlex.join(["python", "scripts/train.py", *map(str, OmegaConf.load(overrides))])
+        typed: Any = OmegaConf.to_container(
+            OmegaConf.load(overrides), resolve=False
+        )  # what a stranger's ask for is not looked up
+        return shlex.join(["python", "scripts/train.py", *map(str, typed)])
     return str(seed.summary["command"])
