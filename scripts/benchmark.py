@@ -46,7 +46,7 @@ TARGETS = {  # what the ratios are to reach, on two cores
 
 OTHERS = ["peers", "torchdistill"]
 OTHER_RATIOS = [("peers", "packed"), ("peers", "bf16"), ("torchdistill", "cached")]  # without an aim
-QUESTIONS = ["pairs", "filled", "data", "pack", "growth", "memory"]
+QUESTIONS = ["pairs", "filled", "data", "growth", "memory"]
 
 
 def ratios(pair: Pair, rounds: int, device: torch.device) -> dict[str, Any]:
@@ -181,22 +181,6 @@ def page(found: dict[str, Any]) -> str:
         ratio = {name: "{1:.0f} times ({0:.0f}–{2:.0f})".format(*d["ratio"]) for name, d in found["data"].items()}
         words = "; ".join(f"{name}: {r}" for name, r in ratio.items())
         parts.append(f"A batch of augmented images, image by image ÷ here (aim ≥ 20 and ≥ 60): {words}.")
-    if "pack" in found:
-        rows = [
-            f"| {teacher} | {size} | {row['ms']:.2f} | {row['ratio']:.2f} ({row['low']:.2f}–{row['high']:.2f}) |"
-            for teacher, by in found["pack"].items()
-            for size, row in by.items()
-        ]
-        head = "| teacher | students in a pack | CPU ms a student and step | times less than alone |\n|---|---:|---:|---:|\n"
-        parts.append(f"Packs of the pair {PAIRS['small'].words}, but for the shift:\n\n{head}" + "\n".join(rows))
-    if "trials" in found:
-        took = "; ".join(
-            f"{PAIRS[n].words}: {r[1]:.1f} times ({r[0]:.1f}–{r[2]:.1f})" for n, r in found["trials"].items()
-        )
-        parts.append(
-            "Sixteen trials, peers' loop ÷ one pack with a shared cache (aim ≥ 8), of the pairs above but for the shift: "
-            f"{took}."
-        )
     for what, by in found.get("growth", {}).items():
         unit = (
             "Samples a second of a whole run on the digits, whose steps are shorter than an exchange of gradients"
@@ -256,12 +240,6 @@ def main() -> None:
 
         keep("data", augmentation_ratios(args.rounds))
         print("augmented input, image by image ÷ here:", json.dumps(results["data"]), flush=True)
-    if "pack" in wanted:
-        from benchmark_pack import pack_ratios, sixteen_trials
-
-        keep("pack", pack_ratios(rounds=args.rounds))
-        keep("trials", sixteen_trials(args.rounds))
-        print("packs:", json.dumps(results["pack"]), flush=True)
     if "growth" in wanted:
         keep("growth", growth(device))
         print("growth:", json.dumps(results["growth"]), flush=True)

@@ -1,5 +1,6 @@
 """The benchmark runs, and computes what it says; what it measures is asserted nowhere."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import benchmark
 import benchmark_parts as parts
 import benchmark_questions as questions
 
+ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 TINY = parts.PAIRS["small"]._replace(steps=3, light_steps=3, batch=8)
 
@@ -44,6 +46,16 @@ def test_quartiles_are_numpys_and_the_table_shows_them():
         "ratios": {key: [1.0, 1.1, 1.2] for key in benchmark.TARGETS["small"]},
     }
     assert "53.0 | 9.0 | 3.0 | 1.10 (1.00–1.20), aim ≥ 4" in benchmark.table({"small": one})
+
+
+def test_the_page_and_the_readme_show_the_figures_that_are_kept():
+    kept = json.loads((ROOT / "docs" / "performance.json").read_text())
+    assert set(kept) <= set(benchmark.QUESTIONS)
+    for name, mark, text in (
+        ("docs/performance.md", "benchmark", benchmark.page(kept)),
+        ("README.md", "speed", benchmark.table(kept["pairs"])),
+    ):
+        assert f"<!-- {mark} -->\n{text}\n<!-- end -->" in (ROOT / name).read_text()
 
 
 @pytest.mark.slow

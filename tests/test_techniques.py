@@ -1,9 +1,11 @@
 """The techniques that are compared: each trains, is rebuilt to the digit, and is what its name says."""
 
+import itertools
 import json
 import re
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -31,7 +33,7 @@ from litdistill.recipes import recipe_hash, student_config, student_folder, teac
 from litdistill.runtime import CONF
 from litdistill.train import train
 from litdistill.transfer import freeze, with_own_head
-from tests.conftest import compose_config
+from tests.conftest import SMALL, compose_config
 
 NAMES = sorted(p.stem for p in (CONF / "experiment" / "compare").glob("*.yaml"))
 TECHNIQUES = [name for name in NAMES if not name.startswith("_")]
@@ -189,6 +191,20 @@ def test_a_starting_point_is_trained_once(tiny, runs):
     assert recipe_hash(student_config(a)) in student_folder(a).name
     assert summary(student_folder(a))["data"]["classes"] == 5
     assert summary(student_folder(a))["teacher"] is None
+
+
+def test_the_time_of_a_teacher_that_is_trained_first_is_not_the_runs(tmp_path, monkeypatch):
+    ticks, train_teacher = itertools.count(), train_module.train_teacher
+    monkeypatch.setattr(train_module, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
+
+    def slow(cfg, folder):
+        nonlocal ticks
+        train_teacher(cfg, folder)
+        ticks = itertools.count(1000)
+
+    monkeypatch.setattr(train_module, "train_teacher", slow)
+    train(compose_config(tmp_path / "run", *SMALL))  # in whose runs there is no teacher yet
+    assert 0 < summary(tmp_path / "run")["time"]["total_s"] < 20  # readings of the clock
 
 
 def test_compress_null_changes_no_recipe(tmp_path):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -138,6 +137,5 @@ def format_seconds(seconds: float) -> str:
 
 
 def progress_bar() -> list[ProgressBar]:
-    """A live bar where there is a terminal; elsewhere, and for a run in a pack, `EpochLine` is progress enough."""
-    alone = threading.current_thread() is threading.main_thread()
-    return [RichProgressBar(leave=False)] if sys.stdout.isatty() and alone else []
+    """A live bar where there is a terminal; elsewhere `EpochLine` is progress enough."""
+    return [RichProgressBar(leave=False)] if sys.stdout.isatty() else []

@@ -95,7 +95,6 @@ class Distiller(LightningModule):
         self.gradient_clip_val, self.gradient_clip_algorithm = gradient_clip_val, gradient_clip_algorithm
         # The trainer's callbacks, while Lightning is kept from calling them (`litdistill.window`).
         self.called: Any = None
-        self.apart_s = 0.0  # seconds that went by for other runs, which this one starts from, while it was built
         self.teacher_s = 0.0  # seconds spent in the teacher since the fit began (on a GPU: in giving it its orders)
         self._reset_window()
         self._eval: list[tuple[Tensor, Tensor]] = []

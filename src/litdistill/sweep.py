@@ -14,9 +14,7 @@ import math
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +28,6 @@ from omegaconf import DictConfig, OmegaConf
 from litdistill.errors import Stopped, UserError
 from litdistill.launch import launched
 from litdistill.origin import is_foreign, remember, replayable
-from litdistill.pack import Pack
 from litdistill.recipes import recipe_hash
 from litdistill.runtime import CONF
 
@@ -78,7 +75,7 @@ def sweep(cfg: DictConfig, overrides: Sequence[str], folder: Path) -> optuna.Stu
 
 def work(plan: Plan) -> None:
     """Runs trials until none is left that no other process is running."""
-    while plan.pack.run(partial(run_next, plan)) if plan.pack is not None else run_next(plan):
+    while run_next(plan):
         pass
 
 
@@ -87,8 +84,6 @@ def run_next(plan: Plan) -> bool:
     if (claimed := claim(plan)) is None:
         return False
     trial, lock = claimed
-    if plan.pack is not None:
-        threading.current_thread().name = f"trial {trial.number}"
     try:
         attempt(plan, trial)
     finally:
@@ -125,11 +120,6 @@ def make_plan(cfg: DictConfig, overrides: Sequence[str], folder: Path) -> Plan:
         raise UserError(
             f"sweep.objectives={wrong}: a trial is judged by {', '.join(OBJECTIVES)}. The test set is no objective: "
             "what was chosen by it cannot be measured on it any more."
-        )
-    if options.pack > 1 and "fit_s" in options.objectives:
-        raise UserError(
-            f"sweep.pack={options.pack} must be 1 with sweep.objectives=[fit_s]: runs that share what they compute have no "
-            "time of their own."
         )
     if options.sampler not in ("tpe", "random", "grid"):
         raise UserError(f"sweep.sampler={options.sampler}: choose tpe, random or grid.")
@@ -172,11 +162,10 @@ def make_plan(cfg: DictConfig, overrides: Sequence[str], folder: Path) -> Plan:
     if other := [key for key in asked if key in before and before[key] != asked[key]]:
         raise UserError(f"The sweep in {folder} has another {', another '.join(other)}. Start a new one.")
     study.set_user_attr("question", question)
-    pack = Pack(options.pack) if options.pack > 1 else None
-    return Plan(options, folder, common, space, study, count, best.monitor, pack)
+    return Plan(options, folder, common, space, study, count, best.monitor)
 
 
-LEAST = {"trials": 1, "seed": 0, "workers": 1, "pack": 1, "attempts": 1, "prune.startup": 0, "prune.warmup": 0}
+LEAST = {"trials": 1, "seed": 0, "workers": 1, "attempts": 1, "prune.startup": 0, "prune.warmup": 0}
 
 
 def check_options(options: DictConfig) -> None:

@@ -26,7 +26,6 @@ from optuna.distributions import BaseDistribution
 from litdistill.checkpoint import write_text
 from litdistill.errors import UserError
 from litdistill.evaluate import rebuild
-from litdistill.pack import Pack
 from litdistill.runtime import CONF
 from litdistill.summary import hyperparameters
 from litdistill.sweep_space import literal, suggest
@@ -56,7 +55,6 @@ class Plan:
     study: optuna.Study
     count: int  # of trials
     monitor: str  # the metric that `val` is the best value of
-    pack: Pack | None = None  # what trials are run in together
 
     @property
     def names(self) -> list[str]:
@@ -98,17 +96,11 @@ def run_one(plan: Plan, trial: optuna.Trial, overrides: list[str], folder: Path,
     write_text(folder / ".hydra" / "overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(overrides)))
     callbacks = [Judge(trial, plan.monitor, hyperparameters(cfg))] if judged else []
     with as_command([str(CONF.parent / "scripts" / "train.py"), *whole]), logged_to(folder / "train.log"):
-        runner = plan.pack.train if plan.pack is not None and not last_attempt(plan, trial) else train
-        runner(cfg, callbacks)
+        train(cfg, callbacks)
     values = [objective(name, folder) for name in plan.options.objectives]
     if not all(map(math.isfinite, values)):
         raise UserError(f"{dict(zip(plan.names, values, strict=True))} is not finite")
     return values
-
-
-def last_attempt(plan: Plan, trial: optuna.Trial) -> bool:
-    """Whether a trial that its process has died with is given up if it does so again: then no other is to die with it."""
-    return 1 < trial.user_attrs["starts"] == plan.options.attempts
 
 
 def objective(name: str, folder: Path) -> float:

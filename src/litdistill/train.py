@@ -6,7 +6,6 @@ import contextlib
 import json
 import logging
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -47,16 +46,19 @@ from litdistill.summary import hyperparameters, summarise
 log = logging.getLogger(__name__)
 
 
-def build(cfg: DictConfig, method: Method) -> tuple[ImageData, Distiller]:
-    """A run's data and its distiller, whose teacher is trained first where there is none yet."""
-    data, apart = build_data(cfg), 0.0
+def build(cfg: DictConfig, method: Method) -> tuple[ImageData, Distiller, float]:
+    """A run's data, its distiller, whose teacher is trained first where there is none yet, and the seconds that took.
+
+    These are the time of the runs that this one starts from, and of waiting for them.
+    """
+    data, apart_s = build_data(cfg), 0.0
 
     def timed(work: Callable[..., Any], *given: Any) -> Any:
         """A teacher or a starting point is a run of its own: its time, and that of waiting for it, is not this one's."""
-        nonlocal apart
+        nonlocal apart_s
         begun = time.perf_counter()
         found = work(*given)
-        apart += time.perf_counter() - begun
+        apart_s += time.perf_counter() - begun
         return found
 
     def absent(one: DictConfig, folder: Path) -> None:
@@ -67,40 +69,27 @@ def build(cfg: DictConfig, method: Method) -> tuple[ImageData, Distiller]:
 
     teacher = build_teacher(cfg, data, absent)
     distiller = build_distiller(cfg, data, method, teacher, timed(start, cfg))
-    distiller.apart_s = apart
-    return data, distiller
+    return data, distiller, apart_s
 
 
-def train(
-    cfg: DictConfig,
-    callbacks: Sequence[Callback] = (),
-    build: Callable[[DictConfig, Method], tuple[ImageData, Distiller]] = build,
-    clock: Callable[[], float] = time.perf_counter,
-) -> float:
+def train(cfg: DictConfig, callbacks: Sequence[Callback] = ()) -> float:
     """Trains as `conf/train.yaml` describes; gives the best validation accuracy, or whatever else `callbacks.best` monitors.
 
-    `callbacks`: of whoever calls, before the config's own. `build`, `clock`: other ones for a run that shares what it is
-    built of, and its time, with others (`litdistill.pack`).
+    `callbacks`: of whoever calls, before the config's own.
     """
     folder = Path(cfg.folder)
     with contextlib.nullcontext() if finished(folder) else alone(folder):
-        return _train(cfg, folder, callbacks, build, clock)
+        return _train(cfg, folder, callbacks)
 
 
-def _train(
-    cfg: DictConfig,
-    folder: Path,
-    callbacks: Sequence[Callback],
-    build: Callable[[DictConfig, Method], tuple[ImageData, Distiller]],
-    clock: Callable[[], float],
-) -> float:
+def _train(cfg: DictConfig, folder: Path, callbacks: Sequence[Callback]) -> float:
     if finished(folder):  # a resumed sweep repeats nothing
         log.info("%s is finished already.", folder)
         return float(json.loads((folder / "summary.json").read_text())["val"]["best"])
     check_foreign(cfg, folder)
     if is_first_rank():
         remember(folder, cfg)
-    started = clock()
+    started = time.perf_counter()
     adopt_lightning_logs()
     keep_freed_memory()
     torch.set_float32_matmul_precision("high")
@@ -125,7 +114,7 @@ def _train(
     if sharded:  # its ranks run it together: none may find in a cache what another asks for
         cfg = cfg.copy()
         OmegaConf.update(cfg, "teacher.cache.mode", "off", force_add=True)
-    data, distiller = build(cfg, method)
+    data, distiller, apart_s = build(cfg, method)
     distiller.optimizer = partial(distiller.optimizer, lr=scale.lr)
     if distiller.teacher is not None and not sharded:
         where = trainer.strategy.root_device
@@ -133,7 +122,7 @@ def _train(
     _introduce(cfg, data, distiller)
     log.info("%s", scale)
 
-    fit_started = clock()
+    fit_started = time.perf_counter()
     with explained():
         if cfg.trainer.max_epochs == 0:
             best = untrained(trainer, distiller, data, folder / "checkpoints")
@@ -147,9 +136,10 @@ def _train(
                     "trainer.check_val_every_n_epoch must let at least one be."
                 )
             best = float(score)
-    fit_s = clock() - fit_started
+    fit_s = time.perf_counter() - fit_started
     if trainer.is_global_zero or sharded:
-        times = {"fit_s": fit_s, "teacher_s": distiller.teacher_s, "total_s": clock() - started - distiller.apart_s}
+        total_s = time.perf_counter() - started - apart_s
+        times = {"fit_s": fit_s, "teacher_s": distiller.teacher_s, "total_s": total_s}
         _finish(cfg, folder, data, distiller, trainer, best, times)
     trainer.strategy.barrier()
     return best
@@ -294,9 +284,6 @@ def logged_to(path: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    if threading.current_thread() is not threading.main_thread():  # a run in a pack: the others' lines are not its own
-        here = threading.get_ident()
-        handler.addFilter(lambda record: record.thread == here)
     logging.getLogger().addHandler(handler)
     try:
         yield
