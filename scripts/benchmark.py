@@ -5,7 +5,7 @@
     python scripts/benchmark.py --device cuda                on a GPU: FLOPs, the share of its peak and kernels a step too
 
 All variants of a pair run on one thread, in turn, every other round in reverse: other projects' loops in one process and this
-project's in another, since the project sets its process's allocator (`litdistill.allocator`). What is compared is process CPU
+project's in another, since the project sets its process's allocator (`litdistill.utils.allocator`). What is compared is process CPU
 time a step (on a GPU wall time, synchronised), and figures are medians of each round's ratio, with quartiles: milliseconds
 drift on a shared machine, ratios hardly.
 
@@ -35,7 +35,7 @@ import torch
 from benchmark_parts import PAIRS, Bench, Pair, budget, hushed, variants
 from benchmark_questions import filled_by_views, growth, kernels_a_step, peak_memory, share_of_peak
 
-from litdistill.allocator import keep_freed_memory
+from litdistill.utils.allocator import keep_freed_memory
 
 TARGETS = {  # what the ratios are to reach, on two cores
     "small": {"peers/live": 4, "peers/cached": 15, "cached/floor": 1.10, "cached/hard": 1.05},

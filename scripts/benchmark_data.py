@@ -66,8 +66,8 @@ def augmentation_ratios(rounds: int = 9, batch_size: int = 64, root: str = "data
 def _ratio(name: str, ours: list[Any], theirs: list[Any], rounds: int, batch_size: int, root: str) -> dict[str, Any]:
     data = ImageData(name, root, val_size=5000, batch_size=batch_size, augment=ours)
     data.setup()
-    normalise = transforms.Normalize(data.mean, data.std)
-    dataset = OneByOne(data.source.train, transforms.Compose([*theirs, transforms.ToTensor(), normalise]))
+    normalize = transforms.Normalize(data.mean, data.std)
+    dataset = OneByOne(data.source.train, transforms.Compose([*theirs, transforms.ToTensor(), normalize]))
     loader = DataLoader(dataset, batch_size, shuffle=True)
 
     def here() -> Iterator[Any]:

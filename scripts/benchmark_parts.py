@@ -23,21 +23,21 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from litdistill.build import WINDOW, WINDOW_BYTES
-from litdistill.cache import CacheOptions, TeacherCache
-from litdistill.callbacks import EpochLine, SeededSteps
+from litdistill.cli import CONF
+from litdistill.config.build import WINDOW, WINDOW_BYTES
+from litdistill.config.instantiate import instantiate
+from litdistill.config.recipes import NETWORK_META_KEYS
 from litdistill.data.augment import Crop, Flip
 from litdistill.data.datamodule import ImageData
 from litdistill.data.sources import Source, Split
-from litdistill.distiller import Distiller
-from litdistill.instantiate import instantiate
+from litdistill.distillation.distiller import Distiller
+from litdistill.distillation.teacher import FrozenTeacher
+from litdistill.distillation.teacher_cache import CacheOptions, TeacherCache
 from litdistill.methods.base import Outputs
 from litdistill.methods.kd import KD
 from litdistill.methods.supervised import Supervised
-from litdistill.recipes import NOT_OPTIONS
-from litdistill.runtime import CONF
-from litdistill.safety import StopSafely
-from litdistill.teacher import FrozenTeacher
+from litdistill.training.callbacks import EpochLogger, PerStepSeed
+from litdistill.training.preemption import GracefulStop
 
 
 class Pair(NamedTuple):
@@ -114,7 +114,7 @@ def network(node: tuple[str, dict[str, Any]], shape: tuple[int, int, int], class
     torch.manual_seed(0)
     config = OmegaConf.merge(OmegaConf.load(CONF / "net" / f"{name}.yaml"), options)
     return instantiate(
-        {k: v for k, v in config.items() if k not in NOT_OPTIONS}, num_classes=classes, input_shape=shape
+        {k: v for k, v in config.items() if k not in NETWORK_META_KEYS}, num_classes=classes, input_shape=shape
     )
 
 
@@ -327,7 +327,7 @@ def project(bench: Bench, kind: str, steps_at_once: int | None = None) -> float:
     """A fit with what a run has: callbacks, a TensorBoard log, the learning rate's monitor."""
     student, teacher = bench.networks()
     student.to(memory_format=torch.channels_last)
-    example = bench.data.seen("train", bench.data.train_ids[:2].to(bench.device), None).images
+    example = bench.data.get_batch("train", bench.data.train_ids[:2].to(bench.device), None).images
     window = (
         max(1, min(WINDOW, WINDOW_BYTES // (4 * example[0].numel() * bench.pair.batch)))
         if steps_at_once is None
@@ -356,7 +356,7 @@ def project(bench: Bench, kind: str, steps_at_once: int | None = None) -> float:
             devices=1,
             max_steps=warm + bench.pair.steps,
             max_epochs=-1,
-            callbacks=[SeededSteps(0), EpochLine(), LearningRateMonitor("epoch"), StopSafely(folder), watch],
+            callbacks=[PerStepSeed(0), EpochLogger(), LearningRateMonitor("epoch"), GracefulStop(folder), watch],
             logger=TensorBoardLogger(folder),
             log_every_n_steps=50,
             limit_val_batches=0,
@@ -389,7 +389,7 @@ def floor(bench: Bench) -> Callable[[], float]:
             chosen = torch.randint(len(data.train_ids), (bench.pair.batch,), generator=generator)
             ids = data.train_ids[chosen].to(bench.device)
             view = torch.randint(views, (bench.pair.batch,), generator=generator).to(bench.device)
-            batch = data.seen("train", ids, view if data.augment else None)
+            batch = data.get_batch("train", ids, view if data.augment else None)
             with autocast():
                 terms = method(Outputs(student(batch.images)), Outputs(taught[view, ids]), batch.targets)
             optimizer.zero_grad()
@@ -407,7 +407,7 @@ def budget(bench: Bench, rounds: int) -> dict[str, float]:
     data, method, optimizer = bench.data, KD(), bench.fused(student.parameters())
     ids = data.train_ids[: bench.pair.batch].to(bench.device)
     views = torch.arange(bench.pair.batch, device=bench.device) % (data.views or 1) if data.augment else None
-    frozen = FrozenTeacher(teacher, (), data.seen("train", ids[:2], None).images)
+    frozen = FrozenTeacher(teacher, (), data.get_batch("train", ids[:2], None).images)
     parts: dict[str, list[float]] = {}
 
     def timed(name: str, work: Callable[[], Any]) -> Any:
@@ -417,7 +417,7 @@ def budget(bench: Bench, rounds: int) -> dict[str, float]:
         return result
 
     for _ in range(rounds + 1):
-        batch = timed("images", lambda: data.seen("train", ids, views))
+        batch = timed("images", lambda: data.get_batch("train", ids, views))
         taught = timed("teacher", lambda: frozen(batch.images))  # noqa: B023
         terms = timed("forward", lambda: method(Outputs(student(batch.images)), taught, batch.targets))  # noqa: B023
         optimizer.zero_grad()

@@ -15,12 +15,12 @@ from benchmark_parts import PAIRS, Bench, project, random_data
 from lightning import Trainer
 from torch import Tensor
 
-from litdistill.build import WINDOW
-from litdistill.cache import CacheOptions
+from litdistill.config.build import WINDOW
 from litdistill.data.augment import Crop
-from litdistill.distiller import Distiller
+from litdistill.distillation.distiller import Distiller
+from litdistill.distillation.teacher import FrozenTeacher
+from litdistill.distillation.teacher_cache import CacheOptions
 from litdistill.methods.kd import KD
-from litdistill.teacher import FrozenTeacher
 
 
 def filled_by_views(images: int = 1024, epochs: int = 30) -> dict[str, float]:
@@ -34,7 +34,7 @@ def filled_by_views(images: int = 1024, epochs: int = 30) -> dict[str, float]:
         data.window = WINDOW
         student, teacher = bench.networks()
         student.to(memory_format=torch.channels_last)
-        example = data.seen("train", data.train_ids[:2], None).images
+        example = data.get_batch("train", data.train_ids[:2], None).images
         options = CacheOptions(mode, Path(folder))
         frozen = FrozenTeacher(teacher, (), example)
         distiller = Distiller(student, KD(), frozen, bench.fused, allow_chance=True, cache=options, window=WINDOW)

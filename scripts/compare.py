@@ -9,12 +9,12 @@ A call that was interrupted goes on where it was: what is finished is not repeat
 
 from omegaconf import DictConfig
 
-from litdistill.runtime import command
+from litdistill.cli import command
 
 
 @command("compare")
 def main(cfg: DictConfig) -> None:
-    from litdistill.compare import compare  # torch is imported only after the config is known to be right
+    from litdistill.benchmarks.compare import compare  # torch is imported only after the config is known to be right
 
     compare(cfg)
 

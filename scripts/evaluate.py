@@ -5,7 +5,7 @@ python scripts/evaluate.py run=runs/digits/<stamp>
 
 from omegaconf import DictConfig, OmegaConf
 
-from litdistill.runtime import command
+from litdistill.cli import command
 
 
 @command("evaluate")
@@ -14,8 +14,8 @@ def main(cfg: DictConfig) -> None:
 
     from rich import print as show
 
-    from litdistill.evaluate import differences, evaluate, load_run
-    from litdistill.report import evaluation_table
+    from litdistill.evaluation.evaluate import differences, evaluate, load_run
+    from litdistill.report.tables import evaluation_table
 
     found = evaluate(cfg.run, OmegaConf.create({"data": cfg.data}), cfg.device, cfg.trust)
     show(evaluation_table(found))

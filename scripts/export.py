@@ -4,19 +4,19 @@ python scripts/export.py run=runs/digits/<stamp>                                
 python scripts/export.py run=runs/digits/<stamp> precision=int8                  student-int8.onnx
 python scripts/export.py run=runs/digits/<stamp> format=pt2 preprocessing=false  student-normalised.pt2
 python scripts/export.py run=runs/digits/<stamp> verify=true                     checks again what was exported
-python -m litdistill.predict runs/digits/<stamp>/export/student.onnx image.png   uses it
+python -m litdistill.export.predict runs/digits/<stamp>/export/student.onnx image.png   uses it
 """
 
 from omegaconf import DictConfig, OmegaConf
 
-from litdistill.runtime import command
+from litdistill.cli import command
 
 
 @command("export")
 def main(cfg: DictConfig) -> None:
     from rich.console import Console
 
-    from litdistill.export import check_table, export, verify
+    from litdistill.export.export import check_table, export, verify
 
     console = Console()
     if not console.is_terminal:

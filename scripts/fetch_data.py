@@ -11,16 +11,16 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from litdistill.runtime import command
+from litdistill.cli import command
 
 
 def describe(name: str, root: str | Path, image_size: int | None = None) -> list[str]:
     """One line per split of a data set, which is fetched first if it is not there."""
-    from litdistill.data.fetch import SETS, obtain
+    from litdistill.data.fetch import DATASETS, obtain
     from litdistill.data.sources import fingerprint, load
 
     source = load(name, root, image_size)
-    if name in SETS:
+    if name in DATASETS:
         where = f"digests verified, in {obtain(name, root).folder}"
     else:
         where = "bundled with scikit-learn" if name == "digits" else f"in {root}"

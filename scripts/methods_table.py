@@ -23,20 +23,20 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor
 
-from litdistill.checkpoint import write_text
-from litdistill.errors import UserError
-from litdistill.instantiate import instantiate
+from litdistill.cli import CONF, quieten
+from litdistill.config.instantiate import instantiate
+from litdistill.config.recipes import recipe_hash
+from litdistill.distillation.teacher import FrozenTeacher
+from litdistill.evaluation.summary import versions
+from litdistill.features.feature_extractor import FeatureExtractor, resolve_taps
 from litdistill.methods.base import Method, Outputs, Taps
 from litdistill.methods.kd import KD
 from litdistill.methods.sum import Sum
-from litdistill.nets.resnet import resnet
-from litdistill.recipes import recipe_hash
-from litdistill.report import spread
-from litdistill.runtime import CONF, quieten
-from litdistill.summary import versions
-from litdistill.taps import Tapped, find
-from litdistill.teacher import FrozenTeacher
-from litdistill.train import train
+from litdistill.models.resnet import resnet
+from litdistill.report.tables import spread
+from litdistill.training.train import train
+from litdistill.utils.checkpoint import write_text
+from litdistill.utils.errors import UserError
 
 DEFAULTS = {"out": "docs/methods.md", "seeds": 5, "rounds": 7, "runs": "runs"}
 CONTROL = "supervised"
@@ -137,8 +137,8 @@ class Step:
         example, teacher = self.images[:2], resnet(CLASSES, SHAPE, 20)
         student = method.prepare(resnet(CLASSES, SHAPE, 8), teacher, example)
         asked = method.taps()
-        self.method, self.student = method, Tapped(student, find(student, example, asked.student))
-        self.teacher = FrozenTeacher(teacher, find(teacher, example, asked.teacher))
+        self.method, self.student = method, FeatureExtractor(student, resolve_taps(student, example, asked.student))
+        self.teacher = FrozenTeacher(teacher, resolve_taps(teacher, example, asked.teacher))
         student.eval()
         with torch.no_grad():
             method.build(self.student(example), self.teacher(example), torch.arange(SAMPLES) % CLASSES)

@@ -16,8 +16,8 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from litdistill.errors import UserError
-from litdistill.nets.profile import count_macs, count_parameters
+from litdistill.models.profile import count_macs, count_parameters
+from litdistill.utils.errors import UserError
 
 CONF = Path(__file__).parents[1] / "conf" / "net"
 CASES = {"1x28x28, 10 classes": (10, (1, 28, 28)), "3x32x32, 100 classes": (100, (3, 32, 32))}

@@ -7,15 +7,15 @@ python scripts/report.py runs=runs/digits out=report/                      a pag
 
 from omegaconf import DictConfig, ListConfig
 
-from litdistill.runtime import command
+from litdistill.cli import command
 
 
 @command("report")
 def main(cfg: DictConfig) -> None:
     from rich.console import Console
 
-    from litdistill import report
-    from litdistill.checkpoint import write_text
+    from litdistill.report.tables import tables as report
+    from litdistill.utils.checkpoint import write_text
 
     places = list(cfg.runs) if isinstance(cfg.runs, ListConfig) else [cfg.runs]
     found = report.summaries(places)
@@ -28,9 +28,9 @@ def main(cfg: DictConfig) -> None:
         write_text(cfg.out, report.markdown(rows))
         print(f"Written to {cfg.out}")
     elif cfg.out is not None:
-        from litdistill.page.build import build
-        from litdistill.page.collect import Settings
-        from litdistill.trust import packages
+        from litdistill.config.trust import packages
+        from litdistill.report.build import build
+        from litdistill.report.collect import Settings
 
         settings = Settings(
             cfg.threads, cfg.rounds, cfg.robustness, tuple(cfg.epsilons), cfg.device, packages(cfg.trust)

@@ -15,10 +15,11 @@ def main() -> None:
     parser.add_argument("what", choices=("list", "collect", "page"))
     parser.add_argument("folders", nargs="*", type=Path, help="run folders, or folders that hold some")
     arguments = parser.parse_args()
-    from litdistill import papers, reproductions
-    from litdistill.checkpoint import write_text
-    from litdistill.errors import UserError
-    from litdistill.report import runs
+    from litdistill.benchmarks import published_tables as papers
+    from litdistill.benchmarks import reproductions
+    from litdistill.report.tables import runs
+    from litdistill.utils.checkpoint import write_text
+    from litdistill.utils.errors import UserError
 
     try:
         if arguments.what == "list":

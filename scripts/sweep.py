@@ -8,7 +8,7 @@ python scripts/sweep.py --help                                               all
 
 from omegaconf import DictConfig
 
-from litdistill.runtime import command
+from litdistill.cli import command
 
 
 @command("sweep")
@@ -17,7 +17,7 @@ def main(cfg: DictConfig) -> None:
 
     from hydra.core.hydra_config import HydraConfig
 
-    from litdistill.sweep import sweep
+    from litdistill.sweep.study import sweep
 
     about = HydraConfig.get()
     sweep(cfg, list(about.overrides.task), Path(about.runtime.output_dir))

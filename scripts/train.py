@@ -8,12 +8,12 @@ python scripts/train.py --help                       all keys;  --cfg job  print
 
 from omegaconf import DictConfig
 
-from litdistill.runtime import command
+from litdistill.cli import command
 
 
 @command("train")
 def main(cfg: DictConfig) -> float:
-    from litdistill.train import train  # torch is imported only after the config is known to be right
+    from litdistill.training.train import train  # torch is imported only after the config is known to be right
 
     return train(cfg)
 

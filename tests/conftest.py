@@ -13,8 +13,8 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from litdistill.origin import FOREIGN
-from litdistill.runtime import CONF, quieten
+from litdistill.cli import CONF, quieten
+from litdistill.config.origin import FOREIGN
 
 os.environ.setdefault("RUN_STAMP", "test")
 # Which runs were made here is kept beside none of the user's own.

@@ -20,9 +20,9 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 
-import litdistill.train  # noqa: F401  once, before the forks
-from litdistill import pictures
-from litdistill.callbacks import EpochLine
+import litdistill.training.train  # noqa: F401  once, before the forks
+from litdistill.evaluation import figures as pictures
+from litdistill.training.callbacks import EpochLogger
 
 ROOT = Path(__file__).parents[1]
 
@@ -98,7 +98,7 @@ def _after(number: int, act: Callable[[Path], object], hook: str) -> None:
         if count == number:
             act(Path(trainer.default_root_dir))
 
-    setattr(EpochLine, hook, called)
+    setattr(EpochLogger, hook, called)
 
 
 def as_rank(rank: int, port: int, setup: Setup = None) -> None:

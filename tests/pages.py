@@ -1,4 +1,4 @@
-"""A group of made-up models for tests of the page: what `litdistill.page.collect` would have measured."""
+"""A group of made-up models for tests of the page: what `litdistill.report.collect` would have measured."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from litdistill.page.collect import Group, Row, Seed, Settings
-from litdistill.robustness import ATTACKS, CORRUPTIONS
+from litdistill.evaluation.robustness import ATTACKS, CORRUPTIONS
+from litdistill.report.collect import Group, Row, Seed, Settings
 
 HOSTILE = "<script>alert(1)</script>"
 SETTINGS = Settings(epsilons=(4, 16))
@@ -63,8 +63,8 @@ def group(rows: int = 12, seeds: int = 2, classes: int = 10, name: str = HOSTILE
 
 def write_page(out: Path, made: Group | None = None) -> Group:
     """The page of a made-up group, in `out`."""
-    from litdistill.page.blocks import write
-    from litdistill.page.build import page_sections
+    from litdistill.report.blocks import write
+    from litdistill.report.build import page_sections
 
     made = made or group()
     write(f"Students {HOSTILE}", [f"a fact {HOSTILE}"], page_sections(made, "", SETTINGS), out)

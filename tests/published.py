@@ -30,7 +30,7 @@ def digests(files: dict[str, bytes]) -> dict[str, str]:
 
 def publish(monkeypatch, name, files, **ways_of):
     """Makes `files` the published ones of data set `name`."""
-    monkeypatch.setitem(fetch.SETS, name, fetch.SETS[name]._replace(digests=digests(files), ways=ways_of))
+    monkeypatch.setitem(fetch.DATASETS, name, fetch.DATASETS[name]._replace(digests=digests(files), ways=ways_of))
 
 
 def put(folder: Path, files: dict[str, bytes], zipped=False) -> None:

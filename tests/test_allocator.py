@@ -9,7 +9,7 @@ import pytest
 
 FAULTS = """
 import resource, sys, torch
-from litdistill.allocator import keep_freed_memory
+from litdistill.utils.allocator import keep_freed_memory
 if sys.argv[1] == "kept":
     assert keep_freed_memory()
 def step():
@@ -37,7 +37,7 @@ def test_a_step_asks_the_system_for_no_memory_that_the_one_before_had() -> None:
 
 
 def test_an_environment_that_sets_the_allocator_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    from litdistill.allocator import keep_freed_memory
+    from litdistill.utils.allocator import keep_freed_memory
 
     monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "131072")
     assert not keep_freed_memory()

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from litdistill.data import augment as aug
-from litdistill.errors import UserError
+from litdistill.utils.errors import UserError
 
 MASK = (1 << 64) - 1
 

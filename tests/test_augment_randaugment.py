@@ -8,7 +8,7 @@ from torchvision.transforms.autoaugment import _apply_op
 
 from litdistill.data import augment as aug
 from litdistill.data.randaugment import CHOICES, RandAugment
-from litdistill.errors import UserError
+from litdistill.utils.errors import UserError
 
 EXACT = {"identity", "brightness", "posterize", "solarize", "equalize", "color", "sharpness"} | {
     *("shear_x", "shear_y", "translate_x", "translate_y", "rotate")

@@ -60,10 +60,10 @@ def test_ink_and_paper_contrast_by_day_and_by_night(made):
     path, page = made
     for dark in (False, True):
         page.open(path, 1280, dark=dark)
-        paper = colour(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+        paper = color(page.evaluate("getComputedStyle(document.body).backgroundColor"))
         assert (luminance(paper) < 0.2) == dark
         for selector, property in (("body", "color"), (".facts li", "color"), ("nav a", "color"), ("svg text", "fill")):
-            ink = colour(page.evaluate(f"getComputedStyle(document.querySelector('{selector}')).{property}"))
+            ink = color(page.evaluate(f"getComputedStyle(document.querySelector('{selector}')).{property}"))
             low, high = sorted([luminance(ink), luminance(paper)])
             assert (high + 0.05) / (low + 0.05) >= 4.5, (selector, dark)
 
@@ -95,7 +95,7 @@ def test_the_page_prints_to_a_few_sheets(made):
     assert max(page.evaluate(wide)) <= 0  # 273 mm of A4 on its side: nothing scrolls on paper, so all must fit
 
 
-def colour(text: str) -> list[float]:
+def color(text: str) -> list[float]:
     return [int(v) / 255 for v in re.findall(r"\d+", text)[:3]]
 
 

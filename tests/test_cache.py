@@ -15,20 +15,28 @@ from hydra import compose, initialize_config_dir
 from lightning import Trainer
 from safetensors.torch import load_file
 
-from litdistill import cache as cache_module
-from litdistill import evaluate as evaluate_module
-from litdistill.cache import CacheOptions, Store, TeacherCache, cache_key, expected_saving, fingerprint, make_room
+from litdistill.cli import CONF
 from litdistill.data.augment import Crop, Flip
 from litdistill.data.datamodule import ImageData
 from litdistill.data.mixing import Mixup
-from litdistill.distiller import Distiller
-from litdistill.errors import UserError
+from litdistill.distillation import teacher_cache as cache_module
+from litdistill.distillation.distiller import Distiller
+from litdistill.distillation.teacher import Ensemble, FrozenTeacher, stable_repr
+from litdistill.distillation.teacher_cache import (
+    CacheOptions,
+    Store,
+    TeacherCache,
+    cache_key,
+    expected_saving,
+    fingerprint,
+    make_room,
+)
+from litdistill.evaluation import evaluate as evaluate_module
 from litdistill.methods.fitnet import FitNet
 from litdistill.methods.kd import KD
-from litdistill.nets.small import conv4
-from litdistill.runtime import CONF
-from litdistill.teacher import Ensemble, FrozenTeacher, described
-from litdistill.train import train
+from litdistill.models.small import conv4
+from litdistill.training.train import train
+from litdistill.utils.errors import UserError
 
 
 class Dim:
@@ -126,7 +134,7 @@ def test_what_is_kept_is_what_the_teacher_says_in_float64(tmp_path):
     cache = TeacherCache(teacher, data, CPU, tmp_path)
     ids = data.train_ids[:30]
     views = torch.arange(30) % 9
-    batch = data.seen("train", ids, views)
+    batch = data.get_batch("train", ids, views)
     cache.outputs(batch)
     kept = cache.outputs(batch)
     exact = FrozenTeacher(net(16, seed=1).double(), ["layer2"])(batch.images.double())
@@ -199,7 +207,7 @@ def test_a_fingerprint_is_its_formula_and_never_zero():
 
 def test_a_file_that_is_not_the_teachers_is_dropped_with_a_warning(tmp_path, caplog):
     data, teacher = digits(), FrozenTeacher(net(16, seed=1))
-    batch = data.seen("train", data.train_ids, None)
+    batch = data.get_batch("train", data.train_ids, None)
     cache = TeacherCache(teacher, data, CPU, tmp_path)
     right = cache.outputs(batch).logits
     cache.store.put(data.train_ids, right + 1)  # well-formed, and wrong
@@ -210,9 +218,9 @@ def test_a_file_that_is_not_the_teachers_is_dropped_with_a_warning(tmp_path, cap
 
 def test_processes_that_run_at_once_share_their_rows(tmp_path):
     data, teacher = digits(), FrozenTeacher(net(16, seed=1))
-    batch = data.seen("train", data.train_ids, None)
+    batch = data.get_batch("train", data.train_ids, None)
     a, b = (TeacherCache(teacher, data, CPU, tmp_path) for _ in range(2))
-    b.outputs(data.seen("train", data.train_ids[:1], None))  # both are open before either has computed the rest
+    b.outputs(data.get_batch("train", data.train_ids[:1], None))  # both are open before either has computed the rest
     first = a.outputs(batch).logits
     assert torch.equal(b.outputs(batch).logits, first)
     assert b.computed == 1
@@ -222,7 +230,7 @@ def test_a_kill_in_the_middle_of_a_write_leaves_whole_rows_only(tmp_path):
     code = f"""
         import os, torch
         from pathlib import Path
-        from litdistill import cache
+        from litdistill.distillation import teacher_cache as cache
         store = cache.Store(64, 1000, torch.float32, torch.device("cpu"), Path({str(tmp_path)!r}) / "a")
         store.put(torch.arange(10), torch.full((10, 1000), 2.0))
         inner = cache.fingerprint
@@ -304,7 +312,7 @@ def test_fixed_views_bound_what_is_seen_and_what_is_kept(tmp_path, augment):
     seen = {}
     for epoch in range(6):
         rows = data._epoch(epoch)
-        images = data.seen("train", rows.ids, rows.views).images
+        images = data.get_batch("train", rows.ids, rows.views).images
         for i, image in zip(rows.ids.tolist(), images, strict=True):
             seen.setdefault(i, set()).add(image.numpy().tobytes())
     assert max(len(views) for views in seen.values()) == 2
@@ -457,7 +465,7 @@ def test_a_network_that_holds_what_holds_it_is_described_too():
     one, other = Act(functools.partial(F.leaky_relu, negative_slope=0.1)), Act(functools.partial(F.leaky_relu))
     for module in (one, other):
         module.owners = [{"owner": module}]
-    assert described(one) == described(one) != described(other)
+    assert stable_repr(one) == stable_repr(one) != stable_repr(other)
 
 
 def test_evaluations_that_are_not_the_networks_are_computed_anew(tmp_path, monkeypatch, caplog):

@@ -9,9 +9,16 @@ import zipfile
 import pytest
 import torch
 
-from litdistill.checkpoint import fit_weights, load_checkpoint, load_weights, save_student, write_atomically, write_text
-from litdistill.errors import UserError
-from litdistill.nets.small import conv4, mlp
+from litdistill.models.small import conv4, mlp
+from litdistill.utils.checkpoint import (
+    load_checkpoint,
+    load_state_dict_checked,
+    load_weights,
+    save_student,
+    write_atomically,
+    write_text,
+)
+from litdistill.utils.errors import UserError
 
 
 def net(classes: int = 10, widths=(4, 4)):
@@ -28,7 +35,7 @@ def test_a_student_comes_back_from_every_form(tmp_path):
     )
     for source in ("run", "run/student.safetensors", "plain.pt", "a.ckpt"):
         b = net()
-        fit_weights(b, load_weights(tmp_path / source), source, "student")
+        load_state_dict_checked(b, load_weights(tmp_path / source), source, "student")
         assert all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items())
 
 
@@ -131,16 +138,16 @@ def test_images_of_another_kind_are_not_taken_for_other_classes():
         (mlp(10, (1, 8, 8)), mlp(10, (1, 9, 9))),
     ):
         with pytest.raises(UserError, match="images of another size, or another number of channels"):
-            fit_weights(here, there.state_dict(), "x", "student")
+            load_state_dict_checked(here, there.state_dict(), "x", "student")
 
 
 def test_weights_of_another_network_are_refused_with_what_differs():
     with pytest.raises(UserError, match=r"missing.*not in this network.*net@teacher"):
-        fit_weights(net(), mlp(10, (1, 8, 8)).state_dict(), "x", "teacher")
+        load_state_dict_checked(net(), mlp(10, (1, 8, 8)).state_dict(), "x", "teacher")
     with pytest.raises(UserError, match=r"is \(4, 1, 3, 3\) there and \(6, 1, 3, 3\) here"):
-        fit_weights(net(widths=(6, 4)), net().state_dict(), "x", "student")
+        load_state_dict_checked(net(widths=(6, 4)), net().state_dict(), "x", "student")
     with pytest.raises(UserError, match="trained on 10 classes, and this data has 2"):
-        fit_weights(net(classes=2), net().state_dict(), "x", "teacher")
+        load_state_dict_checked(net(classes=2), net().state_dict(), "x", "teacher")
 
 
 def test_what_is_written_is_whole_or_not_there(tmp_path):

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from litdistill import runtime
-from litdistill.errors import UserError
-from litdistill.report import markdown, rows, spread, summaries
+from litdistill import cli as runtime
+from litdistill.report.tables import markdown, rows, spread, summaries
+from litdistill.utils.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 FAST = [

@@ -13,10 +13,10 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from litdistill import compare
-from litdistill.errors import UserError
-from litdistill.page.sections import accuracy, each
-from litdistill.runtime import CONF
+from litdistill.benchmarks import compare
+from litdistill.cli import CONF
+from litdistill.report.sections import accuracy, each
+from litdistill.utils.errors import UserError
 from tests.pages import group
 
 torch.set_num_threads(1)
@@ -126,8 +126,8 @@ def test_the_main_picture_marks_every_model(tmp_path):
 
     with Image.open(tmp_path / "docs" / "main.png") as image:
         width, height = image.size
-        colours = {c for _, c in image.convert("RGB").getcolors(1 << 24)}
+        colors = {c for _, c in image.convert("RGB").getcolors(1 << 24)}
     assert width > 1000 < height * 4
     wanted = [(0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00), (0x00, 0x9E, 0x73), (0xCC, 0x79, 0xA7), (0xE6, 0x9F, 0x00)]
-    assert set(wanted) <= colours
+    assert set(wanted) <= colors
     assert all(len(each(r, accuracy)) == len(r.seeds) for r in made.rows)

@@ -11,18 +11,18 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from litdistill.build import build_net
-from litdistill.checkpoint import save_student
 from litdistill.compress.low_rank import Layer, _uses, choose_ranks, factors, low_rank, set_ranks
 from litdistill.compress.prune import prune
 from litdistill.compress.structure import load_structure, restore, structure_of
-from litdistill.errors import UserError
-from litdistill.nets.mobilenet import mobilenet_v2
-from litdistill.nets.profile import count_macs, count_parameters
-from litdistill.nets.resnet import resnet
-from litdistill.nets.shufflenet import shufflenet_v1
-from litdistill.nets.small import conv4, lenet, mlp
-from litdistill.nets.wrn import wrn
+from litdistill.config.build import build_net
+from litdistill.models.mobilenet import mobilenet_v2
+from litdistill.models.profile import count_macs, count_parameters
+from litdistill.models.resnet import resnet
+from litdistill.models.shufflenet import shufflenet_v1
+from litdistill.models.small import conv4, lenet, mlp
+from litdistill.models.wrn import wrn
+from litdistill.utils.checkpoint import save_student
+from litdistill.utils.errors import UserError
 
 pruning = pytest.importorskip("torch_pruning")
 
@@ -229,7 +229,7 @@ def test_a_compressed_start_is_given_a_new_head_for_other_classes(tmp_path, way,
     assert "fc" in step["layers"]
     save_student(small.float(), tmp_path / "student.safetensors", {"structure": json.dumps([step])})
     options = {
-        "_target_": "litdistill.nets.small.conv4",
+        "_target_": "litdistill.models.small.conv4",
         "widths": [20, 30],
         "checkpoint": str(tmp_path),
         "head": "new",

@@ -9,17 +9,17 @@ import pytest
 import torch
 from torch import nn
 
-from litdistill import train as train_module
-from litdistill.build import build_data, build_distiller, build_net, build_student
-from litdistill.checkpoint import save_student
-from litdistill.compress.quantise import Int8, converted, int8
+from litdistill.compress.quantize import Int8, converted, int8
 from litdistill.compress.structure import restore, structure_of
+from litdistill.config.build import build_data, build_distiller, build_net, build_student
+from litdistill.config.instantiate import instantiate
 from litdistill.data.datamodule import ImageData
-from litdistill.errors import UserError
-from litdistill.instantiate import instantiate
-from litdistill.nets.profile import count_macs, count_parameters
-from litdistill.nets.resnet import resnet
-from litdistill.nets.small import conv4, mlp
+from litdistill.models.profile import count_macs, count_parameters
+from litdistill.models.resnet import resnet
+from litdistill.models.small import conv4, mlp
+from litdistill.training import train as train_module
+from litdistill.utils.checkpoint import save_student
+from litdistill.utils.errors import UserError
 from tests.conftest import SMALL, compose_config
 
 pytest.importorskip("torchao")
@@ -75,7 +75,7 @@ def test_the_logits_are_those_of_integer_arithmetic(pair):
 @pytest.mark.parametrize(
     "build", [lambda: conv4(10, (1, 8, 8)), lambda: resnet(10, (1, 8, 8), 8), lambda: mlp(10, (1, 8, 8), (30, 20))]
 )
-def test_batch_normalisation_is_folded_and_the_converted_network_gives_the_same_to_the_bit(build):
+def test_batch_normalization_is_folded_and_the_converted_network_gives_the_same_to_the_bit(build):
     net = trained(build())
     small = int8(copy.deepcopy(net), images())
     norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
@@ -95,7 +95,7 @@ def test_small_weights_and_small_activations_are_rounded_like_any_others(share):
     torch.manual_seed(0)
     data = ImageData("digits", mean=[0.3], std=[0.37])
     data.setup()
-    net, x = mlp(10, (1, 8, 8), (20,)), data.normalise(data.source.train.images)
+    net, x = mlp(10, (1, 8, 8), (20,)), data.normalize(data.source.train.images)
     logits = net(x)
     with torch.no_grad():
         for tensor in net.layer1[0].parameters():
@@ -128,13 +128,13 @@ def test_gradients_pass_straight_through(pair):
     for name, parameter in net.named_parameters():
         cosine = nn.functional.cosine_similarity(ours[name].flatten(), parameter.grad.flatten(), dim=0)
         assert cosine > 0.98, name
-    optimiser = torch.optim.Adam(small.parameters(), 1e-2)
+    optimizer = torch.optim.Adam(small.parameters(), 1e-2)
     losses = []
     for _ in range(30):
         loss = nn.functional.cross_entropy(small(images()), y)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
     assert torch.equal(converted(small)(images()), small.eval()(images()))
@@ -165,7 +165,7 @@ def test_the_methods_that_are_named_then_work(tmp_path, method):
     data = build_data(cfg)
     distiller = build_distiller(cfg, data, instantiate(cfg.method), build_net(cfg.teacher, data, "teacher"))
     assert isinstance(distiller.student, Int8)
-    x, y = data.normalise(data.source.train.images[:8]), data.source.train.targets[:8]
+    x, y = data.normalize(data.source.train.images[:8]), data.source.train.targets[:8]
     teacher = distiller.teacher(x) if distiller.teacher is not None else None
     sum(distiller.method(distiller.tapped(x), teacher, y).values()).backward()
     assert all(p.grad is not None for p in distiller.student.parameters())

@@ -7,10 +7,10 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from litdistill.cli import CONF
 from litdistill.data import datamodule
 from litdistill.data.sources import CIFAR10, CIFAR100, DIGITS, Source, Split
-from litdistill.runtime import CONF
-from litdistill.train import train
+from litdistill.training.train import train
 from tests.conftest import compose_config
 
 SHAPES = {
@@ -66,7 +66,7 @@ def test_every_option_of_every_group_composes(group, tmp_path):
 def test_every_network_composes_as_student_and_as_teacher(role, tmp_path):
     for option in options("net"):
         cfg = compose_config(tmp_path / "run", f"net@{role}={option}")
-        assert cfg[role]["_target_"].startswith("litdistill.nets")
+        assert cfg[role]["_target_"].startswith("litdistill.models")
         assert "num_classes" not in cfg[role]
 
 

@@ -10,7 +10,7 @@ from lightning import LightningModule, Trainer
 from litdistill.data import sources
 from litdistill.data.augment import Crop, Flip
 from litdistill.data.datamodule import IdLoader, Ids, ImageData
-from litdistill.errors import UserError
+from litdistill.utils.errors import UserError
 
 
 def digits(**options) -> ImageData:
@@ -70,7 +70,7 @@ def test_impossible_options_are_refused_with_words(options, words):
         digits(**options)
 
 
-def test_normalised_training_images_have_mean_0_and_deviation_1():
+def test_normalized_training_images_have_mean_0_and_deviation_1():
     data = digits()
     images = torch.cat([b.images for b in data.batches("train")]).double()
     assert abs(images.mean()) < 1e-5
@@ -85,10 +85,10 @@ class Recorder(LightningModule):
     def __init__(self):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(()))
-        self.seen = []
+        self.get_batch = []
 
     def training_step(self, batch, batch_idx):
-        self.seen += [
+        self.get_batch += [
             (self.current_epoch, int(i), int(v), x.numpy().tobytes())
             for i, v, x in zip(batch.ids, batch.views, batch.images, strict=True)
         ]
@@ -106,7 +106,7 @@ def views_seen(tmp_path, **options) -> list:
         enable_model_summary=False, default_root_dir=tmp_path, limit_val_batches=0, num_sanity_val_steps=0,
     )  # fmt: skip
     trainer.fit(model, datamodule=data)
-    return model.seen
+    return model.get_batch
 
 
 def test_the_same_views_in_any_batch_size(tmp_path):

@@ -4,8 +4,8 @@ import json
 
 import torch
 
-from litdistill.evaluate import collect, differences, evaluate, load_run, rebuild
-from litdistill.teacher import weights_sha256
+from litdistill.distillation.teacher import weights_sha256
+from litdistill.evaluation.evaluate import collect, differences, evaluate, load_run, rebuild
 from tests.test_cli import FAST, call
 
 
@@ -23,7 +23,7 @@ def test_two_processes_make_one_run_with_exact_metrics(tmp_path):
     assert summary["steps"] == 4  # 120 images, 32 on each of two ranks, 2 epochs
     assert differences(evaluate(folder, device="cpu"), load_run(folder)[1]) == []
     data, distiller = rebuild(folder)
-    logits, targets = collect(distiller.shipped, data, "val")
+    logits, targets = collect(distiller.deployed_student, data, "val")
     # What the ranks gathered and logged is what one process finds, to the last sample.
     assert summary["val"]["best"] == torch.tensor((logits.argmax(1) == targets).double().mean().item()).float().item()
     assert weights_sha256(distiller.teacher.net.state_dict()) == summary["teacher"]["sha256"]

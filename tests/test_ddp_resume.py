@@ -6,14 +6,14 @@ import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from litdistill import taps
-from litdistill.cache import CacheOptions
-from litdistill.callbacks import SeededSteps
 from litdistill.data.datamodule import ImageData
-from litdistill.distiller import Distiller
+from litdistill.distillation.distiller import Distiller
+from litdistill.distillation.teacher import FrozenTeacher
+from litdistill.distillation.teacher_cache import CacheOptions
+from litdistill.features import feature_extractor as taps
 from litdistill.methods.crd import CRD
-from litdistill.nets.small import conv4
-from litdistill.teacher import FrozenTeacher
+from litdistill.models.small import conv4
+from litdistill.training.callbacks import PerStepSeed
 
 
 def run(folder, callbacks=(), ckpt=None):
@@ -23,7 +23,9 @@ def run(folder, callbacks=(), ckpt=None):
     data.window = 2
     student, teacher = (conv4(10, (1, 8, 8), widths=[w, w]) for w in (8, 12))
     example, method = torch.randn(2, 1, 8, 8), CRD(width=8, negatives=16)
-    found = [taps.find(net, example, asked) for net, asked in zip((student, teacher), method.taps(), strict=True)]
+    found = [
+        taps.resolve_taps(net, example, asked) for net, asked in zip((student, teacher), method.taps(), strict=True)
+    ]
     distiller = Distiller(
         student, method, FrozenTeacher(teacher, found[1]), functools.partial(torch.optim.SGD, lr=0.05),
         student_taps=found[0], allow_chance=True, cache=CacheOptions("off"), window=2,
@@ -36,7 +38,7 @@ def run(folder, callbacks=(), ckpt=None):
     student.train()
     distiller._ddp_params_and_buffers_to_ignore = [f"method.{name}" for name, _ in method.named_buffers()]
     trainer = Trainer(
-        accelerator="cpu", devices=2, strategy="ddp_fork", max_epochs=2, callbacks=[SeededSteps(0), *callbacks],
+        accelerator="cpu", devices=2, strategy="ddp_fork", max_epochs=2, callbacks=[PerStepSeed(0), *callbacks],
         logger=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
         use_distributed_sampler=False, default_root_dir=folder,
     )  # fmt: skip

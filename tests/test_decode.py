@@ -6,8 +6,8 @@ from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
 from litdistill.data.folder import read_split
-from litdistill.errors import UserError
-from litdistill.predict import read_images
+from litdistill.export.predict import read_images
+from litdistill.utils.errors import UserError
 
 
 def train(path, channels=1, size=8):

@@ -10,15 +10,15 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from litdistill.data.datamodule import ImageData
-from litdistill.distiller import Distiller, check_teacher, interpolate
-from litdistill.errors import UserError
-from litdistill.faster import Product, folded, prepacked
+from litdistill.distillation.distiller import Distiller, check_teacher, interpolate
+from litdistill.distillation.inference import ConvAsLinear, fuse_batchnorm, prepack
+from litdistill.distillation.teacher import FrozenTeacher, weights_sha256
 from litdistill.methods.base import Method
 from litdistill.methods.kd import KD
 from litdistill.methods.supervised import Supervised
-from litdistill.nets.resnet import resnet
-from litdistill.nets.small import conv4
-from litdistill.teacher import FrozenTeacher, weights_sha256
+from litdistill.models.resnet import resnet
+from litdistill.models.small import conv4
+from litdistill.utils.errors import UserError
 
 
 def net(width: int = 8, seed: int = 0) -> nn.Module:
@@ -59,7 +59,7 @@ def test_the_teacher_is_bit_identical_after_a_fit(tmp_path):
     assert not all(torch.equal(v, distiller.student.state_dict()[k]) for k, v in student.items())
 
 
-def test_no_checkpoint_and_no_optimiser_holds_the_teacher(tmp_path):
+def test_no_checkpoint_and_no_optimizer_holds_the_teacher(tmp_path):
     distiller = Distiller(net(), KD(), FrozenTeacher(net(16, seed=1)), allow_chance=True)
     trainer = fit(distiller, digits(), tmp_path)
     trainer.save_checkpoint(tmp_path / "a.ckpt")
@@ -206,7 +206,7 @@ def test_folding_is_exact_in_float64_and_leaves_the_teacher_itself_alone():
             m.running_mean.uniform_(-1, 1), m.running_var.uniform_(0.5, 2), m.weight.data.uniform_(0.5, 2)
     before = weights_sha256(teacher.state_dict())
     images = torch.randn(5, 1, 8, 8, dtype=torch.float64)
-    fast = folded(teacher, images)
+    fast = fuse_batchnorm(teacher, images)
     assert not any(isinstance(m, nn.BatchNorm2d) for m in fast.modules())
     torch.testing.assert_close(fast(images), teacher(images), rtol=1e-12, atol=1e-12)
     frozen = FrozenTeacher(teacher, (), images)
@@ -251,7 +251,7 @@ def test_a_convolution_to_one_pixel_is_a_matrix_product(kernel, stride, padding,
     conv = nn.Conv2d(4, 6, kernel, stride, padding, bias=padding != 1).double()
     maps = torch.randn(5, 4, *size, dtype=torch.float64).to(memory_format=torch.channels_last)
     assert conv(maps).shape == (5, 6, 1, 1)
-    torch.testing.assert_close(Product(conv, *size)(maps), conv(maps), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(ConvAsLinear(conv, *size)(maps), conv(maps), rtol=1e-12, atol=1e-12)
 
 
 def test_a_teacher_whose_course_depends_on_its_images_is_not_written_down():
@@ -265,7 +265,7 @@ def test_a_teacher_whose_course_depends_on_its_images_is_not_written_down():
 
     odd = Odd().eval()
     images = torch.randn(4, 1, 8, 8)
-    assert prepacked(odd, images) is odd
+    assert prepack(odd, images) is odd
     frozen = FrozenTeacher(odd, (), images[:2])
     assert torch.equal(frozen(images[:1]).logits, odd(images[:1]).detach())
     assert torch.equal(frozen(images).logits, odd(images).detach())
@@ -281,7 +281,7 @@ def test_a_network_that_cannot_be_traced_or_folded_exactly_is_run_as_it_is():
             return self.net(images) if images.sum() > 0 else self.net(-images)
 
     odd = Branches().eval()
-    assert folded(odd, torch.randn(2, 1, 8, 8)) is odd
+    assert fuse_batchnorm(odd, torch.randn(2, 1, 8, 8)) is odd
     shared = nn.Sequential(conv := nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1), conv, nn.Flatten()).eval()
     shared[1].running_var.fill_(9.0)
     images = torch.randn(2, 1, 8, 8)

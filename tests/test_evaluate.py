@@ -8,12 +8,12 @@ import pytest
 from omegaconf import OmegaConf
 from PIL import Image
 
-from litdistill.checkpoint import noted, write_text
-from litdistill.errors import UserError
-from litdistill.evaluate import evaluate, load_run, pick_device
-from litdistill.export import export
-from litdistill.predict import load
-from litdistill.train import train
+from litdistill.evaluation.evaluate import evaluate, load_run, pick_device
+from litdistill.export.export import export
+from litdistill.export.predict import load
+from litdistill.training.train import train
+from litdistill.utils.checkpoint import read_metadata, write_text
+from litdistill.utils.errors import UserError
 from tests.conftest import compose_config
 
 
@@ -44,7 +44,7 @@ def own(images, tmp_path) -> Path:
     return tmp_path / "own"
 
 
-def test_a_run_is_normalised_as_it_was_trained_though_its_folder_has_grown(own, images):
+def test_a_run_is_normalized_as_it_was_trained_though_its_folder_has_grown(own, images):
     before = evaluate(own, device="cpu")
     for i in range(40):
         Image.new("RGB", (8, 8), (250, 250, 200 + i)).save(images / "train" / "east" / f"new{i}.png")
@@ -54,7 +54,7 @@ def test_a_run_is_normalised_as_it_was_trained_though_its_folder_has_grown(own, 
     trained = json.loads((own / "summary.json").read_text())["student"]["test"]["accuracy"]["best"]
     assert check["accuracy"] == check["student_accuracy"] == trained
     facts = load(path).facts
-    assert (facts.mean, facts.std) == (noted(own, "mean"), noted(own, "std"))
+    assert (facts.mean, facts.std) == (read_metadata(own, "mean"), read_metadata(own, "std"))
 
 
 def test_a_run_whose_classes_or_images_are_others_now_is_refused(own, images):

@@ -19,13 +19,13 @@ from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file
 
-from litdistill import export as export_module
-from litdistill.checkpoint import write_text
 from litdistill.data.sources import load as load_data
-from litdistill.errors import UserError
-from litdistill.export import export, ship, verify
-from litdistill.predict import build_net, check_facts, load, main, predict
-from litdistill.train import train
+from litdistill.export.export import export, export_student, verify
+from litdistill.export.export import export as export_module
+from litdistill.export.predict import build_net, check_facts, load, main, predict
+from litdistill.training.train import train
+from litdistill.utils.checkpoint import write_text
+from litdistill.utils.errors import UserError
 from tests.conftest import compose_config
 
 onnx = pytest.importorskip("onnx")
@@ -133,7 +133,7 @@ def test_the_onnx_file_says_what_it_is_and_keeps_to_itself(run):
     assert out.name == "logits"
 
 
-def test_int8_weights_are_eight_bits_with_a_scale_for_each_channel_and_normalisation_stays_float(run):
+def test_int8_weights_are_eight_bits_with_a_scale_for_each_channel_and_normalization_stays_float(run):
     model = onnx.load(run / "export" / "student-int8.onnx")
     of = {t.name: t for t in model.graph.initializer}
     weights = [t for t in of.values() if t.data_type == onnx.TensorProto.INT8 and len(t.dims) == 4]
@@ -154,7 +154,7 @@ def test_the_safetensors_file_says_what_it_is(run):
         facts = {k: json.loads(v) for k, v in file.metadata().items()}
         assert {file.get_tensor(k).dtype for k in file.keys() if "tracked" not in k} == {torch.float16}  # noqa: SIM118
     assert facts["classes"][3] == "3"
-    assert facts["net"]["_target_"] == "litdistill.nets.small.conv4"
+    assert facts["net"]["_target_"] == "litdistill.models.small.conv4"
 
 
 def test_no_file_tells_the_paths_of_the_machine_it_was_made_on(run):
@@ -162,7 +162,7 @@ def test_no_file_tells_the_paths_of_the_machine_it_was_made_on(run):
         content = path.read_bytes()
         assert b"site-packages" not in content
         assert str(run).encode() not in content
-        assert b"litdistill/formats.py" not in content
+        assert b"litdistill/export/writers.py" not in content
 
 
 def test_a_file_that_is_not_the_student_is_not_kept(run, monkeypatch, shipped):
@@ -257,7 +257,7 @@ def test_a_class_whose_name_acts_on_who_reads_it_is_named_before_anything_is_wri
     monkeypatch.setattr(export_module, "write_format", lambda *_: pytest.fail("written"))
     data = SimpleNamespace(class_names=(name, *"123456789"))
     with pytest.raises(UserError, match=r"The class .* cannot be exported: its name .* Rename its folder"):
-        ship(tmp_path, torch.nn.Linear(1, 1), data)
+        export_student(tmp_path, torch.nn.Linear(1, 1), data)
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------
@@ -402,19 +402,19 @@ def test_a_hostile_manifest_is_refused(shipped, text):
     "net",
     [
         {"_target_": "os.system", "command": "true"},
-        {"_target_": "litdistill.predict.main"},
-        {"_target_": "litdistill.nets.small.prod"},
-        {"_target_": "litdistill.nets.small.nn"},
-        {"_target_": "litdistill.nets.parts.os.system"},
-        {"_target_": "litdistill.nets.torchvision_door.get_model"},
+        {"_target_": "litdistill.export.predict.main"},
+        {"_target_": "litdistill.models.small.prod"},
+        {"_target_": "litdistill.models.small.nn"},
+        {"_target_": "litdistill.models.parts.os.system"},
+        {"_target_": "litdistill.models.torchvision.get_model"},
         {
-            "_target_": "litdistill.nets.torchvision_door.torchvision_classifier",
+            "_target_": "litdistill.models.torchvision.torchvision_classifier",
             "name": "resnet18",
             "weights": "DEFAULT",
         },
-        {"_target_": "litdistill.nets.timm_door.timm_classifier", "name": "resnet18", "checkpoint_path": "x.pt"},
-        {"_target_": "litdistill.nets.timm_door.timm_classifier", "name": "hf-hub:stranger/net"},
-        {"_target_": ["litdistill.nets.small.conv4"]},
+        {"_target_": "litdistill.models.timm.timm_classifier", "name": "resnet18", "checkpoint_path": "x.pt"},
+        {"_target_": "litdistill.models.timm.timm_classifier", "name": "hf-hub:stranger/net"},
+        {"_target_": ["litdistill.models.small.conv4"]},
         {},
     ],
 )
@@ -459,7 +459,7 @@ def test_predict_needs_neither_lightning_nor_hydra_nor_torch(run, pictures, refe
         sys.meta_path.insert(0, Block())
         sys.argv[0] = "predict"
         import runpy
-        runpy.run_module("litdistill.predict", run_name="__main__")
+        runpy.run_module("litdistill.export.predict", run_name="__main__")
     """
     command = [sys.executable, "-c", textwrap.dedent(program)]
     model = str(run / "export" / "student.onnx")

@@ -19,7 +19,7 @@ from PIL import Image
 
 from litdistill.data import fetch, ways
 from litdistill.data.sources import fingerprint, load
-from litdistill.errors import UserError
+from litdistill.utils.errors import UserError
 from tests.published import RNG, TINY, check_tiny, cifar_record, publish, put
 
 # -- fetching ----------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from litdistill.evaluate import differences, evaluate, load_run
+from litdistill.evaluation.evaluate import differences, evaluate, load_run
 from tests.test_cli import call
 from tests.test_scale import PLAIN, curve
 

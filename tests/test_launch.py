@@ -12,9 +12,9 @@ import pytest
 from omegaconf import OmegaConf
 from torch.distributed import TCPStore
 
-from litdistill.errors import UserError
-from litdistill.launch import Launch, fit_to_launch, launched, run_stamp
-from litdistill.train import build_trainer
+from litdistill.training.train import build_trainer
+from litdistill.utils.distributed import Launch, fit_to_launch, launched, run_stamp
+from litdistill.utils.errors import UserError
 from tests import forked
 from tests.conftest import compose_config
 from tests.test_cli import ROOT, call

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from litdistill import measure
+from litdistill.evaluation import latency as measure
 
 
 class Clock:

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from litdistill import metrics
-from litdistill.errors import UserError
+from litdistill.tasks import metrics
+from litdistill.utils.errors import UserError
 
 
 @pytest.mark.parametrize(("n", "classes"), [(1, 2), (7, 3), (200, 10), (50, 1000)])
@@ -24,7 +24,7 @@ def test_quality_and_likeness_are_their_formulas(n, classes):
         if inside.any():
             ece += inside.mean() * abs(confidence[inside].mean() - right[inside].mean())
     assert found["ece"] == pytest.approx(ece, abs=1e-6)
-    like = metrics.likeness(torch.tensor(x), torch.tensor(y))
+    like = metrics.agreement(torch.tensor(x), torch.tensor(y))
     assert like["agreement"] == pytest.approx((x.argmax(1) == y.argmax(1)).mean())
     assert like["kl"] == pytest.approx((q * (np.log(q) - np.log(p))).sum(1).mean())
 

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from litdistill.build import build_data
+from litdistill.cli import CONF
+from litdistill.config.build import build_data
 from litdistill.data import mixing
 from litdistill.data.augment import Crop, Flip, apply_views, draw_views
 from litdistill.data.datamodule import Ids, ImageData
 from litdistill.data.mixing import LEVELS, CutMix, Mixup
-from litdistill.errors import UserError
-from litdistill.runtime import CONF
-from litdistill.train import train
+from litdistill.training.train import train
+from litdistill.utils.errors import UserError
 from tests.conftest import compose_config
 
 # Distribution functions of Beta(alpha, alpha) as textbooks give them.
@@ -63,7 +63,7 @@ def data(mix, **options) -> ImageData:
 def test_images_and_labels_are_mixed_as_numpy_mixes_them(kind):
     d = data(kind, mean=[0.0], std=[1 / 255], seed=3)  # images on the scale 0 to 255
     ids, rounds = d.train_ids[100:160], torch.full((60,), 7)
-    batch = d.seen("train", ids, rounds)
+    batch = d.get_batch("train", ids, rounds)
     partners = mixing.partners(3, rounds, ids, d.train_ids)
     own, others = (  # each in the view that it has itself in this round
         apply_views(d.augment, d.source.train.images[i], draw_views(d.augment, 3, rounds, i)).double().numpy()
@@ -104,7 +104,7 @@ def test_the_box_of_cutmix_is_the_published_one():
     bits = torch.randint(0, 2**56, (3000,), generator=torch.Generator().manual_seed(0))
     black, white = torch.zeros(3000, 1, h, w, dtype=torch.uint8), torch.ones(3000, 1, h, w, dtype=torch.uint8)
     mixed, share = cut.apply(black, white, bits)
-    centres = set()
+    centers = set()
     for n, b in enumerate(bits.tolist()):
         lam = (b % 2**16 + 0.5) / 2**16
         cy, cx = ((b >> 16) % 2**20) * h >> 20, ((b >> 36) % 2**20) * w >> 20
@@ -113,20 +113,20 @@ def test_the_box_of_cutmix_is_the_published_one():
         expected[max(cy - cut_h // 2, 0) : cy + cut_h // 2, max(cx - cut_w // 2, 0) : cx + cut_w // 2] = 1
         assert (mixed[n, 0].numpy() == expected).all()
         assert share[n] == pytest.approx(1 - expected.mean(), abs=1e-6)
-        centres.add((cy, cx))
-    assert len(centres) == h * w
+        centers.add((cy, cx))
+    assert len(centers) == h * w
 
 
 @pytest.mark.parametrize("kind", [Mixup(0.4), CutMix(1.0)])
 def test_a_mixed_image_depends_on_no_batch(kind):
     d = data(kind, batch_size=50)
     ids, rounds = d.train_ids[:90], torch.arange(90) % 4
-    whole = d.seen("train", ids, rounds)
-    parts = [d.seen("train", i, r) for i, r in zip(ids.split(7), rounds.split(7), strict=True)]
+    whole = d.get_batch("train", ids, rounds)
+    parts = [d.get_batch("train", i, r) for i, r in zip(ids.split(7), rounds.split(7), strict=True)]
     assert torch.equal(whole.images, torch.cat([p.images for p in parts]))
     assert torch.equal(whole.targets, torch.cat([p.targets for p in parts]))
-    assert not torch.equal(whole.images, data(kind, seed=1).seen("train", ids, rounds).images)
-    assert not torch.equal(whole.images, d.seen("train", ids, rounds + 1).images)
+    assert not torch.equal(whole.images, data(kind, seed=1).get_batch("train", ids, rounds).images)
+    assert not torch.equal(whole.images, d.get_batch("train", ids, rounds + 1).images)
     first = next(iter(d.train_dataloader()))  # a view is its round
     assert first.views.tolist() == [0] * 50
     assert d.views is None

@@ -14,19 +14,19 @@ from omegaconf import OmegaConf
 from torch import nn
 from torchvision.models import get_model_weights
 
-from litdistill.errors import UserError
-from litdistill.nets.mobilenet import mobilenet_v2
-from litdistill.nets.profile import count_parameters
-from litdistill.nets.resnet import PadShortcut, resnet, resnet_cifar
-from litdistill.nets.shufflenet import shuffle, shufflenet_v1, shufflenet_v2
-from litdistill.nets.small import conv4, lenet, mlp
-from litdistill.nets.torchvision_door import torchvision_classifier
-from litdistill.nets.vgg import vgg
-from litdistill.nets.wrn import WideBlock, wrn
+from litdistill.models.mobilenet import mobilenet_v2
+from litdistill.models.profile import count_parameters
+from litdistill.models.resnet import PadShortcut, resnet, resnet_cifar
+from litdistill.models.shufflenet import shuffle, shufflenet_v1, shufflenet_v2
+from litdistill.models.small import conv4, lenet, mlp
+from litdistill.models.torchvision import torchvision_classifier
+from litdistill.models.vgg import vgg
+from litdistill.models.wrn import WideBlock, wrn
+from litdistill.utils.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 YAMLS = {p.stem: p for p in sorted((ROOT / "conf" / "net").glob("*.yaml"))}
-DIGITS, GREY, COLOUR = (10, (1, 8, 8)), (10, (1, 28, 28)), (100, (3, 32, 32))
+DIGITS, GREY, COLOR = (10, (1, 8, 8)), (10, (1, 28, 28)), (100, (3, 32, 32))
 REFUSED = {("lenet", DIGITS), ("timm", DIGITS), ("timm", GREY)}
 LARGE = {"resnet50", "resnet101", "torchvision", "timm"}
 OWN = [name for name in YAMLS if name not in LARGE]
@@ -43,7 +43,7 @@ def assert_refused(name, case):
     assert "\n" not in str(refusal.value.__cause__)
 
 
-@pytest.mark.parametrize("case", [GREY, COLOUR], ids=["28", "32"])
+@pytest.mark.parametrize("case", [GREY, COLOR], ids=["28", "32"])
 @pytest.mark.parametrize("name", YAMLS)
 def test_every_yaml_runs(name, case):
     node = OmegaConf.load(YAMLS[name])
@@ -76,7 +76,7 @@ def test_8x8_runs_or_is_refused_in_one_line(name):
 def test_stages_and_classifier(name):
     """`layer1`, `layer2`, … are sequential; `fc` comes last and reads (N, C)."""
     with torch.device("meta"):
-        net = build(name, COLOUR).eval()
+        net = build(name, COLOR).eval()
         stages = [k for k, _ in net.named_children() if k.startswith("layer")]
         assert stages == [f"layer{i}" for i in range(1, len(stages) + 1)]
         assert len(stages) >= 3
@@ -85,7 +85,7 @@ def test_stages_and_classifier(name):
         for key, child in net.named_modules():
             if not list(child.children()):
                 child.register_forward_hook(lambda m, given, out, key=key: calls.append((key, given[0].shape)))
-        net(torch.empty(2, *COLOUR[1]))
+        net(torch.empty(2, *COLOR[1]))
     assert calls[-1] == ("fc", (2, net.fc.in_features))
     assert len(calls) == len({key for key, _ in calls}), "a module that runs twice hides its first input from a hook"
 
@@ -196,7 +196,7 @@ COUNTS = {  # 3x32x32, 100 classes: by hand, and the figure that is quoted for i
 @pytest.mark.parametrize("name", COUNTS)
 def test_parameters_of_the_distillation_tables(name):
     with torch.device("meta"):
-        net = build(name, COLOUR)
+        net = build(name, COLOR)
     by_hand, published = COUNTS[name]
     assert count_parameters(net) == by_hand == published
 

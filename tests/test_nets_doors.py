@@ -12,10 +12,10 @@ import torch
 from torch import nn
 from torchvision.models import get_model, get_model_weights
 
-from litdistill.errors import UserError
-from litdistill.nets.resnet import resnet_cifar
-from litdistill.nets.timm_door import timm_classifier
-from litdistill.nets.torchvision_door import torchvision_classifier
+from litdistill.models.resnet import resnet_cifar
+from litdistill.models.timm import timm_classifier
+from litdistill.models.torchvision import torchvision_classifier
+from litdistill.utils.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,7 @@ from litdistill.nets.torchvision_door import torchvision_classifier
         lambda: torchvision_classifier(10, (3, 32, 32), "fcn_resnet50"),
         lambda: torchvision_classifier(10, (3, 32, 32), "resnet18", stem="tiny"),
         lambda: torchvision_classifier(10, (3, 32, 32), "resnet18", weights="IMAGENET22K"),
-        lambda: torchvision_classifier(10, (3, 32, 32), "resnet18", colour="red"),
+        lambda: torchvision_classifier(10, (3, 32, 32), "resnet18", color="red"),
         lambda: torchvision_classifier(10, (3, 32, 32), "vgg11", stem="small"),
         lambda: torchvision_classifier(10, (3, 32, 48), "vit_b_16"),
         lambda: torchvision_classifier(10, (1, 28, 28), "vit_b_16"),

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torchvision.models import get_model_weights
 
-from litdistill.nets.profile import count_macs, weight_bytes
-from litdistill.nets.small import conv4, mlp
-from litdistill.nets.torchvision_door import torchvision_classifier
+from litdistill.models.profile import count_macs, weight_bytes
+from litdistill.models.small import conv4, mlp
+from litdistill.models.torchvision import torchvision_classifier
 
 
 def test_macs_by_hand():

@@ -19,9 +19,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from litdistill import origin, runtime
-from litdistill.checkpoint import WholeCheckpoints
+from litdistill import cli as runtime
+from litdistill.config import origin
 from litdistill.data import fetch
+from litdistill.utils.checkpoint import AtomicCheckpointIO
 from tests.forked import (
     ROOT,
     TINY,
@@ -154,13 +155,13 @@ def save_over(cwd: Path, number: int) -> None:
     os.chdir(cwd)
     tempfile.tempdir = "/dev/shm"  # another disk than the run's
     killed_at_change(number)
-    WholeCheckpoints().save_checkpoint({"step": 2, "weights": torch.ones(10_000)}, cwd / "last.ckpt")
+    AtomicCheckpointIO().save_checkpoint({"step": 2, "weights": torch.ones(10_000)}, cwd / "last.ckpt")
 
 
 def test_a_checkpoint_is_the_old_one_or_the_new_one_at_any_moment(tmp_path):
     steps = []
     for number in range(1, 10):
-        WholeCheckpoints().save_checkpoint({"step": 1}, tmp_path / "last.ckpt")
+        AtomicCheckpointIO().save_checkpoint({"step": 1}, tmp_path / "last.ckpt")
         process = FORK.Process(target=save_over, args=(tmp_path, number))
         process.start()
         process.join()
@@ -177,7 +178,7 @@ def fetch_slowly(root: Path, step: int | None, notes: Path) -> None:
     os.chdir(root)
     files = {name: name.encode() * 1000 for name in ("a", "b")}
     known = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
-    fetch.SETS["mnist"] = fetch.SETS["mnist"]._replace(digests=known, ways={"here": lambda _: files})
+    fetch.DATASETS["mnist"] = fetch.DATASETS["mnist"]._replace(digests=known, ways={"here": lambda _: files})
     if step is None:
         note_changes(notes)
     else:

@@ -8,15 +8,15 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from litdistill import robustness
-from litdistill.calibration import fit_temperature
-from litdistill.checkpoint import write_text
-from litdistill.evaluate import collect, rebuild
-from litdistill.page import collect as page
-from litdistill.page.collect import Seed, Settings, groups, spread_out
-from litdistill.page.sections import starts_from
-from litdistill.predict import load
-from litdistill.train import train
+from litdistill.evaluation import robustness
+from litdistill.evaluation.calibration import fit_temperature
+from litdistill.evaluation.evaluate import collect, rebuild
+from litdistill.export.predict import load
+from litdistill.report.collect import Seed, Settings, groups, spread_out
+from litdistill.report.sections import starts_from
+from litdistill.report.tables import collect as page
+from litdistill.training.train import train
+from litdistill.utils.checkpoint import write_text
 from tests.conftest import SMALL, compose_config
 
 torch.set_num_threads(1)
@@ -47,7 +47,7 @@ def test_an_int8_row_is_measured_with_its_file(measured):
     chunks = images.split(data.eval_batch_size)
     expected = np.concatenate([file(chunk.numpy()) for chunk in chunks])
     assert np.array_equal(seed.test.numpy(), expected)
-    assert not torch.equal(seed.test, collect(distiller.shipped, data, "test")[0])  # which rounds elsewhere
+    assert not torch.equal(seed.test, collect(distiller.deployed_student, data, "test")[0])  # which rounds elsewhere
     assert np.array_equal(seed.val.numpy(), file(data.source.train.images[data.val_ids].numpy()))
     assert torch.equal(seed.test_targets, data.source.test.targets[data.test_ids])
     assert torch.equal(seed.val_targets, data.source.train.targets[data.val_ids])
@@ -59,7 +59,7 @@ def test_the_temperature_is_fitted_on_the_validation_set(measured):
     for row in (rows["fp32"], group.teacher):
         (seed,) = row.seeds
         data, distiller = rebuild(seed.folder)
-        net = distiller.teacher.net if row.teacher else distiller.shipped
+        net = distiller.teacher.net if row.teacher else distiller.deployed_student
         assert seed.temperature == fit_temperature(*collect(net, data, "val"))
         assert seed.temperature != fit_temperature(*collect(net, data, "test"))
     (seed,) = rows["int8"].seeds
@@ -92,11 +92,11 @@ class Sorted:
         images = (40 * self.targets + shift).to(torch.uint8)[:, None, None, None].expand(100, 1, 8, 8).contiguous()
         self.source = type("Source", (), {"test": type("Split", (), {"images": images, "targets": self.targets})})
 
-    def normalise(self, images: torch.Tensor) -> torch.Tensor:
+    def normalize(self, images: torch.Tensor) -> torch.Tensor:
         return images.float()
 
     def batches(self, split, device):
-        yield page_batch(self.normalise(self.source.test.images), self.targets)
+        yield page_batch(self.normalize(self.source.test.images), self.targets)
 
 
 def page_batch(images, targets):

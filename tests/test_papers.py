@@ -8,16 +8,16 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from litdistill import papers
-from litdistill.callbacks import best_shift
+from litdistill.benchmarks import published_tables as papers
+from litdistill.cli import CONF
+from litdistill.config.recipes import recipe_hash, teacher_config
 from litdistill.data import datamodule
 from litdistill.data.datamodule import ImageData
-from litdistill.errors import UserError
-from litdistill.evaluate import differences, evaluate
-from litdistill.nets.small import mlp
-from litdistill.recipes import recipe_hash, teacher_config
-from litdistill.runtime import CONF
-from litdistill.train import train
+from litdistill.evaluation.evaluate import differences, evaluate
+from litdistill.models.small import mlp
+from litdistill.training.callbacks import best_shift
+from litdistill.training.train import train
+from litdistill.utils.errors import UserError
 from tests.conftest import compose_config
 from tests.test_configs import STEP, generated
 
@@ -215,7 +215,7 @@ def test_a_student_whose_bias_is_corrected_is_a_run_that_can_be_measured_again(s
     before = evaluate(first.folder)["student"]["accuracy"]
     step = ["optimizer.lr=0", "trainer.max_epochs=1", "trainer.limit_train_batches=1"]
     step += ["+teacher.recipe.optimizer.lr=1e-3", "+teacher.recipe.trainer.limit_train_batches=null"]
-    bias = "+callbacks.bias={_target_: litdistill.callbacks.ClassBias, classes: [3]}"
+    bias = "+callbacks.bias={_target_: litdistill.training.callbacks.ClassBias, classes: [3]}"
     second = small(*omit, *step, bias, f"student.checkpoint={first.folder}", "watch_test=true", name="second")
     train(started(second))
     summary = json.loads((Path(second.folder) / "summary.json").read_text())

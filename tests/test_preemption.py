@@ -138,7 +138,7 @@ def test_two_multiruns_in_one_folder_lose_nothing(whole, tmp_path):
 
 def fail_with_seed_1() -> None:
     no_pictures()
-    import litdistill.train as module
+    import litdistill.training.train as module
 
     build = module.build_data
 

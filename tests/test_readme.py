@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 
 import litdistill.methods
-import litdistill.nets
+import litdistill.models
+from litdistill.cli import CONF
 from litdistill.data import datamodule
 from litdistill.data.sources import load
-from litdistill.runtime import CONF
-from litdistill.train import train
+from litdistill.training.train import train
 from tests.conftest import compose_config
 from tests.test_configs import SHAPES, STEP, generated
 
@@ -40,7 +40,7 @@ def readme_files(tmp_path, monkeypatch):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    for package in (litdistill.methods, litdistill.nets):
+    for package in (litdistill.methods, litdistill.models):
         folder = tmp_path / "src" / package.__name__.replace(".", "/")
         monkeypatch.setattr(package, "__path__", [*package.__path__, str(folder)])
     return tmp_path

@@ -8,9 +8,9 @@ import math
 import pytest
 from rich.console import Console
 
-from litdistill import report
-from litdistill.checkpoint import write_text
-from litdistill.summary import settings
+from litdistill.evaluation.summary import settings
+from litdistill.report.tables import tables as report
+from litdistill.utils.checkpoint import write_text
 
 # -- kinds -------------------------------------------------------------------------------------------------------------
 
@@ -131,7 +131,7 @@ def test_summaries_without_settings_are_grouped_by_their_options():
 
 
 def test_a_picture_has_a_row_for_each_kind(tmp_path, monkeypatch):
-    from litdistill import pictures
+    from litdistill.evaluation import figures as pictures
 
     made = []
     figure = pictures.new_figure

@@ -11,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from litdistill.checkpoint import write_text
-from litdistill.errors import UserError
-from litdistill.page import history, plots, sections
-from litdistill.page.blocks import Section, Table, Text
-from litdistill.page.build import build
-from litdistill.page.collect import Row, Settings, _cached, _tell_apart
-from litdistill.page.robust import robust
-from litdistill.train import train
+from litdistill.report.blocks import Section, Table, Text
+from litdistill.report.build import build
+from litdistill.report.collect import Row, Settings, _cached, _tell_apart
+from litdistill.report.robust import robust
+from litdistill.report.tables import history, plots, sections
+from litdistill.training.train import train
+from litdistill.utils.checkpoint import write_text
+from litdistill.utils.errors import UserError
 from tests import pages
 from tests.conftest import SMALL, compose_config
 from tests.pages import SETTINGS, group

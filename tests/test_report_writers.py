@@ -7,15 +7,15 @@ import xml.etree.ElementTree as ET
 
 import torch
 
-from litdistill import metrics
-from litdistill.page import plots
-from litdistill.page.blocks import Code, Section, Table, Text, html_page, markdown_page, plain
+from litdistill.report.blocks import Code, Section, Table, Text, html_page, markdown_page, plain
+from litdistill.report.tables import plots
+from litdistill.tasks import metrics
 from tests.pages import HOSTILE, write_page
 
 # -- pictures ----------------------------------------------------------------------------------------------------------
 
 
-def test_no_two_rows_look_alike_nor_depend_on_colour_alone():
+def test_no_two_rows_look_alike_nor_depend_on_color_alone():
     looks = plots.styles([str(i) for i in range(19)], [True] + 18 * [False])
     seen = {(s.look["color"], s.look["marker"]) for s in looks}
     assert len(seen) == 19

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from litdistill import papers, reproductions
-from litdistill.errors import UserError
-from litdistill.papers import Published
-from litdistill.runtime import CONF
-from litdistill.train import train
+from litdistill.benchmarks import published_tables as papers
+from litdistill.benchmarks import reproductions
+from litdistill.benchmarks.published_tables import Published
+from litdistill.cli import CONF
+from litdistill.training.train import train
+from litdistill.utils.errors import UserError
 from tests.conftest import compose_config
 from tests.test_papers import started
 

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from litdistill import robustness
-from litdistill.calibration import BOUNDS, fit_temperature
+from litdistill.evaluation import robustness
+from litdistill.evaluation.calibration import BOUNDS, fit_temperature
 
 torch.set_num_threads(1)
 

@@ -14,11 +14,12 @@ from lightning.pytorch.utilities import rank_zero_only
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.distributed.tensor import DTensor
 
-from litdistill import build, sharding
-from litdistill.errors import UserError
-from litdistill.recipes import recipe_hash
-from litdistill.scale import Scale
-from litdistill.train import train
+from litdistill.config import build
+from litdistill.config.lr_scaling import Scale
+from litdistill.config.recipes import recipe_hash
+from litdistill.distillation import sharding
+from litdistill.training.train import train
+from litdistill.utils.errors import UserError
 from tests import forked
 from tests.conftest import compose_config
 
@@ -167,7 +168,7 @@ def test_the_learning_rate_follows_the_global_batch(scale, batch, lr, text):
     assert text in str(scale)
 
 
-def test_the_scaled_rate_is_what_the_optimiser_gets_and_what_is_written_down(small):
+def test_the_scaled_rate_is_what_the_optimizer_gets_and_what_is_written_down(small):
     cfg = small("scale.reference_batch=128", "scale.rule=sqrt", "data.batch_size=32", "optimizer.lr=0.01", "teacher=null",
                 "method=supervised")  # fmt: skip
     train(cfg)

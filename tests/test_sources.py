@@ -20,7 +20,7 @@ from torchvision.datasets.mnist import read_sn3_pascalvincent_tensor
 from litdistill.data import fetch
 from litdistill.data.folder import train_and_test
 from litdistill.data.sources import CIFAR100, Split, fingerprint, load, read_folder, read_idx
-from litdistill.errors import UserError
+from litdistill.utils.errors import UserError
 from tests.published import RNG, TINY, check_tiny, cifar_record, idx, publish, put
 
 # -- digits ------------------------------------------------------------------------------------------------------------
@@ -115,8 +115,8 @@ def test_python_batches_that_torchvision_left_are_read(tmp_path, monkeypatch):
         for name, s in rows.items()
     }
     md5s = {name: hashlib.md5(data).hexdigest() for name, data in files.items()}
-    published = fetch.SETS["cifar100"]._replace(batches=("cifar-100-python", md5s))
-    monkeypatch.setitem(fetch.SETS, "cifar100", published)
+    published = fetch.DATASETS["cifar100"]._replace(batches=("cifar-100-python", md5s))
+    monkeypatch.setitem(fetch.DATASETS, "cifar100", published)
     put(tmp_path / "cifar-100-python", files)
     source = load("cifar100", tmp_path, download=False)
     assert source.train.images.flatten(1).tolist() == pixels[:3].tolist()
@@ -139,7 +139,9 @@ def test_a_pickle_bomb_is_not_run(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"cifar-100-python/train: truncated or altered"):
         load("cifar100", root, download=False)
     md5s = {name: hashlib.md5(data).hexdigest() for name, data in bombs.items()}
-    monkeypatch.setitem(fetch.SETS, "cifar100", fetch.SETS["cifar100"]._replace(batches=("cifar-100-python", md5s)))
+    monkeypatch.setitem(
+        fetch.DATASETS, "cifar100", fetch.DATASETS["cifar100"]._replace(batches=("cifar-100-python", md5s))
+    )
     with pytest.raises(UserError, match=r"asks for \w+\.mkdir"):  # even if the digest were right
         load("cifar100", root, download=False)
     assert not marker.exists()

@@ -23,7 +23,7 @@ from litdistill.data.datamodule import IdLoader, Ids, ImageData
 from litdistill.data.mixing import Mixup
 from litdistill.data.sources import fingerprint, load
 from litdistill.data.streaming import Encoded, Prefetched
-from litdistill.errors import UserError
+from litdistill.utils.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def test_without_workers_and_without_a_trainer_too(root, sharded):
         for split in ("train", "val", "test"):
             assert same(list(memory.batches(split)), list(other.batches(split)))
         ids = torch.tensor([40, 3, 3])
-        assert same([memory.seen("train", ids, ids % 18)], [other.seen("train", ids, ids % 18)])
+        assert same([memory.get_batch("train", ids, ids % 18)], [other.get_batch("train", ids, ids % 18)])
         assert torch.equal(memory.source.test.images[2:5], other.source.test.images[2:5])
 
 

@@ -16,16 +16,16 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from litdistill import sweep_trial
-from litdistill.errors import Stopped, UserError
-from litdistill.recipes import teacher_folder
-from litdistill.runtime import CONF, suggestions
+from litdistill.cli import CONF, suggestions
+from litdistill.config.recipes import teacher_folder
+from litdistill.sweep.study import trial as sweep_trial
+from litdistill.utils.errors import Stopped, UserError
 
 pytest.importorskip("optuna")
 
-from litdistill.sweep import sweep
-from litdistill.sweep_space import pinned, read_space
-from litdistill.sweep_trial import objective
+from litdistill.sweep.space import pinned, read_space
+from litdistill.sweep.study import sweep
+from litdistill.sweep.trial import objective
 
 FORK = multiprocessing.get_context("fork")
 
@@ -402,9 +402,9 @@ def test_a_misspelt_key_of_the_sweep_has_its_nearest_named():
 
 def test_without_optuna_the_remedy_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
-    monkeypatch.delitem(sys.modules, "litdistill.sweep")
+    monkeypatch.delitem(sys.modules, "litdistill.sweep.study")
     with pytest.raises(UserError, match=r"pip install 'litdistill\[sweep\]'"):
-        importlib.import_module("litdistill.sweep")
+        importlib.import_module("litdistill.sweep.study")
 
 
 def test_a_trial_whose_int8_file_was_refused_has_no_size_to_be_judged_by(tmp_path):

@@ -9,15 +9,15 @@ from lightning.pytorch.callbacks import Callback
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from litdistill import sweep_trial
-from litdistill.errors import Stopped
-from litdistill.evaluate import differences, evaluate, load_run
-from litdistill.train import train
+from litdistill.evaluation.evaluate import differences, evaluate, load_run
+from litdistill.sweep.study import trial as sweep_trial
+from litdistill.training.train import train
+from litdistill.utils.errors import Stopped
 from tests.conftest import SMALL
 
 pytest.importorskip("optuna")
 
-from litdistill.sweep_trial import objective
+from litdistill.sweep.trial import objective
 from tests.test_sweep import rerun_config, same_but_for_the_folder, start
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from litdistill.errors import UserError
-from litdistill.taps import Tapped, find
+from litdistill.features.feature_extractor import FeatureExtractor, resolve_taps
+from litdistill.utils.errors import UserError
 
 
 class Block(nn.Module):
@@ -57,19 +57,19 @@ def images(size: int = 8, channels: int = 1, n: int = 2) -> Tensor:
 
 def test_words_on_a_residual_network() -> None:
     net = TinyResNet()
-    assert find(net, images(), "stages") == ["layer1", "layer2", "layer3"]
-    assert find(net, images(), "stages:pre") == ["layer1.0.relu:in", "layer2.1.relu:in", "layer3.0.relu:in"]
-    assert find(net, images(), "last") == ["layer3"]
-    assert find(net, images(), "pooled") == ["fc:in"]
-    assert find(net, images(), ["pooled", "layer2", "last", "layer2"]) == ["fc:in", "layer2", "layer3"]
-    assert find(net, images(), ()) == []
+    assert resolve_taps(net, images(), "stages") == ["layer1", "layer2", "layer3"]
+    assert resolve_taps(net, images(), "stages:pre") == ["layer1.0.relu:in", "layer2.1.relu:in", "layer3.0.relu:in"]
+    assert resolve_taps(net, images(), "last") == ["layer3"]
+    assert resolve_taps(net, images(), "pooled") == ["fc:in"]
+    assert resolve_taps(net, images(), ["pooled", "layer2", "last", "layer2"]) == ["fc:in", "layer2", "layer3"]
+    assert resolve_taps(net, images(), ()) == []
 
 
 def test_words_on_an_mlp() -> None:
     x = torch.randn(2, 3, 4, 4)
-    assert find(mlp(), x, "stages") == ["2", "5"]
-    assert find(mlp(), x, "stages:pre") == ["2:in", "5:in"]
-    assert find(mlp(), x, "pooled") == ["6:in"]
+    assert resolve_taps(mlp(), x, "stages") == ["2", "5"]
+    assert resolve_taps(mlp(), x, "stages:pre") == ["2:in", "5:in"]
+    assert resolve_taps(mlp(), x, "pooled") == ["6:in"]
 
 
 # At 64 px. Channels of the stages as the papers' tables give them, counted from the first stage after the stem.
@@ -88,31 +88,35 @@ def test_stages_of_torchvision_networks(name: str) -> None:
     models = pytest.importorskip("torchvision.models")
     net, x = getattr(models, name)(weights=None, num_classes=7), torch.randn(1, 3, 64, 64)
     net.eval()
-    stages, pooled = find(net, x, "stages"), find(net, x, "pooled")
-    out = Tapped(net, stages + pooled)(x)
+    stages, pooled = resolve_taps(net, x, "stages"), resolve_taps(net, x, "pooled")
+    out = FeatureExtractor(net, stages + pooled)(x)
     channels, width = ZOO[name]
     assert [out.features[s].shape[1] for s in stages] == channels
     sizes = [out.features[s].shape[2] for s in stages]
     assert sizes == sorted(set(sizes), reverse=True)
     assert out.features[pooled[0]].shape == (1, width)
-    assert find(net, x, "last") == stages[-1:]
-    assert len(find(net, x, "stages:pre")) == len(stages)
+    assert resolve_taps(net, x, "last") == stages[-1:]
+    assert len(resolve_taps(net, x, "stages:pre")) == len(stages)
 
 
 def test_stages_before_their_activations_on_torchvision() -> None:
     models = pytest.importorskip("torchvision.models")
     x = torch.randn(1, 3, 32, 32)
     resnet = models.resnet18(weights=None)
-    assert find(resnet, x, "stages:pre") == ["layer1.1.relu:in", "layer2.1.relu:in", "layer3.1.relu:in"]
-    assert find(models.mobilenet_v3_small(weights=None), x, "stages:pre") == ["features.1", "features.3", "features.8"]
+    assert resolve_taps(resnet, x, "stages:pre") == ["layer1.1.relu:in", "layer2.1.relu:in", "layer3.1.relu:in"]
+    assert resolve_taps(models.mobilenet_v3_small(weights=None), x, "stages:pre") == [
+        "features.1",
+        "features.3",
+        "features.8",
+    ]
 
 
 def test_vit_gives_evenly_spaced_blocks_of_tokens() -> None:
     timm = pytest.importorskip("timm")
     net, x = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=5), torch.randn(1, 3, 32, 32)
-    assert find(net, x, "stages") == ["blocks.2", "blocks.5", "blocks.8", "blocks.11"]
-    assert find(net, x, "last") == ["blocks.11"]
-    out = Tapped(net, find(net, x, ["last", "pooled"]))(x)
+    assert resolve_taps(net, x, "stages") == ["blocks.2", "blocks.5", "blocks.8", "blocks.11"]
+    assert resolve_taps(net, x, "last") == ["blocks.11"]
+    out = FeatureExtractor(net, resolve_taps(net, x, ["last", "pooled"]))(x)
     assert [tuple(f.shape) for f in out.features.values()] == [(1, 5, 192), (1, 192)]
 
 
@@ -126,7 +130,7 @@ def test_wide_convolutions_and_gates_inside_blocks_are_no_stage() -> None:
             return self.down(self.wide(x))
 
     net = nn.Sequential(nn.Conv2d(1, 4, 3, 1, 1), Expand(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
-    assert find(net, images(), "stages") == ["0", "1"]
+    assert resolve_taps(net, images(), "stages") == ["0", "1"]
 
 
 def test_a_block_with_more_than_two_sizes_inside_is_an_encoder_whose_maps_count() -> None:
@@ -135,7 +139,7 @@ def test_a_block_with_more_than_two_sizes_inside_is_an_encoder_whose_maps_count(
 
     encoder = Encoder(nn.Conv2d(4, 5, 3, 1, 1), nn.Conv2d(5, 6, 3, 2, 1), nn.Conv2d(6, 8, 3, 2, 1))
     net = nn.Sequential(nn.Conv2d(1, 4, 3, 1, 1), encoder, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
-    assert find(net, images(), "stages") == ["1.0", "1.1", "1"]
+    assert resolve_taps(net, images(), "stages") == ["1.0", "1.1", "1"]
 
 
 @pytest.mark.parametrize("passing", [nn.Identity, nn.Dropout, nn.Dropout2d])
@@ -152,7 +156,7 @@ def test_what_passes_a_map_on_is_no_end_of_a_stage(passing: type[nn.Module]) -> 
             x = self.convs[0](x)
             return self.fc((self.behind(self.convs[1](x)) + self.skip(x)).mean((2, 3)))
 
-    assert find(Net(), images(), "stages") == ["convs.1"]
+    assert resolve_taps(Net(), images(), "stages") == ["convs.1"]
 
 
 def test_pooling_alone_makes_no_stage_and_a_lone_strided_stem_is_none() -> None:
@@ -160,7 +164,7 @@ def test_pooling_alone_makes_no_stage_and_a_lone_strided_stem_is_none() -> None:
     net = nn.Sequential(*body, nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.LazyLinear(3))
     x = torch.randn(2, 1, 32, 32)
     net(x)
-    assert find(net, x, "stages") == ["3", "5"]
+    assert resolve_taps(net, x, "stages") == ["3", "5"]
 
 
 def test_an_unpadded_first_convolution_is_a_stage() -> None:
@@ -168,7 +172,7 @@ def test_an_unpadded_first_convolution_is_a_stage() -> None:
         nn.Conv2d(1, 4, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 6, 3), nn.Flatten(), nn.LazyLinear(3)
     )
     net(images(16))
-    assert find(net, images(16), "stages") == ["1", "3"]
+    assert resolve_taps(net, images(16), "stages") == ["1", "3"]
 
 
 def test_before_activation_of_a_pre_activation_network_is_behind_the_next_norm() -> None:
@@ -177,7 +181,7 @@ def test_before_activation_of_a_pre_activation_network_is_behind_the_next_norm()
     net = nn.Sequential(nn.Sequential(*first[:2]), nn.Sequential(*first[2:], *second), nn.Flatten(), nn.LazyLinear(3))
     net(images())
     net[0].register_forward_hook(lambda *_: None)
-    assert find(net, images(), "stages:pre") == ["1.1:in", "1.4:in"]
+    assert resolve_taps(net, images(), "stages:pre") == ["1.1:in", "1.4:in"]
 
 
 def test_finding_leaves_no_trace() -> None:
@@ -190,7 +194,7 @@ def test_finding_leaves_no_trace() -> None:
     net.layer1.register_forward_hook(draw)
     before, modes = copy.deepcopy(net.state_dict()), [m.training for m in net.modules()]
     state = torch.get_rng_state()
-    find(net, images(), "stages:pre")
+    resolve_taps(net, images(), "stages:pre")
     assert torch.equal(state, torch.get_rng_state())
     assert [m.training for m in net.modules()] == modes
     assert net.relu.inplace
@@ -204,25 +208,25 @@ def test_finding_leaves_no_trace() -> None:
 )
 def test_unknown_names_are_refused_with_the_nearest(tap: str, says: str) -> None:
     with pytest.raises(UserError, match=says):
-        find(TinyResNet(), images(), [tap])
+        resolve_taps(TinyResNet(), images(), [tap])
     with pytest.raises(UserError, match=says):
-        Tapped(TinyResNet(), [tap])
+        FeatureExtractor(TinyResNet(), [tap])
 
 
 def test_modules_that_are_never_called_are_refused() -> None:
     net = TinyResNet()
     net.aux = nn.Linear(2, 2)
     with pytest.raises(UserError, match="not called"):
-        find(net, images(), "aux")
+        resolve_taps(net, images(), "aux")
     with pytest.raises(UserError, match="not reached"):
-        Tapped(net, ["aux"])(images())
+        FeatureExtractor(net, ["aux"])(images())
 
 
 def test_a_network_without_a_classifier_is_told_to_name_its_taps() -> None:
     with pytest.raises(UserError, match="Name it"):
-        find(nn.Sequential(nn.Flatten(), nn.ReLU()), images(), "pooled")
+        resolve_taps(nn.Sequential(nn.Flatten(), nn.ReLU()), images(), "pooled")
     with pytest.raises(UserError, match="Name its taps"):
-        find(nn.Sequential(nn.Flatten(), nn.ReLU()), images(), "stages")
+        resolve_taps(nn.Sequential(nn.Flatten(), nn.ReLU()), images(), "stages")
 
 
 def test_features_are_what_a_forward_by_hand_gives_with_its_gradients() -> None:
@@ -232,7 +236,7 @@ def test_features_are_what_a_forward_by_hand_gives_with_its_gradients() -> None:
     post = torch.relu(pre)
     expected = torch.autograd.grad((pre**3).sum() + post.sum(), net.conv.weight)[0]
 
-    tapped = Tapped(net, ["layer1", "layer1.0.relu:in", "layer3:pool", "fc:in"])
+    tapped = FeatureExtractor(net, ["layer1", "layer1.0.relu:in", "layer3:pool", "fc:in"])
     out = tapped(x)
     assert list(out.features) == ["layer1", "layer1.0.relu:in", "layer3:pool", "fc:in"]
     torch.testing.assert_close(out.features["layer1.0.relu:in"], pre)
@@ -246,7 +250,7 @@ def test_features_are_what_a_forward_by_hand_gives_with_its_gradients() -> None:
 def test_nothing_is_held_and_all_is_given_back() -> None:
     net = TinyResNet()
     keys = list(net.state_dict())
-    tapped = Tapped(net, ["layer1", "fc:in"])
+    tapped = FeatureExtractor(net, ["layer1", "fc:in"])
     tapped(images())
     net(images())
     assert tapped._state.features == {}
@@ -259,7 +263,7 @@ def test_nothing_is_held_and_all_is_given_back() -> None:
 
 def test_copies_do_not_write_into_the_original() -> None:
     net = TinyResNet().eval()
-    tapped = Tapped(net, ["layer1"])
+    tapped = FeatureExtractor(net, ["layer1"])
     twin = copy.deepcopy(net)
     pickle.loads(pickle.dumps(net))  # a spawned process gets the network this way
 
@@ -274,7 +278,7 @@ def test_copies_do_not_write_into_the_original() -> None:
 
 def test_state_is_cleared_after_an_error() -> None:
     net = TinyResNet()
-    tapped = Tapped(net, ["conv"])
+    tapped = FeatureExtractor(net, ["conv"])
     with pytest.raises(RuntimeError):
         tapped(torch.randn(2, 3, 8, 8))
     assert not tapped._state.active
@@ -284,7 +288,7 @@ def test_state_is_cleared_after_an_error() -> None:
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_networks_compiled_in_place(backend: str) -> None:
     net, x = TinyResNet().eval(), images()
-    plain = Tapped(net, ["layer1", "layer1.0.relu:in", "fc:in"])
+    plain = FeatureExtractor(net, ["layer1", "layer1.0.relu:in", "fc:in"])
     expected = plain(x)
     expected_grad = torch.autograd.grad(expected.features["layer1"].square().sum(), net.conv.weight)[0]
     net.compile(backend=backend)
@@ -296,4 +300,4 @@ def test_networks_compiled_in_place(backend: str) -> None:
         grad = torch.autograd.grad(out.features["layer1"].square().sum(), net.conv.weight)[0]
         torch.testing.assert_close(grad, expected_grad)
         net(x)  # without features: a graph of its own
-    assert find(net, x, "stages") == ["layer1", "layer2", "layer3"]
+    assert resolve_taps(net, x, "stages") == ["layer1", "layer2", "layer3"]

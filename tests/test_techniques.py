@@ -16,23 +16,23 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from torch import nn
 
-from litdistill import train as train_module
-from litdistill.build import build_data, build_net
-from litdistill.checkpoint import write_text
-from litdistill.compress.quantise import Int8
+from litdistill.cli import CONF
+from litdistill.compress.quantize import Int8
 from litdistill.compress.structure import structure_of
-from litdistill.errors import Stopped, UserError
-from litdistill.evaluate import collect, differences, evaluate, load_run, rebuild
-from litdistill.export import export
+from litdistill.config.build import build_data, build_net
+from litdistill.config.recipes import recipe_hash, student_config, student_folder, teacher_folder
+from litdistill.evaluation.evaluate import collect, differences, evaluate, load_run, rebuild
+from litdistill.export.export import export
+from litdistill.export.predict import load
 from litdistill.methods.base import Outputs, Taps
 from litdistill.methods.fitnet import FitNet
 from litdistill.methods.kd import KD
 from litdistill.methods.shuffled import Shuffled, of_its_class
-from litdistill.predict import load
-from litdistill.recipes import recipe_hash, student_config, student_folder, teacher_folder
-from litdistill.runtime import CONF
-from litdistill.train import train
-from litdistill.transfer import freeze, with_own_head
+from litdistill.models.finetune import freeze, with_own_head
+from litdistill.training import train as train_module
+from litdistill.training.train import train
+from litdistill.utils.checkpoint import write_text
+from litdistill.utils.errors import Stopped, UserError
 from tests.conftest import SMALL, compose_config
 
 NAMES = sorted(p.stem for p in (CONF / "experiment" / "compare").glob("*.yaml"))
@@ -112,7 +112,7 @@ def test_every_technique_trains_and_is_rebuilt_to_the_digit(tiny, technique):
         assert (found["start"]["images"] > few) == (source == "teacher" or technique.startswith("transfer"))
         assert ("run" in found["start"]) == (source == "auto")
     _, distiller = rebuild(folder)
-    assert sum(p.numel() for p in distiller.shipped.parameters()) == found["student"]["params"]
+    assert sum(p.numel() for p in distiller.deployed_student.parameters()) == found["student"]["params"]
 
 
 @pytest.mark.parametrize("technique", ["scratch", "low_rank", "pruned", "int8", "int8_aware", CHAIN])
@@ -120,9 +120,9 @@ def test_every_kind_of_student_is_exported(tiny, technique):
     folder = tiny(technique)
     _, distiller = rebuild(folder)
     data = build_data(load_run(folder)[0])
-    precision = "int8" if isinstance(distiller.shipped, Int8) else "fp32"
+    precision = "int8" if isinstance(distiller.deployed_student, Int8) else "fp32"
     path, check = export(folder, "onnx", precision)
-    expected, _ = collect(distiller.shipped, data, "test")
+    expected, _ = collect(distiller.deployed_student, data, "test")
     logits = load(path).run(data.source.test.images[data.test_ids].numpy())
     bound = 1e-4 if precision == "fp32" else 0.1
     assert np.abs(logits - expected.numpy()).max() <= bound * expected.abs().max()
@@ -166,7 +166,7 @@ def test_a_compressed_student_is_a_starting_point_and_a_teacher(tiny, runs):
     assert summary(folder)["start"] == begun
     assert summary(folder)["teacher"]["sha256"] == summary(start)["student"]["sha256"]
     _, distiller = rebuild(folder)
-    assert structure_of(distiller.shipped) == structure_of(rebuild(start)[1].shipped)
+    assert structure_of(distiller.deployed_student) == structure_of(rebuild(start)[1].deployed_student)
     assert differences(evaluate(folder), summary(folder)) == []
 
 
@@ -178,7 +178,7 @@ def test_what_is_not_trained_is_what_it_started_from(tiny, runs):
     cfg, found = load_run(tiny("distilled_pruned_int8"))
     pruned = student_folder(cfg)
     distilled = student_folder(student_config(cfg))
-    assert [s["kind"] for s in structure_of(rebuild(Path(cfg.folder))[1].shipped)] == ["prune", "int8"]
+    assert [s["kind"] for s in structure_of(rebuild(Path(cfg.folder))[1].deployed_student)] == ["prune", "int8"]
     assert summary(pruned)["student"]["params"] <= 0.5 * summary(distilled)["student"]["params"]
     assert found["epochs"] == found["steps"] == 0
     assert found["start"]["epochs"] == 2  # one of either
@@ -284,7 +284,7 @@ def test_a_frozen_part_is_in_eval_mode_after_a_validation_too(tiny):
 
 def test_parts_are_named_by_module_too(tmp_path):
     data = build_data(compose_config(tmp_path / "run"))
-    net = build_net(OmegaConf.create({"_target_": "litdistill.nets.resnet.resnet", "depth": 8}), data, "student")
+    net = build_net(OmegaConf.create({"_target_": "litdistill.models.resnet.resnet", "depth": 8}), data, "student")
     example = torch.zeros(2, 1, 8, 8)
     freeze(net, ["layer2.0.conv1", "head"], example)
     trained = {k for k, p in net.named_parameters() if p.requires_grad}

@@ -12,19 +12,19 @@ from lightning.pytorch.callbacks import Callback
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from litdistill import train as train_module
-from litdistill.errors import Stopped, UserError
-from litdistill.evaluate import differences, evaluate, load_run
-from litdistill.export import export
-from litdistill.recipes import recipe_hash, teacher_config, teacher_folder
-from litdistill.train import train
+from litdistill.config.recipes import recipe_hash, teacher_config, teacher_folder
+from litdistill.evaluation.evaluate import differences, evaluate, load_run
+from litdistill.export.export import export
+from litdistill.training import train as train_module
+from litdistill.training.train import train
+from litdistill.utils.errors import Stopped, UserError
 
 
 def run(cfg) -> Path:
     """Trains, and leaves the config where Hydra would."""
     from omegaconf import OmegaConf
 
-    from litdistill.checkpoint import write_text
+    from litdistill.utils.checkpoint import write_text
 
     folder = Path(cfg.folder)
     write_text(folder / ".hydra" / "config.yaml", OmegaConf.to_yaml(cfg))

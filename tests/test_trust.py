@@ -10,24 +10,25 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from litdistill import origin, runtime
-from litdistill.checkpoint import STUDENT, WholeCheckpoints, write_text
+from litdistill import cli as runtime
+from litdistill.cli import CONF
 from litdistill.compress.structure import restore
-from litdistill.errors import UserError
-from litdistill.evaluate import differences, evaluate, load_run
-from litdistill.export import export
-from litdistill.instantiate import instantiate
-from litdistill.page.history import command
-from litdistill.runtime import CONF
-from litdistill.train import train
-from litdistill.trust import allowed, check_trusted, packages
+from litdistill.config import origin
+from litdistill.config.instantiate import instantiate
+from litdistill.config.trust import allowed, check_trusted, packages
+from litdistill.evaluation.evaluate import differences, evaluate, load_run
+from litdistill.export.export import export
+from litdistill.report.history import command
+from litdistill.training.train import train
+from litdistill.utils.checkpoint import STUDENT, AtomicCheckpointIO, write_text
+from litdistill.utils.errors import UserError
 from tests.conftest import SMALL, compose_config
 from tests.forked import call
 
 LOAD = "{_target_: torch.load, f: evil.ckpt, weights_only: false}"
 CALLBACK = "lightning.pytorch.callbacks.ModelCheckpoint"
-TIMM = "{_target_: litdistill.nets.timm_door.timm_classifier, name: resnet18"
-ZOO = "{_target_: litdistill.nets.torchvision_door.torchvision_classifier, name: resnet18"
+TIMM = "{_target_: litdistill.models.timm.timm_classifier, name: resnet18"
+ZOO = "{_target_: litdistill.models.torchvision.torchvision_classifier, name: resnet18"
 
 
 class Evil:
@@ -99,10 +100,10 @@ HOLES = {
         "{data: {mix: {_target_: lightning.pytorch.LightningModule.load_from_checkpoint, checkpoint_path: evil.ckpt}}}",
         "data.mix._target_",
     ),
-    "a module behind an own one": ("{data: {mix: {_target_: litdistill.summary.subprocess.run}}}", "data.mix._target_"),
+    "a module behind an own one": ("{data: {mix: {_target_: litdistill.evaluation.summary.subprocess.run}}}", "data.mix._target_"),
     "a hub": ("{data: {mix: {_target_: torch.hub.load, repo_or_dir: a/b, model: c}}}", "data.mix._target_"),
     "a private name": ("{data: {mix: {_target_: torch.optim._functional.adam}}}", "data.mix._target_"),
-    "an own function that writes": ("{data: {mix: {_target_: litdistill.checkpoint.write_text}}}", "data.mix._target_"),
+    "an own function that writes": ("{data: {mix: {_target_: litdistill.utils.checkpoint.write_text}}}", "data.mix._target_"),
     "a dictionary for a target": ("{data: {mix: {_target_: {_target_: torch.load}}}}", "data.mix._target_"),
     "a target in a dotted key": ("{sweep: {space: {data.mix._target_: [torch.load]}}}", "sweep.space"),
     "timm's own file of weights": (
@@ -261,9 +262,9 @@ def test_a_checkpoint_that_names_another_file_as_its_last_best_deletes_nothing(t
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "precious.ckpt").write_text("")
     with pytest.raises(UserError, match="is not removed"):
-        WholeCheckpoints().remove_checkpoint(path if "://" in path else tmp_path / "run" / path)
+        AtomicCheckpointIO().remove_checkpoint(path if "://" in path else tmp_path / "run" / path)
     (tmp_path / "run" / "a.ckpt").write_text("")
-    WholeCheckpoints().remove_checkpoint(tmp_path / "run" / "a.ckpt")
+    AtomicCheckpointIO().remove_checkpoint(tmp_path / "run" / "a.ckpt")
     assert not (tmp_path / "run" / "a.ckpt").exists()
     assert (tmp_path / "precious.ckpt").exists()
 

@@ -12,15 +12,15 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from litdistill.cache import CacheOptions
-from litdistill.callbacks import SeededSteps
 from litdistill.data.augment import Crop
 from litdistill.data.datamodule import IdLoader, Ids, ImageData
-from litdistill.distiller import Distiller
+from litdistill.distillation.distiller import Distiller
+from litdistill.distillation.teacher import FrozenTeacher
+from litdistill.distillation.teacher_cache import CacheOptions
 from litdistill.methods.kd import KD
 from litdistill.methods.supervised import Supervised
-from litdistill.nets.small import conv4
-from litdistill.teacher import FrozenTeacher
+from litdistill.models.small import conv4
+from litdistill.training.callbacks import PerStepSeed
 
 
 class Diary(Callback):
@@ -79,7 +79,7 @@ def run(tmp_path, window: int, clip: float | None = None, callbacks=(), epochs: 
         settings["gradient_clip_val"] = clip
     trainer = Trainer(
         **(settings | options),
-        callbacks=[SeededSteps(0), LearningRateMonitor("step"), *copy.deepcopy(callbacks), diary],
+        callbacks=[PerStepSeed(0), LearningRateMonitor("step"), *copy.deepcopy(callbacks), diary],
     )
     trainer.fit(distiller, datamodule=data, ckpt_path=ckpt, weights_only=True)
     return distiller, trainer, diary.lines
@@ -171,10 +171,10 @@ def test_the_windows_images_are_gathered_once_and_in_minibatches(tmp_path):
     sizes = []
 
     class Spy(ImageData):
-        def seen(self, split, ids, views):
+        def get_batch(self, split, ids, views):
             if split == "train" and views is not None:
                 sizes.append(len(ids))
-            return super().seen(split, ids, views)
+            return super().get_batch(split, ids, views)
 
     data = Spy("digits", per_class=8, batch_size=10, augment=[Crop(1)])
     data.window = 5

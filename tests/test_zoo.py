@@ -20,13 +20,13 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from litdistill.build import build_data, build_net
-from litdistill.checkpoint import write_text
-from litdistill.errors import Stopped
-from litdistill.evaluate import differences, evaluate, load_run
-from litdistill.recipes import teacher_folder
-from litdistill.runtime import CONF
-from litdistill.train import train
+from litdistill.cli import CONF
+from litdistill.config.build import build_data, build_net
+from litdistill.config.recipes import teacher_folder
+from litdistill.evaluation.evaluate import differences, evaluate, load_run
+from litdistill.training.train import train
+from litdistill.utils.checkpoint import write_text
+from litdistill.utils.errors import Stopped
 from tests.conftest import compose_config
 
 pytestmark = pytest.mark.zoo
@@ -47,7 +47,7 @@ RUN = [
 TWO_PHASES = {"ab", "fsp", "ft"}
 REUSES_CLASSIFIER = {"simkd", "feature_only"}
 
-SOFT = ("kd", "kd_standardised", "mutual", "online", "soft_target_ce", "teacher_free", "wttm")
+SOFT = ("kd", "logit_std", "mutual", "online", "soft_target_ce", "teacher_free", "wttm")
 
 # Terms by method, where they are not the labels' and one other.
 TERMS = {

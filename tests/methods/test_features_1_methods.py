@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from litdistill.errors import UserError
+from litdistill.features.feature_extractor import FeatureExtractor, resolve_taps
 from litdistill.methods.ab import AB
 from litdistill.methods.at import AT
 from litdistill.methods.base import Method, Outputs
@@ -17,7 +17,7 @@ from litdistill.methods.ft import FT
 from litdistill.methods.nst import NST
 from litdistill.methods.pkt import PKT
 from litdistill.methods.vid import VID
-from litdistill.taps import Tapped, find
+from litdistill.utils.errors import UserError
 
 
 def tensor(shape: tuple[int, ...], seed: int) -> Tensor:
@@ -256,7 +256,10 @@ def test_methods_read_what_taps_find_on_two_networks() -> None:
     for name in ("fitnet", "at", "nst", "pkt", "vid", "ab", "ft", "fsp"):
         method = MAKERS[name]()
         taps = method.taps()
-        tapped = Tapped(student, find(student, x, taps.student)), Tapped(teacher, find(teacher, x, taps.teacher))
+        tapped = (
+            FeatureExtractor(student, resolve_taps(student, x, taps.student)),
+            FeatureExtractor(teacher, resolve_taps(teacher, x, taps.teacher)),
+        )
         with torch.no_grad():
             hints = tapped[1](x)
             method.build(tapped[0](x), hints, torch.zeros(4, dtype=torch.int64))

@@ -7,16 +7,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from litdistill.errors import UserError
+from litdistill.features.feature_extractor import FeatureExtractor, resolve_taps
 from litdistill.methods.base import Outputs
 from litdistill.methods.simkd import ReusedHead, SimKD
 from litdistill.methods.srrl import SRRL
-from litdistill.nets.mobilenet import mobilenet_v2
-from litdistill.nets.resnet import resnet
-from litdistill.nets.small import conv4, mlp
-from litdistill.nets.vgg import vgg
-from litdistill.nets.wrn import wrn
-from litdistill.taps import Tapped, find
+from litdistill.models.mobilenet import mobilenet_v2
+from litdistill.models.resnet import resnet
+from litdistill.models.small import conv4, mlp
+from litdistill.models.vgg import vgg
+from litdistill.models.wrn import wrn
+from litdistill.utils.errors import UserError
 
 SHAPE = (3, 32, 32)
 STUDENTS = {
@@ -58,7 +58,10 @@ def teacher_net():
 def read(method, student, teacher, images):
     """What the distiller does: features of both networks by the method's taps."""
     taps = method.taps()
-    tapped = Tapped(student, find(student, images, taps.student)), Tapped(teacher, find(teacher, images, taps.teacher))
+    tapped = (
+        FeatureExtractor(student, resolve_taps(student, images, taps.student)),
+        FeatureExtractor(teacher, resolve_taps(teacher, images, taps.teacher)),
+    )
     with torch.no_grad():
         wanted = tapped[1](images)
     return tapped[0](images), wanted

@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from litdistill.errors import UserError
 from litdistill.methods.base import Outputs
 from litdistill.methods.cwd import CWD, channel_loss
 from litdistill.methods.ickd import correlation_loss
 from litdistill.methods.kdsvd import KDSVD, RightVectors, svd_loss
 from litdistill.methods.ofd import BatchNorm, MarginReLU, partial_l2
-from litdistill.methods.pkd import normalise, pearson_loss
+from litdistill.methods.pkd import normalize, pearson_loss
 from litdistill.methods.reviewkd import ReviewKD
+from litdistill.utils.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +61,7 @@ def test_dead_channels_give_no_gradient_that_explodes():
     x[:, 1:3] = 0
     x.requires_grad_()
     pearson_loss(x, torch.randn(3, 4, 5, 2)).backward()
-    assert not normalise(x)[:, 1:3].any()
+    assert not normalize(x)[:, 1:3].any()
     assert not x.grad[:, 1:3].any()
     assert x.grad.abs().max() < 1
     before, after = x.detach().requires_grad_(), torch.randn(3, 4, 2, 2)

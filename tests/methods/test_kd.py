@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from litdistill.errors import UserError
 from litdistill.methods.base import Outputs
 from litdistill.methods.kd import KD, soft_loss
 from litdistill.methods.supervised import Supervised
+from litdistill.utils.errors import UserError
 
 
 def log_probabilities(z: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ def test_kd_equals_the_closed_form_with_its_gradient(shape, scale, temperature):
     torch.testing.assert_close(got.double(), want, rtol=1e-3, atol=1e-5 * want.abs().max().item())
 
 
-def test_soft_gradient_at_high_temperature_is_that_of_matching_centred_logits():
+def test_soft_gradient_at_high_temperature_is_that_of_matching_centered_logits():
     """Hinton et al., section 2.1: T² · dKL/dz → (z − v) / K for centred logits, so that it does not vanish with T."""
     student, teacher, _ = draw((6, 10))
     student, teacher = (z - z.mean(1, keepdim=True) for z in (student, teacher))

@@ -9,17 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from litdistill.errors import UserError
 from litdistill.methods.base import Method, Outputs
 from litdistill.methods.dist import DIST
 from litdistill.methods.dkd import DKD
 from litdistill.methods.hard_pseudo_label import HardPseudoLabel
-from litdistill.methods.kd_standardised import KDStandardised
 from litdistill.methods.logit_mse import LogitMSE
+from litdistill.methods.logit_std import LogitStdKD
 from litdistill.methods.mlkd import MLKD
 from litdistill.methods.soft_target_ce import SoftTargetCE
 from litdistill.methods.teacher_free import TeacherFree
 from litdistill.methods.wttm import WTTM
+from litdistill.utils.errors import UserError
 
 # -- references: float64, sample by sample ---------------------------------------------------------------------------
 
@@ -40,7 +40,7 @@ def mean(loss: Callable[..., Tensor], *rows: Tensor) -> Tensor:
     return torch.stack([loss(*r) for r in zip(*rows, strict=True)]).mean()
 
 
-def ref_kd_standardised(s, t, y):
+def ref_logit_std(s, t, y):
     def z(row):
         m = row.sum() / len(row)
         return (row - m) / (1e-7 + ((row - m).pow(2).sum() / (len(row) - 1)).sqrt())
@@ -121,7 +121,7 @@ def ref_hard_pseudo_label(s, t, y):
 
 
 CASES: dict[str, tuple[Callable[[], Method], Callable]] = {
-    "kd_standardised": (lambda: KDStandardised(0.5, 3.0), ref_kd_standardised),
+    "logit_std": (lambda: LogitStdKD(0.5, 3.0), ref_logit_std),
     "dkd": (lambda: DKD(0.7, 1.3, 2.0, 3.0), ref_dkd),
     "dist": (lambda: DIST(1.0, 1.5, 2.5, 4.0), ref_dist),
     "mlkd": (lambda: MLKD(0.4, 0.6, 0.8, 1.1, [2.0, 5.0]), ref_mlkd),
@@ -205,7 +205,7 @@ def test_mixed_labels_are_taken(name):
         torch.testing.assert_close(mixed[term], hard[term])
 
 
-@pytest.mark.parametrize("name", ["kd_standardised", "dkd", "dist", "mlkd", "logit_mse"])
+@pytest.mark.parametrize("name", ["logit_std", "dkd", "dist", "mlkd", "logit_mse"])
 def test_a_student_equal_to_its_teacher_has_nothing_to_learn(name):
     make, _ = CASES[name]
     _, teacher, target = draw((6, 10), 3.0)

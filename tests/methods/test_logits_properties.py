@@ -18,8 +18,8 @@ from torch import Tensor
 from litdistill.methods.base import Method, Outputs
 from litdistill.methods.dist import DIST, pearson_distance
 from litdistill.methods.dkd import DKD
-from litdistill.methods.kd_standardised import KDStandardised
 from litdistill.methods.logit_mse import LogitMSE
+from litdistill.methods.logit_std import LogitStdKD
 from litdistill.methods.soft_target_ce import SoftTargetCE
 from litdistill.methods.teacher_free import TeacherFree
 from litdistill.methods.wttm import WTTM
@@ -64,11 +64,11 @@ def test_wttm_with_exponent_one_is_kl_at_temperature_one():
     assert got == pytest.approx(kl(teacher.double(), student.double()).item(), rel=1e-5)
 
 
-def test_centred_logit_mse_does_not_see_a_shift_and_the_plain_one_does():
+def test_centered_logit_mse_does_not_see_a_shift_and_the_plain_one_does():
     student, teacher, target = draw((5, 10))
     shifted = student + torch.arange(5.0)[:, None]
-    centred, plain = LogitMSE(centred=True), LogitMSE()
-    values = [m(Outputs(s), Outputs(teacher), target)["soft"] for m in (centred, plain) for s in (student, shifted)]
+    centered, plain = LogitMSE(centered=True), LogitMSE()
+    values = [m(Outputs(s), Outputs(teacher), target)["soft"] for m in (centered, plain) for s in (student, shifted)]
     torch.testing.assert_close(values[1], values[0])
     d = (student - teacher).double()
     assert values[0].item() == pytest.approx((d - d.mean(1, keepdim=True)).pow(2).sum().item() / 10, rel=1e-5)
@@ -77,9 +77,9 @@ def test_centred_logit_mse_does_not_see_a_shift_and_the_plain_one_does():
 
 @settings(max_examples=20, deadline=None)
 @given(st.floats(0.05, 50), st.floats(-100, 100), st.integers(0, 100))
-def test_standardised_kd_sees_neither_scale_nor_shift(scale, shift, seed):
+def test_standardized_kd_sees_neither_scale_nor_shift(scale, shift, seed):
     student, teacher, target = draw((4, 10), seed=seed)
-    method = KDStandardised(hard=0)
+    method = LogitStdKD(hard=0)
     base = method(Outputs(student), Outputs(teacher), target)["soft"].item()
     moved = method(Outputs(student * scale + shift), Outputs(teacher), target)["soft"].item()
     assert moved == pytest.approx(base, rel=1e-2, abs=1e-3)
@@ -109,10 +109,10 @@ def test_a_row_whose_variance_is_rounding_gets_no_gradient():
         assert torch.equal(pearson_distance(a, b), plain)
 
 
-def test_standardised_gradient_is_finite_for_a_classifier_that_starts_at_zero():
+def test_standardized_gradient_is_finite_for_a_classifier_that_starts_at_zero():
     student = torch.zeros(3, 10, requires_grad=True)
     _, teacher, target = draw((3, 10))
-    sum(KDStandardised()(Outputs(student), Outputs(teacher), target).values()).backward()
+    sum(LogitStdKD()(Outputs(student), Outputs(teacher), target).values()).backward()
     assert student.grad is not None
     assert torch.isfinite(student.grad).all()
 
@@ -128,7 +128,7 @@ NAMES = [
     *(
         "supervised",
         "kd",
-        "kd_standardised",
+        "logit_std",
         "dkd",
         "dist",
         "mlkd",

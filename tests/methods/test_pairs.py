@@ -14,14 +14,14 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
-from litdistill.errors import UserError
+from litdistill.distillation.teacher import FrozenTeacher
+from litdistill.features.feature_extractor import FeatureExtractor, resolve_taps
 from litdistill.methods.base import Method
-from litdistill.nets.mobilenet import mobilenet_v2
-from litdistill.nets.resnet import resnet
-from litdistill.nets.small import conv4
-from litdistill.nets.timm_door import timm_classifier
-from litdistill.taps import Tapped, find
-from litdistill.teacher import FrozenTeacher
+from litdistill.models.mobilenet import mobilenet_v2
+from litdistill.models.resnet import resnet
+from litdistill.models.small import conv4
+from litdistill.models.timm import timm_classifier
+from litdistill.utils.errors import UserError
 
 CONF = Path(__file__).parents[2] / "conf"
 NAMES = sorted(p.stem for p in (CONF / "method").glob("*.yaml"))
@@ -62,11 +62,11 @@ def pair(request):
 
 
 def built(method: Method, teacher, student, example):
-    """The calls of `litdistill.build.build_distiller` in their order."""
+    """The calls of `litdistill.config.build.build_distiller` in their order."""
     student = method.prepare(student, teacher, example)
     asked = method.taps()
-    tapped = Tapped(student, find(student, example, asked.student))
-    frozen = FrozenTeacher(teacher, find(teacher, example, asked.teacher))
+    tapped = FeatureExtractor(student, resolve_taps(student, example, asked.student))
+    frozen = FrozenTeacher(teacher, resolve_taps(teacher, example, asked.teacher))
     student.eval()
     try:
         with torch.no_grad():

@@ -14,7 +14,7 @@ from litdistill.methods.cc import CC
 from litdistill.methods.crd import CRD
 from litdistill.methods.dist import DIST
 from litdistill.methods.kd import KD
-from litdistill.methods.kd_standardised import KDStandardised
+from litdistill.methods.logit_std import LogitStdKD
 from litdistill.methods.rkd import RKD
 from litdistill.methods.sp import SP
 
@@ -73,12 +73,12 @@ def test_kd_without_labels():
     assert ours.item() == pytest.approx(0.7 * 16 * theirs.item(), rel=1e-5)
 
 
-def test_kd_standardised():
+def test_logit_std():
     """The same: alpha is our hard, beta our soft."""
     s, t = draw(6, 10, 10, scale=3.0)
     s.requires_grad_()
     y = labels(6, 10)
-    ours = KDStandardised(hard=0.1, soft=9.0, temperature=2.0)(Outputs(s), Outputs(t), y)
+    ours = LogitStdKD(hard=0.1, soft=9.0, temperature=2.0)(Outputs(s), Outputs(t), y)
     theirs = peer.LogitStdKDLoss(**LOGITS, temperature=2.0, alpha=0.1, beta=9.0)(io(s), io(t), y)
     assert_same(sum(ours.values()), theirs, s)
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from litdistill.errors import UserError
 from litdistill.methods.base import Outputs
 from litdistill.methods.cc import CC
 from litdistill.methods.rkd import RKD
 from litdistill.methods.sp import SP
+from litdistill.utils.errors import UserError
 
 # -- references: float64, entry by entry -----------------------------------------------------------------------------
 

@@ -10,9 +10,9 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import nn
 
-from litdistill.errors import UserError
 from litdistill.methods.base import Outputs
 from litdistill.methods.srd import SRD, log_sum
+from litdistill.utils.errors import UserError
 
 CONF = Path(__file__).parents[2] / "conf" / "method" / "srd.yaml"
 

@@ -10,7 +10,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import nn
 
-from litdistill.errors import UserError
+from litdistill.features.feature_extractor import FeatureExtractor
 from litdistill.methods.ab import AB
 from litdistill.methods.base import Method, Taps
 from litdistill.methods.fsp import FSP
@@ -18,7 +18,7 @@ from litdistill.methods.ft import FT
 from litdistill.methods.kd import KD
 from litdistill.methods.sp import SP
 from litdistill.methods.sum import Sum
-from litdistill.taps import Tapped
+from litdistill.utils.errors import UserError
 
 
 class Probe(Method):
@@ -74,7 +74,7 @@ def test_sum_gives_each_method_its_own_features_and_the_epoch():
     taps = method.taps()
     assert taps == Taps(["7:in", "3", "0"], ["0", "1", "4"])
     ids = torch.arange(3)
-    s, t = Tapped(student, taps.student)(x)._replace(ids=ids), Tapped(teacher, taps.teacher)(x)
+    s, t = FeatureExtractor(student, taps.student)(x)._replace(ids=ids), FeatureExtractor(teacher, taps.teacher)(x)
     method.build(s, t, torch.tensor([0, 1, 2]))
     assert a.built == (["7:in"], ["0"])
     method.epoch = 7
@@ -96,7 +96,7 @@ def test_sum_adds_the_terms_of_its_methods():
     student, teacher, x, y = net(4), net(6), torch.randn(3, 1, 8, 8), torch.tensor([0, 1, 2])
     method = Sum({"kd": KD(0.5, 2.0), "sp": SP(0.0, 3.0)})
     method.prepare(student, teacher, x)
-    s, t = Tapped(student, method.taps().student)(x), Tapped(teacher, method.taps().teacher)(x)
+    s, t = FeatureExtractor(student, method.taps().student)(x), FeatureExtractor(teacher, method.taps().teacher)(x)
     terms = method(s, t, y)
     want = {
         "hard": KD(0.5, 0)(s, t, y)["hard"],
@@ -130,7 +130,7 @@ def test_two_terms_of_the_labels_are_refused_where_no_option_tells_of_them():
     method = Sum({"kd": KD(soft=0), "own": Labels()})
     method.prepare(student, None, x)
     with pytest.raises(UserError, match=r"methods\.own\.hard=0"):
-        method(Tapped(student, [])(x), None, torch.tensor([0, 1, 2]))
+        method(FeatureExtractor(student, [])(x), None, torch.tensor([0, 1, 2]))
 
 
 def test_a_sum_is_untrained_as_long_as_all_its_methods_are():
@@ -145,7 +145,7 @@ def test_sum_config_trains_its_projectors_and_loads_again():
     for _ in range(2):
         method = instantiate(config)
         method.prepare(student, teacher, x)
-        s, t = Tapped(student, method.taps().student)(x), Tapped(teacher, method.taps().teacher)(x)
+        s, t = FeatureExtractor(student, method.taps().student)(x), FeatureExtractor(teacher, method.taps().teacher)(x)
         ids = torch.arange(3)
         method.build(s, t, y)
         states.append((method, s._replace(ids=ids), t))

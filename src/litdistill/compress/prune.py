@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from litdistill.compress.low_rank import check_budget
-from litdistill.errors import UserError
-from litdistill.nets.profile import count_macs, count_parameters
+from litdistill.models.profile import count_macs, count_parameters
+from litdistill.utils.errors import UserError
 
 SIZES: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Conv2d: ("in_channels", "out_channels", "groups"),
@@ -32,8 +32,8 @@ def prune(net: nn.Module, images: Tensor, budget: float, of: str = "parameters")
     `budget`: of the network's `parameters` or `macs`. The classifier keeps its outputs. `images`: two or more (N, C, H, W).
     Works on a copy. Raises `UserError` for a network whose forward depends on the number of its channels.
     """
-    from litdistill.compress.structure import compressed
-    from litdistill.taps import find
+    from litdistill.compress.structure import tag_structure
+    from litdistill.features.feature_extractor import resolve_taps
 
     check_budget(budget, of)
     try:
@@ -42,7 +42,7 @@ def prune(net: nn.Module, images: Tensor, budget: float, of: str = "parameters")
         raise UserError("Pruning needs torch-pruning: pip install 'litdistill[compress]'.") from error
     size = (lambda n: count_macs(n, images.shape[1:])) if of == "macs" else count_parameters
     small, example = copy.deepcopy(net).eval().requires_grad_(True), images[:2]
-    head = find(small, example, "pooled")[0].partition(":")[0]
+    head = resolve_taps(small, example, "pooled")[0].partition(":")[0]
     allowed, classes = budget * size(small), small(example).shape[1]
     try:
         pruner = tp.pruner.BasePruner(
@@ -72,7 +72,7 @@ def prune(net: nn.Module, images: Tensor, budget: float, of: str = "parameters")
         raise _cannot("it has parameters outside of convolutions, linear layers and batch normalisation")
     for (_, old), (_, new) in zip(net.named_parameters(), small.named_parameters(), strict=True):
         new.requires_grad_(old.requires_grad)
-    return compressed(net, small.train(net.training), {"kind": "prune", "layers": layers})
+    return tag_structure(net, small.train(net.training), {"kind": "prune", "layers": layers})
 
 
 def _cannot(reason: str) -> UserError:

@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from litdistill.checkpoint import noted
 from litdistill.compress.low_rank import set_ranks
 from litdistill.compress.prune import SIZES, set_sizes, sizes
-from litdistill.compress.quantise import fake_quantised
-from litdistill.errors import UserError
-from litdistill.transfer import head_of
+from litdistill.compress.quantize import fake_quantized
+from litdistill.models.finetune import head_of
+from litdistill.utils.checkpoint import read_metadata
+from litdistill.utils.errors import UserError
 
 Step = dict[str, Any]
 
@@ -34,7 +34,7 @@ def structure_of(net: nn.Module) -> list[Step]:
     return next((m.__dict__["structure"] for m in net.modules() if "structure" in m.__dict__), [])
 
 
-def compressed(net: nn.Module, smaller: nn.Module, step: Step) -> nn.Module:
+def tag_structure(net: nn.Module, smaller: nn.Module, step: Step) -> nn.Module:
     """`smaller`, which knows that it is `net` after one more step."""
     smaller.__dict__["structure"] = [*structure_of(net), step]
     return smaller
@@ -42,7 +42,7 @@ def compressed(net: nn.Module, smaller: nn.Module, step: Step) -> nn.Module:
 
 def load_structure(source: str | Path) -> list[Step]:
     """The structure of the student that a run folder or a `.safetensors` file holds; empty for any other file."""
-    steps = noted(source, "structure") or []
+    steps = read_metadata(source, "structure") or []
     if not isinstance(steps, list):
         raise UserError(f"{source} is damaged: the structure of its network is no list.")
     return steps
@@ -63,7 +63,7 @@ def restore(net: nn.Module, steps: Sequence[Step], images: torch.Tensor, new_hea
             elif step["kind"] == "prune":
                 smaller = set_sizes(net, step["layers"])
             elif step["kind"] == "int8":
-                smaller = fake_quantised(net, images)
+                smaller = fake_quantized(net, images)
             else:
                 raise UserError(f"{step['kind']!r} is no way of compressing a network.")
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -71,7 +71,7 @@ def restore(net: nn.Module, steps: Sequence[Step], images: torch.Tensor, new_hea
                 f"The structure {json.dumps(step)[:200]} is none of this network ({type(error).__name__}: {error}). "
                 "Choose the network that was compressed, with the same options."
             ) from error
-        net = compressed(net, smaller, dict(step))
+        net = tag_structure(net, smaller, dict(step))
     return net
 
 

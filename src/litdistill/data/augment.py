@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from litdistill.errors import UserError
+from litdistill.utils.errors import UserError
 
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed number, the increment of splitmix64
 _MIX1 = -4658895280553007687  # 0xBF58476D1CE4E5B9

@@ -126,8 +126,8 @@ class ImageData(LightningDataModule):
                 splits.names(names, self.only),
             )
         self._source = Source(train, test, names)
-        labelled = torch.arange(len(train.targets))[train.targets >= 0]
-        self.val_ids, rest = splits.hold_out(labelled, train.targets, self.val_size)
+        labeled = torch.arange(len(train.targets))[train.targets >= 0]
+        self.val_ids, rest = splits.hold_out(labeled, train.targets, self.val_size)
         kept = splits.without(rest, train.targets, self.omit, len(names))
         self.train_ids = splits.subset(kept, train.targets, self.fraction, self.per_class, self.subset_seed)
         self.test_ids = torch.arange(len(test.targets))[test.targets >= 0]
@@ -267,12 +267,12 @@ class ImageData(LightningDataModule):
     def batch(self, rows: Ids) -> Batch:
         """The images of these ids, in these views or as they are."""
         if rows.images is None:
-            seen = self.seen(rows.split, rows.ids, rows.views)
+            seen = self.get_batch(rows.split, rows.ids, rows.views)
         else:
             seen = self._seen(rows.split, rows.ids, rows.views, rows.images)
         return seen._replace(sizes=rows.sizes, skip=rows.skip)
 
-    def seen(self, split: str, ids: Tensor, views: Tensor | None) -> Batch:
+    def get_batch(self, split: str, ids: Tensor, views: Tensor | None) -> Batch:
         """The images of these ids in the given views (N,), or as they are."""
         return self._seen(split, ids, views, None)
 
@@ -294,9 +294,9 @@ class ImageData(LightningDataModule):
             assert views is not None
             pairs = (images.tensor_split(2), targets.tensor_split(2))
             images, targets = mixing.mix(mix, self.view_seed, views, ids, *pairs, self.num_classes)
-        return Batch(self.normalise(images), targets, ids, views)
+        return Batch(self.normalize(images), targets, ids, views)
 
-    def normalise(self, images: Tensor) -> Tensor:
+    def normalize(self, images: Tensor) -> Tensor:
         """uint8 on the scale 0 to 255 -> float with mean 0 and deviation 1 over the training set."""
         assert self.mean is not None
         assert self.std is not None

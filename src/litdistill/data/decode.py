@@ -8,7 +8,7 @@ from typing import IO
 import numpy as np
 from PIL import Image
 
-from litdistill.errors import UserError
+from litdistill.utils.errors import UserError
 
 LONGEST = 200  # times as long as wide; an image is resized before it is cropped, and memory has an end
 

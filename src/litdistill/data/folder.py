@@ -12,15 +12,15 @@ from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from litdistill.data.streaming import Encoded
-from litdistill.errors import UserError
+from litdistill.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
-Labelled = list[tuple[Path, int]]  # images with the index of their class
+Labeled = list[tuple[Path, int]]  # images with the index of their class
 TEST_SHARE = 0.2  # of each class, where the folder has no test set of its own
 
 
-def train_and_test(root: Path) -> tuple[tuple[str, ...], Labelled, Labelled]:
+def train_and_test(root: Path) -> tuple[tuple[str, ...], Labeled, Labeled]:
     """Names of classes, and the files of either split; `sources.read_folder` says how a folder is laid out."""
     if not root.is_dir():
         raise UserError(f"There is no folder {root}. Set data.root to the folder that holds train/ or the classes.")
@@ -80,7 +80,7 @@ def read_split(paths: Sequence[Path], size: int, channels: int) -> Tensor:
     return Encoded(FolderFiles(paths), size, channels, "").decode(range(len(paths)), progress=True)
 
 
-def encoded(root: Path, files: Labelled, size: int, channels: int) -> Encoded:
+def encoded(root: Path, files: Labeled, size: int, channels: int) -> Encoded:
     """The images of one split as they lie there. They are known by their names, sizes in bytes and times of change."""
     digest = hashlib.sha256(f"{size} {channels}".encode())
     for path, _ in files:
@@ -107,7 +107,7 @@ def _by_class(folder: Path) -> dict[str, list[Path]]:
     return files
 
 
-def _flat(files: dict[str, list[Path]]) -> Labelled:
+def _flat(files: dict[str, list[Path]]) -> Labeled:
     return [(path, label) for label, paths in enumerate(files.values()) for path in paths]
 
 

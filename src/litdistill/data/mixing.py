@@ -23,7 +23,7 @@ from scipy.special import betaincinv
 from torch import Tensor
 
 from litdistill.data import augment as aug
-from litdistill.errors import UserError
+from litdistill.utils.errors import UserError
 
 LEVELS = 2**16  # equally likely values of a share
 PARTNER, HOW = -1, -2  # streams of random bits beside those of augmentations, which count from 1

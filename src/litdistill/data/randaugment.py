@@ -16,7 +16,7 @@ import torchvision.transforms.functional as tv
 import torchvision.transforms.v2.functional as tv2
 from torch import Tensor
 
-from litdistill.errors import UserError
+from litdistill.utils.errors import UserError
 
 MOVES = ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")  # either way
 BLENDS = ("contrast", "color", "sharpness")  # more or less of it

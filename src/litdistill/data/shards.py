@@ -24,9 +24,9 @@ from typing import Any
 
 from rich.progress import track
 
-from litdistill.data.folder import Labelled, train_and_test
+from litdistill.data.folder import Labeled, train_and_test
 from litdistill.data.streaming import Encoded
-from litdistill.errors import UserError
+from litdistill.utils.errors import UserError
 
 FORMAT, SPEC = ["bytes"], '[1, {"type": null, "context": null, "children_spec": []}]'
 CHUNK = 64 * 2**20  # bytes of a file
@@ -47,7 +47,7 @@ def write(folder: str | Path, out: str | Path, chunk_bytes: int = CHUNK) -> None
         written.done()
         written.merge()
 
-    def contents(files: Labelled, name: str) -> Any:
+    def contents(files: Labeled, name: str) -> Any:
         return (path.read_bytes() for path, _ in track(files, f"Writing {name}"))
 
     put("train", contents(train, "train"))

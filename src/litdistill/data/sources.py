@@ -18,13 +18,13 @@ from torch import Tensor
 from torchvision.datasets import FashionMNIST
 
 from litdistill.data import shards
-from litdistill.data.fetch import SETS, obtain
-from litdistill.data.folder import Labelled, encoded, train_and_test
+from litdistill.data.fetch import DATASETS, obtain
+from litdistill.data.folder import Labeled, encoded, train_and_test
 from litdistill.data.streaming import Encoded
-from litdistill.errors import UserError
+from litdistill.utils.errors import UserError
 
 STREAMED = ("folder", "shards")  # what may be larger than memory
-NAMES = ("digits", *SETS, *STREAMED)
+NAMES = ("digits", *DATASETS, *STREAMED)
 TEST_PER_DIGIT = 50
 
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -114,7 +114,7 @@ def read_folder(root: str | Path, image_size: int, channels: int = 3, memory: fl
     root = Path(root)
     classes, train, test = train_and_test(root)
 
-    def split(files: Labelled) -> Split:
+    def split(files: Labeled) -> Split:
         return Split(encoded(root, files, image_size, channels), torch.tensor([label for _, label in files]))
 
     return _in_memory(Source(split(train), split(test), classes), memory)

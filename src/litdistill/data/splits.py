@@ -10,7 +10,7 @@ from torch import Tensor
 
 from litdistill.data import augment as aug
 from litdistill.data.sources import Split
-from litdistill.errors import UserError
+from litdistill.utils.errors import UserError
 
 
 def budget(resident: bool | str, memory_gb: float) -> float:

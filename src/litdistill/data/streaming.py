@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
 from litdistill.data.decode import decode
-from litdistill.errors import UserError
+from litdistill.utils.errors import UserError
 
 TIMEOUT = 300  # seconds that a batch may take: longer than any disk does, and shorter than anybody waits
 

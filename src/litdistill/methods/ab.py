@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from litdistill.errors import UserError
 from litdistill.methods.base import Method, Outputs, Taps, check_weights, hard_loss, maps, pair, same_size
 from litdistill.methods.fitnet import regressor
+from litdistill.utils.errors import UserError
 
 
 def boundary_loss(student: Tensor, teacher: Tensor, margin: float) -> Tensor:

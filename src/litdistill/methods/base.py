@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from litdistill.errors import UserError
+from litdistill.utils.errors import UserError
 
 
 class Outputs(NamedTuple):
@@ -27,7 +27,7 @@ class Taps(NamedTuple):
     """Which features a method reads of either network.
 
     A sequence of names of submodules of the network (`"layer2"`; its output) or with `:in` behind it (`"layer2.0.relu:in"`;
-    its input), or one of the words that `litdistill.taps.find` resolves on any network:
+    its input), or one of the words that `litdistill.features.feature_extractor.resolve_taps` resolves on any network:
     `"stages"` (the end of each stage: the last map of each spatial size), `"stages:pre"` (the same before their last
     activation), `"last"` (the last of the stages), `"pooled"` (the input of the classifier, (N, C)).
     """

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from litdistill.errors import UserError
 from litdistill.methods.base import Method, Outputs, Taps, check_weights, hard_loss
+from litdistill.utils.errors import UserError
 
 
 def contrast(log_ratio: Tensor, samples: int) -> Tensor:

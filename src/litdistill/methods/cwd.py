@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from litdistill.errors import UserError
 from litdistill.methods.base import (
     Method,
     Outputs,
@@ -20,6 +19,7 @@ from litdistill.methods.base import (
     pair,
     same_size,
 )
+from litdistill.utils.errors import UserError
 
 
 def channel_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:

@@ -16,12 +16,12 @@ def pearson_distance(a: Tensor, b: Tensor) -> Tensor:
     product of the norms, makes a row without any variance uncorrelated with everything; a row whose variance is that of
     rounding is one, and gets no gradient, which would be as large as the inverse of that.
     """
-    a, b = centred(a), centred(b)
+    a, b = centered(a), centered(b)
     correlation = (a * b).sum(dim=1) / (a.norm(dim=1) * b.norm(dim=1) + 1e-8)
     return 1 - correlation.mean()
 
 
-def centred(x: Tensor) -> Tensor:
+def centered(x: Tensor) -> Tensor:
     """Rows without their mean; 0, and without a gradient, where what is left is rounding."""
     rest = x - x.mean(dim=1, keepdim=True)
     rounding = 8 * torch.finfo(x.dtype).eps * x.detach().norm(dim=1, keepdim=True)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from litdistill.errors import UserError
 from litdistill.methods.base import Method, Outputs, Taps, check_weights, hard_loss, maps, pair, same_size
+from litdistill.utils.errors import UserError
 
 
 def regressor(student: Tensor, teacher: Tensor, relu: bool) -> nn.Sequential:

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from litdistill.errors import UserError
 from litdistill.methods.base import Method, Outputs, Taps, check_weights, hard_loss, maps, pair
+from litdistill.utils.errors import UserError
 
 
 def flow(first: Tensor, second: Tensor) -> Tensor:

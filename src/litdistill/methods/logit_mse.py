@@ -15,10 +15,10 @@ class LogitMSE(Method):
     2.1). The paper's own loss is not centred.
     """
 
-    def __init__(self, hard: float = 0.0, soft: float = 1.0, centred: bool = False):
+    def __init__(self, hard: float = 0.0, soft: float = 1.0, centered: bool = False):
         super().__init__()
         check_weights(hard=hard, soft=soft)
-        self.hard, self.soft, self.centred = hard, soft, centred
+        self.hard, self.soft, self.centered = hard, soft, centered
 
     def forward(self, student: Outputs, teacher: Outputs | None, target: Tensor) -> dict[str, Tensor]:
         terms = {}
@@ -27,7 +27,7 @@ class LogitMSE(Method):
         if self.soft:
             assert teacher is not None
             difference = student.logits.float() - teacher.logits.float()
-            if self.centred:
+            if self.centered:
                 difference = difference - difference.mean(dim=1, keepdim=True)
             terms["soft"] = self.soft * difference.square().sum(dim=1).mean() / 2
         return terms

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from litdistill.methods.base import Method, Outputs, Taps, check_weights, hard_loss, maps, pair, same_size
 
 
-def normalise(x: Tensor) -> Tensor:
+def normalize(x: Tensor) -> Tensor:
     """Each channel to mean 0 and variance 1 over batch and positions, in float32: (N, C, H, W) -> (N, C, H, W).
 
     A channel that is constant (a dead one, or a single value) correlates with nothing: it becomes 0, with no gradient,
@@ -28,7 +28,7 @@ def pearson_loss(student: Tensor, teacher: Tensor) -> Tensor:
     Both (N, C, H, W). The variance is the biased one, by which the identity with the paper's 1 − r is exact; the
     authors' code takes the unbiased one, and so gives (n − 1)/n of this, with n = N·H·W.
     """
-    return F.mse_loss(normalise(student), normalise(teacher)) / 2
+    return F.mse_loss(normalize(student), normalize(teacher)) / 2
 
 
 class PKD(Method):

@@ -15,19 +15,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from litdistill.errors import UserError
+from litdistill.features.feature_extractor import FeatureExtractor, resolve_taps
 from litdistill.methods.base import Method, Outputs, Taps, check_weights, hard_loss, maps, same_size
-from litdistill.taps import Tapped, find
+from litdistill.utils.errors import UserError
 
 
 def dry_forward(net: nn.Module, example: Tensor, taps: Sequence[str] | str) -> tuple[str, Outputs, list[nn.Module]]:
     """In eval mode: the name of the (last) tap, the outputs, and the leaf modules that were called, in their order."""
-    name = find(net, example, taps)[-1]
+    name = resolve_taps(net, example, taps)[-1]
     modes = [(m, m.training) for m in net.modules()]
     called: list[nn.Module] = []
     leaves = [m for m in net.modules() if not list(m.children())]
     handles = [m.register_forward_hook(lambda module, args, out: called.append(module)) for m in leaves]
-    tapped = Tapped(net, [name])
+    tapped = FeatureExtractor(net, [name])
     try:
         for m, _ in modes:
             m.training = False

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from litdistill.errors import UserError
+from litdistill.features.feature_extractor import resolve_taps
 from litdistill.methods.base import Method, Outputs, Taps
-from litdistill.taps import find
+from litdistill.utils.errors import UserError
 
 
 class Sum(Method):
@@ -23,14 +23,14 @@ class Sum(Method):
         super().__init__()
         if not methods:
             raise UserError("method.methods is empty. Name the methods to add, say {kd: …, at: …}.")
-        labelled = [key for key, m in methods.items() if getattr(m, "hard", 0)]
-        labelled.sort(key=lambda key: not methods[key].needs_hard)
-        if len(labelled) > 1:
-            if methods[labelled[1]].needs_hard:
+        labeled = [key for key, m in methods.items() if getattr(m, "hard", 0)]
+        labeled.sort(key=lambda key: not methods[key].needs_hard)
+        if len(labeled) > 1:
+            if methods[labeled[1]].needs_hard:
                 raise UserError(
-                    f"{' and '.join(labelled[:2])} must both learn from the labels. Leave one out of the sum."
+                    f"{' and '.join(labeled[:2])} must both learn from the labels. Leave one out of the sum."
                 )
-            raise UserError(f"Two methods of the sum learn from the labels. Set method.methods.{labelled[1]}.hard=0.")
+            raise UserError(f"Two methods of the sum learn from the labels. Set method.methods.{labeled[1]}.hard=0.")
         self.methods = nn.ModuleDict(methods)
         self.needs_teacher = any(m.needs_teacher for m in methods.values())
         self.phases = any(m.phases for m in methods.values())
@@ -51,8 +51,8 @@ class Sum(Method):
             student = part.prepare(student, teacher, example)
         for key, part in self.parts().items():
             taps = part.taps()
-            read = [] if teacher is None else find(teacher, example, taps.teacher)
-            self.names[key] = find(student, example, taps.student), read
+            read = [] if teacher is None else resolve_taps(teacher, example, taps.teacher)
+            self.names[key] = resolve_taps(student, example, taps.student), read
         return student
 
     def taps(self) -> Taps:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from litdistill.errors import UserError
 from litdistill.methods.base import Method, Outputs, check_temperature, check_weights, hard_loss
+from litdistill.utils.errors import UserError
 
 
 def virtual_teacher(target: Tensor, classes: int, correct: float, temperature: float) -> Tensor:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from litdistill.errors import UserError
 from litdistill.methods.base import Method, Outputs, check_weights, hard_loss
+from litdistill.utils.errors import UserError
 
 
 def transformed_matching(student: Tensor, teacher: Tensor, gamma: float, weighted: bool) -> Tensor:

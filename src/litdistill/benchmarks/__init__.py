@@ -1,0 +1,1 @@
+"""Comparisons of techniques, and published tables."""

@@ -1,0 +1,162 @@
+"""All techniques on the same data, budget and seeds: each an ordinary run, several at a time, and one page of them all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, OmegaConf
+
+from litdistill.cli import CONF, quieten
+from litdistill.config.recipes import recipe_hash, starting_point_dir
+from litdistill.report.build import build
+from litdistill.report.collect import Group, Settings
+from litdistill.report.sections import accuracy, each, looks
+from litdistill.report.tables import plots
+from litdistill.training.callbacks import format_seconds
+from litdistill.training.train import logged_to, train
+from litdistill.utils.checkpoint import write_text
+from litdistill.utils.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+class Job(NamedTuple):
+    """One run: the technique's name, what tells it from others of that name, and its overrides."""
+
+    technique: str
+    variant: str
+    seed: int
+    overrides: tuple[str, ...]
+    runs: str
+
+
+def compare(cfg: DictConfig) -> list[Group]:
+    """Trains what `conf/compare.yaml` describes and writes the page; gives what was measured."""
+    started = time.perf_counter()
+    todo = jobs(cfg)
+    folders = run_all(todo, cfg.jobs)
+    print(f"Trained in {format_seconds(time.perf_counter() - started)}; measuring", flush=True)
+    settings = Settings(cfg.threads, cfg.rounds, cfg.robustness, tuple(cfg.epsilons), cfg.device)
+    torch.set_num_threads(cfg.threads)
+    groups = build(folders, cfg.out, f"Techniques compared on {cfg.dataset}", settings)
+    if cfg.picture is not None:
+        draw(groups[0], Path(cfg.picture))
+        print(f"Drawn to {cfg.picture}")
+    for problem in (p for g in groups for p in g.problems):
+        print(problem)
+    taken = format_seconds(time.perf_counter() - started)
+    print(f"{len(folders)} runs in {taken}. Written to {Path(cfg.out, 'index.html')} and report.md")
+    return groups
+
+
+def jobs(cfg: DictConfig) -> list[Job]:
+    """Every technique with every seed, seeds of one technique after another."""
+    known = sorted(p.stem for p in (CONF / "experiment" / "compare").glob("*.yaml") if not p.stem.startswith("_"))
+    asked = known if cfg.techniques is None else list(cfg.techniques)
+    if unknown := [name for name in asked if name not in known]:
+        raise UserError(f"No such technique: {', '.join(unknown)}. There are {', '.join(known)}.")
+    if cfg.seeds < 1 or cfg.jobs < 1:
+        raise UserError("seeds and jobs must be at least 1.")
+    found = []
+    for name in asked:
+        for widths in list(cfg.family) if name == "family" else [""]:
+            for seed in range(cfg.seeds):
+                overrides = [f"experiment=compare/{name}", f"data={cfg.dataset}", f"seed={seed}", f"runs={cfg.runs}"]
+                overrides += [f"student.widths={widths}"] if widths else []
+                variant = "x".join(str(widths).strip("[]").split(","))
+                found.append(Job(name, variant, seed, (*overrides, *cfg.overrides), str(cfg.runs)))
+    return found
+
+
+def run_all(todo: list[Job], at_once: int) -> list[Path]:
+    """The folders of the finished runs, in the order of the jobs. A run that fails ends all, with its own words."""
+    started, done = time.perf_counter(), {}
+    for job, folder in _results(todo, at_once):
+        done[job] = folder
+        test = json.loads((folder / "summary.json").read_text())["student"]["test"]["accuracy"]["best"]
+        left = (time.perf_counter() - started) / len(done) * (len(todo) - len(done))
+        name = f"{job.technique} {job.variant}".rstrip()
+        print(
+            f"{len(done):3d}/{len(todo)}  {name}, seed {job.seed}: {100 * test:.2f} %   {format_seconds(left)} left",
+            flush=True,
+        )
+    return [done[job] for job in todo]
+
+
+def _results(todo: list[Job], at_once: int) -> Iterator[tuple[Job, Path]]:
+    if at_once == 1:
+        for job in todo:
+            yield job, run(job)
+        return
+    context = multiprocessing.get_context("spawn")  # a fork of a process with threads may wait for ever
+    with ProcessPoolExecutor(min(at_once, len(todo)), context, initializer=_quietly) as pool:
+        waiting = {pool.submit(run, job): job for job in todo}
+        try:
+            for future in as_completed(waiting):
+                yield waiting[future], future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _quietly() -> None:
+    quieten()
+    logging.getLogger().setLevel(logging.INFO)  # to each run's own file
+    os.environ.setdefault("RUN_STAMP", "compare")
+    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def end_with(parent: int, pause: float = 15) -> None:
+    """Ends this process when the one that started it is gone: at first so that a run saves its state, then at once."""
+    while True:
+        time.sleep(pause)
+        if os.getppid() != parent:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def run(job: Job) -> Path:
+    """Trains one run unless it is finished, and gives its folder.
+
+    What decides its weights is in the folder's name, so that a changed config is not answered by an old run.
+    """
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("train", [*job.overrides, "folder=''"])
+    name = f"{job.technique}-{job.variant}".rstrip("-")
+    folder = Path(job.runs) / "compare" / name / f"{job.seed}-{recipe_hash(cfg)}"
+    cfg.folder = str(folder)
+    write_text(folder / ".hydra" / "config.yaml", OmegaConf.to_yaml(cfg))
+    write_text(folder / ".hydra" / "overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(list(job.overrides))))
+    with logged_to(folder / "train.log"):
+        train(cfg)
+    if cfg.student.checkpoint is None:  # what other techniques start from, where their recipe is this run's
+        start = starting_point_dir(cfg)
+        start.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            start.symlink_to(os.path.relpath(folder, start.parent))
+    return folder
+
+
+def draw(group: Group, path: Path) -> None:
+    """The main picture of the page as a PNG."""
+    timed = [(look, row) for look, row in zip(looks(group), group.rows, strict=True) if "cpu" in row.timing]
+    costs = [
+        ("file (kB)", [row.timing["bytes"] / 1e3 for _, row in timed]),
+        ("latency, p50 of one image (ms)", [row.timing["cpu"][1]["p50_ms"] for _, row in timed]),
+    ]
+    values = [each(row, accuracy) for _, row in timed]
+    plots.main_picture([look for look, _ in timed], costs, values, "test accuracy (%)", path)

@@ -1,0 +1,236 @@
+"""`docs/reproductions.md`: published figures beside what runs of this project gave, from `docs/results` alone.
+
+A result is the summary of one run, at `docs/results/<experiment>/<seed>.json`; where the run changed more than its seed, at
+`docs/results/<experiment>/<what it changed>/<seed>.json`. `collect` puts them there, `page` reads them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+
+from litdistill.benchmarks.published_tables import TABLES, Published, Table, cells, published
+from litdistill.cli import CONF
+from litdistill.evaluation.evaluate import collect as logits_of
+from litdistill.evaluation.evaluate import differences, evaluate, load_run, rebuild
+from litdistill.report.tables import spread
+from litdistill.utils.checkpoint import write_text
+from litdistill.utils.errors import UserError
+
+RESULTS = Path("docs/results")
+PROTOCOLS = {"last": "last epoch", "best": "best on validation", "best_on_test": "best on test"}
+
+# What a run may be started with and still be a run of its experiment: its seed, and what changes no weight.
+NO_VARIANT = (
+    *("experiment", "name", "seed", "threads", "watch_test", "runs", "logger", "resume"),
+    *("hydra.run.dir", "hydra.sweep.dir"),
+    *("student.checkpoint", "trainer.accelerator", "trainer.devices", "data.root"),
+)
+
+Results = Mapping[str, Sequence[dict[str, Any]]]
+
+
+# -- from runs to results -----------------------------------------------------------------------------------------------
+
+
+def cell_of(folder: Path) -> tuple[str, int]:
+    """The experiment that a run belongs to, with what else it was started with, and its seed. Raises `UserError`."""
+    noted: Any = OmegaConf.to_container(OmegaConf.load(folder / ".hydra" / "hydra.yaml"), resolve=False)
+    experiment = noted["hydra"]["runtime"]["choices"].get("experiment")
+    if experiment is None or not re.fullmatch(r"\w+(/\w+)*", experiment):
+        raise UserError(f"{folder} is the run of no experiment.")
+    cfg, _ = load_run(folder)
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        plain = compose("train", [f"experiment={experiment}"])
+    new = (o for o in noted["hydra"]["overrides"]["task"] if o.lstrip("+~").split("=")[0] not in NO_VARIANT)
+    variant = sorted(o for o in new if not _is_said_by(plain, o, cfg))
+    return "/".join([experiment, *([" ".join(variant)] if variant else [])]), int(cfg.seed)
+
+
+def _is_said_by(plain: DictConfig, override: str, cfg: DictConfig) -> bool:
+    """Whether a run's override gives a key the value that the experiment gives it anyway."""
+    key = override.partition("=")[0]
+    here = OmegaConf.select(cfg, key)
+    return key[0] not in "+~" and not OmegaConf.is_config(here) and here == OmegaConf.select(plain, key)
+
+
+def collect(folder: Path, results: Path = RESULTS) -> Path:
+    """Measures a finished run anew, and notes its summary if that is reproduced to the digit; else a `UserError`."""
+    cell, seed = cell_of(folder)
+    _, summary = load_run(folder)
+    if wrong := differences(evaluate(folder, device="cpu"), summary):
+        raise UserError(f"{folder} is not what its summary says: " + "; ".join(wrong))
+    data, distiller = rebuild(folder)
+    logits, targets = logits_of(distiller.deployed_student, data, "test")
+    wrong_ones = targets[logits.argmax(1) != targets]
+    summary["errors_by_class"] = torch.bincount(wrong_ones, minlength=data.num_classes).tolist()
+    path = results / cell / f"{seed}.json"
+    write_text(path, json.dumps(summary, indent=2) + "\n")
+    return path
+
+
+def read(results: Path = RESULTS) -> dict[str, list[dict[str, Any]]]:
+    """The summaries of all cells, by the cell's name, in the order of their seeds."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for path in sorted(results.glob("*/**/*.json"), key=lambda p: (str(p.parent), int(p.stem))):
+        found.setdefault(str(path.parent.relative_to(results)), []).append(json.loads(path.read_text()))
+    return found
+
+
+# -- from results to the page -------------------------------------------------------------------------------------------
+
+
+def figures(runs: Sequence[dict[str, Any]], protocol: str, errors: bool) -> list[float]:
+    """Ours, one a run: test accuracy in %, or errors of 10,000; empty where a run has no such figure."""
+    found = [run["student"]["test"]["accuracy"].get(protocol) for run in runs]
+    return [] if None in found else [_figure(accuracy, errors) for accuracy in found]
+
+
+def _figure(accuracy: float, errors: bool) -> float:
+    return 10_000 * (1 - accuracy) if errors else 100 * accuracy
+
+
+def verdict(ours: Sequence[float], theirs: Published | None) -> str:
+    """reached, within the spread of our seeds, or missed by how much; said of the mean."""
+    if theirs is None:
+        return "no published figure"
+    if not ours:
+        return f"not measured: {PROTOCOLS[theirs.protocol]}"
+    gap = statistics.mean(ours) - theirs.value if theirs.errors else theirs.value - statistics.mean(ours)
+    if gap <= 1e-9:
+        return "reached"
+    if len(ours) > 1 and gap <= statistics.stdev(ours):
+        return "within spread"
+    return f"missed by {gap:.0f} errors" if theirs.errors else f"missed by {gap:.2f} points"
+
+
+def row(cell: str, runs: Sequence[dict[str, Any]], theirs: Published | None, errors: bool) -> list[str]:
+    """One row of a table of results."""
+    digits = 0 if errors else 2
+    ours = {p: figures(runs, p, errors) for p in PROTOCOLS}
+    teachers = {run["teacher"]["sha256"]: run["teacher"]["test"]["accuracy"] for run in runs if run["teacher"]}
+    taught = [_figure(accuracy, errors) for accuracy in teachers.values()]
+    shown = [spread(v, 1 if errors and len(v) > 1 else digits) if v else "" for v in (*ours.values(), taught)]
+    return [
+        cell.split("/", 1)[1],
+        f"{theirs.value:.{digits}f}" if theirs else "",
+        *shown,
+        str(len(runs)),
+        duration(statistics.mean(run["time"]["total_s"] for run in runs)),
+        verdict(ours[theirs.protocol] if theirs else [], theirs),
+    ]
+
+
+def by_class(own: Results) -> str:
+    """Where the errors are: of each class the mean over seeds, of the epoch that was best on validation."""
+    counts = {
+        cell: [statistics.mean(c) for c in zip(*(r["errors_by_class"] for r in own[cell]), strict=True)] for cell in own
+    }
+    classes = [str(i) for i in range(max(map(len, counts.values())))]
+    rows = [[cell, *(f"{c:.0f}" for c in found)] for cell, found in counts.items()]
+    return "The same errors (best on validation) by the class of the image:\n\n" + markdown(
+        ["experiment", *classes], rows
+    )
+
+
+def duration(seconds: float) -> str:
+    """In minutes, or in seconds below two of them."""
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
+def hardware(runs: Sequence[dict[str, Any]]) -> str:
+    """Of all these runs, each kind once."""
+    kinds = {f"{r['device']['name']} ({r['device']['type']}), {r['device']['threads']} thread(s)" for r in runs}
+    return "; ".join(sorted(kinds))
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """A table whose first `left` columns are words."""
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * left + "---:|" * (len(head) - left)]
+    return "\n".join([*lines, *("| " + " | ".join(r) + " |" for r in rows)])
+
+
+def section(name: str, title: str, results: Results, theirs: Mapping[str, Published], notes: str) -> str:
+    """What was run of one paper: the table, notes, hardware and commands."""
+    own = {cell: runs for cell, runs in results.items() if cell.startswith(f"{name}/")}
+    parts = [f"## {title}"]
+    if own:
+        errors = any(p.errors for c, p in theirs.items() if c.startswith(f"{name}/"))
+        unit = "test errors of 10,000" if errors else "test accuracy %"
+        head = ["experiment", "published", *PROTOCOLS.values(), "its teacher", "seeds", "time a run", "verdict"]
+        place = {cell: i for i, cell in enumerate(theirs)}
+        order = sorted(
+            own, key=lambda c: (place.get(c, len(place)), [float(n) for n in re.findall(r"\d+\.?\d*", c)], c)
+        )
+        rows = [row(c, own[c], theirs.get(re.sub("/[^/]*=.*", "", c)), errors) for c in order]
+        parts.append(f"In {unit}, mean ± standard deviation over seeds.\n\n" + markdown(head, rows))
+        if errors:
+            parts.append(by_class({c.split("/", 1)[1]: own[c] for c in order}))
+        everything = [run for runs in own.values() for run in runs]
+        commands = "\n".join(own[c][0]["command"] for c in order)
+        parts.append(f"On: {hardware(everything)}. Commands of the first seeds:\n\n```bash\n{commands}\n```")
+    if notes:
+        parts.insert(1, notes.strip())
+    return "\n\n".join(parts)
+
+
+def not_run(table: Table, name: str, results: Results) -> str:
+    """The published figures of the cells that were not run, a row a method and a column a pair; empty if there are none."""
+    missing = {
+        key: figure
+        for key, figure in cells(table).items()
+        if f"{name}/{'_'.join(table.pairs[key[0]])}/{key[1]}" not in results
+    }
+    columns, methods = dict.fromkeys(c for c, _ in missing), dict.fromkeys(m for _, m in missing)
+    if not missing:
+        return ""
+    shown = lambda figure: "none" if figure is None else f"{figure:.2f}"  # noqa: E731
+    rows = [[m, *(shown(missing[c, m]) if (c, m) in missing else "" for c in columns)] for m in methods]
+    key = "; ".join(f"{c}: `{'_'.join(table.pairs[c])}`" for c in columns)
+    why = "" if name.endswith("_short") else ": needs a GPU"
+    return (
+        f"Not run here{why}. Top-1 accuracy in %, of {table.source}:\n\n{markdown(['', *columns], rows)}\n\n"
+        f"`python scripts/train.py experiment={name}/<pair>/<method> watch_test=true` runs a cell. Pairs: {key}."
+    )
+
+
+TITLES = {
+    "hinton2015": "MNIST: Hinton, Vinyals & Dean 2015 (arXiv 1503.02531), section 3",
+    "zagoruyko2017": "CIFAR-10: Zagoruyko & Komodakis 2017 (arXiv 1612.03928), table 1",
+    "zagoruyko2017_short": "CIFAR-10: the same in 6 epochs, for two cores",
+    "aberhu": "CIFAR-10: AberHu's Knowledge-Distillation-Zoo",
+    "crd_cifar10": "CIFAR-10 under the CRD protocol",
+    "crd": "CIFAR-100: the table of Tian, Krishnan & Isola 2020 (arXiv 1910.10699) and its later rows",
+}
+
+INTRODUCTION = """# Published figures, and what this project gives
+
+Made by `python scripts/reproductions.py page` of the runs' own summaries, which lie in `docs/results`; no figure is typed by
+hand. `python scripts/reproductions.py collect <run folder>` adds a run, if measuring it anew gives its summary to the digit.
+
+Three figures of one run: the accuracy on the test set of the **last epoch**; of the epoch that was **best on validation**;
+and of the epoch that was **best on test**, which many tables report and which is no accuracy on unseen images: it is logged
+(`watch_test=true`) and chooses nothing. A verdict compares the mean over seeds with the published figure under the protocol
+of the publication; where that chooses by something else than the last epoch or the test set, under best on validation.
+*Within spread* is missed by no more than the standard deviation over the seeds. *Its teacher* is measured with the weights
+that were best on validation.
+"""
+
+
+def page(results: Path = RESULTS) -> str:
+    """The whole page, in Markdown."""
+    found, theirs, parts = read(results), published(), [INTRODUCTION.strip()]
+    for name, title in TITLES.items():
+        notes = results / name / "notes.md"
+        parts.append(section(name, title, found, theirs, notes.read_text() if notes.is_file() else ""))
+        if name in TABLES and (rest := not_run(TABLES[name], name, found)):
+            parts.append(rest)
+    return "\n\n".join(parts) + "\n"

@@ -1,0 +1,234 @@
+"""From a config to objects: the one place that reads what the networks, the method and the data are.
+
+Training and evaluation build a run by the same function, so that a run is rebuilt from its own folder.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict
+from torch import nn
+
+from litdistill.compress.quantize import Int8
+from litdistill.compress.structure import Step, load_structure, restore, structure_of
+from litdistill.config.instantiate import instantiate
+from litdistill.config.recipes import NETWORK_META_KEYS, is_complete, teacher_folder
+from litdistill.data import augment as aug
+from litdistill.data.datamodule import ImageData
+from litdistill.distillation.distiller import Distiller
+from litdistill.distillation.teacher import Ensemble, FrozenTeacher
+from litdistill.distillation.teacher_cache import CacheOptions
+from litdistill.export.writers import check_int8
+from litdistill.features import feature_extractor as taps
+from litdistill.methods.base import Method
+from litdistill.models.finetune import freeze, with_own_head
+from litdistill.utils.checkpoint import load_state_dict_checked, load_weights
+from litdistill.utils.distributed import broadcast_from_rank0
+from litdistill.utils.errors import UserError
+
+log = logging.getLogger(__name__)
+
+CALIBRATION = 512  # training images, unaugmented, that compressing may look at
+
+
+def build_data(cfg: DictConfig) -> ImageData:
+    """The data set of a config, read and split."""
+    data: ImageData = instantiate(cfg.data)
+    data.setup()
+    return data
+
+
+def build_net(node: DictConfig, data: ImageData, role: str, source: str | Path | nn.Module | None = None) -> nn.Module:
+    """A network for the shapes of `data`, with the weights that its `checkpoint` names, or those of `source`.
+
+    Where these are of a compressed network, it is compressed likewise.
+    """
+    options = {k: v for k, v in node.items() if k not in NETWORK_META_KEYS}
+    net: nn.Module = instantiate(options, num_classes=data.num_classes, input_shape=data.input_shape)
+    if source is None:
+        source = node.get("checkpoint")
+    if source is None:
+        return net
+    if isinstance(source, nn.Module):
+        name, state, steps = "the teacher", source.state_dict(), structure_of(source)
+    else:
+        name, state, steps = str(source), load_weights(source), load_structure(source)
+    example, head = torch.zeros(2, *data.input_shape), node.get("head")
+    if head not in (None, "new"):
+        raise UserError(f"{role}.head={head}: set it to new for a classifier that starts from nothing, or to null.")
+    net = restore(net, steps, example, new_head=head is not None)
+    if head is not None:
+        state = with_own_head(net, state, example)
+    load_state_dict_checked(net, state, name, role)
+    return net
+
+
+def build_student(
+    cfg: DictConfig,
+    data: ImageData,
+    teacher: nn.Module | None,
+    source: Path | None = None,
+    structure: list[Step] | None = None,
+) -> nn.Module:
+    """The student with the weights that it starts from, made smaller where `compress` says so.
+
+    `source`: the finished run that `student.checkpoint: auto` stands for. `structure`: that of a finished run's student,
+    which is given it and neither weights nor compression: its weights are to be loaded afterwards.
+    """
+    if structure is not None:
+        return restore(build_net(cfg.student, data, "student"), structure, torch.zeros(2, *data.input_shape))
+    if cfg.student.get("checkpoint") == "teacher" and teacher is None:
+        raise UserError("student.checkpoint=teacher: there is no teacher. Name one (net@teacher=…).")
+    start = teacher if cfg.student.get("checkpoint") == "teacher" else source
+    student = build_net(cfg.student, data, "student", start)
+    if cfg.get("compress") is not None:
+        if isinstance(student, Int8):
+            raise UserError(
+                f"compress={str(cfg.compress.get('_target_')).rpartition('.')[2]}: the student starts from an int8 network, "
+                "which is one traced graph and is compressed no further. Start from the float run that it was made of."
+            )
+        ids = aug.order(0, 0, data.train_ids)[:CALIBRATION]
+        student = instantiate(cfg.compress)(student, data.get_batch("train", ids, None).images)
+    if isinstance(student, Int8):
+        if cfg.student.get("trainable") is not None:
+            raise UserError(
+                f"student.trainable={list(cfg.student.trainable)}: an int8 network is one traced graph, of which no layer can "
+                "be named. Train those layers of the float network first, and start from that run with compress=int8 and "
+                "student.trainable=null."
+            )
+        check_int8(data.class_names)  # before it is trained, as its file is a part of its run
+    return student
+
+
+def build_teacher(cfg: DictConfig, data: ImageData, absent: Callable[[DictConfig, Path], None]) -> nn.Module | None:
+    """The teacher of a config with its weights, an `Ensemble` where several are named; None without one.
+
+    `absent(cfg, folder)` is called where `teacher.checkpoint` is auto and no run of that recipe is finished in `folder`:
+    it trains the teacher, or raises.
+    """
+    if cfg.teacher is None:
+        return None
+    if diffs := cfg.teacher.get("ensemble"):
+        members = []
+        for diff in diffs:
+            one = cfg.copy()
+            with open_dict(one):
+                one.teacher.ensemble = None
+                one.teacher = OmegaConf.merge(one.teacher, diff)
+            members.append(build_teacher(one, data, absent))
+        return Ensemble([m for m in members if m is not None])
+    if cfg.teacher.checkpoint != "auto":
+        torch.manual_seed(cfg.seed)  # one as it is built is the same on every rank, and again when the run is rebuilt
+        return build_net(cfg.teacher, data, "teacher")
+    folder = teacher_folder(cfg)
+    if not broadcast_from_rank0(is_complete(folder)):
+        absent(cfg, folder)
+    return build_net(cfg.teacher, data, "teacher", folder)
+
+
+def build_distiller(
+    cfg: DictConfig,
+    data: ImageData,
+    method: Method,
+    teacher: nn.Module | None,
+    source: Path | None = None,
+    structure: list[Step] | None = None,
+) -> Distiller:
+    """The student, and what it and the method need of each other, inferred from a dry forward of two images.
+
+    `source`, `structure`: see `build_student`.
+    """
+    if method.needs_teacher and teacher is None:
+        raise UserError(
+            f"{type(method).__name__} learns from a teacher, and there is none. "
+            "Name one (net@teacher=…), or train with labels alone (method=supervised)."
+        )
+    torch.manual_seed(cfg.seed)  # the same first weights whatever came before and whatever the method
+    net = build_student(cfg, data, teacher, source, structure)
+    example = data.normalize(data.source.train.images[data.train_ids[:2]])
+    try:
+        student = method.prepare(net, teacher, example)
+        asked = method.taps()
+        student_taps = taps.resolve_taps(student, example, asked.student)
+    except UserError as error:
+        if not isinstance(net, Int8):
+            raise
+        raise UserError(
+            f"{type(method).__name__} reads features inside the student, and in int8 (compress=int8) that is one traced "
+            "graph without layers to tap. Use a method that reads logits alone (kd, dkd, dist, mlkd, supervised), or distil "
+            "in float first and start from that student: student.checkpoint=<its run folder> compress=int8."
+        ) from error
+    teacher_taps = taps.resolve_taps(teacher, example, asked.teacher) if teacher is not None else []
+    distiller = Distiller(
+        student,
+        method,
+        FrozenTeacher(teacher, teacher_taps, example) if teacher is not None else None,
+        optimizer=instantiate(cfg.optimizer),
+        scheduler=instantiate(cfg.scheduler),
+        schedule=OmegaConf.to_container(cfg.schedule) or {},  # type: ignore[arg-type]
+        student_taps=student_taps,
+        allow_chance=bool(cfg.teacher is not None and cfg.teacher.allow_chance),
+        cache=_cache_options(cfg),
+        window=steps_at_once(cfg),
+        gradient_clip_val=cfg.trainer.get("gradient_clip_val"),
+        gradient_clip_algorithm=cfg.trainer.get("gradient_clip_algorithm") or "norm",
+    )
+    fit_in = WINDOW_BYTES // (4 * math.prod(data.input_shape) * data.batch_size)
+    data.window = steps_at_once(cfg) if cfg.get("window", "auto") != "auto" else max(1, min(steps_at_once(cfg), fit_in))
+    student.eval()  # a dry forward must not move BatchNorm's averages
+    with torch.no_grad():
+        dry = distiller.teacher(example) if distiller.teacher is not None else None
+        trained_on = torch.full_like(data.train_targets, -1)
+        trained_on[data.train_ids] = data.train_targets[data.train_ids]
+        method.build(distiller.tapped(example), dry, trained_on)
+    student.train()
+    if (trainable := cfg.student.get("trainable")) is not None:
+        freeze(net, trainable, example)  # Lightning puts each module's own mode back after a validation
+    # Convolutions are 1.2 to 1.6 times faster in it, and know by themselves.
+    student.to(memory_format=torch.channels_last)
+    modes = cfg.get("compile") or {}
+    if modes.get("student") is not None:
+        student.compile(mode=modes["student"])
+    if modes.get("teacher") is not None and distiller.teacher is not None:
+        distiller.teacher.compile(mode=modes["teacher"])
+    # A method's memories belong to their rank; DDP would overwrite them with the first one's.
+    ignored = [f"method.{name}" for name, _ in method.named_buffers()]
+    distiller._ddp_params_and_buffers_to_ignore = ignored  # type: ignore[assignment]
+    return distiller
+
+
+WINDOW = 16  # minibatches: enough for Lightning's own cost a step to vanish
+WINDOW_BYTES = 2**26  # of images, which is what a step may hold at once
+
+
+def steps_at_once(cfg: DictConfig) -> int:
+    """How many minibatches a training step may hold (`litdistill.distillation.step`): `window`, or where that is auto a good number.
+
+    One where Lightning itself has to see each: to accumulate gradients, to scale losses for float16, to shard.
+    """
+    trainer = cfg.trainer
+    if cfg.get("window", "auto") != "auto":  # a run folder from before there were windows has no such key
+        if int(cfg.window) > 1 and str(trainer.get("precision")).startswith("16"):
+            raise UserError(
+                f"window={cfg.window}: for float16 losses are scaled, which Lightning undoes where a step is one minibatch. "
+                "Leave window at auto, or use trainer.precision=bf16-mixed."
+            )
+        return int(cfg.window)
+    plain = (trainer.get("strategy") or "auto") in ("auto", "ddp", "ddp_find_unused_parameters_true")
+    accumulates = (trainer.get("accumulate_grad_batches") or 1) > 1
+    return WINDOW if plain and not accumulates and not str(trainer.get("precision")).startswith("16") else 1
+
+
+def _cache_options(cfg: DictConfig) -> CacheOptions:
+    options = cfg.teacher.get("cache") if cfg.teacher is not None else None
+    if not options:
+        return CacheOptions()
+    multirun = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+    return CacheOptions(**{**options, "shared": options.get("shared") or multirun}, folder=Path(cfg.runs) / "cache")

@@ -1,0 +1,185 @@
+"""Whose run a folder holds, and how a run of another goes on.
+
+When a run starts, a digest of what decides which code it executes is kept in the user's own folder. A run folder whose digest
+is there was made by this user, and may name any class; it may be moved. One that is not there, or was edited since, is a
+stranger's: `litdistill.config.trust` says what it may do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from litdistill.config.trust import OUTSIDE, PLAIN, check_trusted, packages, refusal
+from litdistill.utils.errors import UserError
+
+log = logging.getLogger(__name__)
+
+# Set while a run goes on that another made: which packages its config may name. Processes that it starts inherit it.
+FOREIGN = "LITDISTILL_FOREIGN_RUN"
+PLACES = ("runs", "folder", "resume", "trust")  # keys that are the user's to say, and never a run folder's
+
+
+# -- whose run it is ----------------------------------------------------------------------------------------------------
+
+_MADE: set[str] = set()  # digests of the runs of this process, also where they cannot be kept
+
+
+def state_folder() -> Path:
+    """Where the digests of this user's runs are kept: $LITDISTILL_STATE, or litdistill in the user's folder for states."""
+    if own := os.environ.get("LITDISTILL_STATE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state").expanduser() / "litdistill"
+
+
+def noted(file: Path) -> tuple[str, list[str]] | None:
+    """The name of the config and the overrides in one of Hydra's notes; None where it is missing or half written."""
+    try:
+        about: Any = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+        name, overrides = about["hydra"]["job"]["config_name"], about["hydra"]["overrides"]["task"]
+        return str(name), [str(o) for o in overrides]
+    except (OSError, UnicodeError, YAMLError, OmegaConfBaseException, LookupError, TypeError, AttributeError):
+        return None
+
+
+def run_digest(folder: Path, config: bytes | None = None) -> str | None:
+    """The SHA-256 of what decides which code a run executes: its config and its overrides, as written, wherever it lies.
+
+    `config`: the bytes of its config where they were read already. None where there is none.
+    """
+    kept = folder / ".hydra"
+    try:
+        config = (kept / "config.yaml").read_bytes() if config is None else config
+    except OSError:
+        return None
+    found = noted(kept / "hydra.yaml") or noted(kept / "hydra.before.yaml")
+    overrides = json.dumps(found[1] if found else []).encode()
+    return hashlib.sha256(hashlib.sha256(config).digest() + overrides).hexdigest()
+
+
+def made_here(folder: Path, config: bytes | None = None) -> bool:
+    """Whether this user has started the run in `folder`, and its config is what it was then."""
+    digest = run_digest(folder, config)
+    if digest is None:
+        return False
+    with contextlib.suppress(OSError, RuntimeError):
+        return digest in _MADE or (state_folder() / "runs" / digest).is_file()
+    return False
+
+
+def remember(folder: Path, cfg: DictConfig) -> None:
+    """Keeps that this user starts the run in `folder`, if the config that lies there is the one that it runs with."""
+    try:
+        config = (folder / ".hydra" / "config.yaml").read_bytes()
+    except OSError:
+        return
+    if config.decode(errors="replace") != OmegaConf.to_yaml(cfg) or (digest := run_digest(folder, config)) is None:
+        return
+    from litdistill.utils.checkpoint import (
+        write_text,  # with torch, for which commands do not wait before they know their config
+    )
+
+    _MADE.add(digest)
+    try:
+        write_text(state_folder() / "runs" / digest, f"{folder.resolve()}\n")
+    except (UserError, OSError, RuntimeError) as error:
+        log.info("It is not kept that this run was made here: %s", error)
+
+
+# -- a run of another that goes on --------------------------------------------------------------------------------------
+
+
+def replayable(overrides: Sequence[str], folder: str | Path) -> list[str]:
+    """Those of a foreign run's overrides that it goes on with. Raises `UserError` for one that does more than set a key.
+
+    Nothing of Hydra's own is replayed, since none of it is needed; where things lie, and what is trusted, is not the run's
+    to say.
+    """
+    kept = []
+    for text in overrides:
+        key, value = _parsed(text, folder)
+        parts = re.split(r"[.@/:]", key)
+        if parts[0] in PLACES:
+            continue
+        if {"hydra", "defaults", "searchpath"} & set(parts):
+            raise refusal(key, value, folder, "No override of Hydra's own is replayed")
+        if "${" in PLAIN.sub("", text):
+            raise refusal(key, value, folder, "An interpolation may name another key, and nothing else")
+        if (package := key.partition("@")[2]) and package.split(".")[0] in PLACES:
+            raise refusal(key, value, folder, "Where things lie, and what is trusted, is not the run's to say")
+        # A key without a dot may choose a file of a folder of configs.
+        if "." not in key.split("@")[0] and any(OUTSIDE.search(v) for v in _texts(value)):
+            raise refusal(key, value, folder, "A file of conf is chosen by its name, by no path")
+        kept.append(text)
+    return kept
+
+
+def _parsed(text: str, folder: str | Path) -> tuple[str, Any]:
+    """The key of an override without its sign, its package included, and its value."""
+    try:
+        if text.startswith("-"):
+            raise refusal("hydra.overrides", text, folder, "An option of a command is no override")
+        override = OverridesParser.create().parse_override(text)
+        value = None if override.is_delete() else override.value()
+    except HydraException as error:
+        raise refusal("hydra.overrides", text, folder, "It is no override") from error
+    return override.get_key_element().lstrip("+~"), value
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        for one in value:
+            yield from _texts(one)
+    elif value is not None:
+        yield str(value)
+
+
+def begin_foreign(folder: str | Path) -> None:
+    """From now on this process, and those that it starts, train what another's run says."""
+    os.environ[FOREIGN] = json.dumps({"folder": str(folder), "trust": []})
+
+
+def check_foreign(cfg: DictConfig, folder: str | Path | None = None, trust: Any = None) -> None:
+    """`check_trusted` for whatever is about to be trained, where another's run goes on; nothing otherwise.
+
+    `folder`: where it writes, the run's own where None. `trust`: what the command trusts, kept for what it trains on the way.
+    """
+    if (text := os.environ.get(FOREIGN)) is None:
+        return
+    about = json.loads(text)
+    if trust is not None:
+        about["trust"] = packages(trust)
+        os.environ[FOREIGN] = json.dumps(about)
+    check_trusted(cfg, about["folder"] if folder is None else folder, about["trust"])
+
+
+def is_foreign() -> bool:
+    """Whether it is another's run that goes on."""
+    return FOREIGN in os.environ
+
+
+def check_links(folder: str | Path) -> None:
+    """Raises `UserError` for a symbolic link inside a run's folder that leads out of it: writing would follow it."""
+    root = Path(folder).resolve()
+    for place, folders, files in os.walk(root):
+        for name in (*folders, *files):
+            path = Path(place, name)
+            if path.is_symlink() and not path.resolve().is_relative_to(root):
+                raise UserError(
+                    f"{path} is a symbolic link that leads out of the run's folder: nothing is written. Remove it."
+                )

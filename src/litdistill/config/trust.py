@@ -1,0 +1,270 @@
+"""What comes with weights may run no code of its own: the one place that decides what a run folder may name.
+
+A run folder is evaluated, exported, reported, resumed; its config decides which classes are made. Where this user made the
+run, that is their own code. Any other's config is held against an exact list of classes and functions, after everything in
+it is resolved; what is not found there is refused. `trust=[my_package]` adds packages by name.
+
+Of such a config
+- no interpolation calls a resolver (`${oc.env:…}`, `${hydra:…}`): it could read the environment, or hide a node;
+- each `_target_` stands there in full, so that no merge of a recipe makes another of it;
+- callbacks and loggers write inside the run folder only, and nothing is sent elsewhere;
+- options that a library's builder takes unchecked are numbers.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import numbers
+import pkgutil
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from litdistill.config.instantiate import locate
+from litdistill.utils.errors import UserError
+
+PLAIN = re.compile(r"\$\{\.*\w+(\.\w+|\[\d+\])*\}")  # an interpolation of another key
+OUTSIDE = re.compile(r"^[/~\\]|(^|[/\\])\.\.([/\\]|$)|::|:/|\$")  # a text that may be a path to elsewhere
+# Whose functions run anything for whoever names them.
+NEVER = sys.stdlib_module_names | {
+    *("builtins", "litdistill", "torch", "torchvision", "torchaudio", "torchmetrics", "timm", "lightning", "hydra"),
+    *("lightning_fabric", "lightning_utilities", "pytorch_lightning", "omegaconf", "numpy", "scipy", "sklearn", "PIL"),
+    *("pandas", "matplotlib", "yaml", "jinja2", "onnx", "onnxruntime", "onnxscript", "optuna", "sqlalchemy", "alembic"),
+    *("fsspec", "joblib", "cloudpickle", "dill", "pickle5", "streaming", "tensorboard", "rich", "pip", "setuptools"),
+    *("pkg_resources", "filelock", "safetensors", "huggingface_hub", "transformers", "IPython", "pytest", "antlr4"),
+    *("requests", "urllib3", "aiohttp", "boto3", "botocore", "psutil", "sympy", "networkx", "triton", "pexpect", "sh"),
+}
+LIGHTNING = (
+    "lightning.Trainer",
+    "lightning.pytorch.Trainer",
+    *(
+        f"lightning.pytorch.callbacks.{name}"
+        for name in (
+            *("ModelCheckpoint", "EarlyStopping", "LearningRateMonitor", "DeviceStatsMonitor", "Timer", "ModelSummary"),
+            *("RichModelSummary", "RichProgressBar", "TQDMProgressBar", "GradientAccumulationScheduler"),
+            *("EMAWeightAveraging", "StochasticWeightAveraging"),
+        )
+    ),
+    "lightning.pytorch.loggers.TensorBoardLogger",
+    "lightning.pytorch.loggers.CSVLogger",
+)
+DATA = ("augment.Crop", "augment.Flip", "augment.Cutout", "randaugment.RandAugment", "mixing.Mixup", "mixing.CutMix")
+OWN = (
+    "litdistill.data.datamodule.ImageData",
+    *(f"litdistill.data.{name}" for name in DATA),
+    *(f"litdistill.compress.{name}" for name in ("low_rank.low_rank", "prune.prune", "quantise.int8")),
+    "litdistill.training.callbacks.ClassBias",
+    "litdistill.distillation.sharding.ShardedTeacher",
+)
+FOLDERS = ("dirpath", "save_dir", "default_root_dir")  # options of Lightning's that name where something is written
+NOT_GIVEN = ("plugins", "model_registry", "profiler")  # which load code or send weights; a profiler may be a plain name
+SWITCHES = ("_partial_", "_recursive_", "_convert_")
+BUILDERS = ("lightning.", "torchvision.", "litdistill.models.", "litdistill.distillation.sharding.")  # hand options on
+# Texts among the options of networks: names that the library itself looks up.
+NAMES = {
+    "name": re.compile(r"[\w.-]*"),
+    "weights": re.compile(r"\w+(\.\w+)?"),
+    "pretrained": re.compile(r"(?!)"),
+    "global_pool": re.compile(r"\w*"),
+}
+
+
+# -- what may be named --------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def allowed() -> frozenset[str]:
+    """The dotted paths of all classes and functions that any run's config may name."""
+    import torch
+    import torchvision
+
+    rates = torch.optim.lr_scheduler
+    optimizers = _classes(torch.optim, torch.optim.__all__, torch.optim.Optimizer)
+    schedulers = _classes(rates, rates.__all__, rates.LRScheduler)
+    zoo = torchvision.models.list_models(module=torchvision.models)
+    networks = (
+        f"torchvision.models.{name}" for name in zoo if inspect.isfunction(getattr(torchvision.models, name, None))
+    )
+    return frozenset((*LIGHTNING, *OWN, *_own_networks(), *_own_methods(), *optimizers, *schedulers, *networks))
+
+
+def _classes(module: Any, names: Iterable[str], base: type) -> Iterator[str]:
+    for name in names:
+        found = getattr(module, name, None)
+        if inspect.isclass(found) and issubclass(found, base) and found is not base:
+            yield f"{module.__name__}.{name}"
+
+
+def _own(package: str) -> Iterator[tuple[str, Any]]:
+    """Dotted path and object of what is public and defined in the modules of a package of this project."""
+    for info in pkgutil.iter_modules(importlib.import_module(package).__path__, f"{package}."):
+        for name, found in vars(importlib.import_module(info.name)).items():
+            if not name.startswith("_") and getattr(found, "__module__", None) == info.name:
+                yield f"{info.name}.{name}", found
+
+
+def _own_networks() -> Iterator[str]:
+    for path, found in _own("litdistill.models"):
+        takes = list(inspect.signature(found).parameters) if inspect.isfunction(found) else []
+        if takes[:2] == ["num_classes", "input_shape"]:
+            yield path
+
+
+def _own_methods() -> Iterator[str]:
+    from litdistill.methods.base import Method
+
+    for path, found in _own("litdistill.methods"):
+        if inspect.isclass(found) and issubclass(found, Method) and found is not Method:
+            yield path
+
+
+def packages(trust: Any) -> tuple[str, ...]:
+    """The names of packages in `trust`. Raises `UserError` for what is no list of them, and for those never to be trusted."""
+    names = OmegaConf.to_container(trust) if OmegaConf.is_config(trust) else trust
+    names = [] if names is None else names
+    if not isinstance(names, (list, tuple)) or not all(isinstance(n, str) and n.isidentifier() for n in names):
+        raise UserError(f"trust={trust}: give a list of names of packages, trust=[my_package].")
+    for name in names:
+        if name in NEVER or name.startswith("_"):
+            raise UserError(
+                f"trust=[{name}]: {name} offers functions that run whatever they are told. Trust a package that holds "
+                "the classes of such runs alone, trust=[my_package]."
+            )
+    return tuple(names)
+
+
+def check_trusted(cfg: DictConfig, folder: str | Path, trust: Any = ()) -> None:
+    """Raises `UserError` that names the key where a run's config could do more than build what this project offers.
+
+    `folder`: the run's, inside which its callbacks and loggers may write. `trust`: packages that it may name too.
+    """
+    trusted = packages(trust)
+    raw: Any = OmegaConf.to_container(cfg, resolve=False)
+    place = raw.pop("folder", "")
+    if place != "${hydra:runtime.output_dir}" and (
+        not isinstance(place, str) or "$" in place
+    ):  # as conf/train.yaml has it
+        raise refusal("folder", place, folder, "It is a path")
+    for key, value in _leaves(raw):
+        if isinstance(value, str) and "${" in PLAIN.sub("", value):
+            raise refusal(key, value, folder, "An interpolation may name another key, and nothing else")
+        if key.rpartition(".")[2] == "_target_" and (not isinstance(value, str) or "$" in value):
+            raise refusal(key, value, folder, "A class is named in full, by no interpolation")
+    for key, node in _nodes(raw):
+        if any("_target_" in str(k) and k != "_target_" for k in node):
+            raise refusal(key, list(node), folder, "A key that holds _target_ in its name is none of this project's")
+        if "_target_" in node:
+            _check_target(f"{key}._target_".lstrip("."), node["_target_"], folder, trusted)
+    plain = OmegaConf.create({**raw, "folder": str(folder)})
+    try:
+        values = OmegaConf.to_container(plain, resolve=True)
+    except (OmegaConfBaseException, RecursionError) as error:
+        raise UserError(f"{folder}: its config cannot be resolved, and so not be checked: {error}") from error
+    for key, node in _nodes(values):
+        if "_target_" in node:
+            _check_target(f"{key}._target_".lstrip("."), node["_target_"], folder, trusted)
+            _check_options(key, node, Path(folder))
+    for key, value in _leaves(values):
+        if isinstance(value, str) and "${" in value:
+            raise refusal(key, value, folder, "An interpolation may not make another")
+
+
+def refusal(key: str, value: Any, folder: str | Path, why: str) -> UserError:
+    return UserError(
+        f"{key}: {value} is refused. {why}, in a run that was not made here, or was changed since: {folder}."
+    )
+
+
+def _check_target(key: str, target: Any, folder: str | Path, trusted: Sequence[str]) -> None:
+    if isinstance(target, str) and target in allowed():
+        return
+    top = str(target).split(".")[0]
+    if isinstance(target, str) and top in trusted and _of_package(target, top):
+        return
+    remedy = f" If {top} is a package of yours or of somebody you trust, add trust=[{top}]."
+    if top in NEVER or not top.isidentifier():
+        remedy = ""
+    raise UserError(
+        f"{key}: {target} is refused. {folder} was not made here, or was changed since: its config can name this project's "
+        f"data, networks, methods and callbacks, torch's optimizers and schedulers, and Lightning's trainer.{remedy}"
+    )
+
+
+def _of_package(target: str, package: str) -> bool:
+    """Whether a class or function is defined in a package, and named there neither through a class nor by a private name."""
+    if any(part.startswith("_") for part in target.split(".")):
+        return False
+    found, holder = locate(target), locate(target.rpartition(".")[0])
+    defined = inspect.isclass(found) or inspect.isfunction(found)
+    return defined and inspect.ismodule(holder) and str(found.__module__).split(".")[0] == package
+
+
+def _check_options(key: str, node: dict[str, Any], folder: Path) -> None:
+    """Refuses options with which what may be named would write elsewhere, send something, or load a file."""
+    from litdistill.config.recipes import (
+        NETWORK_META_KEYS,  # imports torch, which a command does before its first check and not at once
+    )
+
+    target = str(node["_target_"])
+    options = {str(k): v for k, v in node.items() if k not in ("_target_", "_args_", *SWITCHES)}
+    if target.startswith(("litdistill.models.", "torchvision.")):
+        options = {k: v for k, v in options.items() if k not in NETWORK_META_KEYS}
+    if any(isinstance(v, str) for _, v in _leaves(node.get("_args_"))):
+        raise refusal(f"{key}._args_", node["_args_"], folder, "Options that are text are given by name")
+    for name, value in options.items():
+        place = f"{key}.{name}".lstrip(".")
+        if target.startswith("lightning."):
+            _check_places(place, name, value, folder)
+            if name in NOT_GIVEN and not (value is None or (name == "profiler" and isinstance(value, str))):
+                raise refusal(place, value, folder, "It could load code, or send weights away")
+        if target.startswith(BUILDERS):
+            _check_handed_on(place, name, value, inspect.signature(locate(target)).parameters, folder)
+
+
+def _check_handed_on(key: str, name: str, value: Any, takes: Mapping[str, inspect.Parameter], folder: Path) -> None:
+    """What a signature does not name goes on to a library's builder: `pretrained_cfg_overlay`, `checkpoint_path`, …"""
+    if name in NAMES:
+        if not (_numeric(value) or (isinstance(value, str) and NAMES[name].fullmatch(value))):
+            raise refusal(key, value, folder, "It is a name of the library's own, and no path")
+    elif (name not in takes or takes[name].kind is inspect.Parameter.VAR_KEYWORD) and not _numeric(value):
+        raise refusal(key, value, folder, "What is handed on to a library unchecked must be a number")
+
+
+def _check_places(key: str, name: str, value: Any, folder: Path) -> None:
+    root = folder.resolve()
+    for _, text in _leaves(value):
+        if not isinstance(text, str):
+            continue
+        inside = "://" not in text and "$" not in text and "~" not in text and Path(text).resolve().is_relative_to(root)
+        if not inside and (name in FOLDERS or OUTSIDE.search(text)):
+            raise refusal(key, text, folder, "Callbacks and loggers write inside the run's folder")
+
+
+def _numeric(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(map(_numeric, value))
+    return value is None or isinstance(value, numbers.Number)
+
+
+def _nodes(node: Any, key: str = "") -> Iterator[tuple[str, dict[Any, Any]]]:
+    """All dicts in plain values, by their place."""
+    if isinstance(node, dict):
+        yield key, node
+    for name, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
+        yield from _nodes(value, f"{key}.{name}".lstrip("."))
+
+
+def _leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """All values in plain values that are neither dict nor list, by their place."""
+    if not isinstance(node, (dict, list)):
+        yield key, node
+        return
+    for name, value in node.items() if isinstance(node, dict) else enumerate(node):
+        yield from _leaves(value, f"{key}.{name}".lstrip("."))

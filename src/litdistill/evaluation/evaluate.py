@@ -1,0 +1,263 @@
+"""What a student is worth: both networks over the whole test set, on one device, and all that is measured of it."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+from torch import Tensor, nn
+from yaml import YAMLError
+
+from litdistill.compress.structure import load_structure
+from litdistill.config.build import build_distiller, build_teacher
+from litdistill.config.instantiate import instantiate
+from litdistill.config.origin import made_here
+from litdistill.config.trust import check_trusted, packages
+from litdistill.data.datamodule import ImageData
+from litdistill.distillation.distiller import Distiller
+from litdistill.distillation.teacher import weights_sha256
+from litdistill.distillation.teacher_cache import cached_logits
+from litdistill.export.predict import MANIFEST, read_manifest, verified
+from litdistill.tasks import metrics
+from litdistill.utils.checkpoint import STUDENT, load_checkpoint, load_state_dict_checked, load_weights, read_metadata
+from litdistill.utils.errors import UserError
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+@torch.no_grad()
+def collect(net: nn.Module, data: ImageData, split: str, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """The logits (N, classes) of `net` in eval mode over all of a split, and the targets (N,), both on the CPU."""
+    was_training = net.training
+    net.to(device).eval()
+    pairs = [(net(batch.images).float().cpu(), batch.targets.cpu()) for batch in data.batches(split, device)]
+    net.train(was_training)
+    return torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs])
+
+
+def collect_teacher(
+    teacher: nn.Module, data: ImageData, split: str, device: torch.device | str, folder: Path | None
+) -> Tensor:
+    """`collect` for a frozen network: its logits, computed once for all runs whose caches lie in `folder`."""
+    if folder is None:
+        return collect(teacher, data, split, device)[0]
+    return cached_logits(
+        teacher, data, split, torch.device(device), folder, lambda: collect(teacher, data, split, device)[0]
+    )
+
+
+def measure(
+    student: nn.Module,
+    teacher: nn.Module | None,
+    data: ImageData,
+    split: str = "test",
+    device: torch.device | str = "cpu",
+    folder: Path | None = None,
+) -> dict[str, Any]:
+    """Quality of the student, and with a teacher its quality and how far the student follows it; a plain dict.
+
+    `folder`: see `collect_teacher`.
+    """
+    logits, targets = collect(student, data, split, device)
+    found: dict[str, Any] = {"student": metrics.quality(logits, targets)}
+    if teacher is not None:
+        taught = collect_teacher(teacher, data, split, device, folder)
+        found |= {"teacher": metrics.quality(taught, targets), "likeness": metrics.agreement(logits, taught)}
+    return found
+
+
+def load_run(folder: Path, trust: Sequence[str] = ()) -> tuple[DictConfig, dict[str, Any]]:
+    """The config and the summary of a finished run.
+
+    Raises `UserError` where it is none, and where another has made it and its config names more than this project offers and
+    the packages in `trust` (`litdistill.config.trust`).
+    """
+    packages(trust)
+    config, summary = folder / ".hydra" / "config.yaml", folder / "summary.json"
+    if not config.is_file() or not summary.is_file():
+        have = ", ".join(sorted(p.name for p in folder.iterdir())) if folder.is_dir() else "no such folder"
+        raise UserError(f"{folder} is no finished run: it needs .hydra/config.yaml and summary.json ({have}).")
+    cfg, found = _whole(config, lambda path: _read_config(path, folder, trust)), _whole(summary, _read_summary)
+    with open_dict(cfg):
+        # The teachers lie beside the run, from wherever this is called.
+        cfg.runs = str(next((p for p in folder.resolve().parents if (p / "teachers").is_dir()), cfg.runs))
+    return cfg, found
+
+
+def _whole(path: Path, read: Callable[[Path], T]) -> T:
+    """What `read` makes of a file of a run; raises `UserError` where it is damaged."""
+    try:
+        return read(path)
+    except (OSError, ValueError, LookupError, TypeError, RecursionError, YAMLError, OmegaConfBaseException) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise UserError(
+            f"{path} is damaged ({type(error).__name__}: {reason}). Fetch the run's folder anew, or train it again."
+        ) from error
+
+
+def _read_config(path: Path, folder: Path, trust: Sequence[str]) -> DictConfig:
+    content = path.read_bytes()  # read once: what is checked is what is used
+    cfg = OmegaConf.load(io.StringIO(content.decode()))
+    if not isinstance(cfg, DictConfig):
+        raise ValueError("it is no config of a run")
+    with open_dict(cfg):
+        cfg.folder = str(folder)
+    if not made_here(folder, content):
+        check_trusted(cfg, folder, trust)
+    if any(cfg[key] is None for key in ("runs", "data", "student", "method")):
+        raise ValueError("it is no config of a run")
+    return cfg
+
+
+def _read_summary(path: Path) -> dict[str, Any]:
+    summary = json.loads(path.read_text(encoding="utf-8"))
+    networks = [summary["student"], *([summary["teacher"]] if summary["teacher"] is not None else [])]
+    if not all(isinstance(network["sha256"], str) for network in networks):
+        raise ValueError("it is no summary of a run")
+    return summary
+
+
+def run_data(cfg: DictConfig, folder: Path) -> ImageData:
+    """The data of a finished run, normalised as in its training, whatever else its place holds by now.
+
+    Raises `UserError` where its classes or the shape of its images are others than the student was trained for.
+    """
+    data: ImageData = instantiate(cfg.data)
+    mean, std = read_metadata(folder, "mean"), read_metadata(folder, "std")
+    if mean is not None and std is not None:
+        data.mean, data.std = mean, std  # before they would be measured
+    data.setup()
+    classes, shape = read_metadata(folder, "classes"), read_metadata(folder, "input_shape")
+    back = "Put its data back as they were, or name the place where they are with +data.root=…"
+    if classes is not None and classes != list(data.class_names):
+        gone, new = (
+            [c for c in a if c not in b] for a, b in ((classes, data.class_names), (data.class_names, classes))
+        )
+        raise UserError(
+            f"{folder} was trained on other classes than its data have now, or in another order: only then {_some(gone)}, "
+            f"only now {_some(new)}. {back}"
+        )
+    if shape is not None and shape != list(data.input_shape):
+        raise UserError(f"{folder} was trained on images of {shape}, and its data are {list(data.input_shape)}. {back}")
+    return data
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:10]) + (", …" if len(names) > 10 else "") or "none"
+
+
+def rebuild(
+    folder: Path, overrides: DictConfig | None = None, trust: Sequence[str] = ()
+) -> tuple[ImageData, Distiller]:
+    """The data of a finished run, and its distiller with the best student and the teacher, from the run's own folder.
+
+    `overrides`: merged into the run's config, for data that has moved. `trust`: see `load_run`. Raises `UserError` where the
+    teacher is gone or another one than the run had.
+    """
+    cfg, summary = load_run(folder, trust)
+    if overrides is not None:
+        cfg = OmegaConf.merge(cfg, overrides)  # type: ignore[assignment]
+    data = run_data(cfg, folder)
+    teacher = build_teacher(cfg, data, _gone)
+    if teacher is not None:
+        found, then = weights_sha256(teacher.state_dict()), summary["teacher"]["sha256"]
+        if found != then:
+            raise UserError(f"The run had another teacher: its SHA-256 was {then[:12]}…, and is now {found[:12]}….")
+    with open_dict(cfg):
+        cfg.student.checkpoint = None
+    distiller = build_distiller(cfg, data, instantiate(cfg.method), teacher, structure=load_structure(folder))
+    load_state_dict_checked(distiller.deployed_student, load_weights(folder), folder, "student")
+    return data, distiller
+
+
+def _gone(cfg: DictConfig, folder: Path) -> None:
+    raise UserError(f"The run's teacher is gone: {folder} holds no finished run any more. Train it again with the run.")
+
+
+def evaluate(
+    folder: str | Path, overrides: DictConfig | None = None, device: str = "auto", trust: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Rebuilds a finished run and measures it anew on the test set; its last weights too where they are kept.
+
+    `trust`: see `load_run`.
+
+    Raises `UserError` where the student or a file exported from it is not the one that the run left.
+    """
+    folder = Path(folder)
+    verify_files(folder, trust)
+    data, distiller = rebuild(folder, overrides, trust)
+    device = pick_device(device)
+    teacher = distiller.teacher.net if distiller.teacher is not None else None
+    found = measure(distiller.deployed_student, teacher, data, "test", device)
+    last = folder / "checkpoints" / "last.ckpt"
+    if last.is_file():
+        found["last"] = measure_last(distiller, last, data, device)
+    return found
+
+
+def verify_files(folder: Path, trust: Sequence[str] = ()) -> None:
+    """Raises `UserError` for a student other than summary.json's, or an exported file other than its manifest's.
+
+    By their SHA-256 alone: no model is opened.
+    """
+    found, read_metadata = weights_sha256(load_weights(folder)), load_run(folder, trust)[1]["student"]["sha256"]
+    if found != read_metadata:
+        raise UserError(
+            f"{folder / STUDENT} is not the student of this run: the SHA-256 of its weights is {found[:12]}…, and "
+            f"summary.json has {read_metadata[:12]}…. Fetch the run's folder anew, or train it again."
+        )
+    manifest = folder / "export" / MANIFEST
+    for name in read_manifest(manifest) if manifest.is_file() else ():
+        verified(manifest.parent / Path(name).name)
+
+
+def load_student(distiller: Distiller, checkpoint: Path) -> nn.Module:
+    """The student that is shipped, with the weights of a checkpoint of its run."""
+    state = load_checkpoint(checkpoint)["state_dict"]
+    weights = {k.removeprefix("student."): v for k, v in state.items() if k.startswith("student.")}
+    load_state_dict_checked(distiller.student, weights, checkpoint, "student")
+    return distiller.deployed_student
+
+
+def measure_last(
+    distiller: Distiller, checkpoint: Path, data: ImageData, device: torch.device | str
+) -> dict[str, float]:
+    """Quality on the test set of the weights that training ended with. The student keeps them."""
+    return metrics.quality(*collect(load_student(distiller, checkpoint), data, "test", device))
+
+
+def pick_device(name: str) -> str:
+    """ "auto" is a GPU if there is one, else the CPU. Raises `UserError` for any that is not there."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name).cpu()
+    except (RuntimeError, AssertionError) as error:  # which of them depends on how torch was built
+        raise UserError(f"device={name} is not there: choose auto, cpu, or a GPU such as cuda:0.") from error
+    return name
+
+
+def differences(found: dict[str, Any], summary: dict[str, Any]) -> list[str]:
+    """Where a fresh measurement is not, digit for digit, what the summary says; empty where it is reproduced."""
+    test, student = summary["student"]["test"], found["student"]
+    pairs = {
+        "student accuracy (best)": (student["accuracy"], test["accuracy"]["best"]),
+        "nll": (student["nll"], test["nll"]),
+        "ece": (student["ece"], test["ece"]),
+        "brier": (student["brier"], test["brier"]),
+    }
+    if "last" in found:
+        pairs["student accuracy (last)"] = (found["last"]["accuracy"], test["accuracy"]["last"])
+    if "teacher" in found:
+        pairs["teacher accuracy"] = (found["teacher"]["accuracy"], summary["teacher"]["test"]["accuracy"])
+        pairs["agreement"] = (found["likeness"]["agreement"], summary["student"]["agreement"])
+        pairs["kl"] = (found["likeness"]["kl"], summary["student"]["kl"])
+    return [f"{k}: now {now!r}, then {then!r}" for k, (now, then) in pairs.items() if now != then]

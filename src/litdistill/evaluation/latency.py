@@ -1,0 +1,217 @@
+"""How fast and how heavy models are: latency, throughput, memory and energy, all models in turn in one process.
+
+    python -m litdistill.evaluation.latency student.onnx 64 1
+
+prints the peak memory of a process that runs an ONNX file on 64 images at a time with one thread. That is what
+`peak_memory` starts; it needs neither torch nor Lightning, whose memory would hide that of a small network.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Run = Callable[[np.ndarray], Any]  # (N, C, H, W) uint8 -> logits
+
+ROUNDS = 20
+SLICE_S = 0.02  # how long a model is timed before the next one's turn
+CALLS = 50  # ... and how often at most
+RAPL = Path("/sys/class/powercap")
+NOT_REPORTED = "not reported here"
+
+
+def onnx_run(content: bytes | str, threads: int = 1) -> Run:
+    """What runs an ONNX file, its bytes or its path, on the CPU with so many threads. The file must have been verified."""
+    session = _session(content, threads)
+    (given,) = session.get_inputs()
+    return lambda images: session.run(None, {given.name: images})[0]
+
+
+def _session(content: bytes | str, threads: int) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+
+
+def torch_run(net: Any, device: str) -> Run:
+    """What runs a network that takes uint8 on a device, the way to the device and back included."""
+    import torch
+
+    net = net.to(device).eval()
+
+    def run(images: np.ndarray) -> Any:
+        with torch.inference_mode():
+            return net(torch.from_numpy(images).to(device)).cpu()  # which waits for the device
+
+    return run
+
+
+def time_models(
+    runs: Mapping[str, Run],
+    images: np.ndarray,
+    reference: str,
+    rounds: int = ROUNDS,
+    slice_s: float = SLICE_S,
+    clock: Callable[[], float] = time.perf_counter,
+    work_clock: Callable[[], float] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Latency of each model for this batch: p50 and p95 in ms over all calls, images a second, and ratios to `reference`.
+
+    Models take turns: in each of `rounds` every model is timed for `slice_s`, in their order and in the next round in
+    reverse. A machine that slows down meets all of them alike, so that the ratio of a round's medians is steadier than
+    either; given are the quartiles over rounds, of time over the reference's time: below 1 is faster. Before all that
+    each model is warmed up for three slices.
+
+    `work_clock`: what ratios are of, where it is not the clock on the wall. The thread's own time (`time.thread_time`)
+    stands still while other processes have the CPU, which falls on long calls and spares short ones.
+    """
+    both = (clock, work_clock or clock)
+    calls: dict[str, int] = {}
+    taken: dict[str, list[np.ndarray]] = {name: [] for name in runs}
+    for name, run in runs.items():
+        calls[name] = _warm_up(run, images, slice_s, clock)
+    there, back = list(runs), list(runs)[::-1]
+    for turn in range(rounds):
+        for name in back if turn % 2 else there:
+            taken[name].append(np.array([_timed(runs[name], images, both) for _ in range(calls[name])]))
+    base = [np.median(times[:, 1]) for times in taken[reference]]
+    found = {}
+    for name, turns in taken.items():
+        times = np.concatenate(turns)[:, 0]
+        ratios = [np.median(t[:, 1]) / b for t, b in zip(turns, base, strict=True)]
+        found[name] = {
+            "p50_ms": 1e3 * float(np.percentile(times, 50)),
+            "p95_ms": 1e3 * float(np.percentile(times, 95)),
+            "images_per_s": len(images) * len(times) / float(times.sum()),
+            "calls": len(times),
+            "ratio": [float(np.percentile(ratios, q)) for q in (25, 50, 75)],
+        }
+    return found
+
+
+def _warm_up(run: Run, images: np.ndarray, slice_s: float, clock: Callable[[], float]) -> int:
+    """Runs a model until it is at its speed; gives how many calls make a slice."""
+    times: list[float] = []
+    while len(times) < 3 or (sum(times) < 3 * slice_s and len(times) < 3 * CALLS):
+        times.append(_timed(run, images, (clock,))[0])
+    return max(1, min(CALLS, int(slice_s / max(statistics.median(times), 1e-9))))
+
+
+def _timed(run: Run, images: np.ndarray, clocks: Sequence[Callable[[], float]]) -> list[float]:
+    """What a call takes by each clock, in seconds."""
+    start = [clock() for clock in clocks]
+    run(images)
+    return [clock() - before for clock, before in zip(clocks, start, strict=True)]
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+
+def peak_memory(path: str | Path, batch: int, threads: int = 1) -> int | None:
+    """Bytes by which a fresh process grows at its peak when it loads an ONNX file and runs it on batches of that size.
+
+    The process has imported numpy and onnxruntime before it starts to count, so that what counts is the model: its
+    weights, its buffers and a batch. None where the system tells no process its peak (it is read from Linux' /proc).
+    """
+    command = [sys.executable, "-m", "litdistill.evaluation.latency", str(path), str(batch), str(threads)]
+    found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
+    grown: int | None = json.loads(found)["bytes"]
+    return grown
+
+
+def _grow(path: str, batch: int, threads: int) -> int | None:
+    import onnxruntime  # noqa: F401
+
+    before = _high_water()
+    if before is None:
+        return None
+    session = _session(path, threads)
+    (given,) = session.get_inputs()
+    shape = [batch, *given.shape[1:]]
+    images = np.zeros(shape, np.uint8 if given.type == "tensor(uint8)" else np.float32)
+    for _ in range(3):
+        session.run(None, {given.name: images})
+    after = _high_water(reset=False)
+    return None if after is None else after - before
+
+
+def _high_water(reset: bool = True) -> int | None:
+    """The greatest resident size of this process so far, in bytes; with `reset` from now on.
+
+    Not getrusage's: its maximum is inherited from the process that started this one.
+    """
+    try:
+        if reset:
+            Path("/proc/self/clear_refs").write_text("5")
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return None
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+
+# -- energy ------------------------------------------------------------------------------------------------------------
+
+
+def energy_per_1000(run: Run, images: np.ndarray, device: str = "cpu", seconds: float = 1.0) -> float | None:
+    """Joules that the CPU packages, or the GPU, use while 1,000 images are classified; None where nothing reports it.
+
+    It is what the whole package uses, whatever else it does, and what it uses when idle included.
+    """
+    meter = _rapl if device == "cpu" else _nvidia_smi
+    reading = meter(lambda: _loop(run, images, seconds))
+    if reading is None:
+        return None
+    joules, count = reading
+    return 1000 * joules / count
+
+
+def _loop(run: Run, images: np.ndarray, seconds: float) -> int:
+    count, start = 0, time.perf_counter()
+    while time.perf_counter() - start < seconds or not count:
+        run(images)
+        count += len(images)
+    return count
+
+
+def _rapl(work: Callable[[], int]) -> tuple[float, int] | None:
+    """Energy counters of the packages, in microjoules, which start anew at their maximum."""
+    zones = [z for z in sorted(RAPL.glob("*-rapl:*")) if z.name.count(":") == 1]
+    try:
+        before = [int((z / "energy_uj").read_text()) for z in zones]
+        ranges = [int((z / "max_energy_range_uj").read_text()) for z in zones]
+        count = work() if zones else 0
+        after = [int((z / "energy_uj").read_text()) for z in zones]
+    except OSError:  # many systems let only root read them
+        return None
+    used = sum((a - b) % (r + 1) for a, b, r in zip(after, before, ranges, strict=True))
+    return (used / 1e6, count) if zones else None
+
+
+def _nvidia_smi(work: Callable[[], int]) -> tuple[float, int] | None:
+    """The mean of the first GPU's power readings, ten a second, times the duration."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    command = ["nvidia-smi", "-i", "0", "--query-gpu=power.draw", "--format=csv,noheader,nounits", "-lms", "100"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        start = time.perf_counter()
+        count = work()
+        seconds = time.perf_counter() - start
+        process.terminate()
+        printed = process.communicate()[0]
+    watts = [float(line) for line in printed.splitlines() if line.strip().replace(".", "", 1).isdigit()]
+    return (statistics.mean(watts) * seconds, count) if watts else None
+
+
+if __name__ == "__main__":
+    print(json.dumps({"bytes": _grow(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))}))

@@ -1,0 +1,228 @@
+"""`summary.json`: all there is to say of a finished run, and all that a report reads."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Trainer
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from litdistill.config.lr_scaling import read_scale
+from litdistill.config.recipes import digest, net_name, recipe, student_folder, teacher_folder
+from litdistill.data.datamodule import ImageData
+from litdistill.distillation.teacher import weights_sha256
+from litdistill.models.profile import count_macs, count_parameters, weight_bytes
+
+
+def summarize(
+    cfg: DictConfig,
+    data: ImageData,
+    student: nn.Module,
+    teacher: nn.Module | None,
+    found: dict[str, Any],
+    last: dict[str, float],
+    best_val: float,
+    times: dict[str, float],
+    trainer: Trainer,
+) -> dict[str, Any]:
+    """A plain dict for JSON. `found` and `last` are what `evaluate.measure` gave for the best and the last weights."""
+    samples = trainer.global_step * read_scale(cfg, trainer).batch
+    about = found["student"]
+    sha256 = None if teacher is None else weights_sha256(teacher.state_dict())
+    return {
+        "experiment": cfg.name,
+        "technique": cfg.get("technique"),
+        "method": method_name(cfg),
+        "seed": cfg.seed,
+        "options": {k: v for k, v in hyperparameters(cfg, trainer).items() if k != "seed"},
+        "settings": settings(cfg, sha256),
+        "data": {
+            "name": data.name,
+            "classes": data.num_classes,
+            "input_shape": list(data.input_shape),
+            "train": len(data.train_ids),
+            "val": len(data.val_ids),
+            "test": len(data.test_ids),
+        },
+        "teacher": None
+        if teacher is None
+        else {
+            "name": net_name(cfg.teacher),
+            "sha256": sha256,
+            "params": count_parameters(teacher),
+            "macs": count_macs(teacher, data.input_shape),
+            "bytes": weight_bytes(teacher),
+            "test": found["teacher"],
+        },
+        "student": {
+            "name": net_name(cfg.student),
+            "sha256": weights_sha256(student.state_dict()),
+            "params": count_parameters(student),
+            "macs": count_macs(student, data.input_shape),
+            "bytes": weight_bytes(student),
+            "precision": "fp32",
+            "test": {
+                "accuracy": {"best": about["accuracy"], "last": last["accuracy"]},
+                "nll": about["nll"],
+                "ece": about["ece"],
+                "brier": about["brier"],
+            },
+            "agreement": found["likeness"]["agreement"] if teacher is not None else None,
+            "kl": found["likeness"]["kl"] if teacher is not None else None,
+        },
+        "start": start_of(cfg),
+        "val": {"best": best_val},
+        "epochs": trainer.current_epoch,
+        "steps": trainer.global_step,
+        "time": {
+            "fit_s": times["fit_s"],
+            "teacher_s": times["teacher_s"],
+            "total_s": times["total_s"],
+            "samples_per_s": samples / times["fit_s"],
+        },
+        "device": _device(trainer),
+        "versions": versions(),
+        "git": git_state(),
+        "command": shlex.join(["python", *_relative(sys.argv)]),
+    }
+
+
+def start_of(cfg: DictConfig) -> dict[str, Any] | None:
+    """What the student started from; None where that is nothing.
+
+    `from`: "teacher", "network" or "published"; `images`: how many the network was trained on, or any before it if more,
+    None where that is not known; `method`: of its run. With `student.checkpoint: auto` also `run`, and what it cost, all
+    before it included.
+    """
+    source = cfg.student.get("checkpoint")
+    if source is None:
+        fetched = cfg.student.get("weights") or cfg.student.get("pretrained")
+        return {"from": "published", "images": None} if fetched else None
+    named, run = source, student_folder
+    if source == "teacher":
+        named, run = cfg.teacher.checkpoint, teacher_folder
+    start: dict[str, Any] = {"from": "teacher" if source == "teacher" else "network", "images": None}
+    folder = run(cfg) if named == "auto" else Path(named or "")
+    if named is None or not (folder / "summary.json").is_file():
+        return start
+    found = json.loads((folder / "summary.json").read_text())
+    before = found.get("start") or {}
+    start |= {"images": max(found["data"]["train"], before.get("images") or 0), "method": found["method"]}
+    if source != "auto":
+        return start
+    cost = {k: found[k] + before.get(k, 0) for k in ("epochs", "steps")}
+    total_s = found["time"]["total_s"] + before.get("total_s", 0.0)
+    return {**start, "run": folder.name, **cost, "total_s": total_s}
+
+
+# What of a recipe makes no other kind of run.
+NO_SETTING = ("seed", "teacher.allow_chance", "trainer.deterministic", "trainer.strategy")
+
+
+def settings(cfg: DictConfig, teacher_sha256: str | None = None) -> dict[str, Any]:
+    """What decides the weights of a run, but for its seed: by the keys of its config, equal for runs of different seeds.
+
+    A teacher and a starting point that are given by a path count by the settings of the run that lies there. Where that
+    has noted none, the teacher counts by its weights, and the starting point by what is known of it (`start_of`).
+    """
+    alike = cfg.copy()
+    alike.seed = 0  # and with it all that is interpolated from it
+    kept = recipe(alike)
+    if (teacher := kept["teacher"]) and teacher.get("checkpoint", "auto") != "auto":
+        teacher.pop("recipe", None)
+        teacher["checkpoint"] = _settings_at(teacher["checkpoint"]) or (teacher_sha256 or "")[:10]
+    if kept["student"].get("checkpoint", "auto") not in ("auto", "teacher"):
+        kept["student"].pop("recipe", None)
+        known = start_of(cfg) or {}
+        nature = "/".join(str(known[k]) for k in ("from", "method", "images") if known.get(k) is not None)
+        kept["student"]["checkpoint"] = _settings_at(kept["student"]["checkpoint"]) or nature
+    return {k: v for k, v in _flat(kept).items() if not k.startswith(NO_SETTING)}
+
+
+def _settings_at(run: str) -> str | None:
+    """The settings of a finished run as ten hex digits, if it has noted them."""
+    path = Path(run, "summary.json")
+    noted = json.loads(path.read_text()).get("settings") if path.is_file() else None
+    return digest(noted) if noted else None
+
+
+def _flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values that are no dicts and not null, by their keys joined with dots."""
+    flat: dict[str, Any] = {}
+    for key, value in node.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        elif value is not None:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def method_name(cfg: DictConfig) -> str:
+    """The method's module: `kd`, `fitnet`, …; for a sum the names of its parts."""
+    parts = cfg.method.get("methods")
+    if parts:
+        return "+".join(
+            str(m["_target_"]).split(".")[-2] for m in (parts.values() if OmegaConf.is_dict(parts) else parts)
+        )
+    return str(cfg.method["_target_"]).split(".")[-2]
+
+
+def hyperparameters(cfg: DictConfig, trainer: Trainer | None = None) -> dict[str, Any]:
+    """What TensorBoard's HParams tab shows of a run: flat, plain values; with a trainer, what its processes made of them."""
+    flat: dict[str, Any] = {
+        "experiment": cfg.name,
+        "seed": cfg.seed,
+        "data": cfg.data.name,
+        "student": net_name(cfg.student),
+        "teacher": net_name(cfg.teacher) if cfg.teacher is not None else "none",
+        "method": method_name(cfg),
+        "train/batch_size": cfg.data.batch_size,  # TensorBoard shows the first few keys of the alphabet unless asked
+        "train/epochs": cfg.trainer.max_epochs,
+        "train/optimizer": str(cfg.optimizer["_target_"]).rsplit(".", 1)[-1],
+        "train/lr": cfg.optimizer.lr,
+    }
+    if trainer is not None:
+        scale = read_scale(cfg, trainer)
+        flat |= {"train/global_batch": scale.batch, "train/scaled_lr": scale.lr}
+    for key, value in cfg.method.items():
+        if isinstance(value, (int, float, str, bool)) and key != "_target_":
+            flat[f"method/{key}"] = value
+    return flat
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that decide a result."""
+    names = ("litdistill", "torch", "torchvision", "lightning", "hydra-core")
+    return {"python": platform.python_version(), **{n: importlib.metadata.version(n) for n in names}}
+
+
+def git_state() -> dict[str, Any] | None:
+    """Commit and whether the tree differs from it; None outside of a repository."""
+    root = Path(__file__).resolve().parents[2]
+    try:
+        ask = lambda *a: subprocess.run(["git", "-C", str(root), *a], capture_output=True, text=True, check=True).stdout  # noqa: E731
+        return {"commit": ask("rev-parse", "HEAD").strip(), "dirty": bool(ask("status", "--porcelain").strip())}
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _relative(argv: list[str]) -> list[str]:
+    """The command as typed in the project's folder, whatever the path of the machine."""
+    script = Path(argv[0]).resolve()
+    root = Path(__file__).resolve().parents[2]
+    return [str(script.relative_to(root)) if script.is_relative_to(root) else script.name, *argv[1:]]
+
+
+def _device(trainer: Trainer) -> dict[str, Any]:
+    kind = trainer.strategy.root_device.type
+    name = torch.cuda.get_device_name() if kind == "cuda" else platform.processor() or platform.machine()
+    return {"type": kind, "name": name, "world_size": trainer.world_size, "threads": torch.get_num_threads()}

@@ -1,0 +1,247 @@
+"""Writes the student of a finished run in a format to ship, and lets nothing stand that does not do what it does.
+
+A file is written under another name, opened again in its own runtime, compared with the student on the whole test set,
+and only then put in its place and into `manifest.json`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock
+from omegaconf import DictConfig, OmegaConf
+from rich.table import Table
+from torch import nn
+
+from litdistill.compress.quantize import Int8
+from litdistill.compress.structure import structure_of
+from litdistill.config.build import build_net
+from litdistill.config.origin import check_links
+from litdistill.config.recipes import NETWORK_META_KEYS
+from litdistill.data.datamodule import ImageData
+from litdistill.distillation.teacher import weights_sha256
+from litdistill.evaluation.evaluate import collect, load_run, rebuild, run_data
+from litdistill.evaluation.summary import versions
+from litdistill.export.predict import MANIFEST, SUFFIXES, check_facts, load, read_manifest, runtime
+from litdistill.export.writers import check_names, write_format
+from litdistill.tasks.metrics import quality
+from litdistill.utils.checkpoint import write_atomically, write_text
+from litdistill.utils.errors import UserError
+
+PRECISIONS = {
+    "onnx": ("fp32", "fp16", "int8"),
+    "pt2": ("fp32", "fp16"),
+    "safetensors": ("fp32", "fp16"),
+    "torchscript": ("fp32",),
+}
+# The largest difference of any logit, as a share of the student's largest logit, and the least agreement.
+# Rounding to 8 bits has no bound of the first kind that would mean anything.
+TOLERANCES = {"fp32": (1e-4, 0.999), "fp16": (2e-2, 0.99), "int8": (float("inf"), 0.95)}
+Limits = tuple[float | None, float | None]
+
+
+def export(
+    folder: str | Path,
+    format: str = "onnx",
+    precision: str = "fp32",
+    preprocessing: bool = True,
+    calibration: int = 512,
+    limits: Limits = (None, None),
+    overrides: DictConfig | None = None,
+    trust: Sequence[str] = (),
+) -> tuple[Path, dict[str, Any]]:
+    """Writes `<folder>/export/student….<suffix>` and its entry in `manifest.json`; gives the path and what the check found.
+
+    `limits` replaces `TOLERANCES` where not None. `overrides` are merged into the run's config, for data that has moved.
+    `trust`: packages that the config of a run of somebody else may name.
+    Raises `UserError` for what cannot be exported, and for a file that differs from the student beyond the tolerance;
+    a file of that name that was there before stays as it was.
+    """
+    if precision not in PRECISIONS.get(format, ()):
+        offered = "; ".join(f"format={f} with precision={' or '.join(p)}" for f, p in PRECISIONS.items())
+        raise UserError(f"format={format} precision={precision} is not offered. There is {offered}.")
+    if not isinstance(preprocessing, bool):
+        raise UserError(f"preprocessing={preprocessing} must be true or false.")
+    if type(calibration) is not int or calibration < 1:
+        raise UserError(f"calibration={calibration} must be a number of images, at least 1.")
+    check_limits(limits)
+    folder = Path(folder)
+    student, data, net_options = load_student(folder, overrides, trust)
+    path, entry = export_student(
+        folder, student, data, format, precision, preprocessing, calibration, limits, net_options
+    )
+    return path, entry["check"]
+
+
+def check_limits(limits: Limits) -> None:
+    """Raises `UserError` for a tolerance that is no number."""
+    for name, value in zip(("difference", "agreement"), limits, strict=True):
+        if value is not None and (type(value) not in (int, float) or not value >= 0):
+            raise UserError(f"tolerance.{name}={value} must be a number of at least 0, or null for the usual one.")
+
+
+def export_student(
+    folder: Path,
+    student: nn.Module,
+    data: ImageData,
+    format: str = "onnx",
+    precision: str = "fp32",
+    preprocessing: bool = True,
+    calibration: int = 512,
+    limits: Limits = (None, None),
+    net_options: Mapping[str, Any] | None = None,
+) -> tuple[Path, dict[str, Any]]:
+    """`export` of a student that is at hand; gives the path and the whole entry.
+
+    `net_options`: what a safetensors file's network is built with.
+    """
+    if isinstance(student, Int8) and (format, precision) != ("onnx", "int8"):
+        raise UserError("This student was trained to compute in int8: export it with format=onnx precision=int8.")
+    if structure_of(student) and format == "safetensors":
+        raise UserError("As safetensors nobody could rebuild this compressed network; use format=onnx.")
+    check_names(data.class_names)
+    check_links(folder)
+    preprocessing = preprocessing and format != "safetensors"  # which holds weights alone
+    entry: dict[str, Any] = {
+        "format": format,
+        "precision": precision,
+        "preprocessing": preprocessing,
+        "classes": list(data.class_names),
+        "mean": list(data.mean or ()),
+        "std": list(data.std or ()),
+        "input_shape": list(data.input_shape),
+        "input": "uint8 NCHW" if preprocessing else "float32 NCHW, (pixel / 255 - mean) / std",
+        "output": "logits, float32",
+    }
+    if format == "safetensors":
+        entry["net"] = dict(net_options or {})
+    facts = check_facts(entry, Path("student" + SUFFIXES[format]))
+    plain = preprocessing or format == "safetensors"
+    name = "student" + ("" if precision == "fp32" else f"-{precision}") + ("" if plain else "-normalised")
+    path = folder / "export" / (name + SUFFIXES[format])
+
+    def write(temporary: Path) -> None:
+        write_format(student, data, temporary, entry, facts, calibration)
+        content = temporary.read_bytes()
+        entry["check"] = check(runtime(content, facts, path), student, data, precision, limits)
+        _refuse_mismatch(path, entry["check"])
+        entry["bytes"], entry["sha256"] = len(content), hashlib.sha256(content).hexdigest()
+
+    write_atomically(path, write)
+    entry["student_sha256"], entry["versions"] = weights_sha256(student.state_dict()), versions()
+    manifest = path.parent / MANIFEST
+    with FileLock(path.parent / f".{MANIFEST}.lock"):
+        files = read_manifest(manifest) if manifest.is_file() else {}
+        write_text(manifest, json.dumps({"files": {**files, path.name: entry}}, indent=2) + "\n")
+    return path, entry
+
+
+def verify(
+    folder: str | Path,
+    overrides: DictConfig | None = None,
+    limits: Limits = (None, None),
+    trust: Sequence[str] = (),
+    allow_code: bool = False,
+) -> dict[str, dict[str, Any]]:
+    """Checks again every exported file of a run: first its SHA-256, then its logits on the test set.
+
+    Raises `UserError` for a changed file, one that only `allow_code` opens, and one that differs beyond the tolerance.
+    """
+    check_limits(limits)
+    if not isinstance(allow_code, bool):
+        raise UserError(f"allow_code={allow_code} must be true or false.")
+    folder = Path(folder)
+    manifest = folder / "export" / MANIFEST
+    if not manifest.is_file():
+        raise UserError(f"Nothing was exported from {folder} yet: there is no {manifest}.")
+    files = read_manifest(manifest)
+    models = {name: load(manifest.parent / Path(name).name, allow_code) for name in files}
+    student, data, _ = load_student(folder, overrides, trust)
+    found = {}
+    for name, model in models.items():
+        precision = files[name].get("precision")
+        if precision not in TOLERANCES:
+            raise UserError(f"{manifest} is damaged: {name} has no precision. Export it again.")
+        found[name] = check(model.run, student, data, precision, limits)
+        _refuse_mismatch(manifest.parent / name, found[name])
+    return found
+
+
+def load_student(
+    folder: Path, overrides: DictConfig | None, trust: Sequence[str] = ()
+) -> tuple[nn.Module, ImageData, dict[str, Any]]:
+    """The student of a finished run, in eval mode on the CPU, its data, and the options that its network is built with.
+
+    The teacher is only asked for where it is part of the student (a method that gives the student another head).
+    """
+    cfg, _ = load_run(folder, trust)
+    if overrides is not None:
+        cfg = OmegaConf.merge(cfg, overrides)  # type: ignore[assignment]
+    options = OmegaConf.to_container(cfg.student, resolve=True)
+    assert isinstance(options, dict)
+    own = {str(k): v for k, v in options.items() if k not in (*NETWORK_META_KEYS, "weights", "pretrained")}
+    data = run_data(cfg, folder)
+    try:
+        student = build_net(OmegaConf.create(own), data, "student", folder)
+    except UserError:
+        data, distiller = rebuild(folder, overrides, trust)
+        student = distiller.deployed_student
+    return student.cpu().eval(), data, own
+
+
+def check(
+    run: Callable[[np.ndarray], np.ndarray],
+    student: nn.Module,
+    data: ImageData,
+    precision: str,
+    limits: Limits = (None, None),
+) -> dict[str, Any]:
+    """An exported model beside the student on the whole test set: a plain dict, with the tolerances it must keep to."""
+    expected, targets = collect(student, data, "test")
+    images = data.source.test.images
+    chunks = data.test_ids.split(data.eval_batch_size)
+    logits = torch.from_numpy(np.concatenate([run(images[chunk].numpy()) for chunk in chunks]))
+    difference, agreement = (
+        own if asked is None else float(asked) for asked, own in zip(limits, TOLERANCES[precision], strict=True)
+    )
+    scale = expected.abs().max().item()
+    return {
+        "difference": (logits.double() - expected.double()).abs().max().item(),
+        "tolerance": {"difference": difference * scale if difference < float("inf") else None, "agreement": agreement},
+        "agreement": agreement(logits, expected)["agreement"],
+        "accuracy": quality(logits, targets)["accuracy"],
+        "student_accuracy": quality(expected, targets)["accuracy"],
+        "images": len(targets),
+    }
+
+
+def _refuse_mismatch(path: Path, found: Mapping[str, Any]) -> None:
+    most, least = found["tolerance"]["difference"], found["tolerance"]["agreement"]
+    near = np.isfinite(found["difference"]) and (most is None or found["difference"] <= most)  # NaN is never near
+    if not near or not found["agreement"] >= least:
+        raise UserError(
+            f"{path.name} is not the student, so it is not kept: logits differ by up to {found['difference']:.3g} "
+            f"(tolerance {'any' if most is None else format(most, '.3g')}), {100 * found['agreement']:.2f} % of predictions "
+            f"agree (at least {100 * least:.2f} %), accuracy {100 * found['accuracy']:.2f} % against "
+            f"{100 * found['student_accuracy']:.2f} %. Of a student trained in float choose a higher precision, or for int8 "
+            "more images (calibration=2000); or allow it with tolerance.difference and tolerance.agreement."
+        )
+
+
+def check_table(found: Mapping[str, Mapping[str, Any]]) -> Table:
+    """What `export` and `verify` found, for the terminal."""
+    shown = Table("file", "test images", "largest difference of logits", "agreement %", "accuracy %", "student's %")
+    for name, c in found.items():
+        most, least = c["tolerance"]["difference"], c["tolerance"]["agreement"]
+        shown.add_row(
+            *(name, str(c["images"]), f"{c['difference']:.2g}" + ("" if most is None else f" (≤ {most:.2g})")),
+            *(f"{100 * c['agreement']:.2f} (≥ {100 * least:g})", f"{100 * c['accuracy']:.2f}"),
+            f"{100 * c['student_accuracy']:.2f}",
+        )
+    return shown

@@ -1,0 +1,300 @@
+"""Runs an exported student on image files, with neither Lightning nor Hydra, and for ONNX without torch.
+
+    python -m litdistill.export.predict <run>/export/student.onnx image1.png image2.png
+    python -m litdistill.export.predict <run>/export/student.onnx --json --top 3 *.png
+
+An ONNX file needs numpy, Pillow and onnxruntime. A file is opened only if it is the very one that `manifest.json` beside
+it speaks of, and if opening it can run no code. Formats that torch's own loaders read by unpickling and evaluating
+(.pt2, .pt) are opened with `--trust` alone: use it for what you exported yourself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib
+import inspect
+import io
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from litdistill.data.decode import decode
+from litdistill.export.onnx_safety import external_data
+from litdistill.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+MANIFEST = "manifest.json"
+SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2", "safetensors": ".safetensors", "torchscript": ".pt"}
+CODE = ("pt2", "torchscript")  # formats that can carry code
+BATCH = 64
+# Control characters, ends of lines and paragraphs, halves of characters, and what turns the direction of the text after it.
+ACTING = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
+MISSING = "{} is not installed. Install what exported files need with pip install 'litdistill[export]'."
+
+
+class ExportMetadata(NamedTuple):
+    """What one has to know to use an exported file; each value was checked."""
+
+    format: str
+    preprocessing: bool  # whether normalisation is in the file, which then takes uint8
+    classes: list[str]
+    mean: list[float]  # of each channel on the scale 0 to 1
+    std: list[float]
+    input_shape: list[int]  # (C, H, W)
+    net: dict[str, Any]  # safetensors: the function of litdistill.models that builds the network, and its options
+
+
+class Model(NamedTuple):
+    """An exported file, ready to run."""
+
+    facts: ExportMetadata
+    run: Callable[[np.ndarray], np.ndarray]  # (N, C, H, W) uint8 -> logits (N, classes) float32
+
+
+def load(path: str | Path, trust: bool = False) -> Model:
+    """Opens an exported file after it was verified. Raises `UserError` for a changed, unknown or unsafe file."""
+    path = Path(path)
+    content, facts = verified(path)
+    if facts.format in CODE and not trust:
+        raise UserError(
+            f"{path}: torch's loaders of {SUFFIXES[facts.format]} files can run code that hides in them: refused. "
+            "Use the student's .onnx or .safetensors file, or --trust (allow_code=true) if you exported this one yourself."
+        )
+    return Model(facts, runtime(content, facts, path))
+
+
+# -- the manifest ------------------------------------------------------------------------------------------------------
+
+
+def verified(path: Path) -> tuple[bytes, ExportMetadata]:
+    """The bytes of an exported file and what its manifest says of it. Raises `UserError` where the two differ."""
+    manifest = path.parent / MANIFEST
+    if not path.is_file():
+        raise UserError(f"There is no {path}. Write it with python scripts/export.py run=<run folder>.")
+    if not manifest.is_file():
+        raise UserError(f"There is no {manifest}: copy {MANIFEST} from where {path.name} was exported to beside it.")
+    entry = read_manifest(manifest).get(path.name)
+    if not isinstance(entry, dict):
+        raise UserError(f"{manifest} does not speak of {path.name}: export it again.")
+    content = path.read_bytes()  # read once: what is hashed is what is opened
+    if hashlib.sha256(content).hexdigest() != entry.get("sha256"):
+        raise UserError(
+            f"{path} is not the file that was exported: its SHA-256 differs from the one in {manifest}. "
+            "Fetch both files anew, or export the run again."
+        )
+    return content, check_facts(entry, path)
+
+
+def read_manifest(manifest: Path) -> dict[str, Any]:
+    """The entries of a manifest by file name."""
+    try:
+        files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
+    except (ValueError, RecursionError, TypeError, KeyError) as error:
+        raise UserError(f"{manifest} is damaged: export again. ({type(error).__name__})") from error
+    if not isinstance(files, dict):
+        raise UserError(f"{manifest} is damaged: export again.")
+    return files
+
+
+def check_facts(entry: Mapping[str, Any], path: Path) -> ExportMetadata:
+    """The facts in a manifest's entry. Raises `UserError` for any that cannot be true of an image classifier."""
+    stated: dict[str, Any] = {name: entry.get(name) for name in ExportMetadata._fields}
+    facts = ExportMetadata(**(stated | {"net": entry.get("net", {})}))
+
+    def numbers(value: Any, low: float, high: float, kinds: tuple[type, ...]) -> bool:
+        return isinstance(value, list) and all(type(v) in kinds and low <= v <= high for v in value)  # NaN is in none
+
+    right = {
+        "format": isinstance(facts.format, str) and SUFFIXES.get(facts.format) == path.suffix,
+        "preprocessing": isinstance(facts.preprocessing, bool),
+        "classes": isinstance(facts.classes, list)
+        and 1 < len(facts.classes) <= 100_000
+        and all(isinstance(c, str) for c in facts.classes)
+        and not unfit_names(facts.classes),
+        "input_shape": numbers(facts.input_shape, 1, 4096, (int,)) and len(facts.input_shape) == 3,
+        "mean": numbers(facts.mean, -1e6, 1e6, (int, float)),
+        "std": numbers(facts.std, 1e-6, 1e6, (int, float)),
+        "net": isinstance(facts.net, dict),
+    }
+    wrong = [name for name, fine in right.items() if not fine]
+    if not wrong and not len(facts.mean) == len(facts.std) == facts.input_shape[0]:
+        wrong = ["mean", "std", "input_shape"]
+    if wrong:
+        raise UserError(f"What {MANIFEST} says of {path.name} makes no sense ({', '.join(wrong)}): export it again.")
+    return facts
+
+
+def unfit_names(classes: Sequence[str]) -> list[str]:
+    """Those that no exported file may hold: too long, or with characters that do something to whoever prints them."""
+    return [name for name in classes if len(name) > 200 or ACTING.search(name)]
+
+
+# -- the runtimes ------------------------------------------------------------------------------------------------------
+
+
+def runtime(content: bytes, facts: ExportMetadata, path: Path) -> Callable[[np.ndarray], np.ndarray]:
+    """What runs the bytes of a file of `facts.format` on uint8 images. `path` is for messages only.
+
+    For "pt2" and "torchscript" the caller vouches for the bytes: their loaders can run code.
+    """
+    opened = {"onnx": _onnx, "safetensors": _safetensors, "pt2": _pt2, "torchscript": _torchscript}[facts.format]
+    try:
+        net = opened(content, facts, path)
+    except UserError:
+        raise
+    except ModuleNotFoundError as error:
+        raise UserError(MISSING.format(error.name)) from error
+    except Exception as error:  # each runtime has exceptions of its own for a file that is none of its kind
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path} is damaged or no {facts.format} file: {reason}") from error
+    column = [len(facts.mean), 1, 1]
+    scale = (1 / (255 * np.array(facts.std))).astype(np.float32).reshape(column)
+    shift = (-np.array(facts.mean) / np.array(facts.std)).astype(np.float32).reshape(column)
+
+    def run(images: np.ndarray) -> np.ndarray:
+        logits = net(images if facts.preprocessing else images * scale + shift)
+        if logits.shape != (len(images), len(facts.classes)):
+            raise UserError(f"{path} gives {logits.shape} for {len(images)} images of {len(facts.classes)} classes.")
+        return logits
+
+    return run
+
+
+def _onnx(content: bytes, facts: ExportMetadata, path: Path) -> Callable[[np.ndarray], np.ndarray]:
+    try:
+        outside = external_data(memoryview(content))
+    except (ValueError, IndexError) as error:
+        raise UserError(f"{path} is damaged or no ONNX file.") from error
+    if outside:
+        raise UserError(
+            f"{path} takes weights from other files, and such a path may lead anywhere: refused. "
+            "Export it with its weights inside (python scripts/export.py, or torch.onnx.export(external_data=False))."
+        )
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.load_model_format", "ONNX")  # what was checked, and nothing else
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    (given,) = session.get_inputs()
+    return lambda images: session.run(None, {given.name: images})[0]
+
+
+def _safetensors(content: bytes, facts: ExportMetadata, path: Path) -> Callable[[np.ndarray], np.ndarray]:
+    import safetensors.torch
+
+    from litdistill.utils.checkpoint import load_state_dict_checked
+
+    weights = safetensors.torch.load(content)
+    net = build_net(facts)
+    load_state_dict_checked(
+        net, {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}, path, "student"
+    )
+    return _torch(net.eval())
+
+
+def _pt2(content: bytes, facts: ExportMetadata, path: Path) -> Callable[[np.ndarray], np.ndarray]:
+    import torch
+
+    return _torch(torch.export.load(io.BytesIO(content)).module())
+
+
+def _torchscript(content: bytes, facts: ExportMetadata, path: Path) -> Callable[[np.ndarray], np.ndarray]:
+    import torch
+
+    return _torch(torch.jit.load(io.BytesIO(content), map_location="cpu"))
+
+
+def _torch(net: Callable[..., Any]) -> Callable[[np.ndarray], np.ndarray]:
+    import torch
+
+    def run(images: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            return net(torch.from_numpy(images)).numpy()
+
+    return run
+
+
+def build_net(facts: ExportMetadata) -> nn.Module:
+    """The network that `facts.net` names. Only functions of `litdistill.models`, and only their own named options.
+
+    Nothing is fetched or read on the way: pretrained weights, and whatever else a library's builder would take, are
+    refused, since the name may come from a stranger.
+    """
+    options = dict(facts.net)
+    target = str(options.pop("_target_", ""))
+    named = re.fullmatch(r"(litdistill\.nets\.[a-z0-9_]+)\.([a-z][a-z0-9_]*)", target)
+    function = getattr(importlib.import_module(named[1]), named[2], None) if named else None
+    parameters = inspect.signature(function).parameters if inspect.isfunction(function) else {}
+    known = {k for k, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD}
+    known -= {"num_classes", "input_shape", "weights", "pretrained"}
+    if list(parameters)[:2] != ["num_classes", "input_shape"] or function.__module__ != named[1]:  # type: ignore
+        raise UserError(
+            f"The network {target or '(none named)'} is refused: only those of litdistill.models are built."
+        )
+    if not options.keys() <= known or not re.fullmatch(r"[\w.-]*", str(options.get("name", ""))):
+        raise UserError(f"The options {options} of {target} are refused; it is built with {', '.join(known)} alone.")
+    return function(num_classes=len(facts.classes), input_shape=tuple(facts.input_shape), **options)  # type: ignore
+
+
+# -- images and the command --------------------------------------------------------------------------------------------
+
+
+def read_images(paths: Sequence[str | Path], input_shape: Sequence[int]) -> np.ndarray:
+    """(N, C, H, W) uint8: each image in grey or RGB, resized to cover H x W and its centre cropped, as in training."""
+    channels, height, width = input_shape
+    if channels not in (1, 3):
+        raise UserError(f"The student takes images of {channels} channels; image files have 1 (grey) or 3 (RGB).")
+    images = np.empty((len(paths), channels, height, width), np.uint8)
+    for row, path in zip(images, paths, strict=True):
+        row[:] = decode(path, path, channels, height, width)
+    return images
+
+
+def predict(model: Model, paths: Sequence[str | Path], top: int = 5) -> list[dict[str, Any]]:
+    """For each image its name and its `top` likeliest classes: `{"image": …, "top": [{"class", "index", "probability"}]}`."""
+    found = []
+    for start in range(0, len(paths), BATCH):
+        chunk = paths[start : start + BATCH]
+        logits = model.run(read_images(chunk, model.facts.input_shape)).astype(np.float64)
+        odds = np.exp(logits - logits.max(1, keepdims=True))
+        for path, p in zip(chunk, odds / odds.sum(1, keepdims=True), strict=True):
+            best = np.argsort(-p, kind="stable")[:top].tolist()
+            classes = [{"class": model.facts.classes[i], "index": i, "probability": float(p[i])} for i in best]
+            found.append({"image": str(path), "top": classes})
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m litdistill.export.predict", description="Classifies image files.")
+    parser.add_argument("model", help="an exported file, manifest.json beside it")
+    parser.add_argument("images", nargs="+", help="image files")
+    parser.add_argument("--top", type=int, default=5, help="how many classes to name for each image (5)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
+    parser.add_argument("--trust", action="store_true", help="open .pt2 and .pt too, whose loaders can run code")
+    asked = parser.parse_args(arguments)
+    if asked.top < 1:
+        parser.error("--top must be at least 1")
+    try:
+        found = predict(load(asked.model, asked.trust), asked.images, asked.top)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    if asked.json:
+        print(json.dumps(found, indent=2))
+        return
+    for one in found:
+        name = os.fsencode(one["image"]).decode(errors="replace")  # which need be no text
+        print(f"{name}: " + ", ".join(f"{c['class']} {100 * c['probability']:.1f} %" for c in one["top"]))
+
+
+if __name__ == "__main__":
+    main()

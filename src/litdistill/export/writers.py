@@ -1,0 +1,229 @@
+"""The writers of the formats that a student is shipped in; what becomes of a file is up to `litdistill.export.export`."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from litdistill.compress.quantize import Int8, converted, quiet
+from litdistill.data import augment as aug
+from litdistill.data.datamodule import ImageData
+from litdistill.export.predict import MISSING, ExportMetadata, unfit_names
+from litdistill.export.predict import build_net as named_net
+from litdistill.utils.checkpoint import load_state_dict_checked, save_student
+from litdistill.utils.errors import UserError
+
+
+def check_names(classes: Sequence[str]) -> None:
+    """Raises `UserError` for the name of a class that no file may hold."""
+    if unfit := unfit_names(classes):
+        raise UserError(
+            f"The class {unfit[0]!r} cannot be exported: its name is longer than 200 characters or has one that controls a "
+            "terminal. Rename its folder, and train again."
+        )
+
+
+def check_int8(classes: Sequence[str]) -> None:
+    """Raises `UserError` for what would keep back the file of an int8 student of these classes."""
+    check_names(classes)
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        if find_spec(package) is None:
+            raise UserError(f"An int8 student is shipped as ONNX: {MISSING.format(package)}")
+
+
+class ExportWrapper(nn.Module):
+    """The student as it is shipped: float32 logits of uint8 images, or of normalised ones with `preprocessing` off.
+
+    `half` computes in float16 between the two, so that no caller need know.
+    """
+
+    def __init__(self, net: nn.Module, data: ImageData, preprocessing: bool = True, half: bool = False):
+        super().__init__()
+        self.net = copy.deepcopy(net).cpu().eval().requires_grad_(False)
+        for tensor in (*self.net.parameters(), *self.net.buffers()):
+            # Weights with their channels last, as a GPU may like them, are traced to needless gathers.
+            tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
+        self.preprocessing, self.half_precision = preprocessing, half
+        assert data.mean is not None
+        assert data.std is not None
+        self.register_buffer("scale", torch.tensor([1 / (255 * s) for s in data.std]).view(-1, 1, 1))
+        shift = [-m / s for m, s in zip(data.mean, data.std, strict=True)]
+        self.register_buffer("shift", torch.tensor(shift).view(-1, 1, 1))
+        if half:
+            self.net.half()
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.preprocessing:
+            images = torch.addcmul(self.shift, images.float(), self.scale)  # type: ignore[arg-type]
+        return self.net(images.half()).float() if self.half_precision else self.net(images)
+
+
+def write_format(
+    student: nn.Module, data: ImageData, path: Path, entry: dict[str, Any], facts: ExportMetadata, calibration: int
+) -> None:
+    """Writes the file itself; what it was made with goes into `entry`."""
+    metadata = {k: json.dumps(v) for k, v in entry.items()}
+    model = ExportWrapper(student, data, facts.preprocessing, half=entry["precision"] == "fp16").eval()
+    example = data.source.train.images[data.train_ids[:2]].clone(memory_format=torch.contiguous_format)
+    if not facts.preprocessing:
+        example = data.normalize(example)
+    with quiet():
+        if facts.format == "safetensors":
+            try:
+                load_state_dict_checked(named_net(facts), student.state_dict(), "this run", "student")
+            except UserError as error:
+                raise UserError(
+                    f"As safetensors nobody could rebuild this network; use format=onnx. {error}"
+                ) from error
+            save_student(model.net, path, metadata)
+        elif facts.format == "torchscript":
+            _write_torchscript(model, example, path)
+        elif facts.format == "pt2":
+            with path.open("wb") as file:
+                torch.export.save(_traced(model, example), file)
+        elif isinstance(student, Int8):
+            entry["quantisation"] = {
+                "tool": "torchao.quantization.pt2e",
+                "format": "QDQ",
+                "activations": "uint8 per tensor",
+                "weights": "int8 per channel, 7 bits",
+            }
+            model = ExportWrapper(converted(student), data, facts.preprocessing)
+            metadata["quantisation"] = json.dumps(entry["quantisation"])
+            _write_onnx(model.eval(), example, path, metadata)
+        elif entry["precision"] == "int8":
+            entry["quantisation"] = _write_int8(model, example, data, path, metadata, calibration)
+        else:
+            _write_onnx(model, example, path, metadata)
+
+
+def _traced(model: ExportWrapper, example: Tensor) -> torch.export.ExportedProgram:
+    """The program of a model for batches of any size, without the paths of the source files that it was traced from."""
+    try:
+        program = torch.export.export(
+            model, (example,), dynamic_shapes={"images": {0: torch.export.Dim("batch")}}, strict=False
+        )
+    except Exception as error:  # whatever the network's code does that torch.export cannot follow
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"torch.export cannot trace this student; use format=safetensors. {reason}") from error
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)
+    return program
+
+
+def _write_torchscript(model: ExportWrapper, example: Tensor, path: Path) -> None:
+    whole = io.BytesIO()
+    try:
+        torch.jit.save(torch.jit.freeze(torch.jit.trace(model, (example,))), whole)
+    except (AttributeError, NotImplementedError, RuntimeError) as error:
+        raise UserError(
+            f"PyTorch {torch.__version__} cannot write this student as TorchScript, which it deprecates: use format=pt2. "
+            f"{error}"
+        ) from error
+    with zipfile.ZipFile(whole) as old, zipfile.ZipFile(path, "w") as new:
+        for item in old.infolist():
+            if not item.filename.endswith(".debug_pkl"):  # the paths of the source files
+                new.writestr(item, old.read(item))
+
+
+def _write_onnx(model: ExportWrapper, example: Tensor, path: Path, metadata: Mapping[str, str]) -> None:
+    program = _traced(model, example)
+    try:
+        import onnx
+
+        made = torch.onnx.export(
+            program, dynamo=True, external_data=False, input_names=["images"], output_names=["logits"], verbose=False
+        )
+    except (ModuleNotFoundError, torch.onnx.errors.OnnxExporterError) as error:
+        missing = error if isinstance(error, ModuleNotFoundError) else error.__cause__
+        if isinstance(missing, ModuleNotFoundError):
+            raise UserError(MISSING.format(missing.name)) from error
+        raise UserError(f"This student cannot be written as ONNX; use format=pt2. {error}") from error
+    assert made is not None
+    proto = made.model_proto
+    for node in proto.graph.node:
+        del node.metadata_props[:]  # names of modules and paths of source files
+    for value in (*proto.graph.value_info, *proto.graph.input, *proto.graph.output, *proto.graph.initializer):
+        del value.metadata_props[:]
+    _save_onnx(onnx, proto, path, metadata)
+
+
+def _save_onnx(onnx: Any, proto: Any, path: Path, metadata: Mapping[str, str]) -> None:
+    onnx.helper.set_model_props(proto, dict(metadata))
+    onnx.checker.check_model(proto)
+    path.write_bytes(proto.SerializeToString())
+
+
+def _write_int8(
+    model: ExportWrapper, example: Tensor, data: ImageData, path: Path, metadata: Mapping[str, str], calibration: int
+) -> dict[str, Any]:
+    """Static quantisation by onnxruntime, ranges from training images as they are (no augmentation)."""
+    try:
+        import onnx
+        from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
+        from onnxruntime.quantization.shape_inference import quant_pre_process
+    except ModuleNotFoundError as error:
+        raise UserError(MISSING.format(error.name)) from error
+    images = data.source.train.images[aug.order(0, 0, data.train_ids)[:calibration]]
+    if not model.preprocessing:
+        images = data.normalize(images)
+    feeds = ({"images": chunk.numpy()} for chunk in images.split(64))
+    with tempfile.TemporaryDirectory() as folder:
+        float_, ready, done = (Path(folder) / f"{n}.onnx" for n in ("float", "ready", "done"))
+        _write_onnx(model, example, float_, {})
+        quant_pre_process(float_, ready, skip_symbolic_shape=True)
+        quantize_static(
+            ready,
+            done,
+            _Reader(feeds),
+            quant_format=QuantFormat.QDQ,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            per_channel=True,
+            # 7 bits of weight: with 8, sums of U8S8 products overflow 16 bits on CPUs without VNNI, and a file would
+            # give other answers there than where it was checked.
+            reduce_range=True,
+            calibrate_method=CalibrationMethod.MinMax,
+            nodes_to_exclude=_preprocessing_nodes(onnx.load(ready)) if model.preprocessing else [],
+        )
+        options = {
+            "tool": "onnxruntime.quantization.quantize_static",
+            "format": "QDQ",
+            "activations": "uint8 per tensor, MinMax",
+            "weights": "int8 per channel, 7 bits",
+            "calibration": f"{len(images)} training images",
+        }
+        _save_onnx(onnx, onnx.load(done), path, {**metadata, "quantisation": json.dumps(options)})
+    return options
+
+
+class _Reader:
+    """onnxruntime's interface for calibration data."""
+
+    def __init__(self, feeds: Iterator[dict[str, np.ndarray]]):
+        self.feeds = feeds
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        return next(self.feeds, None)
+
+
+def _preprocessing_nodes(proto: Any) -> list[str]:
+    """The nodes between the input and the network: casts, products and sums of the images with constants."""
+    reached, names = {i.name for i in proto.graph.input}, []
+    constants = {i.name for i in proto.graph.initializer}
+    for node in proto.graph.node:  # in order of execution
+        if node.op_type in ("Cast", "Mul", "Add") and all(i in reached | constants for i in node.input):
+            reached |= set(node.output)
+            names.append(node.name)
+    return names

@@ -1,0 +1,1 @@
+"""Where in a network features are taken, and how they are read."""

@@ -1,0 +1,215 @@
+"""Taps: where in a network features are taken, found by name or by a word, and read through hooks.
+
+    names = find(net, images, "stages")   # ["layer1", "layer2", "layer3", "layer4"] for a ResNet
+    tapped = Tapped(net, names)
+    logits, features, _ = tapped(images)
+
+The network is never rewritten or wrapped, so its parameter names, its mode and `net.compile()` stay as they are.
+How stages are found is said at `litdistill.features.stages.stage_ends`; any tap can be named instead.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from litdistill.features.stages import Call, before_activation, map_size, outermost, pooled, stage_ends
+from litdistill.methods.base import Outputs
+from litdistill.utils.errors import UserError
+
+ALIASES = ("stages", "stages:pre", "last", "pooled")
+
+
+def resolve_taps(net: nn.Module, example: Tensor, taps: Sequence[str] | str) -> list[str]:
+    """Names of taps of `net`, each a module of `net.named_modules()` for its output, or with a suffix for its input.
+
+    `taps`: one of the words below, a name, or a sequence of either. `example`: a small batch (N, C, H, W) for one dry
+    forward in eval mode; modes, buffers, random numbers and hooks are afterwards as they were.
+
+    - `"stages"`: the end of each stage, in the order of execution. Maps (N, C, H, W): the last of each spatial size.
+      Networks that end in tokens (ViT): up to four evenly spaced encoder blocks (N, tokens, C), the last one included.
+      Without either (MLP): what each hidden layer gives (N, C).
+    - `"stages:pre"`: the same before the activation that ends the stage (`"layer1.1.relu:in"`), in pre-activation
+      networks (WRN) before the one that takes it next; where there is no such activation module, the plain end.
+    - `"last"`: the last of the stages.
+    - `"pooled"`: the input of the classifier, (N, C); of a convolutional classifier (SqueezeNet) averaged over places.
+
+    Suffixes: `":in"` the module's input, `":pool"` its input averaged over places or tokens to (N, C).
+    Raises `UserError` for an unknown name, for a module that the forward does not call or that gives no single
+    tensor, and where a word finds nothing.
+    """
+    wanted = [taps] if isinstance(taps, str) else list(taps)
+    if not wanted:
+        return []
+    modules = dict(net.named_modules())
+    for tap in wanted:
+        if tap not in ALIASES:
+            _resolve(modules, tap)
+    calls, logits = _dry_forward(net, example)
+    found: list[str] = []
+    for tap in wanted:
+        if tap == "pooled":
+            found.append(pooled(calls, logits))
+        elif tap in ALIASES:
+            stages = stage_ends(calls, logits, map_size(example))
+            if tap == "stages:pre":
+                found += [before_activation(calls, stage) or outermost(calls, stage) for stage in stages]
+            else:
+                found += [outermost(calls, stage) for stage in (stages[-1:] if tap == "last" else stages)]
+        else:
+            name, _, where = tap.partition(":")
+            call = next((c for c in calls if c.name == name), None)
+            if call is None or not isinstance(call.given if where else call.output, Tensor):
+                why = "is not called in the forward of this network" if call is None else "is no single tensor there"
+                near = ", ".join(c.name for c in calls if c.name.startswith(name.split(".")[0]))
+                raise UserError(f"Tap {tap!r} {why}. Take another: {near or ', '.join(c.name for c in calls)}.")
+            found.append(tap)
+    return list(dict.fromkeys(found))
+
+
+class FeatureExtractor:
+    """Calls `net` and gives `Outputs(logits, features)` with the features named, in their order.
+
+    Hooks are registered once on the live modules. Where a module is called several times in a forward, its last call
+    counts. Features keep their graph; nothing is held after the call. Hooks act only during a call of this object:
+    `net(x)` itself, and copies of `net`, take no features. In-place activations of a tapped network are made
+    out-of-place, or what stands before them would be overwritten; in-place operations outside modules (`out += x`)
+    still change what was taken. Tap a network before its first compiled forward (`net.compile()`), which fixes hooks.
+    Raises `UserError` for an unknown name and, when called, for a tap that the forward did not reach.
+    """
+
+    def __init__(self, net: nn.Module, names: Sequence[str]):
+        self.net, self.names = net, tuple(names)
+        self._state = _State()
+        self._handles = []
+        self._inplace = [m for m in net.modules() if getattr(m, "inplace", False) is True] if self.names else []
+        modules = dict(net.named_modules())
+        for name in self.names:
+            module, where = _resolve(modules, name)
+            if where:
+                hook: Any = partial(_save_input, self._state, name, where)
+                self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+            else:
+                self._handles.append(module.register_forward_hook(partial(_save_output, self._state, name)))
+        for m in self._inplace:
+            m.inplace = False  # type: ignore[assignment]
+
+    def __call__(self, x: Tensor) -> Outputs:
+        """`x`: (N, C, H, W)."""
+        if not self.names:
+            return Outputs(self.net(x))
+        try:
+            self._state.active = True
+            logits = self.net(x)
+            taken = dict(self._state.features)
+        finally:
+            self._state.active = False
+            self._state.features.clear()
+        for name in self.names:
+            if not isinstance(taken.get(name), Tensor):
+                why = "gave no single tensor" if name in taken else "was not reached in this forward"
+                raise UserError(
+                    f"Tap {name!r} {why}. Take another module, and tap a network before its first compiled forward."
+                )
+        return Outputs(logits, {name: taken[name] for name in self.names})
+
+    def remove(self) -> None:
+        """Takes all hooks off the network and gives its activations their `inplace` back."""
+        for handle in self._handles:
+            handle.remove()
+        for m in self._inplace:
+            m.inplace = True  # type: ignore[assignment]
+        self._handles, self._inplace = [], []
+
+
+class _State:
+    """What hooks write to. A deep copy of a network copies it along, so that the copy's hooks stay apart."""
+
+    def __init__(self) -> None:
+        self.active = False
+        self.features: dict[str, Any] = {}
+
+
+def _save_output(state: _State, name: str, module: nn.Module, args: tuple, output: Any) -> None:
+    if state.active:
+        state.features[name] = output
+
+
+def _save_input(state: _State, name: str, where: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    if state.active:
+        x = _first_tensor(args, kwargs)
+        state.features[name] = _average(x) if where == "pool" and x is not None else x
+
+
+def _average(x: Tensor) -> Tensor:
+    """A map (N, C, H, W) averaged over places, tokens (N, tokens, C) over tokens; anything else flattened to (N, C)."""
+    return x.mean((2, 3)) if x.ndim == 4 else x.mean(1) if x.ndim == 3 else x.flatten(1)
+
+
+def _first_tensor(args: tuple, kwargs: dict) -> Tensor | None:
+    return next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
+
+
+def _resolve(modules: dict[str, nn.Module], tap: str) -> tuple[nn.Module, str]:
+    name, _, where = tap.partition(":")
+    if name and name in modules and where in ("", "in", "pool") and not tap.endswith(":"):
+        return modules[name], where
+    names = [n for n in modules if n]
+    near = difflib.get_close_matches(name, names, n=5, cutoff=0.4) or names[:5]
+    raise UserError(
+        f"No tap {tap!r}. Nearest modules: {', '.join(near)}; a suffix is ':in' or ':pool'; "
+        f"words are {', '.join(ALIASES)}. All modules: [name for name, _ in net.named_modules()]."
+    )
+
+
+@contextmanager
+def _undisturbed(net: nn.Module, example: Tensor) -> Iterator[None]:
+    """Eval mode and no in-place activation inside; every flag and random state as before outside."""
+    modes = [(m, m.training) for m in net.modules()]
+    inplace = [m for m in net.modules() if getattr(m, "inplace", False) is True]
+    device = example.device
+    forked: Any = {"devices": []} if device.type == "cpu" else {"devices": [device], "device_type": device.type}
+    try:
+        for m, _ in modes:
+            m.training = False  # not m.eval(): a frozen network may override train()
+        for m in inplace:
+            m.inplace = False  # type: ignore[assignment]
+        with torch.no_grad(), torch.random.fork_rng(**forked), torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for m, mode in modes:
+            m.training = mode
+        for m in inplace:
+            m.inplace = True  # type: ignore[assignment]
+
+
+def _dry_forward(net: nn.Module, example: Tensor) -> tuple[list[Call], Tensor]:
+    """The last call of each submodule, in the order in which they end, and the logits."""
+    clock = iter(range(1 << 62))
+    starts: dict[str, int] = {}
+    calls: dict[str, Call] = {}
+
+    def begin(name: str, module: nn.Module, args: tuple) -> None:
+        starts[name] = next(clock)
+
+    def end(name: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        calls[name] = Call(name, module, starts[name], next(clock), _first_tensor(args, kwargs), output)
+
+    handles = []
+    try:
+        for name, module in net.named_modules():
+            if name:
+                handles.append(module.register_forward_pre_hook(partial(begin, name)))
+                handles.append(module.register_forward_hook(partial(end, name), with_kwargs=True))
+        with _undisturbed(net, example):
+            logits = net(example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return sorted(calls.values(), key=lambda c: c.end), logits

@@ -1,0 +1,101 @@
+"""What several networks share: initialisation, evaluation mode for a while, and the check that an input fits."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from litdistill.utils.errors import UserError
+
+
+def he_init(net: nn.Module, linear_std: float | None = None) -> None:
+    """Kaiming normal by fan-out for convolutions (He et al. 2015, arXiv 1502.01852), in place.
+
+    `linear_std`: standard deviation of linear weights with zero bias; None leaves PyTorch's own initialisation.
+    """
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Linear) and linear_std is not None:
+            nn.init.normal_(module.weight, std=linear_std)
+            nn.init.zeros_(module.bias)
+
+
+def require_size(name: str, input_shape: Sequence[int], smallest: int) -> None:
+    """Raises `UserError` where an image is so small that a map inside the network would be empty."""
+    _, height, width = input_shape
+    if min(height, width) < smallest:
+        raise UserError(
+            f"net={name} needs images of at least {smallest}x{smallest}, these are {height}x{width}. "
+            "Use net=conv4 or another small network, or resize the images."
+        )
+
+
+def keep_inputs(net: nn.Module) -> nn.Module:
+    """Switches off `inplace` wherever a module has it, so that a hooked pre-activation stays what it was."""
+    for module in net.modules():
+        if getattr(module, "inplace", False):
+            module.inplace = False  # type: ignore[assignment]
+    return net
+
+
+@contextmanager
+def evaluating(net: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradient and without fused attention, each module's own mode put back afterwards.
+
+    Fused attention is one opaque operation: it has no shape rule on the meta device, and no FLOP counter sees into it.
+    """
+    modes = {module: module.training for module in net.modules()}
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    net.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def check_fits(net: nn.Module, num_classes: int, input_shape: Sequence[int], name: str, remedy: str) -> nn.Module:
+    """The network itself, once a forward of shapes alone has given (1, num_classes). Raises `UserError` where not."""
+    state = {k: torch.empty_like(v, device="meta") for k, v in net.state_dict().items()}
+    state |= {k: torch.empty_like(v, device="meta") for k, v in net.named_buffers()}  # those not in the state as well
+    given = "x".join(map(str, input_shape))
+    try:
+        with evaluating(net):
+            logits = torch.func.functional_call(net, state, (torch.empty(1, *input_shape, device="meta"),))
+    except Exception as error:  # whatever a foreign network raises at a size that it was not made for
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{name} cannot take images of {given} ({reason}). {remedy}") from error
+    if tuple(logits.shape) != (1, num_classes):
+        raise UserError(
+            f"{name} gives {tuple(logits.shape)} for one image of {given} and not (1, {num_classes}). {remedy}"
+        )
+    return net
+
+
+@contextmanager
+def tensors_only() -> Iterator[None]:
+    """Every `torch.load` inside refuses all but tensors and plain values, also where a library asks for more."""
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    # The opposite switch of the same kind; torch refuses to run with both.
+    opposite = os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+        if opposite is not None:
+            os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = opposite

@@ -1,0 +1,35 @@
+"""The size of a network: parameters, multiply-accumulates, bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from litdistill.models.parts import evaluating
+
+
+def count_parameters(net: nn.Module) -> int:
+    """How many numbers are trained; a shared parameter counts once."""
+    return sum(p.numel() for p in net.parameters())
+
+
+def count_macs(net: nn.Module, input_shape: Sequence[int]) -> int:
+    """Multiply-accumulates of one sample in evaluation mode: convolutions, matrix products and attention.
+
+    `input_shape`: (C, H, W). Additions, normalisation, activations and pooling are not counted, as is usual in papers.
+    The network's mode is put back. Works on the meta device as well, where it computes nothing.
+    """
+    like = next(net.parameters())
+    sample = torch.zeros(1, *input_shape, device=like.device, dtype=like.dtype)
+    with evaluating(net), FlopCounterMode(display=False) as counter:
+        net(sample)
+    return counter.get_total_flops() // 2
+
+
+def weight_bytes(net: nn.Module) -> int:
+    """Bytes of all tensors in the network's state: parameters and running statistics, a shared tensor counted once."""
+    tensors = {id(t): t for t in net.state_dict(keep_vars=True).values() if isinstance(t, Tensor)}
+    return sum(t.numel() * t.element_size() for t in tensors.values())

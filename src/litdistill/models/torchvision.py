@@ -1,0 +1,147 @@
+"""Any classification network of torchvision by name, its stem fitted to the images and its head to the classes."""
+
+from __future__ import annotations
+
+import difflib
+import pickle
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+import torchvision.models as zoo
+from torch import nn
+from torchvision.models import WeightsEnum, get_model, get_model_weights, list_models
+
+from litdistill.models.parts import check_fits, keep_inputs, tensors_only
+from litdistill.utils.errors import UserError
+
+REMEDY = "Resize the images, or use a network of this project (net=resnet18_cifar, net=wrn_40_2)."
+
+
+def torchvision_classifier(
+    num_classes: int,
+    input_shape: Sequence[int],
+    name: str,
+    weights: str | None = None,
+    stem: Literal["auto", "standard", "small"] = "auto",
+    **options: Any,
+) -> nn.Module:
+    """The network `name` of torchvision (`torchvision.models.list_models(module=torchvision.models)`).
+
+    `weights`: None, or the name of pretrained weights ("DEFAULT", "IMAGENET1K_V2"); a head for another number of
+    classes starts anew, and first kernels are summed over colours where the images have another number of channels.
+    `stem`: "standard" keeps the published geometry; "small" makes the first convolution 3x3 with stride 1 (the centre
+    of a pretrained kernel) and drops the max-pooling behind it; "auto" is small up to 64 pixels. Transformers have no
+    such stem; a ViT is built for the size of the images. `options` go to torchvision's builder.
+    Activations work out of place, auxiliary heads are left out, and files are read as tensors only, never as objects.
+
+    Raises `UserError` for an unknown name, weights that cannot be had, and images that the network cannot take.
+    """
+    channels, height, width = input_shape
+    known = list_models(module=zoo)
+    if name not in known:
+        close = difflib.get_close_matches(name, known, 4) or ["resnet18", "resnet50", "mobilenet_v3_small"]
+        raise UserError(f"torchvision has no classification network {name!r}. Did you mean {', '.join(close)}?")
+    if stem not in ("auto", "standard", "small"):
+        raise UserError(f"stem={stem} is none of auto, standard, small.")
+    if name.startswith(("vit_", "maxvit")) and weights is None:
+        if height != width:
+            raise UserError(f"{name} takes square images only, and these are {height}x{width}. {REMEDY}")
+        size = {"image_size": height} if name.startswith("vit_") else {"input_size": (height, width)}
+        options = size | options
+    if name in ("googlenet", "inception_v3") and weights is None:
+        options = {"aux_logits": False, "init_weights": True} | options
+
+    net = pretrained(name, weights, options) if weights else built(name, num_classes, options)
+    small = stem == "small" or (stem == "auto" and min(height, width) <= 64)
+    fit_stem(net, name, channels, small, required=stem == "small", keep=bool(weights))
+    if weights:
+        fit_head(net, name, num_classes)
+    return check_fits(keep_inputs(net), num_classes, input_shape, name, REMEDY)
+
+
+def built(name: str, num_classes: int, options: dict[str, Any]) -> nn.Module:
+    try:
+        return get_model(name, weights=None, num_classes=num_classes, **options)
+    except (TypeError, ValueError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"torchvision cannot build {name} with {options} ({reason}). {REMEDY}") from error
+
+
+def pretrained(name: str, weights: str, options: dict[str, Any]) -> nn.Module:
+    offered: type[WeightsEnum] = get_model_weights(name)
+    if weights not in offered.__members__:
+        raise UserError(f"weights={weights}: {name} offers {', '.join(offered.__members__)}, or null for none.")
+    entry = offered[weights]
+    try:
+        with tensors_only():
+            net = get_model(name, weights=entry, progress=False, **options)
+    except OSError as error:
+        raise UserError(
+            f"The weights {weights} of {name} could not be had from {entry.url} ({error}): is there a network? "
+            f"Use weights=null, or put that file into {torch.hub.get_dir()}/checkpoints."
+        ) from error
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        path = f"{torch.hub.get_dir()}/checkpoints/{entry.url.rsplit('/', 1)[-1]}"
+        raise UserError(
+            f"{path} does not hold the plain weights {weights} of {name}: delete it and try again."
+        ) from error
+    if name == "inception_v3":
+        net.aux_logits, net.AuxLogits = False, None
+    if hasattr(net, "transform_input"):
+        # It would take its three colours from images of one; images are normalised by the data set's own statistics.
+        net.transform_input = False
+    return net
+
+
+def fit_stem(net: nn.Module, name: str, channels: int, small: bool, required: bool, keep: bool) -> None:
+    """Puts another first convolution in place where channels or geometry call for it.
+
+    `required`: a network without a reducing stem is an error. `keep`: the present kernel is worth keeping.
+    """
+    layers = [(k, m) for k, m in net.named_modules() if isinstance(m, nn.Conv2d | nn.MaxPool2d)]
+    at, old = next((k, m) for k, m in layers if isinstance(m, nn.Conv2d))
+    # Transformers are left alone: their first convolution cuts patches that windows and positions are made for.
+    reducing = max(old.stride) > 1 and not name.startswith(("vit_", "swin", "maxvit"))
+    if required and not reducing:
+        raise UserError(f"{name} has no stem to make small. Use stem=standard.")
+    small = small and reducing
+    if small and len(layers) > 1 and isinstance(layers[1][1], nn.MaxPool2d):
+        net.set_submodule(layers[1][0], nn.Identity())
+    if not small and old.in_channels == channels:
+        return
+
+    tall, wide = old.kernel_size
+    kernel = (min(3, tall), min(3, wide)) if small else (tall, wide)
+    new = nn.Conv2d(
+        channels,
+        old.out_channels,
+        kernel,
+        1 if small else old.stride,  # type: ignore[arg-type]
+        (kernel[0] // 2, kernel[1] // 2) if small else old.padding,  # type: ignore[arg-type]
+        bias=old.bias is not None,
+    )
+    with torch.no_grad():
+        if keep:
+            top, left = (tall - kernel[0]) // 2, (wide - kernel[1]) // 2
+            weight = old.weight[:, :, top : top + kernel[0], left : left + kernel[1]]
+            if channels != old.in_channels:  # a grey image gives what three equal colours gave
+                weight = weight.sum(1, keepdim=True).expand(-1, channels, -1, -1) / channels
+            new.weight.copy_(weight)
+            if new.bias is not None and old.bias is not None:
+                new.bias.copy_(old.bias)
+        else:
+            nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
+            if new.bias is not None:
+                nn.init.zeros_(new.bias)
+    net.set_submodule(at, new)
+
+
+def fit_head(net: nn.Module, name: str, num_classes: int) -> None:
+    """Puts a new classifier where the last layer gives another number of classes: linear, or a 1x1 convolution."""
+    at, old = [(k, m) for k, m in net.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)][-1]
+    if isinstance(old, nn.Linear):
+        if old.out_features != num_classes:
+            net.set_submodule(at, nn.Linear(old.in_features, num_classes, bias=old.bias is not None))
+    elif old.out_channels != num_classes:
+        net.set_submodule(at, nn.Conv2d(old.in_channels, num_classes, 1))

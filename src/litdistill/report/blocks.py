@@ -1,0 +1,155 @@
+"""What a page is made of, and its two writers: one list of sections becomes index.html and report.md."""
+
+from __future__ import annotations
+
+import base64
+import html
+import re
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from litdistill.utils.checkpoint import write_atomically, write_text
+
+
+class Text(NamedTuple):
+    text: str
+
+
+class Code(NamedTuple):
+    text: str
+
+
+class Table(NamedTuple):
+    """Cells are text; the first `labels` columns are left-aligned, and the first stays in sight."""
+
+    id: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    labels: int = 1
+
+
+class Picture(NamedTuple):
+    """A drawing; `alt` says in words what it shows."""
+
+    name: str
+    svg: str
+    alt: str
+
+
+class Thumb(NamedTuple):
+    """A photograph of a few pixels."""
+
+    name: str
+    png: bytes
+    caption: str
+
+    @property
+    def uri(self) -> str:
+        return "data:image/png;base64," + base64.b64encode(self.png).decode()
+
+
+class Grid(NamedTuple):
+    """Small drawings side by side, as many as there is room for."""
+
+    pictures: Sequence[Picture]
+    wide: bool = False
+
+
+class Thumbs(NamedTuple):
+    title: str
+    thumbs: Sequence[Thumb]
+
+
+class Link(NamedTuple):
+    text: str
+    href: str
+
+
+Block = Text | Code | Table | Picture | Grid | Thumbs | Link
+
+
+class Section(NamedTuple):
+    id: str
+    title: str
+    blocks: Sequence[Block]
+
+
+def write(title: str, facts: Sequence[str], sections: Sequence[Section], out: Path) -> None:
+    """Writes `out`/index.html, which needs no other file, and `out`/report.md with its pictures in `out`/pictures."""
+    write_text(out / "index.html", html_page(title, facts, sections))
+    write_text(out / "report.md", markdown_page(title, facts, sections))
+    for section in sections:
+        for block in section.blocks:
+            for picture in _pictures(block):
+                write_text(out / "pictures" / f"{picture.name}.svg", _on_paper(picture.svg))
+            for thumb in block.thumbs if isinstance(block, Thumbs) else ():
+                write_atomically(out / "pictures" / f"{thumb.name}.png", partial(_write_bytes, thumb.png))
+
+
+def _write_bytes(content: bytes, path: Path) -> None:
+    path.write_bytes(content)
+
+
+def html_page(title: str, facts: Sequence[str], sections: Sequence[Section]) -> str:
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
+    folder = Path(__file__).parent
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    # Drawings are the one thing that is not escaped: matplotlib wrote them, and escaped what stands in them.
+    environment.filters["kind"] = lambda block: type(block).__name__.lower()
+    environment.filters["drawing"] = lambda picture: Markup(_labeled(picture))
+    template = environment.from_string((folder / "page.html").read_text(encoding="utf-8"))
+    return template.render(title=title, facts=facts, sections=sections) + "\n"
+
+
+def _labeled(picture: Picture) -> str:
+    """The drawing with its words for those who cannot see it."""
+    return picture.svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(picture.alt)}"', 1)
+
+
+def _on_paper(svg: str) -> str:
+    """As a file of its own, where there is no page to take the ink's colour from."""
+    return svg.replace("<svg", '<svg style="background:#fff;color:#1a1a1a"', 1) + "\n"
+
+
+def _pictures(block: Block) -> Sequence[Picture]:
+    return [block] if isinstance(block, Picture) else block.pictures if isinstance(block, Grid) else []
+
+
+# -- Markdown ----------------------------------------------------------------------------------------------------------
+
+
+def markdown_page(title: str, facts: Sequence[str], sections: Sequence[Section]) -> str:
+    lines = [f"# {plain(title)}", "", *(f"- {plain(fact)}" for fact in facts), ""]
+    for section in sections:
+        lines += [f"## {plain(section.title)}", ""]
+        for block in section.blocks:
+            lines += [*_markdown(block), ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _markdown(block: Block) -> list[str]:
+    if isinstance(block, Code):
+        fence = "`" * max(3, *(len(ticks) + 1 for ticks in re.findall("`+", block.text)), 3)
+        return [f"{fence}bash", *block.text.splitlines(), fence]
+    if isinstance(block, Table):
+        line = "|" + "---|" * block.labels + "---:|" * (len(block.head) - block.labels)
+        row = lambda cells: "| " + " | ".join(plain(c) for c in cells) + " |"  # noqa: E731
+        return [row(block.head), line, *map(row, block.rows)]
+    if isinstance(block, (Picture, Grid)):
+        return [f"![{plain(p.alt)}](pictures/{p.name}.svg)" for p in _pictures(block)]
+    if isinstance(block, Thumbs):
+        shown = [f"![{plain(t.caption)}](pictures/{t.name}.png) {plain(t.caption)}" for t in block.thumbs]
+        return [f"**{plain(block.title)}**", "", "; ".join(shown)]
+    if isinstance(block, Link):
+        return [f"[{plain(block.text)}]({block.href})"]
+    return [plain(block.text)]
+
+
+def plain(text: str) -> str:
+    """What stands in the text as such, whatever it means in Markdown or HTML, on one line."""
+    text = html.escape(" ".join(text.split()), quote=False)
+    return re.sub(r"([\\`*_\[\]|])", r"\\\1", text)

@@ -1,0 +1,100 @@
+"""`build(places, out)`: the page of all finished runs at or below some folders."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from urllib.parse import quote
+
+from litdistill.evaluation.summary import versions
+from litdistill.report.blocks import Block, Link, Section, Text, write
+from litdistill.report.collect import Group, Settings, groups
+from litdistill.report.robust import robust
+from litdistill.report.tables import history, sections
+from litdistill.report.timing import machine, time_rows
+from litdistill.utils.errors import UserError
+
+
+def build(places: Sequence[str | Path], out: str | Path, title: str, settings: Settings) -> list[Group]:
+    """Measures the runs and writes `out`/index.html and its twin `out`/report.md; gives what was measured.
+
+    Raises `UserError` where there is no finished run, or none that can be rebuilt, or a package is missing.
+    """
+    _check_packages()
+    out = Path(out)
+    found = groups(places, out, settings)
+    for group in found:
+        time_rows(group, settings)
+    told = [problem for group in found for problem in group.problems]
+    found = [group for group in found if group.rows]
+    if not found:
+        raise UserError("None of these runs could be measured. " + " ".join(told[:3]))
+    shown: list[Section] = []
+    for i, group in enumerate(found):
+        key = f"{i}-" if len(found) > 1 else ""
+        prefix = f"{group.name}: " if len(found) > 1 else ""
+        shown += [s._replace(title=prefix + s.title) for s in page_sections(group, f"d{key}" if key else "", settings)]
+    shown += _sweeps(places, out)
+    if told:
+        shown.append(Section("problems", "What could not be measured", [Text(problem) for problem in told]))
+    write(title, _facts(found, settings), shown, out)
+    return found
+
+
+def _check_packages() -> None:
+    for name in ("matplotlib", "jinja2", "onnx", "onnxscript", "onnxruntime"):
+        try:
+            __import__(name)
+        except ImportError as error:
+            raise UserError(
+                f"The page needs {name}: pip install 'litdistill[report,export]'. A plain table needs neither: "
+                "out=table.md."
+            ) from error
+
+
+def page_sections(group: Group, key: str, settings: Settings) -> list[Section]:
+    return [
+        sections.tradeoffs(group, key),
+        sections.quality(group, key),
+        sections.cost(group, key, settings),
+        sections.over_seeds(group, key),
+        sections.per_class(group, key),
+        sections.calibration(group, key),
+        sections.failures(group, key),
+        robust(group, key, settings),
+        history.curves(group, key),
+        history.compute(group, key),
+        history.rerun(group, key),
+    ]
+
+
+def _facts(found: Sequence[Group], settings: Settings) -> list[str]:
+    facts = []
+    for group in found:
+        shape = "x".join(map(str, group.facts["input_shape"]))
+        runs = sum(len(r.seeds) for r in group.rows if not r.teacher)
+        kinds = sum(not r.teacher for r in group.rows)
+        facts.append(
+            f"{group.name}: {kinds} kinds of student in {runs} runs; {group.facts['classes']} classes of {shape}, "
+            f"{group.facts['test']:,} test images"
+        )
+    here = machine()
+    timed = f"Timed on {here['cpu']}, {here['cores']} cores, {settings.threads} thread(s), {here['system']}"
+    facts.append(timed + (f", and on {here['gpu']}" if "gpu" in here else "; no GPU"))
+    used = versions()
+    facts.append(", ".join(f"{k} {v}" for k, v in used.items()) + time.strftime("; %Y-%m-%d %H:%M"))
+    return facts
+
+
+def _sweeps(places: Sequence[str | Path], out: Path) -> list[Section]:
+    """Links to the reports of sweeps among the runs."""
+    reports = sorted({p.resolve() for place in places for p in Path(place).glob("**/sweep.md")})
+    if not reports:
+        return []
+    relative = [os.path.relpath(p, out.resolve()) for p in reports]
+    blocks: list[Block] = [
+        Link(f"Trials, importances and Pareto front of {Path(r).parent.name}", quote(r)) for r in relative
+    ]
+    return [Section("sweeps", "Sweeps", blocks)]

@@ -1,0 +1,48 @@
+"""The ONNX files that are timed: each student's as it ships, and each teacher's, which ships nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from litdistill.data.datamodule import ImageData
+from litdistill.export.export import export
+from litdistill.export.predict import MANIFEST, ExportMetadata, read_manifest, runtime, verified
+from litdistill.export.writers import write_format
+from litdistill.utils.checkpoint import write_atomically
+from litdistill.utils.errors import UserError
+
+
+def shipped_file(folder: Path, precision: str, summary: dict[str, Any], trust: Sequence[str] = ()) -> Path:
+    """The ONNX file of a run, verified; written where there is none of this student yet."""
+    manifest = folder / "export" / MANIFEST
+    files = read_manifest(manifest) if manifest.is_file() else {}
+    for name, entry in files.items():
+        right = entry.get("format") == "onnx" and entry.get("precision") == precision and entry.get("preprocessing")
+        if right and entry.get("student_sha256") == summary["student"]["sha256"]:
+            path = manifest.parent / Path(name).name
+            content, facts = verified(path)
+            runtime(content, facts, path)  # which refuses weights that lie in other files
+            return path
+    return export(folder, "onnx", precision, trust=trust)[0]
+
+
+def write_teacher(net: nn.Module, data: ImageData, path: Path) -> Path:
+    """The teacher as ONNX, as a student is exported; raises `UserError` where the file does not do what the network does."""
+    entry = {"format": "onnx", "precision": "fp32", "preprocessing": True}
+    facts = ExportMetadata(
+        *("onnx", True, list(data.class_names), list(data.mean or ()), list(data.std or ())),
+        *(list(data.input_shape), {}),
+    )
+    write_atomically(path, lambda temporary: write_format(net.cpu(), data, temporary, entry, facts, 0))
+    images = data.source.test.images[data.test_ids[:64]]
+    with torch.no_grad():
+        expected = net.eval()(data.normalize(images))
+    given = torch.from_numpy(runtime(path.read_bytes(), facts, path)(images.numpy()))
+    if not torch.allclose(given, expected, atol=1e-3 * float(expected.abs().max()), rtol=0):
+        raise UserError(f"{path} gives other logits than the teacher: it cannot be timed in the students' runtime.")
+    return path

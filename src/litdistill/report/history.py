@@ -1,0 +1,164 @@
+"""How runs came about: their training curves, what they cost to train, and how to run them again."""
+
+from __future__ import annotations
+
+import shlex
+import statistics
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from litdistill.report.blocks import Block, Code, Grid, Picture, Section, Table, Text
+from litdistill.report.collect import Group, Row, Seed
+from litdistill.report.sections import looks
+from litdistill.report.tables import plots
+
+CURVE = "val/accuracy"
+
+
+def curves(group: Group, key: str) -> Section:
+    """Validation accuracy as TensorBoard has it."""
+    found = [(s, r, [c for seed in r.seeds if not r.teacher if (c := curve(seed.folder))]) for s, r in _both(group)]
+    shown = [(s, r, c) for s, r, c in found if c]
+    floor = max(0.0, min((min(sorted(v)[len(v) // 4 :]) for _, _, c in shown for _, v in c), default=0.0) - 5)
+    pictures = []
+    for style, row, series in shown:
+        line = teacher_line(row)
+        ends = ", ".join(f"{v[-1]:.1f}" for _, v in series)
+        alt = f"Validation accuracy of {row.label} while it is trained; it ends at {ends} per cent."
+        pictures.append(Picture(f"{key}curve-{style.number}", plots.curves(series, line, style.name, floor), alt))
+    about = "Accuracy on the validation set, a line a seed; dotted, the teacher's. A row without epochs of its own has none."
+    blocks: list[Block] = [Text(about), Grid(pictures)] if pictures else [Text("These runs wrote no event files.")]
+    return Section(f"{key}curves", "Training curves", blocks)
+
+
+def _both(group: Group) -> list[tuple[plots.Style, Row]]:
+    return list(zip(looks(group), group.rows, strict=True))
+
+
+def curve(folder: Path, tag: str = CURVE) -> tuple[list[int], list[float]] | None:
+    """Steps and values, in per cent, of a scalar of a run's event files; None where they hold no two of that name."""
+    events = scalars(folder, tag)
+    return ([s for s, _ in events], [100 * v for _, v in events]) if len(events) > 1 else None
+
+
+def scalars(folder: Path, tag: str) -> list[tuple[int, float]]:
+    from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
+
+    places = sorted({p.parent for p in folder.glob("**/events.out.tfevents.*")})
+    if not places:
+        return []
+    events = EventAccumulator(str(places[0]), size_guidance={SCALARS: 0}).Reload()
+    if tag not in events.Tags()["scalars"]:
+        return []
+    return [(e.step, e.value) for e in events.Scalars(tag)]
+
+
+def teacher_line(row: Row) -> float | None:
+    """The teacher's accuracy on the validation set, in per cent, if the run noted it."""
+    events = scalars(row.seeds[0].folder, "val/teacher_accuracy")
+    return 100 * events[-1][1] if events else None
+
+
+def compute(group: Group, key: str) -> Section:
+    """Where the time went."""
+    pairs = [(s, r) for s, r in _both(group) if not r.teacher]
+    training = {r.seeds[0].sha256: r.seeds[0].summary for r in group.rows if r.teacher}
+    head = ["model", "a run, s", "of which teacher, s", "teacher's share %", "before it, s", "epochs", "steps"]
+    head += ["images seen", "device"]
+    rows, own, asked, begun, total, total_asked = [], [], [], [], 0.0, 0.0
+    starts: dict[str, float] = {}
+    for style, row in pairs:
+        spent = [s.summary["time"]["total_s"] for s in row.seeds]
+        teacher = [s.summary["time"]["teacher_s"] for s in row.seeds]
+        total, total_asked = total + sum(spent), total_asked + sum(teacher)
+        a, b = statistics.mean(spent), statistics.mean(teacher)
+        own.append(a - b)
+        asked.append(b)
+        begun.append(statistics.mean(sum(s.starts.values()) for s in row.seeds))
+        for seed in row.seeds:
+            starts |= seed.starts
+        first = row.seeds[0].summary
+        cells = [style.name, f"{a:.1f}", f"{b:.2f}", f"{100 * b / a:.1f}", f"{begun[-1]:.1f}" if begun[-1] else ""]
+        cells += [f"{first['epochs']}", f"{first['steps']:,}"]
+        rows.append([*cells, images_seen(row.seeds[0]), device(first)])
+    blocks: list[Block] = []
+    once = [s["time"]["total_s"] for s in training.values() if s]
+    for sha, summary in training.items():
+        style = next(s for s, r in _both(group) if r.teacher and r.seeds[0].sha256 == sha)
+        known = (
+            (f"{summary['time']['total_s']:.1f}", f"{summary['epochs']}", f"{summary['steps']:,}") if summary else None
+        )
+        cells = (
+            [*known[:1], "", "", "", *known[1:], images_seen(row_seed(group, sha)), device(summary)] if known else []
+        )
+        rows.insert(0, [f"{style.name} (trained once)", *(cells or ["not known", *[""] * 7])])
+    before = sum(starts.values())
+    whole = total + sum(once) + before
+    part = 100 * (total_asked + sum(once)) / whole if whole else 0.0
+    seconds = f"{whole:,.0f} s in all runs on this page, of which the teacher took {part:.0f} %"
+    blocks.append(
+        Text(
+            f"{seconds}: {sum(once):,.0f} s to be trained once, and {total_asked:,.1f} s to be asked while its students "
+            f"were trained; {before:,.0f} s went to runs that others started from, counted once here, and for each row "
+            "that needs them under “before it”. Times are by the wall, evaluation included."
+        )
+    )
+    blocks.append(Table(f"{key}time", head, rows))
+    if pairs:
+        svg = plots.bars(
+            [s.name for s, _ in pairs],
+            [("student", own), ("teacher, asked", asked), ("runs before it", begun)],
+            "seconds (mean over seeds)",
+        )
+        blocks.append(Picture(f"{key}compute", svg, f"Seconds a run, by who took them. {seconds}."))
+    return Section(f"{key}compute", "What training took", blocks)
+
+
+def row_seed(group: Group, sha: str) -> Seed:
+    return next(r.seeds[0] for r in group.rows if r.teacher and r.seeds[0].sha256 == sha)
+
+
+def images_seen(seed: Seed) -> str:
+    time = seed.summary["time"]
+    return f"{time['samples_per_s'] * time['fit_s']:,.0f}"
+
+
+def device(summary: dict[str, Any]) -> str:
+    d = summary["device"]
+    return f"{d['world_size']} × {d['type']}, {d['threads']} thread(s)"
+
+
+def rerun(group: Group, key: str) -> Section:
+    """The command of each row."""
+    blocks: list[Block] = []
+    for style, row in _both(group):
+        if row.teacher:
+            blocks += [Text(f"{style.name}: {origin(row.checkpoint)}.")]
+            continue
+        needed = row.seeds[0].summary.get("experiment") in ("teachers", "students")
+        blocks += [Text(f"{style.name}: is trained by the first run that needs it, here by" if needed else style.name)]
+        blocks += [Code("\n".join(dict.fromkeys(command(s) for s in row.seeds)))]
+    return Section(f"{key}rerun", "How to run each row again", blocks)
+
+
+def origin(checkpoint: str | None) -> str:
+    """Where a teacher comes from."""
+    if checkpoint == "auto":
+        return "is trained by the first run that needs it"
+    return "has the weights that it is built with" if checkpoint is None else f"was given, as {checkpoint}"
+
+
+def command(seed: Seed) -> str:
+    """What starts this one run: its own overrides if it was a job of a sweep, else the command as it was typed.
+
+    Of a teacher or a starting point, which a run trains that needs it, that is the command of this run.
+    """
+    overrides = seed.folder / ".hydra" / "overrides.yaml"
+    if overrides.is_file():
+        typed: Any = OmegaConf.to_container(
+            OmegaConf.load(overrides), resolve=False
+        )  # what a stranger's ask for is not looked up
+        return shlex.join(["python", "scripts/train.py", *map(str, typed)])
+    return str(seed.summary["command"])

@@ -1,0 +1,73 @@
+"""The section on robustness: accuracy under common corruptions and under attacks."""
+
+from __future__ import annotations
+
+import statistics
+
+from litdistill.evaluation import robustness
+from litdistill.report.blocks import Block, Grid, Picture, Section, Table, Text
+from litdistill.report.collect import Group, Settings
+from litdistill.report.sections import looks
+from litdistill.report.tables import plots
+
+
+def robust(group: Group, key: str, settings: Settings) -> Section:
+    measured = [(s, r) for s, r in zip(looks(group), group.rows, strict=True) if all(x.robustness for x in r.seeds)]
+    title, id = "Robustness to corruptions and to attacks", f"{key}robustness"
+    if not measured:
+        return Section(id, title, [Text("Not measured: robustness=0.")])
+    styles, rows = [s for s, _ in measured], [r for _, r in measured]
+    mean = lambda row, kind, name, i: statistics.mean(  # noqa: E731
+        100 * (x[i] if i is not None else statistics.mean(x)) for s in row.seeds for x in [s.robustness[kind][name]]
+    )
+    kinds = list(robustness.CORRUPTIONS)
+    table = []
+    for style, row in measured:
+        by_kind = [mean(row, "corruptions", k, None) for k in kinds]
+        clean, spoilt = mean(row, "attacks", "FGSM", 0), statistics.mean(by_kind)
+        table.append([style.name, *(f"{v:.1f}" for v in (clean, spoilt, clean - spoilt, *by_kind))])
+    severity = [[statistics.mean(mean(r, "corruptions", k, i) for k in kinds) for i in range(5)] for r in rows]
+    steps = range(len(settings.epsilons) + 1)
+    by_epsilon = {a: [[mean(r, "attacks", a, i) for i in steps] for r in rows] for a in robustness.ATTACKS}
+    count = min(settings.robustness, group.facts["test"])
+    about = (
+        f"Accuracy in per cent on {count:,} test images, evenly spaced among all, the mean over seeds and over five "
+        "severities of each corruption. "
+        "Corruptions after Hendrycks & Dietterich 2019 with the constants of CIFAR-10-C, the noise with ImageNet-C's; "
+        "brightness is added to the grey level where images are grey, pixelation keeps two pixels a side at least, and the "
+        "shift, by 5 to 25 % of the side, is after MNIST-C. Weather, camera and glass blurs are left out."
+    )
+    attacks = (
+        "FGSM (Goodfellow et al. 2015) and PGD (Madry et al. 2018: 10 steps, a random start) change each pixel by ε at "
+        f"most, here {', '.join(map(str, settings.epsilons))} of 255 levels, and leave whole levels. They follow the "
+        "gradient of the very model they attack"
+    )
+    quantized = [s.label for s, r in measured if r.precision == "int8"]
+    attacks += (
+        f". A rounded model has none: for {', '.join(quantized)} they are made on the network in torch that it was "
+        "converted from, with the gradient passed straight through each rounding, and transferred to the int8 file, which "
+        "may flatter it." if quantized else "."
+    )  # fmt: skip
+    head = ["model", "clean", "all corruptions", "lost", *kinds]
+    attack_head = ["model", *(f"{a}, ε {e}" for a in by_epsilon for e in settings.epsilons)]
+    attack_rows = [
+        [s.name, *(f"{v:.1f}" for a in by_epsilon for v in by_epsilon[a][i][1:])] for i, s in enumerate(styles)
+    ]
+    pictures = [
+        Picture(
+            f"{key}severity",
+            plots.lines(styles, robustness.SEVERITIES, severity, "severity", "accuracy, mean of all corruptions (%)"),
+            "Accuracy over the severity of corruptions, of which the table above has the mean.",
+        ),
+        Picture(
+            f"{key}pgd",
+            plots.lines(styles, [0, *settings.epsilons], by_epsilon["PGD"], "ε (levels of 255)", "accuracy, PGD (%)"),
+            "Accuracy under PGD over ε, whose numbers are in the table above.",
+        ),
+    ]
+    blocks: list[Block] = [
+        *(Text(about), Table(f"{key}corruptions", head, table)),
+        *(Text(attacks), Table(f"{key}attacks", attack_head, attack_rows)),
+        Grid(pictures, wide=True),
+    ]
+    return Section(id, title, blocks)

@@ -1,0 +1,147 @@
+"""What a sweep leaves beside its runs: `sweep.md`, a table for people, and `best.yaml`, an experiment that reruns the best."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import optuna
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from omegaconf import OmegaConf
+from optuna.trial import FrozenTrial, TrialState
+
+from litdistill.utils.checkpoint import write_text
+
+log = logging.getLogger(__name__)
+
+
+def write_report(
+    study: optuna.Study, folder: Path, overrides: Sequence[str], names: Sequence[str], seeds: Sequence[int]
+) -> None:
+    """Writes both files. `overrides`: common to all trials. `names`: of the objectives. `seeds`: of each trial, if any."""
+    write_text(folder / "sweep.md", markdown(study, overrides, names, seeds))
+    if (best := best_trial(study)) is not None:
+        write_text(folder / "best.yaml", experiment(best, names, seeds))
+        log.info(
+            "The best is trial %d. All are in %s, and best.yaml beside it reruns the best.",
+            best.number,
+            folder / "sweep.md",
+        )
+
+
+def best_trial(study: optuna.Study) -> FrozenTrial | None:
+    """The best finished trial: of several objectives, the one of the Pareto front that is best by the first."""
+    if not study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
+        return None
+    sign = 1 if study.directions[0] == optuna.study.StudyDirection.MAXIMIZE else -1
+    return max(study.best_trials, key=lambda t: (sign * t.values[0], -t.number))
+
+
+def markdown(study: optuna.Study, overrides: Sequence[str], names: Sequence[str], seeds: Sequence[int]) -> str:
+    """All trials, the importance of each parameter, and with several objectives the Pareto front."""
+    trials = study.get_trials(deepcopy=False)
+    params = list(dict.fromkeys(key for t in trials for key in t.params))
+    counts = {s: sum(t.state == s for t in trials) for s in TrialState}
+    goals = [f"{name} ({d.name.lower()})" for name, d in zip(names, study.directions, strict=True)]
+    lines = [
+        "# Sweep",
+        "",
+        f"Objective: {', '.join(goals)}{f', the mean over seeds {list(seeds)}' if seeds else ''}.",
+        f"Common to all trials: `{' '.join(overrides) or 'the defaults'}`.",
+        f"Trials: {', '.join(f'{n} {s.name.lower()}' for s, n in counts.items() if n)}.",
+    ]
+    head = ["trial", *names, *params, "state", "reason"]
+    best = best_trial(study)
+    if best is not None:
+        lines += ["", f"Best: trial {best.number}. `best.yaml` reruns it."]
+    lines += ["", "## Trials", "", *table(head, [row(t, names, params) for t in ranked(study)])]
+    if len(names) > 1 and best is not None:
+        front = sorted(study.best_trials, key=lambda t: t.values)
+        head = ["trial", *names, *params]
+        lines += ["", "## Pareto front", "", *table(head, [row(t, names, params)[: len(head)] for t in front])]
+    found = {name: importances(study, i) for i, name in enumerate(names)}
+    if any(found.values()):
+        weight = lambda key: found[names[0]].get(key, 0)  # noqa: E731
+        rows = [[key, *(number(found[n].get(key)) for n in names)] for key in sorted(params, key=weight, reverse=True)]
+        lines += [
+            "",
+            "## Importance",
+            "",
+            "The share of the objective's variance that each parameter explains (fANOVA).",
+            "",
+        ]
+        lines += table(["parameter", *names], rows)
+    return "\n".join(lines) + "\n"
+
+
+def ranked(study: optuna.Study) -> list[FrozenTrial]:
+    """Finished trials first, best first by the first objective; then the others in their order."""
+    sign = -1 if study.directions[0] == optuna.study.StudyDirection.MAXIMIZE else 1
+    done = lambda t: t.state == TrialState.COMPLETE  # noqa: E731
+    key = lambda t: (not done(t), sign * t.values[0] if done(t) else 0, t.number)  # noqa: E731
+    return sorted(study.get_trials(deepcopy=False), key=key)
+
+
+def row(trial: FrozenTrial, names: Sequence[str], params: Sequence[str]) -> list[str]:
+    values = list(trial.values) if trial.state == TrialState.COMPLETE else [None] * len(names)
+    reason = str(trial.user_attrs.get("reason", "")).replace("|", "\\|")
+    cells = [number(v) for v in values] + [number(trial.params.get(p)) for p in params]
+    return [str(trial.number), *cells, trial.state.name.lower(), reason]
+
+
+def number(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if value.is_integer() and abs(value) >= 10 else f"{value:.4g}"
+    return "" if value is None else str(value)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return ["| " + " | ".join(r) + " |" for r in (head, ["---"] * len(head), *rows)]
+
+
+def importances(study: optuna.Study, i: int) -> dict[str, float]:
+    """Of each parameter for objective `i`, which sum to 1 (Hutter et al. 2014, fANOVA); empty where nothing can be said."""
+    done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    if len({t.values[i] for t in done}) < 2 or all(t.params == done[0].params for t in done):
+        return {}
+    evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
+    return optuna.importance.get_param_importances(study, evaluator=evaluator, target=lambda t: t.values[i])
+
+
+def experiment(trial: FrozenTrial, names: Sequence[str], seeds: Sequence[int]) -> str:
+    """A file for conf/experiment that composes to the trial's config."""
+    parsed = OverridesParser.create().parse_overrides(trial.user_attrs["overrides"])
+    groups = [o for o in parsed if is_group(o) and not o.is_delete()]
+    deletes = [str(o.input_line) for o in parsed if o.is_delete()]
+    defaults: list[Any] = []
+    for o in groups:
+        key, value = o.get_key_element().lstrip("+"), o.value()
+        if key == "experiment":
+            defaults[:0] = [{"/experiment@_global_": value}] if value is not None else []
+        else:
+            defaults.append({f"/{key}" if o.is_add() else f"override /{key}": value})
+    body = OmegaConf.create({})
+    for o in parsed:
+        if o not in groups and not o.is_delete():
+            OmegaConf.update(body, o.key_or_group, o.value(), merge=True, force_add=True)
+    values = ", ".join(f"{n} {number(v)}" for n, v in zip(names, trial.values, strict=True))
+    rerun = " ".join(["python scripts/train.py experiment=best", *deletes])
+    if seeds:
+        rerun = rerun.replace("train.py", "train.py -m") + f" seed={','.join(map(str, seeds))}"
+    head = [
+        "# @package _global_",
+        f"# The best of a sweep, trial {trial.number}: {values}. Copied to conf/experiment/best.yaml:",
+        f"#\n#   {rerun}\n",
+    ]
+    config = OmegaConf.create({"defaults": [*defaults, "_self_"], **body})
+    return "\n".join(head) + OmegaConf.to_yaml(config)
+
+
+def is_group(override: Override) -> bool:
+    """Whether an override chooses a file of a config group, rather than a value."""
+    loader = GlobalHydra.instance().config_loader()
+    return bool(loader.get_group_options(override.key_or_group.split("@")[0]))

@@ -1,0 +1,314 @@
+"""A search for hyperparameters: an Optuna study whose trials are ordinary runs, composed by Hydra.
+
+Several processes may work on one sweep's folder. A trial belongs to the process that holds its lock, which the operating
+system releases when that process dies: whoever finds a trial that is running and not locked goes on with it, from its
+last checkpoint. So a killed sweep ends with exactly the trials that it would have had, and none is repeated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+from hydra import compose
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+
+from litdistill.cli import CONF
+from litdistill.config.origin import is_foreign, remember, replayable
+from litdistill.config.recipes import recipe_hash
+from litdistill.utils.distributed import launched
+from litdistill.utils.errors import Stopped, UserError
+
+try:
+    import optuna
+except ImportError as error:
+    raise UserError("A sweep needs Optuna: pip install 'litdistill[sweep]'") from error
+
+from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.storages.journal import JournalFileBackend
+from optuna.study import StudyDirection
+from optuna.trial import TrialState
+
+from litdistill.sweep.report import write_report
+from litdistill.sweep.space import first, grid, pinned, plain, read_space
+from litdistill.sweep.trial import OBJECTIVES, Plan, run_trial
+
+log = logging.getLogger(__name__)
+
+
+def sweep(cfg: DictConfig, overrides: Sequence[str], folder: Path) -> optuna.Study:
+    """Runs the trials that are still to do, and writes `sweep.md` and `best.yaml`.
+
+    `cfg`: `conf/sweep.yaml`, composed. `overrides`: those it was composed with; what is not about the sweep itself is
+    given to every trial. `folder`: where all goes; one that has trials already is continued.
+    """
+    if (launch := launched()) is not None and launch.nodes * launch.tasks > 1:
+        raise UserError("A sweep is started as one process. Each trial starts its own ranks: trainer=ddp.")
+    remember(folder, cfg)
+    plan = make_plan(cfg, overrides, folder)
+    log.info("Sweep of %d trials over %s in %s", plan.count, ", ".join(plan.space), folder)
+    try:
+        with helpers(cfg.sweep.workers - 1, overrides, folder) as others:
+            work(plan)
+            for other in others:
+                other.wait()
+            work(plan)  # on what one that died has left
+    finally:
+        write_report(plan.study, plan.folder, plan.overrides, plan.names, plan.seeds)
+    trials = plan.study.get_trials(deepcopy=False)
+    if trials and all(t.state == TrialState.FAIL for t in trials):
+        raise UserError(f"None of {len(trials)} trials succeeded. The first: {trials[0].user_attrs.get('reason')}")
+    return plan.study
+
+
+def work(plan: Plan) -> None:
+    """Runs trials until none is left that no other process is running."""
+    while run_next(plan):
+        pass
+
+
+def run_next(plan: Plan) -> bool:
+    """Claims a trial and runs it; False where none is left."""
+    if (claimed := claim(plan)) is None:
+        return False
+    trial, lock = claimed
+    try:
+        attempt(plan, trial)
+    finally:
+        lock.release()
+    return True
+
+
+@contextlib.contextmanager
+def helpers(count: int, overrides: Sequence[str], folder: Path) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """So many more processes at work on the sweep in `folder`, which share this one's threads and are stopped with it."""
+    if count == 0:
+        yield []
+        return
+    threads = max(1, torch.get_num_threads() // (count + 1))
+    torch.set_num_threads(threads)
+    own = ["sweep.workers=1", f"hydra.run.dir={folder}", "hydra.output_subdir=null"]  # whose config is there already
+    command = [sys.executable, str(CONF.parent / "scripts" / "sweep.py"), *overrides, *own]
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    others = [subprocess.Popen(command, env=environment) for _ in range(count)]
+    try:
+        yield others
+    finally:
+        for other in others:
+            other.terminate()
+        for status in filter(None, [other.wait() for other in others]):
+            log.warning("A worker of this sweep has ended with status %d; what it was at is done again.", status)
+
+
+def make_plan(cfg: DictConfig, overrides: Sequence[str], folder: Path) -> Plan:
+    """Checks all that can be known before the first trial, and opens the study. Raises `UserError`."""
+    options = cfg.sweep
+    check_options(options)
+    if wrong := [o for o in options.objectives if o not in OBJECTIVES]:
+        raise UserError(
+            f"sweep.objectives={wrong}: a trial is judged by {', '.join(OBJECTIVES)}. The test set is no objective: "
+            "what was chosen by it cannot be measured on it any more."
+        )
+    if options.sampler not in ("tpe", "random", "grid"):
+        raise UserError(f"sweep.sampler={options.sampler}: choose tpe, random or grid.")
+    space = read_space(plain(options.space) or {})
+    if not space:
+        raise UserError("sweep.space is empty: give at least one key a list or a range.")
+    count = options.trials
+    if options.sampler == "grid":
+        count = min(len(grid(space)), math.inf if count is None else count)
+    if count is None:
+        raise UserError(f"sweep.trials=null goes with sweep=grid. For {options.sampler} say how many: sweep.trials=20.")
+    if is_foreign():
+        check_foreign_sweep(options, space, folder)
+    common = training_overrides(overrides)
+    base = compose("train", common)
+    common += pinned(base, space)
+    try:
+        compose("train", [*common, *(f"{key}={first(d)}" for key, d in space.items())])
+    except HydraException as error:
+        raise UserError(
+            f"sweep.space: {str(error).splitlines()[0]} Leave a key out with sweep.space.KEY=null."
+        ) from error
+    best = base.callbacks.best
+    up = {"val"} if best.mode == "max" else set()
+    directions = [StudyDirection.MAXIMIZE if o in up else StudyDirection.MINIMIZE for o in options.objectives]
+    folder.mkdir(parents=True, exist_ok=True)
+    study = open_study(options, folder, directions)
+    question = json.dumps(
+        {
+            "space": options.space,
+            "objectives": options.objectives,
+            "seeds": options.seeds,
+            "monitored metric": best.monitor,
+            "training options common to all trials": recipe_hash(base),  # which paths, devices and the like are not
+        },
+        default=plain,
+    )
+    # One that was begun by an earlier version has not noted all of it.
+    asked, before = json.loads(question), json.loads(study.user_attrs.get("question", "{}"))
+    if other := [key for key in asked if key in before and before[key] != asked[key]]:
+        raise UserError(f"The sweep in {folder} has another {', another '.join(other)}. Start a new one.")
+    study.set_user_attr("question", question)
+    return Plan(options, folder, common, space, study, count, best.monitor)
+
+
+LEAST = {"trials": 1, "seed": 0, "workers": 1, "attempts": 1, "prune.startup": 0, "prune.warmup": 0}
+
+
+def check_options(options: DictConfig) -> None:
+    """Raises `UserError` for a number of a sweep's options that is none, or too small, and for what is to be a list."""
+    for key, least in LEAST.items():
+        value = OmegaConf.select(options, key)
+        if value is None and (key == "trials" or (key.startswith("prune.") and options.prune is None)):
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise UserError(f"sweep.{key}={value} must be a whole number, and at least {least}.")
+    seeds = plain(options.seeds)
+    if seeds is not None and not (isinstance(seeds, list) and seeds and all(type(s) is int for s in seeds)):
+        raise UserError(f"sweep.seeds={seeds} must be a list of whole numbers, sweep.seeds=[0,1,2], or null.")
+    if not (OmegaConf.is_list(options.objectives) and options.objectives):
+        raise UserError(
+            f"sweep.objectives={options.objectives} must be a list of one or more of {', '.join(OBJECTIVES)}: "
+            "sweep.objectives=[val]."
+        )
+
+
+def check_foreign_sweep(options: DictConfig, space: Mapping[str, BaseDistribution], folder: Path) -> None:
+    """Raises `UserError` for a sweep of somebody else that would set more than a run's own keys, or ask another database."""
+    if options.storage not in ("sqlite", "journal"):
+        raise UserError(
+            f"sweep.storage={options.storage} is refused: {folder} was not made here. Use sqlite or journal."
+        )
+    for key, distribution in space.items():
+        choices = distribution.choices if isinstance(distribution, CategoricalDistribution) else ("0",)
+        overrides = [f"{key}={choice}" for choice in choices]
+        if "_target_" in key or replayable(overrides, folder) != overrides:
+            raise UserError(f"sweep.space.{key} is refused: {folder} was not made here, and may not search that.")
+
+
+def training_overrides(overrides: Sequence[str]) -> list[str]:
+    """Those of a sweep's overrides that are about its runs."""
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    own = ("sweep", "hydra", "resume", "folder")
+    return [str(o.input_line) for o in parsed if o.key_or_group.split(".")[0].split("/")[0] not in own]
+
+
+# -- the study -------------------------------------------------------------------------------------------------------
+
+
+def open_study(options: DictConfig, folder: Path, directions: Sequence[StudyDirection]) -> optuna.Study:
+    """The study of a folder, new or as it was left."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    place = str(options.storage)
+    pruner: optuna.pruners.BasePruner = optuna.pruners.NopPruner()
+    if options.prune is not None:
+        pruner = optuna.pruners.MedianPruner(options.prune.startup, options.prune.warmup)
+    name = f"{folder.parent.name}/{folder.name}" if "://" in place else "sweep"  # a database may hold many
+    with FileLock(folder / ".sweep.lock"):  # tables are made once
+        return optuna.create_study(
+            storage=open_storage(place, folder),
+            study_name=name,
+            directions=list(directions),
+            load_if_exists=True,
+            pruner=pruner,
+        )
+
+
+def open_storage(place: str, folder: Path) -> optuna.storages.BaseStorage:
+    """`place`: sqlite or journal, a file in `folder`; or a database's URL. Raises `UserError` where it does not open."""
+    try:
+        if place == "journal":
+            return optuna.storages.JournalStorage(JournalFileBackend(str(folder / "study.log")))
+        if place == "sqlite":  # several processes wait for each other's writes
+            url = f"sqlite:///{folder / 'study.db'}"
+            return optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 60}})
+        return optuna.storages.RDBStorage(place)
+    except Exception as error:  # each database has its own; its text may hold the URL's password
+        raise UserError(
+            f"sweep.storage cannot be opened ({type(error).__name__}). It is sqlite, journal, or the URL of a database "
+            "that runs and whose driver is installed."
+        ) from error
+
+
+def sampler(options: DictConfig, number: int) -> optuna.samplers.BaseSampler:
+    """A trial's own, so that what it draws depends on the seed, its number and the trials before, and on no interruption."""
+    seed = int(np.random.SeedSequence([options.seed, number]).generate_state(1)[0])
+    if options.sampler == "tpe":
+        return optuna.samplers.TPESampler(seed=seed, constant_liar=True)
+    return optuna.samplers.RandomSampler(seed=seed)
+
+
+def claim(plan: Plan) -> tuple[optuna.Trial, FileLock] | None:
+    """A trial to work on and its lock, held: first one whose process died, then a new one; None where none is left."""
+    study = plan.study
+    with FileLock(plan.folder / ".sweep.lock"):
+        trials = study.get_trials(deepcopy=False)
+        for old in trials:
+            if old.state == TrialState.RUNNING and (lock := _lock(plan, old.number)):
+                study.sampler = sampler(plan.options, old.number)
+                log.info("Going on with trial %d", old.number)
+                return optuna.Trial(study, old._trial_id), lock
+        waiting = [t.number for t in trials if t.state == TrialState.WAITING]
+        if not waiting:
+            if len(trials) >= plan.count:
+                return None
+            if plan.options.sampler == "grid":
+                study.enqueue_trial(grid(plan.space)[len(trials)])
+        study.sampler = sampler(plan.options, min(waiting, default=len(trials)))
+        trial = study.ask()
+        lock = _lock(plan, trial.number)
+        assert lock is not None  # nobody else knows of it yet
+        return trial, lock
+
+
+def _lock(plan: Plan, number: int) -> FileLock | None:
+    lock = FileLock(plan.folder / f".{number}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return None
+    return lock
+
+
+# -- a trial ---------------------------------------------------------------------------------------------------------
+
+
+def attempt(plan: Plan, trial: optuna.Trial) -> None:
+    """Runs a trial and tells the study how it ended; what goes wrong in it is its own end only."""
+    study, starts = plan.study, trial.user_attrs.get("starts", 0) + 1
+    if starts > plan.options.attempts:
+        trial.set_user_attr("reason", f"its process died {starts - 1} times")
+        study.tell(trial, state=TrialState.FAIL)
+        return
+    trial.set_user_attr("starts", starts)
+    try:
+        values = run_trial(plan, trial)
+    except optuna.TrialPruned as end:
+        trial.set_user_attr("reason", str(end))
+        study.tell(trial, state=TrialState.PRUNED)
+        log.info("Trial %d is pruned: %s", trial.number, end)
+    except Stopped:
+        trial.set_user_attr("starts", starts - 1)  # it is the sweep that was stopped
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+        trial.set_user_attr("reason", reason)
+        study.tell(trial, state=TrialState.FAIL)
+        log.error("Trial %d failed: %s", trial.number, reason, exc_info=not isinstance(error, UserError))
+    else:
+        study.tell(trial, values)
+        shown = "  ".join(f"{name} {value:.6g}" for name, value in zip(plan.names, values, strict=True))
+        log.info("Trial %d is complete: %s  (%s)", trial.number, shown, trial.params)

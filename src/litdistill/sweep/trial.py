@@ -1,0 +1,170 @@
+"""One trial of a sweep: an ordinary run, or one for each seed, and what of it the study is told."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+import torch
+from hydra import compose
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+from omegaconf import DictConfig, OmegaConf
+from optuna.distributions import BaseDistribution
+
+from litdistill.cli import CONF
+from litdistill.evaluation.evaluate import rebuild
+from litdistill.evaluation.summary import hyperparameters
+from litdistill.sweep.space import literal, suggest
+from litdistill.training.train import logged_to, train
+from litdistill.utils.checkpoint import write_text
+from litdistill.utils.errors import UserError
+
+# What a trial may be judged by, and where its summary has it: nothing that was measured on the test set.
+OBJECTIVES = {
+    "val": ("val", "best"),
+    "params": ("student", "params"),
+    "macs": ("student", "macs"),
+    "bytes": ("student", "bytes"),
+    "fit_s": ("time", "fit_s"),
+    "latency_ms": None,  # measured here
+}
+
+RANKS = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that stays the same from trial to trial."""
+
+    options: DictConfig  # conf/sweep
+    folder: Path
+    overrides: list[str]  # of conf/train.yaml, common to all trials
+    space: dict[str, BaseDistribution]
+    study: optuna.Study
+    count: int  # of trials
+    monitor: str  # the metric that `val` is the best value of
+
+    @property
+    def names(self) -> list[str]:
+        """Of the objectives, for people."""
+        return [self.monitor if o == "val" else o for o in self.options.objectives]
+
+    @property
+    def seeds(self) -> list[int]:
+        return list(self.options.seeds or [])
+
+    @property
+    def prunes(self) -> bool:
+        return self.options.prune is not None and len(self.options.objectives) == 1
+
+
+def run_trial(plan: Plan, trial: optuna.Trial) -> list[float]:
+    """The trial's objectives: those of its run, or their means over its seeds."""
+    values = {name: suggest(trial, name, d) for name, d in plan.space.items()}
+    place = plan.folder / str(trial.number)
+    overrides = [*plan.overrides, *(f"{name}={value}" for name, value in values.items())]
+    trial.set_user_attr("overrides", overrides)
+    if not plan.seeds:
+        return run_one(plan, trial, overrides, place, judged=plan.prunes)
+    found = [
+        run_one(plan, trial, [*overrides, f"seed={seed}"], place / f"seed{seed}", judged=plan.prunes and i == 0)
+        for i, seed in enumerate(plan.seeds)
+    ]
+    return [statistics.fmean(column) for column in zip(*found, strict=True)]
+
+
+def run_one(plan: Plan, trial: optuna.Trial, overrides: list[str], folder: Path, judged: bool) -> list[float]:
+    """One run in its own folder, as `scripts/train.py` would have left it."""
+    inside = folder.is_relative_to(Path.cwd())
+    whole = [*overrides, f"folder={literal(str(folder.relative_to(Path.cwd()) if inside else folder))}"]
+    cfg = compose("train", whole)
+    if cfg.teacher is not None:
+        cfg.teacher.cache.shared = True  # trials to come have the same teacher
+    write_text(folder / ".hydra" / "config.yaml", OmegaConf.to_yaml(cfg))
+    write_text(folder / ".hydra" / "overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(overrides)))
+    callbacks = [OptunaPruningCallback(trial, plan.monitor, hyperparameters(cfg))] if judged else []
+    with as_command([str(CONF.parent / "scripts" / "train.py"), *whole]), logged_to(folder / "train.log"):
+        train(cfg, callbacks)
+    values = [objective(name, folder) for name in plan.options.objectives]
+    if not all(map(math.isfinite, values)):
+        raise UserError(f"{dict(zip(plan.names, values, strict=True))} is not finite")
+    return values
+
+
+def objective(name: str, folder: Path) -> float:
+    """One of `OBJECTIVES` of a finished run. Raises `UserError` where it has none."""
+    path = OBJECTIVES[name]
+    if path is None:
+        return latency_ms(folder)
+    value = json.loads((folder / "summary.json").read_text())
+    for key in path:
+        value = value[key]
+    if value is None:
+        raise UserError(f"The run in {folder} has no {name}: its int8 file was refused, for what its log says.")
+    return float(value)
+
+
+@torch.inference_mode()
+def latency_ms(folder: Path, repeats: int = 50) -> float:
+    """Milliseconds of a finished run's student for one image, on the CPU: the median."""
+    data, distiller = rebuild(folder)
+    net, image, times = distiller.deployed_student.eval(), torch.zeros(1, *data.input_shape), []
+    for _ in range(repeats + 5):
+        start = time.perf_counter()
+        net(image)
+        times.append(time.perf_counter() - start)
+    return 1000 * statistics.median(times[5:])
+
+
+class OptunaPruningCallback(Callback):
+    """Reports each epoch's metric to the study, and ends the run where its pruner says so.
+
+    A pruned run is logged as what it has come to, so that TensorBoard's HParams tab shows it too. Under several ranks
+    nothing is pruned: the others would wait for this one.
+    """
+
+    def __init__(self, trial: optuna.Trial, monitor: str, shown: dict[str, Any]):
+        self.trial, self.monitor, self.shown = trial, monitor, shown
+        self.reported = set(trial.study.get_trials(deepcopy=False)[trial.number].intermediate_values)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        epoch, value = trainer.current_epoch, float(trainer.callback_metrics[self.monitor])
+        if trainer.sanity_checking or epoch in self.reported:  # a run that goes on may see an epoch's end again
+            return
+        self.trial.report(value, epoch)
+        last = epoch + 1 == trainer.max_epochs
+        if last or trainer.world_size > 1 or not self.trial.should_prune():
+            return
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.log_hyperparams(self.shown, {f"best/{self.monitor.replace('/', '_')}": value})
+                logger.experiment.flush()
+        raise optuna.TrialPruned(f"{self.monitor} {value:.4g} in epoch {epoch + 1} of {trainer.max_epochs}")
+
+
+@contextlib.contextmanager
+def as_command(argv: list[str]) -> Iterator[None]:
+    """What a run takes for its command. Ranks that Lightning starts repeat it: a trial's run, and never the sweep."""
+    before, ranks = sys.argv, {k: os.environ[k] for k in RANKS if k in os.environ}
+    sys.argv = argv
+    try:
+        yield
+    finally:
+        sys.argv = before
+        if torch.distributed.is_available() and torch.distributed.is_initialized() and "LOCAL_RANK" not in ranks:
+            torch.distributed.destroy_process_group()  # the next trial starts its own
+        for key in RANKS:
+            os.environ.pop(key, None)
+        os.environ.update(ranks)

@@ -1,0 +1,57 @@
+"""What is measured of a classifier, as pure functions of all its logits: exact whatever the batches and the ranks."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchmetrics.functional.classification import multiclass_calibration_error, multiclass_confusion_matrix
+
+from litdistill.utils.errors import UserError
+
+ECE_BINS = 15
+
+
+def quality(logits: Tensor, targets: Tensor) -> dict[str, float]:
+    """Accuracy, negative log-likelihood (nats), Brier score and expected calibration error of (N, classes) and (N,).
+
+    The Brier score is the sum over classes of squared differences, averaged over samples (Brier 1950): from 0 to 2.
+    ECE: 15 bins of equal width (Guo et al. 2017, arXiv 1706.04599, section 2). Raises `UserError` for logits that give no
+    probabilities.
+    """
+    logits = logits.double()
+    p = logits.softmax(1)
+    if bad := int(p.isnan().any(1).sum()):
+        raise UserError(
+            f"The logits of {bad} of {len(p)} images are not finite: the network's weights have overflowed. Checkpoints of "
+            "earlier epochs are kept. A smaller optimizer.lr or trainer.gradient_clip_val=1 usually helps."
+        )
+    return {
+        "accuracy": (logits.argmax(1) == targets).double().mean().item(),
+        "nll": F.cross_entropy(logits, targets).item(),
+        "brier": (p - F.one_hot(targets, logits.shape[1])).square().sum(1).mean().item(),
+        "ece": multiclass_calibration_error(p, targets, logits.shape[1], n_bins=ECE_BINS).item(),
+    }
+
+
+def agreement(student: Tensor, teacher: Tensor) -> dict[str, float]:
+    """How far a student follows its teacher: share of equal predictions, and KL(teacher ‖ student) in nats at T = 1."""
+    log_q, log_p = student.double().log_softmax(1), teacher.double().log_softmax(1)
+    return {
+        "agreement": (student.argmax(1) == teacher.argmax(1)).double().mean().item(),
+        "kl": F.kl_div(log_q, log_p, reduction="batchmean", log_target=True).item(),
+    }
+
+
+def confusion(logits: Tensor, targets: Tensor) -> Tensor:
+    """(classes, classes) counts: rows are the labels, columns the predictions."""
+    return multiclass_confusion_matrix(logits.argmax(1), targets, logits.shape[1])
+
+
+def reliability(logits: Tensor, targets: Tensor, bins: int = ECE_BINS) -> tuple[Tensor, Tensor, Tensor]:
+    """Confidence, accuracy and number of samples of each confidence bin: three tensors (bins,), NaN where a bin is empty."""
+    confidence, predicted = logits.double().softmax(1).max(1)
+    index = (confidence * bins).long().clamp(max=bins - 1)
+    count = torch.bincount(index, minlength=bins).double()
+    mean = lambda x: torch.bincount(index, weights=x, minlength=bins) / count  # noqa: E731
+    return mean(confidence), mean((predicted == targets).double()), count

@@ -1,0 +1,198 @@
+"""Reading and writing weights: tensors and plain values only, whole files or none, and clear words where they do not fit."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from litdistill.utils.errors import UserError
+
+STUDENT = "student.safetensors"
+PART = ".part"  # of files that are still being written
+
+
+def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
+    """Calls `write` with a temporary path in the same folder, then moves the file to `path`: readers see all or nothing."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=PART, dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            write(temporary)
+            temporary.chmod(0o666 & ~_umask())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error}. Free some space, or choose another folder.") from error
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """`write_atomically` of a text in UTF-8."""
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
+    write_atomically(path, write)
+
+
+def remove_parts(folder: Path) -> None:
+    """Deletes what killed processes left half written in `folder`, in which no other process may be writing now."""
+    for part in folder.rglob(f".*{PART}"):
+        part.unlink(missing_ok=True)
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes Lightning's checkpoints by `write_atomically`.
+
+    Lightning's own way goes through the system's folder for temporary files: where that is another disk than the run's,
+    the move from there is a copy, of which a kill leaves a part.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        if "://" in str(path):
+            return super().save_checkpoint(checkpoint, path, storage_options)
+
+        def write(temporary: Path) -> None:
+            with temporary.open("wb") as file:
+                torch.save(checkpoint, file)
+
+        write_atomically(path, write)
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Removes one file of Lightning's, by a path that a checkpoint may have noted: no folder, and nothing beside it."""
+        if Path(path).suffix != ".ckpt" or ".." in Path(path).parts:
+            raise UserError(f"{path} is no checkpoint of this run, and is not removed. A checkpoint of it was changed.")
+        if "://" in str(path):
+            return super().remove_checkpoint(path)
+        if not Path(path).is_dir():
+            Path(path).unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def save_student(net: nn.Module, path: Path, metadata: Mapping[str, str]) -> None:
+    """The network's weights as safetensors: all that deployment needs."""
+    state = {k: v.detach().cpu().contiguous().clone() for k, v in net.state_dict().items()}
+    write_atomically(path, lambda temporary: save_file(state, temporary, dict(metadata)))
+
+
+def read_metadata(source: str | Path, key: str) -> Any:
+    """What the student of a run folder, or a `.safetensors` file, says under `key` of itself; None where it says nothing."""
+    path = Path(source)
+    path = path / STUDENT if path.is_dir() else path
+    if path.suffix != ".safetensors" or not path.is_file():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            return json.loads((file.metadata() or {}).get(key, "null"))
+    except (SafetensorError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: the {key} of its network cannot be read. ({error})") from error
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """What `torch.save` wrote to `path`, if it holds nothing but tensors and plain values; nothing in it is executed."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"There is no checkpoint at {path}.{_nearby(path)}")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read, or is damaged: {error.strerror or error}") from error
+    except Exception as error:  # of a damaged file torch raises almost any, with the advice to load it at any risk
+        objects = re.search(r"(?:GLOBAL|class|function) ([A-Za-z_][\w.]*)", str(error))
+        if not isinstance(error, pickle.UnpicklingError) or objects is None:
+            raise UserError(f"{path} is damaged, or no file that torch.save wrote.") from error
+        raise UserError(
+            f"{path} holds Python objects ({objects[1]}) besides tensors and plain values, and loading them could run any "
+            "code: refused. Save the state dict alone (torch.save(net.state_dict(), …), or safetensors) where you trust the "
+            "file."
+        ) from error
+
+
+def _nearby(path: Path) -> str:
+    folder = path.parent
+    while not folder.is_dir() and folder != folder.parent:
+        folder = folder.parent
+    patterns = ("*.ckpt", "*.safetensors", "*/*.ckpt", "*/student.safetensors")
+    found = [p for pattern in patterns for p in sorted(folder.glob(pattern), reverse=True)]  # the newest runs first
+    return (
+        f" Near it: {', '.join(str(p) for p in found[:4])}."
+        if found
+        else f" There is no checkpoint in {folder} either."
+    )
+
+
+def load_weights(source: str | Path) -> dict[str, Tensor]:
+    """The state dict of a network, from a run folder (its student), a checkpoint of this project, or a state dict.
+
+    Accepts `.safetensors` and what `torch.save` writes. Raises `UserError` for what is missing, damaged or pickled.
+    """
+    path = Path(source)
+    if path.is_dir():
+        path = path / STUDENT
+    if path.suffix == ".safetensors":
+        if not path.is_file():
+            raise UserError(f"There is no {path}. Was the run finished?{_nearby(path)}")
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise UserError(f"{path} is damaged or no safetensors file: {error}") from error
+    found = load_checkpoint(path)
+    state = found.get("state_dict", found) if isinstance(found, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(k, str) for k in state):
+        state = {}
+    student = {k.removeprefix("student."): v for k, v in state.items() if k.startswith("student.")}
+    state = student or state
+    if not state or not all(isinstance(v, Tensor) for v in state.values()):
+        raise UserError(f"{path} holds no state dict of a network.")
+    return state
+
+
+def load_state_dict_checked(net: nn.Module, state: Mapping[str, Tensor], source: str | Path, role: str) -> None:
+    """Loads `state` into `net`, strictly. Raises `UserError` that lists what differs."""
+    own = net.state_dict()
+    shapes = [k for k in own if k in state and own[k].shape != state[k].shape]
+    missing, extra = [k for k in own if k not in state], [k for k in state if k not in own]
+    if not (shapes or missing or extra):
+        net.load_state_dict(dict(state))
+        return
+    lines = [f"{len(missing)} missing: {_some(missing)}"] if missing else []
+    lines += [f"{len(extra)} not in this network: {_some(extra)}"] if extra else []
+    lines += [f"{k} is {tuple(state[k].shape)} there and {tuple(own[k].shape)} here" for k in shapes[:4]]
+    remedy = f"It is another network: choose the one it was saved from with net@{role}=… and the same options."
+    if not missing and not extra and len(shapes) <= 2:
+        there, here = state[shapes[0]].shape, own[shapes[0]].shape
+        if all(state[k].ndim == own[k].ndim and state[k].shape[1:] == own[k].shape[1:] for k in shapes):
+            remedy = (
+                f"Only the classifier differs: the {role} was trained on {there[0]} classes, and this data has {here[0]}. "
+                "Train one on these classes, or choose the same data.classes."
+            )
+        elif len(shapes) == 1 and there[:1] == here[:1]:
+            remedy = (
+                f"Only what reads the images differs: the {role} was trained on images of another size, or another number "
+                "of channels (grey has 1, RGB 3). Choose the same data.image_size and images of the same kind."
+            )
+    raise UserError(f"The weights in {source} do not fit the {role}: " + "; ".join(lines) + f". {remedy}")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (", …" if len(names) > 4 else "")

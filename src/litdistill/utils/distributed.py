@@ -1,0 +1,132 @@
+"""How a run's processes come to be: one stamp for its folder, and what torchrun or SLURM started as the Trainer's devices.
+
+Lightning starts the ranks of one machine itself, as copies of this process. Those of several machines are started by
+torchrun or by SLURM, all at once, and have to agree before there is a Trainer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import sys
+import time
+from typing import TYPE_CHECKING, NamedTuple
+
+from omegaconf import DictConfig
+
+from litdistill.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from lightning import Trainer
+
+
+class Launch(NamedTuple):
+    """Processes that Lightning did not start."""
+
+    by: str  # torchrun or srun
+    nodes: int
+    tasks: int  # on each node
+
+
+def launched() -> Launch | None:
+    """Who started this process as one of several (or might have: the numbers may be 1); None: the user or Lightning.
+
+    Raises `UserError` for a SLURM job of several tasks that was not started by srun.
+    """
+    env = os.environ
+    if "TORCHELASTIC_RUN_ID" in env:
+        tasks = int(env["LOCAL_WORLD_SIZE"])
+        return Launch("torchrun", int(env["WORLD_SIZE"]) // tasks, tasks)
+    if not _in_slurm_job() or "SLURM_NTASKS" not in env:
+        return None
+    count, nodes = int(env["SLURM_NTASKS"]), int(env.get("SLURM_NNODES", 1))
+    if count > 1 and ("SLURM_STEP_ID" not in env or "SLURM_NTASKS_PER_NODE" not in env):
+        raise UserError(
+            f"This SLURM job has {count} tasks. Ask for them with --ntasks-per-node, and start the command with srun, "
+            "which runs it in each: scripts/slurm/ddp.sbatch does so."
+        )
+    return Launch("srun", nodes, count // nodes)
+
+
+def _in_slurm_job() -> bool:
+    """As Lightning has it: in a shell of `srun --pty bash` or `salloc` what is typed is no job."""
+    return "SLURM_JOB_ID" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")
+
+
+def run_stamp() -> str:
+    """What a run's folder is called: the time and a random suffix.
+
+    The ranks of a torchrun get the first one's, also after a restart. A job of SLURM has its id and a hash of the command
+    instead, so that a requeued job finds the folder of its first start.
+    """
+    if _in_slurm_job():
+        typed = hashlib.sha256("\0".join([os.path.basename(sys.argv[0]), *sys.argv[1:]]).encode()).hexdigest()
+        return f"slurm-{os.environ['SLURM_JOB_ID']}-{typed[:12]}"
+    stamp = time.strftime("%Y-%m-%d_%H-%M-%S_") + secrets.token_hex(2)
+    return _of_first_rank(stamp) if "TORCHELASTIC_RUN_ID" in os.environ else stamp
+
+
+def _of_first_rank(stamp: str) -> str:
+    """Through the store that torchrun keeps for its ranks."""
+    from torch.distributed import PrefixStore, TCPStore
+
+    env = os.environ
+    if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        raise UserError("This torchrun offers its ranks no store to agree by: set RUN_STAMP to one name on all nodes.")
+    store = PrefixStore("litdistill", TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False))
+    if env["RANK"] == "0":
+        return store.compare_set("stamp", "", stamp).decode()
+    return store.get("stamp").decode()  # waits for it
+
+
+def fit_to_launch(trainer: DictConfig) -> None:
+    """Sets `devices` and `num_nodes` of a distributed trainer's options to what was started.
+
+    Raises `UserError` where they were set to something else, and where several processes would train on one device each.
+    """
+    launch, distributed = launched(), trainer.get("strategy") is not None
+    if launch is not None and not distributed and launch.nodes * launch.tasks > 1:
+        raise UserError(
+            f"{launch.by} started {launch.nodes * launch.tasks} processes, and this trainer knows of one: each would train "
+            "the same run. Choose trainer=ddp, or start one process."
+        )
+    if not distributed:
+        return
+    if launch is not None:
+        for key, started in (("devices", launch.tasks), ("num_nodes", launch.nodes)):
+            if trainer.get(key) not in (None, "auto", -1, started):
+                raise UserError(
+                    f"trainer.{key}={trainer[key]}, but {launch.by} started {launch.tasks} process(es) on each of "
+                    f"{launch.nodes} node(s). Leave the key out: it is taken from there."
+                )
+            trainer[key] = started
+    elif trainer.get("num_nodes") is None:
+        trainer.num_nodes = 1
+
+
+def init_process_group_early(trainer: Trainer) -> None:
+    """Connects ranks that were started at once, before the first of them decides anything for all."""
+    if launched() is not None and trainer.world_size > 1:
+        trainer.strategy.setup_environment()
+
+
+def is_first_rank() -> bool:
+    """Whether this process is a run's first, asked before there is a trainer."""
+    from lightning.pytorch.utilities import rank_zero_only
+
+    return int(getattr(rank_zero_only, "rank", None) or 0) == 0
+
+
+def broadcast_from_rank0(value: bool) -> bool:
+    """The first rank's value on all ranks that were started at once, which call this together; else the value itself.
+
+    The ranks that Lightning starts come later, and find what the first one has decided.
+    """
+    from torch import distributed
+
+    if launched() is None or not (distributed.is_available() and distributed.is_initialized()):
+        return value
+    box = [value]
+    distributed.broadcast_object_list(box, src=0)
+    return box[0]
