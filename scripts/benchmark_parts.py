@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from litdistill.cli import CONF
 from litdistill.config.build import WINDOW, WINDOW_BYTES
 from litdistill.config.instantiate import instantiate
 from litdistill.config.recipes import NETWORK_META_KEYS
@@ -33,11 +32,12 @@ from litdistill.data.sources import Source, Split
 from litdistill.distillation.distiller import Distiller
 from litdistill.distillation.teacher import FrozenTeacher
 from litdistill.distillation.teacher_cache import CacheOptions, TeacherCache
-from litdistill.methods.base import Outputs
 from litdistill.methods.kd import KD
 from litdistill.methods.supervised import Supervised
 from litdistill.training.callbacks import EpochLogger, PerStepSeed
 from litdistill.training.preemption import GracefulStop
+from litdistill.types import Outputs
+from litdistill.utils.paths import CONF
 
 
 class Pair(NamedTuple):

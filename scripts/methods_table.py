@@ -23,20 +23,22 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor
 
-from litdistill.cli import CONF, quieten
 from litdistill.config.instantiate import instantiate
 from litdistill.config.recipes import recipe_hash
 from litdistill.distillation.teacher import FrozenTeacher
-from litdistill.evaluation.summary import versions
 from litdistill.features.feature_extractor import FeatureExtractor, resolve_taps
-from litdistill.methods.base import Method, Outputs, Taps
+from litdistill.methods.base import Method
 from litdistill.methods.kd import KD
 from litdistill.methods.sum import Sum
 from litdistill.models.resnet import resnet
 from litdistill.report.tables import spread
 from litdistill.training.train import train
+from litdistill.types import Outputs, Taps
 from litdistill.utils.checkpoint import write_text
 from litdistill.utils.errors import UserError
+from litdistill.utils.logging import quieten
+from litdistill.utils.paths import CONF
+from litdistill.utils.versions import versions
 
 DEFAULTS = {"out": "docs/methods.md", "seeds": 5, "rounds": 7, "runs": "runs"}
 CONTROL = "supervised"

@@ -13,8 +13,9 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from litdistill.cli import CONF, quieten
 from litdistill.config.origin import FOREIGN
+from litdistill.utils.logging import quieten
+from litdistill.utils.paths import CONF
 
 os.environ.setdefault("RUN_STAMP", "test")
 # Which runs were made here is kept beside none of the user's own.

@@ -15,13 +15,12 @@ from hydra import compose, initialize_config_dir
 from lightning import Trainer
 from safetensors.torch import load_file
 
-from litdistill.cli import CONF
 from litdistill.data.augment import Crop, Flip
 from litdistill.data.datamodule import ImageData
 from litdistill.data.mixing import Mixup
 from litdistill.distillation import teacher_cache as cache_module
 from litdistill.distillation.distiller import Distiller
-from litdistill.distillation.teacher import Ensemble, FrozenTeacher, stable_repr
+from litdistill.distillation.teacher import Ensemble, FrozenTeacher
 from litdistill.distillation.teacher_cache import (
     CacheOptions,
     Store,
@@ -37,6 +36,8 @@ from litdistill.methods.kd import KD
 from litdistill.models.small import conv4
 from litdistill.training.train import train
 from litdistill.utils.errors import UserError
+from litdistill.utils.hashing import stable_repr
+from litdistill.utils.paths import CONF
 
 
 class Dim:

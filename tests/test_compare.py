@@ -14,9 +14,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from litdistill.benchmarks import compare
-from litdistill.cli import CONF
 from litdistill.report.sections import accuracy, each
 from litdistill.utils.errors import UserError
+from litdistill.utils.paths import CONF
 from tests.pages import group
 
 torch.set_num_threads(1)

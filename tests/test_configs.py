@@ -7,10 +7,10 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from litdistill.cli import CONF
 from litdistill.data import datamodule
 from litdistill.data.sources import CIFAR10, CIFAR100, DIGITS, Source, Split
 from litdistill.training.train import train
+from litdistill.utils.paths import CONF
 from tests.conftest import compose_config
 
 SHAPES = {

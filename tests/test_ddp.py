@@ -4,8 +4,8 @@ import json
 
 import torch
 
-from litdistill.distillation.teacher import weights_sha256
 from litdistill.evaluation.evaluate import collect, differences, evaluate, load_run, rebuild
+from litdistill.utils.hashing import weights_sha256
 from tests.test_cli import FAST, call
 
 

@@ -12,13 +12,14 @@ from torch.utils.data import DataLoader, TensorDataset
 from litdistill.data.datamodule import ImageData
 from litdistill.distillation.distiller import Distiller, check_teacher, interpolate
 from litdistill.distillation.inference import ConvAsLinear, fuse_batchnorm, prepack
-from litdistill.distillation.teacher import FrozenTeacher, weights_sha256
+from litdistill.distillation.teacher import FrozenTeacher
 from litdistill.methods.base import Method
 from litdistill.methods.kd import KD
 from litdistill.methods.supervised import Supervised
 from litdistill.models.resnet import resnet
 from litdistill.models.small import conv4
 from litdistill.utils.errors import UserError
+from litdistill.utils.hashing import weights_sha256
 
 
 def net(width: int = 8, seed: int = 0) -> nn.Module:

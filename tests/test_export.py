@@ -22,10 +22,11 @@ from safetensors.torch import load_file
 from litdistill.data.sources import load as load_data
 from litdistill.export.export import export, export_student, verify
 from litdistill.export.export import export as export_module
-from litdistill.export.predict import build_net, check_facts, load, main, predict
+from litdistill.export.predict import build_net, load, main, predict
 from litdistill.training.train import train
 from litdistill.utils.checkpoint import write_text
 from litdistill.utils.errors import UserError
+from litdistill.utils.manifest import check_facts
 from tests.conftest import compose_config
 
 onnx = pytest.importorskip("onnx")

@@ -6,13 +6,13 @@ from types import ModuleType
 import pytest
 import torch
 
-from litdistill.cli import CONF
 from litdistill.methods.kd import KD
 from litdistill.methods.rkd import RKD
 from litdistill.methods.srd import SRD
 from litdistill.methods.sum import Sum
 from litdistill.methods.supervised import Supervised
 from litdistill.utils.errors import UserError
+from litdistill.utils.paths import CONF
 
 NAMES = sorted(p.stem for p in (CONF / "method").glob("*.yaml"))
 

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from litdistill.cli import CONF
 from litdistill.config.build import build_data
 from litdistill.data import mixing
 from litdistill.data.augment import Crop, Flip, apply_views, draw_views
@@ -14,6 +13,7 @@ from litdistill.data.datamodule import Ids, ImageData
 from litdistill.data.mixing import LEVELS, CutMix, Mixup
 from litdistill.training.train import train
 from litdistill.utils.errors import UserError
+from litdistill.utils.paths import CONF
 from tests.conftest import compose_config
 
 # Distribution functions of Beta(alpha, alpha) as textbooks give them.

@@ -9,7 +9,6 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 from litdistill.benchmarks import published_tables as papers
-from litdistill.cli import CONF
 from litdistill.config.recipes import recipe_hash, teacher_config
 from litdistill.data import datamodule
 from litdistill.data.datamodule import ImageData
@@ -18,6 +17,7 @@ from litdistill.models.small import mlp
 from litdistill.training.callbacks import best_shift
 from litdistill.training.train import train
 from litdistill.utils.errors import UserError
+from litdistill.utils.paths import CONF
 from tests.conftest import compose_config
 from tests.test_configs import STEP, generated
 

@@ -10,10 +10,10 @@ from PIL import Image
 
 import litdistill.methods
 import litdistill.models
-from litdistill.cli import CONF
 from litdistill.data import datamodule
 from litdistill.data.sources import load
 from litdistill.training.train import train
+from litdistill.utils.paths import CONF
 from tests.conftest import compose_config
 from tests.test_configs import SHAPES, STEP, generated
 
@@ -78,7 +78,7 @@ def test_a_training_command_of_the_readme_trains(command, tmp_path, monkeypatch,
 def test_the_readmes_method_is_what_its_docstring_says(readme_files):
     from litdistill.methods.margin import Margin
 
-    from litdistill.methods.base import Outputs
+    from litdistill.types import Outputs
 
     a, b, target = torch.randn(5, 3), torch.randn(5, 3), torch.tensor([0, 1, 2, 0, 1])
     terms = Margin(hard=2, soft=3)(Outputs(a), Outputs(b), target)

@@ -10,9 +10,9 @@ from omegaconf import OmegaConf
 from litdistill.benchmarks import published_tables as papers
 from litdistill.benchmarks import reproductions
 from litdistill.benchmarks.published_tables import Published
-from litdistill.cli import CONF
 from litdistill.training.train import train
 from litdistill.utils.errors import UserError
+from litdistill.utils.paths import CONF
 from tests.conftest import compose_config
 from tests.test_papers import started
 

@@ -16,13 +16,13 @@ from lightning.pytorch.callbacks import Callback
 from safetensors.torch import load_file
 from torch import Tensor
 
-from litdistill.cli import CONF
 from litdistill.config.build import build_data, build_net
 from litdistill.config.recipes import teacher_config
 from litdistill.data.sources import Source, Split
 from litdistill.evaluation.evaluate import differences, evaluate, load_run, rebuild
 from litdistill.evaluation.summary import method_name
 from litdistill.training import train as train_module
+from litdistill.utils.paths import CONF
 from tests.conftest import compose_config
 from tests.test_zoo import equal, run, weights
 

@@ -16,7 +16,6 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from torch import nn
 
-from litdistill.cli import CONF
 from litdistill.compress.quantize import Int8
 from litdistill.compress.structure import structure_of
 from litdistill.config.build import build_data, build_net
@@ -24,15 +23,16 @@ from litdistill.config.recipes import recipe_hash, student_config, student_folde
 from litdistill.evaluation.evaluate import collect, differences, evaluate, load_run, rebuild
 from litdistill.export.export import export
 from litdistill.export.predict import load
-from litdistill.methods.base import Outputs, Taps
 from litdistill.methods.fitnet import FitNet
 from litdistill.methods.kd import KD
 from litdistill.methods.shuffled import Shuffled, of_its_class
 from litdistill.models.finetune import freeze, with_own_head
 from litdistill.training import train as train_module
 from litdistill.training.train import train
+from litdistill.types import Outputs, Taps
 from litdistill.utils.checkpoint import write_text
 from litdistill.utils.errors import Stopped, UserError
+from litdistill.utils.paths import CONF
 from tests.conftest import SMALL, compose_config
 
 NAMES = sorted(p.stem for p in (CONF / "experiment" / "compare").glob("*.yaml"))

@@ -11,7 +11,6 @@ import torch
 from omegaconf import OmegaConf
 
 from litdistill import cli as runtime
-from litdistill.cli import CONF
 from litdistill.compress.structure import restore
 from litdistill.config import origin
 from litdistill.config.instantiate import instantiate
@@ -22,6 +21,7 @@ from litdistill.report.history import command
 from litdistill.training.train import train
 from litdistill.utils.checkpoint import STUDENT, AtomicCheckpointIO, write_text
 from litdistill.utils.errors import UserError
+from litdistill.utils.paths import CONF
 from tests.conftest import SMALL, compose_config
 from tests.forked import call
 

@@ -20,13 +20,13 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from litdistill.cli import CONF
 from litdistill.config.build import build_data, build_net
 from litdistill.config.recipes import teacher_folder
 from litdistill.evaluation.evaluate import differences, evaluate, load_run
 from litdistill.training.train import train
 from litdistill.utils.checkpoint import write_text
 from litdistill.utils.errors import Stopped
+from litdistill.utils.paths import CONF
 from tests.conftest import compose_config
 
 pytestmark = pytest.mark.zoo

@@ -12,10 +12,8 @@ import errno
 import functools
 import logging
 import os
-import re
 import sys
 import traceback
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,12 +26,13 @@ from hydra.experimental.callback import Callback as HydraCallback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from rich.logging import RichHandler
 
 from litdistill.benchmarks import published_tables as papers
 from litdistill.config.origin import begin_foreign, check_foreign, check_links, made_here, noted, replayable
-from litdistill.utils.distributed import is_first_rank, run_stamp
+from litdistill.utils.distributed import run_stamp
 from litdistill.utils.errors import Stopped, UserError
+from litdistill.utils.logging import quieten
+from litdistill.utils.paths import CONF
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +46,6 @@ HYDRAS_OWN = (
     "To append to your config",
     "Available options in",
 )
-CONF = Path(__file__).resolve().parents[2] / "conf"
 papers.register()
 
 
@@ -275,45 +273,3 @@ def _keys(node: Any, prefix: str) -> Iterator[str]:
     for key, value in node.items() if isinstance(node, dict) else ():
         yield f"{prefix}{key}"
         yield from _keys(value, f"{prefix}{key}.")
-
-
-def console_handler() -> logging.Handler:
-    """Lines beside a live progress bar where there is a terminal, plain lines elsewhere; named in conf/hydra."""
-    if sys.stdout.isatty():
-        return RichHandler(show_path=False, show_level=False, log_time_format="%H:%M:%S")
-    handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
-    return handler
-
-
-def quieten() -> None:
-    """Silences warnings that are true of this project by design and ask nothing of the user."""
-    for pattern in (
-        ".*does not have many workers.*",
-        ".*Checkpoint directory .* exists and is not empty.*",
-        ".*You are using `torch.load` with `weights_only=False`.*",
-        ".*The number of training batches .* is smaller than the logging interval.*",
-        ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
-        ".*Found .* module\\(s\\) in eval mode at the start of training.*",
-        ".*No positive samples.*",
-        ".*`srun` command is available.*",
-        ".*It is recommended to use `self.log.*sync_dist=True.*",
-    ):
-        warnings.filterwarnings("ignore", pattern)
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
-    warnings.filterwarnings("ignore", category=FutureWarning)
-
-
-def adopt_lightning_logs() -> None:
-    """Sends Lightning's lines where all others go: on import it brings handlers of its own, and hides them from the file."""
-    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
-        logger = logging.getLogger(name)
-        logger.handlers.clear()
-        logger.propagate = True
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_tips)
-    if not is_first_rank():
-        logging.getLogger().setLevel(logging.WARNING)  # the first rank speaks for all
-
-
-def _no_tips(record: logging.LogRecord) -> bool:
-    return not re.search(r"Tip:|litlogger|litmodels|GPU available|TPU available|HPU available", record.getMessage())

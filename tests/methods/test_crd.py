@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from litdistill.methods.base import Outputs
 from litdistill.methods.crd import CRD
+from litdistill.types import Outputs
 from litdistill.utils.errors import UserError
 
 TARGETS = torch.tensor([0, 1, 2, 0, 0, 1, 2, 2, 2, 1, 4, 0])  # label 3 has no sample

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from litdistill.features.feature_extractor import FeatureExtractor, resolve_taps
 from litdistill.methods.ab import AB
 from litdistill.methods.at import AT
-from litdistill.methods.base import Method, Outputs
+from litdistill.methods.base import Method
 from litdistill.methods.fitnet import FitNet
 from litdistill.methods.fsp import FSP
 from litdistill.methods.ft import FT
 from litdistill.methods.nst import NST
 from litdistill.methods.pkt import PKT
 from litdistill.methods.vid import VID
+from litdistill.types import Outputs
 from litdistill.utils.errors import UserError
 
 

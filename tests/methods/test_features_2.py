@@ -11,13 +11,13 @@ from hydra.utils import get_class, instantiate
 from omegaconf import OmegaConf
 from torch import nn
 
-from litdistill.methods.base import Outputs
 from litdistill.methods.cwd import CWD
 from litdistill.methods.ickd import ICKD
 from litdistill.methods.kdsvd import KDSVD
 from litdistill.methods.ofd import OFD
 from litdistill.methods.pkd import PKD
 from litdistill.methods.reviewkd import ReviewKD
+from litdistill.types import Outputs
 from litdistill.utils.errors import UserError
 
 CONF = Path(__file__).parents[2] / "conf" / "method"

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from litdistill.features.feature_extractor import FeatureExtractor, resolve_taps
-from litdistill.methods.base import Outputs
 from litdistill.methods.simkd import ReusedHead, SimKD
 from litdistill.methods.srrl import SRRL
 from litdistill.models.mobilenet import mobilenet_v2
@@ -16,6 +15,7 @@ from litdistill.models.resnet import resnet
 from litdistill.models.small import conv4, mlp
 from litdistill.models.vgg import vgg
 from litdistill.models.wrn import wrn
+from litdistill.types import Outputs
 from litdistill.utils.errors import UserError
 
 SHAPE = (3, 32, 32)

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from litdistill.methods.base import Outputs
 from litdistill.methods.cwd import CWD, channel_loss
 from litdistill.methods.ickd import correlation_loss
 from litdistill.methods.kdsvd import KDSVD, RightVectors, svd_loss
 from litdistill.methods.ofd import BatchNorm, MarginReLU, partial_l2
 from litdistill.methods.pkd import normalize, pearson_loss
 from litdistill.methods.reviewkd import ReviewKD
+from litdistill.types import Outputs
 from litdistill.utils.errors import UserError
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from litdistill.methods.base import Outputs
 from litdistill.methods.kd import KD, soft_loss
 from litdistill.methods.supervised import Supervised
+from litdistill.types import Outputs
 from litdistill.utils.errors import UserError
 
 

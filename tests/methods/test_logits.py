@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from litdistill.methods.base import Method, Outputs
+from litdistill.methods.base import Method
 from litdistill.methods.dist import DIST
 from litdistill.methods.dkd import DKD
 from litdistill.methods.hard_pseudo_label import HardPseudoLabel
@@ -19,6 +19,7 @@ from litdistill.methods.mlkd import MLKD
 from litdistill.methods.soft_target_ce import SoftTargetCE
 from litdistill.methods.teacher_free import TeacherFree
 from litdistill.methods.wttm import WTTM
+from litdistill.types import Outputs
 from litdistill.utils.errors import UserError
 
 # -- references: float64, sample by sample ---------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from litdistill.methods.base import Method, Outputs
+from litdistill.methods.base import Method
 from litdistill.methods.dist import DIST, pearson_distance
 from litdistill.methods.dkd import DKD
 from litdistill.methods.logit_mse import LogitMSE
@@ -23,6 +23,7 @@ from litdistill.methods.logit_std import LogitStdKD
 from litdistill.methods.soft_target_ce import SoftTargetCE
 from litdistill.methods.teacher_free import TeacherFree
 from litdistill.methods.wttm import WTTM
+from litdistill.types import Outputs
 
 CONF = Path(__file__).parents[2] / "conf" / "method"
 

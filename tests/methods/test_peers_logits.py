@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from litdistill.methods.base import Outputs
 from litdistill.methods.cc import CC
 from litdistill.methods.crd import CRD
 from litdistill.methods.dist import DIST
@@ -17,6 +16,7 @@ from litdistill.methods.kd import KD
 from litdistill.methods.logit_std import LogitStdKD
 from litdistill.methods.rkd import RKD
 from litdistill.methods.sp import SP
+from litdistill.types import Outputs
 
 peer = pytest.importorskip("torchdistill.losses.mid_level")
 

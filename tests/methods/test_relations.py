@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from litdistill.methods.base import Outputs
 from litdistill.methods.cc import CC
 from litdistill.methods.rkd import RKD
 from litdistill.methods.sp import SP
+from litdistill.types import Outputs
 from litdistill.utils.errors import UserError
 
 # -- references: float64, entry by entry -----------------------------------------------------------------------------

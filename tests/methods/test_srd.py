@@ -10,8 +10,8 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import nn
 
-from litdistill.methods.base import Outputs
 from litdistill.methods.srd import SRD, log_sum
+from litdistill.types import Outputs
 from litdistill.utils.errors import UserError
 
 CONF = Path(__file__).parents[2] / "conf" / "method" / "srd.yaml"

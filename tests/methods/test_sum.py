@@ -12,12 +12,13 @@ from torch import nn
 
 from litdistill.features.feature_extractor import FeatureExtractor
 from litdistill.methods.ab import AB
-from litdistill.methods.base import Method, Taps
+from litdistill.methods.base import Method
 from litdistill.methods.fsp import FSP
 from litdistill.methods.ft import FT
 from litdistill.methods.kd import KD
 from litdistill.methods.sp import SP
 from litdistill.methods.sum import Sum
+from litdistill.types import Taps
 from litdistill.utils.errors import UserError
 
 

@@ -20,16 +20,16 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from litdistill.cli import CONF, quieten
 from litdistill.config.recipes import recipe_hash, starting_point_dir
 from litdistill.report.build import build
 from litdistill.report.collect import Group, Settings
 from litdistill.report.sections import accuracy, each, looks
 from litdistill.report.tables import plots
-from litdistill.training.callbacks import format_seconds
-from litdistill.training.train import logged_to, train
+from litdistill.training.train import train
 from litdistill.utils.checkpoint import write_text
 from litdistill.utils.errors import UserError
+from litdistill.utils.logging import format_seconds, logged_to, quieten
+from litdistill.utils.paths import CONF
 
 log = logging.getLogger(__name__)
 

@@ -18,12 +18,12 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 from litdistill.benchmarks.published_tables import TABLES, Published, Table, cells, published
-from litdistill.cli import CONF
 from litdistill.evaluation.evaluate import collect as logits_of
 from litdistill.evaluation.evaluate import differences, evaluate, load_run, rebuild
 from litdistill.report.tables import spread
 from litdistill.utils.checkpoint import write_text
 from litdistill.utils.errors import UserError
+from litdistill.utils.paths import CONF
 
 RESULTS = Path("docs/results")
 PROTOCOLS = {"last": "last epoch", "best": "best on validation", "best_on_test": "best on test"}

@@ -25,13 +25,13 @@ from litdistill.data.datamodule import ImageData
 from litdistill.distillation.distiller import Distiller
 from litdistill.distillation.teacher import Ensemble, FrozenTeacher
 from litdistill.distillation.teacher_cache import CacheOptions
-from litdistill.export.writers import check_int8
 from litdistill.features import feature_extractor as taps
 from litdistill.methods.base import Method
 from litdistill.models.finetune import freeze, with_own_head
 from litdistill.utils.checkpoint import load_state_dict_checked, load_weights
 from litdistill.utils.distributed import broadcast_from_rank0
 from litdistill.utils.errors import UserError
+from litdistill.utils.manifest import check_int8
 
 log = logging.getLogger(__name__)
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from litdistill.utils.checkpoint import STUDENT
+from litdistill.utils.hashing import digest
 
 # Keys beside a network's own options.
 NETWORK_META_KEYS = (
@@ -106,11 +105,6 @@ def starting_point_dir(recipe: DictConfig) -> Path:
 def recipe_hash(cfg: DictConfig) -> str:
     """Ten hex digits that are equal for two configs if their runs train the same weights."""
     return digest(recipe(cfg))
-
-
-def digest(facts: dict[str, Any]) -> str:
-    """Ten hex digits of plain values."""
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:10]
 
 
 def recipe(cfg: DictConfig) -> dict[str, Any]:

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from litdistill.data import augment as aug
 from litdistill.data import mixing, splits
-from litdistill.data.loading import Batch, IdLoader, Ids
+from litdistill.data.loading import IdLoader, Ids
 from litdistill.data.sources import STREAMED, Source, Split, fingerprint, load
 from litdistill.data.streaming import Encoded, Prefetched
+from litdistill.types import Batch
 
 log = logging.getLogger(__name__)
 

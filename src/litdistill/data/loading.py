@@ -10,17 +10,6 @@ import torch
 from torch import Tensor
 
 
-class Batch(NamedTuple):
-    """What a step gets. Ids count through the official training (or test) set, whatever subset is used of it."""
-
-    images: Tensor  # (N, C, H, W) float, normalised
-    targets: Tensor  # (N,) int64, or (N, classes) float32 where images were mixed
-    ids: Tensor | None = None  # (N,) int64
-    views: Tensor | None = None  # (N,) int64, which view of each image this is; None where nothing was augmented
-    sizes: tuple[int, ...] | None = None  # of the minibatches that these are, one after the other; None: a single one
-    skip: int = 0  # how many of them were trained on before this run went on
-
-
 class Ids(NamedTuple):
     """What a loader yields: which images, of which files, and for training in which views."""
 

@@ -23,8 +23,9 @@ from litdistill.distillation.step import end_window, split, train_window
 from litdistill.distillation.teacher import FrozenTeacher
 from litdistill.distillation.teacher_cache import CacheOptions, TeacherCache, open_cache
 from litdistill.features.feature_extractor import FeatureExtractor
-from litdistill.methods.base import Method, Outputs
+from litdistill.methods.base import Method
 from litdistill.tasks import metrics
+from litdistill.types import Outputs
 from litdistill.utils.errors import UserError
 
 log = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from litdistill.data.datamodule import Batch
-from litdistill.methods.base import Outputs
+from litdistill.types import Outputs
 
 if TYPE_CHECKING:
     from litdistill.distillation.distiller import Distiller

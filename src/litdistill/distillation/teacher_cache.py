@@ -32,11 +32,12 @@ from torch import Tensor, nn
 
 from litdistill.data import augment as aug
 from litdistill.data.datamodule import Batch, ImageData
-from litdistill.distillation.teacher import FrozenTeacher, stable_repr, weights_sha256
-from litdistill.methods.base import Outputs
+from litdistill.distillation.teacher import FrozenTeacher
 from litdistill.models.parts import evaluating
+from litdistill.types import Outputs
 from litdistill.utils.checkpoint import write_atomically
 from litdistill.utils.errors import UserError
+from litdistill.utils.hashing import stable_repr, weights_sha256
 
 log = logging.getLogger(__name__)
 

@@ -22,12 +22,12 @@ from litdistill.config.origin import made_here
 from litdistill.config.trust import check_trusted, packages
 from litdistill.data.datamodule import ImageData
 from litdistill.distillation.distiller import Distiller
-from litdistill.distillation.teacher import weights_sha256
 from litdistill.distillation.teacher_cache import cached_logits
-from litdistill.export.predict import MANIFEST, read_manifest, verified
 from litdistill.tasks import metrics
 from litdistill.utils.checkpoint import STUDENT, load_checkpoint, load_state_dict_checked, load_weights, read_metadata
 from litdistill.utils.errors import UserError
+from litdistill.utils.hashing import weights_sha256
+from litdistill.utils.manifest import MANIFEST, read_manifest, verified
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import platform
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,10 +15,12 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from litdistill.config.lr_scaling import read_scale
-from litdistill.config.recipes import digest, net_name, recipe, student_folder, teacher_folder
+from litdistill.config.recipes import net_name, recipe, student_folder, teacher_folder
 from litdistill.data.datamodule import ImageData
-from litdistill.distillation.teacher import weights_sha256
 from litdistill.models.profile import count_macs, count_parameters, weight_bytes
+from litdistill.utils.hashing import digest, weights_sha256
+from litdistill.utils.paths import ROOT
+from litdistill.utils.versions import git_state, versions
 
 
 def summarize(
@@ -199,27 +199,10 @@ def hyperparameters(cfg: DictConfig, trainer: Trainer | None = None) -> dict[str
     return flat
 
 
-def versions() -> dict[str, str]:
-    """Of Python and of the packages that decide a result."""
-    names = ("litdistill", "torch", "torchvision", "lightning", "hydra-core")
-    return {"python": platform.python_version(), **{n: importlib.metadata.version(n) for n in names}}
-
-
-def git_state() -> dict[str, Any] | None:
-    """Commit and whether the tree differs from it; None outside of a repository."""
-    root = Path(__file__).resolve().parents[2]
-    try:
-        ask = lambda *a: subprocess.run(["git", "-C", str(root), *a], capture_output=True, text=True, check=True).stdout  # noqa: E731
-        return {"commit": ask("rev-parse", "HEAD").strip(), "dirty": bool(ask("status", "--porcelain").strip())}
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
 def _relative(argv: list[str]) -> list[str]:
     """The command as typed in the project's folder, whatever the path of the machine."""
     script = Path(argv[0]).resolve()
-    root = Path(__file__).resolve().parents[2]
-    return [str(script.relative_to(root)) if script.is_relative_to(root) else script.name, *argv[1:]]
+    return [str(script.relative_to(ROOT)) if script.is_relative_to(ROOT) else script.name, *argv[1:]]
 
 
 def _device(trainer: Trainer) -> dict[str, Any]:

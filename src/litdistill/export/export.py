@@ -25,14 +25,15 @@ from litdistill.config.build import build_net
 from litdistill.config.origin import check_links
 from litdistill.config.recipes import NETWORK_META_KEYS
 from litdistill.data.datamodule import ImageData
-from litdistill.distillation.teacher import weights_sha256
 from litdistill.evaluation.evaluate import collect, load_run, rebuild, run_data
-from litdistill.evaluation.summary import versions
-from litdistill.export.predict import MANIFEST, SUFFIXES, check_facts, load, read_manifest, runtime
-from litdistill.export.writers import check_names, write_format
+from litdistill.export.predict import load, runtime
+from litdistill.export.writers import write_format
 from litdistill.tasks.metrics import quality
 from litdistill.utils.checkpoint import write_atomically, write_text
 from litdistill.utils.errors import UserError
+from litdistill.utils.hashing import weights_sha256
+from litdistill.utils.manifest import MANIFEST, SUFFIXES, check_facts, check_names, read_manifest
+from litdistill.utils.versions import versions
 
 PRECISIONS = {
     "onnx": ("fp32", "fp16", "int8"),

@@ -7,8 +7,7 @@ import io
 import json
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
-from importlib.util import find_spec
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,27 +18,10 @@ from torch import Tensor, nn
 from litdistill.compress.quantize import Int8, converted, quiet
 from litdistill.data import augment as aug
 from litdistill.data.datamodule import ImageData
-from litdistill.export.predict import MISSING, ExportMetadata, unfit_names
 from litdistill.export.predict import build_net as named_net
 from litdistill.utils.checkpoint import load_state_dict_checked, save_student
 from litdistill.utils.errors import UserError
-
-
-def check_names(classes: Sequence[str]) -> None:
-    """Raises `UserError` for the name of a class that no file may hold."""
-    if unfit := unfit_names(classes):
-        raise UserError(
-            f"The class {unfit[0]!r} cannot be exported: its name is longer than 200 characters or has one that controls a "
-            "terminal. Rename its folder, and train again."
-        )
-
-
-def check_int8(classes: Sequence[str]) -> None:
-    """Raises `UserError` for what would keep back the file of an int8 student of these classes."""
-    check_names(classes)
-    for package in ("onnx", "onnxscript", "onnxruntime"):
-        if find_spec(package) is None:
-            raise UserError(f"An int8 student is shipped as ONNX: {MISSING.format(package)}")
+from litdistill.utils.manifest import MISSING, ExportMetadata
 
 
 class ExportWrapper(nn.Module):

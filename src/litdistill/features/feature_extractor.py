@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from litdistill.features.stages import Call, before_activation, map_size, outermost, pooled, stage_ends
-from litdistill.methods.base import Outputs
+from litdistill.types import Outputs
 from litdistill.utils.errors import UserError
 
 ALIASES = ("stages", "stages:pre", "last", "pooled")

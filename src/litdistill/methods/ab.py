@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from litdistill.methods.base import Method, Outputs, Taps, check_weights, hard_loss, maps, pair, same_size
+from litdistill.methods.base import Method, check_weights, hard_loss, maps, pair, same_size
 from litdistill.methods.fitnet import regressor
+from litdistill.types import Outputs, Taps
 from litdistill.utils.errors import UserError
 
 

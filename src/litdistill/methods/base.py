@@ -7,33 +7,12 @@ and one yaml in `conf/method/` that names it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from litdistill.types import Outputs, Taps
 from litdistill.utils.errors import UserError
-
-
-class Outputs(NamedTuple):
-    """What a network gives for one batch of N samples."""
-
-    logits: Tensor  # (N, classes)
-    features: Mapping[str, Tensor] = {}  # by tap, in the order of execution: (N, C, H, W), (N, tokens, C) or (N, C)
-    ids: Tensor | None = None  # (N,) int64, which samples of the training set these are
-
-
-class Taps(NamedTuple):
-    """Which features a method reads of either network.
-
-    A sequence of names of submodules of the network (`"layer2"`; its output) or with `:in` behind it (`"layer2.0.relu:in"`;
-    its input), or one of the words that `litdistill.features.feature_extractor.resolve_taps` resolves on any network:
-    `"stages"` (the end of each stage: the last map of each spatial size), `"stages:pre"` (the same before their last
-    activation), `"last"` (the last of the stages), `"pooled"` (the input of the classifier, (N, C)).
-    """
-
-    student: Sequence[str] | str = ()
-    teacher: Sequence[str] | str = ()
 
 
 class Method(nn.Module):

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from litdistill.methods.base import Method, Outputs, check_temperature, check_weights, hard_loss
+from litdistill.methods.base import Method, check_temperature, check_weights, hard_loss
+from litdistill.types import Outputs
 
 
 def decoupled_losses(student: Tensor, teacher: Tensor, target: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

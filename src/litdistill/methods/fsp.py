@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from litdistill.methods.base import Method, Outputs, Taps, check_weights, hard_loss, maps, pair
+from litdistill.methods.base import Method, check_weights, hard_loss, maps, pair
+from litdistill.types import Outputs, Taps
 from litdistill.utils.errors import UserError
 
 

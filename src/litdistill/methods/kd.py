@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from litdistill.methods.base import Method, Outputs, check_temperature, check_weights, hard_loss
+from litdistill.methods.base import Method, check_temperature, check_weights, hard_loss
+from litdistill.types import Outputs
 
 
 def soft_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from litdistill.methods.base import Method, Outputs, Taps, check_weights, hard_loss, maps, pair
+from litdistill.methods.base import Method, check_weights, hard_loss, maps, pair
+from litdistill.types import Outputs, Taps
 from litdistill.utils.errors import UserError
 
 CANDIDATES = 3  # so many more vectors of the student than of the teacher are offered for alignment, as in RepDistiller

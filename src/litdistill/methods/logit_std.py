@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from litdistill.methods.base import Method, Outputs, check_temperature, check_weights, hard_loss
+from litdistill.methods.base import Method, check_temperature, check_weights, hard_loss
 from litdistill.methods.kd import soft_loss
+from litdistill.types import Outputs
 
 
 def standardize(logits: Tensor) -> Tensor:

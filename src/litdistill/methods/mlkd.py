@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from litdistill.methods.base import Method, Outputs, check_temperature, check_weights, hard_loss
+from litdistill.methods.base import Method, check_temperature, check_weights, hard_loss
 from litdistill.methods.kd import soft_loss
+from litdistill.types import Outputs
 from litdistill.utils.errors import UserError
 
 

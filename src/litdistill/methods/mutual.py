@@ -7,8 +7,9 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from litdistill.methods.base import Method, Outputs, Taps, check_temperature, check_weights, hard_loss
+from litdistill.methods.base import Method, check_temperature, check_weights, hard_loss
 from litdistill.methods.kd import soft_loss
+from litdistill.types import Outputs, Taps
 from litdistill.utils.errors import UserError
 
 

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from litdistill.methods.base import Method, Outputs, Taps, check_weights, hard_loss, maps, pair
+from litdistill.methods.base import Method, check_weights, hard_loss, maps, pair
 from litdistill.methods.ofd import BatchNorm
+from litdistill.types import Outputs, Taps
 
 MOST_CHANNELS = 512  # of the fused maps, as in the authors' code
 

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from litdistill.methods.base import Method, Outputs, Taps, check_weights, hard_loss, pair
+from litdistill.methods.base import Method, check_weights, hard_loss, pair
+from litdistill.types import Outputs, Taps
 
 
 def relations(x: Tensor) -> tuple[Tensor, Tensor]:

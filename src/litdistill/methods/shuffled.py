@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from litdistill.methods.base import Method, Outputs, Taps
+from litdistill.methods.base import Method
+from litdistill.types import Outputs, Taps
 
 
 def of_its_class(target: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from litdistill.features.feature_extractor import FeatureExtractor, resolve_taps
-from litdistill.methods.base import Method, Outputs, Taps, check_weights, hard_loss, maps, same_size
+from litdistill.methods.base import Method, check_weights, hard_loss, maps, same_size
+from litdistill.types import Outputs, Taps
 from litdistill.utils.errors import UserError
 
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from litdistill.methods.base import Method, Outputs, Taps, check_weights, hard_loss, pair
+from litdistill.methods.base import Method, check_weights, hard_loss, pair
+from litdistill.types import Outputs, Taps
 
 
 def similarity(x: Tensor) -> Tensor:

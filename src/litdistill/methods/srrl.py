@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from litdistill.methods.base import Method, Outputs, Taps, check_weights, hard_loss, maps
+from litdistill.methods.base import Method, check_weights, hard_loss, maps
 from litdistill.methods.ofd import connector
 from litdistill.methods.simkd import reusable_classifier
+from litdistill.types import Outputs, Taps
 
 
 class SRRL(Method):

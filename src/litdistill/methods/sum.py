@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from litdistill.features.feature_extractor import resolve_taps
-from litdistill.methods.base import Method, Outputs, Taps
+from litdistill.methods.base import Method
+from litdistill.types import Outputs, Taps
 from litdistill.utils.errors import UserError
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from litdistill.methods.base import Method, Outputs, check_weights, hard_loss
+from litdistill.methods.base import Method, check_weights, hard_loss
+from litdistill.types import Outputs
 
 
 class Supervised(Method):

@@ -23,13 +23,14 @@ from litdistill.data.datamodule import ImageData
 from litdistill.evaluation import robustness
 from litdistill.evaluation.calibration import fit_temperature
 from litdistill.evaluation.evaluate import collect, load_run, pick_device, rebuild
-from litdistill.export.predict import runtime, verified
+from litdistill.export.predict import runtime
 from litdistill.export.writers import ExportWrapper
 from litdistill.report.files import shipped_file, write_teacher
 from litdistill.report.tables import tables as report
 from litdistill.tasks import metrics
 from litdistill.utils.checkpoint import write_text
 from litdistill.utils.errors import UserError
+from litdistill.utils.manifest import verified
 
 log = logging.getLogger(__name__)
 

@@ -11,10 +11,11 @@ from torch import nn
 
 from litdistill.data.datamodule import ImageData
 from litdistill.export.export import export
-from litdistill.export.predict import MANIFEST, ExportMetadata, read_manifest, runtime, verified
+from litdistill.export.predict import runtime
 from litdistill.export.writers import write_format
 from litdistill.utils.checkpoint import write_atomically
 from litdistill.utils.errors import UserError
+from litdistill.utils.manifest import MANIFEST, ExportMetadata, read_manifest, verified
 
 
 def shipped_file(folder: Path, precision: str, summary: dict[str, Any], trust: Sequence[str] = ()) -> Path:

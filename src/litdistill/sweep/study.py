@@ -25,11 +25,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from litdistill.cli import CONF
 from litdistill.config.origin import is_foreign, remember, replayable
 from litdistill.config.recipes import recipe_hash
 from litdistill.utils.distributed import launched
 from litdistill.utils.errors import Stopped, UserError
+from litdistill.utils.paths import CONF
 
 try:
     import optuna

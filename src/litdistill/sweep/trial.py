@@ -23,13 +23,14 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import DictConfig, OmegaConf
 from optuna.distributions import BaseDistribution
 
-from litdistill.cli import CONF
 from litdistill.evaluation.evaluate import rebuild
 from litdistill.evaluation.summary import hyperparameters
 from litdistill.sweep.space import literal, suggest
-from litdistill.training.train import logged_to, train
+from litdistill.training.train import train
 from litdistill.utils.checkpoint import write_text
 from litdistill.utils.errors import UserError
+from litdistill.utils.logging import logged_to
+from litdistill.utils.paths import CONF
 
 # What a trial may be judged by, and where its summary has it: nothing that was measured on the test set.
 OBJECTIVES = {

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from litdistill.evaluation.evaluate import collect
 from litdistill.tasks import metrics
 from litdistill.utils.errors import UserError
+from litdistill.utils.logging import format_seconds
 
 log = logging.getLogger(__name__)
 
@@ -124,16 +125,6 @@ def best_shift(logits: Tensor, targets: Tensor, classes: Sequence[int]) -> float
     best = correct[widths > 0].max()
     i = int(torch.where(correct == best, widths, -1.0).argmax())
     return float((edges[i] + edges[i + 1]) / 2)
-
-
-def format_seconds(seconds: float) -> str:
-    """A duration for people: 8 s, 3 min 20 s, 2 h 5 min."""
-    s = round(seconds)
-    if s < 60:
-        return f"{s} s"
-    if s < 3600:
-        return f"{s // 60} min {s % 60} s"
-    return f"{s // 3600} h {s % 3600 // 60} min"
 
 
 def progress_bar() -> list[ProgressBar]:

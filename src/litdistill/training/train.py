@@ -20,7 +20,6 @@ from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, LearningRa
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from omegaconf import DictConfig, OmegaConf
 
-from litdistill.cli import adopt_lightning_logs
 from litdistill.compress.quantize import Int8
 from litdistill.compress.structure import structure_of
 from litdistill.config.build import build_data, build_distiller, build_net, build_teacher, steps_at_once
@@ -36,12 +35,13 @@ from litdistill.evaluation.evaluate import collect_teacher, load_student, measur
 from litdistill.evaluation.summary import hyperparameters, summarize
 from litdistill.export.export import export_student
 from litdistill.methods.base import Method
-from litdistill.training.callbacks import EpochLogger, PerStepSeed, TestAccuracyMonitor, format_seconds, progress_bar
+from litdistill.training.callbacks import EpochLogger, PerStepSeed, TestAccuracyMonitor, progress_bar
 from litdistill.training.preemption import GracefulStop, run_lock, translate_worker_errors
 from litdistill.utils.allocator import keep_freed_memory
 from litdistill.utils.checkpoint import STUDENT, AtomicCheckpointIO, load_checkpoint, save_student, write_text
 from litdistill.utils.distributed import broadcast_from_rank0, fit_to_launch, init_process_group_early, is_first_rank
 from litdistill.utils.errors import UserError
+from litdistill.utils.logging import adopt_lightning_logs, format_seconds, logged_to
 
 log = logging.getLogger(__name__)
 
@@ -276,20 +276,6 @@ def _acquired(lock: FileLock) -> bool:
     with contextlib.suppress(Timeout):
         lock.acquire(timeout=60)
     return lock.is_locked
-
-
-@contextlib.contextmanager
-def logged_to(path: Path) -> Iterator[None]:
-    """Puts the log's lines into `path` too."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logging.getLogger().addHandler(handler)
-    try:
-        yield
-    finally:
-        logging.getLogger().removeHandler(handler)
-        handler.close()
 
 
 def _introduce(cfg: DictConfig, data: ImageData, distiller: Distiller) -> None:

@@ -1,0 +1,81 @@
+"""What is printed, and how: this project's lines, Lightning's, and warnings that ask nothing of the user."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.logging import RichHandler
+
+from litdistill.utils.distributed import is_first_rank
+
+
+def console_handler() -> logging.Handler:
+    """Lines beside a live progress bar where there is a terminal, plain lines elsewhere; named in conf/hydra."""
+    if sys.stdout.isatty():
+        return RichHandler(show_path=False, show_level=False, log_time_format="%H:%M:%S")
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
+    return handler
+
+
+def quieten() -> None:
+    """Silences warnings that are true of this project by design and ask nothing of the user."""
+    for pattern in (
+        ".*does not have many workers.*",
+        ".*Checkpoint directory .* exists and is not empty.*",
+        ".*You are using `torch.load` with `weights_only=False`.*",
+        ".*The number of training batches .* is smaller than the logging interval.*",
+        ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
+        ".*Found .* module\\(s\\) in eval mode at the start of training.*",
+        ".*No positive samples.*",
+        ".*`srun` command is available.*",
+        ".*It is recommended to use `self.log.*sync_dist=True.*",
+    ):
+        warnings.filterwarnings("ignore", pattern)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def adopt_lightning_logs() -> None:
+    """Sends Lightning's lines where all others go: on import it brings handlers of its own, and hides them from the file."""
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.propagate = True
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_tips)
+    if not is_first_rank():
+        logging.getLogger().setLevel(logging.WARNING)  # the first rank speaks for all
+
+
+def _no_tips(record: logging.LogRecord) -> bool:
+    return not re.search(r"Tip:|litlogger|litmodels|GPU available|TPU available|HPU available", record.getMessage())
+
+
+@contextlib.contextmanager
+def logged_to(path: Path) -> Iterator[None]:
+    """Puts the log's lines into `path` too."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.getLogger().addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)
+        handler.close()
+
+
+def format_seconds(seconds: float) -> str:
+    """A duration for people: 8 s, 3 min 20 s, 2 h 5 min."""
+    s = round(seconds)
+    if s < 60:
+        return f"{s} s"
+    if s < 3600:
+        return f"{s // 60} min {s % 60} s"
+    return f"{s // 3600} h {s % 3600 // 60} min"

@@ -1,0 +1,114 @@
+"""`manifest.json`: what is to be known of each exported file, checked before anything is opened."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from litdistill.utils.errors import UserError
+
+MANIFEST = "manifest.json"
+
+SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2", "safetensors": ".safetensors", "torchscript": ".pt"}
+
+# Control characters, ends of lines and paragraphs, halves of characters, and what turns the direction of the text after it.
+ACTING = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
+
+MISSING = "{} is not installed. Install what exported files need with pip install 'litdistill[export]'."
+
+
+class ExportMetadata(NamedTuple):
+    """What one has to know to use an exported file; each value was checked."""
+
+    format: str
+    preprocessing: bool  # whether normalisation is in the file, which then takes uint8
+    classes: list[str]
+    mean: list[float]  # of each channel on the scale 0 to 1
+    std: list[float]
+    input_shape: list[int]  # (C, H, W)
+    net: dict[str, Any]  # safetensors: the function of litdistill.models that builds the network, and its options
+
+
+def verified(path: Path) -> tuple[bytes, ExportMetadata]:
+    """The bytes of an exported file and what its manifest says of it. Raises `UserError` where the two differ."""
+    manifest = path.parent / MANIFEST
+    if not path.is_file():
+        raise UserError(f"There is no {path}. Write it with python scripts/export.py run=<run folder>.")
+    if not manifest.is_file():
+        raise UserError(f"There is no {manifest}: copy {MANIFEST} from where {path.name} was exported to beside it.")
+    entry = read_manifest(manifest).get(path.name)
+    if not isinstance(entry, dict):
+        raise UserError(f"{manifest} does not speak of {path.name}: export it again.")
+    content = path.read_bytes()  # read once: what is hashed is what is opened
+    if hashlib.sha256(content).hexdigest() != entry.get("sha256"):
+        raise UserError(
+            f"{path} is not the file that was exported: its SHA-256 differs from the one in {manifest}. "
+            "Fetch both files anew, or export the run again."
+        )
+    return content, check_facts(entry, path)
+
+
+def read_manifest(manifest: Path) -> dict[str, Any]:
+    """The entries of a manifest by file name."""
+    try:
+        files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
+    except (ValueError, RecursionError, TypeError, KeyError) as error:
+        raise UserError(f"{manifest} is damaged: export again. ({type(error).__name__})") from error
+    if not isinstance(files, dict):
+        raise UserError(f"{manifest} is damaged: export again.")
+    return files
+
+
+def check_facts(entry: Mapping[str, Any], path: Path) -> ExportMetadata:
+    """The facts in a manifest's entry. Raises `UserError` for any that cannot be true of an image classifier."""
+    stated: dict[str, Any] = {name: entry.get(name) for name in ExportMetadata._fields}
+    facts = ExportMetadata(**(stated | {"net": entry.get("net", {})}))
+
+    def numbers(value: Any, low: float, high: float, kinds: tuple[type, ...]) -> bool:
+        return isinstance(value, list) and all(type(v) in kinds and low <= v <= high for v in value)  # NaN is in none
+
+    right = {
+        "format": isinstance(facts.format, str) and SUFFIXES.get(facts.format) == path.suffix,
+        "preprocessing": isinstance(facts.preprocessing, bool),
+        "classes": isinstance(facts.classes, list)
+        and 1 < len(facts.classes) <= 100_000
+        and all(isinstance(c, str) for c in facts.classes)
+        and not unfit_names(facts.classes),
+        "input_shape": numbers(facts.input_shape, 1, 4096, (int,)) and len(facts.input_shape) == 3,
+        "mean": numbers(facts.mean, -1e6, 1e6, (int, float)),
+        "std": numbers(facts.std, 1e-6, 1e6, (int, float)),
+        "net": isinstance(facts.net, dict),
+    }
+    wrong = [name for name, fine in right.items() if not fine]
+    if not wrong and not len(facts.mean) == len(facts.std) == facts.input_shape[0]:
+        wrong = ["mean", "std", "input_shape"]
+    if wrong:
+        raise UserError(f"What {MANIFEST} says of {path.name} makes no sense ({', '.join(wrong)}): export it again.")
+    return facts
+
+
+def unfit_names(classes: Sequence[str]) -> list[str]:
+    """Those that no exported file may hold: too long, or with characters that do something to whoever prints them."""
+    return [name for name in classes if len(name) > 200 or ACTING.search(name)]
+
+
+def check_names(classes: Sequence[str]) -> None:
+    """Raises `UserError` for the name of a class that no file may hold."""
+    if unfit := unfit_names(classes):
+        raise UserError(
+            f"The class {unfit[0]!r} cannot be exported: its name is longer than 200 characters or has one that controls a "
+            "terminal. Rename its folder, and train again."
+        )
+
+
+def check_int8(classes: Sequence[str]) -> None:
+    """Raises `UserError` for what would keep back the file of an int8 student of these classes."""
+    check_names(classes)
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        if find_spec(package) is None:
+            raise UserError(f"An int8 student is shipped as ONNX: {MISSING.format(package)}")
