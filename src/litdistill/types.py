@@ -3,28 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 
 class Batch(NamedTuple):
-    """What a step gets. Ids count through the official training (or test) set, whatever subset is used of it."""
+    """One minibatch of N samples, as a task makes it of what a loader yields."""
 
-    images: Tensor  # (N, C, H, W) float, normalised
-    targets: Tensor  # (N,) int64, or (N, classes) float32 where images were mixed
-    ids: Tensor | None = None  # (N,) int64
-    views: Tensor | None = None  # (N,) int64, which view of each image this is; None where nothing was augmented
-    sizes: tuple[int, ...] | None = None  # of the minibatches that these are, one after the other; None: a single one
-    skip: int = 0  # how many of them were trained on before this run went on
+    inputs: Any  # what the networks are called with: a tensor (N, ...), a tuple, or a dict of keyword arguments
+    targets: Any  # the labels, as the task's loss takes them: (N,) int64 or (N, classes) float32 for classification
+    ids: Tensor | None = None  # (N,) int64, the place of each sample in its data set, whatever subset is used of it
+    views: Tensor | None = None  # (N,) int64, which augmented view of its sample each input is; None: as it is
+    weight: float = 1.0  # of this process's mean among those of all processes, where their parts are unequal
 
 
 class Outputs(NamedTuple):
-    """What a network gives for one batch of N samples."""
+    """What a network gives for one minibatch of N samples."""
 
-    logits: Tensor  # (N, classes)
+    heads: Mapping[str, Tensor]  # by name, each (N, ...): "logits" (N, classes) of a classifier, "embedding", ...
     features: Mapping[str, Tensor] = {}  # by tap, in the order of execution: (N, C, H, W), (N, tokens, C) or (N, C)
-    ids: Tensor | None = None  # (N,) int64, which samples of the training set these are
+    ids: Tensor | None = None  # (N,) int64, as in `Batch`
+
+    @property
+    def logits(self) -> Tensor:
+        """The head of that name, (N, classes)."""
+        return self.heads["logits"]
+
+    @classmethod
+    def of(cls, logits: Tensor, features: Mapping[str, Tensor] | None = None, ids: Tensor | None = None) -> Outputs:
+        """The outputs of a network with one head, its logits."""
+        return cls({"logits": logits}, features or {}, ids)
 
 
 class Taps(NamedTuple):

@@ -1,37 +1,50 @@
-"""What a distillation method is: a function from what two networks put out to named, weighted loss terms.
+"""What a distillation method is: a function from the outputs of two networks to what the student learns from the teacher.
 
-A method sees no trainer, no network, no data set and no config. To add one, write one file here with a `Method`
-and one yaml in `conf/method/` that names it.
+A method sees no trainer, no task, no data set and no config. What the labels teach is the task's; a method only weighs it.
+To add a method, write one file here with a `Method` and one yaml in `conf/method/` that names it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from litdistill.types import Outputs, Taps
+from litdistill.types import Batch, Outputs, Taps
 from litdistill.utils.errors import UserError
+
+CATEGORICAL, BERNOULLI, REAL = "categorical", "bernoulli", "real"  # how logits are read: see `Task.kind`
 
 
 class Method(nn.Module):
-    """Base of all methods. Parameters of a method (projectors) are trained beside the student and shipped with nobody."""
+    """Base of all methods. Parameters of a method (projectors) are trained beside the student and deployed with nobody.
+
+    Args:
+        hard: weight of the labels' loss, which the task computes.
+    """
 
     needs_teacher = True
-    phases = False  # whether the first epochs initialise and train other parameters than the rest (AB, FT, FSP)
-    init_epochs = 0  # how many of those leave the student without the loss that it is trained for
+    kinds: tuple[str, ...] = (CATEGORICAL, BERNOULLI, REAL)  # of logits that its formula is defined for
+    init_epochs = 0  # how many first epochs train other parameters than the rest, without the loss of the labels
     needs_hard = False  # whether its weight of the labels cannot be 0
-    epoch = 0  # set by the distiller before each epoch
+    epoch = 0
+
+    def __init__(self, hard: float = 1.0):
+        super().__init__()
+        check_weights(hard=hard)
+        self.hard = hard
 
     def taps(self) -> Taps:
         """Which features are read; none by default."""
         return Taps()
 
-    def prepare(self, student: nn.Module, teacher: nn.Module | None, example: Tensor) -> nn.Module:
+    def prepare(self, student: nn.Module, teacher: nn.Module | None, example: Any) -> nn.Module:
         """The network that is trained: the student itself, but for methods that give it another head or companions.
 
-        `example`: a few images (N, C, H, W) that both networks take.
+        `example`: inputs of a few samples that both networks take.
         """
         return student
 
@@ -39,38 +52,95 @@ class Method(nn.Module):
         """What of the prepared network is measured, saved and deployed: all of it, but for methods that train companions."""
         return student
 
-    def build(self, student: Outputs, teacher: Outputs | None, targets: Tensor) -> None:
+    def build(self, student: Outputs, teacher: Any, targets: Tensor | None) -> None:
         """Makes projectors and memories, once, from what a dry forward of one small batch gave.
 
-        Shapes are inferred here and typed nowhere. `targets`: (M,) int64, the label of every sample by id, -1 for those
-        that are not trained on.
+        Shapes are inferred here and typed nowhere. `teacher`: its `Outputs`; None for a method that needs none.
+        `targets`: (M,) int64, the label of every training sample by id, -1 for those that are not trained on; None where
+        the data knows no ids.
         Raises `UserError` where this pair of networks cannot do (no spatial maps, say).
         """
 
-    def forward(self, student: Outputs, teacher: Outputs | None, target: Tensor) -> dict[str, Tensor]:
-        """Scalar loss terms by name, each already weighted; they are summed, and logged by their names.
+    def set_epoch(self, epoch: int) -> None:
+        """Called before each epoch, which counts from 0."""
+        self.epoch = epoch
 
-        `target`: (N,) int64 class indices, or (N, classes) probabilities where labels were mixed.
-        A term whose weight is 0 is left out, so that no work is done for it.
+    def hard_factor(self, epoch: int) -> float:
+        """What the labels' loss counts in this epoch beside `hard`: 0 in a first phase of other parameters, else 1."""
+        return 0.0 if epoch < self.init_epochs else 1.0
+
+    def companions(self, student: Outputs) -> Sequence[Outputs]:
+        """Outputs of networks that are trained beside the student, by the labels too; none by default."""
+        return ()
+
+    def forward(self, student: Outputs, teacher: Any, batch: Batch) -> dict[str, Tensor]:
+        """What is learnt from the teacher: scalar loss terms by name, each already weighted.
+
+        They are added to the labels' loss, and logged by their names. `teacher`: its `Outputs`; None for a method that
+        needs none. A term whose weight is 0 is left out, so that no work is done for it.
         """
         raise NotImplementedError
+
+
+class MapMethod(Method):
+    """Base of methods that compare spatial maps of both networks, stage by stage: `hint` · `loss` of the pairs of maps.
+
+    Args:
+        hard: weight of the labels' loss.
+        hint: weight of what `loss` gives.
+        student_taps, teacher_taps: see `litdistill.types.Taps`; pairs are counted from the last map.
+    """
+
+    def __init__(
+        self,
+        hard: float = 1.0,
+        hint: float = 1.0,
+        student_taps: Sequence[str] | str = "stages",
+        teacher_taps: Sequence[str] | str = "stages",
+    ):
+        super().__init__(hard)
+        check_weights(hint=hint)
+        self.hint, self.read = hint, Taps(student_taps, teacher_taps)
+
+    def taps(self) -> Taps:
+        return self.read if self.hint else Taps()
+
+    def pairs(self, student: Outputs, teacher: Outputs) -> list[tuple[Tensor, Tensor]]:
+        """The maps that are compared: (N, C_s, H_s, W_s) of the student and (N, C_t, H_t, W_t) of the teacher."""
+        name = type(self).__name__.lower()
+        return pair(maps(student.features, name), maps(teacher.features, name))
+
+    def build(self, student: Outputs, teacher: Outputs, targets: Tensor | None) -> None:
+        if self.hint:
+            self.build_pairs(self.pairs(student, teacher))
+
+    def build_pairs(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
+        """Makes projectors for these pairs; none by default."""
+
+    def loss(self, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """A scalar, before it is weighted."""
+        raise NotImplementedError
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
+        return {"hint": self.hint * self.loss(self.pairs(student, teacher))} if self.hint else {}
+
+
+def summed(losses: Sequence[Tensor]) -> Tensor:
+    """The sum of scalars, as one operation."""
+    return torch.stack(list(losses)).sum()
 
 
 def check_weights(**weights: float) -> None:
     """Raises `UserError` for a loss weight below zero."""
     for name, value in weights.items():
         if not value >= 0:
-            raise UserError(
-                f"method.{name}={value} is a loss weight and cannot be negative. Use 0 to leave the term out."
-            )
+            raise UserError(f"{name}={value} is a loss weight and cannot be negative. Use 0 to leave the term out.")
 
 
 def check_temperature(temperature: float) -> None:
     """Raises `UserError` unless the temperature is above zero."""
     if not temperature > 0:
-        raise UserError(
-            f"method.temperature={temperature} must be above 0. Common values are 2 to 20; 4 is a good start."
-        )
+        raise UserError(f"temperature={temperature} must be above 0. Common values are 2 to 20; 4 is a good start.")
 
 
 def maps(features: Mapping[str, Tensor], method: str) -> list[Tensor]:
@@ -79,7 +149,7 @@ def maps(features: Mapping[str, Tensor], method: str) -> list[Tensor]:
     if not found:
         shapes = ", ".join(f"{k} {tuple(v.shape)}" for k, v in features.items()) or "no feature at all"
         raise UserError(
-            f"method={method} compares spatial maps (N, C, H, W), and this network offers {shapes}. "
+            f"{method} compares spatial maps (N, C, H, W), and this network offers {shapes}. "
             "Use a method that reads logits or vectors (kd, dkd, dist, pkt, rkd, sp), or name a tap that is a map."
         )
     return found
@@ -96,8 +166,3 @@ def same_size(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     h, w = min(a.shape[2], b.shape[2]), min(a.shape[3], b.shape[3])
     fit = lambda x: x if x.shape[2:] == (h, w) else F.adaptive_avg_pool2d(x, (h, w))  # noqa: E731
     return fit(a), fit(b)
-
-
-def hard_loss(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Cross-entropy with the labels, in float32 whatever the autocast. A scalar, the mean over the batch."""
-    return F.cross_entropy(logits.float(), target, label_smoothing=label_smoothing)

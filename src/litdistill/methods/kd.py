@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from litdistill.methods.base import Method, check_temperature, check_weights, hard_loss
-from litdistill.types import Outputs
+from litdistill.methods.base import CATEGORICAL, Method, check_temperature, check_weights
+from litdistill.types import Batch, Outputs
 
 
 def soft_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -21,19 +21,15 @@ def soft_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 
 
 class KD(Method):
-    """`hard` · CE(student, labels) + `soft` · T² · KL(teacher_T ‖ student_T)."""
+    """`hard` · labels' loss + `soft` · T² · KL(teacher_T ‖ student_T)."""
 
-    def __init__(self, hard: float = 0.1, soft: float = 0.9, temperature: float = 4.0, label_smoothing: float = 0.0):
-        super().__init__()
-        check_weights(hard=hard, soft=soft)
+    kinds = (CATEGORICAL,)
+
+    def __init__(self, hard: float = 0.1, soft: float = 0.9, temperature: float = 4.0):
+        super().__init__(hard)
+        check_weights(soft=soft)
         check_temperature(temperature)
-        self.hard, self.soft, self.temperature, self.label_smoothing = hard, soft, temperature, label_smoothing
+        self.soft, self.temperature = soft, temperature
 
-    def forward(self, student: Outputs, teacher: Outputs | None, target: Tensor) -> dict[str, Tensor]:
-        terms = {}
-        if self.hard:
-            terms["hard"] = self.hard * hard_loss(student.logits, target, self.label_smoothing)
-        if self.soft:
-            assert teacher is not None
-            terms["soft"] = self.soft * soft_loss(student.logits, teacher.logits, self.temperature)
-        return terms
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
+        return {"soft": self.soft * soft_loss(student.logits, teacher.logits, self.temperature)} if self.soft else {}
