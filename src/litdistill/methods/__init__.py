@@ -1,1 +1,84 @@
-"""One file a method; `base.py` says what a method is."""
+"""Distillation methods, one file each; `base.py` says what a method is."""
+
+from __future__ import annotations
+
+from litdistill.methods.ab import AB
+from litdistill.methods.at import AT
+from litdistill.methods.binary_kd import BinaryKD
+from litdistill.methods.cc import CC
+from litdistill.methods.crd import CRD
+from litdistill.methods.cwd import CWD
+from litdistill.methods.dist import DIST
+from litdistill.methods.dkd import DKD
+from litdistill.methods.fitnet import FitNet
+from litdistill.methods.fsp import FSP
+from litdistill.methods.ft import FT
+from litdistill.methods.hard_pseudo_label import HardPseudoLabel
+from litdistill.methods.ickd import ICKD
+from litdistill.methods.kd import KD
+from litdistill.methods.kdsvd import KDSVD
+from litdistill.methods.logit_mse import LogitMSE
+from litdistill.methods.logit_std import LogitStdKD
+from litdistill.methods.mlkd import MLKD
+from litdistill.methods.mutual import Mutual
+from litdistill.methods.nst import NST
+from litdistill.methods.ofd import OFD
+from litdistill.methods.online import Online
+from litdistill.methods.pkd import PKD
+from litdistill.methods.pkt import PKT
+from litdistill.methods.reviewkd import ReviewKD
+from litdistill.methods.rkd import RKD
+from litdistill.methods.shuffled import Shuffled
+from litdistill.methods.simkd import SimKD
+from litdistill.methods.soft_target_ce import SoftTargetCE
+from litdistill.methods.sp import SP
+from litdistill.methods.srd import SRD
+from litdistill.methods.srrl import SRRL
+from litdistill.methods.sum import Sum
+from litdistill.methods.supervised import Supervised
+from litdistill.methods.teacher_free import TeacherFree
+from litdistill.methods.vid import VID
+from litdistill.methods.wttm import WTTM
+
+__all__ = [
+    "AB",
+    "AT",
+    "CC",
+    "CRD",
+    "CWD",
+    "DIST",
+    "DKD",
+    "FSP",
+    "FT",
+    "ICKD",
+    "KD",
+    "KDSVD",
+    "MLKD",
+    "NST",
+    "OFD",
+    "PKD",
+    "PKT",
+    "RKD",
+    "SP",
+    "SRD",
+    "SRRL",
+    "VID",
+    "WTTM",
+    "BinaryKD",
+    "FitNet",
+    "HardPseudoLabel",
+    "LogitMSE",
+    "LogitStdKD",
+    "Mutual",
+    "Online",
+    "ReviewKD",
+    "Shuffled",
+    "SimKD",
+    "SoftTargetCE",
+    "Sum",
+    "Supervised",
+    "TeacherFree",
+]
+
+# The short name of each, as in `method=kd`: its file's.
+NAMES: dict[str, str] = {name: globals()[name].__module__.rpartition(".")[2] for name in __all__}

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from litdistill.methods.base import Method, check_weights, hard_loss, maps, pair, same_size
-from litdistill.methods.fitnet import regressor
-from litdistill.types import Outputs, Taps
+from litdistill.methods.base import MapMethod, check_weights, same_size, summed
+from litdistill.methods.layers import regressor
+from litdistill.types import Batch, Outputs
 from litdistill.utils.errors import UserError
 
 
@@ -24,8 +24,8 @@ def boundary_loss(student: Tensor, teacher: Tensor, margin: float) -> Tensor:
     return missing.square().sum() / len(student)
 
 
-class AB(Method):
-    """Two phases: for `init_epochs` epochs `hint` · boundaries alone, then `hard` · CE(student, labels) alone.
+class AB(MapMethod):
+    """Two phases: for `init_epochs` epochs `hint` · boundaries alone, then `hard` · labels' loss alone.
 
     Boundaries: sum over stages of `boundary_loss` · 0.003 · 2^−(stages after it), the authors' scale for CIFAR. A
     student's stage whose shape differs from the teacher's goes through a convolution and BatchNorm; maps whose sizes
@@ -33,7 +33,7 @@ class AB(Method):
     get none. A boundary lies at 0 before an activation: name taps where `stages:pre` finds none.
     """
 
-    phases = needs_hard = True
+    needs_hard = True
 
     def __init__(
         self,
@@ -44,31 +44,24 @@ class AB(Method):
         student_taps: Sequence[str] | str = "stages:pre",
         teacher_taps: Sequence[str] | str = "stages:pre",
     ):
-        super().__init__()
-        check_weights(hard=hard, hint=hint, margin=margin)
+        super().__init__(hard, hint, student_taps, teacher_taps)
+        check_weights(margin=margin)
         if not (hard and hint and init_epochs > 0):
-            raise UserError("method=ab trains in two phases: hard, hint and init_epochs must be above 0.")
-        self.hard, self.hint, self.margin, self.init_epochs = hard, hint, margin, init_epochs
-        self.student_taps, self.teacher_taps = student_taps, teacher_taps
+            raise UserError("ab trains in two phases: hard, hint and init_epochs must be above 0.")
+        self.margin, self.init_epochs = margin, init_epochs
 
-    def taps(self) -> Taps:
-        return Taps(self.student_taps, self.teacher_taps)
-
-    def build(self, student: Outputs, teacher: Outputs | None, targets: Tensor) -> None:
-        assert teacher is not None
-        pairs = pair(maps(student.features, "ab"), maps(teacher.features, "ab"))
+    def build_pairs(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
         same = [s.shape[1:] == t.shape[1:] for s, t in pairs]
         self.connectors = nn.ModuleList(
             nn.Identity() if equal else regressor(s, t, relu=False) for equal, (s, t) in zip(same, pairs, strict=True)
         )
 
-    def forward(self, student: Outputs, teacher: Outputs | None, target: Tensor) -> dict[str, Tensor]:
-        if self.epoch >= self.init_epochs:
-            return {"hard": self.hard * hard_loss(student.logits, target)}
-        assert teacher is not None
-        pairs = pair(maps(student.features, "ab"), maps(teacher.features, "ab"))
+    def loss(self, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
         losses = []
         for after, (connect, (s, t)) in enumerate(zip(reversed(self.connectors), reversed(pairs), strict=True)):
             s, t = same_size(connect(s), t)
             losses.append(boundary_loss(s, t, self.margin) * 0.003 / 2**after)
-        return {"hint": self.hint * torch.stack(losses).sum()}
+        return summed(losses)
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
+        return super().forward(student, teacher, batch) if self.epoch < self.init_epochs else {}

@@ -41,10 +41,10 @@ class Method(nn.Module):
         """Which features are read; none by default."""
         return Taps()
 
-    def prepare(self, student: nn.Module, teacher: nn.Module | None, example: Any) -> nn.Module:
+    def prepare(self, student: nn.Module, teacher: Any, example: Any) -> nn.Module:
         """The network that is trained: the student itself, but for methods that give it another head or companions.
 
-        `example`: inputs of a few samples that both networks take.
+        `teacher`: a network; None for a method that needs none. `example`: inputs of a few samples that both networks take.
         """
         return student
 
@@ -82,22 +82,16 @@ class Method(nn.Module):
         raise NotImplementedError
 
 
-class MapMethod(Method):
-    """Base of methods that compare spatial maps of both networks, stage by stage: `hint` · `loss` of the pairs of maps.
+class PairMethod(Method):
+    """Base of methods that compare features of both networks in pairs: `hint` · `loss` of the pairs.
 
     Args:
         hard: weight of the labels' loss.
         hint: weight of what `loss` gives.
-        student_taps, teacher_taps: see `litdistill.types.Taps`; pairs are counted from the last map.
+        student_taps, teacher_taps: see `litdistill.types.Taps`; pairs are counted from the last feature.
     """
 
-    def __init__(
-        self,
-        hard: float = 1.0,
-        hint: float = 1.0,
-        student_taps: Sequence[str] | str = "stages",
-        teacher_taps: Sequence[str] | str = "stages",
-    ):
+    def __init__(self, hard: float, hint: float, student_taps: Sequence[str] | str, teacher_taps: Sequence[str] | str):
         super().__init__(hard)
         check_weights(hint=hint)
         self.hint, self.read = hint, Taps(student_taps, teacher_taps)
@@ -106,9 +100,8 @@ class MapMethod(Method):
         return self.read if self.hint else Taps()
 
     def pairs(self, student: Outputs, teacher: Outputs) -> list[tuple[Tensor, Tensor]]:
-        """The maps that are compared: (N, C_s, H_s, W_s) of the student and (N, C_t, H_t, W_t) of the teacher."""
-        name = type(self).__name__.lower()
-        return pair(maps(student.features, name), maps(teacher.features, name))
+        """The features that are compared, of the student and of the teacher; one pair at least."""
+        raise NotImplementedError
 
     def build(self, student: Outputs, teacher: Outputs, targets: Tensor | None) -> None:
         if self.hint:
@@ -123,6 +116,51 @@ class MapMethod(Method):
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         return {"hint": self.hint * self.loss(self.pairs(student, teacher))} if self.hint else {}
+
+
+class MapMethod(PairMethod):
+    """Base of methods that compare spatial maps of both networks, stage by stage; arguments as of `PairMethod`."""
+
+    def __init__(
+        self,
+        hard: float = 1.0,
+        hint: float = 1.0,
+        student_taps: Sequence[str] | str = "stages",
+        teacher_taps: Sequence[str] | str = "stages",
+    ):
+        super().__init__(hard, hint, student_taps, teacher_taps)
+
+    def pairs(self, student: Outputs, teacher: Outputs) -> list[tuple[Tensor, Tensor]]:
+        """The maps that are compared: (N, C_s, H_s, W_s) of the student and (N, C_t, H_t, W_t) of the teacher."""
+        name = type(self).__name__.lower()
+        return pair(maps(student.features, name), maps(teacher.features, name))
+
+
+class VectorMethod(PairMethod):
+    """Base of methods that compare one vector a sample; arguments as of `PairMethod`.
+
+    `loss` is computed in float32 whatever the autocast.
+    """
+
+    def __init__(
+        self,
+        hard: float = 1.0,
+        hint: float = 1.0,
+        student_taps: Sequence[str] | str = "pooled",
+        teacher_taps: Sequence[str] | str = "pooled",
+    ):
+        super().__init__(hard, hint, student_taps, teacher_taps)
+
+    def pairs(self, student: Outputs, teacher: Outputs) -> list[tuple[Tensor, Tensor]]:
+        """The vectors that are compared: (N, D_s) of the student and (N, D_t) of the teacher, in float32."""
+        name = type(self).__name__.lower()
+        return pair(vectors(student.features, name), vectors(teacher.features, name))
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
+        if not self.hint:
+            return {}
+        with torch.autocast(student.logits.device.type, enabled=False):
+            return super().forward(student, teacher, batch)
 
 
 def summed(losses: Sequence[Tensor]) -> Tensor:
@@ -153,6 +191,15 @@ def maps(features: Mapping[str, Tensor], method: str) -> list[Tensor]:
             "Use a method that reads logits or vectors (kd, dkd, dist, pkt, rkd, sp), or name a tap that is a map."
         )
     return found
+
+
+def vectors(features: Mapping[str, Tensor], method: str) -> list[Tensor]:
+    """All features flattened to (N, D), in float32, in order. Raises `UserError` where there is none."""
+    if not features:
+        raise UserError(
+            f"{method} compares features, and its taps name none. Give student_taps and teacher_taps, say pooled."
+        )
+    return [f.float().flatten(1) for f in features.values()]
 
 
 def pair(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:

@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from litdistill.methods.base import Method, check_weights, hard_loss
-from litdistill.types import Outputs, Taps
+from litdistill.methods.base import VectorMethod
 from litdistill.utils.errors import UserError
 
 
@@ -40,11 +39,11 @@ def gaussian(student: Tensor, teacher: Tensor, gamma: float, order: int) -> Tens
     return (kernel(student) - kernel(teacher)).square().mean()
 
 
-class CC(Method):
-    """`hard` · CE + `hint` · congruence of linear embeddings (both learnt) of the two networks' features.
+class CC(VectorMethod):
+    """`hard` · labels' loss + `hint` · congruence of linear embeddings (both learnt) of the two networks' features.
 
     `kernel: consecutive` is the published tables' form, for which the weight .02 is meant; `gaussian` is the paper's
-    (its γ is .4, its order 2, its weight .003).
+    (its γ is .4, its order 2, its weight .003). Of several taps the last is embedded.
     """
 
     def __init__(
@@ -58,36 +57,18 @@ class CC(Method):
         student_taps: Sequence[str] | str = "pooled",
         teacher_taps: Sequence[str] | str = "pooled",
     ):
-        super().__init__()
-        check_weights(hard=hard, hint=hint)
+        super().__init__(hard, hint, student_taps, teacher_taps)
         if kernel not in ("consecutive", "gaussian"):
             raise UserError(
-                f"method.kernel={kernel} is unknown. Use consecutive (the published tables) or gaussian (the paper)."
+                f"kernel={kernel} is unknown. Use consecutive (the published tables) or gaussian (the paper)."
             )
-        self.hard, self.hint, self.width, self.kernel, self.gamma, self.order = hard, hint, width, kernel, gamma, order
-        self.read = Taps(student_taps, teacher_taps)
+        self.width, self.kernel, self.gamma, self.order = width, kernel, gamma, order
 
-    def taps(self) -> Taps:
-        return self.read
-
-    def build(self, student: Outputs, teacher: Outputs | None, targets: Tensor) -> None:
-        """Makes the two embeddings, from the last feature of either side."""
-        if not self.hint:
-            return
-        assert teacher is not None
-        s, t = list(student.features.values())[-1].flatten(1), list(teacher.features.values())[-1].flatten(1)
+    def build_pairs(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
+        s, t = pairs[-1]
         self.embed_student = nn.Linear(s.shape[1], self.width, device=s.device)
         self.embed_teacher = nn.Linear(t.shape[1], self.width, device=t.device)
 
-    def forward(self, student: Outputs, teacher: Outputs | None, target: Tensor) -> dict[str, Tensor]:
-        terms = {}
-        if self.hard:
-            terms["hard"] = self.hard * hard_loss(student.logits, target)
-        if self.hint:
-            assert teacher is not None
-            with torch.autocast(student.logits.device.type, enabled=False):
-                s = self.embed_student(list(student.features.values())[-1].float().flatten(1))
-                t = self.embed_teacher(list(teacher.features.values())[-1].float().flatten(1))
-                hint = gaussian(s, t, self.gamma, self.order) if self.kernel == "gaussian" else consecutive(s, t)
-            terms["hint"] = self.hint * hint
-        return terms
+    def loss(self, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+        s, t = self.embed_student(pairs[-1][0]), self.embed_teacher(pairs[-1][1])
+        return gaussian(s, t, self.gamma, self.order) if self.kernel == "gaussian" else consecutive(s, t)

@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from litdistill.methods.base import Method, check_weights, hard_loss
-from litdistill.types import Outputs, Taps
+from litdistill.methods.base import CATEGORICAL, VectorMethod
+from litdistill.types import Batch, Outputs
 from litdistill.utils.errors import UserError
+
+NO_IDS = "crd needs the id of every training sample, and this data module gives none in its batches."
 
 
 def contrast(log_ratio: Tensor, samples: int) -> Tensor:
@@ -25,8 +27,8 @@ def contrast(log_ratio: Tensor, samples: int) -> Tensor:
     return (log_sum[:, 0] - log_ratio[:, 0]) + (log_sum[:, 1:] - math.log(noise)).sum(dim=1)
 
 
-class CRD(Method):
-    """`hard` · CE + `hint` · (contrast of the student with the teacher's memory + of the teacher with the student's).
+class CRD(VectorMethod):
+    """`hard` · labels' loss + `hint` · (contrast of the student with the teacher's memory + of the teacher with the student's).
 
     The memories hold one embedding of unit length for every training sample; the positive is the sample's own, the
     negatives belong to samples of other labels (the authors' mode "exact"). Negatives are drawn independently, so with
@@ -41,6 +43,8 @@ class CRD(Method):
     Under DDP each process moves the memories of its own samples; DDP must not broadcast buffers
     (`broadcast_buffers=False`), or the first process's memories overwrite the others'.
     """
+
+    kinds = (CATEGORICAL,)
 
     memory_student: Tensor
     memory_teacher: Tensor
@@ -62,27 +66,22 @@ class CRD(Method):
         student_taps: Sequence[str] | str = "pooled",
         teacher_taps: Sequence[str] | str = "pooled",
     ):
-        super().__init__()
-        check_weights(hard=hard, hint=hint)
+        super().__init__(hard, hint, student_taps, teacher_taps)
         if not temperature > 0:
-            raise UserError(f"method.temperature={temperature} must be above 0. The paper's is 0.07.")
+            raise UserError(f"temperature={temperature} must be above 0. The paper's is 0.07.")
         if not 0 <= momentum < 1:
-            raise UserError(f"method.momentum={momentum} must be at least 0 and below 1. The paper's is 0.5.")
+            raise UserError(f"momentum={momentum} must be at least 0 and below 1. The paper's is 0.5.")
         if negatives < 1:
-            raise UserError(f"method.negatives={negatives} must be at least 1. The paper's is 16384.")
-        self.hard, self.hint, self.width, self.negatives = hard, hint, width, negatives
-        self.temperature, self.momentum = temperature, momentum
-        self.read = Taps(student_taps, teacher_taps)
+            raise UserError(f"negatives={negatives} must be at least 1. The paper's is 16384.")
+        self.width, self.negatives, self.temperature, self.momentum = width, negatives, temperature, momentum
 
-    def taps(self) -> Taps:
-        return self.read
-
-    def build(self, student: Outputs, teacher: Outputs | None, targets: Tensor) -> None:
-        """Makes the embeddings and the memories. Raises `UserError` where the labels are of one class only."""
+    def build(self, student: Outputs, teacher: Outputs, targets: Tensor | None) -> None:
+        """Makes the embeddings and the memories. Raises `UserError` without ids, or where the labels are of one class only."""
         if not self.hint:
             return
-        assert teacher is not None
-        s, t = _last(student), _last(teacher)
+        if targets is None:
+            raise UserError(NO_IDS)
+        s, t = self.pairs(student, teacher)[-1]
         self.embed_student = nn.Linear(s.shape[1], self.width, device=s.device)
         self.embed_teacher = nn.Linear(t.shape[1], self.width, device=s.device)
 
@@ -90,9 +89,7 @@ class CRD(Method):
         trained = (targets >= 0).nonzero().squeeze(1)  # no memory of another sample is ever more than noise
         count = torch.bincount(targets[trained])
         if int((count > 0).sum()) < 2:
-            raise UserError(
-                "method=crd contrasts samples of different labels, and the training set has one label only."
-            )
+            raise UserError("crd contrasts samples of different labels, and the training set has one label only.")
         self.register_buffer("labels", torch.cat([targets, targets[:1]]).clamp(min=0))
         self.register_buffer("by_label", trained[targets[trained].argsort(stable=True)])
         self.register_buffer("first", count.cumsum(0) - count)
@@ -106,19 +103,15 @@ class CRD(Method):
         for name in ("z_student", "z_teacher"):
             self.register_buffer(name, torch.full((), -1.0, device=s.device))
 
-    def forward(self, student: Outputs, teacher: Outputs | None, target: Tensor) -> dict[str, Tensor]:
-        terms = {}
-        if self.hard:
-            terms["hard"] = self.hard * hard_loss(student.logits, target)
-        if self.hint and student.ids is None and self.training:
-            raise UserError(
-                "method=crd needs the id of every training sample, and this data module gives none in its batches."
-            )
-        if self.hint and student.ids is not None:
-            assert teacher is not None
-            with torch.autocast(student.logits.device.type, enabled=False):
-                terms["hint"] = self.hint * self._contrastive(_last(student), _last(teacher), student.ids)
-        return terms
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
+        if not self.hint:
+            return {}
+        if batch.ids is None:
+            if self.training:
+                raise UserError(NO_IDS)
+            return {}
+        with torch.autocast(student.logits.device.type, enabled=False):
+            return {"hint": self.hint * self._contrastive(*self.pairs(student, teacher)[-1], batch.ids)}
 
     def _contrastive(self, student: Tensor, teacher: Tensor, ids: Tensor) -> Tensor:
         s = F.normalize(self.embed_student(student), dim=1)
@@ -155,7 +148,3 @@ class CRD(Method):
         self.z_teacher.copy_(z_t)
         for memory, new in ((self.memory_student, s), (self.memory_teacher, t)):
             memory[rows] = F.normalize(memory[rows] * self.momentum + new * (1 - self.momentum), dim=1)
-
-
-def _last(outputs: Outputs) -> Tensor:
-    return list(outputs.features.values())[-1].float().flatten(1)

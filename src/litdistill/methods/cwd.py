@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from litdistill.methods.base import Method, check_temperature, check_weights, hard_loss, maps, pair, same_size
-from litdistill.types import Outputs, Taps
+from litdistill.methods.base import MapMethod, check_temperature, same_size, summed
+from litdistill.methods.layers import projectors
 from litdistill.utils.errors import UserError
 
 
@@ -24,8 +23,8 @@ def channel_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor
     return F.kl_div(log_q, log_p, reduction="sum", log_target=True) * temperature**2 / (n * channels)
 
 
-class CWD(Method):
-    """`hard` · CE(student, labels) + `hint` · Σ T² · KL over positions, channel by channel.
+class CWD(MapMethod):
+    """`hard` · labels' loss + `hint` · Σ T² · KL over positions, channel by channel.
 
     A student with other channels than the teacher's goes through a 1x1 convolution first, as in the paper.
     """
@@ -38,39 +37,21 @@ class CWD(Method):
         student_taps: Sequence[str] | str = "last",
         teacher_taps: Sequence[str] | str = "last",
     ):
-        super().__init__()
-        check_weights(hard=hard, hint=hint)
+        super().__init__(hard, hint, student_taps, teacher_taps)
         check_temperature(temperature)
-        self.hard, self.hint, self.temperature = hard, hint, temperature
-        self.student_taps, self.teacher_taps = student_taps, teacher_taps
+        self.temperature = temperature
 
-    def taps(self) -> Taps:
-        return Taps(self.student_taps, self.teacher_taps) if self.hint else Taps()
-
-    def build(self, student: Outputs, teacher: Outputs | None, targets: Tensor) -> None:
-        if not self.hint:
-            return
-        assert teacher is not None
-        pairs = [same_size(*p) for p in pair(maps(student.features, "cwd"), maps(teacher.features, "cwd"))]
-        if all(s.shape[2:].numel() == 1 for s, _ in pairs):
+    def build_pairs(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
+        if all(s.shape[2:].numel() == 1 for s, _ in [same_size(*p) for p in pairs]):
             raise UserError(
-                "method=cwd compares the positions of a map, and the maps it reads have one (1x1), so that its loss is "
-                "always 0. Read earlier maps (method.student_taps=stages method.teacher_taps=stages) or larger images."
+                "cwd compares the positions of a map, and the maps it reads have one (1x1), so that its loss is "
+                "always 0. Read earlier maps (student_taps=stages teacher_taps=stages) or larger images."
             )
-        self.projectors = nn.ModuleList(
-            nn.Identity() if s.shape[1] == t.shape[1] else nn.Conv2d(s.shape[1], t.shape[1], 1) for s, t in pairs
-        )
+        self.projectors = projectors(pairs, bias=True)
 
-    def forward(self, student: Outputs, teacher: Outputs | None, target: Tensor) -> dict[str, Tensor]:
-        terms = {}
-        if self.hard:
-            terms["hard"] = self.hard * hard_loss(student.logits, target)
-        if self.hint:
-            assert teacher is not None
-            losses = []
-            pairs = pair(maps(student.features, "cwd"), maps(teacher.features, "cwd"))
-            for (s, t), project in zip(pairs, self.projectors, strict=True):
-                s, t = same_size(s, t)
-                losses.append(channel_loss(project(s), t, self.temperature))
-            terms["hint"] = self.hint * torch.stack(losses).sum()
-        return terms
+    def loss(self, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+        losses = []
+        for (s, t), project in zip(pairs, self.projectors, strict=True):
+            s, t = same_size(s, t)
+            losses.append(channel_loss(project(s), t, self.temperature))
+        return summed(losses)

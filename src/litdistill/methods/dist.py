@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from litdistill.methods.base import Method, check_temperature, check_weights, hard_loss
-from litdistill.types import Outputs
+from litdistill.methods.base import CATEGORICAL, Method, check_temperature, check_weights
+from litdistill.types import Batch, Outputs
 
 
 def pearson_distance(a: Tensor, b: Tensor) -> Tensor:
@@ -30,30 +30,30 @@ def centered(x: Tensor) -> Tensor:
 
 
 class DIST(Method):
-    """`hard` · CE + `inter` · T² · distance over a sample's classes + `intra` · T² · distance over a class's samples.
+    """`hard` · labels' loss + `inter` · T² · distance over a sample's classes + `intra` · T² · over a class's samples.
 
     Distances are Pearson's, of the probabilities at temperature T. The correlation over samples is not defined for a
     batch of one: the intra term is 0 there.
     The factor T² is that of the authors' CIFAR code; their weight of 2 for β = γ = 1 makes inter and intra 2.
     """
 
-    def __init__(self, hard: float = 1.0, inter: float = 2.0, intra: float = 2.0, temperature: float = 4.0):
-        super().__init__()
-        check_weights(hard=hard, inter=inter, intra=intra)
-        check_temperature(temperature)
-        self.hard, self.inter, self.intra, self.temperature = hard, inter, intra, temperature
+    kinds = (CATEGORICAL,)
 
-    def forward(self, student: Outputs, teacher: Outputs | None, target: Tensor) -> dict[str, Tensor]:
+    def __init__(self, hard: float = 1.0, inter: float = 2.0, intra: float = 2.0, temperature: float = 4.0):
+        super().__init__(hard)
+        check_weights(inter=inter, intra=intra)
+        check_temperature(temperature)
+        self.inter, self.intra, self.temperature = inter, intra, temperature
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
+        if not (self.inter or self.intra):
+            return {}
         terms = {}
-        if self.hard:
-            terms["hard"] = self.hard * hard_loss(student.logits, target)
-        if self.inter or self.intra:
-            assert teacher is not None
-            q = F.softmax(student.logits.float() / self.temperature, dim=1)
-            p = F.softmax(teacher.logits.float() / self.temperature, dim=1)
-            if self.inter:
-                terms["inter"] = self.inter * self.temperature**2 * pearson_distance(q, p)
-            if self.intra:
-                distance = pearson_distance(q.T, p.T) if len(q) > 1 else q.new_zeros(())
-                terms["intra"] = self.intra * self.temperature**2 * distance
+        q = F.softmax(student.logits.float() / self.temperature, dim=1)
+        p = F.softmax(teacher.logits.float() / self.temperature, dim=1)
+        if self.inter:
+            terms["inter"] = self.inter * self.temperature**2 * pearson_distance(q, p)
+        if self.intra:
+            distance = pearson_distance(q.T, p.T) if len(q) > 1 else q.new_zeros(())
+            terms["intra"] = self.intra * self.temperature**2 * distance
         return terms

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from litdistill.methods.base import Method, check_temperature, check_weights, hard_loss
-from litdistill.types import Outputs
+from litdistill.methods.base import CATEGORICAL, Method, check_temperature, check_weights
+from litdistill.types import Batch, Outputs
 
 
 def decoupled_losses(student: Tensor, teacher: Tensor, target: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -35,28 +35,24 @@ def decoupled_losses(student: Tensor, teacher: Tensor, target: Tensor, temperatu
 
 
 class DKD(Method):
-    """`hard` · CE + `tckd` · TCKD + `nckd` · NCKD; the paper's α is `tckd`, its β is `nckd`.
+    """`hard` · labels' loss + `tckd` · TCKD + `nckd` · NCKD; the paper's α is `tckd`, its β is `nckd`.
 
     The authors raise both terms linearly from 0 over the first 20 epochs: a matter of the training schedule.
     Where labels are mixed, the class with the largest share is the target of both terms.
     """
 
-    def __init__(self, hard: float = 1.0, tckd: float = 1.0, nckd: float = 8.0, temperature: float = 4.0):
-        super().__init__()
-        check_weights(hard=hard, tckd=tckd, nckd=nckd)
-        check_temperature(temperature)
-        self.hard, self.tckd, self.nckd, self.temperature = hard, tckd, nckd, temperature
+    kinds = (CATEGORICAL,)
 
-    def forward(self, student: Outputs, teacher: Outputs | None, target: Tensor) -> dict[str, Tensor]:
-        terms = {}
-        if self.hard:
-            terms["hard"] = self.hard * hard_loss(student.logits, target)
-        if self.tckd or self.nckd:
-            assert teacher is not None
-            label = target if target.ndim == 1 else target.argmax(dim=1)
-            tckd, nckd = decoupled_losses(student.logits, teacher.logits, label, self.temperature)
-            if self.tckd:
-                terms["tckd"] = self.tckd * tckd
-            if self.nckd:
-                terms["nckd"] = self.nckd * nckd
-        return terms
+    def __init__(self, hard: float = 1.0, tckd: float = 1.0, nckd: float = 8.0, temperature: float = 4.0):
+        super().__init__(hard)
+        check_weights(tckd=tckd, nckd=nckd)
+        check_temperature(temperature)
+        self.tckd, self.nckd, self.temperature = tckd, nckd, temperature
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
+        if not (self.tckd or self.nckd):
+            return {}
+        target = batch.targets if batch.targets.ndim == 1 else batch.targets.argmax(dim=1)
+        tckd, nckd = decoupled_losses(student.logits, teacher.logits, target, self.temperature)
+        terms = {"tckd": self.tckd * tckd} if self.tckd else {}
+        return terms | ({"nckd": self.nckd * nckd} if self.nckd else {})

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from litdistill.methods.base import Method, check_weights, hard_loss, maps, pair
-from litdistill.types import Outputs, Taps
+from litdistill.methods.base import MapMethod, summed
+from litdistill.methods.layers import projectors
+from litdistill.types import Batch, Outputs
 from litdistill.utils.errors import UserError
 
 
@@ -24,8 +25,8 @@ def flow(first: Tensor, second: Tensor) -> Tensor:
         return a.flatten(2) @ b.flatten(2).transpose(1, 2) / (size[0] * size[1])
 
 
-class FSP(Method):
-    """Two phases: for `init_epochs` epochs `hint` · flows alone, then `hard` · CE(student, labels) alone.
+class FSP(MapMethod):
+    """Two phases: for `init_epochs` epochs `hint` · flows alone, then `hard` · labels' loss alone.
 
     Flows: sum over consecutive stages of the mean squared difference of both networks' `flow` matrices (equation 2 has
     the sum over the matrix; the published weight belongs to the mean). The paper asks for equal channels; here a
@@ -33,7 +34,7 @@ class FSP(Method):
     runs. In the first phase the student's classifier gets no gradient, in the second these convolutions get none.
     """
 
-    phases = needs_hard = True
+    needs_hard = True
 
     def __init__(
         self,
@@ -43,32 +44,20 @@ class FSP(Method):
         student_taps: Sequence[str] | str = "stages",
         teacher_taps: Sequence[str] | str = "stages",
     ):
-        super().__init__()
-        check_weights(hard=hard, hint=hint)
+        super().__init__(hard, hint, student_taps, teacher_taps)
         if not (hard and hint and init_epochs > 0):
-            raise UserError("method=fsp trains in two phases: hard, hint and init_epochs must be above 0.")
-        self.hard, self.hint, self.init_epochs = hard, hint, init_epochs
-        self.student_taps, self.teacher_taps = student_taps, teacher_taps
+            raise UserError("fsp trains in two phases: hard, hint and init_epochs must be above 0.")
+        self.init_epochs = init_epochs
 
-    def taps(self) -> Taps:
-        return Taps(self.student_taps, self.teacher_taps)
-
-    def build(self, student: Outputs, teacher: Outputs | None, targets: Tensor) -> None:
-        assert teacher is not None
-        pairs = pair(maps(student.features, "fsp"), maps(teacher.features, "fsp"))
+    def build_pairs(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
         if len(pairs) < 2:
-            raise UserError("method=fsp compares flows between stages, and this pair shares one stage. Name more taps.")
-        self.connectors = nn.ModuleList(
-            nn.Identity() if s.shape[1] == t.shape[1] else nn.Conv2d(s.shape[1], t.shape[1], 1, bias=False).to(s.device)
-            for s, t in pairs
-        )
+            raise UserError("fsp compares flows between stages, and this pair shares one stage. Name more taps.")
+        self.connectors = projectors(pairs)
 
-    def forward(self, student: Outputs, teacher: Outputs | None, target: Tensor) -> dict[str, Tensor]:
-        if self.epoch >= self.init_epochs:
-            return {"hard": self.hard * hard_loss(student.logits, target)}
-        assert teacher is not None
-        pairs = pair(maps(student.features, "fsp"), maps(teacher.features, "fsp"))
+    def loss(self, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
         f_s = [connect(s) for connect, (s, _) in zip(self.connectors, pairs, strict=True)]
         f_t = [t for _, t in pairs]
-        losses = [F.mse_loss(flow(*f_s[i : i + 2]), flow(*f_t[i : i + 2])) for i in range(len(pairs) - 1)]
-        return {"hint": self.hint * torch.stack(losses).sum()}
+        return summed([F.mse_loss(flow(*f_s[i : i + 2]), flow(*f_t[i : i + 2])) for i in range(len(pairs) - 1)])
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
+        return super().forward(student, teacher, batch) if self.epoch < self.init_epochs else {}

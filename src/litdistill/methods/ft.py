@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from litdistill.methods.base import Method, check_weights, hard_loss, maps, same_size
-from litdistill.types import Outputs, Taps
+from litdistill.methods.base import MapMethod, check_weights, same_size
+from litdistill.types import Batch, Outputs
 from litdistill.utils.errors import UserError
 
 
@@ -23,7 +23,7 @@ def convolutions(kind: type[nn.Module], widths: Sequence[int], norm: bool) -> nn
 
 
 def factor_loss(student: Tensor, teacher: Tensor, p: int, pool_channels: bool = False) -> Tensor:
-    """How far two factors (N, C, H, W), each flattened to unit length, are apart ; a scalar.
+    """How far two factors (N, C, H, W), each flattened to unit length, are apart; a scalar.
 
     p = 1: the mean of absolute differences over all elements, as in the authors' code. p = 2: the L2 norm of the
     difference, the mean over the batch. `pool_channels`: of the mean square over channels instead, as in RepDistiller.
@@ -35,15 +35,13 @@ def factor_loss(student: Tensor, teacher: Tensor, p: int, pool_channels: bool = 
     return difference.abs().mean() if p == 1 else torch.linalg.vector_norm(difference, dim=1).mean()
 
 
-class FT(Method):
-    """Two phases: for `init_epochs` epochs a paraphraser alone, then `hard` · CE(student, labels) + `hint` · factors.
+class FT(MapMethod):
+    """Two phases: for `init_epochs` epochs a paraphraser alone, then `hard` · labels' loss + `hint` · factors.
 
     The paraphraser learns to reconstruct the teacher's last map through `rate` times its channels; then its encoder
     rests, and the student's translator follows it by `factor_loss`. In the first phase the student gets no gradient:
     the run is to be that many epochs longer.
     """
-
-    phases = True
 
     def __init__(
         self,
@@ -56,36 +54,30 @@ class FT(Method):
         student_taps: Sequence[str] | str = "last",
         teacher_taps: Sequence[str] | str = "last",
     ):
-        super().__init__()
-        check_weights(hard=hard, hint=hint, rate=rate)
+        super().__init__(hard, hint, student_taps, teacher_taps)
+        check_weights(rate=rate)
         if not (hint and rate and init_epochs > 0):
-            raise UserError("method=ft trains in two phases: hint, rate and init_epochs must be above 0.")
+            raise UserError("ft trains in two phases: hint, rate and init_epochs must be above 0.")
         if p not in (1, 2):
-            raise UserError(f"method.p={p} is the norm of the factors' difference: use 1 or 2.")
-        self.hard, self.hint, self.rate, self.p, self.pool_channels = hard, hint, rate, p, pool_channels
-        self.init_epochs, self.student_taps, self.teacher_taps = init_epochs, student_taps, teacher_taps
+            raise UserError(f"p={p} is the norm of the factors' difference: use 1 or 2.")
+        self.rate, self.p, self.pool_channels, self.init_epochs = rate, p, pool_channels, init_epochs
 
-    def taps(self) -> Taps:
-        return Taps(self.student_taps, self.teacher_taps)
-
-    def build(self, student: Outputs, teacher: Outputs | None, targets: Tensor) -> None:
-        assert teacher is not None
-        f_s, f_t = maps(student.features, "ft")[-1], maps(teacher.features, "ft")[-1]
+    def build_pairs(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
+        f_s, f_t = pairs[-1]
         c_s, c_t = f_s.shape[1], f_t.shape[1]
         k = max(1, round(c_t * self.rate))
         self.encoder = convolutions(nn.Conv2d, [c_t, c_t, k, k], norm=False).to(f_t.device)
         self.decoder = convolutions(nn.ConvTranspose2d, [k, k, c_t, c_t], norm=False).to(f_t.device)
         self.translator = convolutions(nn.Conv2d, [c_s, c_s, k, k], norm=True).to(f_s.device)
 
-    def forward(self, student: Outputs, teacher: Outputs | None, target: Tensor) -> dict[str, Tensor]:
-        assert teacher is not None
-        f_s, f_t = maps(student.features, "ft")[-1], maps(teacher.features, "ft")[-1]
-        if self.epoch < self.init_epochs:
-            return {"paraphraser": F.mse_loss(self.decoder(self.encoder(f_t)).float(), f_t.float())}
-        terms = {}
-        if self.hard:
-            terms["hard"] = self.hard * hard_loss(student.logits, target)
+    def loss(self, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+        f_s, f_t = pairs[-1]
         with torch.no_grad():
             factor = self.encoder(f_t)
-        terms["hint"] = self.hint * factor_loss(self.translator(f_s), factor, self.p, self.pool_channels)
-        return terms
+        return factor_loss(self.translator(f_s), factor, self.p, self.pool_channels)
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
+        if self.epoch >= self.init_epochs:
+            return super().forward(student, teacher, batch)
+        _, f_t = self.pairs(student, teacher)[-1]
+        return {"paraphraser": F.mse_loss(self.decoder(self.encoder(f_t)).float(), f_t.float())}

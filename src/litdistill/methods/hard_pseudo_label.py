@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor
 
-from litdistill.methods.base import Method, check_weights, hard_loss
-from litdistill.types import Outputs
+from litdistill.methods.base import CATEGORICAL, Method, check_weights
+from litdistill.types import Batch, Outputs
 
 
 class HardPseudoLabel(Method):
-    """`hard` · CE(student, labels) + `pseudo` · CE(student, argmax of the teacher). It has no temperature."""
+    """`hard` · labels' loss + `pseudo` · cross-entropy(student, argmax of the teacher). It has no temperature."""
+
+    kinds = (CATEGORICAL,)
 
     def __init__(self, hard: float = 0.5, pseudo: float = 0.5):
-        super().__init__()
-        check_weights(hard=hard, pseudo=pseudo)
-        self.hard, self.pseudo = hard, pseudo
+        super().__init__(hard)
+        check_weights(pseudo=pseudo)
+        self.pseudo = pseudo
 
-    def forward(self, student: Outputs, teacher: Outputs | None, target: Tensor) -> dict[str, Tensor]:
-        terms = {}
-        if self.hard:
-            terms["hard"] = self.hard * hard_loss(student.logits, target)
-        if self.pseudo:
-            assert teacher is not None
-            terms["pseudo"] = self.pseudo * hard_loss(student.logits, teacher.logits.argmax(dim=1))
-        return terms
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
+        if not self.pseudo:
+            return {}
+        return {"pseudo": self.pseudo * F.cross_entropy(student.logits.float(), teacher.logits.argmax(dim=1))}

@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from litdistill.methods.base import Method, check_weights, hard_loss, maps, pair
-from litdistill.methods.ofd import BatchNorm
-from litdistill.types import Outputs, Taps
+from litdistill.methods.base import MapMethod, summed
+from litdistill.methods.layers import BatchNorm
 
 
 def correlation(x: Tensor) -> Tensor:
@@ -31,8 +30,8 @@ def correlation_loss(student: Tensor, teacher: Tensor) -> Tensor:
     return (correlation(student) - correlation(teacher)).square().sum() / (n * channels)
 
 
-class ICKD(Method):
-    """`hard` · CE(student, labels) + `hint` · Σ distance of inter-channel correlations.
+class ICKD(MapMethod):
+    """`hard` · labels' loss + `hint` · Σ distance of inter-channel correlations.
 
     The student goes through a 1x1 convolution with BatchNorm to the teacher's channels, always, as in the paper.
     """
@@ -44,30 +43,12 @@ class ICKD(Method):
         student_taps: Sequence[str] | str = "last",
         teacher_taps: Sequence[str] | str = "last",
     ):
-        super().__init__()
-        check_weights(hard=hard, hint=hint)
-        self.hard, self.hint = hard, hint
-        self.student_taps, self.teacher_taps = student_taps, teacher_taps
+        super().__init__(hard, hint, student_taps, teacher_taps)
 
-    def taps(self) -> Taps:
-        return Taps(self.student_taps, self.teacher_taps) if self.hint else Taps()
-
-    def build(self, student: Outputs, teacher: Outputs | None, targets: Tensor) -> None:
-        if not self.hint:
-            return
-        assert teacher is not None
-        pairs = pair(maps(student.features, "ickd"), maps(teacher.features, "ickd"))
+    def build_pairs(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
         self.projectors = nn.ModuleList(
             nn.Sequential(nn.Conv2d(s.shape[1], t.shape[1], 1, bias=False), BatchNorm(t.shape[1])) for s, t in pairs
         )
 
-    def forward(self, student: Outputs, teacher: Outputs | None, target: Tensor) -> dict[str, Tensor]:
-        terms = {}
-        if self.hard:
-            terms["hard"] = self.hard * hard_loss(student.logits, target)
-        if self.hint:
-            assert teacher is not None
-            pairs = pair(maps(student.features, "ickd"), maps(teacher.features, "ickd"))
-            losses = [correlation_loss(p(s), t) for (s, t), p in zip(pairs, self.projectors, strict=True)]
-            terms["hint"] = self.hint * torch.stack(losses).sum()
-        return terms
+    def loss(self, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+        return summed([correlation_loss(p(s), t) for (s, t), p in zip(pairs, self.projectors, strict=True)])

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from litdistill.methods.base import Method, check_weights, hard_loss, maps, pair
-from litdistill.types import Outputs, Taps
+from litdistill.methods.base import MapMethod
+from litdistill.methods.layers import projectors
 from litdistill.utils.errors import UserError
 
 CANDIDATES = 3  # so many more vectors of the student than of the teacher are offered for alignment, as in RepDistiller
@@ -99,8 +99,8 @@ def svd_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], k: int) -> Te
     return loss
 
 
-class KDSVD(Method):
-    """`hard` · CE(student, labels) + `hint` · the loss of `svd_loss` over the stages.
+class KDSVD(MapMethod):
+    """`hard` · labels' loss + `hint` · the loss of `svd_loss` over the stages.
 
     After RepDistiller's KDSVD, which takes one vector a map, and fails on maps that are not square or of unequal
     channels: here a student with other channels than the teacher's goes through a 1x1 convolution first.
@@ -114,38 +114,19 @@ class KDSVD(Method):
         student_taps: Sequence[str] | str = "stages",
         teacher_taps: Sequence[str] | str = "stages",
     ):
-        super().__init__()
-        check_weights(hard=hard, hint=hint)
+        super().__init__(hard, hint, student_taps, teacher_taps)
         if vectors < 1:
-            raise UserError(f"method.vectors={vectors} must be 1 or more singular vectors a map; 1 is usual.")
-        self.hard, self.hint, self.vectors = hard, hint, vectors
-        self.student_taps, self.teacher_taps = student_taps, teacher_taps
+            raise UserError(f"vectors={vectors} must be 1 or more singular vectors a map; 1 is usual.")
+        self.vectors = vectors
 
-    def taps(self) -> Taps:
-        return Taps(self.student_taps, self.teacher_taps) if self.hint else Taps()
-
-    def build(self, student: Outputs, teacher: Outputs | None, targets: Tensor) -> None:
-        if not self.hint:
-            return
-        assert teacher is not None
-        pairs = pair(maps(student.features, "kdsvd"), maps(teacher.features, "kdsvd"))
+    def build_pairs(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
         if len(pairs) < 2:
             raise UserError(
-                "method=kdsvd relates each stage to the one before and needs two maps of either network at least. "
-                "Name more (method.student_taps, method.teacher_taps), or use a method of one map (ickd, fitnet)."
+                "kdsvd relates each stage to the one before and needs two maps of either network at least. "
+                "Name more (student_taps, teacher_taps), or use a method of one map (ickd, fitnet)."
             )
-        self.projectors = nn.ModuleList(
-            nn.Identity() if s.shape[1] == t.shape[1] else nn.Conv2d(s.shape[1], t.shape[1], 1, bias=False)
-            for s, t in pairs
-        )
+        self.projectors = projectors(pairs)
 
-    def forward(self, student: Outputs, teacher: Outputs | None, target: Tensor) -> dict[str, Tensor]:
-        terms = {}
-        if self.hard:
-            terms["hard"] = self.hard * hard_loss(student.logits, target)
-        if self.hint:
-            assert teacher is not None
-            pairs = pair(maps(student.features, "kdsvd"), maps(teacher.features, "kdsvd"))
-            projected = [p(s) for (s, _), p in zip(pairs, self.projectors, strict=True)]
-            terms["hint"] = self.hint * svd_loss(projected, [t for _, t in pairs], self.vectors)
-        return terms
+    def loss(self, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+        projected = [p(s) for (s, _), p in zip(pairs, self.projectors, strict=True)]
+        return svd_loss(projected, [t for _, t in pairs], self.vectors)

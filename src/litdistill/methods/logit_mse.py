@@ -4,31 +4,27 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from litdistill.methods.base import Method, check_weights, hard_loss
-from litdistill.types import Outputs
+from litdistill.methods.base import Method, check_weights
+from litdistill.types import Batch, Outputs
 
 
 class LogitMSE(Method):
-    """`hard` · CE + `soft` · ½ ‖student − teacher‖² of the logits, a sum over the classes and a mean over the batch.
+    """`hard` · labels' loss + `soft` · ½ ‖student − teacher‖² of the logits, a sum over classes and a mean over the batch.
 
-    `centred` takes each sample's mean over the classes from its logits first: what the softmax does not see then does
+    `centered` takes each sample's mean over the classes from its logits first: what the softmax does not see then does
     not count. That is the limit of KD at a high temperature, times the number of classes (Hinton et al. 2015, section
-    2.1). The paper's own loss is not centred.
+    2.1). The paper's own loss is not centered.
     """
 
     def __init__(self, hard: float = 0.0, soft: float = 1.0, centered: bool = False):
-        super().__init__()
-        check_weights(hard=hard, soft=soft)
-        self.hard, self.soft, self.centered = hard, soft, centered
+        super().__init__(hard)
+        check_weights(soft=soft)
+        self.soft, self.centered = soft, centered
 
-    def forward(self, student: Outputs, teacher: Outputs | None, target: Tensor) -> dict[str, Tensor]:
-        terms = {}
-        if self.hard:
-            terms["hard"] = self.hard * hard_loss(student.logits, target)
-        if self.soft:
-            assert teacher is not None
-            difference = student.logits.float() - teacher.logits.float()
-            if self.centered:
-                difference = difference - difference.mean(dim=1, keepdim=True)
-            terms["soft"] = self.soft * difference.square().sum(dim=1).mean() / 2
-        return terms
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
+        if not self.soft:
+            return {}
+        difference = student.logits.float() - teacher.logits.float()
+        if self.centered:
+            difference = difference - difference.mean(dim=1, keepdim=True)
+        return {"soft": self.soft * difference.square().sum(dim=1).mean() / 2}

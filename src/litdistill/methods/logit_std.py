@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from litdistill.methods.base import Method, check_temperature, check_weights, hard_loss
+from litdistill.methods.base import CATEGORICAL, Method, check_temperature, check_weights
 from litdistill.methods.kd import soft_loss
-from litdistill.types import Outputs
+from litdistill.types import Batch, Outputs
 
 
 def standardize(logits: Tensor) -> Tensor:
@@ -25,20 +25,18 @@ def standardize(logits: Tensor) -> Tensor:
 
 
 class LogitStdKD(Method):
-    """`hard` · CE + `soft` · T² · KL(teacher ‖ student), both softmaxes of standardised logits at temperature T."""
+    """`hard` · labels' loss + `soft` · T² · KL(teacher ‖ student), softmaxes of standardised logits at temperature T."""
+
+    kinds = (CATEGORICAL,)
 
     def __init__(self, hard: float = 0.1, soft: float = 9.0, temperature: float = 2.0):
-        super().__init__()
-        check_weights(hard=hard, soft=soft)
+        super().__init__(hard)
+        check_weights(soft=soft)
         check_temperature(temperature)
-        self.hard, self.soft, self.temperature = hard, soft, temperature
+        self.soft, self.temperature = soft, temperature
 
-    def forward(self, student: Outputs, teacher: Outputs | None, target: Tensor) -> dict[str, Tensor]:
-        terms = {}
-        if self.hard:
-            terms["hard"] = self.hard * hard_loss(student.logits, target)
-        if self.soft:
-            assert teacher is not None
-            soft = soft_loss(standardize(student.logits), standardize(teacher.logits), self.temperature)
-            terms["soft"] = self.soft * soft
-        return terms
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
+        if not self.soft:
+            return {}
+        q, p = standardize(student.logits), standardize(teacher.logits)
+        return {"soft": self.soft * soft_loss(q, p, self.temperature)}

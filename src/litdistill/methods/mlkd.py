@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from litdistill.methods.base import Method, check_temperature, check_weights, hard_loss
+from litdistill.methods.base import CATEGORICAL, Method, check_temperature, check_weights, summed
 from litdistill.methods.kd import soft_loss
-from litdistill.types import Outputs
+from litdistill.types import Batch, Outputs
 from litdistill.utils.errors import UserError
 
 
@@ -21,7 +21,7 @@ def gram_distance(a: Tensor, b: Tensor) -> Tensor:
 
 
 class MLKD(Method):
-    """`hard` · CE + the sum over temperatures of `instance` · T² · KL + `batch` and `classes` · Gram distances.
+    """`hard` · labels' loss + the sum over temperatures of `instance` · T² · KL + `batch` and `classes` · Gram distances.
 
     With probabilities P `(N, classes)` at temperature T, the batch level compares P Pᵀ (how alike the samples are; over
     N) and the class level Pᵀ P (how alike the classes are; over the number of classes).
@@ -32,6 +32,8 @@ class MLKD(Method):
     views (CE .1, KD .9): hard 2 · .1, instance (½ + 1) · .9, batch and classes ½ · .9.
     """
 
+    kinds = (CATEGORICAL,)
+
     def __init__(
         self,
         hard: float = 0.2,
@@ -40,30 +42,25 @@ class MLKD(Method):
         classes: float = 0.45,
         temperatures: Sequence[float] = (2.0, 3.0, 4.0, 5.0, 6.0),
     ):
-        super().__init__()
-        check_weights(hard=hard, instance=instance, batch=batch, classes=classes)
+        super().__init__(hard)
+        check_weights(instance=instance, batch=batch, classes=classes)
         if not temperatures:
-            raise UserError(
-                "method.temperatures is empty. Give at least one temperature; the paper's are [2, 3, 4, 5, 6]."
-            )
+            raise UserError("temperatures is empty. Give at least one temperature; the paper's are [2, 3, 4, 5, 6].")
         for temperature in temperatures:
             check_temperature(temperature)
-        self.hard, self.instance, self.batch, self.classes = hard, instance, batch, classes
+        self.instance, self.batch, self.classes = instance, batch, classes
         self.temperatures = tuple(temperatures)
 
-    def forward(self, student: Outputs, teacher: Outputs | None, target: Tensor) -> dict[str, Tensor]:
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         terms = {}
-        if self.hard:
-            terms["hard"] = self.hard * hard_loss(student.logits, target)
-        if not (self.instance or self.batch or self.classes):
-            return terms
-        assert teacher is not None
         s, t = student.logits.float(), teacher.logits.float()
-        pairs = [(F.softmax(s / tau, dim=1), F.softmax(t / tau, dim=1)) for tau in self.temperatures]
         if self.instance:
-            terms["instance"] = self.instance * torch.stack([soft_loss(s, t, tau) for tau in self.temperatures]).sum()
+            terms["instance"] = self.instance * summed([soft_loss(s, t, tau) for tau in self.temperatures])
+        if not (self.batch or self.classes):
+            return terms
+        pairs = [(F.softmax(s / tau, dim=1), F.softmax(t / tau, dim=1)) for tau in self.temperatures]
         if self.batch:
-            terms["batch"] = self.batch * torch.stack([gram_distance(q, p) for q, p in pairs]).sum()
+            terms["batch"] = self.batch * summed([gram_distance(q, p) for q, p in pairs])
         if self.classes:
-            terms["classes"] = self.classes * torch.stack([gram_distance(q.T, p.T) for q, p in pairs]).sum()
+            terms["classes"] = self.classes * summed([gram_distance(q.T, p.T) for q, p in pairs])
         return terms

@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from litdistill.methods.base import Method, check_weights, hard_loss, maps, pair, same_size
-from litdistill.types import Outputs, Taps
+from litdistill.methods.base import MapMethod, same_size, summed
 
 
 def mmd_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -26,8 +25,8 @@ def mmd_loss(student: Tensor, teacher: Tensor) -> Tensor:
         return kernel(s, s) + kernel(t, t) - 2 * kernel(s, t)
 
 
-class NST(Method):
-    """`hard` · CE(student, labels) + `hint` · sum over stages of `mmd_loss`."""
+class NST(MapMethod):
+    """`hard` · labels' loss + `hint` · sum over stages of `mmd_loss`."""
 
     def __init__(
         self,
@@ -36,25 +35,7 @@ class NST(Method):
         student_taps: Sequence[str] | str = "stages",
         teacher_taps: Sequence[str] | str = "stages",
     ):
-        super().__init__()
-        check_weights(hard=hard, hint=hint)
-        self.hard, self.hint = hard, hint
-        self.student_taps, self.teacher_taps = student_taps, teacher_taps
+        super().__init__(hard, hint, student_taps, teacher_taps)
 
-    def taps(self) -> Taps:
-        return Taps(self.student_taps, self.teacher_taps) if self.hint else Taps()
-
-    def build(self, student: Outputs, teacher: Outputs | None, targets: Tensor) -> None:
-        if self.hint:
-            assert teacher is not None
-            maps(student.features, "nst"), maps(teacher.features, "nst")
-
-    def forward(self, student: Outputs, teacher: Outputs | None, target: Tensor) -> dict[str, Tensor]:
-        terms = {}
-        if self.hard:
-            terms["hard"] = self.hard * hard_loss(student.logits, target)
-        if self.hint:
-            assert teacher is not None
-            pairs = pair(maps(student.features, "nst"), maps(teacher.features, "nst"))
-            terms["hint"] = self.hint * torch.stack([mmd_loss(s, t) for s, t in pairs]).sum()
-        return terms
+    def loss(self, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+        return summed([mmd_loss(s, t) for s, t in pairs])

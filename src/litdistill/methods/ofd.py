@@ -9,30 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from litdistill.methods.base import Method, check_weights, hard_loss, maps, pair, same_size
-from litdistill.types import Outputs, Taps
-
-
-class BatchNorm(nn.BatchNorm2d):
-    """BatchNorm2d that falls back on its running statistics where one value a channel is all there is to normalise.
-
-    A last batch of one sample would else stop a run whose student has no such layer: a 1x1 map has no variance.
-    """
-
-    def forward(self, input: Tensor) -> Tensor:
-        if self.training and input.numel() == input.shape[1]:
-            return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
-        return super().forward(input)
-
-
-def connector(channels: int, out: int) -> nn.Sequential:
-    """1x1 convolution and BatchNorm, initialised as in the authors' code (He's normal by fan-out)."""
-    conv = nn.Conv2d(channels, out, 1, bias=False)
-    nn.init.kaiming_normal_(conv.weight, mode="fan_out")
-    return nn.Sequential(conv, BatchNorm(out))
+from litdistill.methods.base import MapMethod, same_size
+from litdistill.methods.layers import connector
 
 
 class MarginReLU(nn.Module):
@@ -71,8 +51,8 @@ def partial_l2(student: Tensor, teacher: Tensor) -> Tensor:
     return ((student - teacher).square() * counts).sum() / student.shape[0]
 
 
-class OFD(Method):
-    """`hard` · CE(student, labels) + `hint` · Σ partial L2 of stage i / 2^(stages − 1 − i).
+class OFD(MapMethod):
+    """`hard` · labels' loss + `hint` · Σ partial L2 of stage i / 2^(stages − 1 − i).
 
     Each stage counts half as much as the next deeper one, and distances are summed over positions and channels and not
     averaged: so in the authors' code, from which the weight 1e-3 comes. They also run the teacher's BatchNorm in
@@ -86,32 +66,15 @@ class OFD(Method):
         student_taps: Sequence[str] | str = "stages:pre",
         teacher_taps: Sequence[str] | str = "stages:pre",
     ):
-        super().__init__()
-        check_weights(hard=hard, hint=hint)
-        self.hard, self.hint = hard, hint
-        self.student_taps, self.teacher_taps = student_taps, teacher_taps
+        super().__init__(hard, hint, student_taps, teacher_taps)
 
-    def taps(self) -> Taps:
-        return Taps(self.student_taps, self.teacher_taps) if self.hint else Taps()
-
-    def build(self, student: Outputs, teacher: Outputs | None, targets: Tensor) -> None:
-        if not self.hint:
-            return
-        assert teacher is not None
-        pairs = pair(maps(student.features, "ofd"), maps(teacher.features, "ofd"))
+    def build_pairs(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
         self.connectors = nn.ModuleList(connector(s.shape[1], t.shape[1]) for s, t in pairs)
         self.margins = nn.ModuleList(MarginReLU(t.shape[1]) for _, t in pairs)
 
-    def forward(self, student: Outputs, teacher: Outputs | None, target: Tensor) -> dict[str, Tensor]:
-        terms = {}
-        if self.hard:
-            terms["hard"] = self.hard * hard_loss(student.logits, target)
-        if self.hint:
-            assert teacher is not None
-            pairs = pair(maps(student.features, "ofd"), maps(teacher.features, "ofd"))
-            total = student.logits.new_zeros((), dtype=torch.float32)
-            for (s, t), connect, margin in zip(pairs, self.connectors, self.margins, strict=True):
-                s, t = same_size(s, t)
-                total = total / 2 + partial_l2(connect(s).float(), margin(t.float()))
-            terms["hint"] = self.hint * total
-        return terms
+    def loss(self, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+        total = pairs[0][0].new_zeros((), dtype=torch.float32)
+        for (s, t), connect, margin in zip(pairs, self.connectors, self.margins, strict=True):
+            s, t = same_size(s, t)
+            total = total / 2 + partial_l2(connect(s).float(), margin(t.float()))
+        return total

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from litdistill.methods.base import Method, check_temperature, check_weights, hard_loss
+from litdistill.methods.base import CATEGORICAL, Method, check_temperature, check_weights
 from litdistill.methods.kd import soft_loss
-from litdistill.types import Outputs, Taps
+from litdistill.types import Batch, Outputs, Taps
 from litdistill.utils.errors import UserError
 
 
 class WithAverage(nn.Module):
-    """A student and the exponential moving average of its weights; gives the student's logits (N, classes).
+    """A student and the exponential moving average of its weights; gives what the student gives.
 
     Each forward in train mode first moves the average towards the student as its last step left it. The average is in
     eval mode with the student's own BatchNorm statistics, and no gradient reaches it.
@@ -32,49 +34,48 @@ class WithAverage(nn.Module):
 
     @torch.no_grad()
     def _follow(self) -> None:
-        torch._foreach_lerp_(list(self.average.parameters()), list(self.student.parameters()), 1 - self.decay)
+        update = get_ema_multi_avg_fn(self.decay)
+        update(list(self.average.parameters()), list(self.student.parameters()), 0)
         for average, buffer in zip(self.average.buffers(), self.student.buffers(), strict=True):
             average.copy_(buffer)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, *inputs: Any, **named: Any) -> Any:
         if self.training:
             self._follow()
         with torch.no_grad():
-            self.average(images)  # read by tap
-        return self.student(images)
+            self.average(*inputs, **named)  # read by tap
+        return self.student(*inputs, **named)
 
 
 class Online(Method):
-    """`hard` · CE(labels) + `soft` · T² · KL(average ‖ student), the teacher being the student's own moving average.
+    """`hard` · labels' loss + `soft` · T² · KL(average ‖ student), the teacher being the student's own moving average.
 
     The paper's consistency loss is a mean squared error of probabilities; here it is the KL of distillation. The student
-    is shipped, not its average.
+    is deployed, not its average.
     """
 
     needs_teacher = False
+    kinds = (CATEGORICAL,)
 
     def __init__(self, hard: float = 1.0, soft: float = 1.0, temperature: float = 4.0, decay: float = 0.99):
-        super().__init__()
-        check_weights(hard=hard, soft=soft)
+        super().__init__(hard)
+        check_weights(soft=soft)
         check_temperature(temperature)
         if not 0 <= decay < 1:
-            raise UserError(f"method.decay={decay} must be at least 0 and below 1; 0.99 is a good start.")
-        self.hard, self.soft, self.temperature, self.decay = hard, soft, temperature, decay
+            raise UserError(f"decay={decay} must be at least 0 and below 1; 0.99 is a good start.")
+        self.soft, self.temperature, self.decay = soft, temperature, decay
 
-    def prepare(self, student: nn.Module, teacher: nn.Module | None, example: Tensor) -> nn.Module:
+    def prepare(self, student: nn.Module, teacher: Any, example: Any) -> nn.Module:
         return WithAverage(student, self.decay)
 
     def taps(self) -> Taps:
-        return Taps(student=["average"])
+        return Taps(student=["average"]) if self.soft else Taps()
 
     def ship(self, student: nn.Module) -> nn.Module:
         assert isinstance(student, WithAverage)
         return student.student
 
-    def forward(self, student: Outputs, teacher: Outputs | None, target: Tensor) -> dict[str, Tensor]:
-        terms = {}
-        if self.hard:
-            terms["hard"] = self.hard * hard_loss(student.logits, target)
-        if self.soft:
-            terms["soft"] = self.soft * soft_loss(student.logits, student.features["average"], self.temperature)
-        return terms
+    def forward(self, student: Outputs, teacher: Any, batch: Batch) -> dict[str, Tensor]:
+        if not self.soft:
+            return {}
+        return {"soft": self.soft * soft_loss(student.logits, student.features["average"], self.temperature)}

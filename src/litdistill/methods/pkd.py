@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from litdistill.methods.base import Method, check_weights, hard_loss, maps, pair, same_size
-from litdistill.types import Outputs, Taps
+from litdistill.methods.base import MapMethod, same_size, summed
+from litdistill.methods.layers import projectors
 
 
 def normalize(x: Tensor) -> Tensor:
@@ -32,8 +32,8 @@ def pearson_loss(student: Tensor, teacher: Tensor) -> Tensor:
     return F.mse_loss(normalize(student), normalize(teacher)) / 2
 
 
-class PKD(Method):
-    """`hard` · CE(student, labels) + `hint` · Σ (1 − Pearson correlation), stage by stage.
+class PKD(MapMethod):
+    """`hard` · labels' loss + `hint` · Σ (1 − Pearson correlation), stage by stage.
 
     A student with other channels than the teacher's goes through a 1x1 convolution first (the paper's detectors all
     have 256 channels and need none).
@@ -46,34 +46,14 @@ class PKD(Method):
         student_taps: Sequence[str] | str = "stages",
         teacher_taps: Sequence[str] | str = "stages",
     ):
-        super().__init__()
-        check_weights(hard=hard, hint=hint)
-        self.hard, self.hint = hard, hint
-        self.student_taps, self.teacher_taps = student_taps, teacher_taps
+        super().__init__(hard, hint, student_taps, teacher_taps)
 
-    def taps(self) -> Taps:
-        return Taps(self.student_taps, self.teacher_taps) if self.hint else Taps()
+    def build_pairs(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
+        self.projectors = projectors(pairs)
 
-    def build(self, student: Outputs, teacher: Outputs | None, targets: Tensor) -> None:
-        if not self.hint:
-            return
-        assert teacher is not None
-        pairs = pair(maps(student.features, "pkd"), maps(teacher.features, "pkd"))
-        self.projectors = nn.ModuleList(
-            nn.Identity() if s.shape[1] == t.shape[1] else nn.Conv2d(s.shape[1], t.shape[1], 1, bias=False)
-            for s, t in pairs
-        )
-
-    def forward(self, student: Outputs, teacher: Outputs | None, target: Tensor) -> dict[str, Tensor]:
-        terms = {}
-        if self.hard:
-            terms["hard"] = self.hard * hard_loss(student.logits, target)
-        if self.hint:
-            assert teacher is not None
-            losses = []
-            pairs = pair(maps(student.features, "pkd"), maps(teacher.features, "pkd"))
-            for (s, t), project in zip(pairs, self.projectors, strict=True):
-                s, t = same_size(s, t)
-                losses.append(pearson_loss(project(s), t))
-            terms["hint"] = self.hint * torch.stack(losses).sum()
-        return terms
+    def loss(self, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+        losses = []
+        for (s, t), project in zip(pairs, self.projectors, strict=True):
+            s, t = same_size(s, t)
+            losses.append(pearson_loss(project(s), t))
+        return summed(losses)

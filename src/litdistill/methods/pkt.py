@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from litdistill.methods.base import Method, check_weights, hard_loss
-from litdistill.types import Outputs, Taps
+from litdistill.methods.base import VectorMethod, summed
+from litdistill.types import Outputs
 from litdistill.utils.errors import UserError
 
 EPS = 1e-7
@@ -36,8 +36,8 @@ def pkt_loss(student: Tensor, teacher: Tensor) -> Tensor:
     return (p * torch.log((p + EPS) / (q + EPS))).mean()
 
 
-class PKT(Method):
-    """`hard` · CE(student, labels) + `hint` · sum over taps of `pkt_loss`, by default on the classifiers' inputs.
+class PKT(VectorMethod):
+    """`hard` · labels' loss + `hint` · sum over taps of `pkt_loss`, by default on the classifiers' inputs.
 
     With several taps they are taken in pairs, and their numbers must agree.
     """
@@ -49,27 +49,13 @@ class PKT(Method):
         student_taps: Sequence[str] | str = "pooled",
         teacher_taps: Sequence[str] | str = "pooled",
     ):
-        super().__init__()
-        check_weights(hard=hard, hint=hint)
-        self.hard, self.hint = hard, hint
-        self.student_taps, self.teacher_taps = student_taps, teacher_taps
+        super().__init__(hard, hint, student_taps, teacher_taps)
 
-    def taps(self) -> Taps:
-        return Taps(self.student_taps, self.teacher_taps) if self.hint else Taps()
+    def pairs(self, student: Outputs, teacher: Outputs) -> list[tuple[Tensor, Tensor]]:
+        n_s, n_t = len(student.features), len(teacher.features)
+        if n_s != n_t:
+            raise UserError(f"pkt pairs its taps: {n_s} of the student, {n_t} of the teacher. Name as many.")
+        return super().pairs(student, teacher)
 
-    def build(self, student: Outputs, teacher: Outputs | None, targets: Tensor) -> None:
-        if self.hint:
-            assert teacher is not None
-            n_s, n_t = len(student.features), len(teacher.features)
-            if n_s != n_t:
-                raise UserError(f"method=pkt pairs its taps: {n_s} of the student, {n_t} of the teacher. Name as many.")
-
-    def forward(self, student: Outputs, teacher: Outputs | None, target: Tensor) -> dict[str, Tensor]:
-        terms = {}
-        if self.hard:
-            terms["hard"] = self.hard * hard_loss(student.logits, target)
-        if self.hint:
-            assert teacher is not None
-            pairs = zip(student.features.values(), teacher.features.values(), strict=True)
-            terms["hint"] = self.hint * torch.stack([pkt_loss(s, t) for s, t in pairs]).sum()
-        return terms
+    def loss(self, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+        return summed([pkt_loss(s, t) for s, t in pairs])

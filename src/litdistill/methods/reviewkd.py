@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from litdistill.methods.base import Method, check_weights, hard_loss, maps, pair
-from litdistill.methods.ofd import BatchNorm
-from litdistill.types import Outputs, Taps
+from litdistill.methods.base import MapMethod, maps, pair, summed
+from litdistill.methods.layers import BatchNorm
+from litdistill.types import Outputs
 
 MOST_CHANNELS = 512  # of the fused maps, as in the authors' code
 
@@ -69,8 +69,8 @@ def stages(features: Mapping[str, Tensor]) -> list[Tensor]:
     return [f[:, :, None, None] if f.ndim == 2 else f for f in features.values() if f.ndim in (2, 4)]
 
 
-class ReviewKD(Method):
-    """`hard` · CE(student, labels) + `hint` · Σ HCL(fused student map, teacher map).
+class ReviewKD(MapMethod):
+    """`hard` · labels' loss + `hint` · Σ HCL(fused student map, teacher map).
 
     Stages are taken as in the authors' CIFAR code: the student's after their activation, the teacher's before it, and
     of either the pooled vector as one stage more. Their warm-up over 20 epochs is left to a schedule of `hint`.
@@ -83,33 +83,19 @@ class ReviewKD(Method):
         student_taps: Sequence[str] | str = ("stages", "pooled"),
         teacher_taps: Sequence[str] | str = ("stages:pre", "pooled"),
     ):
-        super().__init__()
-        check_weights(hard=hard, hint=hint)
-        self.hard, self.hint = hard, hint
-        self.student_taps, self.teacher_taps = student_taps, teacher_taps
+        super().__init__(hard, hint, student_taps, teacher_taps)
 
-    def taps(self) -> Taps:
-        return Taps(self.student_taps, self.teacher_taps) if self.hint else Taps()
+    def pairs(self, student: Outputs, teacher: Outputs) -> list[tuple[Tensor, Tensor]]:
+        return pair(stages(student.features), stages(teacher.features))
 
-    def build(self, student: Outputs, teacher: Outputs | None, targets: Tensor) -> None:
-        if not self.hint:
-            return
-        assert teacher is not None
-        pairs = pair(stages(student.features), stages(teacher.features))
+    def build_pairs(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
         mid = min(MOST_CHANNELS, pairs[-1][0].shape[1])
         deepest = len(pairs) - 1
         self.abfs = nn.ModuleList(ABF(s.shape[1], mid, t.shape[1], i < deepest) for i, (s, t) in enumerate(pairs))
 
-    def forward(self, student: Outputs, teacher: Outputs | None, target: Tensor) -> dict[str, Tensor]:
-        terms = {}
-        if self.hard:
-            terms["hard"] = self.hard * hard_loss(student.logits, target)
-        if self.hint:
-            assert teacher is not None
-            pairs = pair(stages(student.features), stages(teacher.features))
-            losses, fused = [], None
-            for (s, t), abf in zip(reversed(pairs), reversed(self.abfs), strict=True):
-                out, fused = abf(s, fused, t.shape[2:])
-                losses.append(hcl(out.float(), t.float()))
-            terms["hint"] = self.hint * torch.stack(losses).sum()
-        return terms
+    def loss(self, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+        losses, fused = [], None
+        for (s, t), abf in zip(reversed(pairs), reversed(self.abfs), strict=True):
+            out, fused = abf(s, fused, t.shape[2:])
+            losses.append(hcl(out.float(), t.float()))
+        return summed(losses)

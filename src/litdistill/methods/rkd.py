@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from litdistill.methods.base import Method, check_weights, hard_loss, pair
-from litdistill.types import Outputs, Taps
+from litdistill.methods.base import Method, check_weights, pair, summed, vectors
+from litdistill.types import Batch, Outputs, Taps
 
 
 def relations(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -29,7 +29,7 @@ def relations(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class RKD(Method):
-    """`hard` · CE + `distance` · Huber(distances) + `angle` · Huber(angles), each a mean over all pairs or triples.
+    """`hard` · labels' loss + `distance` · Huber(distances) + `angle` · Huber(angles), means over all pairs or triples.
 
     The weights are the CRD protocol's, for means over all N² and N³ entries, a sample's zeros with itself included.
     With several taps the terms are summed over the pairs of features. A batch of one has no relation: the terms are 0.
@@ -43,30 +43,21 @@ class RKD(Method):
         student_taps: Sequence[str] | str = "pooled",
         teacher_taps: Sequence[str] | str = "pooled",
     ):
-        super().__init__()
-        check_weights(hard=hard, distance=distance, angle=angle)
-        self.hard, self.distance, self.angle = hard, distance, angle
-        self.read = Taps(student_taps, teacher_taps)
+        super().__init__(hard)
+        check_weights(distance=distance, angle=angle)
+        self.distance, self.angle, self.read = distance, angle, Taps(student_taps, teacher_taps)
 
     def taps(self) -> Taps:
-        return self.read
+        return self.read if self.distance or self.angle else Taps()
 
-    def forward(self, student: Outputs, teacher: Outputs | None, target: Tensor) -> dict[str, Tensor]:
-        terms = {}
-        if self.hard:
-            terms["hard"] = self.hard * hard_loss(student.logits, target)
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         if not (self.distance or self.angle):
-            return terms
-        assert teacher is not None
+            return {}
         distances, angles = [], []
         with torch.autocast(student.logits.device.type, enabled=False):
-            for s, t in pair(list(student.features.values()), list(teacher.features.values())):
-                s_distance, s_angle = relations(s.float().flatten(1))
-                t_distance, t_angle = relations(t.float().flatten(1))
+            for s, t in pair(vectors(student.features, "rkd"), vectors(teacher.features, "rkd")):
+                (s_distance, s_angle), (t_distance, t_angle) = relations(s), relations(t)
                 distances.append(F.smooth_l1_loss(s_distance, t_distance))
                 angles.append(F.smooth_l1_loss(s_angle, t_angle))
-        if self.distance:
-            terms["distance"] = self.distance * torch.stack(distances).sum()
-        if self.angle:
-            terms["angle"] = self.angle * torch.stack(angles).sum()
-        return terms
+        terms = {"distance": self.distance * summed(distances)} if self.distance else {}
+        return terms | ({"angle": self.angle * summed(angles)} if self.angle else {})

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from litdistill.methods.base import Method
-from litdistill.types import Outputs, Taps
+from litdistill.methods.base import CATEGORICAL, Method
+from litdistill.types import Batch, Outputs, Taps
 
 
 def of_its_class(target: Tensor) -> Tensor:
@@ -28,26 +31,38 @@ class Shuffled(Method):
     """
 
     def __init__(self, method: Method):
-        super().__init__()
+        super().__init__(method.hard)
         self.method = method
-        self.needs_teacher, self.phases, self.init_epochs = method.needs_teacher, method.phases, method.init_epochs
+        self.needs_teacher, self.needs_hard = method.needs_teacher, method.needs_hard
+        self.init_epochs = method.init_epochs
+        self.kinds = tuple(kind for kind in method.kinds if kind == CATEGORICAL)  # samples of one class are paired
 
     def taps(self) -> Taps:
         return self.method.taps()
 
-    def prepare(self, student: nn.Module, teacher: nn.Module | None, example: Tensor) -> nn.Module:
+    def prepare(self, student: nn.Module, teacher: Any, example: Any) -> nn.Module:
         return self.method.prepare(student, teacher, example)
 
     def ship(self, student: nn.Module) -> nn.Module:
         return self.method.ship(student)
 
-    def build(self, student: Outputs, teacher: Outputs | None, targets: Tensor) -> None:
+    def build(self, student: Outputs, teacher: Any, targets: Tensor | None) -> None:
         self.method.build(student, teacher, targets)
 
-    def forward(self, student: Outputs, teacher: Outputs | None, target: Tensor) -> dict[str, Tensor]:
-        self.method.epoch = self.epoch
+    def set_epoch(self, epoch: int) -> None:
+        super().set_epoch(epoch)
+        self.method.set_epoch(epoch)
+
+    def hard_factor(self, epoch: int) -> float:
+        return self.method.hard_factor(epoch)
+
+    def companions(self, student: Outputs) -> Sequence[Outputs]:
+        return self.method.companions(student)
+
+    def forward(self, student: Outputs, teacher: Any, batch: Batch) -> dict[str, Tensor]:
         if teacher is not None:
-            other = of_its_class(target)
+            other = of_its_class(batch.targets)
+            heads = {name: x[other] for name, x in teacher.heads.items()}
             features = {name: x[other] for name, x in teacher.features.items()}
-            teacher = teacher._replace(logits=teacher.logits[other], features=features)
-        return self.method(student, teacher, target)
+            teacher = teacher._replace(heads=heads, features=features)
+        return self.method(student, teacher, batch)

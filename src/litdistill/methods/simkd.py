@@ -6,65 +6,21 @@ classifier, frozen; all that is learnt is to give that classifier the map it kno
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from litdistill.features.feature_extractor import FeatureExtractor, resolve_taps
-from litdistill.methods.base import Method, check_weights, hard_loss, maps, same_size
-from litdistill.types import Outputs, Taps
+from litdistill.methods.base import Method, check_weights, maps, same_size
+from litdistill.methods.layers import dry_forward, reusable_classifier
+from litdistill.types import Batch, Outputs, Taps
 from litdistill.utils.errors import UserError
 
 
-def dry_forward(net: nn.Module, example: Tensor, taps: Sequence[str] | str) -> tuple[str, Outputs, list[nn.Module]]:
-    """In eval mode: the name of the (last) tap, the outputs, and the leaf modules that were called, in their order."""
-    name = resolve_taps(net, example, taps)[-1]
-    modes = [(m, m.training) for m in net.modules()]
-    called: list[nn.Module] = []
-    leaves = [m for m in net.modules() if not list(m.children())]
-    handles = [m.register_forward_hook(lambda module, args, out: called.append(module)) for m in leaves]
-    tapped = FeatureExtractor(net, [name])
-    try:
-        for m, _ in modes:
-            m.training = False
-        with torch.no_grad():
-            return name, tapped(example), called
-    finally:
-        tapped.remove()
-        for handle in handles:
-            handle.remove()
-        for m, mode in modes:
-            m.training = mode
-
-
-def reusable_classifier(teacher: nn.Module, example: Tensor, taps: Sequence[str] | str, method: str) -> nn.Linear:
-    """A frozen copy of the teacher's classifier, its last linear layer.
-
-    Raises `UserError` unless that layer, applied to the mean of the tapped map (N, C, H, W) over its positions, gives
-    the teacher's logits: else a student's map could be given to it, but would mean something else.
-    """
-    name, (logits, features, _), called = dry_forward(teacher, example, taps)
-    pooled = maps(features, method)[-1].mean((2, 3))
-    last = next((m for m in reversed(called) if isinstance(m, nn.Linear)), None)
-    if last is not None and last.in_features == pooled.shape[1]:
-        with torch.no_grad():
-            given = last(pooled)
-        if given.shape == logits.shape and float((given - logits).abs().max()) <= 1e-3 * float(logits.abs().max()):
-            return copy.deepcopy(last).requires_grad_(False)
-    raise UserError(
-        f"method={method} reuses the teacher's classifier, which must be one linear layer on the mean over positions "
-        f"of a map, and is not that on {name!r} of this teacher. Name the map in front of its pooling "
-        "(method.teacher_taps), take a teacher such as a ResNet, or use another method (kd, dkd, fitnet)."
-    )
-
-
 class ReusedHead(nn.Module):
-    """Images (N, C, H, W) -> the teacher's classifier of the projected last map of the student: logits (N, classes).
+    """What the student takes -> the teacher's classifier of the projected last map of the student: logits (N, classes).
 
     An ordinary network: its state dict is complete, and it is exported alone. `tap` names the last map in `backbone`;
     what comes after it there is not used. `size`: height and width to which a larger map is pooled, the teacher's.
@@ -86,8 +42,8 @@ class ReusedHead(nn.Module):
         else:
             module.register_forward_hook(partial(_take_output, self._taken))
 
-    def forward(self, images: Tensor) -> Tensor:
-        self.backbone(images)
+    def forward(self, *inputs: Any, **named: Any) -> Tensor:
+        self.backbone(*inputs, **named)
         x, self._taken.map = self._taken.map, None  # or the graph of this batch would be kept
         assert x is not None
         h, w = min(x.shape[2], self.size[0]), min(x.shape[3], self.size[1])
@@ -139,7 +95,7 @@ def without_head(net: nn.Module, tap: str, called: list[nn.Module]) -> None:
 
 
 class SimKD(Method):
-    """`hint` · MSE(projected student map, teacher map) + `hard` · CE(logits of the reused classifier, labels).
+    """`hint` · MSE(projected student map, teacher map) + `hard` · labels' loss of the reused classifier's logits.
 
     The paper has no hard term: nothing but the map is learnt.
     """
@@ -152,33 +108,27 @@ class SimKD(Method):
         student_taps: Sequence[str] | str = "last",
         teacher_taps: Sequence[str] | str = "last",
     ):
-        super().__init__()
-        check_weights(hard=hard, hint=hint)
+        super().__init__(hard)
+        check_weights(hint=hint)
         if factor < 1:
-            raise UserError(f"method.factor={factor} divides the projector's inner channels and must be 1 or more.")
-        self.hard, self.hint, self.factor = hard, hint, factor
-        self.student_taps, self.teacher_taps = student_taps, teacher_taps
+            raise UserError(f"factor={factor} divides the projector's inner channels and must be 1 or more.")
+        self.hint, self.factor, self.read = hint, factor, Taps(student_taps, teacher_taps)
 
     def taps(self) -> Taps:
         """Of the network that `prepare` gives: the output of its projector."""
-        return Taps(("projector",), self.teacher_taps) if self.hint else Taps()
+        return Taps(("projector",), self.read.teacher) if self.hint else Taps()
 
-    def prepare(self, student: nn.Module, teacher: nn.Module | None, example: Tensor) -> nn.Module:
-        assert teacher is not None
-        classifier = reusable_classifier(teacher, example, self.teacher_taps, "simkd")
-        t = maps(dry_forward(teacher, example, self.teacher_taps)[1].features, "simkd")[-1]
-        tap, outputs, called = dry_forward(student, example, self.student_taps)
+    def prepare(self, student: nn.Module, teacher: nn.Module, example: Any) -> nn.Module:
+        classifier = reusable_classifier(teacher, example, self.read.teacher, "simkd")
+        t = maps(dry_forward(teacher, example, self.read.teacher)[1].features, "simkd")[-1]
+        tap, outputs, called = dry_forward(student, example, self.read.student)
         s = maps(outputs.features, "simkd")[-1]
         without_head(student, tap, called)
         project = projector(s.shape[1], t.shape[1], self.factor).to(s.device)
         return ReusedHead(student, tap, project, classifier, (t.shape[2], t.shape[3]))
 
-    def forward(self, student: Outputs, teacher: Outputs | None, target: Tensor) -> dict[str, Tensor]:
-        terms = {}
-        if self.hard:
-            terms["hard"] = self.hard * hard_loss(student.logits, target)
-        if self.hint:
-            assert teacher is not None
-            s, t = same_size(maps(student.features, "simkd")[-1], maps(teacher.features, "simkd")[-1])
-            terms["hint"] = self.hint * F.mse_loss(s.float(), t.float())
-        return terms
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
+        if not self.hint:
+            return {}
+        s, t = same_size(maps(student.features, "simkd")[-1], maps(teacher.features, "simkd")[-1])
+        return {"hint": self.hint * F.mse_loss(s.float(), t.float())}

@@ -5,30 +5,28 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from litdistill.methods.base import Method, check_temperature, check_weights, hard_loss
-from litdistill.types import Outputs
+from litdistill.methods.base import CATEGORICAL, Method, check_temperature, check_weights
+from litdistill.types import Batch, Outputs
 
 
 class SoftTargetCE(Method):
-    """`hard` · CE(student, labels) + `soft` · T² · CE(student_T, teacher_T).
+    """`hard` · labels' loss + `soft` · T² · CE(student_T, teacher_T).
 
     CE = KL + the teacher's entropy, which no student changes: the gradients are those of `kd`, and only the values
     differ. They are what older papers and logs report, and do not go to 0 when the student equals the teacher.
     """
 
-    def __init__(self, hard: float = 0.1, soft: float = 0.9, temperature: float = 4.0):
-        super().__init__()
-        check_weights(hard=hard, soft=soft)
-        check_temperature(temperature)
-        self.hard, self.soft, self.temperature = hard, soft, temperature
+    kinds = (CATEGORICAL,)
 
-    def forward(self, student: Outputs, teacher: Outputs | None, target: Tensor) -> dict[str, Tensor]:
-        terms = {}
-        if self.hard:
-            terms["hard"] = self.hard * hard_loss(student.logits, target)
-        if self.soft:
-            assert teacher is not None
-            p = F.softmax(teacher.logits.float() / self.temperature, dim=1)
-            soft = F.cross_entropy(student.logits.float() / self.temperature, p)
-            terms["soft"] = self.soft * self.temperature**2 * soft
-        return terms
+    def __init__(self, hard: float = 0.1, soft: float = 0.9, temperature: float = 4.0):
+        super().__init__(hard)
+        check_weights(soft=soft)
+        check_temperature(temperature)
+        self.soft, self.temperature = soft, temperature
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
+        if not self.soft:
+            return {}
+        p = F.softmax(teacher.logits.float() / self.temperature, dim=1)
+        soft = F.cross_entropy(student.logits.float() / self.temperature, p)
+        return {"soft": self.soft * self.temperature**2 * soft}

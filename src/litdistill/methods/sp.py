@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from litdistill.methods.base import Method, check_weights, hard_loss, pair
-from litdistill.types import Outputs, Taps
+from litdistill.methods.base import VectorMethod, summed
 
 
 def similarity(x: Tensor) -> Tensor:
@@ -23,8 +22,8 @@ def similarity(x: Tensor) -> Tensor:
     return gram * torch.where(norm > 0, 1 / norm.clamp(min=1e-20), torch.zeros_like(norm))
 
 
-class SP(Method):
-    """`hard` · CE + `hint` · ‖G_student − G_teacher‖² / N², summed over the pairs of features (equation 4)."""
+class SP(VectorMethod):
+    """`hard` · labels' loss + `hint` · ‖G_student − G_teacher‖² / N², summed over the pairs of features (equation 4)."""
 
     def __init__(
         self,
@@ -33,22 +32,7 @@ class SP(Method):
         student_taps: Sequence[str] | str = "last",
         teacher_taps: Sequence[str] | str = "last",
     ):
-        super().__init__()
-        check_weights(hard=hard, hint=hint)
-        self.hard, self.hint = hard, hint
-        self.read = Taps(student_taps, teacher_taps)
+        super().__init__(hard, hint, student_taps, teacher_taps)
 
-    def taps(self) -> Taps:
-        return self.read
-
-    def forward(self, student: Outputs, teacher: Outputs | None, target: Tensor) -> dict[str, Tensor]:
-        terms = {}
-        if self.hard:
-            terms["hard"] = self.hard * hard_loss(student.logits, target)
-        if self.hint:
-            assert teacher is not None
-            pairs = pair(list(student.features.values()), list(teacher.features.values()))
-            with torch.autocast(student.logits.device.type, enabled=False):
-                losses = [(similarity(s) - similarity(t)).square().mean() for s, t in pairs]
-            terms["hint"] = self.hint * torch.stack(losses).sum()
-        return terms
+    def loss(self, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+        return summed([(similarity(s) - similarity(t)).square().mean() for s, t in pairs])

@@ -12,16 +12,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from litdistill.methods.base import Method, check_temperature, check_weights, hard_loss
+from litdistill.methods.base import CATEGORICAL, VectorMethod, check_temperature, check_weights
 from litdistill.methods.kd import soft_loss
-from litdistill.methods.ofd import BatchNorm
-from litdistill.types import Outputs, Taps
+from litdistill.methods.layers import BatchNorm
+from litdistill.types import Batch, Outputs
 from litdistill.utils.errors import UserError
 
 
-def pooled(features: Outputs) -> Tensor:
+def pooled(outputs: Outputs) -> Tensor:
     """The last feature as vectors (N, C): a map's mean over positions, or the mean of tokens; in float32."""
-    f = list(features.features.values())[-1].float()
+    f = list(outputs.features.values())[-1].float()
     return f.mean((2, 3)) if f.ndim == 4 else f.mean(1) if f.ndim == 3 else f
 
 
@@ -34,8 +34,8 @@ def log_sum(student: Tensor, teacher: Tensor, exponent: float) -> Tensor:
     return total.clamp(min=torch.finfo(total.dtype).tiny).log()
 
 
-class SRD(Method):
-    """`hard` · CE(student, labels) + `hint` · log Σ |BN(student's vector W) − BN(teacher's vector)|^exponent + `soft` · KL.
+class SRD(VectorMethod):
+    """`hard` · labels' loss + `hint` · log Σ |BN(student's vector W) − BN(teacher's vector)|^exponent + `soft` · KL.
 
     As in the authors' ImageNet code: vectors are those that the classifiers read, W is learnt, both BatchNorms have no
     affine part and an ε of 1e-4, and the sum is over batch and channels, which adds only a constant to the logarithm of
@@ -53,37 +53,31 @@ class SRD(Method):
         student_taps: Sequence[str] | str = "pooled",
         teacher_taps: Sequence[str] | str = "pooled",
     ):
-        super().__init__()
-        check_weights(hard=hard, hint=hint, soft=soft)
+        super().__init__(hard, hint, student_taps, teacher_taps)
+        check_weights(soft=soft)
         check_temperature(temperature)
         if not exponent >= 1:
-            raise UserError(f"method.exponent={exponent} must be 1 or more. The authors use 4.")
-        self.hard, self.hint, self.soft, self.temperature, self.exponent = hard, hint, soft, temperature, exponent
-        self.student_taps, self.teacher_taps = student_taps, teacher_taps
+            raise UserError(f"exponent={exponent} must be 1 or more. The authors use 4.")
+        self.soft, self.temperature, self.exponent = soft, temperature, exponent
+        if soft:
+            self.kinds = (CATEGORICAL,)
 
-    def taps(self) -> Taps:
-        return Taps(self.student_taps, self.teacher_taps) if self.hint else Taps()
+    def pairs(self, student: Outputs, teacher: Outputs) -> list[tuple[Tensor, Tensor]]:
+        """The last feature of either as vectors (N, C)."""
+        return [(pooled(student), pooled(teacher))]
 
-    def build(self, student: Outputs, teacher: Outputs | None, targets: Tensor) -> None:
-        if not self.hint:
-            return
-        assert teacher is not None
-        s, t = pooled(student), pooled(teacher)
+    def build_pairs(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
+        s, t = pairs[0]
         self.projector = nn.Linear(s.shape[1], t.shape[1], bias=False, device=s.device)
         self.norm_student = BatchNorm(t.shape[1], eps=1e-4, affine=False, device=s.device)
         self.norm_teacher = BatchNorm(t.shape[1], eps=1e-4, affine=False, device=t.device)
 
-    def forward(self, student: Outputs, teacher: Outputs | None, target: Tensor) -> dict[str, Tensor]:
-        terms = {}
-        if self.hard:
-            terms["hard"] = self.hard * hard_loss(student.logits, target)
-        if self.hint:
-            assert teacher is not None
-            with torch.autocast(student.logits.device.type, enabled=False):
-                s = self.norm_student(self.projector(pooled(student))[:, :, None, None])
-                t = self.norm_teacher(pooled(teacher)[:, :, None, None])
-                terms["hint"] = self.hint * log_sum(s, t, self.exponent)
+    def loss(self, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+        s = self.norm_student(self.projector(pairs[0][0])[:, :, None, None])
+        return log_sum(s, self.norm_teacher(pairs[0][1][:, :, None, None]), self.exponent)
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
+        terms = super().forward(student, teacher, batch)
         if self.soft:
-            assert teacher is not None
             terms["soft"] = self.soft * soft_loss(student.logits, teacher.logits, self.temperature)
         return terms

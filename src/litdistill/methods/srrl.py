@@ -7,19 +7,19 @@ teacher's logits when the teacher's own classifier reads them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from litdistill.methods.base import Method, check_weights, hard_loss, maps
-from litdistill.methods.ofd import connector
-from litdistill.methods.simkd import reusable_classifier
-from litdistill.types import Outputs, Taps
+from litdistill.methods.base import Method, check_weights, maps
+from litdistill.methods.layers import connector, reusable_classifier
+from litdistill.types import Batch, Outputs, Taps
 
 
 class SRRL(Method):
-    """`hard` · CE(student, labels) + `hint` · MSE(features) + `soft` · MSE(logits by the teacher's classifier).
+    """`hard` · labels' loss + `hint` · MSE(features) + `soft` · MSE(logits by the teacher's classifier).
 
     As in the authors' code both distances are means over their elements, both weights are 1, the connector (1x1
     convolution, BatchNorm, ReLU) works on the student's last map, and features are its means over positions.
@@ -36,42 +36,36 @@ class SRRL(Method):
         student_taps: Sequence[str] | str = "last",
         teacher_taps: Sequence[str] | str = "last",
     ):
-        super().__init__()
-        check_weights(hard=hard, hint=hint, soft=soft)
-        self.hard, self.hint, self.soft = hard, hint, soft
-        self.student_taps, self.teacher_taps = student_taps, teacher_taps
+        super().__init__(hard)
+        check_weights(hint=hint, soft=soft)
+        self.hint, self.soft, self.read = hint, soft, Taps(student_taps, teacher_taps)
 
     def taps(self) -> Taps:
-        return Taps(self.student_taps, self.teacher_taps) if self.hint or self.soft else Taps()
+        return self.read if self.hint or self.soft else Taps()
 
-    def prepare(self, student: nn.Module, teacher: nn.Module | None, example: Tensor) -> nn.Module:
+    def prepare(self, student: nn.Module, teacher: nn.Module, example: Any) -> nn.Module:
         """Takes a copy of the teacher's classifier; the student is left as it is."""
         if self.soft:
-            assert teacher is not None
-            classifier = reusable_classifier(teacher, example, self.teacher_taps, "srrl")
+            classifier = reusable_classifier(teacher, example, self.read.teacher, "srrl")
             self.register_buffer("weight", classifier.weight.detach())
             self.register_buffer("bias", None if classifier.bias is None else classifier.bias.detach())
         return student
 
-    def build(self, student: Outputs, teacher: Outputs | None, targets: Tensor) -> None:
-        if not (self.hint or self.soft):
-            return
-        assert teacher is not None
-        s, t = maps(student.features, "srrl")[-1], maps(teacher.features, "srrl")[-1]
-        self.connector = nn.Sequential(connector(s.shape[1], t.shape[1]), nn.ReLU())
-
-    def forward(self, student: Outputs, teacher: Outputs | None, target: Tensor) -> dict[str, Tensor]:
-        terms = {}
-        if self.hard:
-            terms["hard"] = self.hard * hard_loss(student.logits, target)
+    def build(self, student: Outputs, teacher: Outputs, targets: Tensor | None) -> None:
         if self.hint or self.soft:
-            assert teacher is not None
-            connected = self.connector(maps(student.features, "srrl")[-1]).float().mean((2, 3))
-            if self.hint:
-                wanted = maps(teacher.features, "srrl")[-1].float().mean((2, 3))
-                terms["hint"] = self.hint * F.mse_loss(connected, wanted)
-            if self.soft:
-                with torch.autocast(connected.device.type, enabled=False):
-                    logits = F.linear(connected, self.weight, self.bias)
-                terms["soft"] = self.soft * F.mse_loss(logits, teacher.logits.float())
+            s, t = maps(student.features, "srrl")[-1], maps(teacher.features, "srrl")[-1]
+            self.connector = nn.Sequential(connector(s.shape[1], t.shape[1]), nn.ReLU())
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
+        if not (self.hint or self.soft):
+            return {}
+        terms = {}
+        connected = self.connector(maps(student.features, "srrl")[-1]).float().mean((2, 3))
+        if self.hint:
+            wanted = maps(teacher.features, "srrl")[-1].float().mean((2, 3))
+            terms["hint"] = self.hint * F.mse_loss(connected, wanted)
+        if self.soft:
+            with torch.autocast(connected.device.type, enabled=False):
+                logits = F.linear(connected, self.weight, self.bias)
+            terms["soft"] = self.soft * F.mse_loss(logits, teacher.logits.float())
         return terms

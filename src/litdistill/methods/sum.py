@@ -3,46 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
 from litdistill.features.feature_extractor import resolve_taps
 from litdistill.methods.base import Method
-from litdistill.types import Outputs, Taps
+from litdistill.types import Batch, Outputs, Taps
 from litdistill.utils.errors import UserError
 
 
 class Sum(Method):
     """The terms of all `methods` together; each method reads its own taps.
 
-    A term is named after its method's key: `kd_soft` and `at_hint` of `{"kd": …, "at": …}`. `hard` alone keeps its
-    name, and one method alone may have it: labels that count twice would not be seen in a log. So `hard: 0` is set in
-    all methods but one. Raises `UserError` otherwise, here or, for methods that have no `hard`, in `forward`.
+    A term is named after its method's key: `kd_soft` and `at_hint` of `{"kd": …, "at": …}`. One method alone may weigh the
+    labels' loss, and its `hard` is that of the sum: labels that count twice would not be seen in a log. So `hard: 0` is set
+    in all methods but one. Raises `UserError` otherwise. `init_epochs` is the largest of its methods': none is in a first
+    phase afterwards.
     """
 
     def __init__(self, methods: Mapping[str, Method]):
-        super().__init__()
         if not methods:
-            raise UserError("method.methods is empty. Name the methods to add, say {kd: …, at: …}.")
-        labeled = [key for key, m in methods.items() if getattr(m, "hard", 0)]
-        labeled.sort(key=lambda key: not methods[key].needs_hard)
+            raise UserError("methods is empty. Name the methods to add, say {kd: …, at: …}.")
+        labeled = sorted((key for key, m in methods.items() if m.hard), key=lambda key: not methods[key].needs_hard)
         if len(labeled) > 1:
             if methods[labeled[1]].needs_hard:
                 raise UserError(
                     f"{' and '.join(labeled[:2])} must both learn from the labels. Leave one out of the sum."
                 )
-            raise UserError(f"Two methods of the sum learn from the labels. Set method.methods.{labeled[1]}.hard=0.")
+            raise UserError(f"Two methods of the sum learn from the labels. Set methods.{labeled[1]}.hard=0.")
+        super().__init__(methods[labeled[0]].hard if labeled else 0.0)
         self.methods = nn.ModuleDict(methods)
+        self.labeled = labeled[0] if labeled else None
         self.needs_teacher = any(m.needs_teacher for m in methods.values())
-        self.phases = any(m.phases for m in methods.values())
-        self.init_epochs = min(m.init_epochs for m in methods.values())
+        self.needs_hard = any(m.needs_hard for m in methods.values())
+        self.init_epochs = max(m.init_epochs for m in methods.values())
+        self.kinds = tuple(kind for kind in Method.kinds if all(kind in m.kinds for m in methods.values()))
         self.names: dict[str, tuple[list[str], list[str]]] = {}  # by method: which features of either network it reads
 
     def parts(self) -> dict[str, Method]:
         """The methods by key."""
         return {key: part for key, part in self.methods.items() if isinstance(part, Method)}
 
-    def prepare(self, student: nn.Module, teacher: nn.Module | None, example: Tensor) -> nn.Module:
+    def prepare(self, student: nn.Module, teacher: Any, example: Any) -> nn.Module:
         """Prepares each method in turn, then finds the taps of each: `taps()` is known only afterwards.
 
         Each method gets its own features back from the union by these names, so that `"stages"` of one and `"pooled"`
@@ -69,18 +72,28 @@ class Sum(Method):
             student = part.ship(student)
         return student
 
-    def build(self, student: Outputs, teacher: Outputs | None, targets: Tensor) -> None:
+    def build(self, student: Outputs, teacher: Any, targets: Tensor | None) -> None:
         for key, part in self.parts().items():
             part.build(*self._own(key, student, teacher), targets)
 
-    def forward(self, student: Outputs, teacher: Outputs | None, target: Tensor) -> dict[str, Tensor]:
-        terms: dict[str, Tensor] = {}
+    def set_epoch(self, epoch: int) -> None:
+        super().set_epoch(epoch)
+        for part in self.parts().values():
+            part.set_epoch(epoch)
+
+    def hard_factor(self, epoch: int) -> float:
+        """That of the method which weighs the labels' loss."""
+        return 1.0 if self.labeled is None else self.parts()[self.labeled].hard_factor(epoch)
+
+    def companions(self, student: Outputs) -> list[Outputs]:
+        own = [part.companions(self._own(key, student, None)[0]) for key, part in self.parts().items()]
+        return [companion for companions in own for companion in companions]
+
+    def forward(self, student: Outputs, teacher: Any, batch: Batch) -> dict[str, Tensor]:
+        terms = {}
         for key, part in self.parts().items():
-            part.epoch = self.epoch
-            for name, value in part(*self._own(key, student, teacher), target).items():
-                if name == "hard" and name in terms:
-                    raise UserError(f"Two methods of the sum learn from the labels. Set method.methods.{key}.hard=0.")
-                terms[name if name == "hard" else f"{key}_{name}"] = value
+            for name, value in part(*self._own(key, student, teacher), batch).items():
+                terms[f"{key}_{name}"] = value
         return terms
 
     def _own(self, key: str, student: Outputs, teacher: Outputs | None) -> tuple[Outputs, Outputs | None]:

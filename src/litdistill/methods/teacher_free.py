@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor
 
-from litdistill.methods.base import Method, check_temperature, check_weights, hard_loss
-from litdistill.types import Outputs
+from litdistill.methods.base import CATEGORICAL, Method, check_temperature, check_weights
+from litdistill.types import Batch, Outputs
 from litdistill.utils.errors import UserError
 
 
@@ -21,30 +23,28 @@ def virtual_teacher(target: Tensor, classes: int, correct: float, temperature: f
 
 
 class TeacherFree(Method):
-    """`hard` · CE + `soft` · KL(virtual teacher ‖ student). A control for KD: it knows nothing of the image.
+    """`hard` · labels' loss + `soft` · KL(virtual teacher ‖ student). A control for KD: it knows nothing of the image.
 
     The paper's formula softens the student as well; the code behind its tables does not, and neither does this. That
     code's `multiplier` (100 on CIFAR-100) undoes a mean over the classes, which is not taken here.
     """
 
     needs_teacher = False
+    kinds = (CATEGORICAL,)
 
     def __init__(self, hard: float = 0.9, soft: float = 0.1, correct: float = 0.99, temperature: float = 20.0):
-        super().__init__()
-        check_weights(hard=hard, soft=soft)
+        super().__init__(hard)
+        check_weights(soft=soft)
         check_temperature(temperature)
         if not 0 < correct <= 1:
             raise UserError(
-                f"method.correct={correct} is the probability of the label: above 0, 1 at most. The paper's is 0.99."
+                f"correct={correct} is the probability of the label: above 0, 1 at most. The paper's is 0.99."
             )
-        self.hard, self.soft, self.correct, self.temperature = hard, soft, correct, temperature
+        self.soft, self.correct, self.temperature = soft, correct, temperature
 
-    def forward(self, student: Outputs, teacher: Outputs | None, target: Tensor) -> dict[str, Tensor]:
-        terms = {}
-        if self.hard:
-            terms["hard"] = self.hard * hard_loss(student.logits, target)
-        if self.soft:
-            p = virtual_teacher(target, student.logits.shape[1], self.correct, self.temperature)
-            log_q = F.log_softmax(student.logits.float(), dim=1)
-            terms["soft"] = self.soft * F.kl_div(log_q, p, reduction="batchmean")
-        return terms
+    def forward(self, student: Outputs, teacher: Any, batch: Batch) -> dict[str, Tensor]:
+        if not self.soft:
+            return {}
+        p = virtual_teacher(batch.targets, student.logits.shape[1], self.correct, self.temperature)
+        log_q = F.log_softmax(student.logits.float(), dim=1)
+        return {"soft": self.soft * F.kl_div(log_q, p, reduction="batchmean")}

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from litdistill.methods.base import Method, check_weights, hard_loss, maps, pair, same_size
-from litdistill.types import Outputs, Taps
+from litdistill.methods.base import MapMethod, same_size, summed
 
 
 class Gaussian(nn.Module):
@@ -35,37 +33,11 @@ class Gaussian(nn.Module):
         return 0.5 * ((self.mean(f_s).float() - f_t.float()).square() / variance + variance.log()).mean()
 
 
-class VID(Method):
-    """`hard` · CE(student, labels) + `hint` · sum over stages of −log q(teacher | student), which may be negative."""
+class VID(MapMethod):
+    """`hard` · labels' loss + `hint` · sum over stages of −log q(teacher | student), which may be negative."""
 
-    def __init__(
-        self,
-        hard: float = 1.0,
-        hint: float = 1.0,
-        student_taps: Sequence[str] | str = "stages",
-        teacher_taps: Sequence[str] | str = "stages",
-    ):
-        super().__init__()
-        check_weights(hard=hard, hint=hint)
-        self.hard, self.hint = hard, hint
-        self.student_taps, self.teacher_taps = student_taps, teacher_taps
+    def build_pairs(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
+        self.stages = nn.ModuleList(Gaussian(s.shape[1], t.shape[1]).to(s.device) for s, t in pairs)
 
-    def taps(self) -> Taps:
-        return Taps(self.student_taps, self.teacher_taps) if self.hint else Taps()
-
-    def build(self, student: Outputs, teacher: Outputs | None, targets: Tensor) -> None:
-        if self.hint:
-            assert teacher is not None
-            pairs = pair(maps(student.features, "vid"), maps(teacher.features, "vid"))
-            self.stages = nn.ModuleList(Gaussian(s.shape[1], t.shape[1]).to(s.device) for s, t in pairs)
-
-    def forward(self, student: Outputs, teacher: Outputs | None, target: Tensor) -> dict[str, Tensor]:
-        terms = {}
-        if self.hard:
-            terms["hard"] = self.hard * hard_loss(student.logits, target)
-        if self.hint:
-            assert teacher is not None
-            pairs = pair(maps(student.features, "vid"), maps(teacher.features, "vid"))
-            losses = [q(s, t) for q, (s, t) in zip(self.stages, pairs, strict=True)]
-            terms["hint"] = self.hint * torch.stack(losses).sum()
-        return terms
+    def loss(self, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+        return summed([q(s, t) for q, (s, t) in zip(self.stages, pairs, strict=True)])

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from litdistill.methods.base import Method, check_weights, hard_loss
-from litdistill.types import Outputs
+from litdistill.methods.base import CATEGORICAL, Method, check_weights
+from litdistill.types import Batch, Outputs
 from litdistill.utils.errors import UserError
 
 
@@ -25,23 +25,20 @@ def transformed_matching(student: Tensor, teacher: Tensor, gamma: float, weighte
 
 
 class WTTM(Method):
-    """`hard` · CE + `soft` · weighted KL with the power-transformed teacher; `weighted: false` is the paper's TTM."""
+    """`hard` · labels' loss + `soft` · weighted KL with the power-transformed teacher; without `weighted` the paper's TTM."""
+
+    kinds = (CATEGORICAL,)
 
     def __init__(self, hard: float = 1.0, soft: float = 4.0, gamma: float = 0.2, weighted: bool = True):
-        super().__init__()
-        check_weights(hard=hard, soft=soft)
+        super().__init__(hard)
+        check_weights(soft=soft)
         if not gamma > 0:
             raise UserError(
-                f"method.gamma={gamma} must be above 0: it is 1 / temperature. The authors' examples are 0.1 and 0.2."
+                f"gamma={gamma} must be above 0: it is 1 / temperature. The authors' examples are 0.1 and 0.2."
             )
-        self.hard, self.soft, self.gamma, self.weighted = hard, soft, gamma, weighted
+        self.soft, self.gamma, self.weighted = soft, gamma, weighted
 
-    def forward(self, student: Outputs, teacher: Outputs | None, target: Tensor) -> dict[str, Tensor]:
-        terms = {}
-        if self.hard:
-            terms["hard"] = self.hard * hard_loss(student.logits, target)
-        if self.soft:
-            assert teacher is not None
-            soft = transformed_matching(student.logits, teacher.logits, self.gamma, self.weighted)
-            terms["soft"] = self.soft * soft
-        return terms
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
+        if not self.soft:
+            return {}
+        return {"soft": self.soft * transformed_matching(student.logits, teacher.logits, self.gamma, self.weighted)}

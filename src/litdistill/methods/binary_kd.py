@@ -1,0 +1,46 @@
+"""KD for several labels a sample. Yang et al. 2023, Multi-Label Knowledge Distillation (arXiv 2308.06453), section 3.1.
+
+Its multi-label logits distillation (MLD): each label is a binary problem, in which the student learns the teacher's
+probability of yes and no.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from litdistill.methods.base import BERNOULLI, Method, check_temperature, check_weights
+from litdistill.types import Batch, Outputs
+
+
+def binary_soft_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """T² · Σ over labels of KL(teacher ‖ student) of the Bernoulli distributions of sigmoid(z / T), a mean over the batch.
+
+    Both (N, labels); a scalar, in float32 whatever the autocast. Logarithms of probabilities are taken of logits, where the
+    authors' code clamps probabilities to 1e-8 from 0 and 1, beyond which a student would get no gradient.
+    """
+    z_s, z_t = student.float() / temperature, teacher.float() / temperature
+    divergence = z_t.sigmoid() * (F.logsigmoid(z_t) - F.logsigmoid(z_s))
+    divergence = divergence + (-z_t).sigmoid() * (F.logsigmoid(-z_t) - F.logsigmoid(-z_s))
+    return divergence.sum() / len(z_s) * temperature**2
+
+
+class BinaryKD(Method):
+    """`hard` · labels' loss + `soft` · T² · Σ over labels of KL(teacher ‖ student), label by label.
+
+    The paper has no temperature (here 1 by default), and beside this term two of label-wise embeddings, which are not
+    here. Its weight 10 of this term belongs to labels' losses that are summed over the batch (64 samples) and the labels.
+    """
+
+    kinds = (BERNOULLI,)
+
+    def __init__(self, hard: float = 1.0, soft: float = 1.0, temperature: float = 1.0):
+        super().__init__(hard)
+        check_weights(soft=soft)
+        check_temperature(temperature)
+        self.soft, self.temperature = soft, temperature
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
+        if not self.soft:
+            return {}
+        return {"soft": self.soft * binary_soft_loss(student.logits, teacher.logits, self.temperature)}

@@ -1,0 +1,104 @@
+"""What several methods build on: layers between a student's features and a teacher's, and a dry forward of a network."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from litdistill.features.feature_extractor import FeatureExtractor, resolve_taps
+from litdistill.methods.base import maps
+from litdistill.types import Outputs
+from litdistill.utils.errors import UserError
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """BatchNorm2d that falls back on its running statistics where one value a channel is all there is to normalise.
+
+    A last batch of one sample would else stop a run whose student has no such layer: a 1x1 map has no variance.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.training and input.numel() == input.shape[1]:
+            return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        return super().forward(input)
+
+
+def connector(channels: int, out: int) -> nn.Sequential:
+    """1x1 convolution and BatchNorm, initialised as in OFD's code (He's normal by fan-out)."""
+    conv = nn.Conv2d(channels, out, 1, bias=False)
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out")
+    return nn.Sequential(conv, BatchNorm(out))
+
+
+def projectors(pairs: Sequence[tuple[Tensor, Tensor]], bias: bool = False) -> nn.ModuleList:
+    """For each pair of maps (N, C, H, W) a 1x1 convolution from the student's channels to the teacher's, where they differ."""
+    return nn.ModuleList(
+        nn.Identity() if s.shape[1] == t.shape[1] else nn.Conv2d(s.shape[1], t.shape[1], 1, bias=bias, device=s.device)
+        for s, t in pairs
+    )
+
+
+def regressor(student: Tensor, teacher: Tensor, relu: bool) -> nn.Sequential:
+    """Convolution, BatchNorm and, if wanted, ReLU from a student's map (N, C, H, W) to a teacher's channels and size.
+
+    The layers behind the CRD table's FitNet and AB: a strided 3x3 where the student's map is twice as large on each side, a
+    transposed 4x4 where it is half as large, else a 1x1, behind which sizes may still differ.
+    """
+    (c_s, *size_s), (c_t, *size_t) = student.shape[1:], teacher.shape[1:]
+    conv: nn.Module
+    if size_s == [2 * n for n in size_t]:
+        conv = nn.Conv2d(c_s, c_t, 3, stride=2, padding=1)
+    elif [2 * n for n in size_s] == size_t:
+        conv = nn.ConvTranspose2d(c_s, c_t, 4, stride=2, padding=1)
+    else:
+        conv = nn.Conv2d(c_s, c_t, 1)
+    layers = [conv, nn.BatchNorm2d(c_t), *([nn.ReLU()] if relu else [])]
+    return nn.Sequential(*layers).to(student.device)
+
+
+def dry_forward(net: nn.Module, example: Any, taps: Sequence[str] | str) -> tuple[str, Outputs, list[nn.Module]]:
+    """In eval mode: the name of the (last) tap, the outputs, and the leaf modules that were called, in their order."""
+    name = resolve_taps(net, example, taps)[-1]
+    modes = [(m, m.training) for m in net.modules()]
+    called: list[nn.Module] = []
+    leaves = [m for m in net.modules() if not list(m.children())]
+    handles = [m.register_forward_hook(lambda module, args, out: called.append(module)) for m in leaves]
+    extractor = FeatureExtractor(net, [name])
+    try:
+        for m, _ in modes:
+            m.training = False
+        with torch.no_grad():
+            raw, features, _ = extractor(example)
+        return name, Outputs.of(raw, features), called  # type: ignore[arg-type]
+    finally:
+        extractor.remove()
+        for handle in handles:
+            handle.remove()
+        for m, mode in modes:
+            m.training = mode
+
+
+def reusable_classifier(teacher: nn.Module, example: Any, taps: Sequence[str] | str, method: str) -> nn.Linear:
+    """A frozen copy of the teacher's classifier, its last linear layer.
+
+    Raises `UserError` unless that layer, applied to the mean of the tapped map (N, C, H, W) over its positions, gives
+    the teacher's logits: else a student's map could be given to it, but would mean something else.
+    """
+    name, outputs, called = dry_forward(teacher, example, taps)
+    pooled, logits = maps(outputs.features, method)[-1].mean((2, 3)), outputs.logits
+    last = next((m for m in reversed(called) if isinstance(m, nn.Linear)), None)
+    if last is not None and last.in_features == pooled.shape[1]:
+        with torch.no_grad():
+            given = last(pooled)
+        if given.shape == logits.shape and float((given - logits).abs().max()) <= 1e-3 * float(logits.abs().max()):
+            return copy.deepcopy(last).requires_grad_(False)
+    raise UserError(
+        f"{method} reuses the teacher's classifier, which must be one linear layer on the mean over positions "
+        f"of a map, and is not that on {name!r} of this teacher. Name the map in front of its pooling "
+        "(teacher_taps), take a teacher such as a ResNet, or use another method (kd, dkd, fitnet)."
+    )
