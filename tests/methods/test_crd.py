@@ -11,12 +11,13 @@ from torch import Tensor
 from litdistill.methods.crd import CRD
 from litdistill.types import Outputs
 from litdistill.utils.errors import UserError
+from tests.methods.contract import batch
 
 TARGETS = torch.tensor([0, 1, 2, 0, 0, 1, 2, 2, 2, 1, 4, 0])  # label 3 has no sample
 
 
-def outputs(feature: Tensor, ids: Tensor | None = None) -> Outputs:
-    return Outputs(torch.zeros(len(feature), 3), {"tap": feature}, ids)
+def outputs(feature: Tensor) -> Outputs:
+    return Outputs.of(torch.zeros(len(feature), 3), {"tap": feature})
 
 
 def built(method: CRD, s: Tensor, t: Tensor, targets: Tensor) -> CRD:
@@ -75,7 +76,7 @@ def test_crd_loss_gradient_constants_and_memories_equal_the_papers(monkeypatch):
         s64 = s.double().requires_grad_()
         want, z, after = ref_crd(method, s64, t, ids, negatives, z)
         s32 = s.clone().requires_grad_()
-        got = method(outputs(s32, ids), outputs(t, ids), torch.zeros(4, dtype=torch.long))["hint"]
+        got = method(outputs(s32), outputs(t), batch(torch.zeros(4, dtype=torch.long), ids))["hint"]
         assert got.item() == pytest.approx(2 * want.item(), rel=1e-5)
         (g,), (w,) = torch.autograd.grad(got, s32), torch.autograd.grad(2 * want, s64)
         torch.testing.assert_close(g.double(), w, rtol=1e-3, atol=1e-5)
@@ -106,16 +107,16 @@ def test_crd_updates_no_memory_outside_training_or_without_an_id():
     y = torch.zeros(4, dtype=torch.long)
     before = {k: v.clone() for k, v in method.state_dict().items()}
     method.eval()
-    assert method(outputs(s, ids), outputs(t, ids), y)["hint"].isfinite()
-    assert method(outputs(s), outputs(t), y) == {}
+    assert method(outputs(s), outputs(t), batch(y, ids))["hint"].isfinite()
+    assert method(outputs(s), outputs(t), batch(y)) == {}
     assert all(torch.equal(v, before[k]) for k, v in method.state_dict().items())
     method.train()
     some = torch.tensor([2, -1, 0, -1])
-    method(outputs(s, some), outputs(t, some), y)
+    method(outputs(s), outputs(t), batch(y, some))
     changed = (method.memory_student != before["memory_student"]).any(1).nonzero().flatten().tolist()
     assert changed == [0, 2, len(TARGETS)]  # the last row is no sample's
     with pytest.raises(UserError, match="id"):
-        method(outputs(s), outputs(t), y)
+        method(outputs(s), outputs(t), batch(y))
 
 
 def test_crd_counts_only_samples_with_an_id(monkeypatch):
@@ -126,11 +127,11 @@ def test_crd_counts_only_samples_with_an_id(monkeypatch):
     method.z_teacher.fill_(30.0)
     y = torch.zeros(4, dtype=torch.long)
     some = torch.tensor([2, -1, 0, -1])
-    got = method(outputs(s, some), outputs(t, some), y)["hint"]
-    want = method(outputs(s[[0, 2]], some[[0, 2]]), outputs(t[[0, 2]], some[[0, 2]]), y[:2])["hint"]
+    got = method(outputs(s), outputs(t), batch(y, some))["hint"]
+    want = method(outputs(s[[0, 2]]), outputs(t[[0, 2]]), batch(y[:2], some[[0, 2]]))["hint"]
     torch.testing.assert_close(got, want)
     none = torch.full((4,), -1)
-    assert method(outputs(s, none), outputs(t, none), y)["hint"].item() == 0
+    assert method(outputs(s), outputs(t), batch(y, none))["hint"].item() == 0
 
 
 def test_crd_starts_alike_in_every_process_and_moves_with_its_state():
@@ -139,24 +140,26 @@ def test_crd_starts_alike_in_every_process_and_moves_with_its_state():
     b = built(CRD(0, 2.0, width=6, negatives=7, temperature=0.5), s, t, TARGETS)
     assert torch.equal(a.memory_student, b.memory_student)
     assert not torch.equal(a.memory_student, a.memory_teacher)
-    a(outputs(s, ids), outputs(t, ids), torch.zeros(4, dtype=torch.long))
+    a(outputs(s), outputs(t), batch(torch.zeros(4, dtype=torch.long), ids))
     b.load_state_dict(a.state_dict())
     torch.manual_seed(5)
-    one = a(outputs(s, ids), outputs(t, ids), torch.zeros(4, dtype=torch.long))["hint"]
+    one = a(outputs(s), outputs(t), batch(torch.zeros(4, dtype=torch.long), ids))["hint"]
     torch.manual_seed(5)
-    two = b(outputs(s, ids), outputs(t, ids), torch.zeros(4, dtype=torch.long))["hint"]
+    two = b(outputs(s), outputs(t), batch(torch.zeros(4, dtype=torch.long), ids))["hint"]
     assert torch.equal(one, two)
     assert torch.equal(a.memory_teacher, b.memory_teacher)
 
 
 @pytest.mark.parametrize("kwargs", [{"temperature": 0}, {"momentum": 1.0}, {"negatives": 0}, {"hint": -1}])
 def test_crd_refuses_wrong_numbers_by_name(kwargs):
-    with pytest.raises(UserError, match=f"method.{next(iter(kwargs))}"):
+    with pytest.raises(UserError, match=f"^{next(iter(kwargs))}="):
         CRD(**kwargs)
 
 
-def test_crd_refuses_a_single_label():
+def test_crd_refuses_a_single_label_and_data_without_ids():
     s, t = features()
+    with pytest.raises(UserError, match="id of every training sample"):
+        CRD().build(outputs(s), outputs(t), None)
     with pytest.raises(UserError, match="one label"):
         built(CRD(), s, t, torch.zeros(5, dtype=torch.long))
 
@@ -164,7 +167,9 @@ def test_crd_refuses_a_single_label():
 def test_crd_under_autocast_with_bf16_features():
     method, s, t, ids = crd()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        value = method(outputs(s.bfloat16(), ids), outputs(t.bfloat16(), ids), torch.zeros(4, dtype=torch.long))["hint"]
+        value = method(outputs(s.bfloat16()), outputs(t.bfloat16()), batch(torch.zeros(4, dtype=torch.long), ids))[
+            "hint"
+        ]
     assert value.dtype == method.memory_student.dtype == torch.float32
     value.backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in method.parameters())

@@ -9,11 +9,13 @@ from torch import nn
 from litdistill.methods.cwd import CWD, channel_loss
 from litdistill.methods.ickd import correlation_loss
 from litdistill.methods.kdsvd import KDSVD, RightVectors, svd_loss
-from litdistill.methods.ofd import BatchNorm, MarginReLU, partial_l2
+from litdistill.methods.layers import BatchNorm
+from litdistill.methods.ofd import MarginReLU, partial_l2
 from litdistill.methods.pkd import normalize, pearson_loss
 from litdistill.methods.reviewkd import ReviewKD
 from litdistill.types import Outputs
 from litdistill.utils.errors import UserError
+from tests.methods.contract import batch
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +24,7 @@ def _seed():
 
 
 def outputs(*shapes):
-    return Outputs(torch.randn(1, 5), {f"stage{i}": torch.randn(1, *shape) for i, shape in enumerate(shapes)})
+    return Outputs.of(torch.randn(1, 5), {f"stage{i}": torch.randn(1, *shape) for i, shape in enumerate(shapes)})
 
 
 @pytest.mark.parametrize("loss", [lambda s, t: channel_loss(s, t, 4), correlation_loss, pearson_loss])
@@ -85,7 +87,7 @@ def test_kdsvd_with_several_vectors_does_not_see_signs_and_equals_none_for_equal
     assert svd_loss(maps, maps, 3).item() == pytest.approx(0, abs=1e-9)
     other = [torch.randn(2, 5, 4, 3), torch.randn(2, 6, 2, 2)]
     assert svd_loss(maps, other, 3) == pytest.approx(svd_loss([-maps[0], maps[1]], other, 3).item(), rel=1e-3)
-    one = Outputs(torch.zeros(2, 5), {"last": maps[0]})
+    one = Outputs.of(torch.zeros(2, 5), {"last": maps[0]})
     with pytest.raises(UserError, match="two maps"):
         KDSVD().build(one, one, torch.zeros(9))
 
@@ -95,8 +97,8 @@ def test_margin_is_the_mean_negative_response_over_all_batches():
     relu, mean, std = MarginReLU(3), torch.tensor([0.5, -1.0, 9.0]), torch.tensor([1.0, 0.5, 0.1])
     g = torch.Generator().manual_seed(0)
     batches = [torch.randn(n, 3, 40, 25, generator=g) * std[:, None, None] + mean[:, None, None] for n in (30, 7, 20)]
-    for batch in batches:
-        out = relu(batch)
+    for x in batches:
+        out = relu(x)
     seen = torch.cat(batches).double().transpose(0, 1).flatten(1)
     for c in (0, 1):
         exact = seen[c][seen[c] < 0].mean().item()
@@ -118,7 +120,7 @@ def test_partial_l2_asks_nothing_of_a_student_below_a_negative_teacher():
 
 
 def test_cwd_refuses_maps_of_one_position():
-    dots = Outputs(torch.zeros(2, 5), {"last": torch.zeros(2, 7, 1, 1)})
+    dots = Outputs.of(torch.zeros(2, 5), {"last": torch.zeros(2, 7, 1, 1)})
     with pytest.raises(UserError, match="1x1"):
         CWD().build(dots, dots, torch.zeros(9))
 
@@ -130,7 +132,7 @@ def test_reviewkd_takes_the_pooled_vector_as_a_stage():
     method = ReviewKD()
     method.build(student, teacher, torch.zeros(9))
     assert [abf.attention is None for abf in method.abfs] == [False, False, True]
-    assert method(student, teacher, torch.tensor([0]))["hint"].isfinite()
+    assert method(student, teacher, batch(torch.tensor([0])))["hint"].isfinite()
 
 
 def test_batchnorm_differs_from_torchs_only_where_that_one_stops():

@@ -1,4 +1,4 @@
-"""KD and supervised training against closed forms in float64."""
+"""KD against its closed form in float64, and training with labels alone."""
 
 from __future__ import annotations
 
@@ -10,18 +10,11 @@ from litdistill.methods.kd import KD, soft_loss
 from litdistill.methods.supervised import Supervised
 from litdistill.types import Outputs
 from litdistill.utils.errors import UserError
+from tests.methods.contract import batch
 
 
 def log_probabilities(z: Tensor) -> Tensor:
     return z - z.logsumexp(dim=1, keepdim=True)
-
-
-def cross_entropy(z: Tensor, target: Tensor, smoothing: float = 0.0) -> Tensor:
-    """The mean over samples of −Σ_k y_k log q_k with y = (1 − ε) · label + ε / K."""
-    losses = []
-    for row, label in zip(log_probabilities(z), target, strict=True):
-        losses.append(-(1 - smoothing) * row[label] - smoothing * row.mean())
-    return torch.stack(losses).mean()
 
 
 def kl(p: Tensor, q: Tensor) -> Tensor:
@@ -42,18 +35,19 @@ def draw(shape: tuple[int, int], scale: float = 1.0) -> tuple[Tensor, Tensor, Te
 def test_kd_equals_the_closed_form_with_its_gradient(shape, scale, temperature):
     student, teacher, target = draw(shape, scale)
     s32, s64 = student.clone().requires_grad_(), student.double().requires_grad_()
-    terms = KD(0.3, 1.7, temperature, label_smoothing=0.1)(Outputs(s32), Outputs(teacher), target)
-    hard = 0.3 * cross_entropy(s64, target, 0.1)
+    terms = KD(0.3, 1.7, temperature)(Outputs.of(s32), Outputs.of(teacher), batch(target))
     soft = 1.7 * temperature**2 * kl(teacher.double() / temperature, s64 / temperature)
-    assert terms["hard"].item() == pytest.approx(hard.item(), rel=1e-5)
+    assert terms.keys() == {"soft"}
     assert terms["soft"].item() == pytest.approx(soft.item(), rel=1e-5)
-    (got,) = torch.autograd.grad(sum(terms.values()), s32)
-    (want,) = torch.autograd.grad(hard + soft, s64)
-    torch.testing.assert_close(got.double(), want, rtol=1e-3, atol=1e-5 * want.abs().max().item())
+    (got,) = torch.autograd.grad(terms["soft"], s32)
+    (want,) = torch.autograd.grad(soft, s64)
+    torch.testing.assert_close(
+        got.double(), want, rtol=1e-3, atol=1e-5 * want.abs().max().item() + 1e-30
+    )  # float32 ends there
 
 
 def test_soft_gradient_at_high_temperature_is_that_of_matching_centered_logits():
-    """Hinton et al., section 2.1: T² · dKL/dz → (z − v) / K for centred logits, so that it does not vanish with T."""
+    """Hinton et al., section 2.1: T² · dKL/dz → (z − v) / K for centered logits, so that it does not vanish with T."""
     student, teacher, _ = draw((6, 10))
     student, teacher = (z - z.mean(1, keepdim=True) for z in (student, teacher))
     z = student.clone().requires_grad_()
@@ -73,36 +67,25 @@ def test_bf16_logits_under_autocast_are_computed_in_float32():
     student, teacher, target = draw((8, 100), 5.0)
     student, teacher = student.bfloat16(), teacher.bfloat16()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        terms = KD()(Outputs(student), Outputs(teacher), target)
+        terms = KD()(Outputs.of(student), Outputs.of(teacher), batch(target))
     assert all(v.dtype == torch.float32 for v in terms.values())
-    assert terms["hard"].item() == pytest.approx(0.1 * cross_entropy(student.double(), target).item(), rel=1e-5)
     assert terms["soft"].item() == pytest.approx(14.4 * kl(teacher.double() / 4, student.double() / 4).item(), rel=1e-5)
 
 
-def test_supervised_equals_the_closed_form_and_needs_no_teacher():
+def test_supervised_learns_from_labels_alone():
     student, _, target = draw((7, 5), 3.0)
-    terms = Supervised(2.0, label_smoothing=0.2)(Outputs(student), None, target)
-    assert terms.keys() == {"hard"}
-    assert terms["hard"].item() == pytest.approx(2 * cross_entropy(student.double(), target, 0.2).item(), rel=1e-5)
+    assert Supervised(2.0)(Outputs.of(student), None, batch(target)) == {}
+    assert Supervised(2.0).hard == 2.0
     assert not Supervised.needs_teacher
-
-
-def test_mixed_labels_are_the_mixture_of_the_two_losses():
-    student, _, a = draw((6, 5))
-    b = (a + 1) % 5
-    one_hot = torch.eye(5)
-    mixed = Supervised()(Outputs(student), None, 0.3 * one_hot[a] + 0.7 * one_hot[b])["hard"]
-    want = 0.3 * cross_entropy(student.double(), a) + 0.7 * cross_entropy(student.double(), b)
-    assert mixed.item() == pytest.approx(want.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("kwargs", [{"hard": -0.1}, {"soft": -1.0}, {"temperature": 0.0}, {"soft": float("nan")}])
 def test_wrong_numbers_are_refused_by_name(kwargs):
-    with pytest.raises(UserError, match=f"method.{next(iter(kwargs))}"):
+    with pytest.raises(UserError, match=f"^{next(iter(kwargs))}="):
         KD(**kwargs)
 
 
 def test_a_weight_of_zero_leaves_its_term_out():
     student, teacher, target = draw((3, 4))
-    assert KD(hard=0)(Outputs(student), Outputs(teacher), target).keys() == {"soft"}
-    assert KD(soft=0)(Outputs(student), None, target).keys() == {"hard"}
+    assert KD(hard=0)(Outputs.of(student), Outputs.of(teacher), batch(target)).keys() == {"soft"}
+    assert KD(soft=0)(Outputs.of(student), None, batch(target)) == {}

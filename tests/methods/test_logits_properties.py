@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import inspect
 import math
-from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
@@ -24,6 +23,7 @@ from litdistill.methods.soft_target_ce import SoftTargetCE
 from litdistill.methods.teacher_free import TeacherFree
 from litdistill.methods.wttm import WTTM
 from litdistill.types import Outputs
+from tests.methods.contract import batch
 
 CONF = Path(__file__).parents[2] / "conf" / "method"
 
@@ -46,7 +46,7 @@ def draw(shape: tuple[int, int], scale: float = 1.0, seed: int = 0) -> tuple[Ten
 def test_kd_is_its_two_decoupled_halves():
     """Zhao et al., equation 7: KD = TCKD + (1 − p_target) · NCKD, sample by sample."""
     student, teacher, target = draw((1, 10), 3.0)
-    terms = DKD(0, 1, 1, 2.0)(Outputs(student), Outputs(teacher), target)
+    terms = DKD(0, 1, 1, 2.0)(Outputs.of(student), Outputs.of(teacher), batch(target))
     p = torch.softmax(teacher.double() / 2, 1)[0, target[0]].item()
     whole = 4 * kl(teacher.double() / 2, student.double() / 2).item()
     assert terms["tckd"].item() + (1 - p) * terms["nckd"].item() == pytest.approx(whole, rel=1e-5)
@@ -54,14 +54,14 @@ def test_kd_is_its_two_decoupled_halves():
 
 def test_soft_target_ce_is_kl_plus_the_teachers_entropy():
     student, teacher, target = draw((5, 10), 2.0)
-    got = SoftTargetCE(0, 1, 1.0)(Outputs(student), Outputs(teacher), target)["soft"].item()
+    got = SoftTargetCE(0, 1, 1.0)(Outputs.of(student), Outputs.of(teacher), batch(target))["soft"].item()
     entropy = -(log_p(teacher.double()).exp() * log_p(teacher.double())).sum().item() / 5
     assert got == pytest.approx(kl(teacher.double(), student.double()).item() + entropy, rel=1e-5)
 
 
 def test_wttm_with_exponent_one_is_kl_at_temperature_one():
     student, teacher, target = draw((5, 10), 2.0)
-    got = WTTM(0, 1, gamma=1.0)(Outputs(student), Outputs(teacher), target)["soft"].item()
+    got = WTTM(0, 1, gamma=1.0)(Outputs.of(student), Outputs.of(teacher), batch(target))["soft"].item()
     assert got == pytest.approx(kl(teacher.double(), student.double()).item(), rel=1e-5)
 
 
@@ -69,7 +69,8 @@ def test_centered_logit_mse_does_not_see_a_shift_and_the_plain_one_does():
     student, teacher, target = draw((5, 10))
     shifted = student + torch.arange(5.0)[:, None]
     centered, plain = LogitMSE(centered=True), LogitMSE()
-    values = [m(Outputs(s), Outputs(teacher), target)["soft"] for m in (centered, plain) for s in (student, shifted)]
+    t, pairs = Outputs.of(teacher), [(m, s) for m in (centered, plain) for s in (student, shifted)]
+    values = [m(Outputs.of(s), t, batch(target))["soft"] for m, s in pairs]
     torch.testing.assert_close(values[1], values[0])
     d = (student - teacher).double()
     assert values[0].item() == pytest.approx((d - d.mean(1, keepdim=True)).pow(2).sum().item() / 10, rel=1e-5)
@@ -81,12 +82,12 @@ def test_centered_logit_mse_does_not_see_a_shift_and_the_plain_one_does():
 def test_standardized_kd_sees_neither_scale_nor_shift(scale, shift, seed):
     student, teacher, target = draw((4, 10), seed=seed)
     method = LogitStdKD(hard=0)
-    base = method(Outputs(student), Outputs(teacher), target)["soft"].item()
-    moved = method(Outputs(student * scale + shift), Outputs(teacher), target)["soft"].item()
+    base = method(Outputs.of(student), Outputs.of(teacher), batch(target))["soft"].item()
+    moved = method(Outputs.of(student * scale + shift), Outputs.of(teacher), batch(target))["soft"].item()
     assert moved == pytest.approx(base, rel=1e-2, abs=1e-3)
-    assert method(Outputs(teacher * scale + shift), Outputs(teacher), target)["soft"].item() == pytest.approx(
-        0, abs=1e-4
-    )
+    assert method(Outputs.of(teacher * scale + shift), Outputs.of(teacher), batch(target))[
+        "soft"
+    ].item() == pytest.approx(0, abs=1e-4)
 
 
 @settings(max_examples=20, deadline=None)
@@ -101,7 +102,7 @@ def test_a_row_whose_variance_is_rounding_gets_no_gradient():
     _, teacher, _ = draw((8, 10))
     for student, largest in ((torch.zeros(8, 10), 0.0), (torch.full((8, 10), 3.3), 0.0), (torch.randn(8, 10), 50.0)):
         student.requires_grad_()
-        sum(DIST(hard=0)(Outputs(student), Outputs(teacher), torch.arange(8)).values()).backward()
+        sum(DIST(hard=0)(Outputs.of(student), Outputs.of(teacher), batch(torch.arange(8))).values()).backward()
         assert student.grad.abs().max() <= largest
     for dtype in (torch.float32, torch.float64):  # as ever where there is any variance
         a, b = torch.randn(4, 10, dtype=dtype) * 1e-3 + 0.1, torch.randn(4, 10, dtype=dtype)
@@ -113,7 +114,7 @@ def test_a_row_whose_variance_is_rounding_gets_no_gradient():
 def test_standardized_gradient_is_finite_for_a_classifier_that_starts_at_zero():
     student = torch.zeros(3, 10, requires_grad=True)
     _, teacher, target = draw((3, 10))
-    sum(LogitStdKD()(Outputs(student), Outputs(teacher), target).values()).backward()
+    sum(LogitStdKD()(Outputs.of(student), Outputs.of(teacher), batch(target)).values()).backward()
     assert student.grad is not None
     assert torch.isfinite(student.grad).all()
 
@@ -122,7 +123,7 @@ def test_teacher_free_needs_no_teacher_and_its_teacher_is_right():
     method = TeacherFree(hard=0, soft=1, correct=0.99, temperature=1e-3)
     assert not method.needs_teacher
     z = torch.zeros(1, 4)  # a uniform student: KL = log 4 − entropy of a teacher that is all but sure
-    assert method(Outputs(z), None, torch.tensor([2]))["soft"].item() == pytest.approx(math.log(4), rel=1e-4)
+    assert method(Outputs.of(z), None, batch(torch.tensor([2])))["soft"].item() == pytest.approx(math.log(4), rel=1e-4)
 
 
 NAMES = [
@@ -145,8 +146,7 @@ NAMES = [
 @pytest.mark.parametrize("name", NAMES)
 def test_config_holds_every_argument_with_its_default(name):
     config = dict(OmegaConf.load(CONF / f"{name}.yaml").items())
-    module, _, cls = config.pop("_target_").rpartition(".")
-    signature = inspect.signature(getattr(import_module(module), cls)).parameters
+    signature = inspect.signature(get_class(config.pop("_target_"))).parameters
     defaults = {k: list(p.default) if isinstance(p.default, tuple) else p.default for k, p in signature.items()}
     assert config == defaults
     assert isinstance(instantiate(OmegaConf.load(CONF / f"{name}.yaml")), Method)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from litdistill.methods.cc import CC
@@ -17,6 +18,7 @@ from litdistill.methods.logit_std import LogitStdKD
 from litdistill.methods.rkd import RKD
 from litdistill.methods.sp import SP
 from litdistill.types import Outputs
+from tests.methods.contract import batch
 
 peer = pytest.importorskip("torchdistill.losses.mid_level")
 
@@ -43,7 +45,7 @@ def labels(n: int, classes: int) -> Tensor:
 
 
 def features(x: Tensor) -> Outputs:
-    return Outputs(torch.zeros(len(x), 2), {"m": x})
+    return Outputs.of(torch.zeros(len(x), 2), {"m": x})
 
 
 def assert_same(ours: Tensor, theirs: Tensor, student: Tensor) -> None:
@@ -55,32 +57,33 @@ def assert_same(ours: Tensor, theirs: Tensor, student: Tensor) -> None:
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 def test_kd(temperature):
-    """The same: alpha is our hard, beta (by default 1 − alpha) our soft."""
+    """The same: alpha weighs the cross-entropy of the labels, as our hard does, beta (by default 1 − alpha) is our soft."""
     s, t = draw(6, 10, 10, scale=3.0)
     s.requires_grad_()
     y = labels(6, 10)
-    ours = KD(hard=0.3, soft=0.7, temperature=temperature)(Outputs(s), Outputs(t), y)
+    ours = KD(hard=0.3, soft=0.7, temperature=temperature)(Outputs.of(s), Outputs.of(t), batch(y))["soft"]
+    ours = ours + 0.3 * F.cross_entropy(s, y)
     theirs = peer.KDLoss(**LOGITS, temperature=temperature, alpha=0.3)(io(s), io(t), y)
-    assert_same(sum(ours.values()), theirs, s)
+    assert_same(ours, theirs, s)
 
 
 def test_kd_without_labels():
     """Different: with alpha 0 torchdistill drops β T² as well, and its gradient falls with 1 / T². Ours keeps T²
     (Hinton et al. 2015, section 2: "it is important to multiply them by T²"), with a hard loss beside it or without."""
     s, t = draw(6, 10, 10)
-    ours = KD(hard=0, soft=0.7, temperature=4.0)(Outputs(s), Outputs(t), labels(6, 10))["soft"]
+    ours = KD(hard=0, soft=0.7, temperature=4.0)(Outputs.of(s), Outputs.of(t), batch(labels(6, 10)))["soft"]
     theirs = peer.KDLoss(**LOGITS, temperature=4.0, alpha=0, beta=0.7)(io(s), io(t), labels(6, 10))
     assert ours.item() == pytest.approx(0.7 * 16 * theirs.item(), rel=1e-5)
 
 
 def test_logit_std():
-    """The same: alpha is our hard, beta our soft."""
+    """The same: alpha weighs the cross-entropy of the labels, as our hard does, beta is our soft."""
     s, t = draw(6, 10, 10, scale=3.0)
     s.requires_grad_()
     y = labels(6, 10)
-    ours = LogitStdKD(hard=0.1, soft=9.0, temperature=2.0)(Outputs(s), Outputs(t), y)
+    ours = LogitStdKD(hard=0.1, soft=9.0, temperature=2.0)(Outputs.of(s), Outputs.of(t), batch(y))
     theirs = peer.LogitStdKDLoss(**LOGITS, temperature=2.0, alpha=0.1, beta=9.0)(io(s), io(t), y)
-    assert_same(sum(ours.values()), theirs, s)
+    assert_same(ours["soft"] + 0.1 * F.cross_entropy(s, y), theirs, s)
 
 
 def test_dist():
@@ -88,7 +91,7 @@ def test_dist():
     differently (the authors, and we, add 1e-8 to the product of norms; torchdistill bounds it from below)."""
     s, t = draw(6, 10, 10, scale=3.0)
     s.requires_grad_()
-    ours = DIST(hard=0, inter=1.5, intra=2.5, temperature=4.0)(Outputs(s), Outputs(t), labels(6, 10))
+    ours = DIST(hard=0, inter=1.5, intra=2.5, temperature=4.0)(Outputs.of(s), Outputs.of(t), batch(labels(6, 10)))
     theirs = peer.DISTLoss(**LOGITS, beta=1.5, gamma=2.5, tau=4.0)(io(s), io(t))
     assert_same(sum(ours.values()), theirs, s)
 
@@ -97,7 +100,7 @@ def test_rkd():
     """The same: dist_factor is our distance, angle_factor our angle, both with means over N² and N³."""
     s, t = draw(7, 8, 5)
     s.requires_grad_()
-    ours = RKD(hard=0, distance=25.0, angle=50.0)(features(s), features(t), labels(7, 2))
+    ours = RKD(hard=0, distance=25.0, angle=50.0)(features(s), features(t), batch(labels(7, 2)))
     theirs = peer.RKDLoss(**FEATURES, dist_factor=25.0, angle_factor=50.0, reduction="mean")(io(s), io(t))
     assert_same(sum(ours.values()), theirs, s)
 
@@ -110,7 +113,7 @@ def test_rkd_of_samples_that_coincide():
     s.requires_grad_()
     theirs = peer.RKDLoss(**FEATURES, dist_factor=0, angle_factor=50.0, reduction="mean")(io(s), io(t))
     assert torch.autograd.grad(theirs, s)[0].abs().max() > 1e4
-    ours = RKD(hard=0, distance=0, angle=50.0)(features(s), features(t), labels(5, 2))["angle"]
+    ours = RKD(hard=0, distance=0, angle=50.0)(features(s), features(t), batch(labels(5, 2)))["angle"]
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-4)
     assert torch.autograd.grad(ours, s)[0].abs().max() < 1e3
 
@@ -121,7 +124,7 @@ def test_sp():
     paper's author verified, and as we do. Up to that the same, reduction "batchmean" being the division by N²."""
     s, t = draw(6, 8, 5)
     s.requires_grad_()
-    ours = SP(hard=0, hint=1.0)(features(s), features(t), labels(6, 2))["hint"]
+    ours = SP(hard=0, hint=1.0)(features(s), features(t), batch(labels(6, 2)))["hint"]
 
     class L2(peer.SPKDLoss):  # type: ignore[name-defined]
         def matmul_and_normalize(self, z):
@@ -137,8 +140,8 @@ def test_cc_gaussian():
     series is none of a Gaussian; ours makes them so."""
     s, t = draw(6, 8, 5)
     method = CC(hard=0, hint=1.0, width=4, kernel="gaussian", gamma=0.4, order=2)
-    method.build(features(s), features(t), labels(6, 2))
-    ours = method(features(s), features(t), labels(6, 2))["hint"]
+    method.build(features(s), features(t), batch(labels(6, 2)))
+    ours = method(features(s), features(t), batch(labels(6, 2)))["hint"]
     embedded = [
         torch.nn.functional.normalize(layer(x), dim=1)
         for layer, x in ((method.embed_student, s), (method.embed_teacher, t))
@@ -164,7 +167,7 @@ def test_crd():
     loss.memory_v2.copy_(method.memory_teacher[:20])
     supplement = {"pos_idx": ids, "contrast_idx": torch.cat([ids[:, None], negatives], 1)}
     for _ in range(3):
-        ours = method(features(s)._replace(ids=ids), features(t), targets[ids])["hint"]
+        ours = method(features(s), features(t), batch(targets[ids], ids))["hint"]
         a, b = (torch.nn.functional.normalize(f(x)) for f, x in ((method.embed_student, s), (method.embed_teacher, t)))
         theirs = loss(io(a) | {"ids": {"input": supplement}}, io(b)).squeeze()
         assert_same(ours, theirs, s)

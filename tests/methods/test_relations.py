@@ -13,6 +13,7 @@ from litdistill.methods.rkd import RKD
 from litdistill.methods.sp import SP
 from litdistill.types import Outputs
 from litdistill.utils.errors import UserError
+from tests.methods.contract import batch
 
 # -- references: float64, entry by entry -----------------------------------------------------------------------------
 
@@ -56,7 +57,7 @@ REFERENCES = {"rkd": (lambda: RKD(0, 2.0, 3.0), ref_rkd), "sp": (lambda: SP(0, 5
 
 
 def outputs(feature: Tensor) -> Outputs:
-    return Outputs(torch.zeros(len(feature), 3), {"tap": feature})
+    return Outputs.of(torch.zeros(len(feature), 3), {"tap": feature})
 
 
 def draw(n: int, *shapes: tuple[int, ...], seed: int = 0) -> list[Tensor]:
@@ -71,7 +72,7 @@ def test_terms_and_gradients_equal_the_papers_formula(name, n, scale):
     make, reference = REFERENCES[name]
     s, t = draw(n, (3, 2, 2), (8,))
     s32, s64 = (s * scale).requires_grad_(), (s * scale).double().requires_grad_()
-    got = make()(outputs(s32), outputs(t), torch.zeros(n, dtype=torch.long))
+    got = make()(outputs(s32), outputs(t), batch(torch.zeros(n, dtype=torch.long)))
     want = reference(s64, t.double())
     assert got.keys() == want.keys()
     for term, value in want.items():
@@ -87,7 +88,7 @@ def test_bf16_features_under_autocast_lose_nothing(name):
     make, reference = REFERENCES[name]
     s, t = (x.bfloat16() for x in draw(6, (64,), (32,)))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = make()(outputs(s), outputs(t), torch.zeros(6, dtype=torch.long))
+        got = make()(outputs(s), outputs(t), batch(torch.zeros(6, dtype=torch.long)))
     for term, value in reference(s.double(), t.double()).items():
         assert got[term].dtype == torch.float32
         assert got[term].item() == pytest.approx(value.item(), rel=1e-4), term
@@ -100,17 +101,17 @@ def test_nothing_to_learn_from_a_teacher_seen_rotated_and_scaled(name):
     (t,) = draw(6, (8,))
     rotation = torch.linalg.qr(draw(8, (8,), seed=1)[0])[0]
     moved = t @ rotation * 7.0 + (torch.arange(8.0) if name == "rkd" else 0.0)
-    for term, value in make()(outputs(moved), outputs(t), torch.zeros(6, dtype=torch.long)).items():
+    for term, value in make()(outputs(moved), outputs(t), batch(torch.zeros(6, dtype=torch.long))).items():
         assert value.item() == pytest.approx(0, abs=1e-5), term
     stretched = moved * torch.linspace(0.1, 3, 8)
-    for term, value in make()(outputs(stretched), outputs(t), torch.zeros(6, dtype=torch.long)).items():
+    for term, value in make()(outputs(stretched), outputs(t), batch(torch.zeros(6, dtype=torch.long))).items():
         assert value.item() > 1e-3, term
 
 
 def test_rkd_sees_small_distances_far_from_the_origin():
     s, t = (x * 0.1 for x in draw(5, (4,), (4,)))
-    near = RKD(0)(outputs(s), outputs(t), torch.zeros(5, dtype=torch.long))
-    far = RKD(0)(outputs(s + 1000), outputs(t), torch.zeros(5, dtype=torch.long))
+    near = RKD(0)(outputs(s), outputs(t), batch(torch.zeros(5, dtype=torch.long)))
+    far = RKD(0)(outputs(s + 1000), outputs(t), batch(torch.zeros(5, dtype=torch.long)))
     for term in near:
         assert far[term].item() == pytest.approx(near[term].item(), rel=0.02), term
 
@@ -121,12 +122,14 @@ def test_samples_that_coincide_or_are_dead_give_finite_gradients(name):
     s[1] = s[0]
     s[2] = 0
     s.requires_grad_()
-    sum(REFERENCES[name][0]()(outputs(s), outputs(t), torch.zeros(5, dtype=torch.long)).values()).backward()
+    sum(REFERENCES[name][0]()(outputs(s), outputs(t), batch(torch.zeros(5, dtype=torch.long))).values()).backward()
     assert s.grad is not None
     assert torch.isfinite(s.grad).all()
     assert s.grad.abs().max() < 1e3
     everything = torch.ones(5, 4, requires_grad=True)
-    sum(REFERENCES[name][0]()(outputs(everything), outputs(t), torch.zeros(5, dtype=torch.long)).values()).backward()
+    sum(
+        REFERENCES[name][0]()(outputs(everything), outputs(t), batch(torch.zeros(5, dtype=torch.long))).values()
+    ).backward()
     assert everything.grad is not None
     assert torch.isfinite(everything.grad).all()
 
@@ -134,8 +137,8 @@ def test_samples_that_coincide_or_are_dead_give_finite_gradients(name):
 def test_several_taps_are_summed_from_the_last():
     a, b, c, d = draw(4, (3,), (5,), (6,), (2,))
     y = torch.zeros(4, dtype=torch.long)
-    both = SP(0, 1.0)(Outputs(y, {"1": a, "2": b}), Outputs(y, {"0": d, "1": c, "2": d}), y)["hint"]
-    each = [SP(0, 1.0)(outputs(s), outputs(t), y)["hint"] for s, t in ((a, c), (b, d))]
+    both = SP(0, 1.0)(Outputs.of(y, {"1": a, "2": b}), Outputs.of(y, {"0": d, "1": c, "2": d}), batch(y))["hint"]
+    each = [SP(0, 1.0)(outputs(s), outputs(t), batch(y))["hint"] for s, t in ((a, c), (b, d))]
     torch.testing.assert_close(both, sum(each))
 
 
@@ -153,7 +156,7 @@ def test_cc_equals_its_formula(kernel, n):
     s, t = draw(n, (3, 2, 2), (8,))
     method = built(CC(0, 2.0, width=5, kernel=kernel, gamma=0.3, order=3), s, t)
     s32 = s.clone().requires_grad_()
-    got = method(outputs(s32), outputs(t), torch.zeros(n, dtype=torch.long))["hint"]
+    got = method(outputs(s32), outputs(t), batch(torch.zeros(n, dtype=torch.long)))["hint"]
 
     def embed(layer, x):
         return x.double().flatten(1) @ layer.weight.double().T + layer.bias.double()
@@ -182,7 +185,7 @@ def test_cc_kernel_tends_to_the_gaussian_with_its_order():
     """The Taylor series of exp(−γ ‖a − b‖²) for unit vectors."""
     s, t = draw(5, (6,), (6,))
     method = built(CC(0, 1.0, width=4, kernel="gaussian", order=20), s, t)
-    got = method(outputs(s), outputs(t), torch.zeros(5, dtype=torch.long))["hint"].item()
+    got = method(outputs(s), outputs(t), batch(torch.zeros(5, dtype=torch.long)))["hint"].item()
 
     def kernel(x):
         x = x.double() / x.double().norm(dim=1, keepdim=True)

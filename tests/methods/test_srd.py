@@ -10,9 +10,11 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import nn
 
+from litdistill.methods.base import CATEGORICAL, Method
 from litdistill.methods.srd import SRD, log_sum
 from litdistill.types import Outputs
 from litdistill.utils.errors import UserError
+from tests.methods.contract import batch
 
 CONF = Path(__file__).parents[2] / "conf" / "method" / "srd.yaml"
 
@@ -20,7 +22,7 @@ CONF = Path(__file__).parents[2] / "conf" / "method" / "srd.yaml"
 def outputs(n, shape, seed, dtype=torch.float32):
     g = torch.Generator().manual_seed(seed)
     feature = torch.randn(n, *shape, generator=g).to(dtype)
-    return Outputs(torch.randn(n, 5, generator=g).to(dtype), {"early": torch.randn(n, 9), "last": feature})
+    return Outputs.of(torch.randn(n, 5, generator=g).to(dtype), {"early": torch.randn(n, 9), "last": feature})
 
 
 def built(method, n, student=(3,), teacher=(6,), dtype=torch.float32):
@@ -53,15 +55,14 @@ def test_value_and_gradient_are_the_papers(n, shapes, exponent):
     method.projector.weight.data *= 0.03  # so small that BatchNorm's ε shows
     t = t._replace(features={"last": t.features["last"] * 0.03})
     target = torch.arange(n) % 5
-    terms = method(s, t, target)
-    assert list(terms) == ["hard", "hint", "soft"]
+    terms = method(s, t, batch(target))
+    assert list(terms) == ["hint", "soft"]
     logits, f = (x.detach().double().requires_grad_() for x in (s.logits, s.features["last"]))
     weight = method.projector.weight.detach().double().requires_grad_()
     a, b = (vector(x) if x.ndim > 2 else x for x in (f, t.features["last"].double()))
     difference = normed(a @ weight.T) - normed(b)
     p, q = (t.logits.double() / 2).softmax(1), (logits / 2).softmax(1)
     expected = {
-        "hard": -logits.log_softmax(1)[range(n), target].mean(),
         "hint": 0.3 * (difference**2).pow(exponent / 2).sum().log(),
         "soft": 0.7 * 4 * (p * (p / q).log()).sum() / n,
     }
@@ -95,7 +96,7 @@ def test_torchdistills_loss_and_layers(n):
         side.secondary_forward({"net": {"output": o.features["last"]}})
         taken.append(io)
     theirs = peer(*taken)
-    ours = sum(method(s, t, torch.zeros(n)).values())
+    ours = sum(method(s, t, batch(torch.zeros(n))).values())
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-4)
     leaves = [s.features["last"], s.logits, method.projector.weight]
     for a, b in zip(torch.autograd.grad(ours, leaves), torch.autograd.grad(theirs, leaves), strict=True):
@@ -105,9 +106,10 @@ def test_torchdistills_loss_and_layers(n):
 def test_bfloat16_autocast_rounds_no_product():
     method, s, t = built(SRD(), 4, dtype=torch.bfloat16)
     target = torch.tensor([0, 1, 2, 3])
-    exact = method(*(Outputs(o.logits.float(), {k: v.float() for k, v in o.features.items()}) for o in (s, t)), target)
+    full = [Outputs.of(o.logits.float(), {k: v.float() for k, v in o.features.items()}) for o in (s, t)]
+    exact = method(*full, batch(target))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        terms = method(s, t, target)
+        terms = method(s, t, batch(target))
     assert {k: v.item() for k, v in terms.items()} == {k: v.item() for k, v in exact.items()}
     sum(terms.values()).backward()
     assert s.features["last"].grad.isfinite().all()
@@ -117,7 +119,7 @@ def test_scale_and_offset_of_the_teachers_channels_are_not_seen():
     method, s, t = built(SRD(hard=0, soft=0), 8)
     scale, offset = torch.tensor([5.0, 40.0, 2.0, 9.0, 3.0, 70.0]), torch.tensor([-3.0, 0, 7, 1, 2, -1])
     moved = t._replace(features={"last": t.features["last"] * scale + offset})
-    target = torch.zeros(8)
+    target = batch(torch.zeros(8))
     assert method(s, moved, target)["hint"].item() == pytest.approx(method(s, t, target)["hint"].item(), rel=1e-3)
     other = t._replace(features={"last": t.features["last"].roll(1, 0)})
     assert method(s, other, target)["hint"].item() != pytest.approx(method(s, t, target)["hint"].item(), rel=1e-2)
@@ -141,10 +143,11 @@ def test_parts_left_out_build_nothing_and_wrong_values_are_refused():
     method, s, t = built(SRD(hint=0), 3)
     assert not list(method.parameters())
     assert method.taps() == ((), ())
-    assert list(method(s, t, torch.tensor([0, 1, 2]))) == ["hard", "soft"]
-    assert list(built(SRD(soft=0), 3)[0](s, t, torch.tensor([0, 1, 2]))) == ["hard", "hint"]
+    assert list(method(s, t, batch(torch.tensor([0, 1, 2])))) == ["soft"]
+    assert list(built(SRD(soft=0), 3)[0](s, t, batch(torch.tensor([0, 1, 2])))) == ["hint"]
+    assert (SRD(soft=0).kinds, SRD().kinds) == (Method.kinds, (CATEGORICAL,))
     for wrong in ({"hint": -1}, {"exponent": 0.5}, {"temperature": 0}):
-        with pytest.raises(UserError, match=f"method.{next(iter(wrong))}"):
+        with pytest.raises(UserError, match=f"^{next(iter(wrong))}="):
             SRD(**wrong)
 
 

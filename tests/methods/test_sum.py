@@ -10,23 +10,25 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import nn
 
-from litdistill.features.feature_extractor import FeatureExtractor
 from litdistill.methods.ab import AB
-from litdistill.methods.base import Method
+from litdistill.methods.base import BERNOULLI, CATEGORICAL, REAL, Method
 from litdistill.methods.fsp import FSP
 from litdistill.methods.ft import FT
 from litdistill.methods.kd import KD
+from litdistill.methods.logit_mse import LogitMSE
+from litdistill.methods.mutual import Mutual
 from litdistill.methods.sp import SP
 from litdistill.methods.sum import Sum
 from litdistill.types import Taps
 from litdistill.utils.errors import UserError
+from tests.methods.contract import Reader, batch
 
 
 class Probe(Method):
     """Gives what it was given, so that a test can look at it."""
 
     def __init__(self, student_taps, teacher_taps):
-        super().__init__()
+        super().__init__(hard=0)
         self.read = Taps(student_taps, teacher_taps)
 
     def taps(self):
@@ -35,8 +37,8 @@ class Probe(Method):
     def build(self, student, teacher, targets):
         self.built = list(student.features), list(teacher.features)
 
-    def forward(self, student, teacher, target):
-        self.seen = list(student.features), list(teacher.features), self.epoch, student.ids
+    def forward(self, student, teacher, batch):
+        self.seen = list(student.features), list(teacher.features), self.epoch, batch.ids
         return {"hint": student.logits.sum() * 0 + 1}
 
 
@@ -45,10 +47,13 @@ class Headless(Method):
 
     needs_teacher = False
 
+    def __init__(self):
+        super().__init__(hard=0)
+
     def prepare(self, student, teacher, example):
         return nn.Sequential(*student, nn.Linear(3, 3))
 
-    def forward(self, student, teacher, target):
+    def forward(self, student, teacher, batch):
         return {}
 
 
@@ -65,6 +70,11 @@ def net(width: int) -> nn.Sequential:
     )
 
 
+def outputs(method, student, teacher, x):
+    taps = method.taps()
+    return Reader(student, x, taps.student)(x), Reader(teacher, x, taps.teacher)(x)
+
+
 def test_sum_gives_each_method_its_own_features_and_the_epoch():
     student, teacher, x = net(4), net(6), torch.randn(3, 1, 8, 8)
     a, b = Probe("pooled", ["0"]), Probe(["3", "0"], "stages")
@@ -75,11 +85,11 @@ def test_sum_gives_each_method_its_own_features_and_the_epoch():
     taps = method.taps()
     assert taps == Taps(["7:in", "3", "0"], ["0", "1", "4"])
     ids = torch.arange(3)
-    s, t = FeatureExtractor(student, taps.student)(x)._replace(ids=ids), FeatureExtractor(teacher, taps.teacher)(x)
+    s, t = outputs(method, student, teacher, x)
     method.build(s, t, torch.tensor([0, 1, 2]))
     assert a.built == (["7:in"], ["0"])
-    method.epoch = 7
-    assert {k: v.item() for k, v in method(s, t, ids).items()} == {"a_hint": 1, "b_hint": 1}
+    method.set_epoch(7)
+    assert {k: v.item() for k, v in method(s, t, batch(ids, ids)).items()} == {"a_hint": 1, "b_hint": 1}
     assert a.seen == (["7:in"], ["0"], 7, ids)
     assert b.seen == (["3", "0"], ["1", "4"], 7, ids)
     assert method.needs_teacher
@@ -97,46 +107,57 @@ def test_sum_adds_the_terms_of_its_methods():
     student, teacher, x, y = net(4), net(6), torch.randn(3, 1, 8, 8), torch.tensor([0, 1, 2])
     method = Sum({"kd": KD(0.5, 2.0), "sp": SP(0.0, 3.0)})
     method.prepare(student, teacher, x)
-    s, t = FeatureExtractor(student, method.taps().student)(x), FeatureExtractor(teacher, method.taps().teacher)(x)
-    terms = method(s, t, y)
-    want = {
-        "hard": KD(0.5, 0)(s, t, y)["hard"],
-        "kd_soft": KD(0, 2.0)(s, t, y)["soft"],
-        "sp_hint": SP(0, 3.0)(s, t, y)["hint"],
-    }
+    s, t = outputs(method, student, teacher, x)
+    terms = method(s, t, batch(y))
+    want = {"kd_soft": KD(0, 2.0)(s, t, batch(y))["soft"], "sp_hint": SP(0, 3.0)(s, t, batch(y))["hint"]}
     assert terms.keys() == want.keys()
     for name, value in want.items():
         torch.testing.assert_close(terms[name], value)
 
 
 def test_sum_refuses_labels_that_count_twice_and_an_empty_sum():
-    with pytest.raises(UserError, match=r"methods\.sp\.hard=0"):
+    with pytest.raises(UserError, match=r"Set methods\.sp\.hard=0"):
         Sum({"kd": KD(), "sp": SP()})
     for parts in ({"kd": KD(), "ab": AB()}, {"fsp": FSP(), "kd": KD()}):  # of which one comes to its labels later
-        with pytest.raises(UserError, match=r"methods\.kd\.hard=0"):
+        with pytest.raises(UserError, match=r"Set methods\.kd\.hard=0"):
             Sum(parts)
-        Sum(parts | {"kd": KD(hard=0)})
+        assert Sum(parts | {"kd": KD(hard=0)}).needs_hard
     with pytest.raises(UserError, match="ab and fsp must both"):
         Sum({"ab": AB(), "fsp": FSP()})
     with pytest.raises(UserError, match="empty"):
         Sum({})
 
 
-def test_two_terms_of_the_labels_are_refused_where_no_option_tells_of_them():
-    class Labels(Method):
-        def forward(self, student, teacher, target):
-            return {"hard": student.logits.sum()}
-
-    student, x = net(4), torch.randn(3, 1, 8, 8)
-    method = Sum({"kd": KD(soft=0), "own": Labels()})
-    method.prepare(student, None, x)
-    with pytest.raises(UserError, match=r"methods\.own\.hard=0"):
-        method(FeatureExtractor(student, [])(x), None, torch.tensor([0, 1, 2]))
+def test_the_labels_count_as_in_the_one_method_that_weighs_them():
+    kd_first = Sum({"kd": KD(hard=0.3), "ft": FT(hard=0, init_epochs=5)})
+    assert kd_first.hard == 0.3
+    assert [kd_first.hard_factor(epoch) for epoch in (0, 4, 5)] == [1, 1, 1]
+    ab_first = Sum({"kd": KD(hard=0), "ab": AB(hard=0.7, init_epochs=5)})
+    assert ab_first.hard == 0.7
+    assert [ab_first.hard_factor(epoch) for epoch in (0, 4, 5)] == [0, 0, 1]
+    assert Sum({"kd": KD(hard=0)}).hard == 0
 
 
-def test_a_sum_is_untrained_as_long_as_all_its_methods_are():
-    assert Sum({"kd": KD(hard=0), "ab": AB(init_epochs=5)}).init_epochs == 0
-    assert Sum({"ab": AB(init_epochs=5), "ft": FT(hard=0, init_epochs=3)}).init_epochs == 3
+def test_a_sum_is_in_a_first_phase_as_long_as_any_of_its_methods():
+    assert Sum({"kd": KD(hard=0), "ab": AB(init_epochs=5)}).init_epochs == 5
+    assert Sum({"ab": AB(init_epochs=5), "ft": FT(hard=0, init_epochs=3)}).init_epochs == 5
+    assert Sum({"kd": KD(), "sp": SP(hard=0)}).init_epochs == 0
+
+
+def test_a_sum_reads_the_kinds_of_logits_that_all_its_methods_read():
+    assert Sum({"mse": LogitMSE(), "sp": SP(hard=0)}).kinds == (CATEGORICAL, BERNOULLI, REAL)
+    assert Sum({"kd": KD(), "sp": SP(hard=0)}).kinds == (CATEGORICAL,)
+
+
+def test_companions_of_one_method_are_those_of_the_sum():
+    student, teacher, x = net(4), net(6), torch.randn(3, 1, 8, 8)
+    method = Sum({"sp": SP(0.0, 3.0), "mutual": Mutual(peers=2)})
+    cohort = method.prepare(student, teacher, x)
+    s, _ = outputs(method, cohort, teacher, x)
+    want = [peer(x) for peer in cohort.peers]
+    for companion, logits in zip(method.companions(s), want, strict=True):
+        torch.testing.assert_close(companion.logits, logits)
+    assert method.ship(cohort) is student
 
 
 def test_sum_config_trains_its_projectors_and_loads_again():
@@ -146,13 +167,13 @@ def test_sum_config_trains_its_projectors_and_loads_again():
     for _ in range(2):
         method = instantiate(config)
         method.prepare(student, teacher, x)
-        s, t = FeatureExtractor(student, method.taps().student)(x), FeatureExtractor(teacher, method.taps().teacher)(x)
-        ids = torch.arange(3)
+        s, t = outputs(method, student, teacher, x)
         method.build(s, t, y)
-        states.append((method, s._replace(ids=ids), t))
+        states.append((method, s, t))
     method, s, t = states[0]
-    terms = method(s, t, y)
-    assert terms.keys() == {"hard", "kd_soft", "crd_hint"}
+    terms = method(s, t, batch(y, torch.arange(3)))
+    assert method.hard == 1.0
+    assert terms.keys() == {"kd_soft", "crd_hint"}
     sum(terms.values()).backward()
     assert all(p.grad is not None for p in method.parameters())
     states[1][0].load_state_dict(method.state_dict())
