@@ -19,21 +19,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor
 
-from litdistill.config.instantiate import instantiate
+from litdistill.config.build import make
 from litdistill.config.recipes import recipe_hash
-from litdistill.distillation.teacher import FrozenTeacher
 from litdistill.features.feature_extractor import FeatureExtractor, resolve_taps
-from litdistill.methods.base import Method
-from litdistill.methods.kd import KD
-from litdistill.methods.sum import Sum
+from litdistill.methods import KD, NAMES, Shuffled, Sum
+from litdistill.methods.base import CATEGORICAL, Method
 from litdistill.models.resnet import resnet
 from litdistill.report.tables import spread
 from litdistill.training.train import train
-from litdistill.types import Outputs, Taps
+from litdistill.types import Batch, Outputs, Taps
 from litdistill.utils.checkpoint import write_text
 from litdistill.utils.errors import UserError
 from litdistill.utils.logging import quieten
@@ -62,9 +61,8 @@ def options(path: Path) -> DictConfig:
 
 def paper(path: Path, target: str) -> str:
     """From the head of the method's module, or where the yaml is not named after its module, from the yaml's own."""
-    module = target.rpartition(".")[0]
-    if path.stem == module.rpartition(".")[2]:
-        spec = importlib.util.find_spec(module)
+    if path.stem == (stem := NAMES.get(target.rpartition(".")[2])):
+        spec = importlib.util.find_spec(f"litdistill.methods.{stem}")
         assert spec is not None
         assert spec.origin is not None
         text = ast.get_docstring(ast.parse(Path(spec.origin).read_text())) or ""
@@ -107,9 +105,9 @@ def plain(value: Any) -> str:
 
 def taps_of(method: Method) -> list[Taps]:
     """What a method, or each of a sum, reads, before it is resolved on networks."""
-    return (
-        [t for part in method.parts().values() for t in taps_of(part)] if isinstance(method, Sum) else [method.taps()]
-    )
+    if isinstance(method, Sum):
+        return [t for part in method.parts().values() for t in taps_of(part)]
+    return taps_of(method.method) if isinstance(method, Shuffled) else [method.taps()]
 
 
 def reads(method: Method, uses_logits: bool) -> str:
@@ -129,31 +127,47 @@ def words(taps: Sequence[str] | str) -> list[str]:
 # -- what a step of it costs --------------------------------------------------------------------------------------------
 
 
+def outputs(extractor: FeatureExtractor, images: Tensor) -> Outputs:
+    logits, features, _ = extractor(images)
+    return Outputs.of(logits, features)  # type: ignore[arg-type]
+
+
 class Step:
-    """A method on the pair of networks that is timed: forward of both, loss, backward."""
+    """A method on the pair of networks that is timed: forward of both, the labels' loss and the method's, backward."""
 
     def __init__(self, method: Method):
         torch.manual_seed(0)
         self.images, self.targets = torch.randn(BATCH, *SHAPE), torch.randint(CLASSES, (BATCH,))
-        self.ids = torch.randperm(SAMPLES)[:BATCH]
-        example, teacher = self.images[:2], resnet(CLASSES, SHAPE, 20)
+        bernoulli = CATEGORICAL not in method.kinds
+        targets = torch.randint(2, (BATCH, CLASSES)).float() if bernoulli else self.targets
+        self.labels_loss = F.binary_cross_entropy_with_logits if bernoulli else F.cross_entropy
+        self.batch = Batch(self.images, targets, torch.randperm(SAMPLES)[:BATCH])
+        example, teacher = self.images[:2], resnet(CLASSES, SHAPE, 20).eval().requires_grad_(False)
         student = method.prepare(resnet(CLASSES, SHAPE, 8), teacher, example)
         asked = method.taps()
         self.method, self.student = method, FeatureExtractor(student, resolve_taps(student, example, asked.student))
-        self.teacher = FrozenTeacher(teacher, resolve_taps(teacher, example, asked.teacher))
+        self.teacher = FeatureExtractor(teacher, resolve_taps(teacher, example, asked.teacher))
         student.eval()
         with torch.no_grad():
-            method.build(self.student(example), self.teacher(example), torch.arange(SAMPLES) % CLASSES)
+            read = outputs(self.student, example), outputs(self.teacher, example)
+            method.build(*read, torch.arange(SAMPLES) % CLASSES)
         student.train()
         self.parameters = [*student.parameters(), *method.parameters()]
-        method.epoch = LATER
+        method.set_epoch(LATER)
 
     def outputs(self) -> tuple[Outputs, Outputs | None]:
-        student = self.student(self.images)._replace(ids=self.ids)
-        return student, self.teacher(self.images)._replace(ids=self.ids) if self.method.needs_teacher else None
+        student = outputs(self.student, self.images)
+        with torch.no_grad():
+            return student, outputs(self.teacher, self.images) if self.method.needs_teacher else None
 
     def terms(self, student: Outputs, teacher: Outputs | None) -> dict[str, Tensor]:
-        return self.method(student, teacher, self.targets)
+        """The method's, and where it weighs it the labels' loss of the student and of what is trained beside it."""
+        terms = self.method(student, teacher, self.batch)
+        if hard := self.method.hard * self.method.hard_factor(LATER):
+            trained = [student, *self.method.companions(student)]
+            losses = [self.labels_loss(o.logits, self.batch.targets) for o in trained]
+            terms = {"hard": hard * torch.stack(losses).sum(), **terms}
+        return terms
 
     def seconds(self) -> float:
         start = time.perf_counter()
@@ -172,7 +186,7 @@ class Step:
         found = []
         for logits in (teacher.logits, torch.randn_like(teacher.logits)):
             torch.manual_seed(0)  # the same negatives
-            found.append(self.terms(student, teacher._replace(logits=logits)))
+            found.append(self.terms(student, teacher._replace(heads={"logits": logits})))
         self.method.train()
         return any(not torch.equal(found[0][k], found[1][k]) for k in found[0])
 
@@ -220,6 +234,11 @@ def gain(values: Sequence[float], control: Sequence[float]) -> str:
     return text if text.startswith("-") else f"+{text}"
 
 
+def outcome(values: Sequence[float] | None, control: Sequence[float]) -> tuple[str, str]:
+    """The last two cells; dashes of a method for several labels a sample, which these images do not have."""
+    return ("–", "–") if values is None else (spread(values), gain(values, control))
+
+
 def line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |"
 
@@ -250,7 +269,7 @@ the accuracy is that of the last epoch.
   ResNet-20 teaches ResNet-8, {BATCH} images of {"x".join(map(str, SHAPE))}, {CLASSES} classes, one CPU thread; the median of
   {rounds} ratios of neighbouring steps. Of methods in two phases, the second.
 - **test accuracy %**, **over the control**: mean ± standard deviation over {seeds} seed(s), which draw the images, the
-  first weights and the order; the difference is taken seed by seed.
+  first weights and the order; the difference is taken seed by seed. A method for several labels a sample has none.
 
 Each run is `python scripts/train.py experiment=methods method=<method> seed=<seed>`, with {cfg.trainer.max_epochs} epochs.
 Made with {used}.
@@ -268,7 +287,7 @@ def main() -> None:
     torch.set_num_threads(1)
     paths = {p.stem: p for p in sorted((CONF / "method").glob("*.yaml"))}
     results = {}
-    for name in paths:
+    for name in (n for n, path in paths.items() if CATEGORICAL in make(options(path)).kinds):
         results[name] = [run(name, seed, asked.runs) for seed in range(asked.seeds)]
         print(f"{name}: {spread(accuracies([s for _, s in results[name]]))} %", flush=True)
 
@@ -276,12 +295,12 @@ def main() -> None:
     rows, kd = [], Step(KD())
     for name in sorted(paths, key=lambda n: (n != CONTROL, n)):
         node = options(paths[name])
-        step = Step(instantiate(node))
-        over = gain(scores[name], scores[CONTROL]) if name != CONTROL else "control"
+        step = Step(make(node))
+        measured = outcome(scores.get(name), scores[CONTROL]) if name != CONTROL else (spread(scores[name]), "control")
         rows.append(
             (
                 *(f"`{name}`", paper(paths[name], node["_target_"]), reads(step.method, step.uses_logits())),
-                *(defaults(node), f"{cost(step, kd, asked.rounds):.2f}", spread(scores[name]), over),
+                *(defaults(node), f"{cost(step, kd, asked.rounds):.2f}", *measured),
             )
         )
         print(f"{name}: cost {rows[-1][4]}", flush=True)

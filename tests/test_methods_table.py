@@ -6,11 +6,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from litdistill.methods.kd import KD
-from litdistill.methods.rkd import RKD
-from litdistill.methods.srd import SRD
-from litdistill.methods.sum import Sum
-from litdistill.methods.supervised import Supervised
+from litdistill.methods import KD, RKD, SRD, BinaryKD, Mutual, Shuffled, Sum, Supervised
 from litdistill.utils.errors import UserError
 from litdistill.utils.paths import CONF
 
@@ -71,6 +67,9 @@ def test_defaults_leave_out_targets_and_taps(script):
         (RKD, "pooled"),
         (SRD, "logits, pooled"),
         (lambda: Sum({"kd": KD(hard=0), "rkd": RKD()}), "logits, pooled"),
+        (BinaryKD, "logits"),
+        (lambda: Shuffled(RKD()), "pooled"),
+        (Mutual, "no teacher; the student's own peers.0"),
         (Supervised, "no teacher"),
     ],
 )
@@ -90,6 +89,11 @@ def test_first_phases_keep_their_share_of_a_run(script):
 def test_a_gain_is_taken_seed_by_seed(script):
     assert script.gain([90.0, 80.0, 70.0], [89.0, 79.0, 69.0]) == "+1.00 ± 0.00"
     assert script.gain([89.0, 80.0], [90.0, 83.0]) == "-2.00 ± 1.41"
+
+
+def test_a_method_for_several_labels_has_no_accuracy(script):
+    assert script.outcome([90.0, 80.0], [89.0, 79.0]) == ("85.00 ± 7.07", "+1.00 ± 0.00")
+    assert script.outcome(None, [89.0, 79.0]) == ("–", "–")
 
 
 def test_a_table_has_a_cell_for_every_column(script):
