@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -18,6 +19,25 @@ class Batch(NamedTuple):
     weight: float = 1.0  # of this process's mean among those of all processes, where their parts are unequal
 
 
+class Group(NamedTuple):
+    """Several minibatches that one step of Lightning trains on, one after the other."""
+
+    batch: Batch  # all of them in a row
+    sizes: tuple[int, ...]  # samples of each
+    weights: tuple[float, ...]  # of each: see `Batch`
+    first: int  # the place of the first in its epoch
+    logs: bool  # whether something is logged after the last
+
+    def minibatches(self) -> Iterator[Batch]:
+        """Each of them, as views of the tensors of all."""
+        start = 0
+        for size, weight in zip(self.sizes, self.weights, strict=True):
+            rows = slice(start, start + size)
+            ids, views = (None if x is None else x[rows] for x in (self.batch.ids, self.batch.views))
+            yield Batch(self.batch.inputs[rows], self.batch.targets[rows], ids, views, weight)
+            start += size
+
+
 class Outputs(NamedTuple):
     """What a network gives for one minibatch of N samples."""
 
@@ -29,6 +49,16 @@ class Outputs(NamedTuple):
     def logits(self) -> Tensor:
         """The head of that name, (N, classes)."""
         return self.heads["logits"]
+
+    def split(self, sizes: Sequence[int]) -> list[Outputs]:
+        """The outputs of each of several minibatches that were run as one."""
+        at = [0, *itertools.accumulate(sizes)]
+        return [self.rows(slice(a, b)) for a, b in itertools.pairwise(at)]
+
+    def rows(self, index: slice | Tensor) -> Outputs:
+        """The outputs of some of the samples."""
+        heads, features = ({k: v[index] for k, v in x.items()} for x in (self.heads, self.features))
+        return Outputs(heads, features, None if self.ids is None else self.ids[index])
 
     @classmethod
     def of(cls, logits: Tensor, features: Mapping[str, Tensor] | None = None, ids: Tensor | None = None) -> Outputs:

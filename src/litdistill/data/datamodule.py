@@ -20,10 +20,10 @@ from torch import Tensor
 
 from litdistill.data import augment as aug
 from litdistill.data import mixing, splits
-from litdistill.data.loading import IdLoader, Ids
+from litdistill.data.loading import IndexLoader, Rows
 from litdistill.data.sources import STREAMED, Source, Split, fingerprint, load
 from litdistill.data.streaming import Encoded, Prefetched
-from litdistill.types import Batch
+from litdistill.types import Batch, Group
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +97,6 @@ class ImageData(LightningDataModule):
         self.memory, self.workers = splits.budget(resident, memory_gb), workers
         self.omit, self.fixed_views = list(omit or ()), fixed_views
         self.only = list(classes) if classes is not None else None
-        self.window = 1  # how many batches a training step holds at once; set by whoever trains
         self._source: Source | None = None
         self._resident: dict[tuple[str, torch.device], Split] = {}
         self._trained: dict[torch.device, Tensor] = {}
@@ -137,12 +136,14 @@ class ImageData(LightningDataModule):
 
     def _measure(self, ids: Tensor) -> tuple[list[float], list[float]]:
         """Mean and deviation of each channel over these training images."""
-        rows = [Ids("train", chunk) for chunk in ids.split(1024)]
+        rows = [Rows("train", chunk) for chunk in ids.split(1024)]
         if isinstance(self.source.train.images, Encoded):
             log.info(
                 "Reading %d images once, for their mean and deviation: data.mean and data.std save that.", len(ids)
             )
-            mean, std = splits.mean_std(batch.images for batch in self._prefetched(rows))
+            fetch = self._prefetched("train")
+            assert fetch is not None
+            mean, std = splits.mean_std(batch.images for batch in fetch(rows) if batch.images is not None)
             log.info("data.mean=%s data.std=%s", mean, std)
             return mean, std
         images = self.source.train.images
@@ -199,89 +200,76 @@ class ImageData(LightningDataModule):
 
     # -- the batches -------------------------------------------------------------------------------------------------
 
-    def train_dataloader(self) -> IdLoader | Prefetched:
-        count = self.epoch_size or len(self.train_ids)
-        ends = self._window_ends if self.trainer is not None and self.window > 1 else None
-        rows = IdLoader(self._epoch, count, self.batch_size, self._position, *self._world(), pad=True, ends=ends)
-        return self._prefetched(rows, keep=True) if self._is_encoded("train") else rows
+    def train_dataloader(self) -> IndexLoader:
+        return self.train_loader(*self._world())
 
-    def _epoch(self, epoch: int) -> Ids:
+    def train_loader(self, rank: int = 0, world_size: int = 1, group: int = 1, log_every: int = 0) -> IndexLoader:
+        """The loader of one process; `group`, `log_every`: see `IndexLoader`."""
+        count, fetch = self.epoch_size or len(self.train_ids), self._prefetched("train", keep=True)
+        shares = (rank, world_size, True, group, log_every)
+        return IndexLoader(self._epoch, count, self.batch_size, *shares, fetch=fetch)
+
+    def _epoch(self, epoch: int) -> Rows:
         """All samples of an epoch in order. Their views are drawn here, once, for all batches."""
         ids, rounds = aug.epoch_order(self.seed, epoch, self.train_ids, self.epoch_size)
         if self.fixed_views is not None:
             rounds = rounds % self.fixed_views
         if not self.draws_views:
-            return Ids("train", ids)
-        return Ids("train", ids, rounds if self.by_round else aug.draw_views(self.augment, self.view_seed, rounds, ids))
+            return Rows("train", ids)
+        return Rows("train", ids, rounds if self.by_round else aug.draw_views(self.augment, self.view_seed, rounds, ids))
 
-    def _window_ends(self, done: int) -> list[int]:
-        """Where windows of at most `window` batches end, `done` batches into the epoch: also wherever something is logged or
-        validated, which happens between Lightning's steps only."""
-        trainer = self.trainer
-        assert trainer is not None
-        count = -(-(self.epoch_size or len(self.train_ids)) // (self.batch_size * self._world()[1]))
-        before = trainer.global_step - done
-        every, check = trainer.log_every_n_steps, trainer.val_check_batch  # type: ignore[attr-defined]
-        ends, start = [], 0
-        for end in range(1, count + 1):
-            logs = every and (before + end) % every == 0
-            validates = (
-                check not in (None, float("inf"))
-                and (end if trainer.check_val_every_n_epoch else before + end) % check == 0
-            )
-            if logs or validates or end - start == self.window or end == count:
-                ends.append(end)
-                start = end
-        return ends
+    def val_dataloader(self) -> IndexLoader:
+        return self.eval_loader("val", *self._world())
 
-    def val_dataloader(self) -> IdLoader | Prefetched:
-        return self._evaluation(Ids("train", self.val_ids))
+    def test_dataloader(self) -> IndexLoader:
+        return self.eval_loader("test", *self._world())
 
-    def test_dataloader(self) -> IdLoader | Prefetched:
-        return self._evaluation(Ids("test", self.test_ids))
+    def eval_loader(self, split: str, rank: int = 0, world_size: int = 1) -> IndexLoader:
+        """The loader of one process over "val" or "test", in order; each sample is in one process."""
+        rows = Rows("test", self.test_ids) if split == "test" else Rows("train", self.val_ids)
+        fetch = self._prefetched(rows.split)
+        return IndexLoader(lambda _: rows, len(rows.ids), self.eval_batch_size, rank, world_size, fetch=fetch)
 
-    def _evaluation(self, rows: Ids) -> IdLoader | Prefetched:
-        loader = IdLoader(lambda _: rows, len(rows.ids), self.eval_batch_size, lambda: (0, 0), *self._world())
-        return self._prefetched(loader) if self._is_encoded(rows.split) else loader
-
-    def _is_encoded(self, split: str) -> bool:
-        return isinstance(self._split(split).images, Encoded)
-
-    def _prefetched(self, rows: Any, keep: bool = False) -> Prefetched:
+    def _prefetched(self, split: str, keep: bool = False) -> Prefetched | None:
+        """What reads images ahead that lie encoded; None where they are in memory."""
+        if not isinstance(self._split(split).images, Encoded):
+            return None
         images = {name: self._split(name).images for name in ("train", "test")}
         trained = self.train_ids if self.mix is not None else None
-        return Prefetched(rows, images, functools.partial(needed, self.view_seed, trained), self.workers, keep)
+        return Prefetched(images, functools.partial(needed, self.view_seed, trained), self.workers, keep)
 
-    def on_after_batch_transfer(self, batch: Ids, dataloader_idx: int) -> Batch:
+    def on_after_batch_transfer(self, batch: Rows, dataloader_idx: int) -> Batch | Group:
         """Lightning's hook: ids that lie on the device become the batch."""
-        return self.batch(batch)
+        return self.make_batch(batch)
 
     def batches(self, split: str, device: torch.device | str = "cpu") -> Iterator[Batch]:
         """All of "train", "val" or "test" in order, unaugmented, without a trainer and on this process alone."""
         self.setup()
         ids = {"train": self.train_ids, "val": self.val_ids, "test": self.test_ids}[split]
         files = "test" if split == "test" else "train"
-        rows: Any = [Ids(files, chunk) for chunk in ids.split(self.eval_batch_size)]
-        for batch in self._prefetched(rows) if self._is_encoded(files) else rows:
-            yield self.batch(batch._replace(ids=batch.ids.to(device)))
+        rows = [Rows(files, chunk) for chunk in ids.split(self.eval_batch_size)]
+        fetch = self._prefetched(files)
+        for batch in fetch(rows) if fetch is not None else rows:
+            found = self.make_batch(batch._replace(ids=batch.ids.to(device)))
+            assert isinstance(found, Batch)
+            yield found
 
-    def batch(self, rows: Ids) -> Batch:
-        """The images of these ids, in these views or as they are."""
-        if rows.images is None:
-            seen = self.get_batch(rows.split, rows.ids, rows.views)
-        else:
-            seen = self._seen(rows.split, rows.ids, rows.views, rows.images)
-        return seen._replace(sizes=rows.sizes, skip=rows.skip)
+    def make_batch(self, rows: Rows) -> Batch | Group:
+        """The images of these ids, in these views or as they are: a batch, or a group of several."""
+        batch = self._get_batch(rows.split, rows.ids, rows.views, rows.images)
+        if rows.sizes is None:
+            return batch._replace(weight=rows.weights[0])
+        return Group(batch, rows.sizes, rows.weights, rows.first, rows.logs)
 
     def get_batch(self, split: str, ids: Tensor, views: Tensor | None) -> Batch:
         """The images of these ids in the given views (N,), or as they are."""
-        return self._seen(split, ids, views, None)
+        return self._get_batch(split, ids, views, None)
 
-    def _seen(self, split: str, ids: Tensor, views: Tensor | None, images: Tensor | None) -> Batch:
+    def _get_batch(self, split: str, ids: Tensor, views: Tensor | None, images: Tensor | None) -> Batch:
         """`images`: those that are `needed`, where they were decoded before."""
         data = self._on(split, ids.device)
         mix = self.mix if views is not None else None
-        everyone = needed(self.view_seed, self._trained_on(ids.device) if mix else None, Ids(split, ids, views))
+        everyone = needed(self.view_seed, self._trained_on(ids.device) if mix else None, Rows(split, ids, views))
         if images is None:
             here = data.images
             images = here[everyone.cpu()] if isinstance(here, Encoded) else here.index_select(0, everyone)
@@ -320,16 +308,11 @@ class ImageData(LightningDataModule):
             self._trained[device] = self.train_ids.to(device)
         return self._trained[device]
 
-    def _position(self) -> tuple[int, int]:
-        if self.trainer is None:
-            return 0, 0
-        return self.trainer.current_epoch, self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
-
     def _world(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
 
 
-def needed(seed: int, trained: Tensor | None, rows: Ids) -> Tensor:
+def needed(seed: int, trained: Tensor | None, rows: Rows) -> Tensor:
     """The ids of the images that a batch is made of: its own, and, where training mixes, their partners' after them.
 
     `trained`: whom an image may be mixed with; None where nothing is mixed.

@@ -10,7 +10,7 @@ import contextlib
 import gc
 import io
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -103,20 +103,20 @@ def _begin(worker: int) -> None:
 
 
 class Prefetched:
-    """The batches of `rows` (an `IdLoader`), each with its images, decoded ahead by `workers` processes.
+    """Calling it on `Rows` gives them with their images, decoded ahead by `workers` processes.
 
-    `images`: the splits by name. `wanted`: the ids of the images that a batch needs. `keep`: whether workers live on
+    `images`: the splits by name. `wanted`: the ids of the images that some rows need. `keep`: whether workers live on
     from one epoch to the next. Raises `UserError` where an image cannot be read, where a worker dies, and where one gives
     nothing for `TIMEOUT` seconds.
     """
 
     def __init__(
-        self, rows: Any, images: Mapping[str, Any], wanted: Callable[[Any], Tensor], workers: int, keep: bool = False
+        self, images: Mapping[str, Any], wanted: Callable[[Any], Tensor], workers: int, keep: bool = False
     ):
-        self.rows = rows
+        self.queue = _Queue()
         self.loader: DataLoader[Any] = DataLoader(
             _Decoder(images, wanted),  # type: ignore[arg-type]
-            sampler=rows,
+            sampler=self.queue,  # type: ignore[arg-type]
             batch_size=None,
             collate_fn=_as_it_is,
             num_workers=workers,
@@ -127,10 +127,8 @@ class Prefetched:
             generator=torch.Generator(),  # or it would draw from the one that dropout draws from
         )
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __iter__(self) -> Iterator[Any]:
+    def __call__(self, rows: Iterable[Any]) -> Iterator[Any]:
+        self.queue.rows = rows
         batches: Any = iter(self.loader)
         try:
             for batch in batches:
@@ -150,12 +148,15 @@ class Prefetched:
                 "data.workers or a smaller data.batch_size, or data.workers=0 to see what happens."
             ) from error
 
-    def state_dict(self) -> dict[str, Any]:
-        """Empty, as an `IdLoader`'s."""
-        return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to load."""
+class _Queue:
+    """The sampler of a DataLoader that lives for several epochs: whatever rows come next."""
+
+    def __init__(self) -> None:
+        self.rows: Iterable[Any] = ()
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.rows)
 
 
 def _as_it_is(batch: Any) -> Any:

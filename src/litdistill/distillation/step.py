@@ -1,89 +1,94 @@
 """A training step of several minibatches: Lightning's own cost a step is paid once for all of them.
 
-What users and callbacks see keeps its meaning: the counts that `global_step`, `batch_idx`, logging, checkpoints and a
-resume go by advance with every minibatch, callbacks are called around every minibatch, schedules step at the end of the
-epoch. It follows `_TrainingEpochLoop.advance` of Lightning, which does the same around a single one.
+Lightning sees one step of manual optimization. What it would do between minibatches is done here: clipping, the average
+of the weights, random draws, schedulers, and an end at `max_steps`. Everything else that happens between steps, as logs,
+validation, checkpoints and a stop, happens between groups. `training/grouping.py` knows where that is right.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
-from litdistill.data.datamodule import Batch
-from litdistill.types import Outputs
+from litdistill.types import Batch, Group, Outputs
 
 if TYPE_CHECKING:
     from litdistill.distillation.distiller import Distiller
 
 
-def train_window(module: Distiller, window: Batch, first: int) -> Tensor:
-    """Optimises on the minibatches of `window` one after the other; `first` is the index of the first in its epoch.
-
-    Gives the loss of the last one. Lightning begins the first of them; after the last it calls `end_window`.
-    """
-    trainer = module.trainer
-    loop, optimizer = trainer.fit_loop.epoch_loop, module.optimizers()
-    parts = list(minibatches(window))[window.skip :]
-    taught = module.taught_ahead(window)
-    for i, batch in enumerate(parts):
-        if i:
-            _begin(module, batch, first + i)
-        if window.sizes is not None:  # else Lightning has seen what the loader has left
-            loop.batch_progress.is_last_batch = loop.batch_progress.current.ready == trainer.num_training_batches
-        loss = module.loss(batch, taught[window.skip + i] if taught else None)
+def train_group(distiller: Distiller, group: Group) -> Tensor:
+    """Optimizes on the minibatches of `group` one after the other; returns the loss of the last one."""
+    trainer, optimizer = distiller.trainer, distiller.optimizers()
+    taught = teacher_ahead(distiller, group)
+    loss = torch.zeros(())
+    for i, batch in enumerate(group.minibatches()):
+        distiller.seed_step(group.first + i)
+        loss = distiller.loss(batch, taught[i] if taught else None)
         optimizer.zero_grad()  # type: ignore[union-attr]
-        module.manual_backward(loss)
-        if module.gradient_clip_val is not None:
-            module.clip_gradients(optimizer, module.gradient_clip_val, module.gradient_clip_algorithm)  # type: ignore[arg-type]
+        distiller.manual_backward(loss * batch.weight if batch.weight != 1 else loss)
+        if distiller.clip.value is not None:
+            distiller.clip_gradients(optimizer, distiller.clip.value, distiller.clip.algorithm)  # type: ignore[arg-type]
         optimizer.step()  # type: ignore[union-attr]
-        if loop._num_ready_batches_reached():
-            for scheduler in (config.scheduler for config in trainer.lr_scheduler_configs):
-                scheduler.step()
-        loop.batch_progress.increment_processed()
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            callback.on_train_batch_end(trainer, module, {"loss": loss.detach()}, batch, first + i)
-        if i + 1 == len(parts) or loop._is_training_done or loop.done:
+        distiller.update_average()
+        step_schedulers(distiller, "step")
+        if trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps:
             break
-        loop.batch_progress.increment_completed()
-        loop._batches_that_stepped += 1  # the x-axis of what is logged
-    # Lightning is about to end the last one too: to count it, and to call the callbacks, with the index of the first.
-    for progress in (loop.batch_progress.current, loop.batch_progress.total):
-        progress.processed -= 1  # type: ignore[attr-defined]
-    module.called, trainer.callbacks = trainer.callbacks, []  # type: ignore[attr-defined]
+    if trainer.is_last_batch:
+        step_schedulers(distiller, "epoch")
     return loss.detach()
 
 
-def end_window(module: Distiller) -> None:
-    """Gives the callbacks back, which have been called already; called by Lightning where it has called them."""
-    if module.called is not None:
-        module.trainer.callbacks, module.called = module.called, None  # type: ignore[attr-defined]
+def teacher_ahead(distiller: Distiller, group: Group) -> Sequence[Outputs] | None:
+    """The teacher's outputs for each minibatch of a group, run at once: it is frozen, and large batches are what is fast.
+
+    None where that gains nothing: without a teacher, for features that nobody keeps, which are too much to hold, and on a
+    CPU, which is as fast on small batches.
+    """
+    if not distiller.needs_teacher_outputs:
+        return None
+    assert distiller.teacher is not None
+    if distiller.cache is None and (distiller.teacher.taps or distiller.device.type == "cpu"):
+        return None
+    return distiller.teacher_outputs(group.batch).split(group.sizes)
 
 
-def minibatches(window: Batch) -> Iterator[Batch]:
-    """The minibatches of a window, as views of its tensors."""
-    sizes = window.sizes or (len(window.images),)
-    start = 0
-    for size in sizes:
-        rows = slice(start, start + size)
-        ids, views = (None if x is None else x[rows] for x in (window.ids, window.views))
-        yield Batch(window.images[rows], window.targets[rows], ids, views)
-        start += size
+def step_schedulers(distiller: Distiller, interval: str) -> None:
+    """Steps the schedulers of that interval but for those that wait for a metric (`step_plateau`)."""
+    for config in distiller.trainer.lr_scheduler_configs:
+        if config.interval == interval and not config.reduce_on_plateau:
+            config.scheduler.step()  # type: ignore[call-arg]
 
 
-def split(outputs: Outputs, sizes: tuple[int, ...]) -> list[Outputs]:
-    """What a network gave for a window, by minibatch."""
-    logits = outputs.logits.split(sizes)
-    features = {k: v.split(sizes) for k, v in outputs.features.items()}
-    ids = outputs.ids.split(sizes) if outputs.ids is not None else [None] * len(sizes)
-    return [Outputs(logits[i], {k: v[i] for k, v in features.items()}, ids[i]) for i in range(len(sizes))]
+def step_plateau(distiller: Distiller) -> None:
+    """Steps the schedulers that wait for a metric, once an epoch."""
+    for config in distiller.trainer.lr_scheduler_configs:
+        if config.reduce_on_plateau:
+            value = distiller.trainer.callback_metrics.get(config.monitor or "")
+            if value is not None:
+                config.scheduler.step(float(value))
 
 
-def _begin(module: Distiller, batch: Batch, index: int) -> None:
-    trainer, progress = module.trainer, module.trainer.fit_loop.epoch_loop.batch_progress
-    progress.increment_ready()
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        callback.on_train_batch_start(trainer, module, batch, index)
-    progress.increment_started()
+def seed_step(seed: int, epoch: int, index: int, rank: int, device: torch.device) -> None:
+    """Makes what a step draws (dropout, a method's negatives) depend on seed, epoch, minibatch and process alone: so a run
+    that goes on in the middle of an epoch needs no generator's state, and no two processes draw the same."""
+    place = f"{seed} {epoch} {index} {rank}"
+    number = int.from_bytes(hashlib.sha256(place.encode()).digest()[:8])
+    torch.default_generator.manual_seed(number)  # `torch.manual_seed` asks every kind of device, which takes longer
+    if device.type == "cuda":
+        torch.cuda.manual_seed(number)
+
+
+def timed_outputs(distiller: Distiller, batch: Batch) -> tuple[Outputs, float]:
+    """The teacher's outputs for a batch, from the cache where there is one, and the seconds that they took."""
+    assert distiller.teacher is not None
+    start = time.perf_counter()
+    if distiller.cache is not None and batch.ids is not None:
+        outputs = distiller.cache.outputs(batch)
+    else:
+        outputs = distiller.teacher(batch)._replace(ids=batch.ids)
+    return outputs, time.perf_counter() - start

@@ -1,8 +1,8 @@
 """Taps: where in a network features are taken, found by name or by a word, and read through hooks.
 
-    names = find(net, images, "stages")   # ["layer1", "layer2", "layer3", "layer4"] for a ResNet
-    tapped = Tapped(net, names)
-    logits, features, _ = tapped(images)
+    names = resolve_taps(net, images, "stages")   # ["layer1", "layer2", "layer3", "layer4"] for a ResNet
+    outputs = FeatureExtractor(net, names)(images)
+    outputs.heads["logits"], outputs.features["layer1"]
 
 The network is never rewritten or wrapped, so its parameter names, its mode and `net.compile()` stay as they are.
 How stages are found is said at `litdistill.features.stages.stage_ends`; any tap can be named instead.
@@ -11,7 +11,7 @@ How stages are found is said at `litdistill.features.stages.stage_ends`; any tap
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -20,17 +20,24 @@ import torch
 from torch import Tensor, nn
 
 from litdistill.features.stages import Call, before_activation, map_size, outermost, pooled, stage_ends
+from litdistill.features.outputs import first_tensor, run_network
 from litdistill.types import Outputs
 from litdistill.utils.errors import UserError
 
 ALIASES = ("stages", "stages:pre", "last", "pooled")
 
 
-def resolve_taps(net: nn.Module, example: Tensor, taps: Sequence[str] | str) -> list[str]:
+def resolve_taps(
+    net: nn.Module,
+    example: Any,
+    taps: Sequence[str] | str,
+    forward: Callable[[nn.Module, Any], Outputs] = run_network,
+) -> list[str]:
     """Names of taps of `net`, each a module of `net.named_modules()` for its output, or with a suffix for its input.
 
-    `taps`: one of the words below, a name, or a sequence of either. `example`: a small batch (N, C, H, W) for one dry
-    forward in eval mode; modes, buffers, random numbers and hooks are afterwards as they were.
+    `taps`: one of the words below, a name, or a sequence of either. `example`: the inputs of a small batch for one dry
+    forward in eval mode; modes, buffers, random numbers and hooks are afterwards as they were. `forward`: runs the network
+    on the example, where a plain call does not.
 
     - `"stages"`: the end of each stage, in the order of execution. Maps (N, C, H, W): the last of each spatial size.
       Networks that end in tokens (ViT): up to four evenly spaced encoder blocks (N, tokens, C), the last one included.
@@ -51,13 +58,13 @@ def resolve_taps(net: nn.Module, example: Tensor, taps: Sequence[str] | str) -> 
     for tap in wanted:
         if tap not in ALIASES:
             _resolve(modules, tap)
-    calls, logits = _dry_forward(net, example)
+    calls, logits = _dry_forward(net, example, forward)
     found: list[str] = []
     for tap in wanted:
         if tap == "pooled":
             found.append(pooled(calls, logits))
         elif tap in ALIASES:
-            stages = stage_ends(calls, logits, map_size(example))
+            stages = stage_ends(calls, logits, map_size(first_tensor(example)))
             if tap == "stages:pre":
                 found += [before_activation(calls, stage) or outermost(calls, stage) for stage in stages]
             else:
@@ -100,13 +107,17 @@ class FeatureExtractor:
         for m in self._inplace:
             m.inplace = False  # type: ignore[assignment]
 
-    def __call__(self, x: Tensor) -> Outputs:
-        """`x`: (N, C, H, W)."""
+    def __call__(self, inputs: Any) -> Outputs:
+        """The outputs of the network on these inputs, with the features."""
+        return self.run(lambda net: run_network(net, inputs))
+
+    def run(self, forward: Callable[[nn.Module], Outputs]) -> Outputs:
+        """What `forward(net)` gives, with the features that were taken on the way."""
         if not self.names:
-            return Outputs(self.net(x))
+            return forward(self.net)
         try:
             self._state.active = True
-            logits = self.net(x)
+            outputs = forward(self.net)
             taken = dict(self._state.features)
         finally:
             self._state.active = False
@@ -117,7 +128,7 @@ class FeatureExtractor:
                 raise UserError(
                     f"Tap {name!r} {why}. Take another module, and tap a network before its first compiled forward."
                 )
-        return Outputs(logits, {name: taken[name] for name in self.names})
+        return outputs._replace(features={name: taken[name] for name in self.names})
 
     def remove(self) -> None:
         """Takes all hooks off the network and gives its activations their `inplace` back."""
@@ -169,11 +180,10 @@ def _resolve(modules: dict[str, nn.Module], tap: str) -> tuple[nn.Module, str]:
 
 
 @contextmanager
-def _undisturbed(net: nn.Module, example: Tensor) -> Iterator[None]:
+def _undisturbed(net: nn.Module, device: torch.device) -> Iterator[None]:
     """Eval mode and no in-place activation inside; every flag and random state as before outside."""
     modes = [(m, m.training) for m in net.modules()]
     inplace = [m for m in net.modules() if getattr(m, "inplace", False) is True]
-    device = example.device
     forked: Any = {"devices": []} if device.type == "cpu" else {"devices": [device], "device_type": device.type}
     try:
         for m, _ in modes:
@@ -189,7 +199,9 @@ def _undisturbed(net: nn.Module, example: Tensor) -> Iterator[None]:
             m.inplace = True  # type: ignore[assignment]
 
 
-def _dry_forward(net: nn.Module, example: Tensor) -> tuple[list[Call], Tensor]:
+def _dry_forward(
+    net: nn.Module, example: Any, forward: Callable[[nn.Module, Any], Outputs]
+) -> tuple[list[Call], Tensor]:
     """The last call of each submodule, in the order in which they end, and the logits."""
     clock = iter(range(1 << 62))
     starts: dict[str, int] = {}
@@ -207,8 +219,9 @@ def _dry_forward(net: nn.Module, example: Tensor) -> tuple[list[Call], Tensor]:
             if name:
                 handles.append(module.register_forward_pre_hook(partial(begin, name)))
                 handles.append(module.register_forward_hook(partial(end, name), with_kwargs=True))
-        with _undisturbed(net, example):
-            logits = net(example)
+        with _undisturbed(net, first_tensor(example).device):
+            heads = forward(net, example).heads
+            logits = heads["logits"] if "logits" in heads else next(iter(heads.values()))
     finally:
         for handle in handles:
             handle.remove()

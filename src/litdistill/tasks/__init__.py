@@ -1,1 +1,26 @@
 """What a network is trained for: its loss, predictions and metrics."""
+
+from __future__ import annotations
+
+from litdistill.tasks.base import Task
+from litdistill.tasks.classification import Classification
+from litdistill.tasks.multilabel import MultiLabel
+from litdistill.tasks.regression import Regression
+from litdistill.utils.errors import UserError
+
+__all__ = ["TASKS", "Classification", "MultiLabel", "Regression", "Task", "named_task"]
+
+TASKS: dict[str, type[Task]] = {
+    "classification": Classification,
+    "multilabel": MultiLabel,
+    "regression": Regression,
+}
+
+
+def named_task(task: Task | str) -> Task:
+    """A task, or the one of that name with its defaults. Raises `UserError` for an unknown name."""
+    if isinstance(task, Task):
+        return task
+    if task not in TASKS:
+        raise UserError(f"task={task!r}: choose {', '.join(TASKS)}, or give a litdistill.Task of your own.")
+    return TASKS[task]()

@@ -34,13 +34,19 @@ def quality(logits: Tensor, targets: Tensor) -> dict[str, float]:
     }
 
 
-def agreement(student: Tensor, teacher: Tensor) -> dict[str, float]:
-    """How far a student follows its teacher: share of equal predictions, and KL(teacher ‖ student) in nats at T = 1."""
+def sample_agreement(student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
+    """How far a student follows its teacher, a number a sample (N,) float64: whether predictions are equal, and
+    KL(teacher ‖ student) in nats at T = 1. Both (N, classes)."""
     log_q, log_p = student.double().log_softmax(1), teacher.double().log_softmax(1)
     return {
-        "agreement": (student.argmax(1) == teacher.argmax(1)).double().mean().item(),
-        "kl": F.kl_div(log_q, log_p, reduction="batchmean", log_target=True).item(),
+        "agreement": (student.argmax(1) == teacher.argmax(1)).double(),
+        "kl": F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1),
     }
+
+
+def agreement(student: Tensor, teacher: Tensor) -> dict[str, float]:
+    """The means of `sample_agreement` over all samples."""
+    return {name: values.mean().item() for name, values in sample_agreement(student, teacher).items()}
 
 
 def confusion(logits: Tensor, targets: Tensor) -> Tensor:

@@ -1,0 +1,161 @@
+"""From a config to a task, a schedule and a `Distiller`. Training and evaluation build a run by the same functions."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+
+from litdistill.compress.quantize import Int8
+from litdistill.config.instantiate import instantiate
+from litdistill.data.protocol import IndexedData
+from litdistill.distillation.distiller import Clip, Distiller, OptimizerFactory, SchedulerOptions
+from litdistill.distillation.teacher import FrozenTeacher
+from litdistill.distillation.teacher_cache import CacheOptions
+from litdistill.methods.base import Method
+from litdistill.tasks.base import Task
+from litdistill.types import Batch, Outputs
+from litdistill.utils.errors import UserError
+
+STEPPED = ("OneCycleLR", "CyclicLR")  # schedulers that count steps whatever their options
+
+
+def build_task(node: DictConfig, data: Any) -> Task:
+    """The task of a config. Numbers that it is to have of the data, and that are null, are measured on what is trained on.
+
+    Raises `UserError` for data that say that they are for another task.
+    """
+    wanted = getattr(data, "task", None)
+    name = str(node["_target_"]).rpartition(".")[2].lower()
+    if wanted is not None and name in ("classification", "multilabel", "regression") and name != wanted:
+        raise UserError(f"These data are for task={wanted}, and the config has {name}: set task={wanted}.")
+    facts: dict[str, Any] = {}
+    if "mean" in node and node.mean is None:
+        targets = data.train_targets[data.train_ids].double()
+        targets = targets[:, None] if targets.ndim == 1 else targets
+        facts = {"mean": targets.mean(0).tolist(), "std": targets.std(0).clamp(min=1e-12).tolist()}
+    task: Task = instantiate(node, **facts)
+    return task
+
+
+def build_optimizer(node: DictConfig, lr: float) -> OptimizerFactory:
+    """Makes the optimizer from parameters, at the learning rate that goes with the run's batch."""
+    return functools.partial(instantiate(node), lr=lr)
+
+
+def build_scheduler(node: DictConfig | None, epochs: int, steps: int) -> tuple[Any, SchedulerOptions]:
+    """Makes the schedule from the optimizer, and says when it is stepped; (None, …) where there is none.
+
+    `interval` (epoch or step) and `monitor` stand beside the scheduler's own options. An option that is a horizon and null
+    (`total_steps`, `T_max`, `total`) is the number of times that it will be stepped: `epochs`, or `steps` of the whole run.
+    Raises `UserError` for a OneCycleLR that would be stepped another number of times than it is made for.
+    """
+    if node is None:
+        return None, SchedulerOptions()
+    name = str(node["_target_"]).rpartition(".")[2]
+    options = {k: v for k, v in node.items() if k not in ("interval", "monitor")}
+    interval = node.get("interval") or ("step" if name in STEPPED else "epoch")
+    if interval not in ("epoch", "step"):
+        raise UserError(f"scheduler.interval={interval}: choose epoch or step.")
+    horizon = steps if interval == "step" else epochs
+    typed = node.get("total_steps") or (node.get("epochs") or 0) * (node.get("steps_per_epoch") or 0)
+    if name == "OneCycleLR" and typed and typed != horizon:
+        raise UserError(
+            f"OneCycleLR is made for {typed} steps and will be stepped {horizon} times: leave scheduler.total_steps at null, "
+            f"which counts them, or set it to {horizon}."
+        )
+    facts = {key: horizon for key in ("total_steps", "T_max", "total") if key in options and options[key] is None}
+    if name == "OneCycleLR" and not typed:
+        facts["total_steps"] = horizon
+    plain = OmegaConf.create({k: v for k, v in options.items() if k not in facts})
+    return instantiate(plain, **facts), SchedulerOptions(interval, node.get("monitor"))
+
+
+def train_labels(data: IndexedData) -> Tensor | None:
+    """(M,) the labels of the training samples by id, -1 for those that are not trained on; None where they are no classes."""
+    targets = data.train_targets
+    if targets.ndim != 1 or targets.is_floating_point():
+        return None
+    trained = torch.full_like(targets, -1)
+    trained[data.train_ids] = targets[data.train_ids]
+    return trained
+
+
+def example_batch(data: IndexedData) -> Batch:
+    """Two training samples as they are."""
+    return data.get_batch("train", data.train_ids[:2], None)
+
+
+def build_distiller(
+    cfg: DictConfig,
+    student: nn.Module,
+    method: Method,
+    teacher: nn.Module | None,
+    task: Task,
+    example: Any,
+    data: IndexedData | None = None,
+    optimizer: OptimizerFactory = torch.optim.Adam,
+    scheduler: tuple[Any, SchedulerOptions] = (None, SchedulerOptions()),
+    teacher_on_validation: Outputs | None = None,
+    group: int = 1,
+    sharded: bool = False,
+) -> Distiller:
+    """The Distiller of a config, from what it is made of. `sharded`: the teacher is spread over processes as it is."""
+    modes: Mapping[str, Any] = cfg.get("compile") or {}
+    if teacher is not None:
+        teacher = FrozenTeacher(teacher, task, compile=modes.get("teacher"), faster=not sharded)
+    try:
+        distiller = Distiller(
+            student,
+            method,
+            teacher,
+            example,
+            task,
+            optimizer,
+            *scheduler,
+            schedule=OmegaConf.to_container(cfg.schedule) if cfg.get("schedule") else {},  # type: ignore[arg-type]
+            ema=cfg.get("ema"),
+            seed=cfg.seed,
+            allow_chance=bool(cfg.teacher is not None and cfg.teacher.allow_chance),
+            data=data,
+            train_targets=None if data is None else train_labels(data),
+            teacher_on_validation=teacher_on_validation,
+            cache=CacheOptions("off") if sharded else cache_options(cfg),
+            group=group,
+            clip=Clip(cfg.trainer.get("gradient_clip_val"), cfg.trainer.get("gradient_clip_algorithm") or "norm"),
+        )
+    except UserError as error:
+        raise _of_int8(error, student, method) from error
+    distiller.to(memory_format=torch.channels_last)  # convolutions are 1.2 to 1.6 times faster in it
+    if modes.get("student") is not None:
+        distiller.student.compile(mode=modes["student"])
+    return distiller
+
+
+def _of_int8(error: UserError, student: nn.Module, method: Method) -> UserError:
+    """The error itself, or of an int8 student what is behind it."""
+    if not any(isinstance(module, Int8) for module in student.modules()) or not method.taps().student:
+        return error
+    return UserError(
+        f"{type(method).__name__} reads features inside the student, and in int8 (compress=int8) that is one traced "
+        "graph without layers to tap. Use a method that reads logits alone (kd, dkd, dist, mlkd, supervised), or distil "
+        "in float first and start from that student: student.checkpoint=<its run folder> compress=int8."
+    )
+
+
+def cache_options(cfg: DictConfig) -> CacheOptions:
+    """Whether and where the teacher's outputs are kept."""
+    options = cfg.teacher.get("cache") if cfg.teacher is not None else None
+    if not options:
+        return CacheOptions()
+    multirun = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+    return CacheOptions(**{**options, "shared": options.get("shared") or multirun}, folder=Path(cfg.runs) / "cache")
+
+

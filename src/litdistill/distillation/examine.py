@@ -1,0 +1,128 @@
+"""The teacher on the validation set: run once, judged against chance, and compared with the student each epoch."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torchmetrics.utilities.distributed import gather_all_tensors
+
+from litdistill.data.protocol import IndexedData
+from litdistill.features.outputs import first_tensor
+from litdistill.tasks.base import Task
+from litdistill.types import Batch, Outputs
+from litdistill.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from litdistill.distillation.distiller import Distiller
+
+log = logging.getLogger(__name__)
+
+
+class TeacherOnValidation:
+    """Keeps the teacher's outputs for the validation batches, and adds up how far the student follows them.
+
+    `known`: outputs for `data.val_ids`, in their order, where they lie already.
+    """
+
+    def __init__(self, known: Outputs | None = None, data: IndexedData | None = None):
+        self.known, self.data = known, data
+        self.batches: list[tuple[Outputs, Tensor]] = []  # by index: outputs, and what tells the batch from another
+        self.metrics: dict[str, float] = {}
+        self._sums: dict[str, Tensor] = {}
+        self._count = 0
+
+    def run(self, distiller: Distiller) -> tuple[dict[str, float], Tensor | None]:
+        """The teacher's metrics over the validation set and all its labels; its outputs are kept by batch."""
+        trainer, task = distiller.trainer, distiller.task
+        metrics, targets, outputs = task.metrics().to(distiller.device), [], []
+        self.batches = []
+        for i, raw in enumerate(trainer.val_dataloaders):
+            if i >= trainer.num_val_batches[0]:  # limit_val_batches, which the student's evaluation obeys too
+                break
+            batch = task.batch(trainer.strategy.batch_to_device(raw))
+            out = self._outputs(distiller, batch)
+            self.batches.append((out, _mark(batch)))
+            metrics.update(out, batch.targets)
+            targets.append(batch.targets)
+            outputs.append(out)
+        warn_of_probabilities(outputs)
+        found = {name: float(value) for name, value in metrics.compute().items()}
+        self.metrics = {f"teacher_{task.monitor[0]}": found[task.monitor[0]]} if task.monitor[0] in found else {}
+        return found, _gathered(targets, trainer.world_size)
+
+    def _outputs(self, distiller: Distiller, batch: Batch) -> Outputs:
+        assert distiller.teacher is not None
+        if self.known is None or batch.ids is None or self.data is None:
+            return distiller.teacher(batch)
+        place = torch.searchsorted(self.data.val_ids, batch.ids.cpu())
+        return Outputs({name: head[place].to(distiller.device) for name, head in self.known.heads.items()})
+
+    def compare(self, distiller: Distiller, student: Outputs, batch: Batch, index: int) -> None:
+        """Adds a validation batch. A loader that shuffles, against all custom, has the teacher asked anew."""
+        kept = self.batches[index] if index < len(self.batches) else None
+        if kept is None:
+            return  # nobody has run the teacher: the student is validated alone
+        outputs = kept[0] if torch.equal(kept[1], _mark(batch)) else distiller.teacher(batch)  # type: ignore[misc]
+        for name, values in distiller.task.agreement(student, outputs).items():
+            self._sums[name] = self._sums.get(name, 0) + values.double().sum()
+        self._count += len(batch.targets)
+
+    def agreement(self, device: torch.device) -> dict[str, float]:
+        """The means over all samples of all processes since the last call, and the teacher's own metric."""
+        if not self._count:
+            return {}
+        sums = torch.stack([*self._sums.values(), torch.tensor(float(self._count), dtype=torch.float64, device=device)])
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            sums = torch.stack(gather_all_tensors(sums)).sum(0)
+        found = {name: float(value / sums[-1]) for name, value in zip(self._sums, sums[:-1], strict=True)}
+        self._sums, self._count = {}, 0
+        return found | self.metrics
+
+
+def _mark(batch: Batch) -> Tensor:
+    """What tells a batch from another one: its ids, or its sum."""
+    return batch.ids if batch.ids is not None else first_tensor(batch.inputs).double().sum()
+
+
+def _gathered(targets: list[Any], world_size: int) -> Tensor | None:
+    """All labels of all processes, each sample once; None where they are no tensors."""
+    if not targets or not all(isinstance(t, Tensor) for t in targets):
+        return None
+    whole = torch.cat(targets)
+    return torch.cat(gather_all_tensors(whole)) if world_size > 1 else whole
+
+
+def warn_of_probabilities(outputs: list[Outputs]) -> None:
+    """Warns of a teacher whose rows are probabilities where logits are expected: softened, they are almost flat."""
+    heads = [out.heads["logits"] for out in outputs if "logits" in out.heads]
+    if not heads or heads[0].ndim != 2 or heads[0].shape[1] < 2:
+        return
+    rows = heads[0].float()
+    if bool((rows >= 0).all()) and torch.allclose(rows.sum(1), torch.ones(len(rows), device=rows.device), atol=1e-4):
+        log.warning(
+            "All rows of the teacher's outputs are probabilities (none negative, and each sums to 1), and logits are expected: "
+            "its soft targets will be almost flat. Leave its last softmax out, or give their logarithms."
+        )
+
+
+def check_teacher(
+    task: Task, metrics: Mapping[str, float], targets: Tensor | None, allow_chance: bool = False
+) -> None:
+    """Raises `UserError` for a teacher whose metrics are no numbers, or no better than chance."""
+    name, _ = task.monitor
+    value = metrics.get(name)
+    if value is None:
+        return
+    if value != value:
+        raise UserError(f"The teacher's {name} is not a number. Its weights are damaged or of another network.")
+    chance = task.chance(targets) if targets is not None else None
+    if chance is not None and not task.better(value, chance) and not allow_chance:
+        raise UserError(
+            f"The teacher is at chance level: its {name} on the validation set is {value:.4g}, and guessing gives up to "
+            f"{chance:.4g}. A student would learn noise from it. Train the teacher, for longer if it was, name one that "
+            "is trained, check that it gets inputs and classes as it was trained with, or allow it with allow_chance=true."
+        )

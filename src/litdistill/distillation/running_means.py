@@ -1,0 +1,74 @@
+"""What is watched while training: noted of every minibatch, summed for many at once, read only where something is logged."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor
+
+from litdistill.tasks.base import Task
+from litdistill.types import Outputs
+
+AT_ONCE = 16  # minibatches: a dozen small operations for each would cost as much as an optimizer's step
+
+
+class RunningMeans:
+    """Means since the last log: of the loss and its terms over minibatches, of scores and agreement over samples."""
+
+    def __init__(self, task: Task):
+        self.task = task
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets everything and starts the clock."""
+        self.steps = self.samples = 0
+        self.teacher_s = 0.0  # seconds spent in the teacher (on a GPU: in giving it its orders)
+        self._started = time.perf_counter()
+        self._noted: list[tuple[dict[str, Tensor], Outputs, Outputs | None, Tensor]] = []
+        self._sums: dict[str, Tensor] = {}
+        self._by_sample: set[str] = set()
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the last log."""
+        return time.perf_counter() - self._started
+
+    def add(self, terms: dict[str, Tensor], student: Outputs, teacher: Outputs | None, targets: Tensor) -> None:
+        """Notes a minibatch: its weighted loss terms, what both networks gave, and the labels."""
+        heads = {name: head.detach().clone() for name, head in student.heads.items()}  # a CUDA graph writes over these
+        self._noted.append(({k: v.detach() for k, v in terms.items()}, Outputs(heads), teacher, targets))
+        self.steps += 1
+        self.samples += len(targets)
+        if len(self._noted) == AT_ONCE:
+            self._sum()
+
+    @torch.no_grad()
+    def _sum(self) -> None:
+        noted, self._noted = self._noted, []
+        for name in dict.fromkeys(name for terms, *_ in noted for name in terms):
+            self._add(name, torch.stack([terms[name].float() for terms, *_ in noted if name in terms]).sum())
+        student, targets = _joined([s for _, s, _, _ in noted]), torch.cat([t for *_, t in noted])
+        by_sample = self.task.scores(student, targets)
+        taught = [t for _, _, t, _ in noted if t is not None]
+        if len(taught) == len(noted):
+            by_sample |= self.task.agreement(student, _joined(taught))
+        for name, values in by_sample.items():
+            self._by_sample.add(name)
+            self._add(name, values.float().sum())
+
+    def _add(self, name: str, value: Tensor) -> None:
+        self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def means(self) -> dict[str, Tensor]:
+        """By name, scalars on the device; `loss` is the sum of the terms. Empty where nothing was noted."""
+        if self._noted:
+            self._sum()
+        found = {k: v / (self.samples if k in self._by_sample else self.steps) for k, v in self._sums.items()}
+        terms = [v for k, v in found.items() if k not in self._by_sample]
+        return {"loss": torch.stack(terms).sum(), **found} if terms else found
+
+
+def _joined(outputs: list[Outputs]) -> Outputs:
+    """The heads of several minibatches in a row."""
+    return Outputs({name: torch.cat([o.heads[name] for o in outputs]) for name in outputs[0].heads})

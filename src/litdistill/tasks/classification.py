@@ -1,0 +1,65 @@
+"""One label a sample: cross-entropy, accuracy, calibration."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from litdistill.methods.base import CATEGORICAL
+from litdistill.tasks import metrics
+from litdistill.tasks.base import Samples, Task, WholeSplit
+from litdistill.types import Batch, Outputs
+from litdistill.utils.errors import UserError
+
+
+class Classification(Task):
+    """Targets (N,) int64, or (N, classes) probabilities where labels were mixed; logits (N, classes).
+
+    Args:
+        label_smoothing: the share of a label's probability that is spread evenly over all classes (Szegedy et al. 2016,
+            arXiv 1512.00567, section 7).
+    """
+
+    kind = CATEGORICAL
+    monitor: tuple[str, Literal["max", "min"]] = ("accuracy", "max")
+
+    def __init__(self, label_smoothing: float = 0.0):
+        if not 0 <= label_smoothing < 1:
+            raise UserError(f"label_smoothing={label_smoothing} must be at least 0 and below 1; 0.1 is common.")
+        self.label_smoothing = label_smoothing
+
+    def loss(self, net: nn.Module, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
+        """`hard`: cross-entropy in nats, in float32 whatever the autocast."""
+        loss = F.cross_entropy(outputs.logits.float(), batch.targets, label_smoothing=self.label_smoothing)
+        return {"hard": loss}
+
+    def decode(self, outputs: Outputs) -> dict[str, Tensor]:
+        probabilities = outputs.logits.float().softmax(1)
+        confidence, label = probabilities.max(1)
+        return {"label": label, "confidence": confidence, "probabilities": probabilities}
+
+    def metrics(self) -> Metric:
+        return WholeSplit(metrics.quality)
+
+    def scores(self, outputs: Outputs, targets: Tensor) -> dict[str, Tensor]:
+        labels = targets if targets.ndim == 1 else targets.argmax(1)
+        return {"accuracy": (outputs.logits.argmax(1) == labels).float()}
+
+    def agreement(self, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
+        return metrics.sample_agreement(student.logits, teacher.logits)
+
+    def chance(self, targets: Tensor) -> float:
+        """The share of the most frequent label, and three standard deviations of it, but no more than half of what is left
+        to be right about: of few samples no other number could tell."""
+        share = (torch.bincount(targets).max() / len(targets)).item()
+        return share + min(3 * math.sqrt(share * (1 - share) / len(targets)), (1 - share) / 2)
+
+    def figures(self, samples: Samples) -> dict[str, Any]:
+        from litdistill.tasks.figures import classification_figures
+
+        return classification_figures(samples)

@@ -1,0 +1,87 @@
+"""Numbers instead of labels: mean squared error, and what is left of the deviation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from litdistill.methods.base import REAL
+from litdistill.tasks.base import Task, WholeSplit
+from litdistill.tasks.multilabel import check_finite
+from litdistill.types import Batch, Outputs
+from litdistill.utils.errors import UserError
+
+
+class Regression(Task):
+    """Targets (N,) or (N, values); the head `logits` (N, values) gives them on the scale of `mean` and `std`.
+
+    Args:
+        mean, std: of each value over the training set, by which targets are standardized for the network; predictions and
+            metrics are in the targets' own units.
+    """
+
+    kind = REAL
+    monitor: tuple[str, Literal["max", "min"]] = ("rmse", "min")
+
+    def __init__(self, mean: Sequence[float] = (0.0,), std: Sequence[float] = (1.0,)):
+        if len(mean) != len(std) or not all(s > 0 for s in std):
+            raise UserError(f"mean={list(mean)}, std={list(std)}: one of each for every value, and std above 0.")
+        self.mean, self.std = torch.tensor(list(mean)), torch.tensor(list(std))
+
+    def loss(self, net: nn.Module, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
+        """`hard`: the mean squared error of standardized values."""
+        targets = self.standardized(_as_matrix(batch.targets))
+        if targets.shape != outputs.logits.shape:
+            raise UserError(
+                f"The network gives {tuple(outputs.logits.shape)} and the targets are {tuple(targets.shape)}: give it as many "
+                "outputs as there are values."
+            )
+        return {"hard": F.mse_loss(outputs.logits.float(), targets)}
+
+    def standardized(self, targets: Tensor) -> Tensor:
+        """(N, values) in their own units -> on the network's scale."""
+        mean, std = self.mean.to(targets.device), self.std.to(targets.device)
+        return ((targets - mean) / std).float()
+
+    def values(self, outputs: Outputs) -> Tensor:
+        """(N, values) predictions in the targets' own units, float64."""
+        logits = outputs.logits.double()
+        return logits * self.std.to(logits) + self.mean.to(logits)
+
+    def decode(self, outputs: Outputs) -> dict[str, Tensor]:
+        return {"values": self.values(outputs)}
+
+    def metrics(self) -> Metric:
+        return WholeSplit(self.quality)
+
+    def quality(self, logits: Tensor, targets: Tensor) -> dict[str, float]:
+        """Root of the mean squared error, mean absolute error, and R², each a mean over the values."""
+        check_finite(logits)
+        truth = _as_matrix(targets).double()
+        error = self.values(Outputs.of(logits)) - truth
+        spread = (truth - truth.mean(0)).square().mean(0).clamp(min=1e-300)
+        return {
+            "rmse": error.square().mean(0).sqrt().mean().item(),
+            "mae": error.abs().mean().item(),
+            "r2": (1 - error.square().mean(0) / spread).mean().item(),
+        }
+
+    def scores(self, outputs: Outputs, targets: Tensor) -> dict[str, Tensor]:
+        return {"absolute_error": (self.values(outputs) - _as_matrix(targets)).abs().mean(1)}
+
+    def agreement(self, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
+        """The mean absolute difference of both predictions, in the targets' own units."""
+        return {"distance": (self.values(student) - self.values(teacher)).abs().mean(1)}
+
+    def chance(self, targets: Tensor) -> float:
+        """The deviation of the targets: the root of the mean squared error of whoever always says their mean."""
+        return _as_matrix(targets).double().std(0, correction=0).mean().item()
+
+
+def _as_matrix(targets: Tensor) -> Tensor:
+    return targets[:, None] if targets.ndim == 1 else targets
