@@ -45,9 +45,10 @@ def build_task(node: DictConfig, data: Any) -> Task:
     return task
 
 
-def build_optimizer(node: DictConfig, lr: float) -> OptimizerFactory:
+def build_optimizer(node: DictConfig, lr: float | None) -> OptimizerFactory:
     """Makes the optimizer from parameters, at the learning rate that goes with the run's batch."""
-    return functools.partial(instantiate(node), lr=lr)
+    factory = instantiate(node)
+    return factory if lr is None else functools.partial(factory, lr=lr)
 
 
 def build_scheduler(node: DictConfig | None, epochs: int, steps: int) -> tuple[Any, SchedulerOptions]:
@@ -104,7 +105,7 @@ def build_distiller(
     optimizer: OptimizerFactory = torch.optim.Adam,
     scheduler: tuple[Any, SchedulerOptions] = (None, SchedulerOptions()),
     teacher_on_validation: Outputs | None = None,
-    group: int = 1,
+    group: int = 0,
     sharded: bool = False,
 ) -> Distiller:
     """The Distiller of a config, from what it is made of. `sharded`: the teacher is spread over processes as it is."""

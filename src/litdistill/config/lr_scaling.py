@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
+from lightning import Trainer
 from omegaconf import DictConfig
-from torch import Tensor
 
-from litdistill.data.datamodule import IdLoader
 from litdistill.utils.errors import UserError
 
 # How the learning rate follows the global batch: exponents. Linear: Goyal et al. 2017 (arXiv 1706.02677), section 2.1, for
@@ -25,7 +22,7 @@ class Scale(NamedTuple):
     accumulated: int  # batches whose gradients make a step
     reference: int | None  # the global batch that `given` is meant for
     rule: str
-    given: float  # learning rate
+    given: float | None  # learning rate; None: the optimizer's own
 
     @property
     def batch(self) -> int:
@@ -37,14 +34,16 @@ class Scale(NamedTuple):
         return 1.0 if self.reference is None else (self.batch / self.reference) ** RULES[self.rule]
 
     @property
-    def lr(self) -> float:
+    def lr(self) -> float | None:
         """The learning rate that is trained with."""
-        return self.given * self.factor
+        return None if self.given is None else self.given * self.factor
 
     def __str__(self) -> str:
         parts = f"{self.batch_size} x {self.processes} process{'es' if self.processes > 1 else ''}"
         if self.accumulated > 1:
             parts += f" x {self.accumulated} accumulated"
+        if self.given is None:
+            return f"Global batch {self.batch} = {parts}; the optimizer's own learning rate."
         text = f"Global batch {self.batch} = {parts}; learning rate {self.given:g}"
         if self.reference is None:
             return f"{text}, whatever the batch (scale.reference_batch is null)."
@@ -53,8 +52,9 @@ class Scale(NamedTuple):
 
 def read_scale(cfg: DictConfig, trainer: Trainer) -> Scale:
     """That of a run of `conf/train.yaml` under this trainer. Raises `UserError` for an unknown rule or no batch."""
-    if not isinstance(cfg.optimizer.get("lr", 0), (int, float)):
-        raise UserError(f"optimizer.lr={cfg.optimizer.lr} is no number.")
+    lr = cfg.optimizer.get("lr")
+    if lr is not None and not isinstance(lr, (int, float)):
+        raise UserError(f"optimizer.lr={lr} is no number.")
     options = cfg.get("scale") or {}
     reference, rule = options.get("reference_batch"), options.get("rule", "linear")
     if rule not in RULES:
@@ -64,24 +64,5 @@ def read_scale(cfg: DictConfig, trainer: Trainer) -> Scale:
             f"scale.reference_batch={reference} is no number of samples. It is the global batch that optimizer.lr is meant "
             "for, or null."
         )
-    return Scale(
-        cfg.data.batch_size, trainer.world_size, trainer.accumulate_grad_batches, reference, rule, cfg.optimizer.lr
-    )
-
-
-class UnevenBatchWeighting(Callback):
-    """Has each sample of a global batch count the same where its ranks have unequal parts, as at the end of an epoch.
-
-    DDP averages the gradients of the ranks' means. Weighted so, that is the gradient of the mean over the global batch.
-    """
-
-    def __init__(self) -> None:
-        self.weight = 1.0
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        loader = getattr(trainer.train_dataloader, "rows", trainer.train_dataloader)  # what is streamed wraps the rows
-        self.weight = loader.weight(batch_idx) if isinstance(loader, IdLoader) else 1.0
-
-    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        if self.weight != 1:
-            loss.register_hook(lambda gradient, weight=self.weight: gradient * weight)
+    batch_size = cfg.data.get("batch_size") or 1
+    return Scale(batch_size, trainer.world_size, trainer.accumulate_grad_batches, reference, rule, lr)

@@ -203,7 +203,7 @@ class ImageData(LightningDataModule):
     def train_dataloader(self) -> IndexLoader:
         return self.train_loader(*self._world())
 
-    def train_loader(self, rank: int = 0, world_size: int = 1, group: int = 1, log_every: int = 0) -> IndexLoader:
+    def train_loader(self, rank: int = 0, world_size: int = 1, group: int = 0, log_every: int = 0) -> IndexLoader:
         """The loader of one process; `group`, `log_every`: see `IndexLoader`."""
         count, fetch = self.epoch_size or len(self.train_ids), self._prefetched("train", keep=True)
         shares = (rank, world_size, True, group, log_every)

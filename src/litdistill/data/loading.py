@@ -38,8 +38,8 @@ class IndexLoader:
         count: samples of an epoch. batch_size: of a minibatch, in each process.
         pad: every process gets at least two samples of each minibatch: all must make equally many training steps, and
             BatchNorm needs two; evaluation must count no sample twice.
-        group: minibatches that are yielded at once. log_every: a group also ends after so many minibatches of an epoch,
-            and at its end; 0: nothing is logged. All epochs have the same groups.
+        group: how many minibatches are yielded at once, as a group; 0: one by one. log_every: a group also ends after so many
+            minibatches of an epoch, and at its end; 0: nothing is logged. All epochs have the same groups.
         fetch: turns an iterator of `Rows` into one of the same `Rows` with what was read ahead.
     """
 
@@ -51,7 +51,7 @@ class IndexLoader:
         rank: int = 0,
         world_size: int = 1,
         pad: bool = False,
-        group: int = 1,
+        group: int = 0,
         log_every: int = 0,
         fetch: Callable[[Iterable[Rows]], Iterator[Rows]] | None = None,
     ):
@@ -60,7 +60,7 @@ class IndexLoader:
         self.group, self.fetch = group, fetch
         self.minibatches = -(-count // (batch_size * world_size))
         self.log_every = min(log_every, self.minibatches)
-        self.ends = group_ends(self.minibatches, group, self.log_every)
+        self.ends = group_ends(self.minibatches, group or 1, self.log_every)
         self.epoch = self.done = 0  # minibatches of the epoch that were yielded
         self.restored: dict[str, int] | None = None
 
@@ -99,7 +99,7 @@ class IndexLoader:
                 continue
             first = max(first, done)
             cut = slice(at[first], at[end])
-            parts = tuple(sizes[first:end]) if self.group > 1 else None
+            parts = tuple(sizes[first:end]) if self.group else None
             logs = self.log_every > 0 and (end % self.log_every == 0 or end == self.minibatches)
             weights = tuple(self.weight(batch) for batch in range(first, end))
             yield Rows(split, ids[cut], None if views is None else views[cut], parts, weights, first, logs)
@@ -136,7 +136,7 @@ def group_ends(count: int, group: int, log_every: int) -> list[int]:
     """
     ends, start = [], 0
     for end in range(1, count + 1):
-        if end - start == group or end == count or (group > 1 and log_every and end % log_every == 0):
+        if end - start == group or end == count or (log_every and end % log_every == 0):
             ends.append(end)
             start = end
     return ends

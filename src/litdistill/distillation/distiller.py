@@ -74,8 +74,8 @@ class Distiller(LightningModule):
         data: knows its samples by id, so that the teacher's outputs can be kept (`cache`).
         train_targets: (M,) the labels of all training samples by id, for methods that remember each sample (CRD).
         teacher_on_validation: the teacher's outputs for `data.val_ids`, where they are known.
-        group: how many minibatches a step of Lightning holds at most; more than one is manual optimization, for loaders
-            that yield `Group`s (`litdistill.training.grouping`), in which gradients are clipped by `clip`.
+        group: how many minibatches a step of Lightning holds at most; 0: one, with automatic optimization. Else it is manual,
+            for loaders that yield `Group`s (`litdistill.training.grouping`), in which gradients are clipped by `clip`.
 
     Raises `UserError` for a method that is not defined for the task or for these networks.
     """
@@ -98,7 +98,7 @@ class Distiller(LightningModule):
         train_targets: Tensor | None = None,
         teacher_on_validation: Outputs | None = None,
         cache: CacheOptions | None = None,
-        group: int = 1,
+        group: int = 0,
         clip: Clip = Clip(),  # noqa: B008
     ):
         super().__init__()
@@ -121,7 +121,7 @@ class Distiller(LightningModule):
         self.schedule, self.seed, self.allow_chance = dict(schedule or {}), seed, allow_chance
         self.data, self.cache_options = data, cache or CacheOptions()
         self.cache: TeacherCache | None = None  # opened when training starts, on its device
-        self.automatic_optimization = group == 1
+        self.automatic_optimization = not group
         self.clip = clip
         self.means = RunningMeans(self.task)
         self.teacher_s = 0.0  # seconds spent in the teacher since the fit began

@@ -16,14 +16,15 @@ from torch import Tensor, nn
 from yaml import YAMLError
 
 from litdistill.compress.structure import load_structure
-from litdistill.config.build import build_distiller, build_teacher
+from litdistill.config.build import build_data, build_student, build_teacher
+from litdistill.config.distiller import build_distiller, build_task, example_batch
 from litdistill.config.instantiate import instantiate
 from litdistill.config.origin import made_here
 from litdistill.config.trust import check_trusted, packages
+from litdistill.data.foreign import ForeignData
+from litdistill.evaluation.predictions import measure, quality
 from litdistill.data.datamodule import ImageData
 from litdistill.distillation.distiller import Distiller
-from litdistill.distillation.teacher_cache import cached_logits
-from litdistill.tasks import metrics
 from litdistill.utils.checkpoint import STUDENT, load_checkpoint, load_state_dict_checked, load_weights, read_metadata
 from litdistill.utils.errors import UserError
 from litdistill.utils.hashing import weights_sha256
@@ -33,54 +34,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-@torch.no_grad()
-def collect(net: nn.Module, data: ImageData, split: str, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """The logits (N, classes) of `net` in eval mode over all of a split, and the targets (N,), both on the CPU."""
-    was_training = net.training
-    net.to(device).eval()
-    pairs = [(net(batch.images).float().cpu(), batch.targets.cpu()) for batch in data.batches(split, device)]
-    net.train(was_training)
-    return torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs])
-
-
-def collect_teacher(
-    teacher: nn.Module, data: ImageData, split: str, device: torch.device | str, folder: Path | None
-) -> Tensor:
-    """`collect` for a frozen network: its logits, computed once for all runs whose caches lie in `folder`."""
-    if folder is None:
-        return collect(teacher, data, split, device)[0]
-    return cached_logits(
-        teacher, data, split, torch.device(device), folder, lambda: collect(teacher, data, split, device)[0]
-    )
-
-
-def measure(
-    student: nn.Module,
-    teacher: nn.Module | None,
-    data: ImageData,
-    split: str = "test",
-    device: torch.device | str = "cpu",
-    folder: Path | None = None,
-) -> dict[str, Any]:
-    """Quality of the student, and with a teacher its quality and how far the student follows it; a plain dict.
-
-    `folder`: see `collect_teacher`.
-    """
-    logits, targets = collect(student, data, split, device)
-    found: dict[str, Any] = {"student": metrics.quality(logits, targets)}
-    if teacher is not None:
-        taught = collect_teacher(teacher, data, split, device, folder)
-        found |= {"teacher": metrics.quality(taught, targets), "likeness": metrics.agreement(logits, taught)}
-    return found
-
-
-def load_run(folder: Path, trust: Sequence[str] = ()) -> tuple[DictConfig, dict[str, Any]]:
-    """The config and the summary of a finished run.
-
-    Raises `UserError` where it is none, and where another has made it and its config names more than this project offers and
-    the packages in `trust` (`litdistill.config.trust`).
-    """
-    packages(trust)
+def load_run(folder: Path) -> tuple[DictConfig, dict[str, Any]]:
+    """The config and the summary of a finished run. Raises `UserError` where it is none."""
     config, summary = folder / ".hydra" / "config.yaml", folder / "summary.json"
     if not config.is_file() or not summary.is_file():
         have = ", ".join(sorted(p.name for p in folder.iterdir())) if folder.is_dir() else "no such folder"
@@ -156,7 +111,7 @@ def _some(names: list[str]) -> str:
 
 def rebuild(
     folder: Path, overrides: DictConfig | None = None, trust: Sequence[str] = ()
-) -> tuple[ImageData, Distiller]:
+) -> tuple[Any, Distiller]:
     """The data of a finished run, and its distiller with the best student and the teacher, from the run's own folder.
 
     `overrides`: merged into the run's config, for data that has moved. `trust`: see `load_run`. Raises `UserError` where the
@@ -172,8 +127,14 @@ def rebuild(
         if found != then:
             raise UserError(f"The run had another teacher: its SHA-256 was {then[:12]}…, and is now {found[:12]}….")
     with open_dict(cfg):
-        cfg.student.checkpoint = None
-    distiller = build_distiller(cfg, data, instantiate(cfg.method), teacher, structure=load_structure(folder))
+        cfg.student.checkpoint = cfg.ema = None  # the weights that it ended with are those of its average
+    torch.manual_seed(cfg.seed)
+    student = build_student(cfg, data, teacher, structure=load_structure(folder))
+    foreign = isinstance(data, ForeignData)
+    distiller = build_distiller(
+        cfg, student, instantiate(cfg.method), teacher, build_task(cfg.task, data),
+        data.example if foreign else example_batch(data), None if foreign else data,
+    )  # fmt: skip
     load_state_dict_checked(distiller.deployed_student, load_weights(folder), folder, "student")
     return data, distiller
 
@@ -196,7 +157,7 @@ def evaluate(
     data, distiller = rebuild(folder, overrides, trust)
     device = pick_device(device)
     teacher = distiller.teacher.net if distiller.teacher is not None else None
-    found = measure(distiller.deployed_student, teacher, data, "test", device)
+    found = measure(distiller.deployed_student, teacher, data, distiller.task, "test", device)
     last = folder / "checkpoints" / "last.ckpt"
     if last.is_file():
         found["last"] = measure_last(distiller, last, data, device)
@@ -208,30 +169,31 @@ def verify_files(folder: Path, trust: Sequence[str] = ()) -> None:
 
     By their SHA-256 alone: no model is opened.
     """
-    found, read_metadata = weights_sha256(load_weights(folder)), load_run(folder, trust)[1]["student"]["sha256"]
-    if found != read_metadata:
+    found, expected = weights_sha256(load_weights(folder)), load_run(folder, trust)[1]["student"]["sha256"]
+    if found != expected:
         raise UserError(
             f"{folder / STUDENT} is not the student of this run: the SHA-256 of its weights is {found[:12]}…, and "
-            f"summary.json has {read_metadata[:12]}…. Fetch the run's folder anew, or train it again."
+            f"summary.json has {expected[:12]}…. Fetch the run's folder anew, or train it again."
         )
     manifest = folder / "export" / MANIFEST
     for name in read_manifest(manifest) if manifest.is_file() else ():
         verified(manifest.parent / Path(name).name)
 
 
-def load_student(distiller: Distiller, checkpoint: Path) -> nn.Module:
-    """The student that is shipped, with the weights of a checkpoint of its run."""
+def load_weights_of(distiller: Distiller, checkpoint: Path) -> nn.Module:
+    """The student that is deployed, with the weights of a checkpoint of its run: the averaged ones where it averages."""
     state = load_checkpoint(checkpoint)["state_dict"]
-    weights = {k.removeprefix("student."): v for k, v in state.items() if k.startswith("student.")}
-    load_state_dict_checked(distiller.student, weights, checkpoint, "student")
+    prefix = "average.module." if distiller.average is not None else "student."
+    weights = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    load_state_dict_checked(distiller.evaluated, weights, checkpoint, "student")
     return distiller.deployed_student
 
 
 def measure_last(
-    distiller: Distiller, checkpoint: Path, data: ImageData, device: torch.device | str
+    distiller: Distiller, checkpoint: Path, data: Any, device: torch.device | str
 ) -> dict[str, float]:
-    """Quality on the test set of the weights that training ended with. The student keeps them."""
-    return metrics.quality(*collect(load_student(distiller, checkpoint), data, "test", device))
+    """The metrics on the test set of the weights that training ended with. The student keeps them."""
+    return quality(load_weights_of(distiller, checkpoint), data, distiller.task, "test", device)
 
 
 def pick_device(name: str) -> str:
@@ -247,17 +209,12 @@ def pick_device(name: str) -> str:
 
 def differences(found: dict[str, Any], summary: dict[str, Any]) -> list[str]:
     """Where a fresh measurement is not, digit for digit, what the summary says; empty where it is reproduced."""
-    test, student = summary["student"]["test"], found["student"]
-    pairs = {
-        "student accuracy (best)": (student["accuracy"], test["accuracy"]["best"]),
-        "nll": (student["nll"], test["nll"]),
-        "ece": (student["ece"], test["ece"]),
-        "brier": (student["brier"], test["brier"]),
-    }
+    test, name = summary["student"]["test"], summary["metric"]["name"]
+    pairs = {f"student {name} (best)": (found["student"][name], test[name]["best"])}
+    pairs |= {key: (value, test.get(key)) for key, value in found["student"].items() if key != name}
     if "last" in found:
-        pairs["student accuracy (last)"] = (found["last"]["accuracy"], test["accuracy"]["last"])
+        pairs[f"student {name} (last)"] = (found["last"][name], test[name]["last"])
     if "teacher" in found:
-        pairs["teacher accuracy"] = (found["teacher"]["accuracy"], summary["teacher"]["test"]["accuracy"])
-        pairs["agreement"] = (found["likeness"]["agreement"], summary["student"]["agreement"])
-        pairs["kl"] = (found["likeness"]["kl"], summary["student"]["kl"])
+        pairs[f"teacher {name}"] = (found["teacher"][name], summary["teacher"]["test"][name])
+        pairs |= {key: (value, summary["student"].get(key)) for key, value in found["agreement"].items()}
     return [f"{k}: now {now!r}, then {then!r}" for k, (now, then) in pairs.items() if now != then]

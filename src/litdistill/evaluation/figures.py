@@ -1,182 +1,58 @@
-"""What TensorBoard shows besides curves: the student's worst mistakes, confusion matrices, reliability diagrams."""
+"""What TensorBoard shows besides curves: the pictures of a task, and which curves stand side by side."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from litdistill.data.datamodule import ImageData
-from litdistill.evaluation.evaluate import collect, collect_teacher
-from litdistill.tasks import metrics
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from litdistill.evaluation.predictions import predict_split, teacher_outputs
+from litdistill.tasks.base import Samples, Task
 
 log = logging.getLogger(__name__)
 
-# TensorBoard's Custom Scalars tab: student and teacher side by side.
-LAYOUT = {
-    "student and teacher": {
-        "accuracy on the validation set": ["Multiline", ["val/accuracy", "val/teacher_accuracy"]],
-        "the student follows its teacher": ["Multiline", ["val/agreement", "train/agreement"]],
-        "KL from the teacher (nats)": ["Multiline", ["val/kl"]],
-    },
-    "loss": {"terms, weighted": ["Multiline", ["train/loss", "train/hard", "train/soft", "train/hint"]]},
-    "calibration": {"ECE": ["Multiline", ["val/ece"]], "NLL and Brier": ["Multiline", ["val/nll", "val/brier"]]},
-    "speed": {
-        "samples a second": ["Multiline", ["speed/samples_per_s"]],
-        "teacher's share": ["Multiline", ["speed/teacher_share"]],
-    },
-}
+
+def layout(task: Task) -> dict[str, dict[str, list[Any]]]:
+    """TensorBoard's Custom Scalars tab: student and teacher side by side."""
+    name = task.monitor[0]
+    return {
+        "student and teacher": {
+            f"{name} on the validation set": ["Multiline", [f"val/{name}", f"val/teacher_{name}"]],
+            "the student follows its teacher": ["Multiline", ["val/agreement", "train/agreement"]],
+            "KL from the teacher (nats)": ["Multiline", ["val/kl"]],
+        },
+        "loss": {"terms, weighted": ["Multiline", ["train/loss", "train/hard", "train/soft", "train/hint"]]},
+        "calibration": {"ECE": ["Multiline", ["val/ece"]], "NLL and Brier": ["Multiline", ["val/nll", "val/brier"]]},
+        "speed": {
+            "samples a second": ["Multiline", ["speed/samples_per_s"]],
+            "teacher's share": ["Multiline", ["speed/teacher_share"]],
+        },
+    }
 
 
 def show(
     writer: Any,
     student: nn.Module,
     teacher: nn.Module | None,
-    data: ImageData,
+    data: Any,
+    task: Task,
     device: Any,
     step: int,
     folder: Path | None = None,
 ) -> None:
-    """Draws all pictures of the best weights on the validation set; without matplotlib says so and draws none.
+    """Draws the task's pictures of the best weights on the validation set; without matplotlib says so and draws none.
 
-    `folder`: where what the teacher says may lie already (`litdistill.evaluation.evaluate.collect_teacher`).
+    `folder`: where the teacher's outputs may lie already (`litdistill.evaluation.predictions.teacher_outputs`).
     """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
+    if find_spec("matplotlib") is None:
         log.warning("No pictures in TensorBoard: pip install 'litdistill[report]' brings matplotlib.")
         return
-    logits, targets = collect(student, data, "val", device)
-    taught = collect_teacher(teacher, data, "val", device, folder) if teacher is not None else None
-    both = [("student", logits), ("teacher", taught)] if taught is not None else [("student", logits)]
-    image = lambda i: data.source.train.images[data.val_ids[i : i + 1]][0]  # noqa: E731
-    figures = {
-        "worst mistakes": worst_mistakes(image, targets, logits, taught, data.class_names),
-        "confusion": confusion_matrices(
-            [(n, metrics.confusion(x, targets)) for n, x in both if x is not None], data.class_names
-        ),
-        "reliability": reliability_diagrams([(n, *metrics.reliability(x, targets)) for n, x in both if x is not None]),
-    }
-    for name, figure in figures.items():
+    outputs, targets = predict_split(student, data, "val", device, task)
+    taught = teacher_outputs(teacher, data, task, "val", device, folder) if teacher is not None else None
+    sample = lambda i: data.get_batch("train", data.val_ids[i : i + 1], None).inputs[0]  # noqa: E731
+    samples = Samples(sample, targets, data.class_names, outputs, taught)
+    for name, figure in task.figures(samples).items():
         writer.add_figure(f"validation/{name}", figure, step)
-
-
-def new_figure(width: float, height: float) -> Figure:
-    """A figure of that size in inches that belongs to no window system and to no global state."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained", dpi=110)
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def worst_mistakes(
-    image: Callable[[int], Tensor],
-    targets: Tensor,
-    student: Tensor,
-    teacher: Tensor | None,
-    names: Sequence[str],
-    count: int = 12,
-) -> Figure:
-    """The images that the student gets wrong with the greatest confidence, and what both models make of them.
-
-    `image(i)` (C, H, W) uint8, `targets` (N,), logits (N, classes).
-    """
-    p = student.double().softmax(1)
-    confidence, predicted = p.max(1)
-    wrong = torch.where(predicted != targets, confidence, -1.0)
-    chosen = wrong.argsort(descending=True, stable=True)[: min(count, int((wrong >= 0).sum()))].tolist()
-    q = teacher.double().softmax(1) if teacher is not None else None
-    figure = new_figure(12, 2.9 * max(1, -(-len(chosen) // 4)))
-    if not chosen:
-        figure.text(0.5, 0.5, "no mistake on the validation set", ha="center", va="center", fontsize=14)
-        return figure
-    cells = figure.subfigures(-(-len(chosen) // 4), 4, squeeze=False).ravel()
-    for cell, i in zip(cells, chosen, strict=False):
-        left, right = cell.subplots(1, 2, width_ratios=[1, 1.3])
-        left.imshow(image(i).permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", interpolation="nearest")
-        left.set_axis_off()
-        left.set_title(f"is {names[int(targets[i])]}", fontsize=9)
-        top = (p[i] + (q[i] if q is not None else 0)).topk(min(3, p.shape[1])).indices.tolist()
-        rows = range(len(top))
-        right.barh(
-            [r - 0.2 for r in rows], [float(p[i, c]) for c in top], height=0.36, color=STUDENT_COLOR, label="student"
-        )
-        if q is not None:
-            right.barh(
-                [r + 0.2 for r in rows],
-                [float(q[i, c]) for c in top],
-                height=0.36,
-                color=TEACHER_COLOR,
-                label="teacher",
-            )
-        right.set_yticks(list(rows), [names[c][:10] for c in top], fontsize=8)
-        right.set_xlim(0, 1)
-        right.invert_yaxis()
-        right.tick_params(axis="x", labelsize=7)
-        right.spines[["top", "right"]].set_visible(False)
-    handles, labels = right.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False)
-    return figure
-
-
-STUDENT_COLOR, TEACHER_COLOR = "#0072B2", "#E69F00"  # of Okabe & Ito's palette, told apart by colour-blind eyes
-
-
-def confusion_matrices(matrices: Sequence[tuple[str, Tensor]], names: Sequence[str]) -> Figure:
-    """Counts (classes, classes), a panel a model; rows are labels. Mistakes are shaded, the diagonal is not."""
-    classes = len(names)
-    side = min(max(3.4, 0.45 * classes), 14)
-    figure = new_figure(side * len(matrices) + 0.6, side + 0.4)
-    for axes, (name, matrix) in zip(figure.subplots(1, len(matrices), squeeze=False)[0], matrices, strict=True):
-        wrong = matrix.clone().double()
-        wrong.fill_diagonal_(0)
-        axes.imshow(wrong, cmap="Blues", vmin=0, vmax=max(1.0, float(wrong.max())))
-        axes.set_title(f"{name}: {int(matrix.trace()):,} of {int(matrix.sum()):,} right")
-        axes.set_xlabel("predicted")
-        axes.set_ylabel("label")
-        if classes <= 20:
-            axes.set_xticks(range(classes), names, rotation=45 if max(map(len, names)) > 2 else 0, fontsize=8)
-            axes.set_yticks(range(classes), names, fontsize=8)
-            for row in range(classes):
-                for column in range(classes):
-                    if matrix[row, column]:
-                        dark = row != column and wrong[row, column] > 0.6 * wrong.max()
-                        axes.text(
-                            *(column, row, int(matrix[row, column])),
-                            ha="center", va="center", fontsize=8, color="white" if dark else "black",
-                        )  # fmt: skip
-    return figure
-
-
-def reliability_diagrams(models: Sequence[tuple[str, Tensor, Tensor, Tensor]]) -> Figure:
-    """Accuracy over confidence, a panel a model; (name, confidence, accuracy, count) of each bin."""
-    figure = new_figure(4.4 * len(models), 4.2)
-    for axes, (name, confidence, accuracy, count) in zip(
-        figure.subplots(1, len(models), squeeze=False)[0], models, strict=True
-    ):
-        full = count > 0
-        axes.plot([0, 1], [0, 1], color="0.6", linestyle="--", label="perfectly calibrated")
-        axes.plot(
-            confidence[full],
-            accuracy[full],
-            marker="o",
-            color=STUDENT_COLOR if name == "student" else TEACHER_COLOR,
-            label=name,
-        )
-        axes.bar(
-            (torch.arange(len(count)) + 0.5) / len(count), count / count.sum(),
-            width=1 / len(count), color="0.85", label="share of samples",
-        )  # fmt: skip
-        ece = float(((confidence - accuracy).abs() * count)[full].sum() / count.sum())
-        axes.set(title=f"{name}: ECE {ece:.3f}", xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1.02))
-        axes.legend(frameon=False, fontsize=8)
-    return figure

@@ -6,6 +6,7 @@ import json
 import platform
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from torch import nn
 
 from litdistill.config.lr_scaling import read_scale
 from litdistill.config.recipes import net_name, recipe, student_folder, teacher_folder
-from litdistill.data.datamodule import ImageData
+from litdistill.methods import NAMES
+from litdistill.tasks.base import Task
 from litdistill.models.profile import count_macs, count_parameters, weight_bytes
 from litdistill.utils.hashing import digest, weights_sha256
 from litdistill.utils.paths import ROOT
@@ -25,7 +27,8 @@ from litdistill.utils.versions import git_state, versions
 
 def summarize(
     cfg: DictConfig,
-    data: ImageData,
+    data: Any,
+    task: Task,
     student: nn.Module,
     teacher: nn.Module | None,
     found: dict[str, Any],
@@ -36,7 +39,8 @@ def summarize(
 ) -> dict[str, Any]:
     """A plain dict for JSON. `found` and `last` are what `evaluate.measure` gave for the best and the last weights."""
     samples = trainer.global_step * read_scale(cfg, trainer).batch
-    about = found["student"]
+    name, direction = task.monitor
+    about, shape = found["student"], data.input_shape
     sha256 = None if teacher is None else weights_sha256(teacher.state_dict())
     return {
         "experiment": cfg.name,
@@ -45,13 +49,13 @@ def summarize(
         "seed": cfg.seed,
         "options": {k: v for k, v in hyperparameters(cfg, trainer).items() if k != "seed"},
         "settings": settings(cfg, sha256),
+        "task": type(task).__name__,
+        "metric": {"name": name, "direction": direction},
         "data": {
             "name": data.name,
             "classes": data.num_classes,
-            "input_shape": list(data.input_shape),
-            "train": len(data.train_ids),
-            "val": len(data.val_ids),
-            "test": len(data.test_ids),
+            "input_shape": None if shape is None else list(shape),
+            **{split: data.count(split) for split in ("train", "val", "test")},
         },
         "teacher": None
         if teacher is None
@@ -59,7 +63,7 @@ def summarize(
             "name": net_name(cfg.teacher),
             "sha256": sha256,
             "params": count_parameters(teacher),
-            "macs": count_macs(teacher, data.input_shape),
+            "macs": macs(teacher, shape),
             "bytes": weight_bytes(teacher),
             "test": found["teacher"],
         },
@@ -67,17 +71,11 @@ def summarize(
             "name": net_name(cfg.student),
             "sha256": weights_sha256(student.state_dict()),
             "params": count_parameters(student),
-            "macs": count_macs(student, data.input_shape),
+            "macs": macs(student, shape),
             "bytes": weight_bytes(student),
             "precision": "fp32",
-            "test": {
-                "accuracy": {"best": about["accuracy"], "last": last["accuracy"]},
-                "nll": about["nll"],
-                "ece": about["ece"],
-                "brier": about["brier"],
-            },
-            "agreement": found["likeness"]["agreement"] if teacher is not None else None,
-            "kl": found["likeness"]["kl"] if teacher is not None else None,
+            "test": {**about, name: {"best": about[name], "last": last[name]}},
+            **found.get("agreement", dict.fromkeys(("agreement", "kl"))),
         },
         "start": start_of(cfg),
         "val": {"best": best_val},
@@ -94,6 +92,11 @@ def summarize(
         "git": git_state(),
         "command": shlex.join(["python", *_relative(sys.argv)]),
     }
+
+
+def macs(net: nn.Module, shape: Sequence[int] | None) -> int | None:
+    """Multiply-adds for one sample of that shape; None where inputs are no single tensor."""
+    return None if shape is None else count_macs(net, shape)  # type: ignore[arg-type]
 
 
 def start_of(cfg: DictConfig) -> dict[str, Any] | None:
@@ -167,13 +170,16 @@ def _flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def method_name(cfg: DictConfig) -> str:
-    """The method's module: `kd`, `fitnet`, …; for a sum the names of its parts."""
+    """The short name of the method: `kd`, `fitnet`, …; of a sum those of its parts; of your own its class's name."""
     parts = cfg.method.get("methods")
-    if parts:
-        return "+".join(
-            str(m["_target_"]).split(".")[-2] for m in (parts.values() if OmegaConf.is_dict(parts) else parts)
-        )
-    return str(cfg.method["_target_"]).split(".")[-2]
+    nodes = [cfg.method] if not parts else parts.values() if OmegaConf.is_dict(parts) else parts
+    classes = [str(node["_target_"]).rpartition(".")[2] for node in nodes]
+    return "+".join(NAMES.get(name, name) for name in classes)
+
+
+def data_name(node: DictConfig) -> str:
+    """The name of a data set, or of the class of a data module of your own."""
+    return str(node.get("name") or str(node["_target_"]).rpartition(".")[2])
 
 
 def hyperparameters(cfg: DictConfig, trainer: Trainer | None = None) -> dict[str, Any]:
@@ -181,14 +187,14 @@ def hyperparameters(cfg: DictConfig, trainer: Trainer | None = None) -> dict[str
     flat: dict[str, Any] = {
         "experiment": cfg.name,
         "seed": cfg.seed,
-        "data": cfg.data.name,
+        "data": data_name(cfg.data),
         "student": net_name(cfg.student),
         "teacher": net_name(cfg.teacher) if cfg.teacher is not None else "none",
         "method": method_name(cfg),
-        "train/batch_size": cfg.data.batch_size,  # TensorBoard shows the first few keys of the alphabet unless asked
+        "train/batch_size": cfg.data.get("batch_size"),  # TensorBoard shows the first few keys of the alphabet unless asked
         "train/epochs": cfg.trainer.max_epochs,
         "train/optimizer": str(cfg.optimizer["_target_"]).rsplit(".", 1)[-1],
-        "train/lr": cfg.optimizer.lr,
+        "train/lr": cfg.optimizer.get("lr"),
     }
     if trainer is not None:
         scale = read_scale(cfg, trainer)

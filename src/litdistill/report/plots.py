@@ -86,7 +86,7 @@ def main_picture(
     path: Path,
 ) -> None:
     """`over_cost` of several costs side by side, as a PNG on white paper."""
-    from litdistill.evaluation.figures import new_figure
+    from litdistill.tasks.figures import new_figure
 
     with _styled():
         figure = new_figure(5.0 * len(costs), 3.9 + 0.19 * len(looks) / 3)
@@ -263,7 +263,7 @@ def _legend_below(figure: Figure, axes: Axes) -> None:
 @contextmanager
 def _figure(width: float, height: float) -> Iterator[tuple[Figure, Axes, list[str]]]:
     """A figure of that size in inches, its axes, and a list in which its SVG stands afterwards."""
-    from litdistill.evaluation.figures import new_figure
+    from litdistill.tasks.figures import new_figure
 
     drawn: list[str] = []
     with _styled():

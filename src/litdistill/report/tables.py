@@ -157,7 +157,7 @@ def _row(runs: Sequence[dict[str, Any]], differing: str) -> dict[str, str]:
 
 def picture(found: Sequence[dict[str, Any]], path: str | Path) -> None:
     """Draws the test accuracy of every run as a dot, a row for each kind of student, and the teacher as a line."""
-    from litdistill.evaluation.figures import STUDENT_COLOR, TEACHER_COLOR, new_figure
+    from litdistill.tasks.figures import STUDENT_COLOR, TEACHER_COLOR, new_figure
 
     alike = kinds(found)
     names = tell_apart([label(k[0], alike) for k in alike], [k[0]["student"]["name"] for k in alike])

@@ -2,39 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, ProgressBar, RichProgressBar
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
-from litdistill.evaluation.evaluate import collect
-from litdistill.tasks import metrics
+from litdistill.evaluation.predictions import collect, quality
+from litdistill.distillation.distiller import Distiller
 from litdistill.utils.errors import UserError
 from litdistill.utils.logging import format_seconds
 
 log = logging.getLogger(__name__)
-
-
-class PerStepSeed(Callback):
-    """What a step draws (dropout, a method's negatives) depends on seed, epoch, batch and rank alone: so a run that goes
-    on in the middle of an epoch needs no generator's state, and no two ranks draw the same."""
-
-    def __init__(self, seed: int):
-        self.seed = seed
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        place = f"{self.seed} {trainer.current_epoch} {batch_idx} {trainer.global_rank}"
-        seed = int.from_bytes(hashlib.sha256(place.encode()).digest()[:8])
-        torch.default_generator.manual_seed(seed)  # `torch.manual_seed` asks every kind of device, which takes longer
-        if pl_module.device.type == "cuda":
-            torch.cuda.manual_seed(seed)
 
 
 class EpochLogger(Callback):
@@ -63,17 +46,21 @@ class EpochLogger(Callback):
 class TestAccuracyMonitor(Callback):
     """Measures the student on the test set after each epoch, for the figure that other tables give as "best on test".
 
-    It is logged and summarised beside the others, and chooses nothing.
+    It is logged and summarized beside the others, and chooses nothing. `data`: whose test set it is.
     """
 
-    def __init__(self) -> None:
-        self.best = 0.0
+    def __init__(self, data: Any) -> None:
+        self.data, self.best = data, None
+
+    best: float | None
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        logits, targets = collect(pl_module.deployed_student, trainer.datamodule, "test", pl_module.device)  # type: ignore
-        accuracy = metrics.quality(logits, targets)["accuracy"]
-        self.best = max(self.best, accuracy)
-        pl_module.log("watched/test_accuracy", accuracy)
+        assert isinstance(pl_module, Distiller)
+        task, name = pl_module.task, pl_module.task.monitor[0]
+        value = quality(pl_module.deployed_student, self.data, task, "test", pl_module.device)[name]
+        if self.best is None or task.better(value, self.best):
+            self.best = value
+        pl_module.log(f"watched/test_{name}", value)
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}
@@ -96,7 +83,8 @@ class ClassBias(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step:
             return  # a resumed run has it
-        student, data = pl_module.student, trainer.datamodule  # type: ignore[attr-defined]
+        student = pl_module.student
+        data = getattr(trainer.datamodule, "data", trainer.datamodule)  # type: ignore[attr-defined]
         logits, targets = collect(student, data, "val", pl_module.device)  # type: ignore[arg-type]
         layers = [m for m in student.modules() if isinstance(m, nn.Linear) and m.out_features == logits.shape[1]]  # type: ignore
         if not layers or layers[-1].bias is None:
@@ -125,8 +113,3 @@ def best_shift(logits: Tensor, targets: Tensor, classes: Sequence[int]) -> float
     best = correct[widths > 0].max()
     i = int(torch.where(correct == best, widths, -1.0).argmax())
     return float((edges[i] + edges[i + 1]) / 2)
-
-
-def progress_bar() -> list[ProgressBar]:
-    """A live bar where there is a terminal; elsewhere `EpochLine` is progress enough."""
-    return [RichProgressBar(leave=False)] if sys.stdout.isatty() else []

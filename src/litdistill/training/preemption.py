@@ -67,7 +67,7 @@ class GracefulStop(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         due = self._agree(trainer)
         # At an epoch's last batch there is still its validation to do, and then its checkpoint is written anyway.
-        if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+        if trainer.is_last_batch:
             return
         if due or self.agreed is not None:
             trainer.save_checkpoint(self.path, weights_only=False)

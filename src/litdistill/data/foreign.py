@@ -1,0 +1,82 @@
+"""Anybody's LightningDataModule: trained on as it is, and read here for what a run measures and notes of its data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from lightning import LightningDataModule
+from lightning.fabric.utilities import move_data_to_device
+from torch import Tensor
+
+from litdistill.types import Batch
+from litdistill.utils.errors import UserError
+
+
+class ForeignData:
+    """What a run reads of a data module that knows neither ids nor views.
+
+    Args:
+        module: prepared and set up here. What it may say of itself, by attributes: `name`, `class_names`, `num_classes`,
+            `input_shape`, `mean` and `std` (of images on the scale 0 to 1; without them inputs reach networks untouched).
+        to_batch: makes a `Batch` of what its loaders yield (`Task.batch`).
+    """
+
+    def __init__(self, module: LightningDataModule, to_batch: Callable[[Any], Batch]):
+        self.module, self.to_batch = module, to_batch
+        module.prepare_data()
+        module.setup("fit")
+        self.example = to_batch(_first(module.train_dataloader()))
+        self.name: str = getattr(module, "name", None) or type(module).__name__
+        self.mean, self.std = getattr(module, "mean", None), getattr(module, "std", None)
+        self._tested = False
+
+    @property
+    def input_shape(self) -> tuple[int, ...] | None:
+        """Of one sample; None where inputs are no single tensor."""
+        inputs = self.example.inputs
+        return getattr(self.module, "input_shape", None) or (
+            tuple(inputs.shape[1:]) if isinstance(inputs, Tensor) else None
+        )
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Of its classes, labels or values, in the order of the network's outputs; empty where it says nothing of them."""
+        names = getattr(self.module, "class_names", None)
+        count = getattr(self.module, "num_classes", None) or 0
+        return tuple(map(str, names)) if names is not None else tuple(map(str, range(count)))
+
+    @property
+    def num_classes(self) -> int | None:
+        """How many outputs a network needs; None where the module says nothing of it."""
+        return len(self.class_names) or None
+
+    def count(self, split: str) -> int | None:
+        """Samples of "train", "val" or "test", where the loader's data set has a length."""
+        try:
+            return len(self._loader(split).dataset)
+        except (AttributeError, TypeError):
+            return None
+
+    def batches(self, split: str, device: torch.device | str = "cpu") -> Iterator[Batch]:
+        """All of "val" or "test" in order."""
+        for raw in self._loader(split):
+            yield move_data_to_device(self.to_batch(raw), torch.device(device))
+
+    def _loader(self, split: str) -> Any:
+        if split == "test" and not self._tested:
+            self.module.setup("test")
+            self._tested = True
+        loader = getattr(self.module, f"{split}_dataloader")()
+        if loader is None or isinstance(loader, (list, dict)):
+            raise UserError(f"{type(self.module).__name__}.{split}_dataloader() should give one loader.")
+        return loader
+
+
+def _first(loader: Any) -> Any:
+    """The first batch of a loader. Raises `UserError` where it yields nothing."""
+    try:
+        return next(iter(loader))
+    except (StopIteration, TypeError) as error:
+        raise UserError(f"The training loader yields no batch ({type(loader).__name__}).") from error

@@ -1,0 +1,96 @@
+"""What networks give for a whole split, and what a task measures of that."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from litdistill.distillation.teacher_cache import cached_logits
+from litdistill.tasks.base import Task
+from litdistill.tasks.classification import Classification
+from litdistill.types import Outputs
+
+
+@torch.no_grad()
+def predict_split(
+    net: nn.Module, data: Any, split: str, device: torch.device | str = "cpu", task: Task | None = None
+) -> tuple[Outputs, Tensor]:
+    """The heads of `net` in eval mode over all of a split, float32, and the targets, all on the CPU."""
+    task = task or Classification()
+    was_training = net.training
+    net.to(device).eval()
+    found: list[tuple[Outputs, Tensor]] = []
+    for batch in data.batches(split, device):
+        outputs = task.forward(net, batch, False)
+        found.append((Outputs({k: v.float().cpu() for k, v in outputs.heads.items()}), batch.targets.cpu()))
+    net.train(was_training)
+    heads = {name: torch.cat([outputs.heads[name] for outputs, _ in found]) for name in found[0][0].heads}
+    return Outputs(heads), torch.cat([targets for _, targets in found])
+
+
+def collect(net: nn.Module, data: Any, split: str, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """The logits (N, outputs) of `net` over a split, and the targets."""
+    outputs, targets = predict_split(net, data, split, device)
+    return outputs.logits, targets
+
+
+def teacher_outputs(
+    teacher: nn.Module, data: Any, task: Task, split: str, device: torch.device | str, folder: Path | None
+) -> Outputs:
+    """`predict_split` of a frozen network: computed once for all runs whose caches lie in `folder`."""
+    if folder is None or not hasattr(data, "get_batch"):
+        return predict_split(teacher, data, split, device, task)[0]
+    compute = lambda: predict_split(teacher, data, split, device, task)[0].logits  # noqa: E731
+    return Outputs.of(cached_logits(teacher, data, split, torch.device(device), folder, compute))
+
+
+def evaluations_folder(cfg: DictConfig) -> Path | None:
+    """Where a teacher's outputs for the validation and test sets are kept for all runs that have it."""
+    if cfg.teacher is None or (cfg.teacher.get("cache") or {}).get("mode") in ("off", "memory"):
+        return None
+    return Path(cfg.runs) / "cache" / "evaluations"
+
+
+def measured(task: Task, outputs: Outputs, targets: Tensor) -> dict[str, float]:
+    """The task's metrics of outputs for a whole split, by this process alone."""
+    metrics = task.metrics()
+    metrics.sync_on_compute = False  # type: ignore[union-attr]
+    metrics.update(outputs, targets)
+    return {name: float(value) for name, value in metrics.compute().items()}
+
+
+def quality(
+    net: nn.Module, data: Any, task: Task, split: str = "test", device: torch.device | str = "cpu"
+) -> dict[str, float]:
+    """The task's metrics of `net` over a split."""
+    return measured(task, *predict_split(net, data, split, device, task))
+
+
+def agreement(task: Task, student: Outputs, teacher: Outputs) -> dict[str, float]:
+    """How far a student follows its teacher: the means of `Task.agreement` over all samples."""
+    return {name: values.double().mean().item() for name, values in task.agreement(student, teacher).items()}
+
+
+def measure(
+    student: nn.Module,
+    teacher: nn.Module | None,
+    data: Any,
+    task: Task,
+    split: str = "test",
+    device: torch.device | str = "cpu",
+    folder: Path | None = None,
+) -> dict[str, Any]:
+    """The student's metrics, and with a teacher its metrics and how far the student follows it; plain dicts.
+
+    `folder`: see `teacher_outputs`.
+    """
+    outputs, targets = predict_split(student, data, split, device, task)
+    found: dict[str, Any] = {"student": measured(task, outputs, targets)}
+    if teacher is not None:
+        taught = teacher_outputs(teacher, data, task, split, device, folder)
+        found |= {"teacher": measured(task, taught, targets), "agreement": agreement(task, outputs, taught)}
+    return found

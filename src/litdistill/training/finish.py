@@ -1,0 +1,119 @@
+"""What a run leaves: both weights measured on the test set, which nothing has seen before, pictures and the summary."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from litdistill.compress.quantize import Int8
+from litdistill.compress.structure import structure_of
+from litdistill.distillation.distiller import Distiller
+from litdistill.evaluation import figures
+from litdistill.evaluation.evaluate import load_weights_of, measure_last
+from litdistill.evaluation.predictions import evaluations_folder, measure
+from litdistill.evaluation.summary import hyperparameters, summarize
+from litdistill.export.export import export_student
+from litdistill.models.preprocess import bare, preprocess_of
+from litdistill.tasks.base import Task
+from litdistill.training.trainer import Built
+from litdistill.utils.checkpoint import STUDENT, save_student, write_text
+from litdistill.utils.errors import UserError
+from litdistill.utils.logging import format_seconds
+
+log = logging.getLogger(__name__)
+
+
+class Run(NamedTuple):
+    """A run whose training has ended."""
+
+    cfg: DictConfig
+    folder: Path
+    data: Any
+    task: Task
+    distiller: Distiller
+    built: Built
+    best: float  # of the metric that chooses the epoch
+
+
+def finish(run: Run, times: dict[str, float]) -> None:
+    """Measures the best and the last weights, and writes weights, pictures and, last of all, the summary.
+
+    `times`: in seconds, of the fit, of the teacher in it, of all. The first process alone writes.
+    """
+    cfg, trainer, task = run.cfg, run.built.trainer, run.task
+    device, kept = trainer.strategy.root_device, evaluations_folder(cfg)
+    teacher = run.distiller.teacher.net if run.distiller.teacher is not None else None
+    checkpoints = run.folder / "checkpoints"
+    last = measure_last(run.distiller, checkpoints / "last.ckpt", run.data, device)
+    student = load_weights_of(run.distiller, checkpoints / "best.ckpt")
+    found = measure(student, teacher, run.data, task, "test", device, kept)
+    summary = summarize(cfg, run.data, task, student, teacher, found, last, run.best, times, trainer)
+    if run.built.watch_test is not None:
+        summary["student"]["test"][task.monitor[0]]["best_on_test"] = run.built.watch_test.best
+    if not trainer.is_global_zero:
+        return
+    save_student(student, run.folder / STUDENT, metadata(run, student))
+    if isinstance(bare(student), Int8):
+        summary["student"] |= {"precision": "int8", "bytes": _write_int8(run.folder, student, run.data)}
+    show(run, student, teacher, device, kept)
+    write_text(run.folder / "summary.json", json.dumps(summary, indent=2) + "\n")  # last: it says that the run is finished
+    name = task.monitor[0]
+    taught = f", teacher {shown(name, found['teacher'][name])}" if teacher is not None else ""
+    log.info(
+        "%s: test %s %s (best epoch on validation), %s (last epoch)%s; %s in all. %s",
+        *(cfg.name, name, shown(name, found["student"][name]), shown(name, last[name]), taught),
+        *(format_seconds(times["total_s"]), os.path.relpath(run.folder)),
+    )
+
+
+def shown(name: str, value: float) -> str:
+    """A metric for people: shares in per cent."""
+    return f"{100 * value:.2f} %" if name in ("accuracy", "map", "f1", "agreement") else f"{value:.4g}"
+
+
+def metadata(run: Run, student: nn.Module) -> dict[str, str]:
+    """What travels with the weights, as JSON: class names, preprocessing, the shape of inputs, and how it was compressed."""
+    facts: dict[str, Any] = {"classes": list(run.data.class_names), "input_shape": run.data.input_shape}
+    facts |= preprocess_of(student)
+    if steps := structure_of(bare(student)):
+        facts["structure"] = steps
+    return {key: json.dumps(value) for key, value in facts.items()}
+
+
+def show(run: Run, student: nn.Module, teacher: nn.Module | None, device: torch.device, kept: Path | None) -> None:
+    """Hyperparameters, pictures and the config in TensorBoard. A picture that fails is a warning: nothing hangs on it."""
+    monitor = (run.built.best.monitor or "").replace("/", "_")
+    for logger in run.built.trainer.loggers:
+        if not isinstance(logger, TensorBoardLogger):
+            continue
+        logger.log_hyperparams(hyperparameters(run.cfg, run.built.trainer), {f"best/{monitor}": run.best})
+        try:
+            figures.show(
+                logger.experiment, student, teacher, run.data, run.task, device, run.built.trainer.global_step, kept
+            )
+        except Exception as error:  # matplotlib reads names as formulas, runs out of memory, …
+            log.warning("The pictures in TensorBoard are left out: %s: %s", type(error).__name__, error)
+        logger.experiment.add_text("config", "```yaml\n" + OmegaConf.to_yaml(run.cfg) + "```", 0)
+        logger.experiment.add_custom_scalars(figures.layout(run.task))
+        logger.experiment.flush()
+
+
+def _write_int8(folder: Path, student: nn.Module, data: Any) -> int | None:
+    """The bytes of the file that is written; None where none can be, for which a trained run is not given up."""
+    try:
+        return int(export_student(folder, student, data, precision="int8")[1]["bytes"])
+    except UserError as error:
+        log.warning(
+            "The int8 file is not written, and the run is finished without it. %s To write it later: "
+            "litdistill export run=%s precision=int8",
+            *(error, os.path.relpath(folder)),
+        )
+        return None

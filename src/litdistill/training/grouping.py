@@ -1,0 +1,152 @@
+"""Groups of minibatches: where Lightning's own cost a step may be paid once for several, and where it may not.
+
+Inside a group nothing but this project runs: batch hooks of callbacks see groups, Lightning's counts of batches are counts
+of groups, and its Trainer cannot clip or accumulate. So groups are made only where `train()` makes the Trainer and knows
+all of its callbacks; a `Distiller` in anybody's own Trainer has automatic optimization and one minibatch a step.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from lightning import LightningDataModule
+from lightning.pytorch.callbacks import (
+    Callback,
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    ProgressBar,
+    StochasticWeightAveraging,
+)
+from torch import Tensor
+
+from litdistill.data.loading import IndexLoader, Rows
+from litdistill.data.protocol import IndexedData
+from litdistill.distillation.distiller import Distiller
+from litdistill.training.callbacks import EpochLogger, TestAccuracyMonitor
+from litdistill.training.preemption import GracefulStop
+from litdistill.types import Batch, Group
+
+log = logging.getLogger(__name__)
+
+GROUP = 16  # minibatches: enough for Lightning's own cost a step to vanish
+BYTES = 2**26  # of inputs that a group may hold at once
+SECONDS = 2.0  # that a group may last: Ctrl-C waits for its end
+PLAIN = ("auto", "ddp", "ddp_find_unused_parameters_true")
+# Callbacks that mean the same by a group as by a batch. The rate is logged by the Distiller then.
+FINE = (EarlyStopping, EpochLogger, GracefulStop, LearningRateMonitor, ModelCheckpoint, ProgressBar, TestAccuracyMonitor)
+NEVER = (StochasticWeightAveraging, GradientAccumulationScheduler)  # they rely on automatic optimization
+HOOKS = (
+    *("on_train_batch_start", "on_train_batch_end", "on_before_backward", "on_after_backward"),
+    *("on_before_optimizer_step", "on_before_zero_grad"),
+)
+
+
+def reason_for_single(trainer: Mapping[str, Any], callbacks: Iterable[Callback]) -> str | None:
+    """What needs to see each minibatch, in words; None where groups mean the same."""
+    if (trainer.get("strategy") or "auto") not in PLAIN:
+        return "the strategy"
+    if (trainer.get("accumulate_grad_batches") or 1) > 1:
+        return "trainer.accumulate_grad_batches"
+    if str(trainer.get("precision")).startswith("16"):
+        return "losses that are scaled for float16"
+    for key in ("limit_train_batches", "overfit_batches", "fast_dev_run"):
+        if trainer.get(key):
+            return f"trainer.{key}"
+    if trainer.get("val_check_interval") not in (None, 1.0) or isinstance(trainer.get("val_check_interval"), int):
+        return "trainer.val_check_interval"
+    for callback in callbacks:
+        if isinstance(callback, NEVER):
+            return type(callback).__name__
+        if isinstance(callback, ModelCheckpoint) and callback.every_n_epochs == 0:
+            return "a checkpoint within an epoch"
+        overrides = any(getattr(type(callback), hook) is not getattr(Callback, hook) for hook in HOOKS)
+        if overrides and not isinstance(callback, FINE):
+            return f"{type(callback).__name__}, which acts on each batch,"
+    return None
+
+
+def group_size(distiller: Distiller, data: IndexedData, most: int = GROUP) -> int:
+    """How many minibatches a group may hold: as many as fit into `BYTES` and last no longer than `SECONDS`.
+
+    Measured on one minibatch; no weight, no average and no random number changes.
+    """
+    count = min(data.batch_size, len(data.train_ids))
+    batch = data.get_batch("train", data.train_ids[:count], None)
+    size = batch.inputs.numel() * 4 if isinstance(batch.inputs, Tensor) else 0
+    most = max(1, min(most, BYTES // max(1, size)))
+    if most == 1 or torch.cuda.is_available():
+        return most
+    return max(1, min(most, int(SECONDS / max(step_seconds(distiller, batch), 1e-6))))
+
+
+def step_seconds(distiller: Distiller, batch: Batch) -> float:
+    """About what a step takes on this processor: the student there and back in eval mode, and the teacher."""
+    modes = [(module, module.training) for module in distiller.student.modules()]
+    for module, _ in modes:
+        module.training = False
+    try:
+        start = time.perf_counter()
+        outputs = distiller.task.forward(distiller.student, batch, False)
+        total = sum(head.float().sum() for head in outputs.heads.values())
+        if isinstance(total, Tensor) and total.requires_grad:
+            total.backward()
+        if distiller.needs_teacher_outputs and distiller.teacher is not None:
+            distiller.teacher(batch)
+        return time.perf_counter() - start
+    finally:
+        distiller.zero_grad(set_to_none=True)
+        for module, training in modes:
+            module.training = training
+
+
+class Layout(NamedTuple):
+    """How an epoch is cut into groups: a run that goes on keeps it, since Lightning counts groups.
+
+    `group`: minibatches of each at most; 0: no groups. `log_every`: steps between two logs.
+    """
+
+    group: int
+    log_every: int
+
+
+def layout_of(checkpoint: Mapping[str, Any]) -> Layout | None:
+    """The layout of the run that wrote a checkpoint; None where it says nothing of one."""
+    state = checkpoint.get(GroupedData.__name__)
+    return Layout(int(state["group"]), int(state["log_every"])) if isinstance(state, Mapping) else None
+
+
+class GroupedData(LightningDataModule):
+    """The loaders of `data` for a Trainer, its training set in the groups of a layout."""
+
+    def __init__(self, data: IndexedData, layout: Layout):
+        super().__init__()
+        self.data, self.layout = data, layout
+
+    def state_dict(self) -> dict[str, Any]:
+        """The layout, for checkpoints."""
+        return self.layout._asdict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing: whoever goes on from a checkpoint makes this object with its layout (`layout_of`)."""
+
+    def train_dataloader(self) -> IndexLoader:
+        return self.data.train_loader(*self._world(), *self.layout)
+
+    def val_dataloader(self) -> IndexLoader:
+        return self.data.eval_loader("val", *self._world())
+
+    def test_dataloader(self) -> IndexLoader:
+        return self.data.eval_loader("test", *self._world())
+
+    def on_after_batch_transfer(self, batch: Rows, dataloader_idx: int) -> Batch | Group:
+        """Lightning's hook: ids that lie on the device become the batch."""
+        return self.data.make_batch(batch)
+
+    def _world(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)

@@ -1,0 +1,193 @@
+"""From a config to Lightning's Trainer: its callbacks, loggers, strategy and plugins, and what is refused before training."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lightning import Trainer
+from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, ProgressBar, RichProgressBar
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import DDPStrategy
+from omegaconf import DictConfig, OmegaConf
+
+from litdistill.config.instantiate import instantiate
+from litdistill.methods.base import Method
+from litdistill.tasks.base import Task
+from litdistill.training.callbacks import EpochLogger, TestAccuracyMonitor
+from litdistill.data.foreign import ForeignData
+from litdistill.training.grouping import GROUP, Layout, reason_for_single
+from litdistill.training.preemption import GracefulStop
+from litdistill.utils.checkpoint import AtomicCheckpointIO
+from litdistill.utils.distributed import fit_to_launch
+from litdistill.utils.errors import UserError
+
+log = logging.getLogger(__name__)
+
+LOWER_IS_BETTER = ("nll", "brier", "ece", "kl", "loss", "rmse", "mae", "mse", "error", "distance")
+SPAWNED = ("spawn", "fork", "notebook")
+
+
+class Built(NamedTuple):
+    """A Trainer, and what was decided of it."""
+
+    trainer: Trainer
+    best: ModelCheckpoint  # chooses the epoch
+    layout: Layout  # `group` is how many minibatches a step may hold at most
+    watch_test: TestAccuracyMonitor | None
+
+
+def build_trainer(
+    cfg: DictConfig,
+    folder: Path,
+    method: Method,
+    task: Task,
+    data: Any,
+    callbacks: Sequence[Callback] = (),
+    kept: Layout | None = None,
+) -> Built:
+    """The Trainer of a config. `callbacks`: of whoever calls, before the config's own. `kept`: of the run that goes on.
+
+    Raises `UserError` for what would lose a training: a precision or strategy that cannot work here, no epoch that could
+    be validated, a metric to choose by that does not exist.
+    """
+    refuse(cfg, method)
+    best, named = named_callbacks(cfg, task)
+    loggers: list[Logger] = [instantiate(c) for c in (cfg.logger or {}).values()]
+    # The monitor of the rate refuses to have no logger.
+    named = [c for c in named if loggers or not isinstance(c, LearningRateMonitor)]
+    watch = TestAccuracyMonitor(data) if cfg.watch_test else None
+    options = cfg.trainer.copy()
+    OmegaConf.set_struct(options, False)  # what a launch or a method needs may be no key of this trainer's file
+    layout = _layout(cfg, [*callbacks, *named], kept, isinstance(data, ForeignData))
+    if layout.group:  # the Distiller clips, and says when a group is logged
+        named = [c for c in named if not isinstance(c, LearningRateMonitor)]
+        options.gradient_clip_val, options.log_every_n_steps = None, 1
+    fit_to_launch(options)
+    own: list[Callback] = [EpochLogger(), *progress_bar(), *([watch] if watch else [])]
+    stop = GracefulStop(folder / "checkpoints", cfg.checkpoint_minutes)  # last: what it saves, all others have seen
+    everything = [*callbacks, *own, *named, stop]
+    plugins: list[Any] = [AtomicCheckpointIO()]
+    if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
+        plugins.append(SLURMEnvironment(auto_requeue=False))  # `GracefulStop` has that signal
+    trainer = instantiate(
+        options,
+        strategy=_strategy(options, method),
+        default_root_dir=str(folder),
+        callbacks=everything,
+        logger=loggers or False,
+        enable_progress_bar=any(isinstance(c, ProgressBar) for c in everything),
+        plugins=plugins,
+    )
+    return Built(trainer, best, layout, watch)
+
+
+def refuse(cfg: DictConfig, method: Method) -> None:
+    """Raises `UserError` for trainers whose training would be lost or would teach nothing."""
+    trainer = cfg.trainer
+    if (precision := str(trainer.get("precision"))) in ("bf16-true", "16-true", "64-true", "64"):
+        raise UserError(
+            f"trainer.precision={precision}: weights and images are float32 here. Use 32-true, bf16-mixed or 16-mixed."
+        )
+    strategy = str(trainer.get("strategy"))
+    if any(word in strategy for word in SPAWNED):
+        raise UserError(
+            f"trainer.strategy={strategy} trains in processes that take their results with them when they end: choose "
+            "trainer=ddp, which starts processes that stay."
+        )
+    if trainer.get("fast_dev_run"):
+        raise UserError(
+            "trainer.fast_dev_run would leave a run without a checkpoint. trainer=debug is the same with one: a step of "
+            "training and of validation."
+        )
+    epochs, rehearsed = trainer.get("max_epochs") or 0, trainer.get("limit_train_batches") is not None
+    if 0 < epochs <= method.init_epochs and not rehearsed:
+        raise UserError(
+            f"trainer.max_epochs={epochs} would end within the first phase of this method, which leaves the student untrained "
+            f"for method.init_epochs={method.init_epochs} epochs. Set trainer.max_epochs above that, or method.init_epochs "
+            "lower."
+        )
+    every = trainer.get("check_val_every_n_epoch") or 1
+    if (0 < epochs < every) or trainer.get("limit_val_batches") == 0:
+        raise UserError(
+            f"No epoch would be validated, so that none is the best: trainer.check_val_every_n_epoch={every} with "
+            f"trainer.max_epochs={epochs}, limit_val_batches={trainer.get('limit_val_batches')}. Let at least one be."
+        )
+
+
+def named_callbacks(cfg: DictConfig, task: Task) -> tuple[ModelCheckpoint, list[Callback]]:
+    """The config's callbacks, of which `best` chooses the epoch, and is first.
+
+    Where its monitor or mode is null, it is the task's. Raises `UserError` for a mode that contradicts a known metric.
+    """
+    nodes = {name: node for name, node in (cfg.callbacks or {}).items() if node is not None}
+    for name in ("best", "last"):
+        if name not in nodes:
+            raise UserError(f"callbacks.{name} is missing: a run ends with the weights that it keeps. Leave it in.")
+    monitor, mode = monitored(nodes["best"], task)
+    best = instantiate(nodes.pop("best"), monitor=monitor, mode=mode)
+    if not isinstance(best, ModelCheckpoint):
+        raise UserError("callbacks.best must be a ModelCheckpoint: the others are told of the best epoch by it.")
+    return best, [best, *(instantiate(node) for node in nodes.values())]
+
+
+def monitored(node: DictConfig, task: Task) -> tuple[str, str]:
+    """The metric that chooses the epoch, as it is logged, and its direction."""
+    own = f"val/{task.monitor[0]}"
+    monitor, mode = node.get("monitor") or own, node.get("mode")
+    last = monitor.rpartition("/")[2]
+    known = task.monitor[1] if monitor == own else "min" if last in LOWER_IS_BETTER else None
+    if known is None and last in ("accuracy", "agreement", "teacher_accuracy", "map", "f1", "r2"):
+        known = "max"
+    if mode is not None and known is not None and mode != known:
+        raise UserError(
+            f"callbacks.best.monitor={monitor} with mode={mode} would keep the worst epoch: its mode is {known}. Leave "
+            "callbacks.best.mode at null, which follows the metric."
+        )
+    if (mode or known) is None:
+        raise UserError(f"callbacks.best.monitor={monitor}: say with callbacks.best.mode=max or min which is better.")
+    return monitor, mode or known or "max"
+
+
+def _layout(cfg: DictConfig, callbacks: Sequence[Callback], kept: Layout | None, foreign: bool) -> Layout:
+    """How many minibatches a step may hold, and when is logged; no groups where somebody has to see each, which is said."""
+    wanted, log_every = cfg.get("group", "auto"), int(cfg.trainer.get("log_every_n_steps") or 0)
+    if wanted != "auto" and (type(wanted) is not int or wanted < 1):
+        raise UserError(f"group={wanted} is a number of minibatches, at least 1, or auto.")
+    if foreign or wanted == 1 or (kept is not None and not kept.group):
+        if kept is not None and kept.group:
+            raise UserError("This run was trained in groups of minibatches, and goes on so: leave group at auto.")
+        return Layout(0, log_every)
+    reason = reason_for_single(cfg.trainer, callbacks)
+    if reason is not None and kept is not None:
+        raise UserError(
+            f"This run was trained in groups of minibatches, and {reason} needs to see every one: start a new run, or leave "
+            "that out."
+        )
+    if reason is not None:
+        log.info("Each step of the Trainer is one minibatch: %s needs to see every one.", reason)
+        return Layout(0, log_every)
+    return kept or Layout(GROUP if wanted == "auto" else int(wanted), log_every)
+
+
+def _strategy(options: DictConfig, method: Method) -> Any:
+    """The strategy; DDP leaves each process the buffers of its own, as a method's memories are of its own samples.
+
+    A method of two phases does not use all parameters in each, which plain DDP would take for a mistake.
+    """
+    strategy, unused = options.get("strategy") or "auto", method.init_epochs > 0
+    if strategy in ("ddp", "ddp_find_unused_parameters_true"):
+        return DDPStrategy(find_unused_parameters=unused or strategy != "ddp", broadcast_buffers=False)
+    if OmegaConf.is_dict(strategy):
+        facts = {"find_unused_parameters": True} if unused else {}
+        return instantiate(strategy, **facts)
+    return strategy
+
+
+def progress_bar() -> list[ProgressBar]:
+    """A live bar where there is a terminal; elsewhere `EpochLogger` is progress enough."""
+    return [RichProgressBar(leave=False)] if sys.stdout.isatty() else []
