@@ -6,13 +6,10 @@ Training and evaluation build a run by the same function, so that a run is rebui
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import nn
 
@@ -22,12 +19,8 @@ from litdistill.config.instantiate import instantiate
 from litdistill.config.recipes import NETWORK_META_KEYS, is_complete, teacher_folder
 from litdistill.data import augment as aug
 from litdistill.data.datamodule import ImageData
-from litdistill.distillation.distiller import Distiller
-from litdistill.distillation.teacher import Ensemble, FrozenTeacher
-from litdistill.distillation.teacher_cache import CacheOptions
-from litdistill.features import feature_extractor as taps
-from litdistill.methods.base import Method
-from litdistill.models.finetune import freeze, with_own_head
+from litdistill.distillation.teacher import Ensemble
+from litdistill.models.finetune import with_own_head
 from litdistill.utils.checkpoint import load_state_dict_checked, load_weights
 from litdistill.utils.distributed import broadcast_from_rank0
 from litdistill.utils.errors import UserError

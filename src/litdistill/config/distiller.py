@@ -51,8 +51,12 @@ def build_optimizer(node: DictConfig, lr: float | None) -> OptimizerFactory:
     return factory if lr is None else functools.partial(factory, lr=lr)
 
 
-def build_scheduler(node: DictConfig | None, epochs: int, steps: int) -> tuple[Any, SchedulerOptions]:
+def build_scheduler(
+    node: DictConfig | None, epochs: int, steps: int, monitor: str | None = None, mode: str | None = None
+) -> tuple[Any, SchedulerOptions]:
     """Makes the schedule from the optimizer, and says when it is stepped; (None, …) where there is none.
+
+    `monitor`, `mode`: of the metric that chooses the epoch, for a schedule that waits for one and names none.
 
     `interval` (epoch or step) and `monitor` stand beside the scheduler's own options. An option that is a horizon and null
     (`total_steps`, `T_max`, `total`) is the number of times that it will be stepped: `epochs`, or `steps` of the whole run.
@@ -75,8 +79,12 @@ def build_scheduler(node: DictConfig | None, epochs: int, steps: int) -> tuple[A
     facts = {key: horizon for key in ("total_steps", "T_max", "total") if key in options and options[key] is None}
     if name == "OneCycleLR" and not typed:
         facts["total_steps"] = horizon
+    if name == "ReduceLROnPlateau":
+        facts |= {"mode": mode} if options.get("mode") is None else {}
+    else:
+        monitor = None
     plain = OmegaConf.create({k: v for k, v in options.items() if k not in facts})
-    return instantiate(plain, **facts), SchedulerOptions(interval, node.get("monitor"))
+    return instantiate(plain, **facts), SchedulerOptions(interval, node.get("monitor") or monitor)
 
 
 def train_labels(data: IndexedData) -> Tensor | None:
@@ -158,5 +166,3 @@ def cache_options(cfg: DictConfig) -> CacheOptions:
         return CacheOptions()
     multirun = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
     return CacheOptions(**{**options, "shared": options.get("shared") or multirun}, folder=Path(cfg.runs) / "cache")
-
-

@@ -12,7 +12,6 @@ import logging
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from lightning import LightningDataModule
@@ -216,7 +215,9 @@ class ImageData(LightningDataModule):
             rounds = rounds % self.fixed_views
         if not self.draws_views:
             return Rows("train", ids)
-        return Rows("train", ids, rounds if self.by_round else aug.draw_views(self.augment, self.view_seed, rounds, ids))
+        return Rows(
+            "train", ids, rounds if self.by_round else aug.draw_views(self.augment, self.view_seed, rounds, ids)
+        )
 
     def val_dataloader(self) -> IndexLoader:
         return self.eval_loader("val", *self._world())

@@ -27,7 +27,7 @@ class ForeignData:
         self.module, self.to_batch = module, to_batch
         module.prepare_data()
         module.setup("fit")
-        self.example = to_batch(_first(module.train_dataloader()))
+        self.example = to_batch(first_batch(module.train_dataloader()))
         self.name: str = getattr(module, "name", None) or type(module).__name__
         self.mean, self.std = getattr(module, "mean", None), getattr(module, "std", None)
         self._tested = False
@@ -74,7 +74,7 @@ class ForeignData:
         return loader
 
 
-def _first(loader: Any) -> Any:
+def first_batch(loader: Any) -> Any:
     """The first batch of a loader. Raises `UserError` where it yields nothing."""
     try:
         return next(iter(loader))

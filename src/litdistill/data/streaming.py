@@ -110,9 +110,7 @@ class Prefetched:
     nothing for `TIMEOUT` seconds.
     """
 
-    def __init__(
-        self, images: Mapping[str, Any], wanted: Callable[[Any], Tensor], workers: int, keep: bool = False
-    ):
+    def __init__(self, images: Mapping[str, Any], wanted: Callable[[Any], Tensor], workers: int, keep: bool = False):
         self.queue = _Queue()
         self.loader: DataLoader[Any] = DataLoader(
             _Decoder(images, wanted),  # type: ignore[arg-type]

@@ -232,7 +232,9 @@ class Distiller(LightningModule):
         terms = self._label_terms(student, batch) | self.method(student, teacher, batch)
         unknown = self._factors.keys() - terms.keys()
         if unknown and not self.method.init_epochs:
-            raise UserError(f"schedule names {', '.join(unknown)}, but the terms of this method are {', '.join(terms)}.")
+            raise UserError(
+                f"schedule names {', '.join(unknown)}, but the terms of this method are {', '.join(terms)}."
+            )
         terms = {k: v * self._factors[k] if k in self._factors else v for k, v in terms.items()}
         self.means.add(terms, student, teacher, batch.targets)
         return torch.stack(list(terms.values())).sum()
@@ -353,7 +355,9 @@ class Distiller(LightningModule):
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """The task's predictions; a batch may come without labels."""
         labelled = isinstance(batch, (Batch, Mapping)) or (isinstance(batch, (tuple, list)) and len(batch) > 1)
-        batch = self.task.batch(batch) if labelled else Batch(batch[0] if isinstance(batch, (tuple, list)) else batch, None)
+        batch = (
+            self.task.batch(batch) if labelled else Batch(batch[0] if isinstance(batch, (tuple, list)) else batch, None)
+        )
         return self.task.decode(self.task.forward(self.deployed_student, batch, False))
 
     def _log_evaluation(self, split: str, values: Mapping[str, float]) -> None:

@@ -109,9 +109,7 @@ def warn_of_probabilities(outputs: list[Outputs]) -> None:
         )
 
 
-def check_teacher(
-    task: Task, metrics: Mapping[str, float], targets: Tensor | None, allow_chance: bool = False
-) -> None:
+def check_teacher(task: Task, metrics: Mapping[str, float], targets: Tensor | None, allow_chance: bool = False) -> None:
     """Raises `UserError` for a teacher whose metrics are no numbers, or no better than chance."""
     name, _ = task.monitor
     value = metrics.get(name)

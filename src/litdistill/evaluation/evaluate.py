@@ -12,19 +12,19 @@ from typing import Any, TypeVar
 import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
-from torch import Tensor, nn
+from torch import nn
 from yaml import YAMLError
 
 from litdistill.compress.structure import load_structure
-from litdistill.config.build import build_data, build_student, build_teacher
+from litdistill.config.build import build_student, build_teacher
 from litdistill.config.distiller import build_distiller, build_task, example_batch
 from litdistill.config.instantiate import instantiate
 from litdistill.config.origin import made_here
 from litdistill.config.trust import check_trusted, packages
-from litdistill.data.foreign import ForeignData
-from litdistill.evaluation.predictions import measure, quality
 from litdistill.data.datamodule import ImageData
+from litdistill.data.foreign import ForeignData
 from litdistill.distillation.distiller import Distiller
+from litdistill.evaluation.predictions import measure, quality
 from litdistill.utils.checkpoint import STUDENT, load_checkpoint, load_state_dict_checked, load_weights, read_metadata
 from litdistill.utils.errors import UserError
 from litdistill.utils.hashing import weights_sha256
@@ -189,9 +189,7 @@ def load_weights_of(distiller: Distiller, checkpoint: Path) -> nn.Module:
     return distiller.deployed_student
 
 
-def measure_last(
-    distiller: Distiller, checkpoint: Path, data: Any, device: torch.device | str
-) -> dict[str, float]:
+def measure_last(distiller: Distiller, checkpoint: Path, data: Any, device: torch.device | str) -> dict[str, float]:
     """The metrics on the test set of the weights that training ended with. The student keeps them."""
     return quality(load_weights_of(distiller, checkpoint), data, distiller.task, "test", device)
 

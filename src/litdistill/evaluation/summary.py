@@ -18,8 +18,8 @@ from torch import nn
 from litdistill.config.lr_scaling import read_scale
 from litdistill.config.recipes import net_name, recipe, student_folder, teacher_folder
 from litdistill.methods import NAMES
-from litdistill.tasks.base import Task
 from litdistill.models.profile import count_macs, count_parameters, weight_bytes
+from litdistill.tasks.base import Task
 from litdistill.utils.hashing import digest, weights_sha256
 from litdistill.utils.paths import ROOT
 from litdistill.utils.versions import git_state, versions
@@ -191,7 +191,9 @@ def hyperparameters(cfg: DictConfig, trainer: Trainer | None = None) -> dict[str
         "student": net_name(cfg.student),
         "teacher": net_name(cfg.teacher) if cfg.teacher is not None else "none",
         "method": method_name(cfg),
-        "train/batch_size": cfg.data.get("batch_size"),  # TensorBoard shows the first few keys of the alphabet unless asked
+        "train/batch_size": cfg.data.get(
+            "batch_size"
+        ),  # TensorBoard shows the first few keys of the alphabet unless asked
         "train/epochs": cfg.trainer.max_epochs,
         "train/optimizer": str(cfg.optimizer["_target_"]).rsplit(".", 1)[-1],
         "train/lr": cfg.optimizer.get("lr"),

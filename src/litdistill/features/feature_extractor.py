@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from litdistill.features.stages import Call, before_activation, map_size, outermost, pooled, stage_ends
 from litdistill.features.outputs import first_tensor, run_network
+from litdistill.features.stages import Call, before_activation, map_size, outermost, pooled, stage_ends
 from litdistill.types import Outputs
 from litdistill.utils.errors import UserError
 

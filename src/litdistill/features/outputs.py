@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-
 from collections.abc import Mapping
 from typing import Any
 
@@ -53,10 +52,14 @@ def first_tensor(inputs: Any) -> Tensor:
     """The first tensor among the inputs of a network: its length is the number of samples, its device theirs."""
     if isinstance(inputs, Tensor):
         return inputs
-    for value in inputs.values() if isinstance(inputs, Mapping) else inputs if isinstance(inputs, (tuple, list)) else ():
+    for value in (
+        inputs.values() if isinstance(inputs, Mapping) else inputs if isinstance(inputs, (tuple, list)) else ()
+    ):
         if isinstance(value, (Tensor, Mapping, tuple, list)):
             return first_tensor(value)
-    raise UserError(f"A batch's inputs should be tensors, alone or in a tuple or a dict, and are {type(inputs).__name__}.")
+    raise UserError(
+        f"A batch's inputs should be tensors, alone or in a tuple or a dict, and are {type(inputs).__name__}."
+    )
 
 
 def describe_inputs(inputs: Any) -> str:
@@ -85,7 +88,9 @@ def inputs_like(description: str) -> Any:
                 raise ValueError(name)
             return torch.zeros(shape, dtype=dtype)
         if isinstance(spec, dict):
-            return tuple(map(make, spec["tuple"])) if spec.keys() == {"tuple"} else {k: make(v) for k, v in spec.items()}
+            return (
+                tuple(map(make, spec["tuple"])) if spec.keys() == {"tuple"} else {k: make(v) for k, v in spec.items()}
+            )
         return spec
 
     try:

@@ -12,8 +12,8 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
-from litdistill.evaluation.predictions import collect, quality
 from litdistill.distillation.distiller import Distiller
+from litdistill.evaluation.predictions import collect, quality
 from litdistill.utils.errors import UserError
 from litdistill.utils.logging import format_seconds
 

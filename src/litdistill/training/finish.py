@@ -64,7 +64,9 @@ def finish(run: Run, times: dict[str, float]) -> None:
     if isinstance(bare(student), Int8):
         summary["student"] |= {"precision": "int8", "bytes": _write_int8(run.folder, student, run.data)}
     show(run, student, teacher, device, kept)
-    write_text(run.folder / "summary.json", json.dumps(summary, indent=2) + "\n")  # last: it says that the run is finished
+    write_text(
+        run.folder / "summary.json", json.dumps(summary, indent=2) + "\n"
+    )  # last: it says that the run is finished
     name = task.monitor[0]
     taught = f", teacher {shown(name, found['teacher'][name])}" if teacher is not None else ""
     log.info(

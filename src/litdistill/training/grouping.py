@@ -39,7 +39,15 @@ BYTES = 2**26  # of inputs that a group may hold at once
 SECONDS = 2.0  # that a group may last: Ctrl-C waits for its end
 PLAIN = ("auto", "ddp", "ddp_find_unused_parameters_true")
 # Callbacks that mean the same by a group as by a batch. The rate is logged by the Distiller then.
-FINE = (EarlyStopping, EpochLogger, GracefulStop, LearningRateMonitor, ModelCheckpoint, ProgressBar, TestAccuracyMonitor)
+FINE = (
+    EarlyStopping,
+    EpochLogger,
+    GracefulStop,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    ProgressBar,
+    TestAccuracyMonitor,
+)
 NEVER = (StochasticWeightAveraging, GradientAccumulationScheduler)  # they rely on automatic optimization
 HOOKS = (
     *("on_train_batch_start", "on_train_batch_end", "on_before_backward", "on_after_backward"),

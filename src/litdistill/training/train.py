@@ -33,8 +33,8 @@ from litdistill.distillation.sharding import ShardedTeacher
 from litdistill.evaluation.predictions import evaluations_folder, teacher_outputs
 from litdistill.training.finish import Run, finish
 from litdistill.training.grouping import GroupedData, Layout, group_size, layout_of
-from litdistill.training.prerequisites import Prerequisites
 from litdistill.training.preemption import run_lock, translate_worker_errors
+from litdistill.training.prerequisites import Prerequisites
 from litdistill.training.trainer import Built, build_trainer
 from litdistill.utils.allocator import keep_freed_memory
 from litdistill.utils.checkpoint import load_checkpoint
@@ -82,7 +82,7 @@ def train(cfg: DictConfig, callbacks: Sequence[Callback] = ()) -> float:
             known = teacher_outputs(teacher, data, task, "val", trainer.strategy.root_device, evaluations_folder(cfg))
         distiller = build_distiller(
             cfg, student, method, teacher, task, data.example if indexed is None else example_batch(data), indexed,
-            optimizer, build_scheduler(cfg.scheduler, *horizon(cfg, data, scale)), known,
+            optimizer, build_scheduler(cfg.scheduler, *horizon(cfg, data, scale), built.best.monitor, built.best.mode), known,
             built.layout.group, sharded,
         )  # fmt: skip
         introduce(cfg, data, distiller, scale)

@@ -16,10 +16,10 @@ from lightning.pytorch.strategies import DDPStrategy
 from omegaconf import DictConfig, OmegaConf
 
 from litdistill.config.instantiate import instantiate
+from litdistill.data.foreign import ForeignData
 from litdistill.methods.base import Method
 from litdistill.tasks.base import Task
 from litdistill.training.callbacks import EpochLogger, TestAccuracyMonitor
-from litdistill.data.foreign import ForeignData
 from litdistill.training.grouping import GROUP, Layout, reason_for_single
 from litdistill.training.preemption import GracefulStop
 from litdistill.utils.checkpoint import AtomicCheckpointIO
