@@ -20,7 +20,7 @@ from litdistill.config.build import build_student, build_teacher
 from litdistill.config.distiller import build_distiller, build_task, example_batch
 from litdistill.config.instantiate import instantiate
 from litdistill.config.origin import made_here
-from litdistill.config.trust import check_trusted, packages
+from litdistill.config.trust import check_trusted
 from litdistill.data.datamodule import ImageData
 from litdistill.data.foreign import ForeignData
 from litdistill.distillation.distiller import Distiller
@@ -109,9 +109,7 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:10]) + (", …" if len(names) > 10 else "") or "none"
 
 
-def rebuild(
-    folder: Path, overrides: DictConfig | None = None, trust: Sequence[str] = ()
-) -> tuple[Any, Distiller]:
+def rebuild(folder: Path, overrides: DictConfig | None = None, trust: Sequence[str] = ()) -> tuple[Any, Distiller]:
     """The data of a finished run, and its distiller with the best student and the teacher, from the run's own folder.
 
     `overrides`: merged into the run's config, for data that has moved. `trust`: see `load_run`. Raises `UserError` where the
