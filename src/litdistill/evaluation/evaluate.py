@@ -34,8 +34,13 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-def load_run(folder: Path) -> tuple[DictConfig, dict[str, Any]]:
-    """The config and the summary of a finished run. Raises `UserError` where it is none."""
+def load_run(folder: Path, trust: Sequence[str] = ()) -> tuple[DictConfig, dict[str, Any]]:
+    """The config and the summary of a finished run.
+
+    Raises `UserError` where it is none, and where another has made it and its config names more than this project offers and
+    the packages in `trust` (`litdistill.config.trust`).
+    """
+    packages(trust)
     config, summary = folder / ".hydra" / "config.yaml", folder / "summary.json"
     if not config.is_file() or not summary.is_file():
         have = ", ".join(sorted(p.name for p in folder.iterdir())) if folder.is_dir() else "no such folder"
