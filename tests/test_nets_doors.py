@@ -13,6 +13,7 @@ from torch import nn
 from torchvision.models import get_model, get_model_weights
 
 from litdistill.models.resnet import resnet_cifar
+from litdistill.models.preprocess import bare, preprocess_of
 from litdistill.models.timm import timm_classifier
 from litdistill.models.torchvision import torchvision_classifier
 from litdistill.utils.errors import UserError
@@ -114,6 +115,9 @@ def test_pretrained_weights_are_kept(hub):
     with torch.no_grad():
         torch.testing.assert_close(net(grey), original(grey.expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-4)
     small = torchvision_classifier(10, (3, 32, 32), "resnet18", weights="IMAGENET1K_V1")
+    assert preprocess_of(small).facts() == {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "size": None}
+    assert preprocess_of(net) is None  # of grey images its authors say nothing
+    small = bare(small)
     assert torch.equal(small.conv1.weight, original.conv1.weight[:, :, 2:5, 2:5])
     assert torch.equal(small.layer4[1].conv2.weight, original.layer4[1].conv2.weight)
     assert small.fc.out_features == 10

@@ -38,7 +38,8 @@ class Int8(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """(N, C, H, W) normalised -> logits (N, classes)."""
         for module in self.program.modules():
-            if isinstance(flag := module._buffers.get("observer_enabled"), Tensor):
+            flag = dict(module.named_buffers(recurse=False)).get("observer_enabled")
+            if flag is not None:
                 flag.fill_(self.training)
         return self.program(images)
 

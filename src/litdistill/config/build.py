@@ -11,17 +11,20 @@ from pathlib import Path
 
 import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
-from torch import nn
+from torch import Tensor, nn
 
 from litdistill.compress.quantize import Int8
-from litdistill.compress.structure import Step, load_structure, restore, structure_of
+from litdistill.compress.structure import load_structure, restore, structure_of
 from litdistill.config.instantiate import instantiate
 from litdistill.config.recipes import NETWORK_META_KEYS, is_complete, teacher_folder
 from litdistill.data import augment as aug
 from litdistill.data.datamodule import ImageData
+from litdistill.data.protocol import IndexedData
 from litdistill.distillation.teacher import Ensemble
 from litdistill.models.finetune import with_own_head
-from litdistill.utils.checkpoint import load_state_dict_checked, load_weights
+from litdistill.models.metadata import class_order, with_class_order
+from litdistill.models.preprocess import Preprocess, bare, preprocess_of, wrap
+from litdistill.utils.checkpoint import load_state_dict_checked, load_weights, read_metadata
 from litdistill.utils.distributed import broadcast_from_rank0
 from litdistill.utils.errors import UserError
 from litdistill.utils.manifest import check_int8
@@ -41,25 +44,75 @@ def build_data(cfg: DictConfig) -> ImageData:
 def build_net(node: DictConfig, data: ImageData, role: str, source: str | Path | nn.Module | None = None) -> nn.Module:
     """A network for the shapes of `data`, with the weights that its `checkpoint` names, or those of `source`.
 
-    Where these are of a compressed network, it is compressed likewise.
+    Where these are of a compressed network, it is compressed likewise. Images are preprocessed as `preprocess` says, else as
+    these weights were trained on, else as the network's builder says, else by the data's own mean and deviation.
     """
-    options = {k: v for k, v in node.items() if k not in NETWORK_META_KEYS}
-    net: nn.Module = instantiate(options, num_classes=data.num_classes, input_shape=data.input_shape)
     if source is None:
         source = node.get("checkpoint")
-    if source is None:
-        return net
+    stated = _preprocessing(node, data, source, role)
+    shape = stated.input_shape(data.input_shape) if stated is not None else data.input_shape
+    options = {k: v for k, v in node.items() if k not in NETWORK_META_KEYS}
+    net: nn.Module = instantiate(options, num_classes=data.num_classes, input_shape=shape)
+    preprocess = stated or preprocess_of(net) or _of_data(data)
+    net = bare(net)
+    if source is not None:
+        net = _with_weights(net, node, data, role, source, torch.zeros(2, *shape))
+    return wrap(net, preprocess)
+
+
+def _preprocessing(
+    node: DictConfig, data: ImageData, source: str | Path | nn.Module | None, role: str
+) -> Preprocess | None:
+    """What the config says, else the weights; None where neither says anything."""
+    said = OmegaConf.to_container(node["preprocess"], resolve=True) if node.get("preprocess") is not None else {}
+    if not isinstance(said, dict) or not said.keys() <= {"mean", "std", "size"}:
+        raise UserError(f"{role}.preprocess={said} must be null, or hold mean, std and size.")
+    said = {k: v for k, v in said.items() if v is not None}
     if isinstance(source, nn.Module):
-        name, state, steps = "the teacher", source.state_dict(), structure_of(source)
+        known = preprocess_of(source)
+        facts = known.facts() if known is not None else {}
+    elif source is not None:
+        facts = {k: read_metadata(source, k) for k in ("mean", "std", "size")}
     else:
-        name, state, steps = str(source), load_weights(source), load_structure(source)
-    example, head = torch.zeros(2, *data.input_shape), node.get("head")
+        facts = {}
+    facts = {k: v for k, v in facts.items() if v is not None}
+    if not said and not (facts.get("mean") and facts.get("std")):
+        return None
+    default = _of_data(data)
+    merged = (default.facts() if default is not None else {}) | facts | said
+    if merged.get("mean") is None or merged.get("std") is None:
+        raise UserError(f"{role}.preprocess needs mean and std, as these data have none of their own.")
+    return Preprocess(merged["mean"], merged["std"], merged.get("size"))
+
+
+def _of_data(data: ImageData) -> Preprocess | None:
+    """By the mean and deviation of the data's own images, where it has them."""
+    mean, std = getattr(data, "mean", None), getattr(data, "std", None)
+    return Preprocess(mean, std) if mean is not None and std is not None else None
+
+
+def _with_weights(
+    net: nn.Module, node: DictConfig, data: ImageData, role: str, source: str | Path | nn.Module, example: Tensor
+) -> nn.Module:
+    """The network with the weights and the structure of `source`. `example`: a few images (N, C, H, W), preprocessed."""
+    head = node.get("head")
     if head not in (None, "new"):
         raise UserError(f"{role}.head={head}: set it to new for a classifier that starts from nothing, or to null.")
+    steps = structure_of(source) if isinstance(source, nn.Module) else load_structure(source)
+    order = None
+    if head is None and not isinstance(source, nn.Module):
+        order = class_order(read_metadata(source, "classes"), data.class_names, source, role)
     net = restore(net, steps, example, new_head=head is not None)
+    if isinstance(source, nn.Module):
+        name, state = "the teacher", source.state_dict()
+    else:
+        name, state = str(source), load_weights(source, net.state_dict().keys())
     if head is not None:
         state = with_own_head(net, state, example)
     load_state_dict_checked(net, state, name, role)
+    if order is not None:
+        net = with_class_order(net, order, example, role)
+        log.info("The %s's classes are those of the data in another order: its outputs are put into the data's.", role)
     return net
 
 
@@ -68,28 +121,22 @@ def build_student(
     data: ImageData,
     teacher: nn.Module | None,
     source: Path | None = None,
-    structure: list[Step] | None = None,
+    finished: Path | None = None,
 ) -> nn.Module:
     """The student with the weights that it starts from, made smaller where `compress` says so.
 
-    `source`: the finished run that `student.checkpoint: auto` stands for. `structure`: that of a finished run's student,
-    which is given it and neither weights nor compression: its weights are to be loaded afterwards.
+    `source`: the finished run that `student.checkpoint: auto` stands for. `finished`: the folder of a finished run, whose
+    student's structure and preprocessing it is given, and neither weights nor compression: they are to be loaded afterwards.
     """
-    if structure is not None:
-        return restore(build_net(cfg.student, data, "student"), structure, torch.zeros(2, *data.input_shape))
+    if finished is not None:
+        return _rebuilt_student(cfg.student, data, finished)
     if cfg.student.get("checkpoint") == "teacher" and teacher is None:
         raise UserError("student.checkpoint=teacher: there is no teacher. Name one (net@teacher=…).")
     start = teacher if cfg.student.get("checkpoint") == "teacher" else source
     student = build_net(cfg.student, data, "student", start)
     if cfg.get("compress") is not None:
-        if isinstance(student, Int8):
-            raise UserError(
-                f"compress={str(cfg.compress.get('_target_')).rpartition('.')[2]}: the student starts from an int8 network, "
-                "which is one traced graph and is compressed no further. Start from the float run that it was made of."
-            )
-        ids = aug.order(0, 0, data.train_ids)[:CALIBRATION]
-        student = instantiate(cfg.compress)(student, data.get_batch("train", ids, None).images)
-    if isinstance(student, Int8):
+        student = _compressed(student, cfg, data)
+    if isinstance(bare(student), Int8):
         if cfg.student.get("trainable") is not None:
             raise UserError(
                 f"student.trainable={list(cfg.student.trainable)}: an int8 network is one traced graph, of which no layer can "
@@ -98,6 +145,35 @@ def build_student(
             )
         check_int8(data.class_names)  # before it is trained, as its file is a part of its run
     return student
+
+
+def _rebuilt_student(node: DictConfig, data: ImageData, finished: Path) -> nn.Module:
+    """The network of a finished run's student without its weights."""
+    facts = {k: read_metadata(finished, k) for k in ("mean", "std", "size")}
+    node = node.copy()
+    with open_dict(node):
+        node.checkpoint = None
+        if facts["mean"] is not None and facts["std"] is not None:
+            node.preprocess = facts
+    net = build_net(node, data, "student")
+    preprocess = preprocess_of(net)
+    shape = preprocess.input_shape(data.input_shape) if preprocess is not None else data.input_shape
+    return wrap(restore(bare(net), load_structure(finished), torch.zeros(2, *shape)), preprocess)
+
+
+def _compressed(student: nn.Module, cfg: DictConfig, data: ImageData) -> nn.Module:
+    """The student as `compress` makes it, which sees training images as they come out of its preprocessing."""
+    if isinstance(bare(student), Int8):
+        raise UserError(
+            f"compress={str(cfg.compress.get('_target_')).rpartition('.')[2]}: the student starts from an int8 network, "
+            "which is one traced graph and is compressed no further. Start from the float run that it was made of."
+        )
+    if isinstance(data, IndexedData):
+        images = data.get_batch("train", aug.order(0, 0, data.train_ids)[:CALIBRATION]).inputs
+    else:
+        images = data.example.inputs  # one batch of what its loader yields
+    preprocess = preprocess_of(student)
+    return wrap(instantiate(cfg.compress)(bare(student), images if preprocess is None else preprocess(images)), preprocess)
 
 
 def build_teacher(cfg: DictConfig, data: ImageData, absent: Callable[[DictConfig, Path], None]) -> nn.Module | None:

@@ -14,6 +14,7 @@ from litdistill.utils.hashing import digest
 NETWORK_META_KEYS = (
     "checkpoint",
     "head",
+    "preprocess",
     "trainable",
     "allow_chance",
     "recipe",
@@ -51,7 +52,7 @@ def teacher_config(cfg: DictConfig) -> DictConfig:
     teacher = cfg.copy()
     with open_dict(teacher):
         teacher.student = {k: v for k, v in cfg.teacher.items() if k not in NETWORK_META_KEYS}
-        teacher.student.checkpoint = None
+        teacher.student |= {"checkpoint": None, "preprocess": cfg.teacher.get("preprocess")}
         teacher.compress = teacher.technique = None
         _drop_callbacks(teacher)
         if cfg.teacher.get("generations", 1) > 1:  # a teacher that was taught by its like

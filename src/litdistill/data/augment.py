@@ -31,7 +31,7 @@ from torch import Tensor
 
 from litdistill.utils.errors import UserError
 
-_GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed number, the increment of splitmix64
+GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed number, the increment of splitmix64
 _MIX1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _MIX2 = -7723592293110705685  # 0x94D049BB133111EB
 
@@ -52,7 +52,7 @@ def _shift_right(x: Tensor, n: int) -> Tensor:
     return (x >> n) & ((1 << (64 - n)) - 1)
 
 
-def _mix(x: Tensor) -> Tensor:
+def splitmix64(x: Tensor) -> Tensor:
     """The finaliser of splitmix64 (Steele, Lea & Flood 2014), a bijection of 64 bits; int64 wraps on every device."""
     x = (x ^ _shift_right(x, 30)) * _MIX1
     x = (x ^ _shift_right(x, 27)) * _MIX2
@@ -65,12 +65,12 @@ def random_bits(seed: int, round: int | Tensor, ids: Tensor, stream: int) -> Ten
     `round`: how often the training set was passed through before, which is the epoch unless an epoch is something else;
     one number, or one for each sample (N,).
     """
-    state = _mix(_word(seed) + _GOLDEN)
-    state = _mix(state + _GOLDEN + _word(stream))
+    state = splitmix64(_word(seed) + GOLDEN)
+    state = splitmix64(state + GOLDEN + _word(stream))
     if isinstance(round, Tensor):
         state = state.to(round.device)
-    state = _mix(state + _GOLDEN + (round if isinstance(round, Tensor) else _word(round)))
-    return _shift_right(_mix(_mix(ids + state.to(ids.device)) + _GOLDEN), 1)
+    state = splitmix64(state + GOLDEN + (round if isinstance(round, Tensor) else _word(round)))
+    return _shift_right(splitmix64(splitmix64(ids + state.to(ids.device)) + GOLDEN), 1)
 
 
 def _word(number: int) -> Tensor:

@@ -1,7 +1,7 @@
 """`ImageData`: any of the data sets as one LightningDataModule whose images live on the device as uint8.
 
-A loader yields sample ids only; the images are gathered, augmented and normalised in batches where they lie. Other
-loaders work too: whatever yields `(images, targets)` can train a `Distiller`.
+A loader yields sample ids only; the images are gathered and augmented in batches where they lie. They stay uint8: each
+network normalizes them its own way (`litdistill.models.preprocess`).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning import LightningDataModule
@@ -23,6 +24,7 @@ from litdistill.data.loading import IndexLoader, Rows
 from litdistill.data.sources import STREAMED, Source, Split, fingerprint, load
 from litdistill.data.streaming import Encoded, Prefetched
 from litdistill.types import Batch, Group
+from litdistill.utils.hashing import stable_repr, weights_sha256
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +47,8 @@ class ImageData(LightningDataModule):
         batch_size: samples of a training step on each device. eval_batch_size: likewise without gradients.
         augment: augmentations of `litdistill.data.augment`, applied in this order.
         mix: mixes each image and its label with another's after that (`litdistill.data.mixing`).
-        mean, std: of each channel on the scale 0 to 1, for normalisation; measured on the training set where null.
+        mean, std: of each channel on the scale 0 to 1, by which networks without a preprocessing of their own normalize;
+            measured on the training set where null.
         seed: of order and augmentation. view_seed: of augmentation alone, where runs that differ in their seed are to see each
             image in the same views, and their teacher is to be asked once for all of them; `seed` where null.
         download: whether files that are missing may be fetched.
@@ -173,6 +176,18 @@ class ImageData(LightningDataModule):
         """(M,) the label of every image of the official training set, by id."""
         return self.source.train.targets
 
+    def identity(self, split: str) -> str:
+        """See `litdistill.data.protocol.IndexedData`."""
+        facts: list[Any] = [self.sha256, "test" if split == "test" else "train"]
+        if split == "train":
+            mixed = [stable_repr(self.mix), weights_sha256({"": self.train_ids})] if self.mix is not None else None
+            facts += [[stable_repr(a) for a in self.augment], mixed, None if self.views is not None else self.view_seed]
+        return hashlib.sha256(repr(facts).encode()).hexdigest()
+
+    def view_count(self, rounds: int) -> int:
+        """See `litdistill.data.protocol.IndexedData`."""
+        return self.views or min(rounds, self.fixed_views or rounds)
+
     @cached_property
     def sha256(self) -> str:
         """Of all images, targets and the classes' names: what makes this data these data."""
@@ -257,17 +272,17 @@ class ImageData(LightningDataModule):
 
     def make_batch(self, rows: Rows) -> Batch | Group:
         """The images of these ids, in these views or as they are: a batch, or a group of several."""
-        batch = self._get_batch(rows.split, rows.ids, rows.views, rows.images)
+        batch = self.get_batch(rows.split, rows.ids, rows.views, rows.images)
         if rows.sizes is None:
             return batch._replace(weight=rows.weights[0])
         return Group(batch, rows.sizes, rows.weights, rows.first, rows.logs)
 
-    def get_batch(self, split: str, ids: Tensor, views: Tensor | None) -> Batch:
-        """The images of these ids in the given views (N,), or as they are."""
-        return self._get_batch(split, ids, views, None)
+    def get_batch(self, split: str, ids: Tensor, views: Tensor | None = None, images: Tensor | None = None) -> Batch:
+        """The images (N, C, H, W) of these ids in the given views (N,), or as they are: uint8, or floats from 0 to 1 where
+        they are mixed.
 
-    def _get_batch(self, split: str, ids: Tensor, views: Tensor | None, images: Tensor | None) -> Batch:
-        """`images`: those that are `needed`, where they were decoded before."""
+        `images`: those that are `needed`, where they were decoded before.
+        """
         data = self._on(split, ids.device)
         mix = self.mix if views is not None else None
         everyone = needed(self.view_seed, self._trained_on(ids.device) if mix else None, Rows(split, ids, views))
@@ -284,15 +299,7 @@ class ImageData(LightningDataModule):
             assert views is not None
             pairs = (images.tensor_split(2), targets.tensor_split(2))
             images, targets = mixing.mix(mix, self.view_seed, views, ids, *pairs, self.num_classes)
-        return Batch(self.normalize(images), targets, ids, views)
-
-    def normalize(self, images: Tensor) -> Tensor:
-        """uint8 on the scale 0 to 255 -> float with mean 0 and deviation 1 over the training set."""
-        assert self.mean is not None
-        assert self.std is not None
-        last = images.stride(1) == 1 and images.shape[1] > 1
-        shift, scale = _shift_and_scale(tuple(self.mean), tuple(self.std), images.shape[1:], last, images.device)
-        return torch.addcmul(shift, images.float(), scale)
+        return Batch(images, targets, ids, views)
 
     def _split(self, split: str) -> Split:
         return self.source.test if split == "test" else self.source.train
@@ -321,17 +328,3 @@ def needed(seed: int, trained: Tensor | None, rows: Rows) -> Tensor:
     if trained is None or rows.views is None:
         return rows.ids
     return torch.cat([rows.ids, mixing.partners(seed, rows.views, rows.ids, trained)])
-
-
-@functools.lru_cache(maxsize=16)
-def _shift_and_scale(
-    mean: tuple[float, ...], std: tuple[float, ...], shape: torch.Size, last: bool, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """-mean / std and 1 / (255 · std), each as large as an image (C, H, W), with the channels last in memory or first:
-    where nothing is broadcast inside an image, the arithmetic is vectorised."""
-    found = []
-    for values in ([-m / s for m, s in zip(mean, std, strict=True)], [1 / (255 * s) for s in std]):
-        full = torch.tensor(values).view(-1, 1, 1).expand(shape)
-        full = full.permute(1, 2, 0).contiguous().permute(2, 0, 1) if last else full.contiguous()
-        found.append(full.to(device))
-    return found[0], found[1]

@@ -9,7 +9,7 @@ images of one batch hang together: a permutation makes each sample a partner exa
 average; and one share a batch makes its gradients vary more from step to step than independent shares do.
 
 A mixing is an object with one method, `apply(images, others, bits)`: (N, C, H, W) uint8 twice and (N,) random bits ->
-the mixed images on the scale 0 to 255, and (N,) float32, how much of the first image's label each has.
+the mixed images, uint8 or floats from 0 to 1, and (N,) float32, how much of the first image's label each has.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def mix(
 ) -> tuple[Tensor, Tensor]:
     """Mixes two times N images (N, C, H, W) and labels (N,): those of the samples `ids`, and those of their partners.
 
-    Gives images on the scale 0 to 255 and targets (N, `count`) float32, the probability of each class.
+    Gives images, uint8 or floats from 0 to 1, and targets (N, `count`) float32, the probability of each class.
     """
     mixed, share = mixing.apply(images[0], images[1], aug.random_bits(seed, rounds, ids, HOW))
     classes = torch.arange(count, device=ids.device)
@@ -87,7 +87,7 @@ class Mixup:
 
     def apply(self, images: Tensor, others: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
         share = self.shares.to(bits.device)[bits % LEVELS]
-        return torch.lerp(others.float(), images.float(), share[:, None, None, None]), share
+        return torch.lerp(others / 255, images / 255, share[:, None, None, None]), share
 
 
 class CutMix:

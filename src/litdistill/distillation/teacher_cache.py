@@ -1,13 +1,12 @@
-"""What a frozen teacher says of an image in one view never changes: here it is computed once, and kept.
+"""The outputs of a frozen teacher for a sample in one view never change: here they are computed once, and kept.
 
     cache = TeacherCache(teacher, data, device, folder)      folder=None: in memory
-    outputs = cache.outputs(batch)                           Outputs(logits, features), as teacher(batch.images) gives them
+    outputs = cache.outputs(batch)                           Outputs(heads, features), as teacher(batch) gives them
 
-A row holds the logits and the tapped features of one image in one view. Rows are computed when they first come up, and
-lie in a file that is mapped into memory: the ranks of a run, and runs beside and after it, share it page by page. What
-must be equal for rows to be shared is in the key that names the folder; another teacher, data set, augmentation or
-precision is another folder. Each row carries a fingerprint of its bytes and its place, written after it: a row that was
-torn by a kill, or that was damaged since, does not count, and is computed anew.
+A row holds all heads and tapped features of one sample in one view. Rows are computed when they first come up, and lie in a
+file that is mapped into memory (`litdistill.distillation.row_store`): the ranks of a run, and runs beside and after it,
+share it page by page. What must be equal for rows to be shared is in the key that names the folder; another teacher, data
+set, augmentation or precision is another folder.
 """
 
 from __future__ import annotations
@@ -19,10 +18,10 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from filelock import FileLock
@@ -30,103 +29,39 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from litdistill.data import augment as aug
-from litdistill.data.datamodule import Batch, ImageData
-from litdistill.distillation.teacher import FrozenTeacher
+from litdistill.data.protocol import IndexedData, split_ids
+from litdistill.distillation.row_store import RowStore
+from litdistill.features.outputs import run_network
 from litdistill.models.parts import evaluating
-from litdistill.types import Outputs
+from litdistill.types import Batch, Outputs
 from litdistill.utils.checkpoint import write_atomically
 from litdistill.utils.errors import UserError
-from litdistill.utils.hashing import stable_repr, weights_sha256
+from litdistill.utils.hashing import network_sha256, weights_sha256
 
 log = logging.getLogger(__name__)
 
-SPOT_CHECK = 32  # rows of a file that are computed again before it is believed
-# ... and may differ by, relative to the largest: kernels round differently from one batch size to another.
+SPOT_CHECK = 32  # rows of a file that are computed again before it is used ...
+# ... and what they may differ by, relative to the largest: kernels round differently from one batch size to another.
 TOLERANCE = 1e-3
 
 
-class Store:
-    """Rows of `width` numbers and a fingerprint each, in two files `<path>.rows` and `<path>.marks`, or in memory.
+class Teacher(Protocol):
+    """What is asked of a `litdistill.distillation.teacher.FrozenTeacher`."""
 
-    Raises `OSError` where there is no room for the files: room is taken when they are made, since running out of it
-    later would kill the process.
-    """
+    @property
+    def sha256(self) -> str: ...  # of its weights, structure and preprocessing
 
-    def __init__(self, rows: int, width: int, dtype: torch.dtype, device: torch.device, path: Path | None = None):
-        self.dtype, self.device = dtype, device
-        self.values = _mapped(path, ".rows", rows * width, dtype).view(rows, width)
-        self.marks = _mapped(path, ".marks", rows, torch.int64)
-        self.known = torch.zeros(rows, dtype=torch.bool)
-        for index in self.marks.nonzero().flatten().split(max(1, 2**22 // width)):  # 16 MiB at a time
-            self.known[index] = self.marks[index] == fingerprint(self.values[index], index)
-        # On the CPU the file itself is what rows are gathered from; a GPU has a copy.
-        self.near = self.values if device.type == "cpu" else self.values.to(device)
-        self.known = self.known.to(device)
+    @property
+    def taps(self) -> Sequence[str]: ...
 
-    def get(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """The rows (N, width) float32, and which of them are known (N,)."""
-        return self.near[index].float(), self.known[index]
+    @property
+    def mode(self) -> str | None: ...  # in which it is compiled
 
-    def put(self, index: Tensor, values: Tensor) -> None:
-        """Keeps rows (N, width); `index` (N,)."""
-        here, exact, values = index.cpu(), values, values.to(self.dtype)
-        near = values.cpu()
-        if self.dtype == torch.float16 and near.isinf().any() and exact.isfinite().all():
-            raise UserError(
-                f"teacher.cache.dtype=float16 holds numbers up to 65,504, and the teacher gives {exact.abs().max():.3g}: "
-                "keep its outputs as float32."
-            )
-        self.values[here] = near
-        self.marks[here] = fingerprint(near, here)  # after the row: a mark without its row would be a lie
-        if self.near is not self.values:
-            self.near[index] = values
-        self.known[index] = True
-
-    def look_again(self, index: Tensor) -> Tensor:
-        """Which of these rows (N,) another process has written since."""
-        here = index.cpu()
-        if not self.marks[here].any():
-            return torch.zeros_like(index, dtype=torch.bool)
-        found = (self.marks[here] == fingerprint(self.values[here], here)).to(self.device)
-        if self.near is not self.values:
-            self.near[index[found]] = self.values[here[found.cpu()]].to(self.device)
-        self.known[index[found]] = True
-        return found
-
-    def clear(self) -> None:
-        self.marks.zero_()
-        self.known.zero_()
-
-
-def _mapped(path: Path | None, suffix: str, count: int, dtype: torch.dtype) -> Tensor:
-    if path is None:
-        return torch.zeros(count, dtype=dtype)
-    file, size = path.with_name(path.name + suffix), count * dtype.itemsize
-    with FileLock(path.with_name(path.name + ".lock")), open(file, "ab") as opened:
-        if os.fstat(opened.fileno()).st_size < size:  # a file that is longer belongs to a longer run, and serves too
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(opened.fileno(), 0, size)
-            else:  # macOS: the file is made, but no room is taken
-                opened.truncate(size)
-    return torch.from_file(str(file), shared=True, size=count, dtype=dtype)
-
-
-def fingerprint(values: Tensor, index: Tensor) -> Tensor:
-    """A number (N,) int64, never 0, for each row (N, width) at its place (N,): it changes with any bit of either."""
-    words = values.contiguous().view({2: torch.int16, 4: torch.int32}[values.dtype.itemsize])
-    total = words.sum(1, dtype=torch.int64)
-    head = words[:, :256].long()  # the order of words counts too, where rows are short
-    total = aug._mix(total + (head * _ODD[: head.shape[1]]).sum(1))
-    mark = aug._mix(total + aug._GOLDEN * (index + 1))
-    return torch.where(mark == 0, torch.ones_like(mark), mark)
-
-
-_ODD = aug._mix(torch.arange(1, 257)) | 1
+    def __call__(self, batch: Batch) -> Outputs: ...
 
 
 class TeacherCache:
-    """The outputs of `teacher` for the images of `data`, by (image, view); see the head of this file.
+    """The outputs of `teacher` for the samples of `data`, by (sample, view); see the head of this file.
 
     `rounds`: how many passes through the training set there will be, which an augmentation without a finite number of
     views needs to know. `dtype`: what rows are kept in; float16 halves them, at the price of its rounding.
@@ -134,8 +69,8 @@ class TeacherCache:
 
     def __init__(
         self,
-        teacher: FrozenTeacher,
-        data: ImageData,
+        teacher: Teacher,
+        data: IndexedData,
         device: torch.device,
         folder: Path | None = None,
         rounds: int = 1,
@@ -145,84 +80,88 @@ class TeacherCache:
         self.teacher, self.data, self.device, self.dtype, self.rounds = teacher, data, device, dtype, rounds
         self.folder = folder / cache_key(teacher, data, device, dtype, precision) if folder is not None else None
         self.computed = self.asked = 0
-        self._shapes: dict[str, torch.Size] = {}
+        self._shapes: tuple[dict[str, torch.Size], dict[str, torch.Size]] | None = None  # of heads, of features
 
     def outputs(self, batch: Batch) -> Outputs:
-        """What the teacher gives for a batch of training images, whose ids and views say which rows these are."""
+        """The teacher's outputs for a batch of training samples, whose ids and views say which rows these are."""
         assert batch.ids is not None
         store = self.store
         index = batch.ids if batch.views is None else batch.views * len(self.data.train_targets) + batch.ids
-        values, known = store.get(index)
+        values, valid = store.get(index)
         self.asked += len(index)
-        if not bool(known.all()):
-            missing = (~known).nonzero().flatten()
-            found = store.look_again(index[missing])
-            missing = missing[~found]
+        if not bool(valid.all()):
+            missing = (~valid).nonzero().flatten()
+            missing = missing[~store.refresh(index[missing])]
             if len(missing):
-                store.put(index[missing], self._run(batch.images[missing]))
+                store.put(index[missing], self._run(batch.inputs, missing))
                 self.computed += len(missing)
             values, _ = store.get(index)
         return self._unpack(values, batch.ids)
 
     def bytes(self) -> int:
-        """What the rows of the training images take, once all are there."""
-        views = view_count(self.data, self.rounds)
+        """The bytes that the rows of the training samples take, once all are there."""
+        views = self.data.view_count(self.rounds)
         return len(self.data.train_targets) * views * (self._width() * self.dtype.itemsize + 8)
 
     def _width(self) -> int:
         """The numbers of a row; from a dry forward, once."""
-        if not self._shapes:
-            out = self.teacher(self.data.get_batch("train", self.data.train_ids[:2].to(self.device), None).images)
-            self._shapes = {"logits": out.logits.shape[1:], **{k: v.shape[1:] for k, v in out.features.items()}}
-        return sum(s.numel() for s in self._shapes.values())
+        if self._shapes is None:
+            batch = self.data.get_batch("train", self.data.train_ids[:2].to(self.device))
+            out = self.teacher(Batch(batch.inputs, None))
+            heads, features = ({k: v.shape[1:] for k, v in part.items()} for part in (out.heads, out.features))
+            self._shapes = heads, features
+        return sum(shape.numel() for part in self._shapes for shape in part.values())
 
-    def _run(self, images: Tensor) -> Tensor:
-        """The rows of images, in groups of one size: what the teacher says of one must not depend on who came with it."""
-        size = self.data.batch_size
-        rows = []
-        for group in images.split(size):
-            padding = size - len(group)
-            full = torch.cat([group, group[:1].expand(padding, *group.shape[1:])]) if padding else group
-            out = self.teacher(full)
-            rows.append(_pack(out)[: len(group)])
+    def _run(self, inputs: Any, index: Tensor) -> Tensor:
+        """The rows of some of the inputs, in groups of one size: a sample's must not depend on who came with it."""
+        size, rows = self.data.batch_size, []
+        for group in index.split(size):
+            full = torch.cat([group, group[:1].expand(size - len(group))])
+            rows.append(_pack(self.teacher(Batch(_select(inputs, full), None)))[: len(group)])
         return torch.cat(rows)
 
     def _unpack(self, values: Tensor, ids: Tensor) -> Outputs:
-        parts = values.split([s.numel() for s in self._shapes.values()], 1)
-        named = {k: p.view(-1, *s) for (k, s), p in zip(self._shapes.items(), parts, strict=True)}
-        return Outputs(named.pop("logits"), named, ids)
+        assert self._shapes is not None
+        heads, features = self._shapes
+        shapes = [*heads.values(), *features.values()]
+        parts = [
+            x.view(-1, *shape) for x, shape in zip(values.split([n.numel() for n in shapes], 1), shapes, strict=True)
+        ]
+        return Outputs(
+            dict(zip(heads, parts, strict=False)), dict(zip(features, parts[len(heads) :], strict=True)), ids
+        )
 
     @cached_property
-    def store(self) -> Store:
-        """The rows: of every training image in every view, or as it is where nothing is augmented."""
-        rows = len(self.data.train_targets) * view_count(self.data, self.rounds)
+    def store(self) -> RowStore:
+        """The rows: of every training sample in every view, or as it is where nothing is augmented."""
+        rows = len(self.data.train_targets) * self.data.view_count(self.rounds)
         store = self._open(rows, self._width())
         if self.folder is not None:
-            self._believe(store)
+            self._spot_check(store)
         return store
 
-    def _open(self, rows: int, width: int) -> Store:
+    def _open(self, rows: int, width: int) -> RowStore:
         if self.folder is not None:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                return Store(rows, width, self.dtype, self.device, self.folder / "outputs")
+                return RowStore(rows, width, self.dtype, self.device, self.folder / "outputs")
             except OSError as error:
                 log.warning("The teacher's cache is kept in memory: %s cannot be written: %s", self.folder, error)
                 self.folder = None
-        return Store(rows, width, self.dtype, self.device)
+        return RowStore(rows, width, self.dtype, self.device)
 
-    def _believe(self, store: Store) -> None:
+    def _spot_check(self, store: RowStore) -> None:
         """Computes a few of the rows again, and drops all if they differ: something is not in the key that should be."""
         count = len(self.data.train_targets)
-        rows = store.known.nonzero().flatten()
+        rows = store.valid.nonzero().flatten()
         if len(rows) == 0:
             return
         rows = rows[:: max(1, len(rows) // SPOT_CHECK)][:SPOT_CHECK]
         ids, views = rows % count, rows // count
         batch = self.data.get_batch("train", ids, views if self.data.draws_views else None)
-        again, kept = self._run(batch.images), store.get(rows)[0]
-        if not _alike(again, kept, max(TOLERANCE, 2 * torch.finfo(self.dtype).eps)):
-            log.warning("The teacher's cache in %s is not what the teacher says: it is computed anew.", self.folder)
+        again = self._run(batch.inputs, torch.arange(len(rows), device=rows.device))
+        if not _close(again, store.get(rows)[0], max(TOLERANCE, 2 * torch.finfo(self.dtype).eps)):
+            log.warning("The cache in %s does not hold the teacher's outputs: it is computed anew.", self.folder)
             store.clear()
 
 
@@ -242,8 +181,8 @@ class CacheOptions(NamedTuple):
 
 def open_cache(
     options: CacheOptions,
-    teacher: FrozenTeacher,
-    data: ImageData,
+    teacher: Teacher,
+    data: IndexedData,
     device: torch.device,
     passes: float,
     precision: str = "32-true",
@@ -259,7 +198,7 @@ def open_cache(
     rounds = math.ceil(passes)
     folder = options.folder if options.mode != "memory" else None
     cache = TeacherCache(teacher, data, device, folder, rounds, getattr(torch, options.dtype), precision)
-    views = view_count(data, rounds)
+    views = data.view_count(rounds)
     finite = data.views is not None
     saving = expected_saving(views, passes) if finite else max(0.0, 1 - views / passes)
     again = options.shared or (cache.folder is not None and cache.folder.is_dir())
@@ -276,7 +215,7 @@ def open_cache(
     if cache.folder is not None:
         prepare(cache.folder, size, int(options.gb * 1e9))
     log.info(
-        "The teacher's outputs are kept %s, by image and view (%d of each, %.2f GB): that saves %.0f %% of its work%s.",
+        "The teacher's outputs are kept %s, by sample and view (%d of each, %.2f GB): that saves %.0f %% of its work%s.",
         f"in {os.path.relpath(cache.folder)}" if cache.folder else "in memory",
         *(views, size / 1e9, 100 * saving),
         ", and all of it in runs to come" if cache.folder else "",
@@ -285,29 +224,38 @@ def open_cache(
 
 
 def _pack(out: Outputs) -> Tensor:
-    return torch.cat([out.logits.float(), *(v.float().flatten(1) for v in out.features.values())], 1)
+    return torch.cat([v.float().flatten(1) for v in (*out.heads.values(), *out.features.values())], 1)
+
+
+def _select(inputs: Any, index: Tensor) -> Any:
+    """The samples `index` (N,) of a network's inputs: of each tensor in them."""
+    if isinstance(inputs, Tensor):
+        return inputs[index]
+    if isinstance(inputs, Mapping):
+        return {k: _select(v, index) for k, v in inputs.items()}
+    return tuple(_select(v, index) for v in inputs) if isinstance(inputs, (tuple, list)) else inputs
 
 
 def cached_logits(
-    net: nn.Module, data: ImageData, split: str, device: torch.device, folder: Path, compute: Callable[[], Tensor]
+    net: nn.Module, data: IndexedData, split: str, device: torch.device, folder: Path, compute: Callable[[], Tensor]
 ) -> Tensor:
-    """What `compute()` gives, the logits (N, classes) of a frozen `net` over a split, from `folder` where they lie already.
+    """The logits (N, classes) of a frozen `net` over a split, read from `folder`, or computed by `compute()` and kept there.
 
     Whoever comes first computes them; those who start at the same time wait for the file.
     """
-    ids = {"train": data.train_ids, "val": data.val_ids, "test": data.test_ids}[split]
-    key = cache_key(FrozenTeacher(net), data, device, torch.float32, f"{split} {_digest(ids)}")
+    ids = split_ids(data, split)
+    key = logits_key(net, data, split, device)
     path = folder / f"{key}.safetensors"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock: contextlib.AbstractContextManager[Any] = FileLock(folder / f"{key}.lock").acquire()
     except OSError as error:
-        log.warning("What the teacher says is not kept: %s cannot be written: %s", folder, error)
+        log.warning("The teacher's logits are not kept: %s cannot be written: %s", folder, error)
         return compute()
     with lock:
         logits = _read(path)
-        if logits is not None and not _says(net, data, split, ids[:SPOT_CHECK], device, logits):
-            log.warning("%s is not what the teacher says: it is computed anew.", path)
+        if logits is not None and not _gives(net, data, split, ids[:SPOT_CHECK], device, logits):
+            log.warning("%s does not hold the teacher's logits: they are computed anew.", path)
             logits = None
         if logits is None:
             logits = compute()
@@ -315,38 +263,33 @@ def cached_logits(
             try:
                 write_atomically(path, lambda temporary: save_file({"logits": logits.contiguous()}, temporary, facts))
             except UserError as error:
-                log.warning("What the teacher says is not kept: %s", error)
+                log.warning("The teacher's logits are not kept: %s", error)
     return logits
 
 
-def _says(net: nn.Module, data: ImageData, split: str, ids: Tensor, device: torch.device, logits: Tensor) -> bool:
-    """Whether these are a network's logits (M, classes) for a split, as far as its first images `ids` (N,) tell."""
-    images = data.get_batch("test" if split == "test" else "train", ids.to(device), None).images
+def _gives(net: nn.Module, data: IndexedData, split: str, ids: Tensor, device: torch.device, logits: Tensor) -> bool:
+    """Whether these are a network's logits (M, classes) for a split, as far as its first samples `ids` (N,) tell."""
+    inputs = data.get_batch(split, ids.to(device)).inputs
     with evaluating(net.to(device)):
-        return _alike(net(images).float().cpu(), logits[: len(ids)].cpu(), TOLERANCE)
+        return _close(run_network(net, inputs).logits.float().cpu(), logits[: len(ids)].cpu(), TOLERANCE)
 
 
-def _alike(again: Tensor, kept: Tensor, tolerance: float) -> bool:
+def _close(again: Tensor, kept: Tensor, tolerance: float) -> bool:
     """Whether two tensors differ by no more than `tolerance` of the first one's largest number; no where one has a NaN."""
     return again.shape == kept.shape and bool((again - kept).abs().max() <= tolerance * again.abs().max())
 
 
 def _read(path: Path) -> Tensor | None:
-    """The logits in a file of `evaluated`; None where there is none, or not a whole one."""
+    """The logits in a file of `cached_logits`; None where there is none, or not a whole one."""
     try:
         with safe_open(path, "pt") as file:
             logits, noted = file.get_tensor("logits"), (file.metadata() or {}).get("sha256")
     except (OSError, SafetensorError):
         return None
     if noted != weights_sha256({"logits": logits}):
-        log.warning("%s is damaged: what the teacher says is computed anew.", path)
+        log.warning("%s is damaged: the teacher's logits are computed anew.", path)
         return None
     return logits
-
-
-def view_count(data: ImageData, rounds: int) -> int:
-    """How many rows an image can have: its distinct views, or one for every pass where there is no end of them."""
-    return data.views or min(rounds, data.fixed_views or rounds)
 
 
 def expected_saving(views: int, passes: float) -> float:
@@ -354,27 +297,24 @@ def expected_saving(views: int, passes: float) -> float:
     return max(0.0, 1 - views * (1 - (1 - 1 / views) ** passes) / passes)
 
 
-def cache_key(teacher: FrozenTeacher, data: ImageData, device: torch.device, dtype: torch.dtype, precision: str) -> str:
+def cache_key(teacher: Teacher, data: IndexedData, device: torch.device, dtype: torch.dtype, precision: str) -> str:
     """Sixteen hex digits that are equal only where rows may be shared."""
-    mixed = [stable_repr(data.mix), _digest(data.train_ids)] if data.mix is not None else None
-    facts: Mapping[str, Any] = {
-        "teacher": teacher.sha256,
-        "network": [repr(teacher.net), stable_repr(teacher.net)],
-        "taps": teacher.tapped.names,
-        "compiled": teacher.mode,
-        "data": data.sha256,
-        "normalised": (data.mean, data.std),
-        "augment": [stable_repr(a) for a in data.augment],
-        "mixed": mixed,
-        "seed": None if data.views is not None else data.view_seed,
-        "kept": str(dtype),
-        "precision": (precision, torch.get_float32_matmul_precision(), device.type, torch.__version__),
-    }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    about = [teacher.sha256, list(teacher.taps), teacher.mode, data.identity("train"), str(dtype)]
+    return _key([*about, precision, *_arithmetic(device)])
 
 
-def _digest(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
+def logits_key(net: nn.Module, data: IndexedData, split: str, device: torch.device) -> str:
+    """Sixteen hex digits that are equal only where the logits of a split are the same."""
+    ids = weights_sha256({"": split_ids(data, split)})
+    return _key([network_sha256(net), split, data.identity(split), ids, *_arithmetic(device)])
+
+
+def _arithmetic(device: torch.device) -> list[str]:
+    return [torch.get_float32_matmul_precision(), device.type, torch.__version__]
+
+
+def _key(facts: Sequence[Any]) -> str:
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
 def prepare(folder: Path, needed: int, limit: int) -> None:

@@ -15,12 +15,11 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 from yaml import YAMLError
 
-from litdistill.compress.structure import load_structure
 from litdistill.config.build import build_student, build_teacher
 from litdistill.config.distiller import build_distiller, build_task, example_batch
 from litdistill.config.instantiate import instantiate
 from litdistill.config.origin import made_here
-from litdistill.config.trust import check_trusted
+from litdistill.config.trust import check_trusted, packages
 from litdistill.data.datamodule import ImageData
 from litdistill.data.foreign import ForeignData
 from litdistill.distillation.distiller import Distiller
@@ -91,7 +90,7 @@ def run_data(cfg: DictConfig, folder: Path) -> ImageData:
     Raises `UserError` where its classes or the shape of its images are others than the student was trained for.
     """
     data: ImageData = instantiate(cfg.data)
-    mean, std = read_metadata(folder, "mean"), read_metadata(folder, "std")
+    mean, std = read_metadata(folder, "data_mean"), read_metadata(folder, "data_std")
     if mean is not None and std is not None:
         data.mean, data.std = mean, std  # before they would be measured
     data.setup()
@@ -132,7 +131,7 @@ def rebuild(folder: Path, overrides: DictConfig | None = None, trust: Sequence[s
     with open_dict(cfg):
         cfg.student.checkpoint = cfg.ema = None  # the weights that it ended with are those of its average
     torch.manual_seed(cfg.seed)
-    student = build_student(cfg, data, teacher, structure=load_structure(folder))
+    student = build_student(cfg, data, teacher, finished=folder)
     foreign = isinstance(data, ForeignData)
     distiller = build_distiller(
         cfg, student, instantiate(cfg.method), teacher, build_task(cfg.task, data),

@@ -114,7 +114,7 @@ def _by_pillow(images: Tensor, change: Callable[[Image.Image], Image.Image]) -> 
 
 # -- attacks -----------------------------------------------------------------------------------------------------------
 
-Logits = Callable[[Tensor], Tensor]  # floats on the scale 0 to 255 (N, C, H, W) -> logits (N, classes), differentiable
+Logits = Callable[[Tensor], Tensor]  # floats from 0 to 1 (N, C, H, W) -> logits (N, classes), differentiable
 
 
 def fgsm(logits_of: Logits, images: Tensor, targets: Tensor, epsilon: int) -> Tensor:
@@ -144,13 +144,14 @@ ATTACKS = {"FGSM": fgsm, "PGD": pgd}
 
 
 def _gradient(logits_of: Logits, images: Tensor, targets: Tensor) -> Tensor:
-    """Of the logarithm of the odds against the label, m = log Σ exp(other logits) - label's logit.
+    """At images on the scale 0 to 255, of the logarithm of the odds against the label: m = log Σ exp(other logits) - label's
+    logit.
 
     The cross-entropy is log(1 + exp m), so that its gradient is sigmoid(m) times this one: of the same sign, but rounded
     to zero where a network is sure, which would then seem robust.
     """
     images = images.detach().requires_grad_()
-    logits = logits_of(images)
+    logits = logits_of(images / 255)
     others = logits.masked_fill(F.one_hot(targets, logits.shape[1]).bool(), float("-inf")).logsumexp(1)
     (others - logits.gather(1, targets[:, None])[:, 0]).sum().backward()
     assert images.grad is not None

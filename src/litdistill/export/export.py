@@ -17,7 +17,7 @@ import torch
 from filelock import FileLock
 from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 
 from litdistill.compress.quantize import Int8
 from litdistill.compress.structure import structure_of
@@ -25,16 +25,23 @@ from litdistill.config.build import build_net
 from litdistill.config.origin import check_links
 from litdistill.config.recipes import NETWORK_META_KEYS
 from litdistill.data.datamodule import ImageData
-from litdistill.evaluation.evaluate import collect, load_run, rebuild, run_data
+from litdistill.data.protocol import IndexedData
+from litdistill.evaluation.evaluate import load_run, rebuild, run_data
 from litdistill.export.predict import load, runtime
 from litdistill.export.writers import write_format
-from litdistill.tasks.metrics import quality
+from litdistill.features.outputs import run_network
+from litdistill.methods.base import BERNOULLI, CATEGORICAL
+from litdistill.models.preprocess import Preprocessed, bare, preprocess_of
+from litdistill.tasks.base import Task
+from litdistill.tasks.classification import Classification
+from litdistill.types import Outputs
 from litdistill.utils.checkpoint import write_atomically, write_text
 from litdistill.utils.errors import UserError
 from litdistill.utils.hashing import weights_sha256
 from litdistill.utils.manifest import MANIFEST, SUFFIXES, check_facts, check_names, read_manifest
 from litdistill.utils.versions import versions
 
+NORMALIZED = "float32 NCHW, (pixel / 255 - mean) / std"
 PRECISIONS = {
     "onnx": ("fp32", "fp16", "int8"),
     "pt2": ("fp32", "fp16"),
@@ -97,40 +104,50 @@ def export_student(
     calibration: int = 512,
     limits: Limits = (None, None),
     net_options: Mapping[str, Any] | None = None,
+    task: Task | None = None,
 ) -> tuple[Path, dict[str, Any]]:
     """`export` of a student that is at hand; gives the path and the whole entry.
 
-    `net_options`: what a safetensors file's network is built with.
+    `net_options`: what a safetensors file's network is built with. `task`: by whose metric the file is compared with the
+    student; classification where None.
     """
-    if isinstance(student, Int8) and (format, precision) != ("onnx", "int8"):
+    if isinstance(bare(student), Int8) and (format, precision) != ("onnx", "int8"):
         raise UserError("This student was trained to compute in int8: export it with format=onnx precision=int8.")
     if structure_of(student) and format == "safetensors":
         raise UserError("As safetensors nobody could rebuild this compressed network; use format=onnx.")
     check_names(data.class_names)
     check_links(folder)
-    preprocessing = preprocessing and format != "safetensors"  # which holds weights alone
+    preprocess, shape = preprocess_of(student), list(data.input_shape)
+    if preprocess is None and any(isinstance(m, Preprocessed) for m in student.modules()):
+        raise UserError(
+            "The networks that this student is made of preprocess images in different ways: it cannot be exported."
+        )
+    resizes = preprocess is not None and preprocess.size not in (None, tuple(shape[1:]))
+    if resizes and not preprocessing:
+        raise UserError(f"This network resizes its images to {preprocess.size}: export it with preprocessing=true.")  # type: ignore[union-attr]
+    preprocessing = preprocessing and preprocess is not None and format != "safetensors"  # which holds weights alone
+    about = preprocess.facts() if preprocess is not None else {"mean": [], "std": [], "size": None}
     entry: dict[str, Any] = {
         "format": format,
         "precision": precision,
         "preprocessing": preprocessing,
         "classes": list(data.class_names),
-        "mean": list(data.mean or ()),
-        "std": list(data.std or ()),
-        "input_shape": list(data.input_shape),
-        "input": "uint8 NCHW" if preprocessing else "float32 NCHW, (pixel / 255 - mean) / std",
+        **about,
+        "input_shape": shape,
+        "input": "uint8 NCHW" if preprocessing else NORMALIZED if preprocess is not None else "float32",
         "output": "logits, float32",
     }
     if format == "safetensors":
         entry["net"] = dict(net_options or {})
     facts = check_facts(entry, Path("student" + SUFFIXES[format]))
-    plain = preprocessing or format == "safetensors"
-    name = "student" + ("" if precision == "fp32" else f"-{precision}") + ("" if plain else "-normalised")
+    plain = preprocessing or format == "safetensors" or preprocess is None
+    name = "student" + ("" if precision == "fp32" else f"-{precision}") + ("" if plain else "-normalized")
     path = folder / "export" / (name + SUFFIXES[format])
 
     def write(temporary: Path) -> None:
         write_format(student, data, temporary, entry, facts, calibration)
         content = temporary.read_bytes()
-        entry["check"] = check(runtime(content, facts, path), student, data, precision, limits)
+        entry["check"] = check(runtime(content, facts, path), student, data, precision, limits, task)
         _refuse_mismatch(path, entry["check"])
         entry["bytes"], entry["sha256"] = len(content), hashlib.sha256(content).hexdigest()
 
@@ -196,30 +213,54 @@ def load_student(
     return student.cpu().eval(), data, own
 
 
+@torch.no_grad()
 def check(
     run: Callable[[np.ndarray], np.ndarray],
     student: nn.Module,
-    data: ImageData,
+    data: IndexedData,
     precision: str,
     limits: Limits = (None, None),
+    task: Task | None = None,
 ) -> dict[str, Any]:
-    """An exported model beside the student on the whole test set: a plain dict, with the tolerances it must keep to."""
-    expected, targets = collect(student, data, "test")
-    images = data.source.test.images
-    chunks = data.test_ids.split(data.eval_batch_size)
-    logits = torch.from_numpy(np.concatenate([run(images[chunk].numpy()) for chunk in chunks]))
+    """An exported model beside the student on the whole test set: a plain dict, with the tolerances it must keep to.
+
+    `metric`: the task's, whose values are `exported` and `student`. `agreement`: the share of samples for which both decide
+    alike; 1 where outputs are numbers and decide nothing.
+    """
+    task = task or Classification()
+    exported, own, logits, expected = task.metrics(), task.metrics(), [], []
+    student.eval()
+    for batch in data.batches("test"):
+        found = torch.from_numpy(run(batch.inputs.numpy()))
+        outputs = run_network(student, batch.inputs)
+        exported.update(Outputs.of(found), batch.targets)
+        own.update(outputs, batch.targets)
+        logits.append(found.double())
+        expected.append(outputs.logits.double())
+    a, b, name = torch.cat(logits), torch.cat(expected), task.monitor[0]
     difference, agreement = (
         own if asked is None else float(asked) for asked, own in zip(limits, TOLERANCES[precision], strict=True)
     )
-    scale = expected.abs().max().item()
+    largest = b.abs().max().item()
     return {
-        "difference": (logits.double() - expected.double()).abs().max().item(),
-        "tolerance": {"difference": difference * scale if difference < float("inf") else None, "agreement": agreement},
-        "agreement": agreement(logits, expected)["agreement"],
-        "accuracy": quality(logits, targets)["accuracy"],
-        "student_accuracy": quality(expected, targets)["accuracy"],
-        "images": len(targets),
+        "difference": (a - b).abs().max().item(),
+        "tolerance": {
+            "difference": difference * largest if difference < float("inf") else None,
+            "agreement": agreement,
+        },
+        "agreement": _agreement(a, b, task.kind),
+        "metric": name,
+        "exported": float(exported.compute()[name]),
+        "student": float(own.compute()[name]),
+        "samples": len(a),
     }
+
+
+def _agreement(logits: Tensor, expected: Tensor, kind: str) -> float:
+    """The share of decisions (N, outputs) that are the same: the likeliest class, or whether each label is given."""
+    if kind == CATEGORICAL:
+        return (logits.argmax(1) == expected.argmax(1)).double().mean().item()
+    return ((logits > 0) == (expected > 0)).double().mean().item() if kind == BERNOULLI else 1.0
 
 
 def _refuse_mismatch(path: Path, found: Mapping[str, Any]) -> None:
@@ -229,20 +270,26 @@ def _refuse_mismatch(path: Path, found: Mapping[str, Any]) -> None:
         raise UserError(
             f"{path.name} is not the student, so it is not kept: logits differ by up to {found['difference']:.3g} "
             f"(tolerance {'any' if most is None else format(most, '.3g')}), {100 * found['agreement']:.2f} % of predictions "
-            f"agree (at least {100 * least:.2f} %), accuracy {100 * found['accuracy']:.2f} % against "
-            f"{100 * found['student_accuracy']:.2f} %. Of a student trained in float choose a higher precision, or for int8 "
+            f"agree (at least {100 * least:.2f} %), {found['metric']} {found['exported']:.4g} against "
+            f"{found['student']:.4g}. Of a student trained in float choose a higher precision, or for int8 "
             "more images (calibration=2000); or allow it with tolerance.difference and tolerance.agreement."
         )
 
 
 def check_table(found: Mapping[str, Mapping[str, Any]]) -> Table:
     """What `export` and `verify` found, for the terminal."""
-    shown = Table("file", "test images", "largest difference of logits", "agreement %", "accuracy %", "student's %")
+    shown = Table(
+        "file", "test samples", "largest difference of logits", "agreement %", "metric", "exported", "student's"
+    )
     for name, c in found.items():
         most, least = c["tolerance"]["difference"], c["tolerance"]["agreement"]
         shown.add_row(
-            *(name, str(c["images"]), f"{c['difference']:.2g}" + ("" if most is None else f" (≤ {most:.2g})")),
-            *(f"{100 * c['agreement']:.2f} (≥ {100 * least:g})", f"{100 * c['accuracy']:.2f}"),
-            f"{100 * c['student_accuracy']:.2f}",
+            *(name, str(c["samples"]), f"{c['difference']:.2g}" + ("" if most is None else f" (≤ {most:.2g})")),
+            *(
+                f"{100 * c['agreement']:.2f} (≥ {100 * least:g})",
+                c["metric"],
+                f"{c['exported']:.4f}",
+                f"{c['student']:.4f}",
+            ),
         )
     return shown

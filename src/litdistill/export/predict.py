@@ -62,7 +62,9 @@ def load(path: str | Path, trust: bool = False) -> Model:
 
 
 def runtime(content: bytes, facts: ExportMetadata, path: Path) -> Callable[[np.ndarray], np.ndarray]:
-    """What runs the bytes of a file of `facts.format` on uint8 images. `path` is for messages only.
+    """What runs the bytes of a file of `facts.format` on uint8 images, or on the floats that another network takes.
+
+    `path` is for messages only.
 
     For "pt2" and "torchscript" the caller vouches for the bytes: their loaders can run code.
     """
@@ -79,11 +81,12 @@ def runtime(content: bytes, facts: ExportMetadata, path: Path) -> Callable[[np.n
     column = [len(facts.mean), 1, 1]
     scale = (1 / (255 * np.array(facts.std))).astype(np.float32).reshape(column)
     shift = (-np.array(facts.mean) / np.array(facts.std)).astype(np.float32).reshape(column)
+    as_they_are = facts.preprocessing or facts.format == "safetensors" or not facts.mean
 
     def run(images: np.ndarray) -> np.ndarray:
-        logits = net(images if facts.preprocessing else images * scale + shift)
+        logits = net(images if as_they_are else images * scale + shift)
         if logits.shape != (len(images), len(facts.classes)):
-            raise UserError(f"{path} gives {logits.shape} for {len(images)} images of {len(facts.classes)} classes.")
+            raise UserError(f"{path} gives {logits.shape} for {len(images)} samples and {len(facts.classes)} outputs.")
         return logits
 
     return run
@@ -111,6 +114,7 @@ def _onnx(content: bytes, facts: ExportMetadata, path: Path) -> Callable[[np.nda
 def _safetensors(content: bytes, facts: ExportMetadata, path: Path) -> Callable[[np.ndarray], np.ndarray]:
     import safetensors.torch
 
+    from litdistill.models.preprocess import Preprocess, wrap
     from litdistill.utils.checkpoint import load_state_dict_checked
 
     weights = safetensors.torch.load(content)
@@ -118,7 +122,8 @@ def _safetensors(content: bytes, facts: ExportMetadata, path: Path) -> Callable[
     load_state_dict_checked(
         net, {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}, path, "student"
     )
-    return _torch(net.eval())
+    preprocess = Preprocess(facts.mean, facts.std, facts.size) if facts.mean else None
+    return _torch(wrap(net.eval(), preprocess))
 
 
 def _pt2(content: bytes, facts: ExportMetadata, path: Path) -> Callable[[np.ndarray], np.ndarray]:
@@ -144,14 +149,14 @@ def _torch(net: Callable[..., Any]) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def build_net(facts: ExportMetadata) -> nn.Module:
-    """The network that `facts.net` names. Only functions of `litdistill.models`, and only their own named options.
+    """The network that `facts.net` names, for preprocessed images.
 
-    Nothing is fetched or read on the way: pretrained weights, and whatever else a library's builder would take, are
+    Only functions of `litdistill.models`, and only their own named options. Nothing is fetched or read on the way: pretrained weights, and whatever else a library's builder would take, are
     refused, since the name may come from a stranger.
     """
     options = dict(facts.net)
     target = str(options.pop("_target_", ""))
-    named = re.fullmatch(r"(litdistill\.nets\.[a-z0-9_]+)\.([a-z][a-z0-9_]*)", target)
+    named = re.fullmatch(r"(litdistill\.models\.[a-z0-9_]+)\.([a-z][a-z0-9_]*)", target)
     function = getattr(importlib.import_module(named[1]), named[2], None) if named else None
     parameters = inspect.signature(function).parameters if inspect.isfunction(function) else {}
     known = {k for k, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD}
@@ -162,7 +167,8 @@ def build_net(facts: ExportMetadata) -> nn.Module:
         )
     if not options.keys() <= known or not re.fullmatch(r"[\w.-]*", str(options.get("name", ""))):
         raise UserError(f"The options {options} of {target} are refused; it is built with {', '.join(known)} alone.")
-    return function(num_classes=len(facts.classes), input_shape=tuple(facts.input_shape), **options)  # type: ignore
+    shape = (len(facts.mean), *(facts.size or facts.input_shape[1:])) if facts.mean else tuple(facts.input_shape)
+    return function(num_classes=len(facts.classes), input_shape=shape, **options)  # type: ignore
 
 
 # -- images and the command --------------------------------------------------------------------------------------------
@@ -170,6 +176,10 @@ def build_net(facts: ExportMetadata) -> nn.Module:
 
 def read_images(paths: Sequence[str | Path], input_shape: Sequence[int]) -> np.ndarray:
     """(N, C, H, W) uint8: each image in grey or RGB, resized to cover H x W and its centre cropped, as in training."""
+    if len(input_shape) != 3:
+        raise UserError(
+            f"The network takes {'x'.join(map(str, input_shape))} numbers and no images: run it from Python."
+        )
     channels, height, width = input_shape
     if channels not in (1, 3):
         raise UserError(f"The student takes images of {channels} channels; image files have 1 (grey) or 3 (RGB).")

@@ -17,53 +17,50 @@ from torch import Tensor, nn
 
 from litdistill.compress.quantize import Int8, converted, quiet
 from litdistill.data import augment as aug
-from litdistill.data.datamodule import ImageData
+from litdistill.data.protocol import IndexedData
 from litdistill.export.predict import build_net as named_net
+from litdistill.models.preprocess import Preprocess, as_plain_modules, bare, preprocess_of, without_preprocessing, wrap
 from litdistill.utils.checkpoint import load_state_dict_checked, save_student
 from litdistill.utils.errors import UserError
 from litdistill.utils.manifest import MISSING, ExportMetadata
 
 
 class ExportWrapper(nn.Module):
-    """The student as it is shipped: float32 logits of uint8 images, or of normalised ones with `preprocessing` off.
+    """The network as it is shipped: float32 logits of images as they are, or of normalized ones with `preprocessing` off.
 
-    `half` computes in float16 between the two, so that no caller need know.
+    Its own preprocessing is a part of it; where it is made of networks that each have another, all of them. `half` computes
+    in float16 behind it, so that no caller need know.
     """
 
-    def __init__(self, net: nn.Module, data: ImageData, preprocessing: bool = True, half: bool = False):
+    def __init__(self, net: nn.Module, preprocessing: bool = True, half: bool = False):
         super().__init__()
-        self.net = copy.deepcopy(net).cpu().eval().requires_grad_(False)
+        own = preprocess_of(net)
+        inside = as_plain_modules(net) if preprocessing and own is None else without_preprocessing(net)
+        self.net = inside.cpu().eval().requires_grad_(False)
         for tensor in (*self.net.parameters(), *self.net.buffers()):
             # Weights with their channels last, as a GPU may like them, are traced to needless gathers.
             tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
-        self.preprocessing, self.half_precision = preprocessing, half
-        assert data.mean is not None
-        assert data.std is not None
-        self.register_buffer("scale", torch.tensor([1 / (255 * s) for s in data.std]).view(-1, 1, 1))
-        shift = [-m / s for m, s in zip(data.mean, data.std, strict=True)]
-        self.register_buffer("shift", torch.tensor(shift).view(-1, 1, 1))
+        self.preprocess = copy.deepcopy(own).cpu() if preprocessing and own is not None else nn.Identity()
+        self.half_precision = half
         if half:
             self.net.half()
 
     def forward(self, images: Tensor) -> Tensor:
-        if self.preprocessing:
-            images = torch.addcmul(self.shift, images.float(), self.scale)  # type: ignore[arg-type]
+        images = self.preprocess(images)
         return self.net(images.half()).float() if self.half_precision else self.net(images)
 
 
 def write_format(
-    student: nn.Module, data: ImageData, path: Path, entry: dict[str, Any], facts: ExportMetadata, calibration: int
+    student: nn.Module, data: IndexedData, path: Path, entry: dict[str, Any], facts: ExportMetadata, calibration: int
 ) -> None:
     """Writes the file itself; what it was made with goes into `entry`."""
     metadata = {k: json.dumps(v) for k, v in entry.items()}
-    model = ExportWrapper(student, data, facts.preprocessing, half=entry["precision"] == "fp16").eval()
-    example = data.source.train.images[data.train_ids[:2]].clone(memory_format=torch.contiguous_format)
-    if not facts.preprocessing:
-        example = data.normalize(example)
+    model = ExportWrapper(student, facts.preprocessing, half=entry["precision"] == "fp16").eval()
+    example = model_inputs(student, data, data.train_ids[:2], facts.preprocessing)
     with quiet():
         if facts.format == "safetensors":
             try:
-                load_state_dict_checked(named_net(facts), student.state_dict(), "this run", "student")
+                load_state_dict_checked(bare(named_net(facts)), model.net.state_dict(), "this run", "student")
             except UserError as error:
                 raise UserError(
                     f"As safetensors nobody could rebuild this network; use format=onnx. {error}"
@@ -74,20 +71,31 @@ def write_format(
         elif facts.format == "pt2":
             with path.open("wb") as file:
                 torch.export.save(_traced(model, example), file)
-        elif isinstance(student, Int8):
-            entry["quantisation"] = {
+        elif isinstance(bare(student), Int8):
+            entry["quantization"] = {
                 "tool": "torchao.quantization.pt2e",
                 "format": "QDQ",
                 "activations": "uint8 per tensor",
                 "weights": "int8 per channel, 7 bits",
             }
-            model = ExportWrapper(converted(student), data, facts.preprocessing)
-            metadata["quantisation"] = json.dumps(entry["quantisation"])
+            small = wrap(converted(bare(student)), preprocess_of(student))  # type: ignore[arg-type]
+            model = ExportWrapper(small, facts.preprocessing)
+            metadata["quantization"] = json.dumps(entry["quantization"])
             _write_onnx(model.eval(), example, path, metadata)
         elif entry["precision"] == "int8":
-            entry["quantisation"] = _write_int8(model, example, data, path, metadata, calibration)
+            ids = aug.order(0, 0, data.train_ids)[:calibration]
+            images = model_inputs(student, data, ids, facts.preprocessing)
+            entry["quantization"] = _write_int8(model, example, images, path, metadata)
         else:
             _write_onnx(model, example, path, metadata)
+
+
+@torch.no_grad()
+def model_inputs(student: nn.Module, data: IndexedData, ids: Tensor, preprocessing: bool) -> Tensor:
+    """Training samples as a file takes them: as they are, or preprocessed."""
+    inputs = data.get_batch("train", ids).inputs
+    preprocess = None if preprocessing else preprocess_of(student)
+    return (inputs if preprocess is None else preprocess(inputs)).clone(memory_format=torch.contiguous_format)
 
 
 def _traced(model: ExportWrapper, example: Tensor) -> torch.export.ExportedProgram:
@@ -148,18 +156,15 @@ def _save_onnx(onnx: Any, proto: Any, path: Path, metadata: Mapping[str, str]) -
 
 
 def _write_int8(
-    model: ExportWrapper, example: Tensor, data: ImageData, path: Path, metadata: Mapping[str, str], calibration: int
+    model: ExportWrapper, example: Tensor, images: Tensor, path: Path, metadata: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Static quantisation by onnxruntime, ranges from training images as they are (no augmentation)."""
+    """Static quantization by onnxruntime, ranges from training images (N, C, H, W) without augmentation."""
     try:
         import onnx
         from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
         from onnxruntime.quantization.shape_inference import quant_pre_process
     except ModuleNotFoundError as error:
         raise UserError(MISSING.format(error.name)) from error
-    images = data.source.train.images[aug.order(0, 0, data.train_ids)[:calibration]]
-    if not model.preprocessing:
-        images = data.normalize(images)
     feeds = ({"images": chunk.numpy()} for chunk in images.split(64))
     with tempfile.TemporaryDirectory() as folder:
         float_, ready, done = (Path(folder) / f"{n}.onnx" for n in ("float", "ready", "done"))
@@ -177,7 +182,7 @@ def _write_int8(
             # give other answers there than where it was checked.
             reduce_range=True,
             calibrate_method=CalibrationMethod.MinMax,
-            nodes_to_exclude=_preprocessing_nodes(onnx.load(ready)) if model.preprocessing else [],
+            nodes_to_exclude=_preprocessing_nodes(onnx.load(ready)) if isinstance(model.preprocess, Preprocess) else [],
         )
         options = {
             "tool": "onnxruntime.quantization.quantize_static",
@@ -186,7 +191,7 @@ def _write_int8(
             "weights": "int8 per channel, 7 bits",
             "calibration": f"{len(images)} training images",
         }
-        _save_onnx(onnx, onnx.load(done), path, {**metadata, "quantisation": json.dumps(options)})
+        _save_onnx(onnx, onnx.load(done), path, {**metadata, "quantization": json.dumps(options)})
     return options
 
 
@@ -201,11 +206,11 @@ class _Reader:
 
 
 def _preprocessing_nodes(proto: Any) -> list[str]:
-    """The nodes between the input and the network: casts, products and sums of the images with constants."""
+    """The nodes between the input and the network: casts, resizing, products and sums of the images with constants."""
     reached, names = {i.name for i in proto.graph.input}, []
-    constants = {i.name for i in proto.graph.initializer}
+    constants = {"", *(i.name for i in proto.graph.initializer)}
     for node in proto.graph.node:  # in order of execution
-        if node.op_type in ("Cast", "Mul", "Add") and all(i in reached | constants for i in node.input):
+        if node.op_type in ("Cast", "Resize", "Mul", "Add") and all(i in reached | constants for i in node.input):
             reached |= set(node.output)
             names.append(node.name)
     return names

@@ -1,10 +1,11 @@
-"""Taps: where in a network features are taken, found by name or by a word, and read through hooks.
+"""Where in a network features are taken, found by name or by a word, and read through hooks.
 
     names = resolve_taps(net, images, "stages")   # ["layer1", "layer2", "layer3", "layer4"] for a ResNet
     outputs = FeatureExtractor(net, names)(images)
-    outputs.heads["logits"], outputs.features["layer1"]
+    outputs.logits, outputs.features["layer1"]
 
-The network is never rewritten or wrapped, so its parameter names, its mode and `net.compile()` stay as they are.
+The network is never rewritten or wrapped, so its parameter names, its mode and `net.compile()` stay as they are. Names are
+those in the network itself, also where preprocessing stands in front of it (`litdistill.models.preprocess`).
 How stages are found is said at `litdistill.features.stages.stage_ends`; any tap can be named instead.
 """
 
@@ -58,13 +59,13 @@ def resolve_taps(
     for tap in wanted:
         if tap not in ALIASES:
             _resolve(modules, tap)
-    calls, logits = _dry_forward(net, example, forward)
+    calls, logits, size = _dry_forward(net, example, forward)
     found: list[str] = []
     for tap in wanted:
         if tap == "pooled":
             found.append(pooled(calls, logits))
         elif tap in ALIASES:
-            stages = stage_ends(calls, logits, map_size(first_tensor(example)))
+            stages = stage_ends(calls, logits, size)
             if tap == "stages:pre":
                 found += [before_activation(calls, stage) or outermost(calls, stage) for stage in stages]
             else:
@@ -81,7 +82,7 @@ def resolve_taps(
 
 
 class FeatureExtractor:
-    """Calls `net` and gives `Outputs(logits, features)` with the features named, in their order.
+    """Calls `net` and gives `Outputs` with its heads and the features named, in their order.
 
     Hooks are registered once on the live modules. Where a module is called several times in a forward, its last call
     counts. Features keep their graph; nothing is held after the call. Hooks act only during a call of this object:
@@ -201,28 +202,32 @@ def _undisturbed(net: nn.Module, device: torch.device) -> Iterator[None]:
 
 def _dry_forward(
     net: nn.Module, example: Any, forward: Callable[[nn.Module, Any], Outputs]
-) -> tuple[list[Call], Tensor]:
-    """The last call of each submodule, in the order in which they end, and the logits."""
+) -> tuple[list[Call], Tensor, tuple[int, ...] | None]:
+    """The last call of each submodule in the order in which they end, the logits, and the height and width of the images
+    that the network itself is given, behind its preprocessing."""
     clock = iter(range(1 << 62))
     starts: dict[str, int] = {}
     calls: dict[str, Call] = {}
+    sizes: list[tuple[int, ...] | None] = []
 
-    def begin(name: str, module: nn.Module, args: tuple) -> None:
+    def begin(name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
         starts[name] = next(clock)
+        if not name:
+            sizes.append(map_size(_first_tensor(args, kwargs)))
 
     def end(name: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        calls[name] = Call(name, module, starts[name], next(clock), _first_tensor(args, kwargs), output)
+        if name:
+            calls[name] = Call(name, module, starts[name], next(clock), _first_tensor(args, kwargs), output)
 
     handles = []
     try:
         for name, module in net.named_modules():
-            if name:
-                handles.append(module.register_forward_pre_hook(partial(begin, name)))
-                handles.append(module.register_forward_hook(partial(end, name), with_kwargs=True))
+            handles.append(module.register_forward_pre_hook(partial(begin, name), with_kwargs=True))
+            handles.append(module.register_forward_hook(partial(end, name), with_kwargs=True))
         with _undisturbed(net, first_tensor(example).device):
             heads = forward(net, example).heads
             logits = heads["logits"] if "logits" in heads else next(iter(heads.values()))
     finally:
         for handle in handles:
             handle.remove()
-    return sorted(calls.values(), key=lambda c: c.end), logits
+    return sorted(calls.values(), key=lambda c: c.end), logits, sizes[-1]

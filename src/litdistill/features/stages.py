@@ -1,4 +1,4 @@
-"""Where the stages of any network end, told from one forward: what `litdistill.features.feature_extractor.resolve_taps` looks its words up in."""
+"""Where the stages of any network end, told from one forward: what `resolve_taps` looks its words up in."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ _ACTIVATIONS = (
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish),
     *(nn.Hardswish, nn.Hardtanh, nn.Tanh, nn.Sigmoid, nn.Softplus),
 )
-_PASSING = (nn.Identity, nn.modules.dropout._DropoutNd)  # no end of a stage: in eval mode they give their input back
+_DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+_PASSING = (nn.Identity, *_DROPOUT)  # no end of a stage: in eval mode they give their input back
 
 
 class Call(NamedTuple):
@@ -88,8 +89,12 @@ def _mid_block(call: Call, calls: list[Call]) -> bool:
 
 
 def _own_weight_ndim(module: nn.Module) -> int:
-    weight = module._parameters.get("weight")
+    weight = _own_weight(module)
     return 0 if weight is None else weight.ndim
+
+
+def _own_weight(module: nn.Module) -> Tensor | None:
+    return dict(module.named_parameters(recurse=False)).get("weight")
 
 
 def _token_blocks(calls: list[Call], most: int = 4) -> list[Call]:
@@ -118,7 +123,7 @@ def _hidden(calls: list[Call]) -> list[Call]:
 def _classifier(calls: list[Call], logits: Tensor) -> Call | None:
     """The last layer whose weight gives one output a class."""
     for c in reversed(calls):
-        weight = c.module._parameters.get("weight")
+        weight = _own_weight(c.module)
         if weight is not None and weight.ndim in (2, 4) and weight.shape[0] == logits.shape[1]:
             return c
     return None

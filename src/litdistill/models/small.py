@@ -59,7 +59,7 @@ def mlp(
     input_dropout: float = 0.0,
     max_norm: float | None = None,
 ) -> nn.Module:
-    """A perceptron with ReLU on the flattened image; by default the student of arXiv 1503.02531, section 3.
+    """A perceptron with ReLU on the flattened image, or on features (N, F); by default that of arXiv 1503.02531, section 3.
 
     `widths`: units of each hidden layer ([1200, 1200] for the paper's teacher); the layers are `layer1`, `layer2`, …
     `dropout`, `input_dropout`: probability of dropping a hidden unit or a pixel (.5 and .2 in arXiv 1207.0580).

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from litdistill.models.parts import check_fits, keep_inputs, tensors_only
+from litdistill.models.preprocess import Preprocess, Preprocessed
 from litdistill.utils.errors import UserError
 
 REMEDY = "Resize the images, give a transformer a smaller patch_size (4 for 28 or 32 pixels), or name another network."
@@ -19,7 +20,8 @@ def timm_classifier(
 ) -> nn.Module:
     """`timm.create_model(name, …)`, fitted to the classes, the channels and, where its size is fixed, the image size.
 
-    `options` go to timm's builder (`drop_path_rate`, `patch_size`, …). Activations work out of place.
+    `options` go to timm's builder (`drop_path_rate`, `patch_size`, …). Activations work out of place. Published weights come
+    with the mean and deviation that they were trained with, where the images have as many channels.
     Raises `UserError` without timm, for an unknown name, weights that cannot be had, and images it cannot take.
     """
     try:
@@ -54,4 +56,7 @@ def timm_classifier(
         raise UserError(
             f"{name} cuts {height}x{width} pixels into patches of {patch[0]}x{patch[1]}: some are left. {REMEDY}"
         )
-    return check_fits(keep_inputs(net), num_classes, input_shape, name, REMEDY)
+    check_fits(keep_inputs(net), num_classes, input_shape, name, REMEDY)
+    if pretrained and len(net.pretrained_cfg["mean"]) == channels:
+        return Preprocessed(net, Preprocess(net.pretrained_cfg["mean"], net.pretrained_cfg["std"]))
+    return net

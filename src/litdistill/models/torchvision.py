@@ -13,6 +13,7 @@ from torch import nn
 from torchvision.models import WeightsEnum, get_model, get_model_weights, list_models
 
 from litdistill.models.parts import check_fits, keep_inputs, tensors_only
+from litdistill.models.preprocess import Preprocess, Preprocessed
 from litdistill.utils.errors import UserError
 
 REMEDY = "Resize the images, or use a network of this project (net=resnet18_cifar, net=wrn_40_2)."
@@ -33,6 +34,7 @@ def torchvision_classifier(
     `stem`: "standard" keeps the published geometry; "small" makes the first convolution 3x3 with stride 1 (the centre
     of a pretrained kernel) and drops the max-pooling behind it; "auto" is small up to 64 pixels. Transformers have no
     such stem; a ViT is built for the size of the images. `options` go to torchvision's builder.
+    Published weights come with the mean and deviation that they were trained with, for images of three channels.
     Activations work out of place, auxiliary heads are left out, and files are read as tensors only, never as objects.
 
     Raises `UserError` for an unknown name, weights that cannot be had, and images that the network cannot take.
@@ -57,7 +59,11 @@ def torchvision_classifier(
     fit_stem(net, name, channels, small, required=stem == "small", keep=bool(weights))
     if weights:
         fit_head(net, name, num_classes)
-    return check_fits(keep_inputs(net), num_classes, input_shape, name, REMEDY)
+    check_fits(keep_inputs(net), num_classes, input_shape, name, REMEDY)
+    if weights and channels == 3:
+        published = get_model_weights(name).__members__[weights].transforms()
+        return Preprocessed(net, Preprocess(published.mean, published.std))
+    return net
 
 
 def built(name: str, num_classes: int, options: dict[str, Any]) -> nn.Module:
@@ -89,7 +95,7 @@ def pretrained(name: str, weights: str, options: dict[str, Any]) -> nn.Module:
     if name == "inception_v3":
         net.aux_logits, net.AuxLogits = False, None
     if hasattr(net, "transform_input"):
-        # It would take its three colours from images of one; images are normalised by the data set's own statistics.
+        # It would take its three colours from images of one; images are normalized in front of it.
         net.transform_input = False
     return net
 

@@ -25,6 +25,7 @@ from litdistill.evaluation.calibration import fit_temperature
 from litdistill.evaluation.evaluate import collect, load_run, pick_device, rebuild
 from litdistill.export.predict import runtime
 from litdistill.export.writers import ExportWrapper
+from litdistill.models.preprocess import preprocess_of
 from litdistill.report.files import shipped_file, write_teacher
 from litdistill.report.tables import tables as report
 from litdistill.tasks import metrics
@@ -161,7 +162,7 @@ def _measure_run(
         teacher.seeds.append(seed)
         teacher.checkpoint = load_run(folder, settings.trust)[0].teacher.checkpoint
         teacher.file = write_teacher(distiller.teacher.net, data, out / "cache" / f"teacher-{sha[:12]}.onnx")
-        teacher.net = ExportWrapper(distiller.teacher.net, data)
+        teacher.net = ExportWrapper(distiller.teacher.net)
     net = distiller.deployed_student
     path = None
     if row.precision == "int8" or row.file is None:
@@ -170,7 +171,7 @@ def _measure_run(
     _measure(seed, net, path if row.precision == "int8" else None, data, device, group, spoilt, out, settings)
     row.seeds.append(seed)
     if row.file is None:
-        row.file, row.net = path, None if row.precision == "int8" else ExportWrapper(net, data)
+        row.file, row.net = path, None if row.precision == "int8" else ExportWrapper(net)
 
 
 def _adopt(group: Group, data: ImageData, spoilt: dict[str, list[Tensor]], settings: Settings) -> None:
@@ -220,11 +221,10 @@ def _measure(
 ) -> None:
     """Fills a seed in. What predicts is the network, or the int8 `file` of it; gradients are the network's."""
     net.to(device).eval().requires_grad_(False)
-    logits_of = lambda x: net(data.normalize(x))  # noqa: E731
     if file is None:
         seed.val, seed.val_targets = collect(net, data, "val", device)
         seed.test, seed.test_targets = collect(net, data, "test", device)
-        predict = partial(_predict, logits_of, device, data.eval_batch_size)
+        predict = partial(_predict, net, device, data.eval_batch_size)
         measured = seed.sha256
     else:
         content, facts = verified(file)
@@ -239,8 +239,9 @@ def _measure(
         images, targets = group.images[chosen], seed.test_targets[chosen]
         seen = hashlib.sha256(images.contiguous().numpy().tobytes()).hexdigest()
         how = hashlib.sha256(inspect.getsource(robustness).encode()).hexdigest()  # another definition, another accuracy
-        asked = [group.facts, seen, settings.epsilons, data.mean, data.std, how]
-        compute = lambda: _robustness(predict, logits_of, images, targets, spoilt, settings, device)  # noqa: E731
+        preprocess = preprocess_of(net)
+        asked = [group.facts, seen, settings.epsilons, preprocess.facts() if preprocess is not None else None, how]
+        compute = lambda: _robustness(predict, net, images, targets, spoilt, settings, device)  # noqa: E731
         seed.robustness = _cached(out / "cache" / f"robustness-{measured[:16]}.json", asked, compute)
 
 

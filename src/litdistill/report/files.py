@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from litdistill.data.datamodule import ImageData
+from litdistill.data.protocol import IndexedData
 from litdistill.export.export import export
 from litdistill.export.predict import runtime
 from litdistill.export.writers import write_format
+from litdistill.features.outputs import run_network
+from litdistill.models.preprocess import Preprocessed
 from litdistill.utils.checkpoint import write_atomically
 from litdistill.utils.errors import UserError
 from litdistill.utils.manifest import MANIFEST, ExportMetadata, read_manifest, verified
@@ -32,18 +34,17 @@ def shipped_file(folder: Path, precision: str, summary: dict[str, Any], trust: S
     return export(folder, "onnx", precision, trust=trust)[0]
 
 
-def write_teacher(net: nn.Module, data: ImageData, path: Path) -> Path:
+def write_teacher(net: nn.Module, data: IndexedData, path: Path) -> Path:
     """The teacher as ONNX, as a student is exported; raises `UserError` where the file does not do what the network does."""
-    entry = {"format": "onnx", "precision": "fp32", "preprocessing": True}
-    facts = ExportMetadata(
-        *("onnx", True, list(data.class_names), list(data.mean or ()), list(data.std or ())),
-        *(list(data.input_shape), {}),
-    )
+    preprocessing = any(isinstance(m, Preprocessed) for m in net.modules())
+    entry = {"format": "onnx", "precision": "fp32", "preprocessing": preprocessing}
+    # Members of an ensemble may preprocess in several ways: the file does, whatever it is.
+    facts = ExportMetadata("onnx", preprocessing, list(data.class_names), [], [], None, list(data.input_shape), {})
     write_atomically(path, lambda temporary: write_format(net.cpu(), data, temporary, entry, facts, 0))
-    images = data.source.test.images[data.test_ids[:64]]
+    inputs = data.get_batch("test", data.test_ids[:64]).inputs
     with torch.no_grad():
-        expected = net.eval()(data.normalize(images))
-    given = torch.from_numpy(runtime(path.read_bytes(), facts, path)(images.numpy()))
+        expected = run_network(net.eval(), inputs).logits
+    given = torch.from_numpy(runtime(path.read_bytes(), facts, path)(inputs.numpy()))
     if not torch.allclose(given, expected, atol=1e-3 * float(expected.abs().max()), rtol=0):
         raise UserError(f"{path} gives other logits than the teacher: it cannot be timed in the students' runtime.")
     return path

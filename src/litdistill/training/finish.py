@@ -21,7 +21,8 @@ from litdistill.evaluation.evaluate import load_weights_of, measure_last
 from litdistill.evaluation.predictions import evaluations_folder, measure
 from litdistill.evaluation.summary import hyperparameters, summarize
 from litdistill.export.export import export_student
-from litdistill.models.preprocess import bare, preprocess_of
+from litdistill.models.metadata import student_metadata
+from litdistill.models.preprocess import bare
 from litdistill.tasks.base import Task
 from litdistill.training.trainer import Built
 from litdistill.utils.checkpoint import STUDENT, save_student, write_text
@@ -60,9 +61,10 @@ def finish(run: Run, times: dict[str, float]) -> None:
         summary["student"]["test"][task.monitor[0]]["best_on_test"] = run.built.watch_test.best
     if not trainer.is_global_zero:
         return
-    save_student(student, run.folder / STUDENT, metadata(run, student))
+    metadata = student_metadata(student, run.data, structure_of(student))
+    save_student(student, run.folder / STUDENT, metadata)
     if isinstance(bare(student), Int8):
-        summary["student"] |= {"precision": "int8", "bytes": _write_int8(run.folder, student, run.data)}
+        summary["student"] |= {"precision": "int8", "bytes": _write_int8(run.folder, student, run.data, task)}
     show(run, student, teacher, device, kept)
     write_text(
         run.folder / "summary.json", json.dumps(summary, indent=2) + "\n"
@@ -79,15 +81,6 @@ def finish(run: Run, times: dict[str, float]) -> None:
 def shown(name: str, value: float) -> str:
     """A metric for people: shares in per cent."""
     return f"{100 * value:.2f} %" if name in ("accuracy", "map", "f1", "agreement") else f"{value:.4g}"
-
-
-def metadata(run: Run, student: nn.Module) -> dict[str, str]:
-    """What travels with the weights, as JSON: class names, preprocessing, the shape of inputs, and how it was compressed."""
-    facts: dict[str, Any] = {"classes": list(run.data.class_names), "input_shape": run.data.input_shape}
-    facts |= preprocess_of(student)
-    if steps := structure_of(bare(student)):
-        facts["structure"] = steps
-    return {key: json.dumps(value) for key, value in facts.items()}
 
 
 def show(run: Run, student: nn.Module, teacher: nn.Module | None, device: torch.device, kept: Path | None) -> None:
@@ -108,10 +101,10 @@ def show(run: Run, student: nn.Module, teacher: nn.Module | None, device: torch.
         logger.experiment.flush()
 
 
-def _write_int8(folder: Path, student: nn.Module, data: Any) -> int | None:
+def _write_int8(folder: Path, student: nn.Module, data: Any, task: Task) -> int | None:
     """The bytes of the file that is written; None where none can be, for which a trained run is not given up."""
     try:
-        return int(export_student(folder, student, data, precision="int8")[1]["bytes"])
+        return int(export_student(folder, student, data, precision="int8", task=task)[1]["bytes"])
     except UserError as error:
         log.warning(
             "The int8 file is not written, and the run is finished without it. %s To write it later: "

@@ -7,7 +7,7 @@ import os
 import pickle
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -96,9 +96,15 @@ def save_student(net: nn.Module, path: Path, metadata: Mapping[str, str]) -> Non
 
 
 def read_metadata(source: str | Path, key: str) -> Any:
-    """What the student of a run folder, or a `.safetensors` file, says under `key` of itself; None where it says nothing."""
+    """The value under `key` in the metadata of a run folder's student or of a `.safetensors` file; None where there is none.
+
+    A checkpoint in a run's folder has those of its run.
+    """
     path = Path(source)
-    path = path / STUDENT if path.is_dir() else path
+    if path.is_dir():
+        path = path / STUDENT
+    elif path.suffix == ".ckpt" and path.resolve().parent.name == "checkpoints":
+        path = path.resolve().parent.parent / STUDENT
     if path.suffix != ".safetensors" or not path.is_file():
         return None
     try:
@@ -141,10 +147,14 @@ def _nearby(path: Path) -> str:
     )
 
 
-def load_weights(source: str | Path) -> dict[str, Tensor]:
-    """The state dict of a network, from a run folder (its student), a checkpoint of this project, or a state dict.
+def load_weights(source: str | Path, keys: Collection[str] | None = None) -> dict[str, Tensor]:
+    """The state dict of a network, from a run folder (its student), a checkpoint of this project, or a file of weights.
 
-    Accepts `.safetensors` and what `torch.save` writes. Raises `UserError` for what is missing, damaged or pickled.
+    `keys`: those of the network that the weights are for. With them, weights are found in the common wrappings: behind a
+    prefix of every key (`module.` of DataParallel, `_orig_mod.` of torch.compile, `model.` of a LightningModule), and in
+    the one inner dict that fits (`model`, `net`, `model_state_dict`, …).
+    Accepts `.safetensors` and what `torch.save` writes. Raises `UserError` for what is missing, damaged or pickled, and
+    where several parts of a file fit.
     """
     path = Path(source)
     if path.is_dir():
@@ -153,18 +163,60 @@ def load_weights(source: str | Path) -> dict[str, Tensor]:
         if not path.is_file():
             raise UserError(f"There is no {path}. Was the run finished?{_nearby(path)}")
         try:
-            return load_file(path)
+            found: Any = load_file(path)
         except SafetensorError as error:
             raise UserError(f"{path} is damaged or no safetensors file: {error}") from error
-    found = load_checkpoint(path)
-    state = found.get("state_dict", found) if isinstance(found, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(k, str) for k in state):
-        state = {}
-    student = {k.removeprefix("student."): v for k, v in state.items() if k.startswith("student.")}
-    state = student or state
-    if not state or not all(isinstance(v, Tensor) for v in state.values()):
+    else:
+        found = load_checkpoint(path)
+    states = _state_dicts(found)
+    if not states:
         raise UserError(f"{path} holds no state dict of a network.")
-    return state
+    if keys:
+        fitting = {f"{name}{prefix}": part for name, state in states.items() for prefix, part in _fitting(state, keys)}
+        for choice in ("", "state_dict.", "state_dict.student."):  # as they are, and what Lightning writes
+            if choice in fitting:
+                return fitting[choice]
+        if len(fitting) > 1:
+            raise UserError(
+                f"{path} holds the weights of several such networks: {', '.join(fitting)}. Save the one that you mean "
+                "alone, as a state dict."
+            )
+        if fitting:
+            return next(iter(fitting.values()))
+    return _unprefixed(states, path)
+
+
+def _state_dicts(found: Any, name: str = "", depth: int = 3) -> dict[str, dict[str, Tensor]]:
+    """The dicts of tensors alone in what a file held, each by the keys that lead to it, `"model."` or `"state.net."`."""
+    if not isinstance(found, dict) or not found or not all(isinstance(k, str) for k in found):
+        return {}
+    if all(isinstance(v, Tensor) for v in found.values()):
+        return {name: dict(found)}
+    inner = {k: v for k, v in found.items() if depth and isinstance(v, dict)}
+    return {n: s for k, v in inner.items() for n, s in _state_dicts(v, f"{name}{k}.", depth - 1).items()}
+
+
+def _fitting(state: Mapping[str, Tensor], keys: Collection[str]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """The parts of a state dict whose keys are `keys` behind one prefix, with the prefix."""
+    first = next(iter(keys))
+    for prefix in sorted({k.removesuffix(first) for k in state if k == first or k.endswith(f".{first}")}):
+        part = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        if part.keys() == set(keys):
+            yield prefix, part
+
+
+def _unprefixed(states: Mapping[str, dict[str, Tensor]], path: Path) -> dict[str, Tensor]:
+    """The weights of a file where no network says which keys it has, or none of them fits."""
+    state = states.get("", states.get("state_dict."))
+    if state is None and len(states) == 1:
+        (state,) = states.values()
+    if state is None:
+        raise UserError(
+            f"{path} holds several state dicts, and none of this network: {', '.join(n[:-1] for n in states)}. Save the one "
+            "that you mean alone."
+        )
+    student = {k.removeprefix("student."): v for k, v in state.items() if k.startswith("student.")}
+    return student or state
 
 
 def load_state_dict_checked(net: nn.Module, state: Mapping[str, Tensor], source: str | Path, role: str) -> None:

@@ -22,35 +22,44 @@ def weights_sha256(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def stable_repr(thing: Any, above: tuple[int, ...] = ()) -> Any:
+def network_sha256(net: nn.Module) -> str:
+    """SHA-256 over all that decides what a network gives: its weights, its structure and its preprocessing."""
+    state = net.state_dict()
+    state |= {name: buffer for name, buffer in net.named_buffers() if name not in state}  # those that are not saved
+    facts = [weights_sha256(state), repr(net), stable_repr(net)]
+    return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()
+
+
+def stable_repr(obj: Any, ancestors: tuple[int, ...] = ()) -> Any:
     """The plain values in an object, for a hash that is the same in another process: numbers and words as they are, tensors by
     their bytes, functions by name, modules and whatever else by type and public attributes.
 
-    `above`: the objects that this one lies in, which are not described again inside it.
+    `ancestors`: the objects that this one lies in, which are not described again inside it.
     """
-    if isinstance(thing, (str, int, float, complex, bool, bytes, type(None))):
-        return repr(thing)
-    if isinstance(thing, Tensor):
-        return weights_sha256({"": thing})
-    if id(thing) in above:
-        return "above"
-    inside = functools.partial(stable_repr, above=(*above, id(thing)))
-    if isinstance(thing, Mapping):
-        return [(str(k), inside(v)) for k, v in thing.items()]
-    if isinstance(thing, (list, tuple)):
-        return [inside(v) for v in thing]
-    if isinstance(thing, functools.partial):
-        return [inside(v) for v in (thing.func, thing.args, thing.keywords)]
-    if callable(thing) and hasattr(thing, "__qualname__"):
-        return f"{thing.__module__}.{thing.__qualname__}"
+    if isinstance(obj, (str, int, float, complex, bool, bytes, type(None))):
+        return repr(obj)
+    if isinstance(obj, Tensor):
+        return weights_sha256({"": obj})
+    if id(obj) in ancestors:
+        return "ancestor"
+    inside = functools.partial(stable_repr, ancestors=(*ancestors, id(obj)))
+    if isinstance(obj, Mapping):
+        return [(str(k), inside(v)) for k, v in obj.items()]
+    if isinstance(obj, (list, tuple)):
+        return [inside(v) for v in obj]
+    if isinstance(obj, functools.partial):
+        return [inside(v) for v in (obj.func, obj.args, obj.keywords)]
+    if callable(obj) and hasattr(obj, "__qualname__"):
+        return f"{obj.__module__}.{obj.__qualname__}"
     # Of a module the weights have a hash of their own.
-    parts = thing.named_modules() if isinstance(thing, nn.Module) else [("", thing)]
+    parts = obj.named_modules() if isinstance(obj, nn.Module) else [("", obj)]
     return [(name, f"{type(part).__module__}.{type(part).__qualname__}", inside(_public(part))) for name, part in parts]
 
 
-def _public(thing: Any) -> dict[str, Any]:
-    own = getattr(thing, "__dict__", {})
-    return {k: own[k] for k in sorted(own) if not k.startswith("_") and k != "training"}
+def _public(obj: Any) -> dict[str, Any]:
+    """The attributes that decide what an object does."""
+    own = getattr(obj, "__dict__", {})
+    return {k: own[k] for k in sorted(own) if not k.startswith("_") and k not in ("training", "inplace")}
 
 
 def digest(facts: dict[str, Any]) -> str:

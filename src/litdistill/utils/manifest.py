@@ -26,11 +26,12 @@ class ExportMetadata(NamedTuple):
     """What one has to know to use an exported file; each value was checked."""
 
     format: str
-    preprocessing: bool  # whether normalisation is in the file, which then takes uint8
-    classes: list[str]
-    mean: list[float]  # of each channel on the scale 0 to 1
+    preprocessing: bool  # whether normalization is in the file, which then takes uint8
+    classes: list[str]  # the name of each output
+    mean: list[float]  # of each channel on the scale 0 to 1; empty for a network that takes its inputs as they are
     std: list[float]
-    input_shape: list[int]  # (C, H, W)
+    size: list[int] | None  # height and width to which images are resized; None: they are taken as they are
+    input_shape: list[int]  # of the inputs before that: (C, H, W) of images
     net: dict[str, Any]  # safetensors: the function of litdistill.models that builds the network, and its options
 
 
@@ -65,7 +66,7 @@ def read_manifest(manifest: Path) -> dict[str, Any]:
 
 
 def check_facts(entry: Mapping[str, Any], path: Path) -> ExportMetadata:
-    """The facts in a manifest's entry. Raises `UserError` for any that cannot be true of an image classifier."""
+    """The facts in a manifest's entry. Raises `UserError` for any that cannot be true of a network."""
     stated: dict[str, Any] = {name: entry.get(name) for name in ExportMetadata._fields}
     facts = ExportMetadata(**(stated | {"net": entry.get("net", {})}))
 
@@ -76,17 +77,21 @@ def check_facts(entry: Mapping[str, Any], path: Path) -> ExportMetadata:
         "format": isinstance(facts.format, str) and SUFFIXES.get(facts.format) == path.suffix,
         "preprocessing": isinstance(facts.preprocessing, bool),
         "classes": isinstance(facts.classes, list)
-        and 1 < len(facts.classes) <= 100_000
+        and 1 <= len(facts.classes) <= 100_000
         and all(isinstance(c, str) for c in facts.classes)
         and not unfit_names(facts.classes),
-        "input_shape": numbers(facts.input_shape, 1, 4096, (int,)) and len(facts.input_shape) == 3,
+        "input_shape": numbers(facts.input_shape, 1, 100_000, (int,)) and 1 <= len(facts.input_shape) <= 3,
+        "size": facts.size is None or (numbers(facts.size, 1, 4096, (int,)) and len(facts.size) == 2),
         "mean": numbers(facts.mean, -1e6, 1e6, (int, float)),
         "std": numbers(facts.std, 1e-6, 1e6, (int, float)),
         "net": isinstance(facts.net, dict),
     }
     wrong = [name for name, fine in right.items() if not fine]
-    if not wrong and not len(facts.mean) == len(facts.std) == facts.input_shape[0]:
-        wrong = ["mean", "std", "input_shape"]
+    if not wrong and facts.mean + facts.std:
+        channels, *sides = facts.input_shape
+        right_channels = len(facts.mean) == len(facts.std) and channels in (1, len(facts.mean))
+        if not right_channels or len(sides) != 2 or max(facts.input_shape) > 4096:
+            wrong = ["mean", "std", "input_shape"]
     if wrong:
         raise UserError(f"What {MANIFEST} says of {path.name} makes no sense ({', '.join(wrong)}): export it again.")
     return facts

@@ -1,0 +1,195 @@
+"""Preprocessing as a part of the network: images come in as they are, whatever mean, deviation and size it was trained for.
+
+    net = Preprocessed(conv4(10, (1, 28, 28)), Preprocess(mean=[0.13], std=[0.31]))
+    logits = net(images)          # uint8 from 0 to 255, or floats from 0 to 1
+
+So a teacher and its student can differ in it, and who has the network has all that it needs.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from litdistill.utils.errors import UserError
+
+SLACK = 1e-3  # by which floats may lie outside 0 to 1: rounding of whoever resized or mixed them
+
+
+class Preprocess(nn.Module):
+    """Images (N, C, H, W), uint8 or floats from 0 to 1 -> floats, resized and normalized: (x - mean) / std.
+
+    Without learned or saved state. A single channel is given to each of several means: grey images to a network of colors.
+
+    Args:
+        mean, std: of each channel, on the scale 0 to 1.
+        size: height and width to which images of another size are resized (bilinear, antialiased); a number for both. None:
+            any size is taken as it is.
+    """
+
+    shift: Tensor
+    scale: Tensor
+    scale_uint8: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], size: int | Sequence[int] | None = None):
+        super().__init__()
+        self.mean, self.std = tuple(float(m) for m in mean), tuple(float(s) for s in std)
+        self.size = (size, size) if isinstance(size, int) else None if size is None else tuple(int(n) for n in size)
+        if len(self.mean) != len(self.std) or not self.mean or not all(s > 0 for s in self.std):
+            raise UserError(f"preprocess: mean={list(mean)} and std={list(std)} must be as many, and each std above 0.")
+        if self.size is not None and (len(self.size) != 2 or min(self.size) < 1):
+            raise UserError(f"preprocess: size={size} must be a number of pixels, or height and width.")
+        for name, values in zip(("shift", "scale", "scale_uint8"), _constants(self.mean, self.std), strict=True):
+            self.register_buffer(name, torch.tensor(values).view(-1, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        levels = not images.is_floating_point()
+        images = images.to(self.shift.dtype)
+        if self.size is not None and tuple(images.shape[2:]) != self.size:
+            images = F.interpolate(images, self.size, mode="bilinear", antialias=True)
+        shift, scale = self.shift, self.scale_uint8 if levels else self.scale
+        if not (torch.compiler.is_compiling() or torch.compiler.is_exporting() or torch.jit.is_tracing()):
+            last = images.shape[1] > 1 and images.stride(1) == 1
+            which = (self.mean, self.std, images.shape[2:], last, images.device, images.dtype)
+            tables = _tables(*which)
+            shift, scale = tables[0], tables[2 if levels else 1]
+        return torch.addcmul(shift, images, scale)
+
+    def input_shape(self, images: Sequence[int]) -> tuple[int, int, int]:
+        """The shape (C, H, W) of what comes out of images of a shape (C, H, W). Raises `UserError` for other channels."""
+        if images[0] not in (1, len(self.mean)):
+            raise UserError(
+                f"preprocess: mean={list(self.mean)} is of {len(self.mean)} channels, and the images have {images[0]}."
+            )
+        height, width = self.size or images[1:]
+        return len(self.mean), height, width
+
+    def facts(self) -> dict[str, Any]:
+        """Mean, std and size as plain values: what this is made of again."""
+        return {"mean": list(self.mean), "std": list(self.std), "size": None if self.size is None else list(self.size)}
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{k}={v}" for k, v in self.facts().items())
+
+
+def _constants(mean: Sequence[float], std: Sequence[float]) -> tuple[list[float], list[float], list[float]]:
+    """-mean / std, 1 / std for floats and 1 / (255 · std) for uint8."""
+    pairs = list(zip(mean, std, strict=True))
+    return [-m / s for m, s in pairs], [1 / s for _, s in pairs], [1 / (255 * s) for _, s in pairs]
+
+
+@functools.lru_cache(maxsize=16)
+def _tables(
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    size: torch.Size,
+    last: bool,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[Tensor, ...]:
+    """The constants, each as large as an image (C, H, W), with the channels last in memory or first: where nothing is
+    broadcast inside an image, the arithmetic is vectorized, five times as fast on a CPU."""
+    found = []
+    for values in _constants(mean, std):
+        full = torch.tensor(values).view(-1, 1, 1).expand(-1, *size)
+        full = full.permute(1, 2, 0).contiguous().permute(2, 0, 1) if last else full.contiguous()
+        found.append(full.to(device, dtype))
+    return tuple(found)
+
+
+class Preprocessed(nn.Module):
+    """`net` behind its preprocessing. The names of parameters, submodules and the keys of its state are those of `net`
+    alone: a state dict fits the network with and without, and a tap has the same name."""
+
+    def __init__(self, net: nn.Module, preprocess: Preprocess):
+        super().__init__()
+        self.preprocess, self.net = preprocess, net
+        self.training = net.training
+        self.register_state_dict_post_hook(_without_level)
+        self.register_load_state_dict_pre_hook(_with_level)
+
+    def forward(self, images: Tensor) -> Any:
+        return self.net(self.preprocess(images))
+
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """This module and the network share their name, as it is the network's for all who look inside."""
+        memo = set() if memo is None else memo
+        if self not in memo:
+            if remove_duplicate:
+                memo.add(self)
+            yield prefix, self
+            yield from self.preprocess.named_modules(memo, f"{prefix}.preprocess".lstrip("."), remove_duplicate)
+            yield from self.net.named_modules(memo, prefix, remove_duplicate)
+
+    def get_submodule(self, target: str) -> nn.Module:
+        """By its name in the network."""
+        return self if target == "" else self.net.get_submodule(target)
+
+
+def _without_level(module: nn.Module, state: dict[str, Any], prefix: str, _: dict[str, Any]) -> None:
+    for key in [k for k in state if k.startswith(f"{prefix}net.")]:
+        state[prefix + key.removeprefix(f"{prefix}net.")] = state.pop(key)
+
+
+def _with_level(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    for key in [k for k in state if k.startswith(prefix)]:
+        state[f"{prefix}net.{key.removeprefix(prefix)}"] = state.pop(key)
+
+
+def bare(net: nn.Module) -> nn.Module:
+    """The network without its preprocessing, which takes normalized images; `net` itself where it has none."""
+    return net.net if isinstance(net, Preprocessed) else net
+
+
+def wrap(net: nn.Module, preprocess: Preprocess | None) -> nn.Module:
+    """`net` behind that preprocessing, and as it is for None."""
+    return net if preprocess is None else Preprocessed(net, preprocess)
+
+
+def preprocess_of(net: nn.Module) -> Preprocess | None:
+    """How images are preprocessed for `net`, or for networks inside of it; None where they are not, or in several ways."""
+    found = [m.preprocess for m in net.modules() if isinstance(m, Preprocessed)]
+    return found[0] if found and all(p.facts() == found[0].facts() for p in found) else None
+
+
+def without_preprocessing(net: nn.Module) -> nn.Module:
+    """A copy of `net` in which each network that it is made of takes normalized images."""
+    return _replaced(copy.deepcopy(net), lambda module: module.net)
+
+
+def as_plain_modules(net: nn.Module) -> nn.Module:
+    """A copy of `net` without `Preprocessed`, for tools that look for parameters along their names: each is a sequence."""
+    sequence = lambda m: nn.Sequential(OrderedDict(preprocess=m.preprocess, net=m.net))  # noqa: E731
+    return _replaced(copy.deepcopy(net), sequence)
+
+
+def _replaced(net: nn.Module, by: Any) -> nn.Module:
+    if isinstance(net, Preprocessed):
+        return by(net)
+    for parent in list(net.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, Preprocessed):
+                setattr(parent, name, by(child))
+    return net
+
+
+def check_scale(inputs: Any) -> None:
+    """Raises `UserError` for images that no `Preprocess` takes: floats that lie outside of 0 to 1."""
+    if not isinstance(inputs, Tensor) or not inputs.is_floating_point() or inputs.numel() == 0:
+        return
+    low, high = inputs.min().item(), inputs.max().item()
+    if not (low >= -SLACK and high <= 1 + SLACK):
+        raise UserError(
+            f"The images have values from {low:.3g} to {high:.3g}, and this network normalizes them itself: it takes uint8, or "
+            "floats from 0 to 1. Yield such images (without normalization, nor a factor of 255); or, where they are "
+            "normalized already, give the network without its preprocessing: litdistill.models.preprocess.bare(net)."
+        )
