@@ -1,13 +1,14 @@
 # make distill   a teacher, a student and the table that compares them, on bundled digits; sets itself up in .venv first
 # make compare   what distillation competes with, on one page; make compare DATA=mnist
-# make test      style, types and tests
+# make test      style, types, the order of the rooms, and the tests that need nothing but this process
+# make test-processes      the tests that need fresh processes, an environment or a terminal
 
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 BIN := .venv/bin
 SETUP := .venv/.ready
 
-.PHONY: distill compare test zoo setup requirements clean
+.PHONY: distill compare test test-processes zoo setup requirements clean
 .DEFAULT_GOAL := distill
 
 distill: $(SETUP)
@@ -27,7 +28,11 @@ test: $(SETUP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-processes: $(SETUP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "process and not slow and not network and not gpu and not slurm"
 
 # Every method and scheme trained, logged, stopped, resumed and shipped.
 zoo: $(SETUP)
@@ -36,7 +41,7 @@ zoo: $(SETUP)
 setup: $(SETUP)
 
 # Every package is pinned by version and hash; uv itself is one of them.
-$(SETUP): requirements.txt pyproject.toml
+$(SETUP): requirements.txt pyproject.toml setup.py
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; name one with make PYTHON=/path/to/python3"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep -oE '^uv==[^ ]+' requirements.txt)"

@@ -7,17 +7,7 @@ python scripts/compare.py 'techniques=[distilled,int8]' picture=docs/compare.png
 A call that was interrupted goes on where it was: what is finished is not repeated.
 """
 
-from omegaconf import DictConfig
-
-from litdistill.cli import command
-
-
-@command("compare")
-def main(cfg: DictConfig) -> None:
-    from litdistill.benchmarks.compare import compare  # torch is imported only after the config is known to be right
-
-    compare(cfg)
-
+from litdistill.cli import run
 
 if __name__ == "__main__":
-    main()
+    run("compare")

@@ -1,49 +1,9 @@
 """Prints the size of every network in conf/net, for MNIST-like and for CIFAR-100-like images.
 
-    python scripts/nets.py
-
-Nothing is computed or downloaded: networks are built without memory, on PyTorch's meta device.
+python scripts/nets.py
 """
 
-from __future__ import annotations
-
-from pathlib import Path
-
-import torch
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
-from omegaconf import OmegaConf
-from rich.console import Console
-from rich.table import Table
-
-from litdistill.models.profile import count_macs, count_parameters
-from litdistill.utils.errors import UserError
-
-CONF = Path(__file__).parents[1] / "conf" / "net"
-CASES = {"1x28x28, 10 classes": (10, (1, 28, 28)), "3x32x32, 100 classes": (100, (3, 32, 32))}
-
-
-def sizes(path: Path, num_classes: int, input_shape: tuple[int, int, int]) -> tuple[str, str]:
-    """Parameters and multiply-accumulates, as text; dashes where the network refuses such images."""
-    try:
-        with torch.device("meta"):
-            net = instantiate(OmegaConf.load(path), num_classes=num_classes, input_shape=input_shape)
-    except InstantiationException as error:
-        if isinstance(error.__cause__, UserError):
-            return "—", "—"
-        raise
-    return f"{count_parameters(net):,}", f"{count_macs(net, input_shape) / 1e6:,.2f} M"
-
-
-def main() -> None:
-    table = Table("net", title="conf/net")
-    for case in CASES:
-        table.add_column(f"parameters\n{case}", justify="right")
-        table.add_column("MACs", justify="right")
-    for path in sorted(CONF.glob("*.yaml")):
-        table.add_row(path.stem, *(text for case in CASES.values() for text in sizes(path, *case)))
-    Console().print(table)
-
+from litdistill.cli import run
 
 if __name__ == "__main__":
-    main()
+    run("nets")

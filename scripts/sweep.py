@@ -6,22 +6,7 @@ python scripts/sweep.py sweep.objectives=[val,latency_ms]                    acc
 python scripts/sweep.py --help                                               all keys
 """
 
-from omegaconf import DictConfig
-
-from litdistill.cli import command
-
-
-@command("sweep")
-def main(cfg: DictConfig) -> None:
-    from pathlib import Path
-
-    from hydra.core.hydra_config import HydraConfig
-
-    from litdistill.sweep.study import sweep
-
-    about = HydraConfig.get()
-    sweep(cfg, list(about.overrides.task), Path(about.runtime.output_dir))
-
+from litdistill.cli import run
 
 if __name__ == "__main__":
-    main()
+    run("sweep")

@@ -6,17 +6,7 @@ python scripts/train.py -m seed=0,1,2 method=supervised,kd     a sweep
 python scripts/train.py --help                       all keys;  --cfg job  prints the composed config
 """
 
-from omegaconf import DictConfig
-
-from litdistill.cli import command
-
-
-@command("train")
-def main(cfg: DictConfig) -> float:
-    from litdistill.training.train import train  # torch is imported only after the config is known to be right
-
-    return train(cfg)
-
+from litdistill.cli import run
 
 if __name__ == "__main__":
-    main()
+    run("train")

@@ -29,6 +29,7 @@ def faults(how: str, **environment: str) -> int:
     return int(done.stdout)
 
 
+@pytest.mark.process
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
 def test_a_step_asks_the_system_for_no_memory_that_the_one_before_had() -> None:
     # Left alone it depends on how the heap happens to lie whether all 20 steps of 8 tensors of 195 pages of 4 kB fault.

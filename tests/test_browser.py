@@ -7,7 +7,10 @@ import pytest
 from tests.browser import CHROMIUM, browser
 from tests.pages import group, write_page
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (apt install chromium)")
+pytestmark = [
+    pytest.mark.process,
+    pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (apt install chromium)"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,10 @@
 """The commands as a user types them: in processes of their own, and their errors in this one."""
 
+from __future__ import annotations
+
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -10,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from litdistill import cli as runtime
+from litdistill import cli
+from litdistill.cli.hydra_main import run_task
+from litdistill.cli.resume import resumed
 from litdistill.report.tables import markdown, rows, spread, summaries
 from litdistill.utils.errors import UserError
 
@@ -27,6 +32,7 @@ def call(script: str, *arguments: str, cwd: Path, **options) -> subprocess.Compl
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=env, timeout=300, **options)
 
 
+@pytest.mark.process
 def test_a_sweep_its_report_and_an_evaluation(tmp_path):
     done = call("train", "-m", *FAST, "name=try", "seed=0,1", "method=supervised,kd", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -37,8 +43,8 @@ def test_a_sweep_its_report_and_an_evaluation(tmp_path):
     assert "`Trainer.fit` stopped" in log  # Lightning's own line ...
     assert log.count("`Trainer.fit` stopped: `max_epochs=2` reached") == 1  # ... and once
     assert "epoch 2/2" in log
-    command = json.loads((sweep / "3" / "summary.json").read_text())["command"]
-    assert command.startswith("python scripts/train.py -m data.per_class=12")
+    command = json.loads((sweep / "3" / "summary.json").read_text())["command"]  # of this job alone
+    assert command == shlex.join(["python", "scripts/train.py", *FAST, "name=try", "seed=1", "method=kd"])
 
     shown = call("report", f"runs={sweep}", "out=table.md", cwd=tmp_path)
     assert shown.returncode == 0, shown.stderr
@@ -48,6 +54,7 @@ def test_a_sweep_its_report_and_an_evaluation(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["runs", "table.md"]  # no command litters
 
 
+@pytest.mark.process
 def test_ctrl_c_ends_cleanly_and_resume_auto_goes_on(tmp_path):
     arguments = [*FAST, "trainer.max_epochs=300", "name=long"]
     env = {k: v for k, v in os.environ.items() if k != "RUN_STAMP"} | {"OMP_NUM_THREADS": "1"}
@@ -92,13 +99,8 @@ def test_ctrl_c_ends_cleanly_and_resume_auto_goes_on(tmp_path):
 )
 def test_a_typo_is_answered_with_the_nearest_names(argument, words, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train.py", argument])
-
-    @runtime.command("train")
-    def main(cfg):
-        pytest.fail("the config was accepted")
-
     with pytest.raises(SystemExit) as ended:
-        main()
+        run_task(lambda cfg: pytest.fail("the config was accepted"), "train")
     assert ended.value.code == 2
     shown = capsys.readouterr().err
     assert words in shown
@@ -112,25 +114,22 @@ def test_a_user_error_is_shown_alone_and_a_defect_with_its_traceback(monkeypatch
         sys, "argv", ["train.py", f"runs={tmp_path}", "net@student=torchvision", "student.name=resnet18"]
     )
 
-    @runtime.command("train")
     def wrong(cfg):
         raise UserError("the remedy")
 
     with pytest.raises(SystemExit) as ended:
-        wrong()
+        run_task(wrong, "train")
     assert ended.value.code == 2
     assert capsys.readouterr().err.strip().endswith("the remedy")
 
-    @runtime.command("train")
     def broken(cfg):
         raise ZeroDivisionError("a defect")
 
     with pytest.raises(ZeroDivisionError):
-        broken()
+        run_task(broken, "train")
 
 
 def test_a_full_or_read_only_disk_is_named_with_the_remedy(monkeypatch, capsys, tmp_path):
-    @runtime.command("train")
     def full(cfg):
         raise OSError(28, "No space left on device", "runs/x/checkpoints/last.ckpt")
 
@@ -138,19 +137,20 @@ def test_a_full_or_read_only_disk_is_named_with_the_remedy(monkeypatch, capsys, 
     for runs, words in ((tmp_path, "No space left"), (tmp_path / "file", "Not a directory")):
         monkeypatch.setattr(sys, "argv", ["train.py", f"runs={runs}"])
         with pytest.raises(SystemExit) as ended:
-            full()
+            run_task(full, "train")
         assert ended.value.code == 2
         shown = capsys.readouterr().err
         assert words in shown
         assert "choose another folder with runs=" in shown
 
 
-def test_help_and_the_composed_config_are_shown(tmp_path):
-    for script in ("train", "evaluate", "report"):
-        shown = call(script, "--cfg", "job", cwd=tmp_path)
-        assert shown.returncode == 0, shown.stderr
-        assert "_target_" in shown.stdout or "runs" in shown.stdout or "run:" in shown.stdout
-        assert f"python scripts/{script}.py" in call(script, "--help", cwd=tmp_path).stdout
+@pytest.mark.process
+@pytest.mark.parametrize("verb", [name for name, verb in cli.VERBS.items() if verb.config is not None])
+def test_help_and_the_composed_config_are_shown(verb, tmp_path):
+    shown = call(verb, "--cfg", "job", cwd=tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    assert any(line.startswith(("run", "data", "student")) for line in shown.stdout.splitlines())
+    assert f"litdistill {verb} is powered by Hydra" in call(verb, "--help", cwd=tmp_path).stdout
     assert list(tmp_path.iterdir()) == []
 
 
@@ -170,19 +170,19 @@ def test_resume_finds_the_newest_unfinished_run_of_the_same_command(tmp_path, mo
     started("2026-01-03", "seed=1", finished=True)
     started("2026-01-04", "seed=2")
     started("2026-01-05", "seed=1", command="sweep")
-    assert runtime.resumed(["seed=1", "resume=auto"]) == ["seed=1", "hydra.run.dir=runs/train/2026-01-02"]
-    assert runtime.resumed(["seed=9", "resume=auto"]) == ["seed=9"]
+    assert resumed(["seed=1", "resume=auto"]) == ["seed=1", "hydra.run.dir=runs/train/2026-01-02"]
+    assert resumed(["seed=9", "resume=auto"]) == ["seed=9"]
     assert "no unfinished run" in capsys.readouterr().out
-    assert runtime.resumed(["seed=1"]) == ["seed=1"]
-    found = runtime.resumed(["resume=runs/train/2026-01-04", "trainer.max_epochs=9"])
+    assert resumed(["seed=1"]) == ["seed=1"]
+    found = resumed(["resume=runs/train/2026-01-04", "trainer.max_epochs=9"])
     assert found == ["seed=2", "trainer.max_epochs=9", "hydra.run.dir=runs/train/2026-01-04"]
-    with pytest.raises(SystemExit):
-        runtime.resumed(["resume=runs/nothing"])
+    with pytest.raises(UserError, match="no run was started there"):
+        resumed(["resume=runs/nothing"])
     started("2026-01-06", "seed=3", "data=digits")
     swapped = ["data=digits", "seed=3"]
-    assert runtime.resumed([*swapped, "resume=auto"]) == [*swapped, "hydra.run.dir=runs/train/2026-01-06"]
+    assert resumed([*swapped, "resume=auto"]) == [*swapped, "hydra.run.dir=runs/train/2026-01-06"]
     started("2026-01-07", "seed=4", "seed=5")
-    assert runtime.resumed(["seed=5", "seed=4", "resume=auto"]) == ["seed=5", "seed=4"]  # the last one counts
+    assert resumed(["seed=5", "seed=4", "resume=auto"]) == ["seed=5", "seed=4"]  # the last one counts
 
 
 def summary(seed: int, accuracy: float, method: str = "kd", temperature: float = 4.0) -> dict:

@@ -77,6 +77,7 @@ def runs(pid: int) -> bool:
         return False
 
 
+@pytest.mark.process
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for a process in /proc")
 def test_a_worker_ends_when_its_parent_is_gone(tmp_path):
     """A child whose parent ends at once is told so by a signal that it can answer, and ends by the next one."""

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 
 from litdistill.evaluation.evaluate import collect, differences, evaluate, load_run, rebuild
@@ -9,6 +10,7 @@ from litdistill.utils.hashing import weights_sha256
 from tests.test_cli import FAST, call
 
 
+@pytest.mark.process
 def test_two_processes_make_one_run_with_exact_metrics(tmp_path):
     # 129 validation and 500 test images: neither is a multiple of the batches of two ranks.
     ddp = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "data.eval_batch_size=50"]

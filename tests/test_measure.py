@@ -122,6 +122,7 @@ def onnx_file(path, width: int):
     return Cast().eval()
 
 
+@pytest.mark.process
 def test_the_peak_of_memory_is_that_of_the_model(tmp_path):
     """The second file has 16 MB more weights. A process that starts from a large one must not inherit its peak."""
     ballast = torch.ones(100_000_000)  # noqa: F841

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from omegaconf import OmegaConf
 from torch import nn
 from torchvision.models import get_model_weights
 
+from litdistill.cli import nets
 from litdistill.models.mobilenet import mobilenet_v2
 from litdistill.models.profile import count_parameters
 from litdistill.models.resnet import PadShortcut, resnet, resnet_cifar
@@ -273,18 +273,14 @@ def test_widths_and_dropout_are_taken():
     assert [m.p for m in mlp(5, (1, 8, 8), [6, 7], 0.5, 0.2).modules() if isinstance(m, nn.Dropout)] == [0.2, 0.5, 0.5]
 
 
-def test_the_table_of_networks(tmp_path, monkeypatch, capsys):
-    spec = importlib.util.spec_from_file_location("nets_script", ROOT / "scripts" / "nets.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+def test_the_table_of_networks(tmp_path, capsys):
     for name in ("mlp", "lenet"):
         (tmp_path / f"{name}.yaml").write_text(YAMLS[name].read_text())
-    monkeypatch.setattr(script, "CONF", tmp_path)
-    script.main()
+    nets.main(folder=tmp_path)
     shown = capsys.readouterr().out
     assert "1,276,810" in shown
     assert "61,706" in shown
-    assert script.sizes(YAMLS["lenet"], *DIGITS) == ("—", "—")
+    assert nets.sizes(YAMLS["lenet"], *DIGITS) == ("—", "—")
 
 
 @pytest.mark.parametrize(("shape", "places"), [((1, 28, 28), 9), ((3, 32, 32), 16), ((1, 8, 8), 1), ((1, 3, 5), 2)])

@@ -37,6 +37,8 @@ from tests.forked import (
     weights,
 )
 
+pytestmark = pytest.mark.process
+
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:

@@ -15,6 +15,8 @@ from filelock import FileLock
 
 from tests.forked import ROOT, TINY, at_batch, call, finish, finished, no_pictures, same, start, weights
 
+pytestmark = pytest.mark.process
+
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
 
 

@@ -1,7 +1,6 @@
 """Data sources: what is read is what was published; no pickle is trusted."""
 
 import hashlib
-import importlib.util
 import io
 import os
 import pickle
@@ -17,6 +16,7 @@ from sklearn.datasets import load_digits
 from torchvision import datasets, transforms
 from torchvision.datasets.mnist import read_sn3_pascalvincent_tensor
 
+from litdistill.cli.commands import describe
 from litdistill.data import fetch
 from litdistill.data.folder import train_and_test
 from litdistill.data.sources import CIFAR100, Split, fingerprint, load, read_folder, read_idx
@@ -275,14 +275,9 @@ def test_fingerprint():
     assert len({fingerprint(s) for s in [split, *others]}) == 5
 
 
-def test_fetch_data_prints_a_line_per_split(tmp_path, monkeypatch):
-    spec = importlib.util.spec_from_file_location("fetch_data", Path(__file__).parents[1] / "scripts" / "fetch_data.py")
-    assert spec is not None
-    assert spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+def test_fetch_prints_a_line_per_split(tmp_path, monkeypatch):
     publish(monkeypatch, "mnist", TINY, good=lambda folder: TINY)
-    train, test = script.describe("mnist", tmp_path)
+    train, test = describe("mnist", tmp_path)
     sha = fingerprint(load("mnist", tmp_path).train)[:16]
     assert (
         train == f"mnist train: 6 images of 1x5x4, 10 classes, SHA-256 {sha}, digests verified, in {tmp_path / 'mnist'}"

@@ -16,9 +16,9 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from litdistill.cli import suggestions
+from litdistill.cli.suggestions import suggestions
 from litdistill.config.recipes import teacher_folder
-from litdistill.sweep.study import trial as sweep_trial
+from litdistill.sweep import trial as sweep_trial
 from litdistill.utils.errors import Stopped, UserError
 from litdistill.utils.paths import CONF
 

@@ -1,0 +1,144 @@
+"""Knowledge distillation with PyTorch Lightning: a small, fast student that is nearly as good as its teacher.
+
+    from litdistill import KD, distill
+    distiller = distill(student, teacher, train, val, method=KD(), max_epochs=10)
+    distiller.deployed_student
+
+Names are imported when they are first used: what needs no torch, as a prediction with an ONNX file, does not wait for it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from litdistill.distillation.distiller import Distiller
+    from litdistill.distillation.teacher import FrozenTeacher
+    from litdistill.export.load import load_student
+    from litdistill.features.feature_extractor import FeatureExtractor
+    from litdistill.methods import (
+        AB,
+        AT,
+        CC,
+        CRD,
+        CWD,
+        DIST,
+        DKD,
+        FSP,
+        FT,
+        ICKD,
+        KD,
+        KDSVD,
+        MLKD,
+        NST,
+        OFD,
+        PKD,
+        PKT,
+        RKD,
+        SP,
+        SRD,
+        SRRL,
+        VID,
+        WTTM,
+        FitNet,
+        HardPseudoLabel,
+        LogitMSE,
+        LogitStdKD,
+        Mutual,
+        Online,
+        ReviewKD,
+        Shuffled,
+        SimKD,
+        SoftTargetCE,
+        Sum,
+        Supervised,
+        TeacherFree,
+    )
+    from litdistill.methods.base import Method
+    from litdistill.tasks import Task
+    from litdistill.training.distill import distill
+    from litdistill.types import Batch, Outputs, Taps
+
+    __version__: str
+
+__all__ = [
+    "AB",
+    "AT",
+    "CC",
+    "CRD",
+    "CWD",
+    "DIST",
+    "DKD",
+    "FSP",
+    "FT",
+    "ICKD",
+    "KD",
+    "KDSVD",
+    "MLKD",
+    "NST",
+    "OFD",
+    "PKD",
+    "PKT",
+    "RKD",
+    "SP",
+    "SRD",
+    "SRRL",
+    "VID",
+    "WTTM",
+    "Batch",
+    "Distiller",
+    "FeatureExtractor",
+    "FitNet",
+    "FrozenTeacher",
+    "HardPseudoLabel",
+    "LogitMSE",
+    "LogitStdKD",
+    "Method",
+    "Mutual",
+    "Online",
+    "Outputs",
+    "ReviewKD",
+    "Shuffled",
+    "SimKD",
+    "SoftTargetCE",
+    "Sum",
+    "Supervised",
+    "Taps",
+    "Task",
+    "TeacherFree",
+    "__version__",
+    "distill",
+    "load_student",
+]
+
+# Where each name comes from; all others are methods.
+_MODULES = {
+    "distill": "litdistill.training.distill",
+    "load_student": "litdistill.export.load",
+    "Distiller": "litdistill.distillation.distiller",
+    "FrozenTeacher": "litdistill.distillation.teacher",
+    "FeatureExtractor": "litdistill.features.feature_extractor",
+    "Method": "litdistill.methods.base",
+    "Task": "litdistill.tasks",
+    "Batch": "litdistill.types",
+    "Outputs": "litdistill.types",
+    "Taps": "litdistill.types",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name == "__version__":
+        from litdistill.utils.versions import version
+
+        value: Any = version("litdistill") or "unknown"  # sources that are not installed have no version
+    else:
+        value = getattr(importlib.import_module(_MODULES.get(name, "litdistill.methods")), name)
+    globals()[name] = value  # found at once from now on
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -173,7 +173,9 @@ def _compressed(student: nn.Module, cfg: DictConfig, data: ImageData) -> nn.Modu
     else:
         images = data.example.inputs  # one batch of what its loader yields
     preprocess = preprocess_of(student)
-    return wrap(instantiate(cfg.compress)(bare(student), images if preprocess is None else preprocess(images)), preprocess)
+    return wrap(
+        instantiate(cfg.compress)(bare(student), images if preprocess is None else preprocess(images)), preprocess
+    )
 
 
 def build_teacher(cfg: DictConfig, data: ImageData, absent: Callable[[DictConfig, Path], None]) -> nn.Module | None:

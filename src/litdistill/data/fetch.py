@@ -230,7 +230,7 @@ def _advice(name: str, root: Path, tried: Sequence[str]) -> str:
         f"The files of data={name} are not in {root} and could not be fetched. Tried:{lines}\n"
         "Three ways on:\n"
         f"  1. Put the official files ({', '.join(DATASETS[name].digests)}) into {root / name}.\n"
-        f"  2. On a machine with network run `python scripts/fetch_data.py data={name} data.root={root}`, "
+        f"  2. On a machine with network run `litdistill fetch data={name} data.root={root}`, "
         f"and copy {root / name} here.\n"
         "  3. Use data=digits, which needs no download."
     )

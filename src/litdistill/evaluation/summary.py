@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,8 +19,8 @@ from litdistill.config.recipes import net_name, recipe, student_folder, teacher_
 from litdistill.methods import NAMES
 from litdistill.models.profile import count_macs, count_parameters, weight_bytes
 from litdistill.tasks.base import Task
+from litdistill.utils.command_line import command_text
 from litdistill.utils.hashing import digest, weights_sha256
-from litdistill.utils.paths import ROOT
 from litdistill.utils.versions import git_state, versions
 
 
@@ -90,7 +89,7 @@ def summarize(
         "device": _device(trainer),
         "versions": versions(),
         "git": git_state(),
-        "command": shlex.join(["python", *_relative(sys.argv)]),
+        "command": command_text(sys.argv),
     }
 
 
@@ -205,12 +204,6 @@ def hyperparameters(cfg: DictConfig, trainer: Trainer | None = None) -> dict[str
         if isinstance(value, (int, float, str, bool)) and key != "_target_":
             flat[f"method/{key}"] = value
     return flat
-
-
-def _relative(argv: list[str]) -> list[str]:
-    """The command as typed in the project's folder, whatever the path of the machine."""
-    script = Path(argv[0]).resolve()
-    return [str(script.relative_to(ROOT)) if script.is_relative_to(ROOT) else script.name, *argv[1:]]
 
 
 def _device(trainer: Trainer) -> dict[str, Any]:

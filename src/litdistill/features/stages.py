@@ -1,4 +1,4 @@
-"""Where the stages of any network end, told from one forward: what `resolve_taps` looks its words up in."""
+"""Where the stages of any network end, told from one forward: in this `resolve_taps` looks its words up."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ _ACTIVATIONS = (
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish),
     *(nn.Hardswish, nn.Hardtanh, nn.Tanh, nn.Sigmoid, nn.Softplus),
 )
-_DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
-_PASSING = (nn.Identity, *_DROPOUT)  # no end of a stage: in eval mode they give their input back
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+_PASSING = (nn.Identity, *_DROPOUTS)  # no end of a stage: in eval mode they give their input back
 
 
 class Call(NamedTuple):
@@ -93,8 +93,9 @@ def _own_weight_ndim(module: nn.Module) -> int:
     return 0 if weight is None else weight.ndim
 
 
-def _own_weight(module: nn.Module) -> Tensor | None:
-    return dict(module.named_parameters(recurse=False)).get("weight")
+def _own_weight(module: nn.Module) -> nn.Parameter | None:
+    """The parameter of that name that the module itself holds."""
+    return dict(module.named_parameters(recurse=False, remove_duplicate=False)).get("weight")
 
 
 def _token_blocks(calls: list[Call], most: int = 4) -> list[Call]:

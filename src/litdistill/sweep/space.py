@@ -7,17 +7,15 @@ or has whole override keys, `{"method.temperature": …}`.
 from __future__ import annotations
 
 import itertools
-import json
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import DictConfig, OmegaConf
 from optuna import Trial
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from litdistill.config.recipes import teacher_config
+from litdistill.utils.command_line import literal
 from litdistill.utils.errors import UserError
 
 # What a teacher's recipe takes over from its student's config: where it is searched, the teacher keeps its own.
@@ -45,21 +43,6 @@ def read_space(node: Any, prefix: str = "") -> dict[str, BaseDistribution]:
         elif value is not None:
             raise UserError(f"sweep.space.{name}={value} is neither a list nor a range. To fix a value: {name}={value}")
     return space
-
-
-def literal(value: Any) -> str:
-    """A plain value as Hydra's command line writes it, without spaces."""
-    if isinstance(value, dict):
-        return "{" + ",".join(f"{k}:{literal(v)}" for k, v in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ",".join(map(literal, value)) + "]"
-    if value is None or isinstance(value, bool):
-        return json.dumps(value)
-    if not isinstance(value, str):
-        return repr(value)
-    if re.fullmatch(r"[A-Za-z_][\w./-]*", value) and value.lower() not in ("true", "false", "null", "nan", "inf"):
-        return value
-    return QuotedString(value, Quote.single).with_quotes()
 
 
 def first(distribution: BaseDistribution) -> Any:

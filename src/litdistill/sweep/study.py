@@ -27,9 +27,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from litdistill.config.origin import is_foreign, remember, replayable
 from litdistill.config.recipes import recipe_hash
+from litdistill.utils.command_line import command_argv, config_dir_flags
 from litdistill.utils.distributed import launched
 from litdistill.utils.errors import Stopped, UserError
-from litdistill.utils.paths import CONF
 
 try:
     import optuna
@@ -37,6 +37,7 @@ except ImportError as error:
     raise UserError("A sweep needs Optuna: pip install 'litdistill[sweep]'") from error
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.storages import BaseStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
@@ -100,7 +101,7 @@ def helpers(count: int, overrides: Sequence[str], folder: Path) -> Iterator[list
     threads = max(1, torch.get_num_threads() // (count + 1))
     torch.set_num_threads(threads)
     own = ["sweep.workers=1", f"hydra.run.dir={folder}", "hydra.output_subdir=null"]  # whose config is there already
-    command = [sys.executable, str(CONF.parent / "scripts" / "sweep.py"), *overrides, *own]
+    command = [sys.executable, *command_argv("sweep"), *config_dir_flags(), *overrides, *own]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     others = [subprocess.Popen(command, env=environment) for _ in range(count)]
     try:
@@ -146,7 +147,7 @@ def make_plan(cfg: DictConfig, overrides: Sequence[str], folder: Path) -> Plan:
     up = {"val"} if best.mode == "max" else set()
     directions = [StudyDirection.MAXIMIZE if o in up else StudyDirection.MINIMIZE for o in options.objectives]
     folder.mkdir(parents=True, exist_ok=True)
-    study = open_study(options, folder, directions)
+    study, storage = open_study(options, folder, directions)
     question = json.dumps(
         {
             "space": options.space,
@@ -162,7 +163,7 @@ def make_plan(cfg: DictConfig, overrides: Sequence[str], folder: Path) -> Plan:
     if other := [key for key in asked if key in before and before[key] != asked[key]]:
         raise UserError(f"The sweep in {folder} has another {', another '.join(other)}. Start a new one.")
     study.set_user_attr("question", question)
-    return Plan(options, folder, common, space, study, count, best.monitor)
+    return Plan(options, folder, common, space, study, storage, count, best.monitor)
 
 
 LEAST = {"trials": 1, "seed": 0, "workers": 1, "attempts": 1, "prune.startup": 0, "prune.warmup": 0}
@@ -209,8 +210,10 @@ def training_overrides(overrides: Sequence[str]) -> list[str]:
 # -- the study -------------------------------------------------------------------------------------------------------
 
 
-def open_study(options: DictConfig, folder: Path, directions: Sequence[StudyDirection]) -> optuna.Study:
-    """The study of a folder, new or as it was left."""
+def open_study(
+    options: DictConfig, folder: Path, directions: Sequence[StudyDirection]
+) -> tuple[optuna.Study, BaseStorage]:
+    """The study of a folder, new or as it was left, and where it is stored."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     place = str(options.storage)
     pruner: optuna.pruners.BasePruner = optuna.pruners.NopPruner()
@@ -218,16 +221,14 @@ def open_study(options: DictConfig, folder: Path, directions: Sequence[StudyDire
         pruner = optuna.pruners.MedianPruner(options.prune.startup, options.prune.warmup)
     name = f"{folder.parent.name}/{folder.name}" if "://" in place else "sweep"  # a database may hold many
     with FileLock(folder / ".sweep.lock"):  # tables are made once
-        return optuna.create_study(
-            storage=open_storage(place, folder),
-            study_name=name,
-            directions=list(directions),
-            load_if_exists=True,
-            pruner=pruner,
+        storage = open_storage(place, folder)
+        study = optuna.create_study(
+            storage=storage, study_name=name, directions=list(directions), load_if_exists=True, pruner=pruner
         )
+    return study, storage
 
 
-def open_storage(place: str, folder: Path) -> optuna.storages.BaseStorage:
+def open_storage(place: str, folder: Path) -> BaseStorage:
     """`place`: sqlite or journal, a file in `folder`; or a database's URL. Raises `UserError` where it does not open."""
     try:
         if place == "journal":
@@ -260,7 +261,9 @@ def claim(plan: Plan) -> tuple[optuna.Trial, FileLock] | None:
             if old.state == TrialState.RUNNING and (lock := _lock(plan, old.number)):
                 study.sampler = sampler(plan.options, old.number)
                 log.info("Going on with trial %d", old.number)
-                return optuna.Trial(study, old._trial_id), lock
+                place = plan.storage.get_study_id_from_name(study.study_name)
+                trial_id = plan.storage.get_trial_id_from_study_id_trial_number(place, old.number)
+                return optuna.Trial(study, trial_id), lock
         waiting = [t.number for t in trials if t.state == TrialState.WAITING]
         if not waiting:
             if len(trials) >= plan.count:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
 import statistics
-import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,12 +21,12 @@ from optuna.distributions import BaseDistribution
 
 from litdistill.evaluation.evaluate import rebuild
 from litdistill.evaluation.summary import hyperparameters
-from litdistill.sweep.space import literal, suggest
+from litdistill.sweep.space import suggest
 from litdistill.training.train import train
 from litdistill.utils.checkpoint import write_text
+from litdistill.utils.command_line import as_command, command_argv, config_dir_flags, literal
 from litdistill.utils.errors import UserError
 from litdistill.utils.logging import logged_to
-from litdistill.utils.paths import CONF
 
 # What a trial may be judged by, and where its summary has it: nothing that was measured on the test set.
 OBJECTIVES = {
@@ -42,8 +38,6 @@ OBJECTIVES = {
     "latency_ms": None,  # measured here
 }
 
-RANKS = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -54,6 +48,7 @@ class Plan:
     overrides: list[str]  # of conf/train.yaml, common to all trials
     space: dict[str, BaseDistribution]
     study: optuna.Study
+    storage: optuna.storages.BaseStorage  # of the study
     count: int  # of trials
     monitor: str  # the metric that `val` is the best value of
 
@@ -96,7 +91,7 @@ def run_one(plan: Plan, trial: optuna.Trial, overrides: list[str], folder: Path,
     write_text(folder / ".hydra" / "config.yaml", OmegaConf.to_yaml(cfg))
     write_text(folder / ".hydra" / "overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(overrides)))
     callbacks = [OptunaPruningCallback(trial, plan.monitor, hyperparameters(cfg))] if judged else []
-    with as_command([str(CONF.parent / "scripts" / "train.py"), *whole]), logged_to(folder / "train.log"):
+    with as_command([*command_argv("train"), *config_dir_flags(), *whole]), logged_to(folder / "train.log"):
         train(cfg, callbacks)
     values = [objective(name, folder) for name in plan.options.objectives]
     if not all(map(math.isfinite, values)):
@@ -153,19 +148,3 @@ class OptunaPruningCallback(Callback):
                 logger.log_hyperparams(self.shown, {f"best/{self.monitor.replace('/', '_')}": value})
                 logger.experiment.flush()
         raise optuna.TrialPruned(f"{self.monitor} {value:.4g} in epoch {epoch + 1} of {trainer.max_epochs}")
-
-
-@contextlib.contextmanager
-def as_command(argv: list[str]) -> Iterator[None]:
-    """What a run takes for its command. Ranks that Lightning starts repeat it: a trial's run, and never the sweep."""
-    before, ranks = sys.argv, {k: os.environ[k] for k in RANKS if k in os.environ}
-    sys.argv = argv
-    try:
-        yield
-    finally:
-        sys.argv = before
-        if torch.distributed.is_available() and torch.distributed.is_initialized() and "LOCAL_RANK" not in ranks:
-            torch.distributed.destroy_process_group()  # the next trial starts its own
-        for key in RANKS:
-            os.environ.pop(key, None)
-        os.environ.update(ranks)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -199,3 +200,8 @@ def introduce(cfg: DictConfig, data: Any, distiller: Distiller, scale: Scale) ->
 
 
 VERBS = {"train": "train on", "val": "validate", "test": "test"}
+
+
+if __name__ == "__main__":  # which would otherwise end at once, with nothing done
+    print("Training is started by: litdistill train trainer=debug, or python scripts/train.py", file=sys.stderr)
+    sys.exit(2)

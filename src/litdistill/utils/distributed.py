@@ -80,12 +80,12 @@ def _of_first_rank(stamp: str) -> str:
     return store.get("stamp").decode()  # waits for it
 
 
-def fit_to_launch(trainer: DictConfig) -> None:
+def fit_to_launch(options: DictConfig) -> None:
     """Sets `devices` and `num_nodes` of a distributed trainer's options to what was started.
 
     Raises `UserError` where they were set to something else, and where several processes would train on one device each.
     """
-    launch, distributed = launched(), trainer.get("strategy") is not None
+    launch, distributed = launched(), options.get("strategy") is not None
     if launch is not None and not distributed and launch.nodes * launch.tasks > 1:
         raise UserError(
             f"{launch.by} started {launch.nodes * launch.tasks} processes, and this trainer knows of one: each would train "
@@ -95,14 +95,14 @@ def fit_to_launch(trainer: DictConfig) -> None:
         return
     if launch is not None:
         for key, started in (("devices", launch.tasks), ("num_nodes", launch.nodes)):
-            if trainer.get(key) not in (None, "auto", -1, started):
+            if options.get(key) not in (None, "auto", -1, started):
                 raise UserError(
-                    f"trainer.{key}={trainer[key]}, but {launch.by} started {launch.tasks} process(es) on each of "
+                    f"trainer.{key}={options[key]}, but {launch.by} started {launch.tasks} process(es) on each of "
                     f"{launch.nodes} node(s). Leave the key out: it is taken from there."
                 )
-            trainer[key] = started
-    elif trainer.get("num_nodes") is None:
-        trainer.num_nodes = 1
+            options[key] = started
+    elif options.get("num_nodes") is None:
+        options.num_nodes = 1
 
 
 def init_process_group_early(trainer: Trainer) -> None:

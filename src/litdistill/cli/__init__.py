@@ -1,0 +1,98 @@
+"""The command `litdistill`: a verb for each thing that can be done.
+
+    litdistill                       the verbs
+    litdistill train --help          all keys of one
+
+`python scripts/<verb>.py` in a clone and `python -m litdistill <verb>` do the same. Nothing heavy is imported here, so that
+an overview, a typo and an error in a config are answered at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from typing import NamedTuple
+
+from litdistill.utils.errors import UserError
+
+
+class Verb(NamedTuple):
+    """`function`: module:name. It takes the config of conf/`config`.yaml, or where there is none, the list of arguments."""
+
+    function: str
+    help: str
+    config: str | None = None
+
+
+VERBS = {
+    "train": Verb("litdistill.cli.commands:train", "train a student, and its teacher where there is none yet", "train"),
+    "sweep": Verb("litdistill.cli.commands:sweep", "search for the best hyperparameters, with Optuna", "sweep"),
+    "evaluate": Verb("litdistill.cli.commands:evaluate", "measure a finished run anew from its folder", "evaluate"),
+    "export": Verb("litdistill.cli.commands:export", "write a run's student as ONNX, .pt2 or safetensors", "export"),
+    "predict": Verb("litdistill.export.predict:main", "classify image files with an exported student"),
+    "report": Verb("litdistill.cli.commands:report", "compare finished runs: a table, or a page with curves", "report"),
+    "compare": Verb("litdistill.cli.commands:compare", "train every technique on the same data and compare", "compare"),
+    "fetch": Verb("litdistill.cli.commands:fetch", "download and verify a data set ahead of time", "fetch"),
+    "nets": Verb("litdistill.cli.nets:main", "list all networks with parameters and multiply-accumulates"),
+    "reproductions": Verb("litdistill.cli.commands:reproductions", "list published figures and note what runs gave"),
+}
+
+EXAMPLES = """Examples:
+  litdistill train                                            a digits student and its teacher, in a minute
+  litdistill train data=mnist method=dkd net@student=mlp      any option of a group, any key
+  litdistill export run=runs/train/<stamp> precision=int8     a student to ship
+"""
+
+
+def overview() -> str:
+    """What `litdistill --help` prints: each verb with its line, and examples."""
+    width = max(map(len, VERBS))
+    lines = [f"  {name:<{width}}  {verb.help}" for name, verb in VERBS.items()]
+    return "\n".join(
+        (
+            "Usage: litdistill <verb> [key=value ...]",
+            "",
+            *lines,
+            "",
+            "litdistill <verb> --help shows a verb's keys.",
+            "",
+        )
+    ) + ("\n" + EXAMPLES)
+
+
+def main() -> None:
+    """Runs the verb that `sys.argv` names; ends with status 2 where there is none of that name."""
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in ("-h", "--help", "help"):
+        print(overview(), end="")
+    elif name == "--version":
+        from litdistill import __version__
+
+        print(f"litdistill {__version__}")
+    elif name in VERBS:
+        run(name, named=True)
+    else:
+        near = difflib.get_close_matches(name, VERBS, n=1, cutoff=0.4)
+        forgotten = "=" in name or name.startswith("-")
+        hint = f"Did you mean litdistill {near[0]}?" if near else f"The verbs are {', '.join(VERBS)}."
+        if forgotten:
+            hint = f"A verb comes first: litdistill train {name}"
+        print(f"litdistill: {name} is no verb. {hint}", file=sys.stderr)
+        sys.exit(2)
+
+
+def run(name: str, named: bool = False) -> None:
+    """Runs one verb on the arguments in `sys.argv`. `named`: the verb stands before them, as it does not for a script."""
+    verb = VERBS[name]
+    module, _, function = verb.function.partition(":")
+    if verb.config is not None:
+        from litdistill.cli.hydra_main import run_task
+
+        run_task(getattr(importlib.import_module(module), function), verb.config, name if named else None)
+        return
+    try:
+        getattr(importlib.import_module(module), function)(sys.argv[2 if named else 1 :])
+    except UserError as error:
+        print(f"\n{error}", file=sys.stderr)
+        sys.exit(2)

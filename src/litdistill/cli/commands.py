@@ -1,0 +1,152 @@
+"""What each verb does with its composed config. torch is imported only after the config is known to be right."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from rich.console import Console
+
+
+def train(cfg: DictConfig) -> float:
+    """Trains a student, and its teacher where there is none yet; gives what the run is judged by."""
+    from litdistill.training.train import train
+
+    return train(cfg)
+
+
+def sweep(cfg: DictConfig) -> None:
+    """Searches for the best hyperparameters by distilling again and again."""
+    from litdistill.sweep.study import sweep
+
+    about = HydraConfig.get()
+    sweep(cfg, list(about.overrides.task), Path(about.runtime.output_dir))
+
+
+def compare(cfg: DictConfig) -> None:
+    """Trains every technique of conf/experiment/compare, and writes the page that compares them."""
+    from litdistill.benchmarks.compare import compare
+
+    compare(cfg)
+
+
+def evaluate(cfg: DictConfig) -> None:
+    """Measures a finished run anew, and tells whether its summary is reproduced to the digit."""
+    from rich import print as show
+
+    from litdistill.evaluation.evaluate import differences, evaluate, load_run
+    from litdistill.report.tables import evaluation_table
+
+    found = evaluate(cfg.run, OmegaConf.create({"data": cfg.data}), cfg.device, cfg.trust)
+    show(evaluation_table(found))
+    changed = differences(found, load_run(Path(cfg.run), cfg.trust)[1])
+    if changed:
+        show("[bold yellow]The run's summary differs:[/]\n  " + "\n  ".join(changed))
+    else:
+        show("The run's summary is reproduced to the digit.")
+
+
+def export(cfg: DictConfig) -> None:
+    """Writes the student of a finished run in a format to ship, or checks again what was exported."""
+    from litdistill.export.export import check_table, export, verify
+
+    console = _console(140)
+    data = OmegaConf.create({"data": cfg.data})
+    limits = (cfg.tolerance.difference, cfg.tolerance.agreement)
+    if cfg.verify:
+        console.print(check_table(verify(cfg.run, data, limits, cfg.trust, cfg.allow_code)))
+        return
+    options = (cfg.format, cfg.precision, cfg.preprocessing, cfg.calibration)
+    path, check = export(cfg.run, *options, limits, data, cfg.trust)
+    console.print(check_table({path.name: check}))
+    if cfg.format == "safetensors" and cfg.preprocessing:
+        print("safetensors holds weights alone: the normalization stands in its metadata, and predict applies it.")
+    print(f"Written to {path}")
+
+
+def report(cfg: DictConfig) -> None:
+    """Compares finished runs: a table in the terminal or as Markdown, or a page."""
+    from litdistill.report import tables
+    from litdistill.utils.checkpoint import write_text
+
+    places = list(cfg.runs) if isinstance(cfg.runs, ListConfig) else [cfg.runs]
+    found = tables.summaries(places)
+    rows = tables.rows(found)
+    _console(170).print(tables.table(rows))
+    if cfg.out is not None and cfg.out.endswith(".md"):
+        write_text(cfg.out, tables.markdown(rows))
+        print(f"Written to {cfg.out}")
+    elif cfg.out is not None:
+        from litdistill.config.trust import packages
+        from litdistill.report.build import build
+        from litdistill.report.collect import Settings
+
+        settings = Settings(
+            cfg.threads, cfg.rounds, cfg.robustness, tuple(cfg.epsilons), cfg.device, packages(cfg.trust)
+        )
+        build(places, cfg.out, cfg.title, settings)
+        print(f"Written to {cfg.out.rstrip('/')}/index.html and report.md")
+    if cfg.picture is not None:
+        tables.picture(found, cfg.picture)
+        print(f"Drawn to {cfg.picture}")
+
+
+def fetch(cfg: DictConfig) -> None:
+    """Downloads and verifies a data set ahead of time, for a machine without network say."""
+    print("\n".join(describe(cfg.data.name, cfg.data.root, cfg.data.image_size)))
+
+
+def describe(name: str, root: str | Path, image_size: int | None = None) -> list[str]:
+    """One line per split of a data set, which is downloaded first if it is not there."""
+    from litdistill.data.fetch import DATASETS, obtain
+    from litdistill.data.sources import fingerprint, load
+
+    source = load(name, root, image_size)
+    if name in DATASETS:
+        where = f"digests verified, in {obtain(name, root).folder}"
+    else:
+        where = "bundled with scikit-learn" if name == "digits" else f"in {root}"
+    return [
+        f"{name} {kind}: {len(split.targets)} images of {'x'.join(map(str, split.images.shape[1:]))}, "
+        f"{len(source.classes)} classes, SHA-256 {fingerprint(split)[:16]}, {where}"
+        for kind, split in (("train", source.train), ("test", source.test))
+    ]
+
+
+def reproductions(arguments: Sequence[str]) -> None:
+    """Published figures beside what runs gave.
+
+    list                      the experiments of all published cells
+    collect <run folder> …    measures finished runs anew and notes them in docs/results
+    page                      writes docs/reproductions.md from docs/results
+    """
+    parser = argparse.ArgumentParser(
+        "reproductions", description=reproductions.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=("list", "collect", "page"))
+    parser.add_argument("folders", nargs="*", type=Path, help="run folders, or folders that hold some")
+    asked = parser.parse_args(arguments)
+    from litdistill.benchmarks import published_tables
+    from litdistill.benchmarks import reproductions as figures
+    from litdistill.report.tables import runs
+    from litdistill.utils.checkpoint import write_text
+
+    if asked.what == "list":
+        published = published_tables.published()
+        for name in sorted({*published, *published_tables.experiments()}):
+            print(f"experiment={name:<50} {published[name].value if name in published else ''}")
+    elif asked.what == "collect":
+        for folder, _ in runs(asked.folders):
+            print(f"{folder.name}: {figures.collect(folder)}")
+    else:
+        write_text("docs/reproductions.md", figures.page())
+        print("Written to docs/reproductions.md")
+
+
+def _console(width: int) -> Console:
+    """One that breaks no line where its output goes to a file."""
+    console = Console()
+    return console if console.is_terminal else Console(width=width)

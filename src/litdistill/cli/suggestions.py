@@ -1,0 +1,81 @@
+"""The nearest names for overrides whose key or option does not exist."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+
+from litdistill.benchmarks import published_tables
+from litdistill.utils.command_line import config_dir_of, split_flags
+from litdistill.utils.paths import CONF
+
+
+def suggestions(arguments: Sequence[str], config_name: str) -> str:
+    """For each override whose key or option does not exist, the nearest that do; empty where all exist."""
+    flags, overrides = split_flags(arguments)
+    keys, groups = _known(config_name, config_dir_of(flags))
+    lines = [line for override in overrides if (line := _answer(override, keys, groups)) is not None]
+    return "".join(f"\n  {line}" for line in lines)
+
+
+def _answer(argument: str, keys: set[str], groups: dict[str, list[str]]) -> str | None:
+    """What is wrong with one override, and what was meant; None for one that is right."""
+    try:
+        override = OverridesParser.create().parse_override(argument)
+    except HydraException:
+        name, sign, text = argument.partition("=")
+        if sign and text == text.strip() and name == name.strip():
+            return f"Quote the value, which has signs of Hydra's own in it: '{name}=\"{text}\"'"
+        return f"{argument!r} is no override. Write key=value, without spaces around the sign."
+    key, group = override.key_or_group, override.key_or_group.split("@")[0]
+    adds = override.is_add() or override.is_force_add()
+    if group in groups and not override.is_delete():
+        value = override.value()
+        if isinstance(value, str) and value not in groups[group]:
+            return _nearest(f"{override.get_key_element()}={value}", value, groups[group], f"Options of {group}")
+        return None
+    if key in keys or adds or key.startswith("hydra"):
+        return None
+    if key.startswith(("teacher.recipe.", "student.recipe.")):
+        return f"{key}: what a recipe may not have yet is set with two plus signs: ++{argument}"
+    return _nearest(key, key, sorted(keys | groups.keys()), "Keys")
+
+
+def _nearest(shown: str, name: str, known: Iterable[str], label: str) -> str:
+    known = list(known)
+    last = [k for k in known if k.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
+    if label == "Keys" and "." not in name:
+        known = [k for k in known if "." not in k]
+    near = list(dict.fromkeys(last + difflib.get_close_matches(name, known, n=4, cutoff=0.5)))[:4]
+    return (
+        f"{shown}: did you mean {' or '.join(near)}?" if near else f"{shown}: unknown. {label}: {', '.join(known[:40])}"
+    )
+
+
+def _known(config_name: str, config_dir: Path | None) -> tuple[set[str], dict[str, list[str]]]:
+    """All keys of the composed default config, and the options of each group, the user's own among them."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose(config_name)
+    files = {Path("experiment", name) for name in published_tables.experiments()}
+    for folder in [CONF, *([config_dir] if config_dir is not None else [])]:
+        files |= {p.relative_to(folder).with_suffix("") for p in folder.rglob("*.yaml") if p.parent != folder}
+    groups: dict[str, list[str]] = {}
+    for file in sorted(files):
+        for depth in range(1, len(file.parts)):
+            groups.setdefault("/".join(file.parts[:depth]), []).append("/".join(file.parts[depth:]))
+    return set(_keys(OmegaConf.to_container(cfg), "")), groups
+
+
+def _keys(node: Any, prefix: str) -> Iterator[str]:
+    for key, value in node.items() if isinstance(node, dict) else ():
+        yield f"{prefix}{key}"
+        yield from _keys(value, f"{prefix}{key}.")

@@ -1,0 +1,119 @@
+"""The command line that a process runs: how copies of the process are started with it, and how people are shown it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.types import Quote, QuotedString
+
+from litdistill.utils.paths import PACKAGE, ROOT
+
+RANKS = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# Flags of Hydra's that are followed by a value of their own.
+VALUED = {"--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--cfg", "-c", "--package", "-p"}
+
+
+def split_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Hydra's flags with their values, and the overrides."""
+    flags: list[str] = []
+    overrides: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        if not argument.startswith("-"):
+            overrides.append(argument)
+            continue
+        flags.append(argument)
+        if argument in VALUED:
+            flags.extend(value for value in [next(rest, None)] if value is not None)
+    return flags, overrides
+
+
+def config_dir_of(arguments: Sequence[str]) -> Path | None:
+    """The folder of configs that the user gives with `--config-dir`."""
+    found = None
+    for place, flag in enumerate(arguments):
+        if flag in ("--config-dir", "-cd"):
+            found = next(iter(arguments[place + 1 :]), None)
+        elif flag.startswith("--config-dir="):
+            found = flag.removeprefix("--config-dir=")
+    return Path(found) if found else None
+
+
+def config_dir_flags() -> list[str]:
+    """The same as flags for another process, inside of a Hydra command."""
+    if not HydraConfig.initialized():
+        return []
+    sources = HydraConfig.get().runtime.config_sources
+    return [part for s in sources if s.provider == "command-line" for part in ("--config-dir", s.path)]
+
+
+def command_argv(verb: str) -> list[str]:
+    """What `sys.argv` begins with for a command: a file that Python runs, and the verb where it is not the file's own.
+
+    Lightning starts ranks by `python sys.argv[0] …`, or by `python -m` where this process was started so.
+    """
+    started = Path(sys.argv[0]).resolve()
+    if started.stem == "litdistill" and started.is_file():  # the installed command
+        return [sys.argv[0], verb]
+    if ROOT is not None and started != PACKAGE / "__main__.py" and (ROOT / "scripts" / f"{verb}.py").is_file():
+        return [str(ROOT / "scripts" / f"{verb}.py")]
+    return [str(PACKAGE / "__main__.py"), verb]
+
+
+def literal(value: Any) -> str:
+    """A plain value as Hydra's command line writes it, without spaces."""
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{k}:{literal(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(map(literal, value)) + "]"
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    if not isinstance(value, str):
+        return repr(value)
+    if re.fullmatch(r"[A-Za-z_][\w./-]*", value) and value.lower() not in ("true", "false", "null", "nan", "inf"):
+        return value
+    return QuotedString(value, Quote.single).with_quotes()
+
+
+@contextlib.contextmanager
+def as_command(argv: list[str]) -> Iterator[None]:
+    """Makes `argv` the command of this process for one run, after which the next run starts ranks of its own."""
+    before, ranks = sys.argv, {k: os.environ[k] for k in RANKS if k in os.environ}
+    sys.argv = argv
+    try:
+        yield
+    finally:
+        sys.argv = before
+        _leave_process_group("LOCAL_RANK" in ranks)
+        for key in RANKS:
+            os.environ.pop(key, None)
+        os.environ.update(ranks)
+
+
+def _leave_process_group(started_as_rank: bool) -> None:
+    if "torch" not in sys.modules or started_as_rank:
+        return
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def command_text(argv: Sequence[str]) -> str:
+    """The command as a user types it in the project's folder, whatever the paths of the machine."""
+    script, rest = Path(argv[0]).resolve(), [a for a in argv[1:] if a != "hydra.mode=RUN"]
+    if script == PACKAGE / "__main__.py":
+        return shlex.join(["python", "-m", "litdistill", *rest])
+    if script.stem == "litdistill":
+        return shlex.join(["litdistill", *rest])
+    inside = ROOT is not None and script.is_relative_to(ROOT)
+    return shlex.join(["python", str(script.relative_to(ROOT)) if ROOT and inside else script.name, *rest])
