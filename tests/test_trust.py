@@ -111,6 +111,7 @@ HOLES = {
         "student.pretrained_cfg_overlay",
     ),
     "timm's checkpoint": (f"{{student: {TIMM}, checkpoint_path: evil.ckpt}}}}", "student.checkpoint_path"),
+    "a folder named by a width": ("{student: {widths: ['/../../../elsewhere']}}", "student.widths"),
     "weights by a path": (f"{{student: {ZOO}, weights: ./evil.ckpt}}}}", "student.weights"),
     "checkpoints elsewhere": ("{callbacks: {best: {dirpath: /tmp}}}", "callbacks.best.dirpath"),
     "checkpoints above": ("{callbacks: {best: {filename: ../../../x}}}", "callbacks.best.filename"),
@@ -327,6 +328,26 @@ def test_a_copy_needs_no_leave_where_it_names_what_all_may(foreign):
     folder = foreign("{seed: 0, technique: edited}")
     assert not origin.made_here(folder)
     assert differences(evaluate(folder), load_run(folder)[1]) == []
+
+
+def test_a_path_that_yaml_makes_is_refused(foreign):
+    folder = foreign("{}")
+    config = folder / ".hydra" / "config.yaml"
+    text = config.read_text().replace(
+        "dirpath: ${folder}/checkpoints", "dirpath: !!python/object/apply:pathlib.Path [/tmp]"
+    )
+    config.write_text(text)
+    with pytest.raises(UserError, match=r"^callbacks\.best\.dirpath: /tmp is refused"):
+        load_run(folder)
+
+
+def test_what_a_folder_says_it_was_started_with_is_remembered_of_that_start_alone(made, foreign):
+    folder = foreign("{}")
+    note(folder, f"+hydra.callbacks.x={LOAD}")
+    origin.remember(folder, OmegaConf.load(folder / ".hydra" / "config.yaml"))
+    assert not origin.made_here(folder)
+    with pytest.raises(UserError, match="No override of Hydra's own is replayed"):
+        origin.replayable([f"+hydra.callbacks.x={LOAD}"], made)
 
 
 def test_a_state_that_cannot_be_written_stops_no_run(made, tmp_path, monkeypatch):

@@ -5,25 +5,30 @@ Training and evaluation build a run by the same function, so that a run is rebui
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from lightning import LightningDataModule
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor, nn
 
 from litdistill.compress.quantize import Int8
 from litdistill.compress.structure import load_structure, restore, structure_of
-from litdistill.config.instantiate import instantiate
+from litdistill.config.instantiate import instantiate, locate
 from litdistill.config.recipes import NETWORK_META_KEYS, is_complete, teacher_folder
 from litdistill.data import augment as aug
-from litdistill.data.datamodule import ImageData
-from litdistill.data.protocol import IndexedData
+from litdistill.data.foreign import ForeignData
+from litdistill.data.protocol import as_indexed
 from litdistill.distillation.teacher import Ensemble
-from litdistill.models.finetune import with_own_head
+from litdistill.models.finetune import freeze, with_own_head
 from litdistill.models.metadata import class_order, with_class_order
 from litdistill.models.preprocess import Preprocess, bare, preprocess_of, wrap
+from litdistill.tasks import TASKS
+from litdistill.tasks.base import Task
 from litdistill.utils.checkpoint import load_state_dict_checked, load_weights, read_metadata
 from litdistill.utils.distributed import broadcast_from_rank0
 from litdistill.utils.errors import UserError
@@ -34,14 +39,57 @@ log = logging.getLogger(__name__)
 CALIBRATION = 512  # training images, unaugmented, that compressing may look at
 
 
-def build_data(cfg: DictConfig) -> ImageData:
-    """The data set of a config, read and split."""
-    data: ImageData = instantiate(cfg.data)
-    data.setup()
-    return data
+def build_data(cfg: DictConfig, **facts: Any) -> tuple[Any, Task]:
+    """The data of a config, read and split, and its task.
+
+    A data module that knows no ids is a `ForeignData`. `facts`: options that are known otherwise, and not measured then.
+    """
+    module = instantiate(cfg.data, **facts)
+    if not isinstance(module, LightningDataModule):
+        raise UserError(
+            f"data._target_={cfg.data['_target_']} gives a {type(module).__name__}, and no LightningDataModule."
+        )
+    module.prepare_data()
+    module.setup("fit")
+    task = build_task(cfg.task, module)
+    return as_indexed(module) or ForeignData(module, task.batch), task
 
 
-def build_net(node: DictConfig, data: ImageData, role: str, source: str | Path | nn.Module | None = None) -> nn.Module:
+def build_task(node: DictConfig, data: Any) -> Task:
+    """The task of a config. Numbers that it is to have of the data, and that are null, are measured on what is trained on.
+
+    Raises `UserError` for data that say that they are for another task.
+    """
+    wanted, name = getattr(data, "task", None), str(node["_target_"]).rpartition(".")[2].lower()
+    if isinstance(wanted, str) and name in TASKS and name != wanted:
+        raise UserError(f"These data are for task={wanted}, and the config has {name}: set task={wanted}.")
+    facts: dict[str, Any] = {}
+    if "mean" in node and node.mean is None:
+        if as_indexed(data) is None:
+            raise UserError("Nothing can be measured on these data: set task.mean and task.std, one number a value.")
+        targets = data.train_targets[data.train_ids].double()
+        targets = targets[:, None] if targets.ndim == 1 else targets
+        facts = {"mean": targets.mean(0).tolist(), "std": targets.std(0).clamp(min=1e-12).tolist()}
+    task: Task = instantiate(node, **facts)
+    return task
+
+
+def _known(target: str, data: Any, shape: Any) -> dict[str, Any]:
+    """What of the data a network's function takes. Raises `UserError` where it needs what the data do not say."""
+    facts = {"num_classes": data.num_classes, "input_shape": shape}
+    takes = inspect.signature(locate(target)).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in takes.values()):
+        return {k: v for k, v in facts.items() if v is not None}
+    for name, value in facts.items():
+        if name in takes and value is None and takes[name].default is inspect.Parameter.empty:
+            raise UserError(
+                f"{target} needs {name}, and {data.name} does not say it: give the data module that attribute, or set it "
+                "beside the network's _target_."
+            )
+    return {k: v for k, v in facts.items() if k in takes and v is not None}
+
+
+def build_net(node: DictConfig, data: Any, role: str, source: str | Path | nn.Module | None = None) -> nn.Module:
     """A network for the shapes of `data`, with the weights that its `checkpoint` names, or those of `source`.
 
     Where these are of a compressed network, it is compressed likewise. Images are preprocessed as `preprocess` says, else as
@@ -52,7 +100,8 @@ def build_net(node: DictConfig, data: ImageData, role: str, source: str | Path |
     stated = _preprocessing(node, data, source, role)
     shape = stated.input_shape(data.input_shape) if stated is not None else data.input_shape
     options = {k: v for k, v in node.items() if k not in NETWORK_META_KEYS}
-    net: nn.Module = instantiate(options, num_classes=data.num_classes, input_shape=shape)
+    facts = _known(str(node["_target_"]), data, shape)
+    net: nn.Module = instantiate(options, **{k: v for k, v in facts.items() if k not in options})
     preprocess = stated or preprocess_of(net) or _of_data(data)
     net = bare(net)
     if source is not None:
@@ -60,9 +109,7 @@ def build_net(node: DictConfig, data: ImageData, role: str, source: str | Path |
     return wrap(net, preprocess)
 
 
-def _preprocessing(
-    node: DictConfig, data: ImageData, source: str | Path | nn.Module | None, role: str
-) -> Preprocess | None:
+def _preprocessing(node: DictConfig, data: Any, source: str | Path | nn.Module | None, role: str) -> Preprocess | None:
     """What the config says, else the weights; None where neither says anything."""
     said = OmegaConf.to_container(node["preprocess"], resolve=True) if node.get("preprocess") is not None else {}
     if not isinstance(said, dict) or not said.keys() <= {"mean", "std", "size"}:
@@ -85,14 +132,14 @@ def _preprocessing(
     return Preprocess(merged["mean"], merged["std"], merged.get("size"))
 
 
-def _of_data(data: ImageData) -> Preprocess | None:
+def _of_data(data: Any) -> Preprocess | None:
     """By the mean and deviation of the data's own images, where it has them."""
     mean, std = getattr(data, "mean", None), getattr(data, "std", None)
     return Preprocess(mean, std) if mean is not None and std is not None else None
 
 
 def _with_weights(
-    net: nn.Module, node: DictConfig, data: ImageData, role: str, source: str | Path | nn.Module, example: Tensor
+    net: nn.Module, node: DictConfig, data: Any, role: str, source: str | Path | nn.Module, example: Tensor
 ) -> nn.Module:
     """The network with the weights and the structure of `source`. `example`: a few images (N, C, H, W), preprocessed."""
     head = node.get("head")
@@ -118,7 +165,7 @@ def _with_weights(
 
 def build_student(
     cfg: DictConfig,
-    data: ImageData,
+    data: Any,
     teacher: nn.Module | None,
     source: Path | None = None,
     finished: Path | None = None,
@@ -144,10 +191,12 @@ def build_student(
                 "student.trainable=null."
             )
         check_int8(data.class_names)  # before it is trained, as its file is a part of its run
+    elif (trainable := cfg.student.get("trainable")) is not None:
+        freeze(student, trainable, _samples(data, 2))
     return student
 
 
-def _rebuilt_student(node: DictConfig, data: ImageData, finished: Path) -> nn.Module:
+def _rebuilt_student(node: DictConfig, data: Any, finished: Path) -> nn.Module:
     """The network of a finished run's student without its weights."""
     facts = {k: read_metadata(finished, k) for k in ("mean", "std", "size")}
     node = node.copy()
@@ -161,24 +210,28 @@ def _rebuilt_student(node: DictConfig, data: ImageData, finished: Path) -> nn.Mo
     return wrap(restore(bare(net), load_structure(finished), torch.zeros(2, *shape)), preprocess)
 
 
-def _compressed(student: nn.Module, cfg: DictConfig, data: ImageData) -> nn.Module:
+def _compressed(student: nn.Module, cfg: DictConfig, data: Any) -> nn.Module:
     """The student as `compress` makes it, which sees training images as they come out of its preprocessing."""
     if isinstance(bare(student), Int8):
         raise UserError(
             f"compress={str(cfg.compress.get('_target_')).rpartition('.')[2]}: the student starts from an int8 network, "
             "which is one traced graph and is compressed no further. Start from the float run that it was made of."
         )
-    if isinstance(data, IndexedData):
-        images = data.get_batch("train", aug.order(0, 0, data.train_ids)[:CALIBRATION]).inputs
-    else:
-        images = data.example.inputs  # one batch of what its loader yields
+    images = _samples(data, CALIBRATION)
     preprocess = preprocess_of(student)
     return wrap(
         instantiate(cfg.compress)(bare(student), images if preprocess is None else preprocess(images)), preprocess
     )
 
 
-def build_teacher(cfg: DictConfig, data: ImageData, absent: Callable[[DictConfig, Path], None]) -> nn.Module | None:
+def _samples(data: Any, count: int) -> Any:
+    """The inputs of some training samples as they are; of foreign data those of one batch."""
+    if isinstance(data, ForeignData):
+        return data.example.inputs
+    return data.get_batch("train", aug.order(0, 0, data.train_ids)[:count]).inputs
+
+
+def build_teacher(cfg: DictConfig, data: Any, absent: Callable[[DictConfig, Path], None]) -> nn.Module | None:
     """The teacher of a config with its weights, an `Ensemble` where several are named; None without one.
 
     `absent(cfg, folder)` is called where `teacher.checkpoint` is auto and no run of that recipe is finished in `folder`:

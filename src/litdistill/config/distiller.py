@@ -27,24 +27,6 @@ from litdistill.utils.errors import UserError
 STEPPED = ("OneCycleLR", "CyclicLR")  # schedulers that count steps whatever their options
 
 
-def build_task(node: DictConfig, data: Any) -> Task:
-    """The task of a config. Numbers that it is to have of the data, and that are null, are measured on what is trained on.
-
-    Raises `UserError` for data that say that they are for another task.
-    """
-    wanted = getattr(data, "task", None)
-    name = str(node["_target_"]).rpartition(".")[2].lower()
-    if wanted is not None and name in ("classification", "multilabel", "regression") and name != wanted:
-        raise UserError(f"These data are for task={wanted}, and the config has {name}: set task={wanted}.")
-    facts: dict[str, Any] = {}
-    if "mean" in node and node.mean is None:
-        targets = data.train_targets[data.train_ids].double()
-        targets = targets[:, None] if targets.ndim == 1 else targets
-        facts = {"mean": targets.mean(0).tolist(), "std": targets.std(0).clamp(min=1e-12).tolist()}
-    task: Task = instantiate(node, **facts)
-    return task
-
-
 def build_optimizer(node: DictConfig, lr: float | None) -> OptimizerFactory:
     """Makes the optimizer from parameters, at the learning rate that goes with the run's batch."""
     factory = instantiate(node)

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
@@ -65,9 +66,23 @@ def run_digest(folder: Path, config: bytes | None = None) -> str | None:
         config = (kept / "config.yaml").read_bytes() if config is None else config
     except OSError:
         return None
-    found = noted(kept / "hydra.yaml") or noted(kept / "hydra.before.yaml")
-    overrides = json.dumps(found[1] if found else []).encode()
+    overrides = json.dumps(_overrides(folder) or []).encode()
     return hashlib.sha256(hashlib.sha256(config).digest() + overrides).hexdigest()
+
+
+def _overrides(folder: Path) -> list[str] | None:
+    """What Hydra noted that the run was started with; None for one that another run trained."""
+    found = noted(folder / ".hydra" / "hydra.yaml") or noted(folder / ".hydra" / "hydra.before.yaml")
+    return found[1] if found else None
+
+
+def _started_with(overrides: list[str] | None) -> bool:
+    """Whether it was this process that was started with what a folder says."""
+    if overrides is None:
+        return True
+    return HydraConfig.initialized() and overrides == OmegaConf.to_container(
+        HydraConfig.get().overrides.task, resolve=False
+    )
 
 
 def made_here(folder: Path, config: bytes | None = None) -> bool:
@@ -86,8 +101,10 @@ def remember(folder: Path, cfg: DictConfig) -> None:
         config = (folder / ".hydra" / "config.yaml").read_bytes()
     except OSError:
         return
-    if config.decode(errors="replace") != OmegaConf.to_yaml(cfg) or (digest := run_digest(folder, config)) is None:
+    if config.decode(errors="replace") != OmegaConf.to_yaml(cfg) or not _started_with(_overrides(folder)):
         return
+    digest = run_digest(folder, config)
+    assert digest is not None
     from litdistill.utils.checkpoint import (
         write_text,  # with torch, for which commands do not wait before they know their config
     )
@@ -103,28 +120,33 @@ def remember(folder: Path, cfg: DictConfig) -> None:
 
 
 def replayable(overrides: Sequence[str], folder: str | Path) -> list[str]:
-    """Those of a foreign run's overrides that it goes on with. Raises `UserError` for one that does more than set a key.
+    """Those of a run's overrides that it goes on with. Raises `UserError` for one that does more than set a key.
 
-    Nothing of Hydra's own is replayed, since none of it is needed; where things lie, and what is trusted, is not the run's
-    to say.
+    Of no run is anything of Hydra's own replayed, since none of it is needed. Where things lie, and what is trusted, is not
+    another's run to say; nor does it name files of configs by a path, or call a resolver.
     """
-    kept = []
+    kept, own = [], made_here(Path(folder))
     for text in overrides:
         key, value = _parsed(text, folder)
         parts = re.split(r"[.@/:]", key)
-        if parts[0] in PLACES:
-            continue
         if {"hydra", "defaults", "searchpath"} & set(parts):
             raise refusal(key, value, folder, "No override of Hydra's own is replayed")
-        if "${" in PLAIN.sub("", text):
-            raise refusal(key, value, folder, "An interpolation may name another key, and nothing else")
-        if (package := key.partition("@")[2]) and package.split(".")[0] in PLACES:
-            raise refusal(key, value, folder, "Where things lie, and what is trusted, is not the run's to say")
-        # A key without a dot may choose a file of a folder of configs.
-        if "." not in key.split("@")[0] and any(OUTSIDE.search(v) for v in _texts(value)):
-            raise refusal(key, value, folder, "A file of conf is chosen by its name, by no path")
+        if parts[0] in PLACES and not own:
+            continue
+        if not own:
+            _check_override(text, key, value, folder)
         kept.append(text)
     return kept
+
+
+def _check_override(text: str, key: str, value: Any, folder: str | Path) -> None:
+    if "${" in PLAIN.sub("", text):
+        raise refusal(key, value, folder, "An interpolation may name another key, and nothing else")
+    if (package := key.partition("@")[2]) and package.split(".")[0] in PLACES:
+        raise refusal(key, value, folder, "Where things lie, and what is trusted, is not the run's to say")
+    # A key without a dot may choose a file of a folder of configs.
+    if "." not in key.split("@")[0] and any(OUTSIDE.search(v) for v in _texts(value)):
+        raise refusal(key, value, folder, "A file of conf is chosen by its name, by no path")
 
 
 def _parsed(text: str, folder: str | Path) -> tuple[str, Any]:

@@ -26,7 +26,7 @@ NETWORK_META_KEYS = (
 
 # What of a config decides the weights that a run ends with: the key of a teacher that is found again.
 RECIPE = (
-    *("data", "student", "compress", "teacher", "method", "optimizer", "scheduler", "schedule", "ema", "seed"),
+    *("data", "student", "compress", "teacher", "task", "method", "optimizer", "scheduler", "schedule", "ema", "seed"),
     "trainer",
 )
 NO_RECIPE = {  # ... but for where things are and how fast they go
@@ -52,7 +52,7 @@ def teacher_config(cfg: DictConfig) -> DictConfig:
     teacher = cfg.copy()
     with open_dict(teacher):
         teacher.student = {k: v for k, v in cfg.teacher.items() if k not in NETWORK_META_KEYS}
-        teacher.student |= {"checkpoint": None, "preprocess": cfg.teacher.get("preprocess")}
+        teacher.student.checkpoint, teacher.student.preprocess = None, cfg.teacher.get("preprocess")
         teacher.compress = teacher.technique = None
         _drop_callbacks(teacher)
         if cfg.teacher.get("generations", 1) > 1:  # a teacher that was taught by its like
@@ -60,7 +60,7 @@ def teacher_config(cfg: DictConfig) -> DictConfig:
             teacher.teacher.recipe = {**recipe, "seed": recipe.get("seed", cfg.seed) + 1}  # with other first weights
         else:
             teacher.teacher = None
-            teacher.method = {"_target_": "litdistill.methods.supervised.Supervised"}
+            teacher.method = {"_target_": "litdistill.methods.Supervised"}
         teacher.schedule, teacher.ema, teacher.resume = {}, None, None
         for key in ("optimizer", "scheduler"):
             # The options of one class mean nothing to another: a recipe that has one with its options has all of it.
@@ -132,7 +132,14 @@ def recipe(cfg: DictConfig) -> dict[str, Any]:
         kept["callbacks"] = {k: v for k, v in found.items() if k not in OWN_CALLBACKS}
     if (scale := cfg.get("scale")) and scale.reference_batch is not None:
         kept["scale"] = OmegaConf.to_container(scale)
-    return kept
+    return short_names(kept)
+
+
+def short_names(node: Any) -> Any:
+    """Plain values in which each `_target_` is its last name: where a class lies decides no weight."""
+    if isinstance(node, dict):
+        return {k: v.rpartition(".")[2] if k == "_target_" else short_names(v) for k, v in node.items()}
+    return [short_names(v) for v in node] if isinstance(node, list) else node
 
 
 def teacher_folder(cfg: DictConfig) -> Path:

@@ -32,6 +32,7 @@ from litdistill.utils.errors import UserError
 
 PLAIN = re.compile(r"\$\{\.*\w+(\.\w+|\[\d+\])*\}")  # an interpolation of another key
 OUTSIDE = re.compile(r"^[/~\\]|(^|[/\\])\.\.([/\\]|$)|::|:/|\$")  # a text that may be a path to elsewhere
+PATH = re.compile(r"[/\\$]|\.\.")
 # Whose functions run anything for whoever names them.
 NEVER = sys.stdlib_module_names | {
     *("builtins", "litdistill", "torch", "torchvision", "torchaudio", "torchmetrics", "timm", "lightning", "hydra"),
@@ -153,6 +154,8 @@ def check_trusted(cfg: DictConfig, folder: str | Path, trust: Any = ()) -> None:
     ):  # as conf/train.yaml has it
         raise refusal("folder", place, folder, "It is a path")
     for key, value in _leaves(raw):
+        if not isinstance(value, (str, int, float, type(None), dict, list)):  # YAML makes paths and bytes too
+            raise refusal(key, value, folder, "A value is a number or a text")
         if isinstance(value, str) and "${" in PLAIN.sub("", value):
             raise refusal(key, value, folder, "An interpolation may name another key, and nothing else")
         if key.rpartition(".")[2] == "_target_" and (not isinstance(value, str) or "$" in value):
@@ -224,6 +227,10 @@ def _check_options(key: str, node: dict[str, Any], folder: Path) -> None:
             _check_places(place, name, value, folder)
             if name in NOT_GIVEN and not (value is None or (name == "profiler" and isinstance(value, str))):
                 raise refusal(place, value, folder, "It could load code, or send weights away")
+        elif target.startswith(BUILDERS) and any(isinstance(v, str) and PATH.search(v) for _, v in _leaves(value)):
+            raise refusal(
+                place, value, folder, "A network takes no path, and some texts are part of the name of its folder"
+            )
         if target.startswith(BUILDERS):
             _check_handed_on(place, name, value, inspect.signature(locate(target)).parameters, folder)
 

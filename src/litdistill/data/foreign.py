@@ -10,6 +10,7 @@ from lightning import LightningDataModule
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
+from litdistill.data.protocol import split_ids
 from litdistill.types import Batch
 from litdistill.utils.errors import UserError
 
@@ -18,15 +19,13 @@ class ForeignData:
     """What a run reads of a data module that knows neither ids nor views.
 
     Args:
-        module: prepared and set up here. What it may say of itself, by attributes: `name`, `class_names`, `num_classes`,
+        module: prepared and set up for a fit. What it may say of itself, by attributes: `name`, `class_names`, `num_classes`,
             `input_shape`, `mean` and `std` (of images on the scale 0 to 1; without them inputs reach networks untouched).
         to_batch: makes a `Batch` of what its loaders yield (`Task.batch`).
     """
 
     def __init__(self, module: LightningDataModule, to_batch: Callable[[Any], Batch]):
         self.module, self.to_batch = module, to_batch
-        module.prepare_data()
-        module.setup("fit")
         self.example = to_batch(first_batch(module.train_dataloader()))
         self.name: str = getattr(module, "name", None) or type(module).__name__
         self.mean, self.std = getattr(module, "mean", None), getattr(module, "std", None)
@@ -72,6 +71,11 @@ class ForeignData:
         if loader is None or isinstance(loader, (list, dict)):
             raise UserError(f"{type(self.module).__name__}.{split}_dataloader() should give one loader.")
         return loader
+
+
+def sample_count(data: Any, split: str) -> int | None:
+    """Samples of "train", "val" or "test"; None where nobody can say."""
+    return data.count(split) if isinstance(data, ForeignData) else len(split_ids(data, split))
 
 
 def first_batch(loader: Any) -> Any:

@@ -7,12 +7,13 @@ that has all of these. Any other trains with a live teacher.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from litdistill.types import Batch
+from litdistill.data.loading import IndexLoader, Rows
+from litdistill.types import Batch, Group
 
 
 @runtime_checkable
@@ -56,9 +57,26 @@ class IndexedData(Protocol):
         """The samples of these ids (N,) on the device of `ids`, in these views (N,) or as they are."""
         ...
 
+    def train_loader(self, rank: int = 0, world_size: int = 1, group: int = 0, log_every: int = 0) -> IndexLoader:
+        """The training loader of one process, in groups of minibatches where `group` is above 0."""
+        ...
+
+    def eval_loader(self, split: str, rank: int = 0, world_size: int = 1) -> IndexLoader:
+        """The loader of one process over "val" or "test", in order."""
+        ...
+
+    def make_batch(self, rows: Rows) -> Batch | Group:
+        """What its loaders' rows stand for, on their device."""
+        ...
+
     def batches(self, split: str, device: torch.device | str = "cpu") -> Iterator[Batch]:
         """All of a split in order, as it is, without a trainer and on this process alone."""
         ...
+
+
+def as_indexed(module: Any) -> IndexedData | None:
+    """A data module that has all of these, after its setup; None for any other object."""
+    return module if isinstance(module, IndexedData) else None
 
 
 def split_ids(data: IndexedData, split: str) -> Tensor:

@@ -15,15 +15,15 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 from yaml import YAMLError
 
-from litdistill.config.build import build_student, build_teacher
-from litdistill.config.distiller import build_distiller, build_task, example_batch
+from litdistill.config.build import build_data, build_student, build_teacher
+from litdistill.config.distiller import build_distiller, example_batch
 from litdistill.config.instantiate import instantiate
 from litdistill.config.origin import made_here
 from litdistill.config.trust import check_trusted, packages
-from litdistill.data.datamodule import ImageData
 from litdistill.data.foreign import ForeignData
 from litdistill.distillation.distiller import Distiller
 from litdistill.evaluation.predictions import measure, quality
+from litdistill.tasks.base import Task
 from litdistill.utils.checkpoint import STUDENT, load_checkpoint, load_state_dict_checked, load_weights, read_metadata
 from litdistill.utils.errors import UserError
 from litdistill.utils.hashing import weights_sha256
@@ -84,16 +84,13 @@ def _read_summary(path: Path) -> dict[str, Any]:
     return summary
 
 
-def run_data(cfg: DictConfig, folder: Path) -> ImageData:
-    """The data of a finished run, normalised as in its training, whatever else its place holds by now.
+def run_data(cfg: DictConfig, folder: Path) -> tuple[Any, Task]:
+    """The data of a finished run and its task, with the mean and deviation that it was trained with, whatever its place holds.
 
-    Raises `UserError` where its classes or the shape of its images are others than the student was trained for.
+    Raises `UserError` where its classes or the shape of its inputs are others than the student was trained for.
     """
-    data: ImageData = instantiate(cfg.data)
-    mean, std = read_metadata(folder, "data_mean"), read_metadata(folder, "data_std")
-    if mean is not None and std is not None:
-        data.mean, data.std = mean, std  # before they would be measured
-    data.setup()
+    known = {key: read_metadata(folder, f"data_{key}") for key in ("mean", "std")}
+    data, task = build_data(cfg, **({} if None in known.values() else known))
     classes, shape = read_metadata(folder, "classes"), read_metadata(folder, "input_shape")
     back = "Put its data back as they were, or name the place where they are with +data.root=…"
     if classes is not None and classes != list(data.class_names):
@@ -104,9 +101,9 @@ def run_data(cfg: DictConfig, folder: Path) -> ImageData:
             f"{folder} was trained on other classes than its data have now, or in another order: only then {_some(gone)}, "
             f"only now {_some(new)}. {back}"
         )
-    if shape is not None and shape != list(data.input_shape):
-        raise UserError(f"{folder} was trained on images of {shape}, and its data are {list(data.input_shape)}. {back}")
-    return data
+    if shape is not None and shape != list(data.input_shape or ()):
+        raise UserError(f"{folder} was trained on inputs of {shape}, and its data are {list(data.input_shape)}. {back}")
+    return data, task
 
 
 def _some(names: list[str]) -> str:
@@ -122,7 +119,7 @@ def rebuild(folder: Path, overrides: DictConfig | None = None, trust: Sequence[s
     cfg, summary = load_run(folder, trust)
     if overrides is not None:
         cfg = OmegaConf.merge(cfg, overrides)  # type: ignore[assignment]
-    data = run_data(cfg, folder)
+    data, task = run_data(cfg, folder)
     teacher = build_teacher(cfg, data, _gone)
     if teacher is not None:
         found, then = weights_sha256(teacher.state_dict()), summary["teacher"]["sha256"]
@@ -134,7 +131,7 @@ def rebuild(folder: Path, overrides: DictConfig | None = None, trust: Sequence[s
     student = build_student(cfg, data, teacher, finished=folder)
     foreign = isinstance(data, ForeignData)
     distiller = build_distiller(
-        cfg, student, instantiate(cfg.method), teacher, build_task(cfg.task, data),
+        cfg, student, instantiate(cfg.method), teacher, task,
         data.example if foreign else example_batch(data), None if foreign else data,
     )  # fmt: skip
     load_state_dict_checked(distiller.deployed_student, load_weights(folder), folder, "student")

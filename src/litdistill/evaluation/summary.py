@@ -16,6 +16,7 @@ from torch import nn
 
 from litdistill.config.lr_scaling import read_scale
 from litdistill.config.recipes import net_name, recipe, student_folder, teacher_folder
+from litdistill.data.foreign import sample_count
 from litdistill.methods import NAMES
 from litdistill.models.profile import count_macs, count_parameters, weight_bytes
 from litdistill.tasks.base import Task
@@ -54,7 +55,7 @@ def summarize(
             "name": data.name,
             "classes": data.num_classes,
             "input_shape": None if shape is None else list(shape),
-            **{split: data.count(split) for split in ("train", "val", "test")},
+            **{split: sample_count(data, split) for split in ("train", "val", "test")},
         },
         "teacher": None
         if teacher is None

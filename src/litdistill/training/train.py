@@ -21,14 +21,13 @@ from litdistill.config.distiller import (
     build_distiller,
     build_optimizer,
     build_scheduler,
-    build_task,
     example_batch,
 )
 from litdistill.config.instantiate import instantiate
 from litdistill.config.lr_scaling import Scale, read_scale
 from litdistill.config.origin import check_foreign, remember
 from litdistill.config.recipes import is_complete
-from litdistill.data.foreign import ForeignData
+from litdistill.data.foreign import ForeignData, sample_count
 from litdistill.distillation.distiller import Distiller
 from litdistill.distillation.sharding import ShardedTeacher
 from litdistill.evaluation.predictions import evaluations_folder, teacher_outputs
@@ -63,8 +62,7 @@ def train(cfg: DictConfig, callbacks: Sequence[Callback] = ()) -> float:
             remember(folder, cfg)
         prepare_process(cfg)
         method = instantiate(cfg.method)  # first, so that a wrong option is known before a teacher is trained
-        data = build_data(cfg)
-        task = build_task(cfg.task, data)
+        data, task = build_data(cfg)
         last, kept = last_state(folder / "checkpoints", cfg.trainer.max_epochs)
         built = build_trainer(cfg, folder, method, task, data, callbacks, kept)
         trainer = built.trainer
@@ -193,7 +191,7 @@ def introduce(cfg: DictConfig, data: Any, distiller: Distiller, scale: Scale) ->
     if distiller.teacher is not None:
         size = sum(p.numel() for p in distiller.teacher.net.parameters())
         taught = f", teacher {size:,} parameters ({size / count:.1f}x)"
-    sizes = ", ".join(f"{data.count(split) or 'unknown'} to {verb}" for split, verb in VERBS.items())
+    sizes = ", ".join(f"{sample_count(data, split) or 'unknown'} to {verb}" for split, verb in VERBS.items())
     shape = "x".join(map(str, data.input_shape or ()))
     log.info("%s: %s; %s outputs of %s.", data.name, sizes, data.num_classes, shape)
     log.info("Student %s parameters%s. %s", f"{count:,}", taught, scale)
