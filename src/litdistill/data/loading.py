@@ -64,6 +64,8 @@ class IndexLoader:
         self.epoch = self.done = 0  # minibatches of the epoch that were yielded
         self.restored: dict[str, int] | None = None
 
+    batch_sampler = None  # which Lightning looks for where there is a sampler
+
     @property
     def sampler(self) -> IndexLoader:
         """Itself, as Lightning calls `set_epoch` of a loader's sampler."""
