@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torchvision.models import get_model, get_model_weights
 
-from litdistill.models.resnet import resnet_cifar
 from litdistill.models.preprocess import bare, preprocess_of
+from litdistill.models.resnet import resnet_cifar
 from litdistill.models.timm import timm_classifier
 from litdistill.models.torchvision import torchvision_classifier
 from litdistill.utils.errors import UserError

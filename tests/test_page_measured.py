@@ -12,9 +12,9 @@ from litdistill.evaluation import robustness
 from litdistill.evaluation.calibration import fit_temperature
 from litdistill.evaluation.evaluate import collect, rebuild
 from litdistill.export.predict import load
+from litdistill.report import collect as page
 from litdistill.report.collect import Seed, Settings, groups, spread_out
 from litdistill.report.sections import starts_from
-from litdistill.report.tables import collect as page
 from litdistill.training.train import train
 from litdistill.utils.checkpoint import write_text
 from tests.conftest import SMALL, compose_config

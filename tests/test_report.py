@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from litdistill.evaluation.summary import settings
-from litdistill.report.tables import tables as report
+from litdistill.report import tables as report
 from litdistill.utils.checkpoint import write_text
 
 # -- kinds -------------------------------------------------------------------------------------------------------------

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+from litdistill.report import history, plots, sections
 from litdistill.report.blocks import Section, Table, Text
 from litdistill.report.build import build
 from litdistill.report.collect import Row, Settings, _cached, _tell_apart
 from litdistill.report.robust import robust
-from litdistill.report.tables import history, plots, sections
 from litdistill.training.train import train
 from litdistill.utils.checkpoint import write_text
 from litdistill.utils.errors import UserError

@@ -7,8 +7,8 @@ import xml.etree.ElementTree as ET
 
 import torch
 
+from litdistill.report import plots
 from litdistill.report.blocks import Code, Section, Table, Text, html_page, markdown_page, plain
-from litdistill.report.tables import plots
 from litdistill.tasks import metrics
 from tests.pages import HOSTILE, write_page
 

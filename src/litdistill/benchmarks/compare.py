@@ -21,10 +21,10 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
 from litdistill.config.recipes import recipe_hash, starting_point_dir
+from litdistill.report import plots
 from litdistill.report.build import build
 from litdistill.report.collect import Group, Settings
 from litdistill.report.sections import accuracy, each, looks
-from litdistill.report.tables import plots
 from litdistill.training.train import train
 from litdistill.utils.checkpoint import write_text
 from litdistill.utils.errors import UserError

@@ -18,8 +18,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 from litdistill.benchmarks.published_tables import TABLES, Published, Table, cells, published
-from litdistill.evaluation.evaluate import collect as logits_of
 from litdistill.evaluation.evaluate import differences, evaluate, load_run, rebuild
+from litdistill.evaluation.predictions import collect as logits_of
 from litdistill.report.tables import spread
 from litdistill.utils.checkpoint import write_text
 from litdistill.utils.errors import UserError

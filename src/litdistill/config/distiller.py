@@ -58,7 +58,9 @@ def build_scheduler(
             f"OneCycleLR is made for {typed} steps and will be stepped {horizon} times: leave scheduler.total_steps at null, "
             f"which counts them, or set it to {horizon}."
         )
-    facts = {key: horizon for key in ("total_steps", "T_max", "total") if key in options and options[key] is None}
+    facts: dict[str, Any] = {
+        key: horizon for key in ("total_steps", "T_max", "total") if key in options and options[key] is None
+    }
     if name == "OneCycleLR" and not typed:
         facts["total_steps"] = horizon
     if name == "ReduceLROnPlateau":

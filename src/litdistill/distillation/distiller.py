@@ -111,7 +111,7 @@ class Distiller(LightningModule):
         self.student = method.prepare(student, network, None if batch is None else batch.inputs)
         student_taps, teacher_taps = self._resolve(network, batch)
         self.extractor = FeatureExtractor(self.student, student_taps)
-        how = {"compile": frozen.mode, "faster": frozen.faster} if frozen is not None else {}
+        how: dict[str, Any] = {"compile": frozen.mode, "faster": frozen.faster} if frozen is not None else {}
         found = None if network is None else FrozenTeacher(network, self.task, teacher_taps, batch, **how)
         self.__dict__["teacher"] = found  # past nn.Module's registration: see the class's docstring
         if batch is not None:
@@ -137,8 +137,7 @@ class Distiller(LightningModule):
     def _example(self, example: Any) -> Batch:
         if isinstance(example, str):  # from a checkpoint, which knows types and shapes
             return Batch(inputs_like(example), None)
-        batch = self.task.batch(example)
-        return batch
+        return self.task.batch(example)
 
     def _resolve(self, teacher: nn.Module | None, batch: Batch | None) -> tuple[list[str], list[str]]:
         asked = self.method.taps()

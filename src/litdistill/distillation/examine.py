@@ -40,7 +40,8 @@ class TeacherOnValidation:
         trainer, task = distiller.trainer, distiller.task
         metrics, targets, outputs = task.metrics().to(distiller.device), [], []
         self.batches = []
-        for i, raw in enumerate(trainer.val_dataloaders):
+        loader: Any = trainer.val_dataloaders
+        for i, raw in enumerate(loader):
             if i >= trainer.num_val_batches[0]:  # limit_val_batches, which the student's evaluation obeys too
                 break
             batch = task.batch(trainer.strategy.batch_to_device(raw))

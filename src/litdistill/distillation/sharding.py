@@ -14,7 +14,6 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from litdistill.distillation.distiller import Distiller
-from litdistill.features.feature_extractor import FeatureExtractor
 from litdistill.utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -47,8 +46,8 @@ class ShardedTeacher(DDPStrategy):
                 "trainer=fsdp spreads the teacher over several devices, and there is one: choose trainer=auto."
             )
         teacher = distiller.teacher
-        if teacher.run is not teacher.net:  # a faster form of it, and a second one to hold
-            teacher.run, teacher.tapped = teacher.net, FeatureExtractor(teacher.net, teacher.tapped.names)
+        if teacher.run is not teacher.net:
+            raise UserError("A teacher that is spread over devices is run as it is: FrozenTeacher(net, faster=False).")
         mesh = init_device_mesh(self.root_device.type, (trainer.world_size,))
         blocks = shard(teacher.net, mesh, self.block)
         log.info("The teacher lies on %d devices, in %d block(s).", trainer.world_size, blocks)

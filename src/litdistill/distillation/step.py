@@ -70,7 +70,7 @@ def step_plateau(distiller: Distiller) -> None:
         if config.reduce_on_plateau:
             value = distiller.trainer.callback_metrics.get(config.monitor or "")
             if value is not None:
-                config.scheduler.step(float(value))
+                config.scheduler.step(float(value))  # type: ignore[arg-type]
 
 
 def seed_step(seed: int, epoch: int, index: int, rank: int, device: torch.device) -> None:

@@ -58,7 +58,7 @@ def evaluations_folder(cfg: DictConfig) -> Path | None:
 def measured(task: Task, outputs: Outputs, targets: Tensor) -> dict[str, float]:
     """The task's metrics of outputs for a whole split, by this process alone."""
     metrics = task.metrics()
-    metrics.sync_on_compute = False  # type: ignore[union-attr]
+    metrics.sync_on_compute = False
     metrics.update(outputs, targets)
     return {name: float(value) for name, value in metrics.compute().items()}
 

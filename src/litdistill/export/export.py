@@ -204,7 +204,7 @@ def load_student(
     options = OmegaConf.to_container(cfg.student, resolve=True)
     assert isinstance(options, dict)
     own = {str(k): v for k, v in options.items() if k not in (*NETWORK_META_KEYS, "weights", "pretrained")}
-    data = run_data(cfg, folder)
+    data, _ = run_data(cfg, folder)
     try:
         student = build_net(OmegaConf.create(own), data, "student", folder)
     except UserError:

@@ -112,6 +112,21 @@ def _onnx(content: bytes, facts: ExportMetadata, path: Path) -> Callable[[np.nda
 
 
 def _safetensors(content: bytes, facts: ExportMetadata, path: Path) -> Callable[[np.ndarray], np.ndarray]:
+    return _torch(_network(content, facts, path))
+
+
+def load_network(path: Path) -> nn.Module:
+    """The network of an exported safetensors file, in eval mode, which takes images as uint8 or from 0 to 1.
+
+    Raises `UserError` for any other file, and for one that its manifest does not know.
+    """
+    content, facts = verified(path)
+    if facts.format != "safetensors":
+        raise UserError(f"{path} is no safetensors file: export the run with format=safetensors.")
+    return _network(content, facts, path)
+
+
+def _network(content: bytes, facts: ExportMetadata, path: Path) -> nn.Module:
     import safetensors.torch
 
     from litdistill.models.preprocess import Preprocess, wrap
@@ -123,7 +138,7 @@ def _safetensors(content: bytes, facts: ExportMetadata, path: Path) -> Callable[
         net, {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}, path, "student"
     )
     preprocess = Preprocess(facts.mean, facts.std, facts.size) if facts.mean else None
-    return _torch(wrap(net.eval(), preprocess))
+    return wrap(net.eval(), preprocess)
 
 
 def _pt2(content: bytes, facts: ExportMetadata, path: Path) -> Callable[[np.ndarray], np.ndarray]:

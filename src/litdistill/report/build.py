@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import quote
 
+from litdistill.report import history, sections
 from litdistill.report.blocks import Block, Link, Section, Text, write
 from litdistill.report.collect import Group, Settings, groups
 from litdistill.report.robust import robust
-from litdistill.report.tables import history, sections
 from litdistill.report.timing import machine, time_rows
 from litdistill.utils.errors import UserError
 from litdistill.utils.versions import versions

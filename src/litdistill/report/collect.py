@@ -22,12 +22,13 @@ from torch import Tensor, nn
 from litdistill.data.datamodule import ImageData
 from litdistill.evaluation import robustness
 from litdistill.evaluation.calibration import fit_temperature
-from litdistill.evaluation.evaluate import collect, load_run, pick_device, rebuild
+from litdistill.evaluation.evaluate import load_run, pick_device, rebuild
+from litdistill.evaluation.predictions import collect
 from litdistill.export.predict import runtime
 from litdistill.export.writers import ExportWrapper
 from litdistill.models.preprocess import preprocess_of
+from litdistill.report import tables as report
 from litdistill.report.files import shipped_file, write_teacher
-from litdistill.report.tables import tables as report
 from litdistill.tasks import metrics
 from litdistill.utils.checkpoint import write_text
 from litdistill.utils.errors import UserError

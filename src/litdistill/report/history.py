@@ -9,10 +9,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from litdistill.report import plots
 from litdistill.report.blocks import Block, Code, Grid, Picture, Section, Table, Text
 from litdistill.report.collect import Group, Row, Seed
 from litdistill.report.sections import looks
-from litdistill.report.tables import plots
 
 CURVE = "val/accuracy"
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import statistics
 
 from litdistill.evaluation import robustness
+from litdistill.report import plots
 from litdistill.report.blocks import Block, Grid, Picture, Section, Table, Text
 from litdistill.report.collect import Group, Settings
 from litdistill.report.sections import looks
-from litdistill.report.tables import plots
 
 
 def robust(group: Group, key: str, settings: Settings) -> Section:

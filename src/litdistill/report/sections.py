@@ -12,9 +12,10 @@ from PIL import Image
 from torch import Tensor
 
 from litdistill.evaluation.latency import NOT_REPORTED
+from litdistill.report import plots
 from litdistill.report.blocks import Block, Grid, Picture, Section, Table, Text, Thumb, Thumbs
 from litdistill.report.collect import Group, Row, Seed, Settings
-from litdistill.report.tables import plots, spread
+from litdistill.report.tables import spread
 from litdistill.tasks import metrics
 
 FAILURES = 8  # images a row

@@ -157,7 +157,7 @@ def untrained(built: Built, distiller: Distiller, module: LightningDataModule, c
     (found,) = built.trainer.validate(distiller, datamodule=module, verbose=False)
     for name in ("best.ckpt", "last.ckpt"):
         built.trainer.save_checkpoint(checkpoints / name)
-    return found[built.best.monitor]
+    return found[str(built.best.monitor)]
 
 
 def last_state(checkpoints: Path, max_epochs: int | None = None) -> tuple[Path | None, Layout | None]:
