@@ -10,7 +10,8 @@ from omegaconf import OmegaConf
 
 from litdistill.evaluation import robustness
 from litdistill.evaluation.calibration import fit_temperature
-from litdistill.evaluation.evaluate import collect, rebuild
+from litdistill.evaluation.evaluate import rebuild
+from litdistill.evaluation.predictions import collect
 from litdistill.export.predict import load
 from litdistill.report import collect as page
 from litdistill.report.collect import Seed, Settings, groups, spread_out
@@ -82,7 +83,6 @@ def test_images_are_evenly_spaced_and_none_comes_twice(n, of):
 class Sorted:
     """As much of a data set as is asked for: sorted by class, each image of its class' grey, which the network reads."""
 
-    mean = std = (0.5,)
     eval_batch_size = 16
     class_names = tuple("abcde")
     val_ids = test_ids = torch.arange(100)
@@ -92,22 +92,19 @@ class Sorted:
         images = (40 * self.targets + shift).to(torch.uint8)[:, None, None, None].expand(100, 1, 8, 8).contiguous()
         self.source = type("Source", (), {"test": type("Split", (), {"images": images, "targets": self.targets})})
 
-    def normalize(self, images: torch.Tensor) -> torch.Tensor:
-        return images.float()
-
     def batches(self, split, device):
-        yield page_batch(self.normalize(self.source.test.images), self.targets)
+        yield page_batch(self.source.test.images, self.targets)
 
 
 def page_batch(images, targets):
-    from litdistill.data.datamodule import Batch
+    from litdistill.types import Batch
 
     return Batch(images, targets, torch.arange(len(targets)))
 
 
 class Grey(torch.nn.Module):
     def forward(self, x):
-        return -((x.mean((1, 2, 3))[:, None] - 40 * torch.arange(5)) ** 2) / 100
+        return -((x.float().mean((1, 2, 3))[:, None] - 40 * torch.arange(5)) ** 2) / 100
 
 
 def spoil(monkeypatch, out: Path, data: Sorted) -> tuple[Seed, list[torch.Tensor], list[torch.Tensor]]:

@@ -67,6 +67,9 @@ def teacher_config(cfg: DictConfig) -> DictConfig:
             own, whole = teacher.get(key), recipe.get(key) or {}
             if own is not None and {"_target_"} < whole.keys() and whole["_target_"] != own.get("_target_"):
                 teacher[key] = None
+        if isinstance(recipe.get("data"), dict):  # an option that is left out is none that all data have
+            own = {k: v for k, v in recipe["data"].items() if v is not None or k in cfg.data}
+            recipe = {**recipe, "data": own}
         merged = OmegaConf.merge(teacher, recipe)
         merged.name = "teachers"
     assert isinstance(merged, DictConfig)

@@ -80,6 +80,8 @@ class ArrayData(LightningDataModule):
         seed: of the order.
     """
 
+    name: str
+
     def __init__(
         self,
         name: str,
@@ -174,6 +176,10 @@ class ArrayData(LightningDataModule):
     def views(self) -> int:
         """Each sample as it is."""
         return 1
+
+    def count(self, split: str) -> int:
+        """Samples of "train", "val" or "test"."""
+        return len(split_ids(self, split))
 
     def view_count(self, rounds: int) -> int:
         """See `litdistill.data.protocol.IndexedData`."""

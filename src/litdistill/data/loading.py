@@ -71,6 +71,8 @@ class IndexLoader:
         """Itself, as Lightning calls `set_epoch` of a loader's sampler."""
         return self
 
+    batch_sampler = None  # Lightning reads it beside `sampler`, to see whether an evaluation is shuffled
+
     def set_epoch(self, epoch: int) -> None:
         """Called before an epoch is iterated over."""
         self.epoch = epoch

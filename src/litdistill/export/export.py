@@ -80,9 +80,9 @@ def export(
         raise UserError(f"calibration={calibration} must be a number of images, at least 1.")
     check_limits(limits)
     folder = Path(folder)
-    student, data, net_options = load_student(folder, overrides, trust)
+    student, data, net_options, task = load_student(folder, overrides, trust)
     path, entry = export_student(
-        folder, student, data, format, precision, preprocessing, calibration, limits, net_options
+        folder, student, data, format, precision, preprocessing, calibration, limits, net_options, task
     )
     return path, entry["check"]
 
@@ -180,21 +180,22 @@ def verify(
         raise UserError(f"Nothing was exported from {folder} yet: there is no {manifest}.")
     files = read_manifest(manifest)
     models = {name: load(manifest.parent / Path(name).name, allow_code) for name in files}
-    student, data, _ = load_student(folder, overrides, trust)
+    student, data, _, task = load_student(folder, overrides, trust)
     found = {}
     for name, model in models.items():
         precision = files[name].get("precision")
         if precision not in TOLERANCES:
             raise UserError(f"{manifest} is damaged: {name} has no precision. Export it again.")
-        found[name] = check(model.run, student, data, precision, limits)
+        found[name] = check(model.run, student, data, precision, limits, task)
         _refuse_mismatch(manifest.parent / name, found[name])
     return found
 
 
 def load_student(
     folder: Path, overrides: DictConfig | None, trust: Sequence[str] = ()
-) -> tuple[nn.Module, ImageData, dict[str, Any]]:
-    """The student of a finished run, in eval mode on the CPU, its data, and the options that its network is built with.
+) -> tuple[nn.Module, Any, dict[str, Any], Task]:
+    """The student of a finished run, in eval mode on the CPU, its data, the options that its network is built with, and its
+    task.
 
     The teacher is only asked for where it is part of the student (a method that gives the student another head).
     """
@@ -204,13 +205,13 @@ def load_student(
     options = OmegaConf.to_container(cfg.student, resolve=True)
     assert isinstance(options, dict)
     own = {str(k): v for k, v in options.items() if k not in (*NETWORK_META_KEYS, "weights", "pretrained")}
-    data, _ = run_data(cfg, folder)
+    data, task = run_data(cfg, folder)
     try:
         student = build_net(OmegaConf.create(own), data, "student", folder)
     except UserError:
         data, distiller = rebuild(folder, overrides, trust)
         student = distiller.deployed_student
-    return student.cpu().eval(), data, own
+    return student.cpu().eval(), data, own, task
 
 
 @torch.no_grad()

@@ -166,8 +166,8 @@ def _torch(net: Callable[..., Any]) -> Callable[[np.ndarray], np.ndarray]:
 def build_net(facts: ExportMetadata) -> nn.Module:
     """The network that `facts.net` names, for preprocessed images.
 
-    Only functions of `litdistill.models`, and only their own named options. Nothing is fetched or read on the way: pretrained weights, and whatever else a library's builder would take, are
-    refused, since the name may come from a stranger.
+    Only functions of `litdistill.models`, and only their own named options. Nothing is fetched or read on the way: pretrained
+    weights, and whatever else a library's builder would take, are refused, since the name may come from a stranger.
     """
     options = dict(facts.net)
     target = str(options.pop("_target_", ""))
