@@ -210,12 +210,22 @@ class Distiller(LightningModule):
         if self.scheduler is None:
             return optimizer
         scheduler = self.scheduler(optimizer)
-        interval, monitor = self.scheduling
+        found: dict[str, Any] = {"scheduler": scheduler, "interval": self.scheduling.interval}
         if isinstance(scheduler, ReduceLROnPlateau):
-            monitor = monitor or f"val/{self.task.monitor[0]}"
-            check_plateau(scheduler, interval, monitor, self.task)
-        found = {"scheduler": scheduler, "interval": interval, "monitor": monitor, "strict": False}
+            check_plateau(scheduler, self.scheduling.interval, self.waits_for, self.task)
+            if self.automatic_optimization:
+                found |= {"monitor": self.waits_for, "strict": False}
         return {"optimizer": optimizer, "lr_scheduler": found}
+
+    @property
+    def waits_for(self) -> str:
+        """The metric that a scheduler on a plateau waits for: by default the task's."""
+        return self.scheduling.monitor or f"val/{self.task.monitor[0]}"
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Lightning's hook, which it calls in automatic optimization: any checkpoint has the average of all steps."""
+        super().optimizer_step(*args, **kwargs)
+        self.update_average()
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         """Lightning's hook. One that waits for a metric is stepped before an epoch's checkpoint is written, not after it."""
@@ -295,7 +305,6 @@ class Distiller(LightningModule):
             if batch.logs:
                 log_group(self)
         elif step != self._logged_step:
-            self.update_average()
             every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
             if every and step % every == 0:
                 log_step(self)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from litdistill.utils.errors import UserError
@@ -45,14 +45,14 @@ def step_plateau(distiller: Distiller) -> None:
     if (distiller.current_epoch + 1) % every:
         return
     for config in trainer.lr_scheduler_configs:
-        if not config.reduce_on_plateau:
+        if not isinstance(config.scheduler, ReduceLROnPlateau):
             continue
-        found = trainer.callback_metrics
-        if config.monitor in found:
-            config.scheduler.step(float(found[config.monitor]))  # type: ignore[arg-type]
+        found, monitor = trainer.callback_metrics, distiller.waits_for
+        if monitor in found:
+            config.scheduler.step(float(found[monitor]))
         elif any(name.startswith("val/") for name in found):  # else this run has gone on behind a validation
             names = ", ".join(sorted(name for name in found if name.startswith(("val/", "train/"))))
-            raise UserError(f"The scheduler waits for {config.monitor}, which is not logged: name one of {names}.")
+            raise UserError(f"The scheduler waits for {monitor}, which is not logged: name one of {names}.")
 
 
 def interpolate(points: Sequence[tuple[float, float]], x: float) -> float:

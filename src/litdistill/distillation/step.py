@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from litdistill.types import Batch, Group, Outputs
 
@@ -60,8 +61,8 @@ def teacher_ahead(distiller: Distiller, group: Group) -> Sequence[Outputs] | Non
 def step_schedulers(distiller: Distiller, interval: str) -> None:
     """Steps the schedulers of that interval but for those that wait for a metric (`schedules.step_plateau`)."""
     for config in distiller.trainer.lr_scheduler_configs:
-        if config.interval == interval and not config.reduce_on_plateau:
-            config.scheduler.step()  # type: ignore[call-arg]
+        if config.interval == interval and not isinstance(config.scheduler, ReduceLROnPlateau):
+            config.scheduler.step()
 
 
 def seed_step(seed: int, epoch: int, index: int, rank: int, device: torch.device) -> None:
