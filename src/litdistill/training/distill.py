@@ -22,7 +22,7 @@ from litdistill.methods.supervised import Supervised
 from litdistill.tasks import named_task
 from litdistill.tasks.base import Task
 from litdistill.training.callbacks import EpochLogger
-from litdistill.training.grouping import GROUP, GroupedData, Layout, group_size, reason_for_single
+from litdistill.training.grouping import GROUP, GroupedData, Layout, group_size, reason_for_single, without_rate_monitor
 from litdistill.training.trainer import progress_bar
 from litdistill.utils.checkpoint import AtomicCheckpointIO
 from litdistill.utils.errors import UserError
@@ -71,7 +71,7 @@ def distill(
     arguments = {"accelerator": "auto", "devices": 1, "log_every_n_steps": 50, **(trainer or {})}
     layout = Layout(0, arguments["log_every_n_steps"])
     if data is not None and reason_for_single(arguments, callbacks) is None:
-        layout = layout._replace(group=GROUP)
+        layout, callbacks = layout._replace(group=GROUP), without_rate_monitor(callbacks)
         options.setdefault("clip", Clip(arguments.pop("gradient_clip_val", None)))
         arguments["log_every_n_steps"] = 1
     chosen = method or (KD() if teacher is not None else Supervised())
