@@ -73,7 +73,7 @@ def main() -> None:
     elif name in VERBS:
         run(name, named=True)
     else:
-        near = difflib.get_close_matches(name, VERBS, n=1, cutoff=0.4)
+        near = difflib.get_close_matches(name, VERBS, n=1, cutoff=0.5)
         forgotten = "=" in name or name.startswith("-")
         hint = f"Did you mean litdistill {near[0]}?" if near else f"The verbs are {', '.join(VERBS)}."
         if forgotten:

@@ -77,6 +77,8 @@ def run_task(task: Callable[[DictConfig], Any], config_name: str, verb: str | No
     `verb`: what stands before the overrides there; None: nothing, as the file that was started says it. Ends the process
     with status 2 and a message alone where the user's input is wrong, and with 128 + its number where a signal stopped it.
     """
+    if (here := os.getcwd()) not in sys.path:
+        sys.path.append(here)  # last: one's own modules are found, and shadow nothing
     quieten()
     logging.raiseExceptions = False  # on a full disk what the run itself cannot write says so, in a line
     typed = sys.argv[1 if verb is None else 2 :]

@@ -109,8 +109,9 @@ def _leave_process_group(started_as_rank: bool) -> None:
 
 
 def command_text(argv: Sequence[str]) -> str:
-    """The command as a user types it in the project's folder, whatever the paths of the machine."""
-    script, rest = Path(argv[0]).resolve(), [a for a in argv[1:] if a != "hydra.mode=RUN"]
+    """The command by which a user makes such a run anew, typed in the project's folder whatever the paths of the machine."""
+    script = Path(argv[0]).resolve()
+    rest = [a for a in argv[1:] if a != "hydra.mode=RUN" and not a.startswith("folder=")]  # of a job among others
     if script == PACKAGE / "__main__.py":
         return shlex.join(["python", "-m", "litdistill", *rest])
     if script.stem == "litdistill":
