@@ -57,7 +57,7 @@ def build_trainer(
     """
     refuse(cfg, method, isinstance(data, ForeignData))
     best, named = named_callbacks(cfg, task)
-    loggers: list[Logger] = [instantiate(c) for c in (cfg.logger or {}).values()]
+    loggers: list[Logger] = [instantiate(node, f"logger.{name}") for name, node in (cfg.logger or {}).items()]
     # The monitor of the rate refuses to have no logger.
     named = [c for c in named if loggers or not isinstance(c, LearningRateMonitor)]
     watch = TestAccuracyMonitor(data) if cfg.watch_test else None
@@ -76,6 +76,7 @@ def build_trainer(
         plugins.append(SLURMEnvironment(auto_requeue=False))  # `GracefulStop` has that signal
     trainer = instantiate(
         options,
+        "trainer",
         strategy=_strategy(options, method),
         default_root_dir=str(folder),
         callbacks=everything,
@@ -134,10 +135,10 @@ def named_callbacks(cfg: DictConfig, task: Task) -> tuple[ModelCheckpoint, list[
         if name not in nodes:
             raise UserError(f"callbacks.{name} is missing: a run ends with the weights that it keeps. Leave it in.")
     monitor, mode = monitored(nodes["best"], task)
-    best = instantiate(nodes.pop("best"), monitor=monitor, mode=mode)
+    best = instantiate(nodes.pop("best"), "callbacks.best", monitor=monitor, mode=mode)
     if not isinstance(best, ModelCheckpoint):
         raise UserError("callbacks.best must be a ModelCheckpoint: the others are told of the best epoch by it.")
-    return best, [best, *(instantiate(node) for node in nodes.values())]
+    return best, [best, *(instantiate(node, f"callbacks.{name}") for name, node in nodes.items())]
 
 
 def monitored(node: DictConfig, task: Task) -> tuple[str, str]:
@@ -189,7 +190,7 @@ def _strategy(options: DictConfig, method: Method) -> Any:
         return DDPStrategy(find_unused_parameters=unused or strategy != "ddp", broadcast_buffers=False)
     if OmegaConf.is_dict(strategy):
         facts = {"find_unused_parameters": True} if unused else {}
-        return instantiate(strategy, **facts)
+        return instantiate(strategy, "trainer.strategy", **facts)
     return strategy
 
 
