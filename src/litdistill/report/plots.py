@@ -137,7 +137,8 @@ def _draw_over_cost(
     far = [i for i, mean in enumerate(means) if (mean > 2 * best if less_is_better else mean < best / 2)]
     if far:
         low, high = min(min(v) for i, v in enumerate(values) if i not in far), max(map(max, values))
-        axes.set_ylim(low - 0.12 * (high - low), high + 0.08 * (high - low))
+        if high > low:
+            axes.set_ylim(low - 0.12 * (high - low), high + 0.08 * (high - low))
         words = ", ".join(f"{looks[i].number} at {means[i]:.4g}" for i in far)
         where, place = ("above", (0.02, 0.95)) if less_is_better else ("below", (0.02, 0.02))
         axes.annotate(f"{where}: {words}", place, xycoords="axes fraction", fontsize=9, color=INK)
