@@ -1,9 +1,7 @@
 """What comes with weights runs no code of its own; what this user made, and whom they trust, may."""
 
-import json
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -378,85 +376,6 @@ def test_a_typed_class_that_cannot_be_imported_is_named_with_what_helps():
     with pytest.raises(UserError, match="blocklisted"):
         instantiate({"_target_": "os.remove", "path": "x"})
     assert instantiate({"_target_": "collections.OrderedDict"}) == {}
-
-
-# -- a class of one's own ------------------------------------------------------------------------------------------------
-
-OWN = """
-from torch import nn
-
-def tiny(num_classes, input_shape, width=8):
-    c, h, w = input_shape
-    return nn.Sequential(nn.Flatten(), nn.Linear(c * h * w, width), nn.ReLU(), nn.Linear(width, num_classes))
-
-class Nets:
-    @staticmethod
-    def tiny(num_classes, input_shape):
-        return tiny(num_classes, input_shape)
-"""
-
-
-@pytest.fixture
-def package(tmp_path, monkeypatch):
-    """The name of a package that lies in a folder of the user's own."""
-    write_text(tmp_path / "lib" / "own_pkg" / "__init__.py", "import subprocess\nfrom torch import load\n")
-    write_text(tmp_path / "lib" / "own_pkg" / "nets.py", OWN)
-    monkeypatch.syspath_prepend(str(tmp_path / "lib"))
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "lib"))
-    yield "own_pkg"
-    for name in [name for name in sys.modules if name.split(".")[0] == "own_pkg"]:
-        del sys.modules[name]
-
-
-def test_a_network_of_ones_own_goes_all_the_way_and_a_copy_of_it_by_leave_alone(package, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    small = [o for o in SMALL if "widths" not in o]
-    tiny = [*small, "teacher=null", "method=supervised", "data.per_class=20", "logger=none", "threads=1"]
-    own = [f"student._target_={package}.nets.tiny", "~student.widths", "~student.global_pool"]
-    status, printed = call("train", [*tiny, *own, "trainer.max_epochs=1"], tmp_path)
-    assert status == 0, printed
-    (folder,) = (tmp_path / "runs" / "train").iterdir()
-    assert origin.made_here(folder)
-    (folder / "summary.json").unlink()
-    status, printed = call("train", [f"resume={folder}", "trainer.max_epochs=2"], tmp_path)
-    assert status == 0, printed
-    assert json.loads((folder / "summary.json").read_text())["epochs"] == 2
-
-    moved = folder.rename(tmp_path / "moved")
-    assert differences(evaluate(moved), load_run(moved)[1]) == []
-    assert export(moved, "torchscript")[0].is_file()
-    distilled = compose_config(tmp_path / "kd", *small, "student.widths=[8]", "trainer.max_epochs=1", "logger=none")
-    distilled.teacher = {"_target_": f"{package}.nets.tiny", "checkpoint": str(moved), "allow_chance": True}
-    train(distilled)
-
-    copy = Path(shutil.copytree(moved, tmp_path / "copy"))
-    config = copy / ".hydra" / "config.yaml"
-    assert differences(evaluate(copy), load_run(copy)[1]) == []  # which is still what was made here
-    config.write_text(config.read_text().replace("technique: null", "technique: edited"))
-    with pytest.raises(
-        UserError, match=rf"^student\._target_: {package}\.nets\.tiny is refused.*add trust=\[{package}\]"
-    ):
-        evaluate(copy)
-    assert differences(evaluate(copy, trust=[package]), load_run(copy, [package])[1]) == []
-    assert export(copy, "torchscript", trust=[package])[0].is_file()
-    for path in ("load", "subprocess.run", "nets.Nets.tiny", "nets.nn.Linear", "__loader__.load_module"):
-        check = OmegaConf.create({"student": {"_target_": f"{package}.{path}"}})
-        with pytest.raises(UserError, match="is refused"):
-            check_trusted(check, copy, [package])
-
-
-def test_a_foreign_run_of_ones_own_class_goes_on_by_leave_alone(package, made, tmp_path, monkeypatch):
-    copy = Path(shutil.copytree(made, tmp_path / "copy"))
-    (copy / "summary.json").unlink()
-    own = [f"student._target_={package}.nets.tiny", "~student.widths", "~student.global_pool"]
-    small = [o for o in SMALL if "widths" not in o]
-    note(copy, *small, "teacher=null", "method=supervised", *own, "logger=none", "threads=1")
-    shutil.rmtree(copy / "checkpoints")
-    status, printed = call("train", [f"resume={copy}"], tmp_path)
-    assert status == 2
-    assert f"student._target_: {package}.nets.tiny is refused" in printed
-    status, printed = call("train", [f"resume={copy}", f"trust=[{package}]"], tmp_path)
-    assert status == 0, printed
 
 
 def test_the_student_of_a_run_is_read_without_its_config(made, tmp_path):
