@@ -49,7 +49,9 @@ def test_an_int8_row_is_measured_with_its_file(measured):
     chunks = images.split(data.eval_batch_size)
     expected = np.concatenate([file(chunk.numpy()) for chunk in chunks])
     assert np.array_equal(seed.test.logits.numpy(), expected)
-    assert not torch.equal(seed.test.logits, collect(distiller.deployed_student, data, "test")[0])  # which rounds elsewhere
+    assert not torch.equal(
+        seed.test.logits, collect(distiller.deployed_student, data, "test")[0]
+    )  # which rounds elsewhere
     assert np.array_equal(seed.val.logits.numpy(), file(data.source.train.images[data.val_ids].numpy()))
     assert torch.equal(seed.test_targets, data.source.test.targets[data.test_ids])
     assert torch.equal(seed.val_targets, data.source.train.targets[data.val_ids])
