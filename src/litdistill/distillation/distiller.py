@@ -28,6 +28,7 @@ from litdistill.features.feature_extractor import FeatureExtractor, resolve_taps
 from litdistill.features.outputs import describe_inputs, inputs_like
 from litdistill.methods.base import Method
 from litdistill.methods.supervised import Supervised
+from litdistill.models.preprocess import check_scale
 from litdistill.tasks import named_task
 from litdistill.tasks.base import Task
 from litdistill.types import Batch, Group, Outputs
@@ -108,6 +109,9 @@ class Distiller(LightningModule):
         batch = None if example is None else self._example(example)
         frozen = teacher if isinstance(teacher, FrozenTeacher) else None
         network = frozen.net if frozen is not None else teacher
+        for net in (student, network) if batch is not None else ():
+            if net is not None:
+                check_scale(net, batch.inputs)
         self.student = method.prepare(student, network, None if batch is None else batch.inputs)
         student_taps, teacher_taps = self._resolve(network, batch)
         self.extractor = FeatureExtractor(self.student, student_taps)

@@ -62,7 +62,7 @@ def finish(run: Run, times: dict[str, float]) -> None:
         summary["student"]["test"][task.monitor[0]]["best_on_test"] = run.built.watch_test.best
     if not trainer.is_global_zero:
         return
-    metadata = student_metadata(student, run.data, structure_of(student))
+    metadata = student_metadata(student, run.data, structure_of(student), task.units())
     save_student(student, run.folder / STUDENT, metadata)
     if isinstance(bare(student), Int8):
         summary["student"] |= {"precision": "int8", "bytes": _write_int8(run.folder, student, run.data, task)}
