@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning import LightningDataModule
 from omegaconf import OmegaConf
+from torch import nn
+from torch.utils.data import DataLoader
 
 from litdistill.report import plots, sections
 from litdistill.report import tables as report
@@ -25,6 +28,35 @@ SMALL = (
     *("net@student=mlp", "net@teacher=mlp", "student.widths=[8]", "teacher.widths=[32]", "trainer=cpu"),
     *("trainer.max_epochs=3", "++teacher.recipe.trainer.max_epochs=30", "optimizer.lr=0.01"),
 )
+
+
+class Pairs(LightningDataModule):
+    """Two numbers a sample in a dict, labelled by which is larger; nothing else is known of it."""
+
+    def __init__(self):
+        super().__init__()
+        drawn = torch.rand(120, 2, generator=torch.Generator().manual_seed(0))
+        self.samples = [{"a": x[0:1], "b": x[1:2], "labels": (x[0] > x[1]).long()} for x in drawn]
+
+    def train_dataloader(self):
+        return DataLoader(self.samples[:80], batch_size=16)
+
+    def val_dataloader(self):
+        return DataLoader(self.samples[80:100], batch_size=16)
+
+    def test_dataloader(self):
+        return DataLoader(self.samples[100:], batch_size=16)
+
+
+class Compared(nn.Module):
+    """A network of two arguments."""
+
+    def __init__(self, width: int = 4):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(2, width), nn.ReLU(), nn.Linear(width, 2))
+
+    def forward(self, a, b):
+        return self.layers(torch.cat([a, b], 1))
 
 
 def leave_run(folder: Path, runs: Path, *overrides: str) -> dict:
@@ -87,6 +119,24 @@ def test_a_page_holds_what_its_data_have(made, tmp_path):
             assert f" {shown_here} |" in text
     assert "Of RMSE less is better." in text
     assert "validation RMSE" in (tmp_path / "index.html").read_text()
+
+
+def test_a_page_of_data_that_say_nothing_of_themselves_has_no_times(teachers, tmp_path):
+    cfg = compose_config(tmp_path / "run", "trainer=cpu", "trainer.max_epochs=2", "method=supervised")
+    cfg.data = OmegaConf.create({"_target_": f"{__name__}.Pairs"})
+    cfg.student = OmegaConf.create({"_target_": f"{__name__}.Compared", "checkpoint": None})
+    cfg.teacher, cfg.runs = None, str(teachers)
+    write_text(tmp_path / "run" / ".hydra" / "config.yaml", OmegaConf.to_yaml(cfg))
+    train(cfg)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    (row,) = report.rows([summary])
+    assert row["trained on"] == "80"
+    (made,) = build([tmp_path / "run"], tmp_path / "page", "Pairs", Settings(device="cpu", trust=("tests",)))
+    assert made.rows[0].seeds[0].quality["accuracy"] == summary["student"]["test"]["accuracy"]["best"]
+    text = (tmp_path / "page" / "report.md").read_text()
+    assert "unknown classes, 20 test samples" in text
+    assert "Not timed" in text
+    assert "Accuracy of each class" in text
 
 
 def test_where_less_is_better_the_front_holds_the_least():

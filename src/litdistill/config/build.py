@@ -107,7 +107,7 @@ def build_net(node: DictConfig, data: Any, role: str, source: str | Path | nn.Mo
     preprocess = stated or preprocess_of(net) or _of_data(data)
     net = bare(net)
     if source is not None:
-        net = _with_weights(net, node, data, role, source, torch.zeros(2, *shape))
+        net = _with_weights(net, node, data, role, source, torch.zeros(2, *(shape or ())))
     return wrap(net, preprocess)
 
 
@@ -209,7 +209,7 @@ def _rebuilt_student(node: DictConfig, data: Any, finished: Path) -> nn.Module:
     net = build_net(node, data, "student")
     preprocess = preprocess_of(net)
     shape = preprocess.input_shape(data.input_shape) if preprocess is not None else data.input_shape
-    return wrap(restore(bare(net), load_structure(finished), torch.zeros(2, *shape)), preprocess)
+    return wrap(restore(bare(net), load_structure(finished), torch.zeros(2, *(shape or ()))), preprocess)
 
 
 def _compressed(student: nn.Module, cfg: DictConfig, data: Any) -> nn.Module:

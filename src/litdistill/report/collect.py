@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from litdistill.data.foreign import ForeignData
 from litdistill.evaluation import robustness
 from litdistill.evaluation.calibration import fit_temperature
 from litdistill.evaluation.evaluate import load_run, pick_device, rebuild
@@ -203,7 +202,7 @@ def _measure_run(
     data, distiller = rebuild(folder, trust=settings.trust)
     device, task = pick_device(settings.device), distiller.task
     _adopt(group, data, spoilt, settings)
-    exports = not isinstance(data, ForeignData)
+    exports = group.inputs is not None
     if distiller.teacher is not None and not (teacher := teachers[summary["teacher"]["sha256"]]).seeds:
         sha = summary["teacher"]["sha256"]
         seed = Seed(_own_summary(folder, sha, settings) or {}, folder, task, sha256=sha)

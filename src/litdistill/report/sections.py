@@ -161,8 +161,9 @@ def cost(group: Group, key: str, settings: Settings) -> Section:
         "rounds; below 1 is faster than the teacher). Peak memory: by how much a fresh process grows that has "
         f"onnxruntime loaded, loads the file and runs it on 64 {things}. Energy: of the whole CPU package, whatever else it "
         f"does. Multiply-accumulates are those of one {things[:-1]}. Parameters are those of the network that was "
-        "trained: in int8 its batch normalisation is folded into the convolutions, which leaves fewer. Of networks as small as some here most of "
-        "the latency is what a call of the runtime costs, whatever it computes, and int8 need not be faster there."
+        "trained: in int8 its batch normalization is folded into the convolutions, which leaves fewer. Of networks as small "
+        "as some here most of the latency is what a call of the runtime costs, whatever it computes, and int8 need not be "
+        "faster there."
     )
     if timed:
         about += f" While it timed, this process had {timed[0][1].timing['cpu_share']:.2f} CPUs."
