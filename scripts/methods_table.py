@@ -30,13 +30,13 @@ from litdistill.features.feature_extractor import FeatureExtractor, resolve_taps
 from litdistill.methods import KD, NAMES, Shuffled, Sum
 from litdistill.methods.base import CATEGORICAL, Method
 from litdistill.models.resnet import resnet
-from litdistill.report.tables import spread
 from litdistill.training.train import train
 from litdistill.types import Batch, Outputs, Taps
 from litdistill.utils.checkpoint import write_text
 from litdistill.utils.errors import UserError
 from litdistill.utils.logging import quieten
 from litdistill.utils.paths import CONF
+from litdistill.utils.units import spread
 from litdistill.utils.versions import versions
 
 DEFAULTS = {"out": "docs/methods.md", "seeds": 5, "rounds": 7, "runs": "runs"}

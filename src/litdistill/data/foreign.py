@@ -10,6 +10,7 @@ from lightning import LightningDataModule
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
+from litdistill.data import augment as aug
 from litdistill.data.protocol import split_ids
 from litdistill.types import Batch
 from litdistill.utils.errors import UserError
@@ -76,6 +77,30 @@ class ForeignData:
 def sample_count(data: Any, split: str) -> int | None:
     """Samples of "train", "val" or "test"; None where nobody can say."""
     return data.count(split) if isinstance(data, ForeignData) else len(split_ids(data, split))
+
+
+def output_names(data: Any, count: int) -> tuple[str, ...]:
+    """The names of a network's outputs: of classes, labels or values; their numbers where the data say nothing."""
+    return tuple(data.class_names) or tuple(map(str, range(count)))
+
+
+def training_inputs(data: Any, count: int) -> Any:
+    """The inputs of some training samples as they are, by `Batch.inputs`; of foreign data those of one batch."""
+    if isinstance(data, ForeignData):
+        return data.example.inputs
+    return data.get_batch("train", aug.order(0, 0, data.train_ids)[:count]).inputs
+
+
+def sample(data: Any, split: str, index: int) -> Tensor | None:
+    """The input of the i-th sample of "val" or "test", in order; None where it is no single tensor."""
+    if not isinstance(data, ForeignData):
+        ids = split_ids(data, split)[index : index + 1]
+        return data.get_batch("test" if split == "test" else "train", ids).inputs[0]
+    for batch in data.batches(split):
+        if index < len(batch.targets):
+            return batch.inputs[index] if isinstance(batch.inputs, Tensor) else None
+        index -= len(batch.targets)
+    raise IndexError(index)
 
 
 def first_batch(loader: Any) -> Any:

@@ -119,7 +119,7 @@ def rebuild(folder: Path, overrides: DictConfig | None = None, trust: Sequence[s
     if overrides is not None:
         cfg = OmegaConf.merge(cfg, overrides)  # type: ignore[assignment]
     data, task = run_data(cfg, folder)
-    teacher = build_teacher(cfg, data, _gone)
+    teacher = build_teacher(cfg, data, task, _gone)
     if teacher is not None:
         found, then = weights_sha256(teacher.state_dict()), summary["teacher"]["sha256"]
         if found != then:

@@ -71,7 +71,7 @@ def train(cfg: DictConfig, callbacks: Sequence[Callback] = ()) -> float:
         optimizer = build_optimizer(cfg.optimizer, scale.lr)
         before = Prerequisites(train, lambda: check_student(cfg, data, optimizer))
         sharded = cfg.teacher is not None and isinstance(trainer.strategy, ShardedTeacher)
-        teacher = build_teacher(cfg, data, before.teacher)
+        teacher = build_teacher(cfg, data, task, before.teacher)
         start = before.starting_point(cfg)
         torch.manual_seed(cfg.seed)  # the same first weights whatever came before and whatever the method
         student = build_student(cfg, data, teacher, start)

@@ -31,8 +31,12 @@ class ExportMetadata(NamedTuple):
     mean: list[float]  # of each channel on the scale 0 to 1; empty for a network that takes its inputs as they are
     std: list[float]
     size: list[int] | None  # height and width to which images are resized; None: they are taken as they are
-    input_shape: list[int]  # of the inputs before that: (C, H, W) of images
+    input_shape: list[int]  # of the inputs before that: (C, H, W) of images, (F,) of a table's rows
     net: dict[str, Any]  # safetensors: the function of litdistill.models that builds the network, and its options
+    kind: str = "categorical"  # how outputs are read (`litdistill.tasks.base.Task.kind`)
+    units: dict[str, Any] | None = (
+        None  # "real": output · std + mean is in the targets' units, one of each for every output
+    )
 
 
 def verified(path: Path) -> tuple[bytes, ExportMetadata]:
@@ -85,12 +89,22 @@ def check_facts(entry: Mapping[str, Any], path: Path) -> ExportMetadata:
         "mean": numbers(facts.mean, -1e6, 1e6, (int, float)),
         "std": numbers(facts.std, 1e-6, 1e6, (int, float)),
         "net": isinstance(facts.net, dict),
+        "kind": facts.kind in ("categorical", "bernoulli", "real"),
     }
+    if facts.units is not None:
+        mean, std = (facts.units.get(k) if isinstance(facts.units, dict) else None for k in ("mean", "std"))
+        right["units"] = (
+            numbers(mean, -1e300, 1e300, (int, float))
+            and numbers(std, 0, 1e300, (int, float))
+            and isinstance(facts.classes, list)
+            and len(mean) == len(std) == len(facts.classes)  # type: ignore[arg-type]
+        )
     wrong = [name for name, fine in right.items() if not fine]
     if not wrong and facts.mean + facts.std:
         channels, *sides = facts.input_shape
         right_channels = len(facts.mean) == len(facts.std) and channels in (1, len(facts.mean))
-        if not right_channels or len(sides) != 2 or max(facts.input_shape) > 4096:
+        table = not sides and channels == len(facts.mean)
+        if not right_channels or not (table or (len(sides) == 2 and max(facts.input_shape) <= 4096)):
             wrong = ["mean", "std", "input_shape"]
     if wrong:
         raise UserError(f"What {MANIFEST} says of {path.name} makes no sense ({', '.join(wrong)}): export it again.")
