@@ -383,8 +383,8 @@ class Distiller(LightningModule):
             check_teacher(self.task, *self.on_validation.run(self), allow_chance=self.allow_chance)
 
 
-def check_pairing(method: Method, teacher: nn.Module | None, task: Task) -> None:
-    """Raises `UserError` for a method without the teacher or the kind of logits that it needs."""
+def check_pairing(method: Method, teacher: object, task: Task) -> None:
+    """Raises `UserError` for a method without the teacher (None) or the kind of logits that it needs."""
     name = type(method).__name__
     if method.needs_teacher and teacher is None:
         raise UserError(f"{name} learns from a teacher: give one, or use Supervised.")

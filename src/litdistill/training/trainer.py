@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from litdistill.config.instantiate import instantiate
 from litdistill.data.foreign import ForeignData
+from litdistill.distillation.distiller import check_pairing
 from litdistill.methods.base import Method
 from litdistill.tasks.base import Task
 from litdistill.training.callbacks import EpochLogger, TestAccuracyMonitor
@@ -56,6 +57,7 @@ def build_trainer(
     be validated, a metric to choose by that does not exist.
     """
     refuse(cfg, method)
+    check_pairing(method, cfg.teacher, task)
     best, named = named_callbacks(cfg, task)
     loggers: list[Logger] = [instantiate(c) for c in (cfg.logger or {}).values()]
     # The monitor of the rate refuses to have no logger.
