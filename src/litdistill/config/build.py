@@ -222,7 +222,8 @@ def _compressed(student: nn.Module, cfg: DictConfig, data: Any) -> nn.Module:
     images = training_inputs(data, CALIBRATION)
     preprocess = preprocess_of(student)
     return wrap(
-        instantiate(cfg.compress, "compress")(bare(student), images if preprocess is None else preprocess(images)), preprocess
+        instantiate(cfg.compress, "compress")(bare(student), images if preprocess is None else preprocess(images)),
+        preprocess,
     )
 
 

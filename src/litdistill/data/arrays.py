@@ -97,11 +97,11 @@ class ArrayData(LightningDataModule):
     ):
         super().__init__()
         if name not in READERS:
-            raise UserError(f"data.name={name} is unknown. Choose one of {', '.join(READERS)}.")
+            raise UserError(f"name={name} is unknown. Choose one of {', '.join(READERS)}.")
         if fraction is not None and not 0 < fraction <= 1:
-            raise UserError(f"data.fraction={fraction} must be above 0 and at most 1.")
+            raise UserError(f"fraction={fraction} must be above 0 and at most 1.")
         if min(batch_size, eval_batch_size, epoch_size or 1) < 1:
-            raise UserError("data.batch_size, data.eval_batch_size and data.epoch_size must be at least 1.")
+            raise UserError("batch_size, eval_batch_size and epoch_size must be at least 1.")
         self.name, self.val_size, self.fraction = name, val_size, fraction
         self.subset_seed = seed if subset_seed is None else subset_seed
         self.epoch_size, self.batch_size, self.eval_batch_size = epoch_size, batch_size, eval_batch_size
@@ -125,7 +125,7 @@ class ArrayData(LightningDataModule):
         held = round(self.val_size * len(ids)) if self.val_size < 1 else int(self.val_size)
         if not 0 < held < len(ids):
             raise UserError(
-                f"data.val_size={self.val_size} of {len(ids)} samples leaves {len(ids) - held} to train on and {held} to "
+                f"val_size={self.val_size} of {len(ids)} samples leaves {len(ids) - held} to train on and {held} to "
                 "validate on. Choose another size, such as 0.1."
             )
         self.val_ids, rest = ids[:held].sort().values, ids[held:].sort().values

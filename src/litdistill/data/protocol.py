@@ -82,8 +82,3 @@ def as_indexed(module: Any) -> IndexedData | None:
 def split_ids(data: IndexedData, split: str) -> Tensor:
     """The ids (n,) of "train", "val" or "test"."""
     return {"train": data.train_ids, "val": data.val_ids, "test": data.test_ids}[split]
-
-
-def as_indexed(module: object) -> IndexedData | None:
-    """The data module itself where it knows its samples by id, once it is set up; else None."""
-    return module if isinstance(module, IndexedData) else None

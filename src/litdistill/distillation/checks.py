@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from litdistill.distillation.distiller import Distiller
 
 
-def check_pairing(method: Method, student: nn.Module, teacher: nn.Module | None, task: Task, example: Any) -> None:
-    """Raises `UserError` for a method without the teacher, the kind of logits or the example that it needs."""
+def check_method(method: Method, teacher: object, task: Task) -> None:
+    """Raises `UserError` for a method without the teacher (None) or the kind of logits that it needs."""
     name = type(method).__name__
     if method.needs_teacher and teacher is None:
         raise UserError(f"{name} learns from a teacher: give one, or use Supervised.")
@@ -34,6 +34,13 @@ def check_pairing(method: Method, student: nn.Module, teacher: nn.Module | None,
             f"{name} is defined for logits that are {' or '.join(method.kinds)}, and those of {type(task).__name__} are "
             f"{task.kind}: use a method that reads features, LogitMSE, or for several labels BinaryKD."
         )
+
+
+def check_pairing(method: Method, student: nn.Module, teacher: nn.Module | None, task: Task, example: Any) -> None:
+    """Raises `UserError` for a method without the teacher, the kind of logits or the example that it needs, and for networks
+    that share parameters."""
+    check_method(method, teacher, task)
+    name = type(method).__name__
     if teacher is not None and {id(p) for p in student.parameters()} & {id(p) for p in teacher.parameters()}:
         raise UserError(
             "The student has parameters of the teacher, which would be frozen with it: give one of them as a copy, "

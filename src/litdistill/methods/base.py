@@ -188,7 +188,7 @@ def maps(features: Mapping[str, Tensor], method: str) -> list[Tensor]:
         shapes = ", ".join(f"{k} {tuple(v.shape)}" for k, v in features.items()) or "no feature at all"
         raise UserError(
             f"{method} compares spatial maps (N, C, H, W), and this network offers {shapes}. "
-            "Use a method that reads logits or vectors (kd, dkd, dist, pkt, rkd, sp), or name a tap that is a map."
+            "Use a method that reads logits or vectors (kd, logit_mse, pkt, rkd, sp), or name a tap that is a map."
         )
     return found
 

@@ -48,11 +48,11 @@ def student_metadata(
 
 def class_order(trained: Sequence[str] | None, names: Sequence[str], source: str | Path, role: str) -> list[int] | None:
     """For each of the data's class names its index among those that the weights were `trained` on; None where they are the
-    same, or where the weights do not say.
+    same, or where the weights or the data do not say.
 
     Raises `UserError` that names the classes which only the one or only the other has.
     """
-    if trained is None or list(trained) == list(names):
+    if not trained or not names or list(trained) == list(names):
         return None
     if set(trained) != set(names) or len(set(trained)) != len(trained) or len(trained) != len(names):
         there, here = ([c for c in a if c not in b] for a, b in ((trained, names), (names, trained)))

@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from litdistill.config.instantiate import instantiate
 from litdistill.data.foreign import ForeignData
+from litdistill.distillation.checks import check_method
 from litdistill.methods.base import Method
 from litdistill.tasks.base import Task
 from litdistill.training.callbacks import EpochLogger, TestAccuracyMonitor
@@ -56,6 +57,7 @@ def build_trainer(
     be validated, a metric to choose by that does not exist.
     """
     refuse(cfg, method, isinstance(data, ForeignData))
+    check_method(method, cfg.teacher, task)
     best, named = named_callbacks(cfg, task)
     loggers: list[Logger] = [instantiate(node, f"logger.{name}") for name, node in (cfg.logger or {}).items()]
     # The monitor of the rate refuses to have no logger.
