@@ -28,7 +28,7 @@ from litdistill.report.sections import accuracy, each, looks
 from litdistill.training.train import train
 from litdistill.utils.checkpoint import write_text
 from litdistill.utils.errors import UserError
-from litdistill.utils.logging import format_seconds, logged_to, filter_warnings
+from litdistill.utils.logging import filter_warnings, format_seconds, logged_to
 from litdistill.utils.paths import CONF
 
 log = logging.getLogger(__name__)

@@ -43,8 +43,8 @@ def to_outputs(raw: Any) -> Outputs:
     else:
         kind = f"a {type(raw).__name__}"
     raise UserError(
-        f"The network returns {kind}, without logits. It should return a tensor (N, classes), a tuple that begins with it, or a "
-        "dict or an object with logits: wrap it in a module that does."
+        f"The network returns {kind}, without logits. It should return a tensor (N, classes), a tuple that begins with it, or "
+        "a dict or an object with logits: wrap it in a module that does."
     )
 
 

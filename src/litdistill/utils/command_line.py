@@ -86,7 +86,7 @@ def literal(value: Any) -> str:
 
 @contextlib.contextmanager
 def as_command(argv: list[str]) -> Iterator[None]:
-    """Sets `sys.argv` to `argv` for one run, then restores it and destroys the process group; the next run starts its own ranks."""
+    """Sets `sys.argv` to `argv` for one run, then restores it and destroys the process group of that run."""
     before, ranks = sys.argv, {k: os.environ[k] for k in RANKS if k in os.environ}
     sys.argv = argv
     try:
