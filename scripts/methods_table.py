@@ -34,7 +34,7 @@ from litdistill.training.train import train
 from litdistill.types import Batch, Outputs, Taps
 from litdistill.utils.checkpoint import write_text
 from litdistill.utils.errors import UserError
-from litdistill.utils.logging import quieten
+from litdistill.utils.logging import filter_warnings
 from litdistill.utils.paths import CONF
 from litdistill.utils.units import spread
 from litdistill.utils.versions import versions
@@ -278,7 +278,7 @@ Made with {used}.
 
 
 def main() -> None:
-    quieten()
+    filter_warnings()
     asked = OmegaConf.merge(DEFAULTS, OmegaConf.from_cli())
     if set(asked) != set(DEFAULTS) or min(asked.seeds, asked.rounds) < 1:
         raise UserError(

@@ -356,7 +356,7 @@ def test_a_file_without_a_manifest_is_refused(run, tmp_path, name, remedy):
 
 def test_a_file_that_the_manifest_does_not_know_is_refused(shipped):
     shutil.copy(shipped / "student.onnx", shipped / "foreign.onnx")
-    with pytest.raises(UserError, match=r"does not speak of foreign\.onnx"):
+    with pytest.raises(UserError, match=r"has no entry for foreign\.onnx"):
         load(shipped / "foreign.onnx")
 
 
@@ -390,7 +390,7 @@ def test_a_cut_file_is_refused(shipped, size):
 )
 def test_hostile_facts_are_refused(shipped, changes):
     restamp(shipped / "student.onnx", **changes)
-    with pytest.raises(UserError, match="makes no sense"):
+    with pytest.raises(UserError, match="is invalid"):
         load(shipped / "student.onnx")
 
 

@@ -28,7 +28,7 @@ from litdistill.report.sections import looks, scores
 from litdistill.training.train import train
 from litdistill.utils.checkpoint import write_text
 from litdistill.utils.errors import UserError
-from litdistill.utils.logging import format_seconds, logged_to, quieten
+from litdistill.utils.logging import filter_warnings, format_seconds, logged_to
 from litdistill.utils.paths import CONF
 from litdistill.utils.units import axis, shown
 
@@ -117,7 +117,7 @@ def _results(todo: list[Job], at_once: int) -> Iterator[tuple[Job, Path]]:
 
 
 def _quietly() -> None:
-    quieten()
+    filter_warnings()
     logging.getLogger().setLevel(logging.INFO)  # to each run's own file
     os.environ.setdefault("RUN_STAMP", "compare")
     threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
