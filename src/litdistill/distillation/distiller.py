@@ -299,11 +299,6 @@ class Distiller(LightningModule):
         self.means.teacher_s += seconds
         return outputs
 
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Lightning's hook of automatic optimization: the average follows each step before any callback saves it."""
-        super().optimizer_step(*args, **kwargs)
-        self.update_average()
-
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = self.trainer.global_step
         if isinstance(batch, Group):

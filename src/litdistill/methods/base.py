@@ -191,13 +191,8 @@ def maps(features: Mapping[str, Tensor], method: str) -> list[Tensor]:
     if not found:
         shapes = ", ".join(f"{k} {tuple(v.shape)}" for k, v in features.items()) or "no feature at all"
         raise UserError(
-<<<<<<< HEAD
             f"{method} compares spatial maps (N, C, H, W), and this network offers {shapes}. "
             "Use a method that reads logits or vectors (kd, logit_mse, pkt, rkd, sp), or name a tap that is a map."
-=======
-            f"{method} compares spatial maps (N, C, H, W), and this network has {shapes}. "
-            "Use a method that reads logits or vectors (kd, dkd, dist, pkt, rkd, sp), or name a tap that is a map."
->>>>>>> w-lang
         )
     return found
 

@@ -30,13 +30,8 @@ class ExportMetadata(NamedTuple):
     classes: list[str]  # the name of each output
     mean: list[float]  # per channel on the scale 0 to 1; empty for a network without normalization
     std: list[float]
-<<<<<<< HEAD
     size: list[int] | None  # height and width to which images are resized; None: they are taken as they are
     input_shape: list[int]  # of the inputs before that: (C, H, W) of images, (F,) of a table's rows
-=======
-    size: list[int] | None  # height and width to which images are resized; None: no resizing
-    input_shape: list[int]  # of the inputs before the resize: (C, H, W) for images
->>>>>>> w-lang
     net: dict[str, Any]  # safetensors: the function of litdistill.models that builds the network, and its options
     kind: str = "categorical"  # how outputs are read (`litdistill.tasks.base.Task.kind`)
     units: dict[str, Any] | None = (
