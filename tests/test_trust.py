@@ -98,7 +98,10 @@ HOLES = {
         "{data: {mix: {_target_: lightning.pytorch.LightningModule.load_from_checkpoint, checkpoint_path: evil.ckpt}}}",
         "data.mix._target_",
     ),
-    "a module behind an own one": ("{data: {mix: {_target_: litdistill.evaluation.summary.subprocess.run}}}", "data.mix._target_"),
+    "a module behind an own one": (
+        "{data: {mix: {_target_: litdistill.evaluation.summary.subprocess.run}}}",
+        "data.mix._target_",
+    ),
     "a hub": ("{data: {mix: {_target_: torch.hub.load, repo_or_dir: a/b, model: c}}}", "data.mix._target_"),
     "a private name": ("{data: {mix: {_target_: torch.optim._functional.adam}}}", "data.mix._target_"),
     "an own function that writes": ("{data: {mix: {_target_: litdistill.utils.checkpoint.write_text}}}", "data.mix._target_"),

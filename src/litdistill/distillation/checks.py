@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from litdistill.distillation.inference import NORMS
 from litdistill.methods.base import Method
-from litdistill.models.preprocess import Preprocessed, check_scale
+from litdistill.models.preprocess import check_scale
 from litdistill.tasks.base import Task
 from litdistill.types import Batch
 from litdistill.utils.errors import UserError
@@ -58,8 +58,8 @@ def check_pairing(method: Method, student: nn.Module, teacher: nn.Module | None,
 def check_images(batch: Batch | None, *networks: nn.Module | None) -> None:
     """Raises `UserError` for an example whose values a network that preprocesses images does not take."""
     for net in networks:
-        if batch is not None and net is not None and any(isinstance(m, Preprocessed) for m in net.modules()):
-            check_scale(batch.inputs)
+        if batch is not None and net is not None:
+            check_scale(net, batch.inputs)
 
 
 def check_plateau(scheduler: ReduceLROnPlateau, interval: str, monitor: str, task: Task) -> None:
@@ -84,7 +84,7 @@ def check_trainer(trainer: Trainer, method: Method) -> None:
                 "first one's: use strategy=DDPStrategy(broadcast_buffers=False)."
             )
     loader: Any = trainer.train_dataloader
-    if trainer.overfit_batches and loader is not None and not isinstance(loader, DataLoader):
+    if getattr(trainer, "overfit_batches", 0) and loader is not None and not isinstance(loader, DataLoader):
         raise UserError(
             "overfit_batches fixes the samples of torch's DataLoaders alone, and this loader would draw others each epoch: "
             "take few samples instead, as ImageData(per_class=…) or ImageData(epoch_size=…) does."

@@ -36,7 +36,7 @@ def log_group(distiller: Distiller) -> None:
         means = dict(zip(means, reduced, strict=True))
     for name, value in means.items():  # for callbacks and the progress bar
         distiller.log(name, value, prog_bar=name == "train/loss", logger=False)
-    values = {name: float(value) for name, value in means.items()} | _speed(distiller) | _rates(distiller)
+    values = {**{name: float(value) for name, value in means.items()}, **_speed(distiller), **_rates(distiller)}
     for logger in distiller.loggers:
         logger.log_metrics(values | {"epoch": float(distiller.current_epoch)}, trainer.global_step)
     distiller.means.reset()

@@ -322,7 +322,8 @@ def _predict(net: nn.Module, device: str, images: Tensor) -> Tensor:
     return torch.cat([run_network(net, chunk.to(device)).logits.float().cpu() for chunk in chunks])
 
 
-def _run(run: Callable[[np.ndarray], np.ndarray], images: Tensor) -> Tensor:
+def _run(run: Callable[[np.ndarray], np.ndarray], images: Tensor | None) -> Tensor:
+    assert images is not None  # an exported file takes a single tensor
     return torch.from_numpy(np.concatenate([run(chunk.numpy()) for chunk in images.split(BATCH)]))
 
 
