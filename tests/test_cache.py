@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from litdistill.data.augment import Crop, Flip
 from litdistill.data.datamodule import ImageData
 from litdistill.data.mixing import Mixup
-from litdistill.data.protocol import IndexedData, as_indexed
+from litdistill.data.protocol import as_indexed
 from litdistill.distillation import row_store
 from litdistill.distillation import teacher_cache as cache_module
 from litdistill.distillation.distiller import Distiller
@@ -541,7 +541,7 @@ class Table:
 @pytest.mark.parametrize("folder", [False, True])
 def test_any_data_that_know_their_ids_and_any_heads_are_kept(tmp_path, folder):
     data, teacher = Table(), Boxes()
-    assert isinstance(data, IndexedData)
+    assert as_indexed(data) is data
     assert as_indexed(data) is data
     assert as_indexed(object()) is None
     cache = TeacherCache(teacher, data, CPU, tmp_path if folder else None)

@@ -182,6 +182,11 @@ def debian(package: str, inside: str, folder: Path) -> dict[str, bytes]:
     return {file: unzip(data) for file, data in members(archive, {f: f"./{inside}/{f}.gz" for f in IDX}).items()}
 
 
+def _empty_array(kind: type, shape: tuple[int, ...], dtype: bytes) -> np.ndarray:
+    """What NumPy's pickles begin an array with, before its numbers are set."""
+    return np.ndarray.__new__(np.ndarray, shape, dtype)
+
+
 class _Unpickler(pickle.Unpickler):
     """Admits what makes a NumPy array of numbers, and no other callable."""
 
@@ -189,7 +194,7 @@ class _Unpickler(pickle.Unpickler):
         if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype")):
             return getattr(np, name)
         if (module, name) == ("numpy.core.multiarray", "_reconstruct"):  # where it was when CIFAR was pickled
-            return np._core.multiarray._reconstruct  # type: ignore[attr-defined]
+            return _empty_array
         raise pickle.UnpicklingError(f"the batch asks for {module}.{name}, which no image batch needs")
 
 
