@@ -20,8 +20,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from litdistill.data.sources import load as load_data
+from litdistill.export import export as export_module
 from litdistill.export.export import export, export_student, verify
-from litdistill.export.export import export as export_module
 from litdistill.export.predict import build_net, load, main, predict
 from litdistill.training.train import train
 from litdistill.utils.checkpoint import write_text
@@ -39,11 +39,11 @@ RUN = [
 ]
 CASES = [  # format, precision, preprocessing in the file, file, tolerance
     ("onnx", "fp32", True, "student.onnx", 1e-4),
-    ("onnx", "fp32", False, "student-normalised.onnx", 1e-4),
+    ("onnx", "fp32", False, "student-normalized.onnx", 1e-4),
     ("onnx", "fp16", True, "student-fp16.onnx", 2e-2),
     ("onnx", "int8", True, "student-int8.onnx", 0.2),
     ("pt2", "fp32", True, "student.pt2", 1e-4),
-    ("pt2", "fp16", False, "student-fp16-normalised.pt2", 2e-2),
+    ("pt2", "fp16", False, "student-fp16-normalized.pt2", 2e-2),
     ("safetensors", "fp32", True, "student.safetensors", 1e-4),
     ("safetensors", "fp16", True, "student-fp16.safetensors", 2e-2),
     ("torchscript", "fp32", True, "student.pt", 1e-4),
@@ -112,8 +112,8 @@ def test_a_file_gives_the_students_logits_whatever_the_batch(
     accuracy = (expected.argmax(1) == targets).mean()
     assert accuracy > 0.6  # a student whose predictions say something
     found = json.loads((run / "export" / "manifest.json").read_text())["files"][name]["check"]
-    assert found["student_accuracy"] == pytest.approx(accuracy, abs=0.003)
-    assert found["accuracy"] == pytest.approx((logits.argmax(1) == targets).mean())
+    assert found["student"] == pytest.approx(accuracy, abs=0.003)
+    assert found["exported"] == pytest.approx((logits.argmax(1) == targets).mean())
     assert found["agreement"] == pytest.approx((logits.argmax(1) == expected.argmax(1)).mean(), abs=0.003)
     assert found["difference"] == pytest.approx(np.abs(logits - expected).max(), abs=1e-5)
 
@@ -231,7 +231,7 @@ def test_verify_measures_every_file_again_and_refuses_a_changed_one(run):
     saved = json.loads((run / "export" / "manifest.json").read_text())["files"]
     assert found.keys() == {case[3] for case in CASES}
     for name in ("student.onnx", "student.pt2", "student-fp16.safetensors"):
-        assert found[name]["accuracy"] == saved[name]["check"]["accuracy"]
+        assert found[name]["exported"] == saved[name]["check"]["exported"]
     path = run / "export" / "student-int8.onnx"
     good = path.read_bytes()
     try:
@@ -388,7 +388,7 @@ def test_hostile_facts_are_refused(shipped, changes):
 
 def test_a_file_of_other_classes_than_it_claims_is_refused(shipped):
     restamp(shipped / "student.onnx", classes=["a", "b"])
-    with pytest.raises(UserError, match="2 classes"):
+    with pytest.raises(UserError, match="2 outputs"):
         load(shipped / "student.onnx").run(np.zeros((1, 1, 8, 8), np.uint8))
 
 
@@ -438,7 +438,7 @@ def pictures(reference, tmp_path_factory):
     return sorted(folder.iterdir())
 
 
-@pytest.mark.parametrize("name", ["student.onnx", "student-normalised.onnx", "student.safetensors"])
+@pytest.mark.parametrize("name", ["student.onnx", "student-normalized.onnx", "student.safetensors"])
 def test_predict_names_the_likeliest_classes(run, reference, pictures, name):
     expected = torch.from_numpy(reference[2][:5]).softmax(1)
     found = predict(load(run / "export" / name), pictures, top=3)
