@@ -24,19 +24,19 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor
 
-from litdistill.config.build import make
+from litdistill.config.instantiate import instantiate
 from litdistill.config.recipes import recipe_hash
 from litdistill.features.feature_extractor import FeatureExtractor, resolve_taps
 from litdistill.methods import KD, NAMES, Shuffled, Sum
 from litdistill.methods.base import CATEGORICAL, Method
 from litdistill.models.resnet import resnet
-from litdistill.report.tables import spread
 from litdistill.training.train import train
 from litdistill.types import Batch, Outputs, Taps
 from litdistill.utils.checkpoint import write_text
 from litdistill.utils.errors import UserError
-from litdistill.utils.logging import quieten
+from litdistill.utils.logging import filter_warnings
 from litdistill.utils.paths import CONF
+from litdistill.utils.units import spread
 from litdistill.utils.versions import versions
 
 DEFAULTS = {"out": "docs/methods.md", "seeds": 5, "rounds": 7, "runs": "runs"}
@@ -278,7 +278,7 @@ Made with {used}.
 
 
 def main() -> None:
-    quieten()
+    filter_warnings()
     asked = OmegaConf.merge(DEFAULTS, OmegaConf.from_cli())
     if set(asked) != set(DEFAULTS) or min(asked.seeds, asked.rounds) < 1:
         raise UserError(
@@ -287,7 +287,7 @@ def main() -> None:
     torch.set_num_threads(1)
     paths = {p.stem: p for p in sorted((CONF / "method").glob("*.yaml"))}
     results = {}
-    for name in (n for n, path in paths.items() if CATEGORICAL in make(options(path)).kinds):
+    for name in (n for n, path in paths.items() if CATEGORICAL in instantiate(options(path)).kinds):
         results[name] = [run(name, seed, asked.runs) for seed in range(asked.seeds)]
         print(f"{name}: {spread(accuracies([s for _, s in results[name]]))} %", flush=True)
 
@@ -295,7 +295,7 @@ def main() -> None:
     rows, kd = [], Step(KD())
     for name in sorted(paths, key=lambda n: (n != CONTROL, n)):
         node = options(paths[name])
-        step = Step(make(node))
+        step = Step(instantiate(node))
         measured = outcome(scores.get(name), scores[CONTROL]) if name != CONTROL else (spread(scores[name]), "control")
         rows.append(
             (

@@ -191,7 +191,7 @@ def test_images_of_another_kind_are_not_taken_for_other_classes():
 def test_weights_of_another_network_are_refused_with_what_differs():
     with pytest.raises(UserError, match=r"missing.*not in this network.*net@teacher"):
         load_state_dict_checked(net(), mlp(10, (1, 8, 8)).state_dict(), "x", "teacher")
-    with pytest.raises(UserError, match=r"is \(4, 1, 3, 3\) there and \(6, 1, 3, 3\) here"):
+    with pytest.raises(UserError, match=r"is \(4, 1, 3, 3\) in the file and \(6, 1, 3, 3\) in the network"):
         load_state_dict_checked(net(widths=(6, 4)), net().state_dict(), "x", "student")
     with pytest.raises(UserError, match="trained on 10 classes, and this data has 2"):
         load_state_dict_checked(net(classes=2), net().state_dict(), "x", "teacher")

@@ -16,8 +16,9 @@ import pytest
 from litdistill import cli
 from litdistill.cli.hydra_main import run_task
 from litdistill.cli.resume import resumed
-from litdistill.report.tables import markdown, rows, spread, summaries
+from litdistill.report.tables import markdown, rows, summaries
 from litdistill.utils.errors import UserError
+from litdistill.utils.units import spread
 
 ROOT = Path(__file__).parents[1]
 FAST = [

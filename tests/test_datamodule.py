@@ -9,7 +9,9 @@ from lightning import LightningModule, Trainer
 
 from litdistill.data import sources
 from litdistill.data.augment import Crop, Flip
-from litdistill.data.datamodule import IdLoader, Ids, ImageData
+from litdistill.data.datamodule import ImageData
+from litdistill.data.loading import IndexLoader, Rows
+from litdistill.models.preprocess import Preprocess
 from litdistill.utils.errors import UserError
 
 
@@ -72,11 +74,14 @@ def test_impossible_options_are_refused_with_words(options, words):
 
 def test_normalized_training_images_have_mean_0_and_deviation_1():
     data = digits()
-    images = torch.cat([b.images for b in data.batches("train")]).double()
+    preprocess = Preprocess(data.mean, data.std)
+    images = torch.cat([preprocess(b.inputs) for b in data.batches("train")]).double()
     assert abs(images.mean()) < 1e-5
     assert abs(images.std(correction=0) - 1) < 1e-5
-    given = digits(mean=[0.5], std=[0.25]).batch(Ids("train", torch.tensor([0]))).images
-    assert torch.allclose(given, (data.source.train.images[:1] / 255 - 0.5) / 0.25, atol=1e-6)
+    assert digits(mean=[0.5], std=[0.25]).mean == [0.5]
+    first = data.get_batch("train", torch.tensor([0]))
+    assert first.inputs.dtype == torch.uint8  # networks normalize them
+    assert torch.equal(first.inputs, data.source.train.images[:1])
 
 
 class Recorder(LightningModule):
@@ -90,7 +95,7 @@ class Recorder(LightningModule):
     def training_step(self, batch, batch_idx):
         self.get_batch += [
             (self.current_epoch, int(i), int(v), x.numpy().tobytes())
-            for i, v, x in zip(batch.ids, batch.views, batch.images, strict=True)
+            for i, v, x in zip(batch.ids, batch.views, batch.inputs, strict=True)
         ]
         return self.weight * 1.0
 
@@ -120,25 +125,32 @@ def test_the_same_views_in_any_batch_size(tmp_path):
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_ranks_share_the_batches_of_one_process(world_size):
     ids = torch.arange(100, 137)
-    shuffled = lambda epoch: Ids("train", ids.roll(epoch))  # noqa: E731
-    alone = [b.ids for b in IdLoader(shuffled, 37, 6 * world_size, lambda: (3, 0))]
+    shuffled = lambda epoch: Rows("train", ids.roll(epoch))  # noqa: E731
+
+    def loader(batch_size: int, *shares, **options) -> IndexLoader:
+        found = IndexLoader(shuffled, 37, batch_size, *shares, **options)
+        found.set_epoch(3)
+        return found
+
+    alone = [b.ids for b in loader(6 * world_size)]
     assert torch.equal(torch.cat(alone), ids.roll(3))
-    ranks = [[b.ids for b in IdLoader(shuffled, 37, 6, lambda: (3, 0), r, world_size)] for r in range(world_size)]
-    assert all(len(r) == len(alone) == len(IdLoader(shuffled, 37, 6, rank=0, world_size=world_size)) for r in ranks)
+    ranks = [[b.ids for b in loader(6, r, world_size)] for r in range(world_size)]
+    assert all(len(r) == len(alone) == len(loader(6, 0, world_size)) for r in ranks)
     for i, batch in enumerate(alone):
         assert torch.equal(torch.cat([r[i] for r in ranks]), batch)  # evaluation counts each sample exactly once
-    training = [IdLoader(shuffled, 37, 6, lambda: (3, 0), r, world_size, pad=True) for r in range(world_size)]
+    training = [loader(6, r, world_size, pad=True) for r in range(world_size)]
     for i, batch in enumerate(alone):
-        parts = [list(loader)[i].ids.double() for loader in training]
-        weighted = [loader.weight(i) * float(part.mean()) for loader, part in zip(training, parts, strict=True)]
+        parts = [list(rank)[i].ids.double() for rank in training]
+        weighted = [rank.weight(i) * float(part.mean()) for rank, part in zip(training, parts, strict=True)]
         assert sum(weighted) / world_size == pytest.approx(float(batch.double().mean()))
         assert min(map(len, parts)) > 1  # BatchNorm needs two
 
 
 def test_a_loader_goes_on_in_the_middle_of_an_epoch():
-    rows = Ids("train", torch.arange(20), torch.arange(20) * 2)
-    whole = list(IdLoader(lambda _: rows, 20, 3))
-    rest = list(IdLoader(lambda _: rows, 20, 3, lambda: (0, 4)))
+    rows = Rows("train", torch.arange(20), torch.arange(20) * 2)
+    whole, again = list(IndexLoader(lambda _: rows, 20, 3)), IndexLoader(lambda _: rows, 20, 3)
+    again.load_state_dict({"epoch": 0, "done": 4})
+    rest = list(again)
     assert [x.ids.tolist() for x in rest] == [x.ids.tolist() for x in whole[4:]]
     assert all(torch.equal(x.views, x.ids * 2) for x in whole)
 

@@ -19,10 +19,18 @@ from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file
 
+from litdistill.data.arrays import ArrayData
+from litdistill.data.datamodule import ImageData
 from litdistill.data.sources import load as load_data
+from litdistill.distillation.teacher import Ensemble
 from litdistill.export import export as export_module
 from litdistill.export.export import export, export_student, verify
 from litdistill.export.predict import build_net, load, main, predict
+from litdistill.models.preprocess import Preprocess, Preprocessed
+from litdistill.models.small import conv4, mlp
+from litdistill.report.files import write_teacher
+from litdistill.tasks.multilabel import MultiLabel
+from litdistill.tasks.regression import Regression
 from litdistill.training.train import train
 from litdistill.utils.checkpoint import write_text
 from litdistill.utils.errors import UserError
@@ -30,7 +38,7 @@ from litdistill.utils.manifest import check_facts
 from tests.conftest import compose_config
 
 onnx = pytest.importorskip("onnx")
-pytest.importorskip("onnxruntime")
+onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 RUN = [
@@ -348,7 +356,7 @@ def test_a_file_without_a_manifest_is_refused(run, tmp_path, name, remedy):
 
 def test_a_file_that_the_manifest_does_not_know_is_refused(shipped):
     shutil.copy(shipped / "student.onnx", shipped / "foreign.onnx")
-    with pytest.raises(UserError, match=r"does not speak of foreign\.onnx"):
+    with pytest.raises(UserError, match=r"has no entry for foreign\.onnx"):
         load(shipped / "foreign.onnx")
 
 
@@ -382,7 +390,7 @@ def test_a_cut_file_is_refused(shipped, size):
 )
 def test_hostile_facts_are_refused(shipped, changes):
     restamp(shipped / "student.onnx", **changes)
-    with pytest.raises(UserError, match="makes no sense"):
+    with pytest.raises(UserError, match="is invalid"):
         load(shipped / "student.onnx")
 
 
@@ -483,3 +491,67 @@ def test_the_command_prints_a_line_for_each_image_and_ends_with_two_on_wrong_inp
         main([model, str(tmp_path / "no.png")])
     assert end.value.code == 2
     assert "cannot be read" in capsys.readouterr().err
+
+
+# -- preprocessing and tasks -------------------------------------------------------------------------------------------
+
+
+def digits() -> ImageData:
+    data = ImageData("digits", per_class=12)
+    data.setup()
+    return data
+
+
+def odd(seed: int = 0, size: int | None = 12, mean: float = 0.4) -> torch.nn.Module:
+    """A network whose preprocessing is another than the data's statistics, and that resizes."""
+    torch.manual_seed(seed)
+    side = size or 8
+    return Preprocessed(conv4(10, (1, side, side), widths=[4, 4]), Preprocess([mean], [0.2], size)).eval()
+
+
+@pytest.mark.parametrize(
+    ("format", "precision"), [("onnx", "fp32"), ("onnx", "int8"), ("pt2", "fp16"), ("safetensors", "fp32")]
+)
+def test_a_file_holds_the_networks_own_preprocessing(tmp_path, format, precision):
+    data, net = digits(), odd()
+    options = {"_target_": "litdistill.models.small.conv4", "widths": [4, 4]}
+    path, entry = export_student(tmp_path, net, data, format, precision, net_options=options)
+    assert (entry["mean"], entry["std"], entry["size"], entry["input_shape"]) == ([0.4], [0.2], [12, 12], [1, 8, 8])
+    images = data.get_batch("test", data.test_ids[:50]).inputs
+    logits = load(path, trust=True).run(images.numpy())
+    with torch.no_grad():
+        expected = net(images).numpy()
+    assert (
+        np.abs(logits - expected).max() <= {"fp32": 1e-4, "fp16": 2e-2, "int8": 0.3}[precision] * np.abs(expected).max()
+    )
+    with pytest.raises(UserError, match=r"resizes its images to \(12, 12\)"):
+        export_student(tmp_path, net, data, "onnx", preprocessing=False)
+
+
+def test_networks_that_preprocess_in_several_ways_are_timed_but_not_shipped(tmp_path):
+    both, data = Ensemble([odd(), odd(1, None, 0.1)]).eval(), digits()
+    path = write_teacher(both, data, tmp_path / "teacher.onnx")
+    images = data.get_batch("test", data.test_ids[:5]).inputs
+    found = onnxruntime.InferenceSession(path).run(None, {"images": images.numpy()})[0]
+    assert np.abs(found - both(images).detach().numpy()).max() < 1e-4
+    with pytest.raises(UserError, match="preprocess images in different ways"):
+        export_student(tmp_path, both, data)
+
+
+@pytest.mark.parametrize(("name", "task"), [("diabetes", Regression([150.0], [70.0])), ("multilabel", MultiLabel())])
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_a_network_of_features_is_exported_by_its_tasks_metric(tmp_path, name, task, precision):
+    data = ArrayData(name)
+    data.setup()
+    torch.manual_seed(0)
+    net = mlp(data.num_classes, data.input_shape, widths=[16]).eval()
+    path, entry = export_student(tmp_path, net, data, precision=precision, task=task)
+    assert (entry["preprocessing"], entry["mean"], entry["input"]) == (False, [], "float32")
+    assert path.name == ("student.onnx" if precision == "fp32" else "student-int8.onnx")
+    assert entry["check"]["metric"] == task.monitor[0]
+    assert entry["check"]["exported"] == pytest.approx(entry["check"]["student"], rel=0.1)
+    inputs = data.get_batch("test", data.test_ids[:7]).inputs
+    model = load(path)
+    assert model.run(inputs.numpy()).shape == (7, data.num_classes)
+    with pytest.raises(UserError, match="no images"):
+        predict(model, ["a.png"])

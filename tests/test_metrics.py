@@ -49,5 +49,5 @@ def test_logits_that_are_not_numbers_are_refused_and_a_class_that_is_ruled_out_i
     assert metrics.quality(logits, targets.clamp(max=1))["brier"] < 2
     for bad in (torch.nan, torch.inf):
         logits[3, 1] = bad
-        with pytest.raises(UserError, match=r"logits of 1 of 5 images are not finite.*optimizer\.lr"):
+        with pytest.raises(UserError, match=r"logits of 1 of 5 samples are not finite.*smaller learning rate"):
             metrics.quality(logits, targets)

@@ -27,7 +27,7 @@ from litdistill.export.export import export
 from litdistill.export.predict import load
 from litdistill.methods.fitnet import FitNet
 from litdistill.methods.kd import KD
-from litdistill.methods.shuffled import Shuffled, of_its_class
+from litdistill.methods.shuffled import Shuffled, same_class_partners
 from litdistill.models.finetune import freeze, with_own_head
 from litdistill.models.preprocess import bare
 from litdistill.training import prerequisites
@@ -343,8 +343,8 @@ def test_a_shuffled_teacher_gives_each_sample_the_next_of_its_class_and_labels_s
     student, teacher, target = outputs(0), outputs(1), torch.tensor([0, 1, 0, 3, 1, 0])
     batch = Batch(None, target)
     other = [2, 4, 5, 3, 1, 0]  # the only 3 keeps its own
-    assert of_its_class(target).tolist() == other
-    assert of_its_class(torch.nn.functional.one_hot(target).float()).tolist() == other
+    assert same_class_partners(target).tolist() == other
+    assert same_class_partners(torch.nn.functional.one_hot(target).float()).tolist() == other
     method = KD(hard=0.3, soft=0.7)
     expected = method(student, Outputs.of(teacher.logits[other]), batch)
     found = Shuffled(method)(student, teacher, batch)

@@ -333,7 +333,9 @@ def test_a_last_checkpoint_that_is_none_falls_back_to_the_one_before(tmp_path, c
 
 def test_a_teacher_with_another_class_count_is_refused(small):
     a = run(small("method=supervised", "teacher=null", name="a"))
-    with pytest.raises(UserError, match="trained on other classes than these data have: only there 2, 3, 4, 5, 6, 7, 8, 9"):
+    with pytest.raises(
+        UserError, match="trained on other classes than these data have: only there 2, 3, 4, 5, 6, 7, 8, 9"
+    ):
         run(small(f"teacher.checkpoint={a}", "teacher.widths=[8,8]", "data.classes=[0,1]", name="b"))
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from litdistill import cli as runtime
+from litdistill.cli.resume import resumed
 from litdistill.compress.structure import restore
 from litdistill.config import origin
 from litdistill.config.instantiate import instantiate
@@ -98,7 +98,10 @@ HOLES = {
         "{data: {mix: {_target_: lightning.pytorch.LightningModule.load_from_checkpoint, checkpoint_path: evil.ckpt}}}",
         "data.mix._target_",
     ),
-    "a module behind an own one": ("{data: {mix: {_target_: litdistill.evaluation.summary.subprocess.run}}}", "data.mix._target_"),
+    "a module behind an own one": (
+        "{data: {mix: {_target_: litdistill.evaluation.summary.subprocess.run}}}",
+        "data.mix._target_",
+    ),
     "a hub": ("{data: {mix: {_target_: torch.hub.load, repo_or_dir: a/b, model: c}}}", "data.mix._target_"),
     "a private name": ("{data: {mix: {_target_: torch.optim._functional.adam}}}", "data.mix._target_"),
     "an own function that writes": ("{data: {mix: {_target_: litdistill.utils.checkpoint.write_text}}}", "data.mix._target_"),
@@ -173,7 +176,7 @@ def test_a_resume_replays_nothing_of_hydras_and_no_path(foreign, monkeypatch, ov
     folder = foreign("{}")
     note(folder, override)
     with pytest.raises(UserError, match=r"is refused\. .* not made here"):
-        runtime.resumed([f"resume={folder}"])
+        resumed([f"resume={folder}"])
     assert not Path("marker").exists()
 
 
@@ -204,7 +207,7 @@ def test_the_command_that_resumes_ends_with_status_2(foreign, tmp_path, override
 def test_where_things_lie_and_what_is_trusted_is_not_a_foreign_runs_to_say(foreign):
     folder = foreign("{}")
     note(folder, "seed=1", "runs=/elsewhere", "folder=/elsewhere", "trust=[os]", "++trust=[os]", "optimizer.lr=${seed}")
-    found = runtime.resumed([f"resume={folder}", "trust=[mine]"])
+    found = resumed([f"resume={folder}", "trust=[mine]"])
     assert found == ["seed=1", "optimizer.lr=${seed}", "trust=[mine]", f"hydra.run.dir={folder}"]
     assert origin.is_foreign()
 
@@ -236,7 +239,7 @@ def test_nothing_is_written_through_a_link_that_leads_out(foreign, name):
     cfg = compose_config(folder, *SMALL)
     (folder / "summary.json").unlink()
     before = sorted(outside.iterdir())
-    for use in (lambda: runtime.resumed([f"resume={folder}"]), lambda: train(cfg)):
+    for use in (lambda: resumed([f"resume={folder}"]), lambda: train(cfg)):
         with pytest.raises(UserError, match=rf"{name} is a symbolic link that leads out"):
             use()
     assert sorted(outside.iterdir()) == before

@@ -30,7 +30,9 @@ VERBS = {
     "sweep": Verb("litdistill.cli.commands:sweep", "search for the best hyperparameters, with Optuna", "sweep"),
     "evaluate": Verb("litdistill.cli.commands:evaluate", "measure a finished run anew from its folder", "evaluate"),
     "export": Verb("litdistill.cli.commands:export", "write a run's student as ONNX, .pt2 or safetensors", "export"),
-    "predict": Verb("litdistill.export.predict:main", "classify image files with an exported student"),
+    "predict": Verb(
+        "litdistill.export.predict:main", "predict with an exported student, for image files or rows of a table"
+    ),
     "report": Verb("litdistill.cli.commands:report", "compare finished runs: a table, or a page with curves", "report"),
     "compare": Verb("litdistill.cli.commands:compare", "train every technique on the same data and compare", "compare"),
     "fetch": Verb("litdistill.cli.commands:fetch", "download and verify a data set ahead of time", "fetch"),

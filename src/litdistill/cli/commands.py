@@ -74,10 +74,11 @@ def report(cfg: DictConfig) -> None:
 
     places = list(cfg.runs) if isinstance(cfg.runs, ListConfig) else [cfg.runs]
     found = tables.summaries(places)
-    rows = tables.rows(found)
-    _console(170).print(tables.table(rows))
+    by_metric = [tables.rows(runs) for runs in tables.by_metric(found)]
+    for rows in by_metric:
+        _console(170).print(tables.table(rows))
     if cfg.out is not None and cfg.out.endswith(".md"):
-        write_text(cfg.out, tables.markdown(rows))
+        write_text(cfg.out, "\n".join(map(tables.markdown, by_metric)))
         print(f"Written to {cfg.out}")
     elif cfg.out is not None:
         from litdistill.config.trust import packages

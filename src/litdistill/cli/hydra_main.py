@@ -28,7 +28,7 @@ from litdistill.config.origin import check_foreign
 from litdistill.utils.command_line import as_command, config_dir_flags, literal
 from litdistill.utils.distributed import run_stamp
 from litdistill.utils.errors import Stopped, UserError
-from litdistill.utils.logging import quieten
+from litdistill.utils.logging import filter_warnings
 from litdistill.utils.paths import CONF, resolve_paths
 
 log = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ def run_task(task: Callable[[DictConfig], Any], config_name: str, verb: str | No
     """
     if (here := os.getcwd()) not in sys.path:
         sys.path.append(here)  # last: one's own modules are found, and shadow nothing
-    quieten()
+    filter_warnings()
     logging.raiseExceptions = False  # on a full disk what the run itself cannot write says so, in a line
     typed = sys.argv[1 if verb is None else 2 :]
     command = [sys.argv[0], *([verb] if verb is not None else [])]

@@ -27,9 +27,10 @@ class Note(NamedTuple):
 def resumed(arguments: list[str], config_name: str = "train") -> list[str]:
     """Replaces `resume=<run folder>` or `resume=auto` by what continues that run in its own folder.
 
-    A folder's run goes on with the overrides it was started with; where another has made it, with those that set keys of
-    its own, and its config is checked before anything of it is made (`litdistill.config.origin`). `auto` is the newest unfinished run or sweep that was
-    started with these very overrides, and a new one where there is none. The key itself never reaches Hydra.
+    A folder's run goes on with the overrides it was started with; where another has made it, with those that set keys of its
+    own, and its config is checked before anything of it is made (`litdistill.config.origin`). `auto` is the newest
+    unfinished run or sweep that was started with these very overrides, and a new one where there is none. The key itself
+    never reaches Hydra.
     """
     flags, typed = split_flags(arguments)
     wanted = [a for a in typed if a.startswith("resume=")]

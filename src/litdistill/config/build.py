@@ -20,8 +20,7 @@ from litdistill.compress.quantize import Int8
 from litdistill.compress.structure import load_structure, restore, structure_of
 from litdistill.config.instantiate import instantiate, locate
 from litdistill.config.recipes import NETWORK_META_KEYS, is_complete, teacher_folder
-from litdistill.data import augment as aug
-from litdistill.data.foreign import ForeignData
+from litdistill.data.foreign import ForeignData, training_inputs
 from litdistill.data.protocol import as_indexed
 from litdistill.distillation.teacher import Ensemble
 from litdistill.models.finetune import freeze, with_own_head
@@ -56,7 +55,8 @@ def build_data(cfg: DictConfig, **facts: Any) -> tuple[Any, Task]:
 
 
 def build_task(node: DictConfig, data: Any) -> Task:
-    """The task of a config. Numbers that it is to have of the data, and that are null, are measured on what is trained on.
+    """The task of a config. Mean and deviation of the targets, where they are null, are measured on all that is not held out,
+    whatever share of it is trained on: a teacher and its student then speak of numbers on the same scale.
 
     Raises `UserError` for data that say that they are for another task.
     """
@@ -67,7 +67,9 @@ def build_task(node: DictConfig, data: Any) -> Task:
     if "mean" in node and node.mean is None:
         if as_indexed(data) is None:
             raise UserError("Nothing can be measured on these data: set task.mean and task.std, one number a value.")
-        targets = data.train_targets[data.train_ids].double()
+        rest = torch.ones(len(data.train_targets), dtype=torch.bool)
+        rest[data.val_ids] = False
+        targets = data.train_targets[rest].double()
         targets = targets[:, None] if targets.ndim == 1 else targets
         facts = {"mean": targets.mean(0).tolist(), "std": targets.std(0).clamp(min=1e-12).tolist()}
     task: Task = instantiate(node, "task", **facts)
@@ -105,7 +107,7 @@ def build_net(node: DictConfig, data: Any, role: str, source: str | Path | nn.Mo
     preprocess = stated or preprocess_of(net) or _of_data(data)
     net = bare(net)
     if source is not None:
-        net = _with_weights(net, node, data, role, source, torch.zeros(2, *shape))
+        net = _with_weights(net, node, data, role, source, torch.zeros(2, *(shape or ())))
     return wrap(net, preprocess)
 
 
@@ -192,7 +194,7 @@ def build_student(
             )
         check_int8(data.class_names)  # before it is trained, as its file is a part of its run
     elif (trainable := cfg.student.get("trainable")) is not None:
-        freeze(student, trainable, _samples(data, 2))
+        freeze(student, trainable, training_inputs(data, 2))
     return student
 
 
@@ -207,7 +209,7 @@ def _rebuilt_student(node: DictConfig, data: Any, finished: Path) -> nn.Module:
     net = build_net(node, data, "student")
     preprocess = preprocess_of(net)
     shape = preprocess.input_shape(data.input_shape) if preprocess is not None else data.input_shape
-    return wrap(restore(bare(net), load_structure(finished), torch.zeros(2, *shape)), preprocess)
+    return wrap(restore(bare(net), load_structure(finished), torch.zeros(2, *(shape or ()))), preprocess)
 
 
 def _compressed(student: nn.Module, cfg: DictConfig, data: Any) -> nn.Module:
@@ -217,25 +219,21 @@ def _compressed(student: nn.Module, cfg: DictConfig, data: Any) -> nn.Module:
             f"compress={str(cfg.compress.get('_target_')).rpartition('.')[2]}: the student starts from an int8 network, "
             "which is one traced graph and is compressed no further. Start from the float run that it was made of."
         )
-    images = _samples(data, CALIBRATION)
+    images = training_inputs(data, CALIBRATION)
     preprocess = preprocess_of(student)
     return wrap(
-        instantiate(cfg.compress, "compress")(bare(student), images if preprocess is None else preprocess(images)), preprocess
+        instantiate(cfg.compress, "compress")(bare(student), images if preprocess is None else preprocess(images)),
+        preprocess,
     )
 
 
-def _samples(data: Any, count: int) -> Any:
-    """The inputs of some training samples as they are; of foreign data those of one batch."""
-    if isinstance(data, ForeignData):
-        return data.example.inputs
-    return data.get_batch("train", aug.order(0, 0, data.train_ids)[:count]).inputs
-
-
-def build_teacher(cfg: DictConfig, data: Any, absent: Callable[[DictConfig, Path], None]) -> nn.Module | None:
+def build_teacher(
+    cfg: DictConfig, data: Any, task: Task, absent: Callable[[DictConfig, Path], None]
+) -> nn.Module | None:
     """The teacher of a config with its weights, an `Ensemble` where several are named; None without one.
 
     `absent(cfg, folder)` is called where `teacher.checkpoint` is auto and no run of that recipe is finished in `folder`:
-    it trains the teacher, or raises.
+    it trains the teacher, or raises. Raises `UserError` for a teacher whose outputs are in other units than the task's.
     """
     if cfg.teacher is None:
         return None
@@ -246,12 +244,24 @@ def build_teacher(cfg: DictConfig, data: Any, absent: Callable[[DictConfig, Path
             with open_dict(one):
                 one.teacher.ensemble = None
                 one.teacher = OmegaConf.merge(one.teacher, diff)
-            members.append(build_teacher(one, data, absent))
+            members.append(build_teacher(one, data, task, absent))
         return Ensemble([m for m in members if m is not None])
     if cfg.teacher.checkpoint != "auto":
         torch.manual_seed(cfg.seed)  # one as it is built is the same on every rank, and again when the run is rebuilt
+        if cfg.teacher.checkpoint is not None:
+            _check_units(cfg.teacher.checkpoint, task)
         return build_net(cfg.teacher, data, "teacher")
     folder = teacher_folder(cfg)
     if not broadcast_from_rank0(is_complete(folder)):
         absent(cfg, folder)
+    _check_units(folder, task)
     return build_net(cfg.teacher, data, "teacher", folder)
+
+
+def _check_units(source: str | Path, task: Task) -> None:
+    then, now = read_metadata(source, "units"), task.units()
+    if then is not None and then != now:
+        raise UserError(
+            f"The outputs of the teacher in {source} are in other units than the student's will be ({then} instead of {now}): "
+            f"set task.mean={then['mean']} task.std={then['std']}, or train a teacher on these data."
+        )

@@ -67,7 +67,7 @@ def teacher_config(cfg: DictConfig) -> DictConfig:
             own, whole = teacher.get(key), recipe.get(key) or {}
             if own is not None and {"_target_"} < whole.keys() and whole["_target_"] != own.get("_target_"):
                 teacher[key] = None
-        merged = OmegaConf.merge(teacher, recipe)
+        merged = OmegaConf.merge(teacher, _fitting(recipe, cfg))
         merged.name = "teachers"
     assert isinstance(merged, DictConfig)
     return merged
@@ -82,10 +82,16 @@ def student_config(cfg: DictConfig) -> DictConfig:
             source.student[key] = None
         source.compress = source.technique = source.resume = None
         _drop_callbacks(source)
-        merged = OmegaConf.merge(source, recipe)
+        merged = OmegaConf.merge(source, _fitting(recipe, cfg))
         merged.name = "students"
     assert isinstance(merged, DictConfig)
     return merged
+
+
+def _fitting(recipe: dict[str, Any], cfg: DictConfig) -> dict[str, Any]:
+    """A recipe without the nulls among its `data` that these data have no option for."""
+    data = {k: v for k, v in (recipe.get("data") or {}).items() if v is not None or k in cfg.data}
+    return {**recipe, "data": data}
 
 
 def _drop_callbacks(cfg: DictConfig) -> None:
@@ -100,7 +106,7 @@ def student_folder(cfg: DictConfig) -> Path:
 
 def starting_point_dir(recipe: DictConfig) -> Path:
     """Where a run of that config lies if it is one that others start from."""
-    return Path(recipe.runs) / "students" / f"{net_name(recipe.student)}-{recipe.data.name}-{recipe_hash(recipe)}"
+    return Path(recipe.runs) / "students" / f"{net_name(recipe.student)}-{data_name(recipe.data)}-{recipe_hash(recipe)}"
 
 
 def recipe_hash(cfg: DictConfig) -> str:
@@ -145,7 +151,7 @@ def short_names(node: Any) -> Any:
 def teacher_folder(cfg: DictConfig) -> Path:
     """Where the teacher that `teacher.checkpoint: auto` trains is kept."""
     recipe = teacher_config(cfg)
-    return Path(cfg.runs) / "teachers" / f"{net_name(recipe.student)}-{cfg.data.name}-{recipe_hash(recipe)}"
+    return Path(cfg.runs) / "teachers" / f"{net_name(recipe.student)}-{data_name(cfg.data)}-{recipe_hash(recipe)}"
 
 
 def net_name(node: DictConfig) -> str:
@@ -158,6 +164,11 @@ def net_name(node: DictConfig) -> str:
             value = node[key]
             name += "-" + ("x".join(map(str, value)) if OmegaConf.is_list(value) else str(value))
     return name
+
+
+def data_name(node: DictConfig) -> str:
+    """The name of a data set, or of the class of a data module of your own."""
+    return str(node.get("name") or str(node["_target_"]).rpartition(".")[2])
 
 
 def is_complete(folder: Path) -> bool:

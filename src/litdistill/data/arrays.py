@@ -3,13 +3,14 @@
     python scripts/train.py data=diabetes task=regression net@student=mlp net@teacher=mlp
     python scripts/train.py data=multilabel task=multilabel net@student=mlp net@teacher=mlp
 
-Inputs are (N, F) float32, as they are, in every epoch: a teacher's outputs are known after one of them.
+Inputs are (N, F) float32, as they are read, in every epoch: a teacher's outputs are known after one of them. Networks
+standardize them by `mean` and `std` (`litdistill.models.preprocess`): an exported file takes them as they are read, too.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
@@ -68,8 +69,6 @@ READERS: dict[str, Callable[[], Arrays]] = {"diabetes": diabetes, "multilabel": 
 class ArrayData(LightningDataModule):
     """One of `READERS`, split at random into training, validation and test set; an `IndexedData`.
 
-    Inputs are standardized by mean and deviation of each feature over all that is not held out.
-
     Args:
         name: diabetes or multilabel.
         val_size: how much is held out of the training set, a fraction below 1 or a count; the same samples for every `seed`.
@@ -78,7 +77,10 @@ class ArrayData(LightningDataModule):
         epoch_size: samples of an epoch; all that is trained on, once, where null.
         batch_size: samples of a training step on each device. eval_batch_size: likewise without gradients.
         seed: of the order.
+        mean, std: of each feature, by which networks standardize; measured over all that is not held out unless given.
     """
+
+    name: str
 
     def __init__(
         self,
@@ -90,53 +92,50 @@ class ArrayData(LightningDataModule):
         batch_size: int = 64,
         eval_batch_size: int = 512,
         seed: int = 0,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
     ):
         super().__init__()
         if name not in READERS:
-            raise UserError(f"data.name={name} is unknown. Choose one of {', '.join(READERS)}.")
+            raise UserError(f"name={name} is unknown. Choose one of {', '.join(READERS)}.")
         if fraction is not None and not 0 < fraction <= 1:
-            raise UserError(f"data.fraction={fraction} must be above 0 and at most 1.")
+            raise UserError(f"fraction={fraction} must be above 0 and at most 1.")
         if min(batch_size, eval_batch_size, epoch_size or 1) < 1:
-            raise UserError("data.batch_size, data.eval_batch_size and data.epoch_size must be at least 1.")
+            raise UserError("batch_size, eval_batch_size and epoch_size must be at least 1.")
         self.name, self.val_size, self.fraction = name, val_size, fraction
         self.subset_seed = seed if subset_seed is None else subset_seed
-        self.epoch_size, self.batch_size, self.eval_batch_size, self.seed = (
-            epoch_size,
-            batch_size,
-            eval_batch_size,
-            seed,
-        )
+        self.epoch_size, self.batch_size, self.eval_batch_size = epoch_size, batch_size, eval_batch_size
+        self.seed, self.mean, self.std = seed, mean, std
 
     # -- the facts ---------------------------------------------------------------------------------------------------
 
     @cached_property
-    def arrays(self) -> Arrays:
-        """All samples, standardized; an id is a place among them."""
+    def arrays(self) -> dict[str, Arrays]:
+        """By split: "train", which the validation set is of, and "test". An id is a place in either."""
         inputs, targets, names = READERS[self.name]()
-        rest = inputs[self._split[1]]
-        deviation = rest.std(0, correction=0)
-        inputs = (inputs - rest.mean(0)) / torch.where(deviation > 0, deviation, 1.0)
-        return Arrays(inputs, targets, names)
-
-    @cached_property
-    def _split(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The ids of the validation set, of what can be trained on, and of the test set, each sorted."""
-        ids = aug.order(TEST_SEED, 0, torch.arange(len(READERS[self.name]().inputs)))
+        ids = aug.order(TEST_SEED, 0, torch.arange(len(inputs)))
         tested = round(TEST_SHARE * len(ids))
-        rest = aug.order(VAL_SEED, 0, ids[tested:])
-        held = round(self.val_size * len(rest)) if self.val_size < 1 else int(self.val_size)
-        if not 0 < held < len(rest):
-            raise UserError(
-                f"data.val_size={self.val_size} of {len(rest)} samples leaves {len(rest) - held} to train on and {held} to "
-                "validate on. Choose another size, such as 0.1."
-            )
-        return rest[:held].sort().values, rest[held:].sort().values, ids[:tested].sort().values
+        both = {"test": ids[:tested].sort().values, "train": ids[tested:].sort().values}
+        return {split: Arrays(inputs[rows], targets[rows], names) for split, rows in both.items()}
 
     def setup(self, stage: str | None = None) -> None:
         """Reads the data; the same whatever the stage."""
-        self.val_ids, rest, self.test_ids = self._split
+        inputs = self.arrays["train"].inputs
+        ids = aug.order(VAL_SEED, 0, torch.arange(len(inputs)))
+        held = round(self.val_size * len(ids)) if self.val_size < 1 else int(self.val_size)
+        if not 0 < held < len(ids):
+            raise UserError(
+                f"val_size={self.val_size} of {len(ids)} samples leaves {len(ids) - held} to train on and {held} to "
+                "validate on. Choose another size, such as 0.1."
+            )
+        self.val_ids, rest = ids[:held].sort().values, ids[held:].sort().values
+        self.test_ids = torch.arange(len(self.arrays["test"].inputs))
         count = max(1, round(len(rest) * (1 if self.fraction is None else self.fraction)))
         self.train_ids = aug.order(self.subset_seed, 0, rest)[:count].sort().values
+        if self.mean is None or self.std is None:
+            inputs = inputs[rest].double()
+            deviation = inputs.std(0, correction=0)
+            self.mean, self.std = inputs.mean(0).tolist(), torch.where(deviation > 0, deviation, 1.0).tolist()
 
     @property
     def task(self) -> str:
@@ -146,22 +145,22 @@ class ArrayData(LightningDataModule):
     @property
     def class_names(self) -> tuple[str, ...]:
         """The names of the outputs."""
-        return self.arrays.names
+        return self.arrays["train"].names
 
     @property
     def num_classes(self) -> int:
         """How many outputs a network has."""
-        return len(self.arrays.names)
+        return len(self.class_names)
 
     @property
     def input_shape(self) -> tuple[int, ...]:
         """(F,)."""
-        return tuple(self.arrays.inputs.shape[1:])
+        return tuple(self.arrays["train"].inputs.shape[1:])
 
     @property
     def train_targets(self) -> Tensor:
-        """(M, outputs) the targets of all samples, by id."""
-        return self.arrays.targets
+        """(M, outputs) the targets of all that is not tested, by id."""
+        return self.arrays["train"].targets
 
     # -- IndexedData -------------------------------------------------------------------------------------------------
 
@@ -175,21 +174,24 @@ class ArrayData(LightningDataModule):
         """Each sample as it is."""
         return 1
 
+    def count(self, split: str) -> int:
+        """Samples of "train", "val" or "test"."""
+        return len(split_ids(self, split))
+
     def view_count(self, rounds: int) -> int:
         """See `litdistill.data.protocol.IndexedData`."""
         return 1
 
     def identity(self, split: str) -> str:
         """See `litdistill.data.protocol.IndexedData`."""
-        inputs, targets, names = self.arrays
+        inputs, targets, names = self.arrays["test" if split == "test" else "train"]
         found = weights_sha256({"inputs": inputs, "targets": targets})
         return hashlib.sha256(repr((found, names)).encode()).hexdigest()
 
     def get_batch(self, split: str, ids: Tensor, views: Tensor | None = None) -> Batch:
         """The samples of these ids (N,), on their device."""
-        here = ids.cpu()
-        inputs, targets = (x[here].to(ids.device) for x in self.arrays[:2])
-        return Batch(inputs, targets, ids)
+        arrays, rows = self.arrays["test" if split == "test" else "train"], ids.cpu()
+        return Batch(arrays.inputs[rows].to(ids.device), arrays.targets[rows].to(ids.device), ids)
 
     def batches(self, split: str, device: torch.device | str = "cpu") -> Iterator[Batch]:
         """All of a split in order, without a trainer and on this process alone."""

@@ -21,6 +21,7 @@ from torch import Tensor
 from litdistill.data import augment as aug
 from litdistill.data import mixing, splits
 from litdistill.data.loading import IndexLoader, Rows
+from litdistill.data.protocol import split_ids
 from litdistill.data.sources import STREAMED, Source, Split, fingerprint, load
 from litdistill.data.streaming import Encoded, Prefetched
 from litdistill.types import Batch, Group
@@ -184,6 +185,10 @@ class ImageData(LightningDataModule):
             facts += [[stable_repr(a) for a in self.augment], mixed, None if self.views is not None else self.view_seed]
         return hashlib.sha256(repr(facts).encode()).hexdigest()
 
+    def count(self, split: str) -> int:
+        """Samples of "train", "val" or "test"."""
+        return len(split_ids(self, split))
+
     def view_count(self, rounds: int) -> int:
         """See `litdistill.data.protocol.IndexedData`."""
         return self.views or min(rounds, self.fixed_views or rounds)
@@ -261,7 +266,7 @@ class ImageData(LightningDataModule):
     def batches(self, split: str, device: torch.device | str = "cpu") -> Iterator[Batch]:
         """All of "train", "val" or "test" in order, unaugmented, without a trainer and on this process alone."""
         self.setup()
-        ids = {"train": self.train_ids, "val": self.val_ids, "test": self.test_ids}[split]
+        ids = split_ids(self, split)
         files = "test" if split == "test" else "train"
         rows = [Rows(files, chunk) for chunk in ids.split(self.eval_batch_size)]
         fetch = self._prefetched(files)

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from lightning import LightningDataModule
-from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
+from litdistill.data import augment as aug
 from litdistill.data.protocol import split_ids
 from litdistill.types import Batch
 from litdistill.utils.errors import UserError
@@ -25,8 +25,14 @@ class ForeignData:
     """
 
     def __init__(self, module: LightningDataModule, to_batch: Callable[[Any], Batch]):
+        for split in ("val", "test"):
+            if not offers(module, split):
+                raise UserError(
+                    f"{type(module).__name__} has no {split}_dataloader: a run chooses its epoch on the validation set and is "
+                    "measured on the test set, so give it both; litdistill.distill() asks for neither."
+                )
         self.module, self.to_batch = module, to_batch
-        self.example = to_batch(first_batch(module.train_dataloader()))
+        self.example = to_batch(first_batch(module.train_dataloader(), module))
         self.name: str = getattr(module, "name", None) or type(module).__name__
         self.mean, self.std = getattr(module, "mean", None), getattr(module, "std", None)
         self._tested = False
@@ -61,7 +67,7 @@ class ForeignData:
     def batches(self, split: str, device: torch.device | str = "cpu") -> Iterator[Batch]:
         """All of "val" or "test" in order."""
         for raw in self._loader(split):
-            yield move_data_to_device(self.to_batch(raw), torch.device(device))
+            yield self.to_batch(transferred(self.module, raw, torch.device(device)))
 
     def _loader(self, split: str) -> Any:
         if split == "test" and not self._tested:
@@ -78,9 +84,46 @@ def sample_count(data: Any, split: str) -> int | None:
     return data.count(split) if isinstance(data, ForeignData) else len(split_ids(data, split))
 
 
-def first_batch(loader: Any) -> Any:
-    """The first batch of a loader. Raises `UserError` where it yields nothing."""
+def output_names(data: Any, count: int) -> tuple[str, ...]:
+    """The names of a network's outputs: of classes, labels or values; their numbers where the data say nothing."""
+    return tuple(data.class_names) or tuple(map(str, range(count)))
+
+
+def training_inputs(data: Any, count: int) -> Any:
+    """The inputs of some training samples as they are, by `Batch.inputs`; of foreign data those of one batch."""
+    if isinstance(data, ForeignData):
+        return data.example.inputs
+    return data.get_batch("train", aug.order(0, 0, data.train_ids)[:count]).inputs
+
+
+def sample(data: Any, split: str, index: int) -> Tensor | None:
+    """The input of the i-th sample of "val" or "test", in order; None where it is no single tensor."""
+    if not isinstance(data, ForeignData):
+        ids = split_ids(data, split)[index : index + 1]
+        return data.get_batch("test" if split == "test" else "train", ids).inputs[0]
+    for batch in data.batches(split):
+        if index < len(batch.targets):
+            return batch.inputs[index] if isinstance(batch.inputs, Tensor) else None
+        index -= len(batch.targets)
+    raise IndexError(index)
+
+
+def offers(module: LightningDataModule, split: str) -> bool:
+    """Whether a data module has a loader of "val" or "test" of its own."""
+    name = f"{split}_dataloader"
+    return getattr(type(module), name) is not getattr(LightningDataModule, name)
+
+
+def transferred(module: LightningDataModule, raw: Any, device: torch.device) -> Any:
+    """A batch as a Trainer gives it to its model: on the device, and after all that the data module does to it on the way."""
+    raw = module.on_before_batch_transfer(raw, 0)
+    return module.on_after_batch_transfer(module.transfer_batch_to_device(raw, device, 0), 0)
+
+
+def first_batch(loader: Any, module: LightningDataModule | None = None) -> Any:
+    """The first batch of a loader, as `transferred` by its data module. Raises `UserError` where it yields nothing."""
     try:
-        return next(iter(loader))
+        raw = next(iter(loader))
     except (StopIteration, TypeError) as error:
         raise UserError(f"The training loader yields no batch ({type(loader).__name__}).") from error
+    return raw if module is None else transferred(module, raw, torch.device("cpu"))

@@ -92,7 +92,7 @@ def run_data(cfg: DictConfig, folder: Path) -> tuple[Any, Task]:
     data, task = build_data(cfg, **({} if None in known.values() else known))
     classes, shape = read_metadata(folder, "classes"), read_metadata(folder, "input_shape")
     back = "Put its data back as they were, or name the place where they are with +data.root=…"
-    if classes is not None and classes != list(data.class_names):
+    if classes and classes != list(data.class_names):
         gone, new = (
             [c for c in a if c not in b] for a, b in ((classes, data.class_names), (data.class_names, classes))
         )
@@ -119,7 +119,7 @@ def rebuild(folder: Path, overrides: DictConfig | None = None, trust: Sequence[s
     if overrides is not None:
         cfg = OmegaConf.merge(cfg, overrides)  # type: ignore[assignment]
     data, task = run_data(cfg, folder)
-    teacher = build_teacher(cfg, data, _gone)
+    teacher = build_teacher(cfg, data, task, _gone)
     if teacher is not None:
         found, then = weights_sha256(teacher.state_dict()), summary["teacher"]["sha256"]
         if found != then:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from litdistill.data.foreign import output_names, sample
 from litdistill.evaluation.predictions import predict_split, teacher_outputs
 from litdistill.tasks.base import Samples, Task
 
@@ -52,7 +53,7 @@ def show(
         return
     outputs, targets = predict_split(student, data, "val", device, task)
     taught = teacher_outputs(teacher, data, task, "val", device, folder) if teacher is not None else None
-    sample = lambda i: data.get_batch("train", data.val_ids[i : i + 1], None).inputs[0]  # noqa: E731
-    samples = Samples(sample, targets, data.class_names, outputs, taught)
+    names = output_names(data, outputs.logits.shape[1])
+    samples = Samples(lambda i: sample(data, "val", i), targets, names, outputs, taught)
     for name, figure in task.figures(samples).items():
         writer.add_figure(f"validation/{name}", figure, step)

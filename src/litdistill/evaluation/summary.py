@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from litdistill.config.lr_scaling import read_scale
-from litdistill.config.recipes import net_name, recipe, student_folder, teacher_folder
+from litdistill.config.recipes import data_name, net_name, recipe, student_folder, teacher_folder
 from litdistill.data.foreign import sample_count
 from litdistill.methods import NAMES
 from litdistill.models.profile import count_macs, count_parameters, weight_bytes
@@ -96,7 +96,7 @@ def summarize(
 
 def macs(net: nn.Module, shape: Sequence[int] | None) -> int | None:
     """Multiply-adds for one sample of that shape; None where inputs are no single tensor."""
-    return None if shape is None else count_macs(net, shape)  # type: ignore[arg-type]
+    return None if shape is None else count_macs(net, shape)
 
 
 def start_of(cfg: DictConfig) -> dict[str, Any] | None:
@@ -175,11 +175,6 @@ def method_name(cfg: DictConfig) -> str:
     nodes = [cfg.method] if not parts else parts.values() if OmegaConf.is_dict(parts) else parts
     classes = [str(node["_target_"]).rpartition(".")[2] for node in nodes]
     return "+".join(NAMES.get(name, name) for name in classes)
-
-
-def data_name(node: DictConfig) -> str:
-    """The name of a data set, or of the class of a data module of your own."""
-    return str(node.get("name") or str(node["_target_"]).rpartition(".")[2])
 
 
 def hyperparameters(cfg: DictConfig, trainer: Trainer | None = None) -> dict[str, Any]:

@@ -24,13 +24,12 @@ from litdistill.compress.structure import structure_of
 from litdistill.config.build import build_net
 from litdistill.config.origin import check_links
 from litdistill.config.recipes import NETWORK_META_KEYS
-from litdistill.data.datamodule import ImageData
-from litdistill.data.protocol import IndexedData
+from litdistill.data.foreign import output_names, training_inputs
 from litdistill.evaluation.evaluate import load_run, rebuild, run_data
 from litdistill.export.predict import load, runtime
 from litdistill.export.writers import write_format
 from litdistill.features.outputs import run_network
-from litdistill.methods.base import BERNOULLI, CATEGORICAL
+from litdistill.methods.base import BERNOULLI, CATEGORICAL, REAL
 from litdistill.models.preprocess import Preprocessed, bare, preprocess_of
 from litdistill.tasks.base import Task
 from litdistill.tasks.classification import Classification
@@ -41,7 +40,11 @@ from litdistill.utils.hashing import weights_sha256
 from litdistill.utils.manifest import MANIFEST, SUFFIXES, check_facts, check_names, read_manifest
 from litdistill.utils.versions import versions
 
-NORMALIZED = "float32 NCHW, (pixel / 255 - mean) / std"
+OUTPUTS = {
+    CATEGORICAL: "logits, float32: their softmax gives probabilities",
+    BERNOULLI: "logits, float32: the sigmoid of each gives its probability",
+    REAL: "float32: output * std + mean of units gives values",
+}
 PRECISIONS = {
     "onnx": ("fp32", "fp16", "int8"),
     "pt2": ("fp32", "fp16"),
@@ -80,9 +83,9 @@ def export(
         raise UserError(f"calibration={calibration} must be a number of images, at least 1.")
     check_limits(limits)
     folder = Path(folder)
-    student, data, net_options = load_student(folder, overrides, trust)
+    student, data, task, net_options = student_of_run(folder, overrides, trust)
     path, entry = export_student(
-        folder, student, data, format, precision, preprocessing, calibration, limits, net_options
+        folder, student, data, format, precision, preprocessing, calibration, limits, net_options, task
     )
     return path, entry["check"]
 
@@ -97,7 +100,7 @@ def check_limits(limits: Limits) -> None:
 def export_student(
     folder: Path,
     student: nn.Module,
-    data: ImageData,
+    data: Any,
     format: str = "onnx",
     precision: str = "fp32",
     preprocessing: bool = True,
@@ -108,16 +111,18 @@ def export_student(
 ) -> tuple[Path, dict[str, Any]]:
     """`export` of a student that is at hand; gives the path and the whole entry.
 
-    `net_options`: what a safetensors file's network is built with. `task`: by whose metric the file is compared with the
-    student; classification where None.
+    `net_options`: what a safetensors file's network is built with. `task`: how its outputs are read, and by whose metric the
+    file is compared with the student; classification where None.
     """
     if isinstance(bare(student), Int8) and (format, precision) != ("onnx", "int8"):
         raise UserError("This student was trained to compute in int8: export it with format=onnx precision=int8.")
     if structure_of(student) and format == "safetensors":
         raise UserError("As safetensors nobody could rebuild this compressed network; use format=onnx.")
-    check_names(data.class_names)
+    task = task or Classification()
+    names, shape = names_and_shape(student, data)
+    check_names(names)
     check_links(folder)
-    preprocess, shape = preprocess_of(student), list(data.input_shape)
+    preprocess = preprocess_of(student)
     if preprocess is None and any(isinstance(m, Preprocessed) for m in student.modules()):
         raise UserError(
             "The networks that this student is made of preprocess images in different ways: it cannot be exported."
@@ -131,11 +136,13 @@ def export_student(
         "format": format,
         "precision": precision,
         "preprocessing": preprocessing,
-        "classes": list(data.class_names),
+        "kind": task.kind,
+        "units": task.units(),
+        "classes": names,
         **about,
         "input_shape": shape,
-        "input": "uint8 NCHW" if preprocessing else NORMALIZED if preprocess is not None else "float32",
-        "output": "logits, float32",
+        "input": described(shape, preprocessing, preprocess is not None),
+        "output": OUTPUTS[task.kind],
     }
     if format == "safetensors":
         entry["net"] = dict(net_options or {})
@@ -160,6 +167,33 @@ def export_student(
     return path, entry
 
 
+@torch.no_grad()
+def names_and_shape(student: nn.Module, data: Any) -> tuple[list[str], list[int]]:
+    """The names of the student's outputs, and the shape of one sample of its inputs.
+
+    Raises `UserError` for a student that an exported file cannot hold: of several inputs, or of outputs that are no matrix.
+    """
+    inputs = training_inputs(data, 2)
+    if not isinstance(inputs, Tensor):
+        raise UserError(
+            "An exported file has one input, and this student takes several: load it with litdistill.load_student(<run>) and "
+            "write it with torch.onnx.export."
+        )
+    outputs = run_network(student.cpu().eval(), inputs.cpu()).heads
+    if (logits := outputs.get("logits")) is None or logits.ndim != 2:
+        raise UserError(f"An exported file gives logits (N, outputs), and this student gives {', '.join(outputs)}.")
+    return list(output_names(data, logits.shape[1])), list(data.input_shape or inputs.shape[1:])
+
+
+def described(shape: Sequence[int], preprocessing: bool, normalizes: bool) -> str:
+    """What a file takes, for people."""
+    if len(shape) == 1:
+        return (
+            "float32 (N, F), (x - mean) / std" if normalizes and not preprocessing else "float32 (N, F) as in the data"
+        )
+    return "uint8 NCHW" if preprocessing else "float32 NCHW, (pixel / 255 - mean) / std" if normalizes else "float32"
+
+
 def verify(
     folder: str | Path,
     overrides: DictConfig | None = None,
@@ -180,21 +214,21 @@ def verify(
         raise UserError(f"Nothing was exported from {folder} yet: there is no {manifest}.")
     files = read_manifest(manifest)
     models = {name: load(manifest.parent / Path(name).name, allow_code) for name in files}
-    student, data, _ = load_student(folder, overrides, trust)
+    student, data, task, _ = student_of_run(folder, overrides, trust)
     found = {}
     for name, model in models.items():
         precision = files[name].get("precision")
         if precision not in TOLERANCES:
             raise UserError(f"{manifest} is damaged: {name} has no precision. Export it again.")
-        found[name] = check(model.run, student, data, precision, limits)
+        found[name] = check(model.run, student, data, precision, limits, task)
         _refuse_mismatch(manifest.parent / name, found[name])
     return found
 
 
-def load_student(
+def student_of_run(
     folder: Path, overrides: DictConfig | None, trust: Sequence[str] = ()
-) -> tuple[nn.Module, ImageData, dict[str, Any]]:
-    """The student of a finished run, in eval mode on the CPU, its data, and the options that its network is built with.
+) -> tuple[nn.Module, Any, Task, dict[str, Any]]:
+    """The student of a finished run, in eval mode on the CPU, its data, its task, and what its network is built with.
 
     The teacher is only asked for where it is part of the student (a method that gives the student another head).
     """
@@ -204,20 +238,20 @@ def load_student(
     options = OmegaConf.to_container(cfg.student, resolve=True)
     assert isinstance(options, dict)
     own = {str(k): v for k, v in options.items() if k not in (*NETWORK_META_KEYS, "weights", "pretrained")}
-    data, _ = run_data(cfg, folder)
+    data, task = run_data(cfg, folder)
     try:
         student = build_net(OmegaConf.create(own), data, "student", folder)
     except UserError:
         data, distiller = rebuild(folder, overrides, trust)
         student = distiller.deployed_student
-    return student.cpu().eval(), data, own
+    return student.cpu().eval(), data, task, own
 
 
 @torch.no_grad()
 def check(
     run: Callable[[np.ndarray], np.ndarray],
     student: nn.Module,
-    data: IndexedData,
+    data: Any,
     precision: str,
     limits: Limits = (None, None),
     task: Task | None = None,

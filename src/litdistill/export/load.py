@@ -7,15 +7,16 @@ from pathlib import Path
 
 from torch import nn
 
-from litdistill.export.export import load_student as student_of_run
+from litdistill.export.export import student_of_run
 from litdistill.export.predict import load_network
 
 
 def load_student(source: str | Path, trust: Sequence[str] = ()) -> nn.Module:
     """The student of a finished run's folder, or of an exported `.safetensors` file, in eval mode on the CPU.
 
-    It takes images as uint8 or from 0 to 1: its preprocessing is a part of it. `trust`: packages whose classes the config of
-    a run that another made may name (`litdistill.config.trust`). Raises `UserError` for what is no such folder or file.
+    It takes inputs as its data gave them (images as uint8 or from 0 to 1): its preprocessing is a part of it. `trust`:
+    packages whose classes the config of a run that another made may name (`litdistill.config.trust`). Raises `UserError` for
+    what is no such folder or file.
     """
     path = Path(source)
     return student_of_run(path, None, trust)[0] if path.is_dir() else load_network(path)

@@ -1,7 +1,10 @@
-"""Runs an exported student on image files, with neither Lightning nor Hydra, and for ONNX without torch.
+"""Runs an exported student on files, with neither Lightning nor Hydra, and for ONNX without torch.
 
     python -m litdistill.export.predict <run>/export/student.onnx image1.png image2.png
     python -m litdistill.export.predict <run>/export/student.onnx --json --top 3 *.png
+    python -m litdistill.export.predict <run>/export/student.onnx patients.csv
+
+A student of images takes image files, one of tables (`input_shape` of one number) .npy and .csv files, a sample a row.
 
 An ONNX file needs numpy, Pillow and onnxruntime. A file is opened only if it is the very one that `manifest.json` beside
 it speaks of, and if opening it can run no code. Formats that torch's own loaders read by unpickling and evaluating
@@ -40,7 +43,7 @@ class Model(NamedTuple):
     """An exported file, ready to run."""
 
     facts: ExportMetadata
-    run: Callable[[np.ndarray], np.ndarray]  # (N, C, H, W) uint8 -> logits (N, classes) float32
+    run: Callable[[np.ndarray], np.ndarray]  # (N, C, H, W) uint8 or (N, F) float32 -> logits (N, outputs) float32
 
 
 def load(path: str | Path, trust: bool = False) -> Model:
@@ -78,8 +81,8 @@ def runtime(content: bytes, facts: ExportMetadata, path: Path) -> Callable[[np.n
     except Exception as error:  # each runtime has exceptions of its own for a file that is none of its kind
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path} is damaged or no {facts.format} file: {reason}") from error
-    column = [len(facts.mean), 1, 1]
-    scale = (1 / (255 * np.array(facts.std))).astype(np.float32).reshape(column)
+    column, levels = [len(facts.mean), *(1 for _ in facts.input_shape[1:])], 255 if len(facts.input_shape) > 1 else 1
+    scale = (1 / (levels * np.array(facts.std))).astype(np.float32).reshape(column)
     shift = (-np.array(facts.mean) / np.array(facts.std)).astype(np.float32).reshape(column)
     as_they_are = facts.preprocessing or facts.format == "safetensors" or not facts.mean
 
@@ -166,8 +169,8 @@ def _torch(net: Callable[..., Any]) -> Callable[[np.ndarray], np.ndarray]:
 def build_net(facts: ExportMetadata) -> nn.Module:
     """The network that `facts.net` names, for preprocessed images.
 
-    Only functions of `litdistill.models`, and only their own named options. Nothing is fetched or read on the way: pretrained weights, and whatever else a library's builder would take, are
-    refused, since the name may come from a stranger.
+    Only functions of `litdistill.models`, and only their own named options. Nothing is fetched or read on the way: pretrained
+    weights, and whatever else a library's builder would take, are refused, since the name may come from a stranger.
     """
     options = dict(facts.net)
     target = str(options.pop("_target_", ""))
@@ -186,7 +189,7 @@ def build_net(facts: ExportMetadata) -> nn.Module:
     return function(num_classes=len(facts.classes), input_shape=shape, **options)  # type: ignore
 
 
-# -- images and the command --------------------------------------------------------------------------------------------
+# -- files and the command ---------------------------------------------------------------------------------------------
 
 
 def read_images(paths: Sequence[str | Path], input_shape: Sequence[int]) -> np.ndarray:
@@ -204,32 +207,93 @@ def read_images(paths: Sequence[str | Path], input_shape: Sequence[int]) -> np.n
     return images
 
 
+def read_table(path: str | Path, columns: int) -> np.ndarray:
+    """(N, columns) float32 of a .npy file, or of a .csv file with or without a line of names.
+
+    Raises `UserError` for another file, another number of columns, and for what is no finite number.
+    """
+    path = Path(path)
+    if path.suffix not in (".npy", ".csv"):
+        raise UserError(f"{path}: the student takes rows of {columns} numbers, in a .npy or a .csv file.")
+    try:
+        if path.suffix == ".npy":
+            rows = np.atleast_2d(np.load(path, allow_pickle=False)).astype(np.float32)
+        else:
+            lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+            rows = np.loadtxt(lines[_has_names(lines) :], np.float32, delimiter=",", ndmin=2)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path} cannot be read as a table of numbers: {str(error).splitlines()[0]}") from error
+    if rows.ndim != 2 or rows.shape[1] != columns:
+        raise UserError(f"{path} holds {rows.shape}, and the student takes rows of {columns} numbers.")
+    if (bad := ~np.isfinite(rows).all(1)).any():
+        raise UserError(f"{path}: row {int(bad.argmax())} (counted from 0) has a value that is no finite number.")
+    return rows
+
+
+def _has_names(lines: Sequence[str]) -> int:
+    """1 where the first line of a .csv file is no row of numbers, else 0."""
+    try:
+        [float(value) for value in lines[0].split(",")] if lines else []
+    except ValueError:
+        return 1
+    return 0
+
+
+def decoded(logits: np.ndarray, facts: ExportMetadata, top: int) -> list[dict[str, Any]]:
+    """What logits (N, outputs) say of each sample, by the kind of the task.
+
+    One label a sample, and several: `{"top": [{"class", "index", "probability"}]}`, the likeliest first, at most `top` of
+    them. Numbers: `{"values": {name: value}}`, in the targets' units.
+    """
+    x = logits.astype(np.float64)
+    if facts.kind == "real":
+        units = facts.units or {"mean": 0.0, "std": 1.0}
+        values = x * np.array(units["std"]) + np.array(units["mean"])
+        return [{"values": dict(zip(facts.classes, row.tolist(), strict=True))} for row in values]
+    if facts.kind == "bernoulli":
+        p = np.exp(-np.logaddexp(0, -x))
+    else:
+        odds = np.exp(x - x.max(1, keepdims=True))
+        p = odds / odds.sum(1, keepdims=True)
+    best = np.argsort(-p, axis=1, kind="stable")[:, :top].tolist()
+    name = facts.classes
+    return [
+        {"top": [{"class": name[i], "index": i, "probability": float(row[i])} for i in chosen]}
+        for row, chosen in zip(p, best, strict=True)
+    ]
+
+
 def predict(model: Model, paths: Sequence[str | Path], top: int = 5) -> list[dict[str, Any]]:
-    """For each image its name and its `top` likeliest classes: `{"image": …, "top": [{"class", "index", "probability"}]}`."""
-    found = []
+    """For each image its name and what `decoded` gives, `{"image": …, "top": …}`; of tables for each row `{"row": …, …}`."""
+    found, facts = [], model.facts
+    if len(facts.input_shape) == 1:
+        for path in paths:
+            rows = read_table(path, facts.input_shape[0])
+            for start in range(0, len(rows), BATCH):
+                chunk = decoded(model.run(rows[start : start + BATCH]), facts, top)
+                found += [{"row": f"{path}:{start + i}", **one} for i, one in enumerate(chunk)]
+        return found
     for start in range(0, len(paths), BATCH):
-        chunk = paths[start : start + BATCH]
-        logits = model.run(read_images(chunk, model.facts.input_shape)).astype(np.float64)
-        odds = np.exp(logits - logits.max(1, keepdims=True))
-        for path, p in zip(chunk, odds / odds.sum(1, keepdims=True), strict=True):
-            best = np.argsort(-p, kind="stable")[:top].tolist()
-            classes = [{"class": model.facts.classes[i], "index": i, "probability": float(p[i])} for i in best]
-            found.append({"image": str(path), "top": classes})
+        some = paths[start : start + BATCH]
+        given = decoded(model.run(read_images(some, facts.input_shape)), facts, top)
+        found += [{"image": str(path), **one} for path, one in zip(some, given, strict=True)]
     return found
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m litdistill.export.predict", description="Classifies image files.")
+    parser = argparse.ArgumentParser(
+        prog="python -m litdistill.export.predict", description="Predicts with an exported student."
+    )
     parser.add_argument("model", help="an exported file, manifest.json beside it")
-    parser.add_argument("images", nargs="+", help="image files")
-    parser.add_argument("--top", type=int, default=5, help="how many classes to name for each image (5)")
+    parser.add_argument("files", nargs="+", help="image files; or .npy and .csv files, a sample a row")
+    parser.add_argument("--top", type=int, default=5, help="how many classes to name for each sample (5)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
     parser.add_argument("--trust", action="store_true", help="open .pt2 and .pt too, whose loaders can run code")
     asked = parser.parse_args(arguments)
     if asked.top < 1:
         parser.error("--top must be at least 1")
     try:
-        found = predict(load(asked.model, asked.trust), asked.images, asked.top)
+        found = predict(load(asked.model, asked.trust), asked.files, asked.top)
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
@@ -237,8 +301,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(json.dumps(found, indent=2))
         return
     for one in found:
-        name = os.fsencode(one["image"]).decode(errors="replace")  # which need be no text
-        print(f"{name}: " + ", ".join(f"{c['class']} {100 * c['probability']:.1f} %" for c in one["top"]))
+        name = os.fsencode(one.get("image") or one["row"]).decode(errors="replace")  # which need be no text
+        said = [f"{c['class']} {100 * c['probability']:.1f} %" for c in one.get("top", ())]
+        said += [f"{k} {v:.6g}" for k, v in one.get("values", {}).items()]
+        print(f"{name}: " + ", ".join(said))
 
 
 if __name__ == "__main__":

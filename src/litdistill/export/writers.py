@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from litdistill.compress.quantize import Int8, converted, quiet
-from litdistill.data import augment as aug
-from litdistill.data.protocol import IndexedData
+from litdistill.data.foreign import training_inputs
 from litdistill.export.predict import build_net as named_net
 from litdistill.models.preprocess import Preprocess, as_plain_modules, bare, preprocess_of, without_preprocessing, wrap
 from litdistill.utils.checkpoint import load_state_dict_checked, save_student
@@ -51,12 +50,12 @@ class ExportWrapper(nn.Module):
 
 
 def write_format(
-    student: nn.Module, data: IndexedData, path: Path, entry: dict[str, Any], facts: ExportMetadata, calibration: int
+    student: nn.Module, data: Any, path: Path, entry: dict[str, Any], facts: ExportMetadata, calibration: int
 ) -> None:
     """Writes the file itself; what it was made with goes into `entry`."""
     metadata = {k: json.dumps(v) for k, v in entry.items()}
     model = ExportWrapper(student, facts.preprocessing, half=entry["precision"] == "fp16").eval()
-    example = model_inputs(student, data, data.train_ids[:2], facts.preprocessing)
+    example = model_inputs(student, data, 2, facts.preprocessing)
     with quiet():
         if facts.format == "safetensors":
             try:
@@ -83,17 +82,16 @@ def write_format(
             metadata["quantization"] = json.dumps(entry["quantization"])
             _write_onnx(model.eval(), example, path, metadata)
         elif entry["precision"] == "int8":
-            ids = aug.order(0, 0, data.train_ids)[:calibration]
-            images = model_inputs(student, data, ids, facts.preprocessing)
+            images = model_inputs(student, data, calibration, facts.preprocessing)
             entry["quantization"] = _write_int8(model, example, images, path, metadata)
         else:
             _write_onnx(model, example, path, metadata)
 
 
 @torch.no_grad()
-def model_inputs(student: nn.Module, data: IndexedData, ids: Tensor, preprocessing: bool) -> Tensor:
+def model_inputs(student: nn.Module, data: Any, count: int, preprocessing: bool) -> Tensor:
     """Training samples as a file takes them: as they are, or preprocessed."""
-    inputs = data.get_batch("train", ids).inputs
+    inputs = training_inputs(data, count)
     preprocess = None if preprocessing else preprocess_of(student)
     return (inputs if preprocess is None else preprocess(inputs)).clone(memory_format=torch.contiguous_format)
 

@@ -19,12 +19,17 @@ from litdistill.models.preprocess import preprocess_of
 from litdistill.utils.errors import UserError
 
 
-def student_metadata(net: nn.Module, data: Any, structure: Sequence[dict[str, Any]] = ()) -> dict[str, str]:
+def student_metadata(
+    net: nn.Module,
+    data: Any,
+    structure: Sequence[dict[str, Any]] = (),
+    units: dict[str, list[float]] | None = None,
+) -> dict[str, str]:
     """The metadata of a network's file of weights, as `litdistill.utils.checkpoint.read_metadata` reads them.
 
     `classes` and `input_shape` of the data that it was trained on, and their `data_mean` and `data_std` where they have some;
-    `mean`, `std` and `size` of its own preprocessing where it has one; and its `structure` where it was compressed
-    (`litdistill.compress.structure.structure_of`).
+    `mean`, `std` and `size` of its own preprocessing where it has one; its `structure` where it was compressed
+    (`litdistill.compress.structure.structure_of`); and the `units` of its outputs (`litdistill.tasks.base.Task.units`).
     """
     shape = data.input_shape
     facts: dict[str, Any] = {"classes": list(data.class_names), "input_shape": None if shape is None else list(shape)}
@@ -34,6 +39,8 @@ def student_metadata(net: nn.Module, data: Any, structure: Sequence[dict[str, An
     preprocess = preprocess_of(net)
     if preprocess is not None:
         facts |= preprocess.facts()
+    if units:
+        facts["units"] = units
     if structure:
         facts["structure"] = list(structure)
     return {k: json.dumps(v) for k, v in facts.items()}
@@ -41,11 +48,11 @@ def student_metadata(net: nn.Module, data: Any, structure: Sequence[dict[str, An
 
 def class_order(trained: Sequence[str] | None, names: Sequence[str], source: str | Path, role: str) -> list[int] | None:
     """For each of the data's class names its index among those that the weights were `trained` on; None where they are the
-    same, or where the weights do not say.
+    same, or where the weights or the data do not say.
 
     Raises `UserError` that names the classes which only the one or only the other has.
     """
-    if trained is None or list(trained) == list(names):
+    if not trained or not names or list(trained) == list(names):
         return None
     if set(trained) != set(names) or len(set(trained)) != len(trained) or len(trained) != len(names):
         there, here = ([c for c in a if c not in b] for a, b in ((trained, names), (names, trained)))

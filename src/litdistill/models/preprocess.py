@@ -26,10 +26,11 @@ SLACK = 1e-3  # by which floats may lie outside 0 to 1: rounding of whoever resi
 class Preprocess(nn.Module):
     """Images (N, C, H, W), uint8 or floats from 0 to 1 -> floats, resized and normalized: (x - mean) / std.
 
-    Without learned or saved state. A single channel is given to each of several means: grey images to a network of colors.
+    Rows (N, F) of a table, of any scale, are standardized likewise, feature by feature. Without learned or saved state. A
+    single channel is given to each of several means: grey images to a network of colors.
 
     Args:
-        mean, std: of each channel, on the scale 0 to 1.
+        mean, std: of each channel, on the scale 0 to 1; of each feature of a table, on its own scale.
         size: height and width to which images of another size are resized (bilinear, antialiased); a number for both. None:
             any size is taken as it is.
     """
@@ -50,6 +51,8 @@ class Preprocess(nn.Module):
             self.register_buffer(name, torch.tensor(values).view(-1, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
+        if images.ndim == 2:
+            return torch.addcmul(self.shift.flatten(), images.to(self.shift.dtype), self.scale.flatten())
         levels = not images.is_floating_point()
         images = images.to(self.shift.dtype)
         if self.size is not None and tuple(images.shape[2:]) != self.size:
@@ -62,9 +65,14 @@ class Preprocess(nn.Module):
             shift, scale = tables[0], tables[2 if levels else 1]
         return torch.addcmul(shift, images, scale)
 
-    def input_shape(self, images: Sequence[int]) -> tuple[int, int, int]:
-        """The shape (C, H, W) of what comes out of images of a shape (C, H, W). Raises `UserError` for other channels."""
-        if images[0] not in (1, len(self.mean)):
+    def input_shape(self, images: Sequence[int]) -> tuple[int, ...]:
+        """The shape (C, H, W) of what comes out of images of a shape (C, H, W), and (F,) of (F,).
+
+        Raises `UserError` for other channels.
+        """
+        if len(images) == 1 and images[0] == len(self.mean):
+            return tuple(images)
+        if len(images) == 1 or images[0] not in (1, len(self.mean)):
             raise UserError(
                 f"preprocess: mean={list(self.mean)} is of {len(self.mean)} channels, and the images have {images[0]}."
             )
@@ -182,9 +190,11 @@ def _replaced(net: nn.Module, by: Any) -> nn.Module:
     return net
 
 
-def check_scale(inputs: Any) -> None:
-    """Raises `UserError` for images that no `Preprocess` takes: floats that lie outside of 0 to 1."""
-    if not isinstance(inputs, Tensor) or not inputs.is_floating_point() or inputs.numel() == 0:
+def check_scale(net: nn.Module, inputs: Any) -> None:
+    """Raises `UserError` for images that are no inputs of a network with a `Preprocess`: floats outside of 0 to 1."""
+    if not any(isinstance(m, Preprocess) for m in net.modules()):
+        return
+    if not isinstance(inputs, Tensor) or not inputs.is_floating_point() or inputs.ndim < 3 or inputs.numel() == 0:
         return
     low, high = inputs.min().item(), inputs.max().item()
     if not (low >= -SLACK and high <= 1 + SLACK):

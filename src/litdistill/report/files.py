@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from litdistill.data.protocol import IndexedData
 from litdistill.export.export import export
 from litdistill.export.predict import runtime
 from litdistill.export.writers import write_format
@@ -34,14 +33,14 @@ def shipped_file(folder: Path, precision: str, summary: dict[str, Any], trust: S
     return export(folder, "onnx", precision, trust=trust)[0]
 
 
-def write_teacher(net: nn.Module, data: IndexedData, path: Path) -> Path:
+def write_teacher(net: nn.Module, data: Any, path: Path) -> Path:
     """The teacher as ONNX, as a student is exported; raises `UserError` where the file does not do what the network does."""
     preprocessing = any(isinstance(m, Preprocessed) for m in net.modules())
     entry = {"format": "onnx", "precision": "fp32", "preprocessing": preprocessing}
     # Members of an ensemble may preprocess in several ways: the file does, whatever it is.
-    facts = ExportMetadata("onnx", preprocessing, list(data.class_names), [], [], None, list(data.input_shape), {})
+    inputs = next(iter(data.batches("test"))).inputs[:64]
+    facts = ExportMetadata("onnx", preprocessing, list(data.class_names), [], [], None, list(inputs.shape[1:]), {})
     write_atomically(path, lambda temporary: write_format(net.cpu(), data, temporary, entry, facts, 0))
-    inputs = data.get_batch("test", data.test_ids[:64]).inputs
     with torch.no_grad():
         expected = run_network(net.eval(), inputs).logits
     given = torch.from_numpy(runtime(path.read_bytes(), facts, path)(inputs.numpy()))

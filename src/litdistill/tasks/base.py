@@ -73,6 +73,11 @@ class Task:
         """
         return None
 
+    def units(self) -> dict[str, list[float]] | None:
+        """`mean` and `std` of each output, by which logits · std + mean are in the targets' own units; None: they are as they
+        are. Written beside weights, since without them a file's outputs mean nothing."""
+        return None
+
     def figures(self, samples: Samples) -> dict[str, Any]:
         """Pictures for TensorBoard by name, matplotlib's figures; none by default."""
         return {}
@@ -86,13 +91,14 @@ class Samples:
     """What a task draws pictures of: a split's samples in order, and what the networks make of them.
 
     Attributes:
-        inputs: the i-th sample's input as it was read. targets: of all samples. names: of classes, labels or values.
+        inputs: the i-th sample's input as it was read, None where that is no single tensor.
+        targets: of all samples. names: of classes, labels or values.
         student, teacher: their outputs for all samples; the teacher's None where there is none.
     """
 
     def __init__(
         self,
-        inputs: Callable[[int], Tensor],
+        inputs: Callable[[int], Tensor | None],
         targets: Tensor,
         names: Sequence[str],
         student: Outputs,

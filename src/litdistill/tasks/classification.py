@@ -34,9 +34,18 @@ class Classification(Task):
         self.label_smoothing = label_smoothing
 
     def loss(self, net: nn.Module, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
-        """`hard`: cross-entropy in nats, in float32 whatever the autocast."""
-        loss = F.cross_entropy(outputs.logits.float(), batch.targets, label_smoothing=self.label_smoothing)
-        return {"hard": loss}
+        """`hard`: cross-entropy in nats, in float32 whatever the autocast.
+
+        Raises `UserError` for targets that are no classes.
+        """
+        logits, targets = outputs.logits.float(), _classes(outputs.logits, batch.targets)
+        try:
+            return {"hard": F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)}
+        except IndexError as error:  # on a GPU nobody looks, as that would wait for it
+            raise UserError(
+                f"Labels go from {int(targets.min())} to {int(targets.max())}, and the network gives {logits.shape[1]} logits: "
+                "it needs one for each class, and classes are counted from 0."
+            ) from error
 
     def decode(self, outputs: Outputs) -> dict[str, Tensor]:
         probabilities = outputs.logits.float().softmax(1)
@@ -63,3 +72,19 @@ class Classification(Task):
         from litdistill.tasks.figures import classification_figures
 
         return classification_figures(samples)
+
+
+def _classes(logits: Tensor, targets: Any) -> Tensor:
+    """Labels as cross-entropy takes them. Raises `UserError` for what are none, or for logits that are no matrix."""
+    if logits.ndim != 2:
+        raise UserError(f"The network gives {tuple(logits.shape)}, and classification needs logits (N, classes).")
+    if isinstance(targets, Tensor) and targets.shape == logits.shape[:1] and not targets.is_floating_point():
+        return targets.long()
+    if isinstance(targets, Tensor) and targets.shape == logits.shape and targets.is_floating_point():
+        return targets
+    what = f"{targets.dtype} {tuple(targets.shape)}" if isinstance(targets, Tensor) else type(targets).__name__
+    raise UserError(
+        f"The targets are {what}, and classification with logits {tuple(logits.shape)} needs integers ({len(logits)},), or "
+        f"probabilities {tuple(logits.shape)}. Numbers are learnt by task=regression, several labels a sample by "
+        "task=multilabel."
+    )

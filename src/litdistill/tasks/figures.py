@@ -38,7 +38,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def worst_mistakes(
-    image: Callable[[int], Tensor],
+    image: Callable[[int], Tensor | None],
     targets: Tensor,
     student: Tensor,
     teacher: Tensor | None,
@@ -47,7 +47,7 @@ def worst_mistakes(
 ) -> Figure:
     """The images that the student gets wrong with the greatest confidence, and what both models make of them.
 
-    `image(i)` (C, H, W) uint8, `targets` (N,), logits (N, classes).
+    `image(i)` (C, H, W) uint8 or from 0 to 1, and nothing is drawn of any other input; `targets` (N,), logits (N, classes).
     """
     p = student.double().softmax(1)
     confidence, predicted = p.max(1)
@@ -61,7 +61,9 @@ def worst_mistakes(
     cells = figure.subfigures(-(-len(chosen) // 4), 4, squeeze=False).ravel()
     for cell, i in zip(cells, chosen, strict=False):
         left, right = cell.subplots(1, 2, width_ratios=[1, 1.3])
-        left.imshow(image(i).permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", interpolation="nearest")
+        picture = image(i)
+        if picture is not None and picture.ndim == 3 and len(picture) in (1, 3):
+            left.imshow(picture.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", interpolation="nearest")
         left.set_axis_off()
         left.set_title(f"is {names[int(targets[i])]}", fontsize=9)
         top = (p[i] + (q[i] if q is not None else 0)).topk(min(3, p.shape[1])).indices.tolist()

@@ -23,8 +23,8 @@ def quality(logits: Tensor, targets: Tensor) -> dict[str, float]:
     p = logits.softmax(1)
     if bad := int(p.isnan().any(1).sum()):
         raise UserError(
-            f"The logits of {bad} of {len(p)} images are not finite: the network's weights have overflowed. Checkpoints of "
-            "earlier epochs are kept. A smaller optimizer.lr or trainer.gradient_clip_val=1 usually helps."
+            f"The logits of {bad} of {len(p)} samples are not finite: the network's weights have overflowed. Checkpoints of "
+            "earlier epochs are kept. A smaller learning rate or gradients clipped at 1 usually help."
         )
     return {
         "accuracy": (logits.argmax(1) == targets).double().mean().item(),

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import Metric
-from torchmetrics.functional.classification import multilabel_average_precision
 
 from litdistill.methods.base import BERNOULLI
 from litdistill.tasks.base import Task, WholeSplit
@@ -32,8 +32,16 @@ class MultiLabel(Task):
         self.threshold = threshold
 
     def loss(self, net: nn.Module, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
-        """`hard`: binary cross-entropy in nats, summed over labels, the mean over samples."""
+        """`hard`: binary cross-entropy in nats, summed over labels, the mean over samples.
+
+        Raises `UserError` for targets of another shape than the logits.
+        """
         targets = batch.targets.float()
+        if targets.shape != outputs.logits.shape:
+            raise UserError(
+                f"The network gives {tuple(outputs.logits.shape)} and the targets are {tuple(targets.shape)}: several labels a "
+                "sample are (N, labels) of 0 and 1, with a logit for each. One label a sample is task=classification."
+            )
         loss = F.binary_cross_entropy_with_logits(outputs.logits.float(), targets, reduction="sum")
         return {"hard": loss / len(targets)}
 
@@ -45,20 +53,20 @@ class MultiLabel(Task):
         return WholeSplit(self.quality)
 
     def quality(self, logits: Tensor, targets: Tensor) -> dict[str, float]:
-        """Mean average precision over the labels that occur, the share of right labels, F1 over all of them, nats.
-
-        Average precision is the area under precision over recall as a step function (scikit-learn's).
-        """
+        """Mean average precision over the labels that occur, the share of right labels, F1 over all of them, nats."""
         check_finite(logits)
         p, truth = logits.double().sigmoid(), targets.round().long()
-        there = truth.any(0)
-        each = multilabel_average_precision(p, truth, p.shape[1], average="none")
+        each = [
+            average_precision(scores, label)
+            for scores, label in zip(logits.T, truth.bool().T, strict=True)
+            if label.any()
+        ]
         predicted = p > self.threshold
         hits = int((predicted & truth.bool()).sum())
         both = int(predicted.sum()) + int(truth.sum())
         nll = F.binary_cross_entropy_with_logits(logits.double(), targets.double(), reduction="sum") / len(p)
         return {
-            "map": each[there].mean().item() if there.any() else 0.0,
+            "map": sum(each) / len(each) if each else 0.0,
             "accuracy": (predicted == truth.bool()).double().mean().item(),
             "f1": 2 * hits / both if both else 1.0,
             "nll": nll.item(),
@@ -77,10 +85,32 @@ class MultiLabel(Task):
         return {"agreement": equal.double().mean(1), "kl": kl.sum(1)}
 
     def chance(self, targets: Tensor) -> float | None:
-        """The mean share of samples that have a label: the average precision of a random order."""
-        share = (targets > 0.5).double().mean(0)
-        there = share > 0
-        return share[there].mean().item() if there.any() else None
+        """The mean average precision of random orders, and three standard deviations of it, but no more than half of what is
+        left.
+
+        Where k of n samples have the label, it is ((k − 1) / (n − 1) · (n − H) + H) / n on average, H = Σ 1 / i of n terms
+        (Manzhos et al. 2025, arXiv 2511.02571), and simulated variances lie below (1 − k / n) / n. Labels count as independent.
+        """
+        n, k = len(targets), (targets > 0.5).double().sum(0)
+        k = k[k > 0]
+        if n < 2 or not len(k):
+            return None
+        harmonic = (1 / torch.arange(1, n + 1, dtype=torch.float64)).sum().to(k)
+        mean = (((k - 1) / (n - 1) * (n - harmonic) + harmonic) / n).mean().item()
+        deviation = math.sqrt(((1 - k / n) / n).mean().item() / len(k))
+        return mean + min(3 * deviation, (1 - mean) / 2)
+
+
+def average_precision(scores: Tensor, truth: Tensor) -> float:
+    """The area under precision over recall as a step function, of scores (N,) and booleans (N,) of which one is true.
+
+    Samples of equal score come together, as in scikit-learn's `average_precision_score`.
+    """
+    scores, order = scores.sort(descending=True)
+    last = torch.cat([scores[1:] != scores[:-1], torch.ones(1, dtype=torch.bool, device=scores.device)])
+    right = truth[order].cumsum(0)[last].double()
+    seen = torch.arange(1, len(scores) + 1, device=scores.device)[last]
+    return ((right.diff(prepend=right.new_zeros(1)) * right / seen).sum() / right[-1]).item()
 
 
 def check_finite(outputs: Tensor) -> None:

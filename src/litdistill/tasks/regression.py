@@ -31,7 +31,7 @@ class Regression(Task):
     def __init__(self, mean: Sequence[float] = (0.0,), std: Sequence[float] = (1.0,)):
         if len(mean) != len(std) or not all(s > 0 for s in std):
             raise UserError(f"mean={list(mean)}, std={list(std)}: one of each for every value, and std above 0.")
-        self.mean, self.std = torch.tensor(list(mean)), torch.tensor(list(std))
+        self.mean, self.std = (torch.tensor(list(x), dtype=torch.float64) for x in (mean, std))
 
     def loss(self, net: nn.Module, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         """`hard`: the mean squared error of standardized values."""
@@ -52,6 +52,9 @@ class Regression(Task):
         """(N, values) predictions in the targets' own units, float64."""
         logits = outputs.logits.double()
         return logits * self.std.to(logits) + self.mean.to(logits)
+
+    def units(self) -> dict[str, list[float]]:
+        return {"mean": self.mean.tolist(), "std": self.std.tolist()}
 
     def decode(self, outputs: Outputs) -> dict[str, Tensor]:
         return {"values": self.values(outputs)}

@@ -38,7 +38,9 @@ class EpochLogger(Callback):
             return
         self._last = now
         shown = {k: float(v) for k, v in trainer.callback_metrics.items() if not k.startswith("speed/")}
-        text = "  ".join(f"{k} {shown[k]:.4f}" for k in ("train/loss", "val/accuracy", "val/agreement") if k in shown)
+        metric = pl_module.task.monitor[0] if isinstance(pl_module, Distiller) else "accuracy"
+        keys = ("train/loss", f"val/{metric}", "val/agreement", "val/distance")
+        text = "  ".join(f"{k} {shown[k]:.4f}" for k in keys if k in shown)
         if trainer.is_global_zero:
             log.info("epoch %*d/%d  %s  %s left", len(str(total)), done, total, text, format_seconds(left))
 

@@ -12,8 +12,8 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import nn
 
 from litdistill.config.distiller import example_batch, train_labels
-from litdistill.data.foreign import first_batch
-from litdistill.data.protocol import as_indexed
+from litdistill.data.foreign import first_batch, offers
+from litdistill.data.protocol import IndexedData, as_indexed
 from litdistill.distillation.distiller import Clip, Distiller, OptimizerFactory
 from litdistill.evaluation.evaluate import load_weights_of
 from litdistill.methods.base import Method
@@ -22,7 +22,7 @@ from litdistill.methods.supervised import Supervised
 from litdistill.tasks import named_task
 from litdistill.tasks.base import Task
 from litdistill.training.callbacks import EpochLogger
-from litdistill.training.grouping import GROUP, GroupedData, Layout, group_size, reason_for_single
+from litdistill.training.grouping import GROUP, GroupedData, Layout, group_size, reason_for_single, without_rate_monitor
 from litdistill.training.trainer import progress_bar
 from litdistill.utils.checkpoint import AtomicCheckpointIO
 from litdistill.utils.errors import UserError
@@ -53,47 +53,30 @@ def distill(
         optimizer: makes the optimizer from the parameters. callbacks: Lightning's or your own.
         trainer: more arguments of Lightning's Trainer. options: more of `Distiller`.
 
-    The deployed network is `.deployed_student` of what is returned, in eval mode. Raises `UserError` for wrong input.
+    The deployed network is `.deployed_student` of what is returned, in eval mode, on the CPU. Networks may come on any device.
+    Raises `UserError` for wrong input.
     """
-    task, options = named_task(task), dict(options)
-    module = train if isinstance(train, LightningDataModule) else None
-    if module is not None and val is not None:
-        raise UserError("A data module brings its own validation loader: leave val out.")
-    if module is not None:
-        module.prepare_data()
-        module.setup("fit")
-    data = as_indexed(module)
-    if data is not None:
-        example: Any = example_batch(data)
-        options = {"data": data, "train_targets": train_labels(data), "seed": 0, **options}
-    else:
-        example = first_batch(train if module is None else module.train_dataloader())
+    task, module = named_task(task), train if isinstance(train, LightningDataModule) else None
+    check_arguments(module, val, trainer or {})
+    for net in (student, teacher):
+        if net is not None:
+            net.cpu()  # where the example is; the Trainer moves them
+    example, data = prepared(train, module)
     arguments = {"accelerator": "auto", "devices": 1, "log_every_n_steps": 50, **(trainer or {})}
     layout = Layout(0, arguments["log_every_n_steps"])
-    if data is not None and reason_for_single(arguments, callbacks) is None:
-        layout = layout._replace(group=GROUP)
-        options.setdefault("clip", Clip(arguments.pop("gradient_clip_val", None)))
-        arguments["log_every_n_steps"] = 1
+    if data is not None:
+        options = {"data": data, "train_targets": train_labels(data), "seed": 0, **options}
+        if reason_for_single(arguments, callbacks) is None:
+            layout, callbacks = layout._replace(group=GROUP), without_rate_monitor(callbacks)
+            clip = arguments.pop("gradient_clip_val", None), arguments.pop("gradient_clip_algorithm", None) or "norm"
+            options, arguments["log_every_n_steps"] = {"clip": Clip(*clip), **options}, 1
     chosen = method or (KD() if teacher is not None else Supervised())
-    distiller = Distiller(
-        student, chosen, teacher, example, task, optimizer, group=layout.group, **options
-    )  # fmt: skip
-    best = ModelCheckpoint(
-        Path(out), "best", monitor=f"val/{task.monitor[0]}", mode=task.monitor[1], enable_version_counter=False
-    )
-    validated = module is not None or val is not None
-    keeping: list[Callback] = [best] if validated else []
-    fitted = Trainer(
-        max_epochs=max_epochs,
-        default_root_dir=str(out),
-        callbacks=[EpochLogger(), *progress_bar(), *keeping, *callbacks],
-        plugins=[AtomicCheckpointIO()],
-        enable_model_summary=False,
-        enable_checkpointing=validated,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=data is None,
-        **arguments,
-    )
+    distiller = Distiller(student, chosen, teacher, example, task, optimizer, group=layout.group, **options)
+    metric, direction = task.monitor
+    best = ModelCheckpoint(Path(out), "best", f"val/{metric}", mode=direction, enable_version_counter=False)
+    validated = val is not None if module is None else offers(module, "val")
+    shown = [EpochLogger(), *progress_bar(), *([best] if validated else []), *callbacks]
+    fitted = make_trainer(shown, max_epochs, out, validated, data is None, arguments)
     if data is not None:
         grouped = layout._replace(group=group_size(distiller, data, layout.group)) if layout.group else layout
         fitted.fit(distiller, datamodule=GroupedData(data, grouped))
@@ -101,7 +84,42 @@ def distill(
         fitted.fit(distiller, datamodule=module)
     else:
         fitted.fit(distiller, train, val)
-    if validated and best.best_model_path:
+    if best.best_model_path:
         load_weights_of(distiller, Path(best.best_model_path))
-    distiller.eval()
-    return distiller
+    return distiller.eval()
+
+
+def make_trainer(
+    callbacks: list[Callback], max_epochs: int, out: str | Path, checkpoints: bool, sampler: bool, more: dict[str, Any]
+) -> Trainer:
+    """Lightning's Trainer. `sampler`: whether it divides the loaders' samples among processes. `more`: of its arguments."""
+    settings: dict[str, Any] = {
+        "max_epochs": max_epochs,
+        "default_root_dir": str(out),
+        "callbacks": callbacks,
+        "plugins": [AtomicCheckpointIO()],
+        "enable_model_summary": False,
+        "enable_checkpointing": checkpoints,
+        "num_sanity_val_steps": 0,
+        "use_distributed_sampler": sampler,
+    }
+    return Trainer(**{**settings, **more})
+
+
+def check_arguments(module: LightningDataModule | None, val: Any, trainer: dict[str, Any]) -> None:
+    """Raises `UserError` for two validation sets, and for what `distill` has arguments for by itself."""
+    if module is not None and val is not None:
+        raise UserError("A data module brings its own validation loader: leave val out.")
+    own = {"max_epochs": "max_epochs", "callbacks": "callbacks", "default_root_dir": "out"}
+    for name in own.keys() & trainer.keys():
+        raise UserError(f"trainer={{{name!r}: …}}: give distill({own[name]}=…) instead.")
+
+
+def prepared(train: Any, module: LightningDataModule | None) -> tuple[Any, IndexedData | None]:
+    """A first batch, of two samples where that is enough; and the data module itself where it knows its samples by id."""
+    if module is None:
+        return first_batch(train), None
+    module.prepare_data()
+    module.setup("fit")
+    data = as_indexed(module)
+    return (first_batch(module.train_dataloader(), module) if data is None else example_batch(data)), data

@@ -71,7 +71,7 @@ def train(cfg: DictConfig, callbacks: Sequence[Callback] = ()) -> float:
         optimizer = build_optimizer(cfg.optimizer, scale.lr)
         before = Prerequisites(train, lambda: check_student(cfg, data, optimizer))
         sharded = cfg.teacher is not None and isinstance(trainer.strategy, ShardedTeacher)
-        teacher = build_teacher(cfg, data, before.teacher)
+        teacher = build_teacher(cfg, data, task, before.teacher)
         start = before.starting_point(cfg)
         torch.manual_seed(cfg.seed)  # the same first weights whatever came before and whatever the method
         student = build_student(cfg, data, teacher, start)
@@ -115,11 +115,11 @@ def check_student(cfg: DictConfig, data: Any, optimizer: Any) -> None:
 def horizon(cfg: DictConfig, data: Any, scale: Scale) -> tuple[int, int]:
     """The epochs of a run, and its steps of the optimizer."""
     trainer = cfg.trainer
+    limit = trainer.get("limit_train_batches")
     if isinstance(data, ForeignData):
-        batches = len(data.module.train_dataloader())
+        batches = _batches(data, limit)
     else:
         batches = math.ceil((data.epoch_size or len(data.train_ids)) / (scale.batch // scale.accumulated))
-    limit = trainer.get("limit_train_batches")
     if limit is not None:
         batches = min(batches, limit if isinstance(limit, int) else max(1, int(batches * limit)))
     per_epoch, most = math.ceil(batches / scale.accumulated), trainer.get("max_steps") or -1
@@ -128,6 +128,18 @@ def horizon(cfg: DictConfig, data: Any, scale: Scale) -> tuple[int, int]:
         epochs = math.ceil(most / per_epoch) if most > 0 else 1
     steps = epochs * per_epoch
     return max(1, epochs), max(1, min(steps, most) if most > 0 else steps)
+
+
+def _batches(data: ForeignData, limit: int | float | None) -> int:
+    """The batches of an epoch of a loader that may not know them."""
+    try:
+        return len(data.module.train_dataloader())
+    except TypeError as error:
+        if isinstance(limit, int):
+            return limit
+        raise UserError(
+            "The training loader has no length: say with trainer.limit_train_batches how many batches make an epoch."
+        ) from error
 
 
 def fit(cfg: DictConfig, built: Built, distiller: Distiller, data: Any, last: Path | None) -> float:
@@ -193,7 +205,8 @@ def introduce(cfg: DictConfig, data: Any, distiller: Distiller, scale: Scale) ->
         taught = f", teacher {size:,} parameters ({size / count:.1f}x)"
     sizes = ", ".join(f"{sample_count(data, split) or 'unknown'} to {verb}" for split, verb in VERBS.items())
     shape = "x".join(map(str, data.input_shape or ()))
-    log.info("%s: %s; %s outputs of %s.", data.name, sizes, data.num_classes, shape)
+    about = f"; {data.num_classes} outputs of {shape}" if data.num_classes and shape else ""
+    log.info("%s: %s%s.", data.name, sizes, about)
     log.info("Student %s parameters%s. %s", f"{count:,}", taught, scale)
 
 

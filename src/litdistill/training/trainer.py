@@ -17,10 +17,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from litdistill.config.instantiate import instantiate
 from litdistill.data.foreign import ForeignData
+from litdistill.distillation.checks import check_method
 from litdistill.methods.base import Method
 from litdistill.tasks.base import Task
 from litdistill.training.callbacks import EpochLogger, TestAccuracyMonitor
-from litdistill.training.grouping import GROUP, Layout, reason_for_single
+from litdistill.training.grouping import GROUP, Layout, reason_for_single, without_rate_monitor
 from litdistill.training.preemption import GracefulStop
 from litdistill.utils.checkpoint import AtomicCheckpointIO
 from litdistill.utils.distributed import fit_to_launch
@@ -55,7 +56,8 @@ def build_trainer(
     Raises `UserError` for what would lose a training: a precision or strategy that cannot work here, no epoch that could
     be validated, a metric to choose by that does not exist.
     """
-    refuse(cfg, method)
+    refuse(cfg, method, isinstance(data, ForeignData))
+    check_method(method, cfg.teacher, task)
     best, named = named_callbacks(cfg, task)
     loggers: list[Logger] = [instantiate(node, f"logger.{name}") for name, node in (cfg.logger or {}).items()]
     # The monitor of the rate refuses to have no logger.
@@ -64,8 +66,8 @@ def build_trainer(
     options = cfg.trainer.copy()
     OmegaConf.set_struct(options, False)  # what a launch or a method needs may be no key of this trainer's file
     layout = _layout(cfg, [*callbacks, *named], kept, isinstance(data, ForeignData))
-    if layout.group:  # the Distiller clips, and says when a group is logged
-        named = [c for c in named if not isinstance(c, LearningRateMonitor)]
+    if layout.group:  # the Distiller clips and logs
+        named, callbacks = without_rate_monitor(named), without_rate_monitor(callbacks)
         options.gradient_clip_val, options.log_every_n_steps = None, 1
     fit_to_launch(options)
     own: list[Callback] = [EpochLogger(), *progress_bar(), *([watch] if watch else [])]
@@ -87,8 +89,8 @@ def build_trainer(
     return Built(trainer, best, layout, watch)
 
 
-def refuse(cfg: DictConfig, method: Method) -> None:
-    """Raises `UserError` for trainers whose training would be lost or would teach nothing."""
+def refuse(cfg: DictConfig, method: Method, foreign: bool = False) -> None:
+    """Raises `UserError` for trainers whose training would be lost or would teach nothing; `foreign`: the data module is."""
     trainer = cfg.trainer
     if (precision := str(trainer.get("precision"))) in ("bf16-true", "16-true", "64-true", "64"):
         raise UserError(
@@ -104,6 +106,11 @@ def refuse(cfg: DictConfig, method: Method) -> None:
         raise UserError(
             "trainer.fast_dev_run would leave a run without a checkpoint. trainer=debug is the same with one: a step of "
             "training and of validation."
+        )
+    if trainer.get("overfit_batches") and not foreign:
+        raise UserError(
+            "trainer.overfit_batches fixes the samples of torch's DataLoaders alone, and these loaders would draw others each "
+            "epoch. To see a few samples learnt by heart, set data.per_class=1 or a small data.epoch_size."
         )
     epochs, rehearsed = trainer.get("max_epochs") or 0, trainer.get("limit_train_batches") is not None
     if 0 < epochs <= method.init_epochs and not rehearsed:
