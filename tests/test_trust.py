@@ -8,7 +8,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from litdistill import cli as runtime
+from litdistill.cli.resume import resumed
 from litdistill.compress.structure import restore
 from litdistill.config import origin
 from litdistill.config.instantiate import instantiate
@@ -176,7 +176,7 @@ def test_a_resume_replays_nothing_of_hydras_and_no_path(foreign, monkeypatch, ov
     folder = foreign("{}")
     note(folder, override)
     with pytest.raises(UserError, match=r"is refused\. .* not made here"):
-        runtime.resumed([f"resume={folder}"])
+        resumed([f"resume={folder}"])
     assert not Path("marker").exists()
 
 
@@ -207,7 +207,7 @@ def test_the_command_that_resumes_ends_with_status_2(foreign, tmp_path, override
 def test_where_things_lie_and_what_is_trusted_is_not_a_foreign_runs_to_say(foreign):
     folder = foreign("{}")
     note(folder, "seed=1", "runs=/elsewhere", "folder=/elsewhere", "trust=[os]", "++trust=[os]", "optimizer.lr=${seed}")
-    found = runtime.resumed([f"resume={folder}", "trust=[mine]"])
+    found = resumed([f"resume={folder}", "trust=[mine]"])
     assert found == ["seed=1", "optimizer.lr=${seed}", "trust=[mine]", f"hydra.run.dir={folder}"]
     assert origin.is_foreign()
 
@@ -239,7 +239,7 @@ def test_nothing_is_written_through_a_link_that_leads_out(foreign, name):
     cfg = compose_config(folder, *SMALL)
     (folder / "summary.json").unlink()
     before = sorted(outside.iterdir())
-    for use in (lambda: runtime.resumed([f"resume={folder}"]), lambda: train(cfg)):
+    for use in (lambda: resumed([f"resume={folder}"]), lambda: train(cfg)):
         with pytest.raises(UserError, match=rf"{name} is a symbolic link that leads out"):
             use()
     assert sorted(outside.iterdir()) == before

@@ -145,13 +145,19 @@ def build_distiller(
 
 def _of_int8(error: UserError, student: nn.Module, method: Method) -> UserError:
     """The error itself, or of an int8 student what is behind it."""
-    if not any(isinstance(module, Int8) for module in student.modules()) or not method.taps().student:
+    parts = [m for m in method.modules() if isinstance(m, Method) and not any(isinstance(c, Method) for c in _inside(m))]
+    int8 = any(isinstance(module, Int8) for module in student.modules())
+    if not int8 or not any(part.taps().student for part in parts):
         return error
     return UserError(
         f"{type(method).__name__} reads features inside the student, and in int8 (compress=int8) that is one traced "
         "graph without layers to tap. Use a method that reads logits alone (kd, dkd, dist, mlkd, supervised), or distil "
         "in float first and start from that student: student.checkpoint=<its run folder> compress=int8."
     )
+
+
+def _inside(module: nn.Module) -> list[nn.Module]:
+    return list(module.modules())[1:]
 
 
 def cache_options(cfg: DictConfig) -> CacheOptions:
