@@ -22,7 +22,7 @@ CANDIDATES = 3  # additional student vectors that the alignment chooses from, as
 
 
 def rounding(s: Tensor) -> Tensor:
-    """Threshold (N, 1) below which squares of singular values (N, n; largest first), or their differences, are rounding error."""
+    """Threshold (N, 1) below which squares of singular values (N, n), sorted descending, and their differences are rounding."""
     return s[:, :1].square() * 10 * torch.finfo(s.dtype).eps
 
 
