@@ -180,7 +180,7 @@ def fetch_slowly(root: Path, step: int | None, notes: Path) -> None:
     os.chdir(root)
     files = {name: name.encode() * 1000 for name in ("a", "b")}
     known = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
-    fetch.DATASETS["mnist"] = fetch.DATASETS["mnist"]._replace(digests=known, ways={"here": lambda _: files})
+    fetch.DATASETS["mnist"] = fetch.DATASETS["mnist"]._replace(digests=known, downloaders={"here": lambda _: files})
     if step is None:
         note_changes(notes)
     else:
