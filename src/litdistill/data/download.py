@@ -182,7 +182,7 @@ def debian(package: str, inside: str, folder: Path) -> dict[str, bytes]:
     return {file: unzip(data) for file, data in members(archive, {f: f"./{inside}/{f}.gz" for f in IDX}).items()}
 
 
-def _empty_array(kind: type, shape: tuple[int, ...], dtype: bytes) -> np.ndarray:
+def _empty_array(kind: type, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     """What NumPy's pickles begin an array with, before its numbers are set."""
     return np.ndarray.__new__(np.ndarray, shape, dtype)
 
