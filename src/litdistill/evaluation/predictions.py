@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
+from torchmetrics import MetricCollection
 
 from litdistill.distillation.teacher_cache import cached_logits
 from litdistill.tasks.base import Task
@@ -58,7 +59,8 @@ def evaluations_folder(cfg: DictConfig) -> Path | None:
 def measured(task: Task, outputs: Outputs, targets: Tensor) -> dict[str, float]:
     """The task's metrics of outputs for a whole split, by this process alone."""
     metrics = task.metrics()
-    metrics.sync_on_compute = False
+    for metric in metrics.values() if isinstance(metrics, MetricCollection) else [metrics]:
+        metric.distributed_available_fn = lambda: False  # `sync_on_compute` is read by its constructor alone
     metrics.update(outputs, targets)
     return {name: float(value) for name, value in metrics.compute().items()}
 
