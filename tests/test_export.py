@@ -546,7 +546,7 @@ def test_a_network_of_features_is_exported_by_its_tasks_metric(tmp_path, name, t
     torch.manual_seed(0)
     net = mlp(data.num_classes, data.input_shape, widths=[16]).eval()
     path, entry = export_student(tmp_path, net, data, precision=precision, task=task)
-    assert (entry["preprocessing"], entry["mean"], entry["input"]) == (False, [], "float32")
+    assert (entry["preprocessing"], entry["mean"], entry["input"]) == (False, [], "float32 (N, F) as in the data")
     assert path.name == ("student.onnx" if precision == "fp32" else "student-int8.onnx")
     assert entry["check"]["metric"] == task.monitor[0]
     assert entry["check"]["exported"] == pytest.approx(entry["check"]["student"], rel=0.1)
