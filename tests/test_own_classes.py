@@ -6,15 +6,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from litdistill.checkpoint import write_text
-from litdistill.errors import UserError
-from litdistill.evaluate import differences, evaluate, load_run
-from litdistill.train import train
-from litdistill.trust import check_trusted
 from omegaconf import OmegaConf
 
-from litdistill import origin
-from litdistill.export import export
+from litdistill.config import origin
+from litdistill.config.trust import check_trusted
+from litdistill.evaluation.evaluate import differences, evaluate, load_run
+from litdistill.export.export import export
+from litdistill.training.train import train
+from litdistill.utils.checkpoint import write_text
+from litdistill.utils.errors import UserError
 from tests.conftest import SMALL, compose_config
 from tests.forked import call
 from tests.test_trust import note

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -109,9 +109,11 @@ def _record_files(folder: Path, sweep: bool) -> tuple[Path, Path]:
 def _read(file: Path) -> StartRecord | None:
     """Parses one of Hydra's records; None for a missing or partial file."""
     try:
-        hydra_config = OmegaConf.load(file).hydra
+        about: Any = OmegaConf.to_container(OmegaConf.load(file), resolve=False)  # what stands there, and nothing looked up
+        hydra_config = about["hydra"]
         sources = hydra_config.get("runtime", {}).get("config_sources", [])
-        config_dir = next((s.path for s in sources if s.provider == "command-line"), None)
-        return StartRecord(hydra_config.job.config_name, list(hydra_config.overrides.task), config_dir)
-    except (OSError, YAMLError, OmegaConfBaseException, AttributeError):
+        config_dir = next((s["path"] for s in sources if s["provider"] == "command-line"), None)
+        overrides = [str(override) for override in hydra_config["overrides"]["task"]]
+        return StartRecord(str(hydra_config["job"]["config_name"]), overrides, config_dir)
+    except (OSError, UnicodeError, YAMLError, OmegaConfBaseException, LookupError, TypeError, AttributeError):
         return None

@@ -119,9 +119,9 @@ def export_student(
     if structure_of(student) and format == "safetensors":
         raise UserError("As safetensors nobody could rebuild this compressed network; use format=onnx.")
     task = task or Classification()
-    names, shape = names_and_shape(student, data)
-    check_names(names)
+    check_names(data.class_names)
     check_links(folder)
+    names, shape = names_and_shape(student, data)
     preprocess = preprocess_of(student)
     if preprocess is None and any(isinstance(m, Preprocessed) for m in student.modules()):
         raise UserError(
