@@ -80,6 +80,8 @@ class ArrayData(LightningDataModule):
         mean, std: of each feature, by which networks standardize; measured over all that is not held out unless given.
     """
 
+    name: str
+
     def __init__(
         self,
         name: str,

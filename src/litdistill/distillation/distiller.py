@@ -109,8 +109,8 @@ class Distiller(LightningModule):
         batch = None if example is None else self._example(example)
         frozen = teacher if isinstance(teacher, FrozenTeacher) else None
         network = frozen.net if frozen is not None else teacher
-        for net in (student, network) if batch is not None else ():
-            if net is not None:
+        for net in (student, network):
+            if net is not None and batch is not None:
                 check_scale(net, batch.inputs)
         self.student = method.prepare(student, network, None if batch is None else batch.inputs)
         student_taps, teacher_taps = self._resolve(network, batch)

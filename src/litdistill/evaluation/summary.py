@@ -96,7 +96,7 @@ def summarize(
 
 def macs(net: nn.Module, shape: Sequence[int] | None) -> int | None:
     """Multiply-adds for one sample of that shape; None where inputs are no single tensor."""
-    return None if shape is None else count_macs(net, shape)  # type: ignore[arg-type]
+    return None if shape is None else count_macs(net, shape)
 
 
 def start_of(cfg: DictConfig) -> dict[str, Any] | None:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from litdistill.data.protocol import IndexedData
 from litdistill.export.export import export
 from litdistill.export.predict import runtime
 from litdistill.export.writers import write_format
@@ -34,7 +33,7 @@ def shipped_file(folder: Path, precision: str, summary: dict[str, Any], trust: S
     return export(folder, "onnx", precision, trust=trust)[0]
 
 
-def write_teacher(net: nn.Module, data: IndexedData, path: Path) -> Path:
+def write_teacher(net: nn.Module, data: Any, path: Path) -> Path:
     """The teacher as ONNX, as a student is exported; raises `UserError` where the file does not do what the network does."""
     preprocessing = any(isinstance(m, Preprocessed) for m in net.modules())
     entry = {"format": "onnx", "precision": "fp32", "preprocessing": preprocessing}

@@ -43,8 +43,8 @@ class Classification(Task):
             return {"hard": F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)}
         except IndexError as error:  # on a GPU nobody looks, as that would wait for it
             raise UserError(
-                f"Labels go from {int(targets.min())} to {int(targets.max())}, and the network gives {logits.shape[1]} logits: it "
-                "needs one for each class, and classes are counted from 0."
+                f"Labels go from {int(targets.min())} to {int(targets.max())}, and the network gives {logits.shape[1]} logits: "
+                "it needs one for each class, and classes are counted from 0."
             ) from error
 
     def decode(self, outputs: Outputs) -> dict[str, Tensor]:
@@ -85,5 +85,6 @@ def _classes(logits: Tensor, targets: Any) -> Tensor:
     what = f"{targets.dtype} {tuple(targets.shape)}" if isinstance(targets, Tensor) else type(targets).__name__
     raise UserError(
         f"The targets are {what}, and classification with logits {tuple(logits.shape)} needs integers ({len(logits)},), or "
-        f"probabilities {tuple(logits.shape)}. Numbers are learnt by task=regression, several labels a sample by task=multilabel."
+        f"probabilities {tuple(logits.shape)}. Numbers are learnt by task=regression, several labels a sample by "
+        "task=multilabel."
     )
