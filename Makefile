@@ -32,7 +32,7 @@ test: $(SETUP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-processes: $(SETUP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "process and not slow and not network and not gpu and not slurm"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "process and not slow and not zoo and not network and not gpu and not slurm"
 
 # Every method and scheme trained, logged, stopped, resumed and shipped.
 zoo: $(SETUP)

@@ -41,8 +41,8 @@ def sentences(count: int, seed: int) -> list[dict[str, Tensor]]:
 
 def main(out: str | Path = "runs/example_dict_outputs", max_epochs: int = 20) -> float:
     torch.manual_seed(0)
-    train = DataLoader(sentences(1000, seed=0), batch_size=25, shuffle=True)  # type: ignore[arg-type]
-    val = DataLoader(sentences(500, seed=1), batch_size=500)  # type: ignore[arg-type]
+    train: DataLoader = DataLoader(sentences(1000, seed=0), batch_size=25, shuffle=True)  # type: ignore[arg-type]
+    val: DataLoader = DataLoader(sentences(500, seed=1), batch_size=500)  # type: ignore[arg-type]
     teacher, student = Classifier(width=32), Classifier(width=16)
     optimizer = torch.optim.Adam(teacher.parameters(), lr=0.05)
     for batch in [*train, *train]:

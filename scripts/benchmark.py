@@ -5,12 +5,12 @@
     python scripts/benchmark.py --device cuda                on a GPU: FLOPs, the share of its peak and kernels a step too
 
 All variants of a pair run on one thread, in turn, every other round in reverse: other projects' loops in one process and this
-project's in another, since the project sets its process's allocator (`litdistill.utils.allocator`). What is compared is process CPU
-time a step (on a GPU wall time, synchronised), and figures are medians of each round's ratio, with quartiles: milliseconds
-drift on a shared machine, ratios hardly.
+project's in another, since the project sets its process's allocator (`litdistill.utils.allocator`). What is compared is
+process CPU time a step (on a GPU wall time, synchronized), and figures are medians of each round's ratio, with quartiles:
+milliseconds drift on a shared machine, ratios hardly.
 
 `peers`: images augmented one by one by torchvision's transforms in a DataLoader, the teacher run anew in each step, the plain
-optimiser, loss and accuracy read after each step. `torchdistill`: its distillation box on the same loader, where installed.
+optimizer, loss and accuracy read after each step. `torchdistill`: its distillation box on the same loader, where installed.
 `live`: this project, the teacher run anew; `packed`: the same with `compile.teacher=prepacked`; `bf16`: the same with
 `trainer.precision=bf16-mixed`, on a CPU that has instructions for it. `cached`: what the teacher says
 is known. `hard`: this project with labels alone. `floor`: a bare loop over resident images and known outputs that logs

@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from litdistill.data.augment import Crop, Flip
 from litdistill.data.datamodule import ImageData
 from litdistill.data.sources import Split
+from litdistill.models.preprocess import Preprocess
 
 CASES: dict[str, tuple[str, list[Any], list[Any]]] = {
     "CIFAR-10, crop and flip": (
@@ -66,12 +67,14 @@ def augmentation_ratios(rounds: int = 9, batch_size: int = 64, root: str = "data
 def _ratio(name: str, ours: list[Any], theirs: list[Any], rounds: int, batch_size: int, root: str) -> dict[str, Any]:
     data = ImageData(name, root, val_size=5000, batch_size=batch_size, augment=ours)
     data.setup()
-    normalize = transforms.Normalize(data.mean, data.std)
+    assert data.mean is not None
+    assert data.std is not None
+    normalize, preprocess = transforms.Normalize(data.mean, data.std), Preprocess(data.mean, data.std)
     dataset = OneByOne(data.source.train, transforms.Compose([*theirs, transforms.ToTensor(), normalize]))
     loader = DataLoader(dataset, batch_size, shuffle=True)
 
     def here() -> Iterator[Any]:
-        return (data.batch(rows) for rows in data.train_dataloader())
+        return (preprocess(data.get_batch(rows.split, rows.ids, rows.views).inputs) for rows in data.train_dataloader())
 
     sides = ((lambda: iter(loader), 20), (here, len(data.train_dataloader())))  # ours with the start of an epoch
     for make, _ in sides:

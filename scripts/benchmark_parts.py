@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from lightning import Trainer
-from lightning.pytorch.callbacks import Callback, LearningRateMonitor
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import OmegaConf
 from PIL import Image
@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from litdistill.config.build import WINDOW, WINDOW_BYTES
 from litdistill.config.instantiate import instantiate
 from litdistill.config.recipes import NETWORK_META_KEYS
 from litdistill.data.augment import Crop, Flip
@@ -34,9 +33,12 @@ from litdistill.distillation.teacher import FrozenTeacher
 from litdistill.distillation.teacher_cache import CacheOptions, TeacherCache
 from litdistill.methods.kd import KD
 from litdistill.methods.supervised import Supervised
-from litdistill.training.callbacks import EpochLogger, PerStepSeed
+from litdistill.models.preprocess import Preprocess, Preprocessed
+from litdistill.tasks import Classification
+from litdistill.training.callbacks import EpochLogger
+from litdistill.training.grouping import GROUP, GroupedData, Layout, group_size
 from litdistill.training.preemption import GracefulStop
-from litdistill.types import Outputs
+from litdistill.types import Batch, Outputs
 from litdistill.utils.paths import CONF
 
 
@@ -118,6 +120,20 @@ def network(node: tuple[str, dict[str, Any]], shape: tuple[int, int, int], class
     )
 
 
+LOG_EVERY = 50  # steps
+
+
+class NoiseData(ImageData):
+    """Image data whose files are given, and not read."""
+
+    def __init__(self, given: Source, **options: Any):
+        super().__init__("digits", **options)
+        self.given = given
+
+    def _load(self) -> Source:
+        return self.given
+
+
 def random_data(
     shape: tuple[int, int, int], count: int, augment: Any = (), classes: int = 10, batch_size: int = 64, **options: Any
 ) -> ImageData:
@@ -130,8 +146,7 @@ def random_data(
 
     held = 2 * classes
     source = Source(split(count + held), split(held), tuple(str(i) for i in range(classes)))
-    data = ImageData("digits", val_size=held / (count + held), batch_size=batch_size, augment=augment, **options)
-    data._load = lambda: source  # type: ignore[method-assign]
+    data = NoiseData(source, val_size=held / (count + held), batch_size=batch_size, augment=augment, **options)
     data.setup()
     return data
 
@@ -155,10 +170,19 @@ class Bench:
         return time.process_time()
 
     def networks(self) -> tuple[nn.Module, nn.Module]:
+        """Student and teacher for normalized images."""
         student, teacher = (
             network(n, self.pair.shape, self.classes).to(self.device) for n in (self.pair.student, self.pair.teacher)
         )
         return student, teacher.eval().requires_grad_(False)
+
+    def preprocessed(self) -> tuple[nn.Module, nn.Module]:
+        """Student and teacher as this project has them: for images as they are, with their channels last."""
+        assert self.data.mean is not None
+        assert self.data.std is not None
+        facts = (self.data.mean, self.data.std)
+        student, teacher = (Preprocessed(n, Preprocess(*facts)).to(self.device) for n in self.networks())
+        return student.to(memory_format=torch.channels_last), teacher.eval()
 
 
 def variants(bench: Bench) -> dict[str, Callable[[], float]]:
@@ -297,68 +321,64 @@ def torchdistill(bench: Bench) -> Callable[[], float]:
 
 
 class Stopwatch(Callback):
-    """Reads the clock after `warm` steps and after `steps` more."""
+    """Reads the clock at the end of the step or group in which `warm` steps are over, and of the one in which `end` are."""
 
-    def __init__(self, bench: Bench, warm: int):
-        self.bench, self.warm, self.times = bench, warm, [0.0, 0.0]
+    def __init__(self, bench: Bench, warm: int, end: int):
+        self.bench, self.wanted = bench, [warm, end]
+        self.read: list[tuple[int, float]] = []  # steps and seconds
 
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-        for i, step in enumerate((self.warm, self.warm + self.bench.pair.steps)):
-            if trainer.global_step == step:
-                self.times[i] = self.bench.clock()
+        if len(self.read) < len(self.wanted) and trainer.global_step >= self.wanted[len(self.read)]:
+            self.read.append((trainer.global_step, self.bench.clock()))
 
     @property
     def seconds(self) -> float:
-        return (self.times[1] - self.times[0]) / self.bench.pair.steps
+        """Of a step."""
+        (first, start), (last, end) = self.read
+        return (end - start) / (last - first)
 
 
 class Known(Distiller):
     """A distiller whose teacher has been asked everything before."""
 
-    def _open_cache(self) -> None:
+    def on_train_start(self) -> None:
+        super().on_train_start()
         assert self.teacher is not None
-        data: ImageData = self.trainer.datamodule  # type: ignore[attr-defined]
-        self.cache = TeacherCache(self.teacher, data, self.device)
-        self.cache.store.known.fill_(True)
-        self.cache.store.near.normal_()
+        assert self.data is not None
+        self.cache = TeacherCache(self.teacher, self.data, self.device)
+        self.cache.store.valid.fill_(True)
+        self.cache.store.rows.normal_()
 
 
-def project(bench: Bench, kind: str, steps_at_once: int | None = None) -> float:
-    """A fit with what a run has: callbacks, a TensorBoard log, the learning rate's monitor."""
-    student, teacher = bench.networks()
-    student.to(memory_format=torch.channels_last)
-    example = bench.data.get_batch("train", bench.data.train_ids[:2].to(bench.device), None).images
-    window = (
-        max(1, min(WINDOW, WINDOW_BYTES // (4 * example[0].numel() * bench.pair.batch)))
-        if steps_at_once is None
-        else steps_at_once
-    )
-    window = min(window, bench.pair.steps)
-    bench.data.window = window
-    which = Known if kind == "cached" else Distiller
-    frozen = None if kind == "hard" else FrozenTeacher(teacher, (), example)
-    if frozen is not None and kind == "packed":
-        frozen.compile("prepacked")
-    distiller = which(
+def project(bench: Bench, kind: str, minibatches: int = GROUP) -> float:
+    """A fit with what a run has: callbacks, a TensorBoard log, groups of at most so many `minibatches`."""
+    student, teacher = bench.preprocessed()
+    ids, hard = bench.data.train_ids[:2].to(bench.device), kind == "hard"
+    example = bench.data.get_batch("train", ids, None)
+    frozen = FrozenTeacher(teacher, example=example, compile="prepacked" if kind == "packed" else None)
+    distiller = (Known if kind == "cached" else Distiller)(
         student,
-        Supervised() if kind == "hard" else KD(hard=0.1, soft=0.9, temperature=4),
-        frozen,
+        Supervised() if hard else KD(hard=0.1, soft=0.9, temperature=4),
+        None if hard else frozen,
+        example,
         optimizer=bench.fused,
+        seed=0,
         allow_chance=True,
+        data=bench.data,
         cache=CacheOptions("off"),
-        window=window,
+        group=minibatches,
     )
-    warm = bench.pair.steps
+    group = min(bench.pair.steps, group_size(distiller, bench.data, minibatches))
     with tempfile.TemporaryDirectory() as folder:
-        watch = Stopwatch(bench, warm)
+        watch = Stopwatch(bench, bench.pair.steps, 2 * bench.pair.steps)
         trainer = Trainer(
             accelerator="cpu" if bench.device.type == "cpu" else "gpu",
             devices=1,
-            max_steps=warm + bench.pair.steps,
+            max_steps=2 * bench.pair.steps,
             max_epochs=-1,
-            callbacks=[PerStepSeed(0), EpochLogger(), LearningRateMonitor("epoch"), GracefulStop(folder), watch],
+            callbacks=[EpochLogger(), GracefulStop(folder), watch],
             logger=TensorBoardLogger(folder),
-            log_every_n_steps=50,
+            log_every_n_steps=1,  # of groups: the Distiller knows after which one something is logged
             limit_val_batches=0,
             num_sanity_val_steps=0,
             enable_progress_bar=False,
@@ -368,14 +388,20 @@ def project(bench: Bench, kind: str, steps_at_once: int | None = None) -> float:
             use_distributed_sampler=False,
             precision="32-true" if bench.device.type == "cpu" and kind != "bf16" else "bf16-mixed",
         )
-        trainer.fit(distiller, datamodule=bench.data)
+        trainer.fit(distiller, datamodule=GroupedData(bench.data, Layout(group, LOG_EVERY)))
     return watch.seconds
 
 
+def losses(student: nn.Module, taught: Outputs, batch: Batch, method: KD) -> Tensor:
+    """What a step of KD goes down on."""
+    outputs = Outputs.of(student(batch.inputs))
+    hard = Classification().loss(student, outputs, batch)["hard"]
+    return method.hard * hard + method(outputs, taught, batch)["soft"]
+
+
 def floor(bench: Bench) -> Callable[[], float]:
-    """As little as a step can be: gather, augment, two losses, backward, the fused optimiser."""
-    student, _ = bench.networks()
-    student.to(memory_format=torch.channels_last)
+    """As little as a step can be: gather, augment, two losses, backward, the fused optimizer."""
+    student, _ = bench.preprocessed()
     data, method, optimizer = bench.data, KD(hard=0.1, soft=0.9, temperature=4), bench.fused(student.parameters())
     views = data.views or 1
     taught = torch.randn(views, len(data.train_targets), bench.classes, device=bench.device)
@@ -391,9 +417,9 @@ def floor(bench: Bench) -> Callable[[], float]:
             view = torch.randint(views, (bench.pair.batch,), generator=generator).to(bench.device)
             batch = data.get_batch("train", ids, view if data.augment else None)
             with autocast():
-                terms = method(Outputs(student(batch.images)), Outputs(taught[view, ids]), batch.targets)
+                loss = losses(student, Outputs.of(taught[view, ids]), batch, method)
             optimizer.zero_grad()
-            (terms["hard"] + terms["soft"]).backward()
+            loss.backward()
             optimizer.step()
         return (bench.clock() - start) / bench.pair.steps
 
@@ -401,13 +427,12 @@ def floor(bench: Bench) -> Callable[[], float]:
 
 
 def budget(bench: Bench, rounds: int) -> dict[str, float]:
-    """Median seconds of the parts of a step: images, teacher, student's forward with the loss, backward, optimiser."""
-    student, teacher = bench.networks()
-    student.to(memory_format=torch.channels_last)
+    """Median seconds of the parts of a step: images, teacher, student's forward with the loss, backward, optimizer."""
+    student, teacher = bench.preprocessed()
     data, method, optimizer = bench.data, KD(), bench.fused(student.parameters())
     ids = data.train_ids[: bench.pair.batch].to(bench.device)
     views = torch.arange(bench.pair.batch, device=bench.device) % (data.views or 1) if data.augment else None
-    frozen = FrozenTeacher(teacher, (), data.get_batch("train", ids[:2], None).images)
+    frozen = FrozenTeacher(teacher, example=data.get_batch("train", ids[:2], None))
     parts: dict[str, list[float]] = {}
 
     def timed(name: str, work: Callable[[], Any]) -> Any:
@@ -418,9 +443,9 @@ def budget(bench: Bench, rounds: int) -> dict[str, float]:
 
     for _ in range(rounds + 1):
         batch = timed("images", lambda: data.get_batch("train", ids, views))
-        taught = timed("teacher", lambda: frozen(batch.images))  # noqa: B023
-        terms = timed("forward", lambda: method(Outputs(student(batch.images)), taught, batch.targets))  # noqa: B023
+        taught = timed("teacher", lambda: frozen(batch))  # noqa: B023
+        loss = timed("forward", lambda: losses(student, taught, batch, method))  # noqa: B023
         optimizer.zero_grad()
-        timed("backward", lambda: (terms["hard"] + terms["soft"]).backward())  # noqa: B023
-        timed("optimiser", optimizer.step)
+        timed("backward", loss.backward)
+        timed("optimizer", optimizer.step)
     return {name: statistics.median(times[1:]) for name, times in parts.items()}

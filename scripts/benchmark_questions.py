@@ -15,12 +15,12 @@ from benchmark_parts import PAIRS, Bench, project, random_data
 from lightning import Trainer
 from torch import Tensor
 
-from litdistill.config.build import WINDOW
 from litdistill.data.augment import Crop
 from litdistill.distillation.distiller import Distiller
 from litdistill.distillation.teacher import FrozenTeacher
 from litdistill.distillation.teacher_cache import CacheOptions
 from litdistill.methods.kd import KD
+from litdistill.training.grouping import GROUP, GroupedData, Layout, group_size
 
 
 def filled_by_views(images: int = 1024, epochs: int = 30) -> dict[str, float]:
@@ -31,13 +31,21 @@ def filled_by_views(images: int = 1024, epochs: int = 30) -> dict[str, float]:
 
     def fit(mode: str, seed: int, folder: str, view_seed: int | None = None) -> tuple[float, dict[str, Tensor]]:
         data = random_data(pair.shape, images, [Crop(2)], seed=seed, subset_seed=0, view_seed=view_seed)
-        data.window = WINDOW
-        student, teacher = bench.networks()
-        student.to(memory_format=torch.channels_last)
-        example = data.get_batch("train", data.train_ids[:2], None).images
-        options = CacheOptions(mode, Path(folder))
-        frozen = FrozenTeacher(teacher, (), example)
-        distiller = Distiller(student, KD(), frozen, bench.fused, allow_chance=True, cache=options, window=WINDOW)
+        student, teacher = bench.preprocessed()
+        example = data.get_batch("train", data.train_ids[:2], None)
+        distiller = Distiller(
+            student,
+            KD(),
+            FrozenTeacher(teacher, example=example),
+            example,
+            optimizer=bench.fused,
+            seed=seed,
+            allow_chance=True,
+            data=data,
+            cache=CacheOptions(mode, Path(folder)),
+            group=GROUP,
+        )
+        module = GroupedData(data, Layout(group_size(distiller, data), 0))
         trainer = Trainer(
             accelerator="cpu",
             max_epochs=epochs,
@@ -50,7 +58,7 @@ def filled_by_views(images: int = 1024, epochs: int = 30) -> dict[str, float]:
             default_root_dir=folder,
         )
         start = time.process_time()
-        trainer.fit(distiller, datamodule=data)
+        trainer.fit(distiller, datamodule=module)
         return time.process_time() - start, distiller.student.state_dict()
 
     with tempfile.TemporaryDirectory() as folder:

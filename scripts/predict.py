@@ -1,4 +1,4 @@
-"""Predicts with an exported student, for image files or the rows of a .csv or .npy table; torch is not imported for an ONNX file.
+"""Predicts with an exported student, for image files or rows of a .csv or .npy table; an ONNX file needs no torch.
 
 python scripts/predict.py runs/digits/<stamp>/export/student.onnx image.png
 python scripts/predict.py runs/regression/<stamp>/export/student.onnx patients.csv

@@ -14,14 +14,14 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from litdistill.config.origin import FOREIGN
-from litdistill.utils.logging import quieten
+from litdistill.utils.logging import filter_warnings
 from litdistill.utils.paths import CONF
 
 os.environ.setdefault("RUN_STAMP", "test")
 # Which runs were made here is kept beside none of the user's own.
 STATE = tempfile.TemporaryDirectory(prefix="litdistill-state-")
 os.environ["LITDISTILL_STATE"] = STATE.name
-quieten()
+filter_warnings()
 torch.set_num_threads(1)
 # What another test has left is not collected in a process that is forked from this one: an onnxruntime session would wait
 # there for threads that only this one has.

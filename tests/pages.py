@@ -8,6 +8,8 @@ import torch
 
 from litdistill.evaluation.robustness import ATTACKS, CORRUPTIONS
 from litdistill.report.collect import Group, Row, Seed, Settings
+from litdistill.tasks import Classification
+from litdistill.types import Outputs
 
 HOSTILE = "<script>alert(1)</script>"
 SETTINGS = Settings(epsilons=(4, 16))
@@ -16,6 +18,7 @@ SETTINGS = Settings(epsilons=(4, 16))
 def summary(seed: int, train: int = 1000) -> dict:
     return {
         "seed": seed,
+        "metric": {"name": "accuracy", "direction": "max"},
         "data": {"train": train},
         "student": {"test": {"accuracy": {"best": 0.9, "last": 0.8}}},
         "teacher": {"sha256": "t"},
@@ -37,7 +40,8 @@ def seed(number: int, right: float, classes: int, sha: str, summary: dict, test:
     made = {k: [0.9 - 0.05 * number % 0.3 - 0.1 * i for i in range(5)] for k in CORRUPTIONS}
     attacks = {k: [0.9, 0.5, 0.1] for k in ATTACKS}
     folder = Path("/nowhere")
-    return Seed(summary, folder, logits, targets, logits, targets, 1.5, {"corruptions": made, "attacks": attacks}, sha)
+    outputs, found = Outputs.of(logits), {"corruptions": made, "attacks": attacks}
+    return Seed(summary, folder, Classification(), outputs, targets, outputs, targets, 1.5, found, sha)
 
 
 def timing(bytes: int, ms: float) -> dict:
@@ -57,6 +61,7 @@ def group(rows: int = 12, seeds: int = 2, classes: int = 10, name: str = HOSTILE
     for one in made[-1].seeds:
         one.summary["start"] = {"from": "network", "images": 50_000, "method": "label_smoothing"}
     facts = {"name": "digits", "classes": classes, "input_shape": [1, 8, 8], "test": 60}
+    facts["metric"] = {"name": "accuracy", "direction": "max"}
     images = torch.randint(0, 256, (60, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     return Group("digits", facts, made, images, tuple(map(str, range(classes))))
 

@@ -12,7 +12,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hydra import compose, initialize_config_dir
-from lightning import Trainer
 from safetensors.torch import load_file
 
 from litdistill.data.augment import Crop, Flip
@@ -20,24 +19,27 @@ from litdistill.data.datamodule import ImageData
 from litdistill.data.mixing import Mixup
 from litdistill.distillation import teacher_cache as cache_module
 from litdistill.distillation.distiller import Distiller
+from litdistill.distillation.row_store import RowStore, fingerprint
 from litdistill.distillation.teacher import Ensemble, FrozenTeacher
 from litdistill.distillation.teacher_cache import (
     CacheOptions,
-    Store,
     TeacherCache,
     cache_key,
     expected_saving,
-    fingerprint,
     make_room,
 )
-from litdistill.evaluation import evaluate as evaluate_module
+from litdistill.evaluation import predictions
 from litdistill.methods.fitnet import FitNet
 from litdistill.methods.kd import KD
+from litdistill.models.preprocess import Preprocess, Preprocessed
 from litdistill.models.small import conv4
+from litdistill.tasks.classification import Classification
 from litdistill.training.train import train
+from litdistill.types import Batch
 from litdistill.utils.errors import UserError
 from litdistill.utils.hashing import stable_repr
 from litdistill.utils.paths import CONF
+from tests.fits import example, fit, grouped
 
 
 class Dim:
@@ -55,9 +57,16 @@ class Dim:
 CPU = torch.device("cpu")
 
 
-def net(width: int = 8, seed: int = 0):
+TASK = Classification()
+
+
+def net(width: int = 8, seed: int = 0, mean: float = 0.3):
     torch.manual_seed(seed)
-    return conv4(10, (1, 8, 8), widths=[width, width])
+    return Preprocessed(conv4(10, (1, 8, 8), widths=[width, width]), Preprocess([mean], [0.35]))
+
+
+def frozen(taps=(), seed: int = 1) -> FrozenTeacher:
+    return FrozenTeacher(net(16, seed), taps=taps)
 
 
 def digits(seed: int = 0, augment=(), **options) -> ImageData:
@@ -67,12 +76,10 @@ def digits(seed: int = 0, augment=(), **options) -> ImageData:
 
 
 def run(
-    tmp_path, cache: CacheOptions, augment=(), method=None, epochs: int = 4, seed: int = 0, window: int = 4, **of_data
+    tmp_path, cache: CacheOptions, augment=(), method=None, epochs: int = 4, seed: int = 0, group: int = 4, **of_data
 ):
     """The losses of a short fit, how many images the teacher saw in it, and the student's weights."""
-    method = method or KD()
-    taps = ["layer1"] if isinstance(method, FitNet) else []
-    teacher, losses, seen = FrozenTeacher(net(16, seed=1), taps), [], []
+    losses, seen = [], []
 
     class Spy(Distiller):
         def loss(self, *a):
@@ -81,18 +88,14 @@ def run(
             return loss
 
     data = digits(seed, augment, **of_data)
-    data.window = window
     optimizer = functools.partial(torch.optim.SGD, lr=0.05)
-    distiller = Spy(net(), method, teacher, optimizer, allow_chance=True, student_taps=taps, cache=cache, window=window)
-    if taps:
-        example = torch.randn(2, 1, 8, 8)
-        method.build(distiller.tapped(example), teacher(example), torch.arange(10))
-    inner = teacher.forward
-    teacher.forward = lambda images: (seen.append(len(images)), inner(images))[1]  # type: ignore[method-assign]
-    trainer = Trainer(accelerator="cpu", max_epochs=epochs, logger=False, enable_progress_bar=False, num_sanity_val_steps=0,
-                      enable_model_summary=False, enable_checkpointing=False, default_root_dir=tmp_path,
-                      limit_val_batches=0)  # fmt: skip
-    trainer.fit(distiller, datamodule=data)
+    distiller = Spy(
+        net(), method or KD(), net(16, seed=1), example(data), optimizer=optimizer, allow_chance=True, data=data, cache=cache,
+        group=group,
+    )  # fmt: skip
+    count = lambda module, args, output: seen.append(len(args[0].inputs))  # noqa: E731
+    distiller.teacher.register_forward_hook(count)
+    fit(distiller, grouped(data, group), tmp_path, max_epochs=epochs, enable_checkpointing=False, limit_val_batches=0)
     return losses, sum(seen), distiller.student.state_dict(), distiller
 
 
@@ -126,19 +129,19 @@ def test_a_run_with_another_seed_finds_the_views_of_the_first(tmp_path):
     for seed in range(6):
         *_, distiller = run(tmp_path, options, [Flip()], epochs=6, seed=seed)
     assert distiller.cache.computed == 0
-    rows = distiller.cache.store.known
-    assert int(rows.sum()) <= 2 * len(distiller.trainer.datamodule.train_targets)
+    rows = distiller.cache.store.valid
+    assert int(rows.sum()) <= 2 * len(distiller.data.train_targets)
 
 
 def test_what_is_kept_is_what_the_teacher_says_in_float64(tmp_path):
-    data, teacher = digits(augment=[Crop(1)]), FrozenTeacher(net(16, seed=1), ["layer2"])
+    data, teacher = digits(augment=[Crop(1)]), frozen(["layer2"])
     cache = TeacherCache(teacher, data, CPU, tmp_path)
     ids = data.train_ids[:30]
     views = torch.arange(30) % 9
     batch = data.get_batch("train", ids, views)
     cache.outputs(batch)
     kept = cache.outputs(batch)
-    exact = FrozenTeacher(net(16, seed=1).double(), ["layer2"])(batch.images.double())
+    exact = FrozenTeacher(net(16, seed=1).double(), taps=["layer2"])(Batch(batch.inputs.double() / 255, None))
     torch.testing.assert_close(kept.logits.double(), exact.logits, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(kept.features["layer2"].double(), exact.features["layer2"], rtol=1e-4, atol=1e-5)
     assert kept.features["layer2"].shape == exact.features["layer2"].shape
@@ -150,23 +153,19 @@ def test_what_is_kept_is_what_the_teacher_says_in_float64(tmp_path):
 )
 def test_whatever_changes_what_the_teacher_says_is_another_cache(change):
     def key(**c):
-        data = digits(
-            c.get("seed", 0), c.get("augment", [Crop(1)]), mean=c.get("mean"), std=c.get("mean"), mix=c.get("mix")
-        )
+        data = digits(c.get("seed", 0), c.get("augment", [Crop(1)]), mix=c.get("mix"))
         if c.get("data"):
             data.source.train.images[0, 0, 0, 0] += 1
-        inner = net(16, seed=c.get("weights", 1))
+        inner = net(16, seed=c.get("weights", 1), mean=c.get("mean", 0.3))
         if c.get("network"):
-            inner.layer1[2] = torch.nn.LeakyReLU()
-        teacher = FrozenTeacher(inner, c.get("taps", []))
-        if c.get("mode"):
-            teacher.compile(c["mode"])
+            inner.net.layer1[2] = torch.nn.LeakyReLU()
+        teacher = FrozenTeacher(inner, taps=c.get("taps", []), compile=c.get("mode"))
         return cache_key(teacher, data, CPU, c.get("dtype", torch.float32), c.get("precision", "32-true"))
 
     changes = {
         "teacher": {"weights": 2}, "network": {"network": True}, "data": {"data": True}, "augment": {"augment": [Crop(2)]},
         "dtype": {"dtype": torch.float16}, "taps": {"taps": ["layer1"]}, "precision": {"precision": "bf16-mixed"},
-        "mean": {"mean": [0.3]}, "mix": {"mix": Mixup(0.5)}, "mode": {"mode": "prepacked"},
+        "mean": {"mean": 0.2}, "mix": {"mix": Mixup(0.5)}, "mode": {"mode": "prepacked"},
     }  # fmt: skip
     assert key() == key()
     mixed = [key(mix=Mixup(0.5)), key(mix=Mixup(0.2)), key(mix=Mixup(0.5), seed=1)]
@@ -181,10 +180,10 @@ def test_whatever_changes_what_the_teacher_says_is_another_cache(change):
 @pytest.mark.parametrize("damage", ["row", "place", "mark", "half"])
 def test_a_row_that_was_torn_or_damaged_does_not_count(tmp_path, damage):
     values = torch.randn(6, 5)
-    store = Store(6, 5, torch.float32, CPU, tmp_path / "a")
+    store = RowStore(6, 5, torch.float32, CPU, tmp_path / "a")
     store.put(torch.arange(4), values[:4])
-    again = Store(6, 5, torch.float32, CPU, tmp_path / "a")
-    assert again.known.tolist() == [True] * 4 + [False] * 2
+    again = RowStore(6, 5, torch.float32, CPU, tmp_path / "a")
+    assert again.valid.tolist() == [True] * 4 + [False] * 2
     assert torch.equal(again.get(torch.arange(4))[0], values[:4])
     if damage == "row":
         again.values.view(torch.int32)[2, 3] ^= 1  # a single bit
@@ -194,7 +193,7 @@ def test_a_row_that_was_torn_or_damaged_does_not_count(tmp_path, damage):
         again.marks[2] = 0
     else:
         again.values[2, :2] = 0
-    assert Store(6, 5, torch.float32, CPU, tmp_path / "a").known.tolist() == [True, True, False, True, False, False]
+    assert RowStore(6, 5, torch.float32, CPU, tmp_path / "a").valid.tolist() == [True, True, False, True, False, False]
 
 
 def test_a_fingerprint_is_its_formula_and_never_zero():
@@ -207,7 +206,7 @@ def test_a_fingerprint_is_its_formula_and_never_zero():
 
 
 def test_a_file_that_is_not_the_teachers_is_dropped_with_a_warning(tmp_path, caplog):
-    data, teacher = digits(), FrozenTeacher(net(16, seed=1))
+    data, teacher = digits(), frozen()
     batch = data.get_batch("train", data.train_ids, None)
     cache = TeacherCache(teacher, data, CPU, tmp_path)
     right = cache.outputs(batch).logits
@@ -218,7 +217,7 @@ def test_a_file_that_is_not_the_teachers_is_dropped_with_a_warning(tmp_path, cap
 
 
 def test_processes_that_run_at_once_share_their_rows(tmp_path):
-    data, teacher = digits(), FrozenTeacher(net(16, seed=1))
+    data, teacher = digits(), frozen()
     batch = data.get_batch("train", data.train_ids, None)
     a, b = (TeacherCache(teacher, data, CPU, tmp_path) for _ in range(2))
     b.outputs(data.get_batch("train", data.train_ids[:1], None))  # both are open before either has computed the rest
@@ -227,28 +226,28 @@ def test_processes_that_run_at_once_share_their_rows(tmp_path):
     assert b.computed == 1
 
 
+@pytest.mark.process
 def test_a_kill_in_the_middle_of_a_write_leaves_whole_rows_only(tmp_path):
     code = f"""
         import os, torch
         from pathlib import Path
-        from litdistill.distillation import teacher_cache as cache
-        store = cache.Store(64, 1000, torch.float32, torch.device("cpu"), Path({str(tmp_path)!r}) / "a")
+        from litdistill.distillation import row_store
+        store = row_store.RowStore(64, 1000, torch.float32, torch.device("cpu"), Path({str(tmp_path)!r}) / "a")
         store.put(torch.arange(10), torch.full((10, 1000), 2.0))
-        inner = cache.fingerprint
-        cache.fingerprint = lambda *a: os.kill(os.getpid(), 9)   # after the rows, before their marks
+        row_store.fingerprint = lambda *a: os.kill(os.getpid(), 9)   # after the rows, before their marks
         store.put(torch.arange(5, 20), torch.full((15, 1000), 3.0))
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == -9
-    store = Store(64, 1000, torch.float32, CPU, tmp_path / "a")
-    assert store.known.nonzero().flatten().tolist() == [0, 1, 2, 3, 4]
+    store = RowStore(64, 1000, torch.float32, CPU, tmp_path / "a")
+    assert store.valid.nonzero().flatten().tolist() == [0, 1, 2, 3, 4]
 
 
 def test_a_full_disk_costs_the_file_and_not_the_run(tmp_path, monkeypatch, caplog):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(cache_module.os, "posix_fallocate", full)
+    monkeypatch.setattr(os, "posix_fallocate", full)
     losses, *_, distiller = run(tmp_path, CacheOptions("disk", tmp_path / "cache"))
     assert "kept in memory" in caplog.text
     assert "No space left" in caplog.text
@@ -293,17 +292,18 @@ def test_half_precision_halves_the_rows_and_only_rounds(tmp_path):
 def test_evaluations_of_another_validation_set_are_others(tmp_path):
     teacher = net(16, seed=1).eval()
     for size in (0.1, 0.2, 0.1):
-        data = ImageData("digits", val_size=size, mean=[0.3], std=[0.2])
+        data = ImageData("digits", val_size=size)
         data.setup()
-        expected, _ = evaluate_module.collect(teacher, data, "val")
-        assert torch.equal(evaluate_module.collect_teacher(teacher, data, "val", "cpu", tmp_path), expected)
+        expected, _ = predictions.collect(teacher, data, "val")
+        assert torch.equal(predictions.teacher_outputs(teacher, data, TASK, "val", "cpu", tmp_path).logits, expected)
     assert len(list(tmp_path.glob("*.safetensors"))) == 2
 
 
 def test_evaluations_that_cannot_be_kept_cost_no_run(tmp_path, caplog):
     (tmp_path / "file").write_text("")
-    logits = evaluate_module.collect_teacher(net(16).eval(), digits(), "val", "cpu", tmp_path / "file" / "folder")
-    assert len(logits) == 129
+    place = tmp_path / "file" / "folder"
+    found = predictions.teacher_outputs(net(16).eval(), digits(), TASK, "val", "cpu", place)
+    assert len(found.logits) == 129
     assert "not kept" in caplog.text
 
 
@@ -313,7 +313,7 @@ def test_fixed_views_bound_what_is_seen_and_what_is_kept(tmp_path, augment):
     seen = {}
     for epoch in range(6):
         rows = data._epoch(epoch)
-        images = data.get_batch("train", rows.ids, rows.views).images
+        images = data.get_batch("train", rows.ids, rows.views).inputs
         for i, image in zip(rows.ids.tolist(), images, strict=True):
             seen.setdefault(i, set()).add(image.numpy().tobytes())
     assert max(len(views) for views in seen.values()) == 2
@@ -321,7 +321,7 @@ def test_fixed_views_bound_what_is_seen_and_what_is_kept(tmp_path, augment):
     kept, _, _, distiller = run(tmp_path, CacheOptions("disk", tmp_path / "c"), augment, epochs=6, fixed_views=2)
     assert kept == pytest.approx(live, rel=1e-5)
     assert distiller.cache.computed == 2 * 120
-    assert len(distiller.cache.store.known) == 2 * len(data.train_targets)
+    assert len(distiller.cache.store.valid) == 2 * len(data.train_targets)
 
 
 @pytest.mark.parametrize("seen", [{"augment": [Crop(2), Flip()]}, {"augment": [Dim()]}, {"mix": Mixup()}],
@@ -371,17 +371,20 @@ def test_the_longest_unused_goes_first(tmp_path):
 
 def test_a_second_run_asks_the_teacher_nothing_at_all(tmp_path, monkeypatch):
     """Its training, validation and test outputs are those of the first: a sweep's teacher works once."""
-    seen = []
-    inner = FrozenTeacher.forward
+    seen, asked = [], []
+    inner, predict = FrozenTeacher.forward, predictions.predict_split
 
-    def counted(self, images):
-        seen.append(len(images))
-        return inner(self, images)
+    def counted(self, batch):
+        seen.append(len(batch.inputs))
+        return inner(self, batch)
+
+    def predicted(net, *a, **k):
+        asked.append("student" if any(p.requires_grad for p in net.parameters()) else "teacher")
+        return predict(net, *a, **k)
 
     options = [f"runs={tmp_path}", "data.per_class=12", "trainer=cpu", "trainer.max_epochs=3", "logger=none", "threads=1",
                "net@teacher=conv4", "+teacher.recipe.trainer.max_epochs=1", "teacher.allow_chance=true"]  # fmt: skip
-    asked = []
-    monkeypatch.setattr(evaluate_module, "collect", _counted_collect(asked))
+    monkeypatch.setattr(predictions, "predict_split", predicted)
     for i, extra in enumerate(([], ["method.temperature=8", "method.hard=0.5"])):
         with initialize_config_dir(str(CONF), version_base="1.3"):
             cfg = compose("train", [*options, *extra, f"folder={tmp_path}/{i}"])
@@ -389,7 +392,8 @@ def test_a_second_run_asks_the_teacher_nothing_at_all(tmp_path, monkeypatch):
             monkeypatch.setattr(FrozenTeacher, "forward", counted)
             asked.clear()
         train(cfg)
-    assert sum(seen) <= 2 + cache_module.SPOT_CHECK + 64  # dry forwards and the spot check
+    assert sum(seen) <= 2 + cache_module.SPOT_CHECK + 64 + 64  # dry forwards, the spot check, the time of a step
+    assert asked
     assert asked == ["student"] * len(asked)
     kept = next((tmp_path / "cache" / "evaluations").glob("*.safetensors"))
     kept.write_bytes(kept.read_bytes()[:-8])  # torn: computed again, not believed
@@ -400,16 +404,7 @@ def test_a_second_run_asks_the_teacher_nothing_at_all(tmp_path, monkeypatch):
     assert a["teacher"] == b["teacher"]
 
 
-def _counted_collect(asked):
-    inner = evaluate_module.collect
-
-    def collect(net, *a, **k):
-        asked.append("student" if any(p.requires_grad for p in net.parameters()) else "teacher")
-        return inner(net, *a, **k)
-
-    return collect
-
-
+@pytest.mark.process
 def test_two_ranks_share_one_cache_and_compute_each_row_once(tmp_path):
     options = [
         *("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.max_epochs=3", "threads=1"),
@@ -441,7 +436,7 @@ class Act(torch.nn.Module):
         self.fc, self.act, self.scale = torch.nn.Linear(64, 10), act, scale
 
     def forward(self, images):
-        return self.act(self.fc(images.flatten(1))) * self.scale
+        return self.act(self.fc(images.flatten(1) / 255)) * self.scale
 
 
 def _acts():
@@ -470,12 +465,12 @@ def test_a_network_that_holds_what_holds_it_is_described_too():
 
 
 def test_evaluations_that_are_not_the_networks_are_computed_anew(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(cache_module, "cache_key", lambda *_: "key")  # as if it lacked what tells two networks apart
+    monkeypatch.setattr(cache_module, "logits_key", lambda *_: "key")  # as if it lacked what tells two networks apart
     one, other, data = Act(), Act(torch.tanh), digits()
     for teacher in (one, other, one):
-        found = evaluate_module.collect_teacher(teacher, data, "val", "cpu", tmp_path)
-        assert torch.equal(found, evaluate_module.collect(teacher, data, "val")[0])
-    assert caplog.text.count("is not what the teacher says") == 2
+        found = predictions.teacher_outputs(teacher, data, TASK, "val", "cpu", tmp_path).logits
+        assert torch.equal(found, predictions.collect(teacher, data, "val")[0])
+    assert caplog.text.count("does not hold the teacher's logits") == 2
 
 
 def test_augmentations_that_differ_in_a_large_table_share_no_rows():
@@ -493,15 +488,15 @@ def test_rows_that_are_no_numbers_are_not_believed(tmp_path, caplog):
     options = CacheOptions("disk", tmp_path)
     *_, distiller = run(tmp_path, options)
     store = distiller.cache.store
-    rows = store.known.nonzero().flatten()
+    rows = store.valid.nonzero().flatten()
     store.put(rows, torch.full((len(rows), 10), torch.nan))  # with the marks that belong to them
     losses, *_ = run(tmp_path, options)
-    assert "is not what the teacher says" in caplog.text
+    assert "does not hold the teacher's outputs" in caplog.text
     assert all(map(math.isfinite, losses))
 
 
 def test_outputs_beyond_half_precision_are_refused():
-    store = Store(2, 3, torch.float16, CPU)
+    store = RowStore(2, 3, torch.float16, CPU)
     store.put(torch.tensor([0]), torch.full((1, 3), 60000.0))
     with pytest.raises(UserError, match="float32"):
         store.put(torch.tensor([1]), torch.full((1, 3), 70000.0))

@@ -39,6 +39,53 @@ def test_a_student_comes_back_from_every_form(tmp_path):
         assert all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items())
 
 
+def prefixed(prefix, state):
+    return {prefix + k: v for k, v in state.items()}
+
+
+WRAPPINGS = {
+    "DataParallel": lambda s: prefixed("module.", s),
+    "LightningModule": lambda s: {"state_dict": prefixed("model.", s) | {"loss.weight": torch.ones(3)}, "epoch": 3},
+    "torch.compile": lambda s: prefixed("_orig_mod.", s),
+    "mdistiller": lambda s: {"model": s, "epoch": 240, "best_acc": 74.2},
+    "net": lambda s: {"net": s, "acc": 98.0},
+    "torch's tutorial": lambda s: {
+        "model_state_dict": s,
+        "optimizer_state_dict": {"state": {0: {}}, "param_groups": [{"lr": 1}]},
+    },
+    "two levels": lambda s: {"checkpoint": {"weights": prefixed("module.net.", s)}},
+    "timm": lambda s: {"state_dict": s, "state_dict_ema": {k: v + 1 for k, v in s.items()}},
+    "a compiled Distiller": lambda s: {"state_dict": prefixed("student._orig_mod.", s) | {"method.p": torch.ones(1)}},
+}
+
+
+@pytest.mark.parametrize("wrapping", WRAPPINGS)
+def test_weights_are_found_in_their_common_wrappings(tmp_path, wrapping):
+    a, b = net(), net()
+    torch.save(WRAPPINGS[wrapping](a.state_dict()), tmp_path / "a.pth")
+    load_state_dict_checked(b, load_weights(tmp_path / "a.pth", b.state_dict().keys()), "a.pth", "teacher")
+    assert all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items())
+
+
+def test_a_prefix_that_does_not_fit_to_the_last_key_is_left(tmp_path):
+    state = prefixed("module.", net().state_dict())
+    del state["module.fc.bias"]
+    torch.save(state, tmp_path / "a.pth")
+    b = net()
+    with pytest.raises(UserError, match=r"not in this network: module\."):
+        load_state_dict_checked(b, load_weights(tmp_path / "a.pth", b.state_dict().keys()), "a.pth", "teacher")
+
+
+def test_a_file_with_several_such_networks_names_them(tmp_path):
+    state = net().state_dict()
+    torch.save({"model": state, "teacher": prefixed("module.", state)}, tmp_path / "a.pth")
+    with pytest.raises(UserError, match=r"several such networks: model\., teacher\.module\."):
+        load_weights(tmp_path / "a.pth", state.keys())
+    torch.save({"first": {"w": torch.ones(1)}, "second": {"v": torch.ones(1)}}, tmp_path / "a.pth")
+    with pytest.raises(UserError, match="none of this network: first, second"):
+        load_weights(tmp_path / "a.pth", state.keys())
+
+
 class Bomb:
     def __reduce__(self):
         return os.system, ("touch exploded",)
@@ -144,7 +191,7 @@ def test_images_of_another_kind_are_not_taken_for_other_classes():
 def test_weights_of_another_network_are_refused_with_what_differs():
     with pytest.raises(UserError, match=r"missing.*not in this network.*net@teacher"):
         load_state_dict_checked(net(), mlp(10, (1, 8, 8)).state_dict(), "x", "teacher")
-    with pytest.raises(UserError, match=r"is \(4, 1, 3, 3\) there and \(6, 1, 3, 3\) here"):
+    with pytest.raises(UserError, match=r"is \(4, 1, 3, 3\) in the file and \(6, 1, 3, 3\) in the network"):
         load_state_dict_checked(net(widths=(6, 4)), net().state_dict(), "x", "student")
     with pytest.raises(UserError, match="trained on 10 classes, and this data has 2"):
         load_state_dict_checked(net(classes=2), net().state_dict(), "x", "teacher")

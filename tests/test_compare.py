@@ -14,7 +14,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from litdistill.benchmarks import compare
-from litdistill.report.sections import accuracy, each
+from litdistill.report.sections import scores
 from litdistill.utils.errors import UserError
 from litdistill.utils.paths import CONF
 from tests.pages import group
@@ -56,7 +56,8 @@ def test_a_run_is_not_repeated_and_a_changed_one_has_a_folder_of_its_own(tmp_pat
     def train(cfg):
         trained.append(cfg.folder)
         folder = tmp_path.joinpath(cfg.folder)
-        (folder / "summary.json").write_text(json.dumps({"student": {"test": {"accuracy": {"best": 0.5}}}}))
+        made = {"metric": {"name": "accuracy"}, "student": {"test": {"accuracy": {"best": 0.5}}}}
+        (folder / "summary.json").write_text(json.dumps(made))
 
     monkeypatch.setattr(compare, "train", train)
     todo = compare.jobs(config(tmp_path, "techniques=[scratch]", "seeds=2"))
@@ -131,4 +132,4 @@ def test_the_main_picture_marks_every_model(tmp_path):
     assert width > 1000 < height * 4
     wanted = [(0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00), (0x00, 0x9E, 0x73), (0xCC, 0x79, 0xA7), (0xE6, 0x9F, 0x00)]
     assert set(wanted) <= colors
-    assert all(len(each(r, accuracy)) == len(r.seeds) for r in made.rows)
+    assert all(len(scores(r)) == len(r.seeds) for r in made.rows)

@@ -11,13 +11,16 @@ from torch import nn
 
 from litdistill.compress.quantize import Int8, converted, int8
 from litdistill.compress.structure import restore, structure_of
-from litdistill.config.build import build_data, build_distiller, build_net, build_student
-from litdistill.config.instantiate import instantiate
+from litdistill.config.build import build_data, build_net, build_student
+from litdistill.config.distiller import build_distiller, build_method, example_batch
 from litdistill.data.datamodule import ImageData
+from litdistill.distillation.distiller import Distiller
+from litdistill.models.preprocess import Preprocess, bare
 from litdistill.models.profile import count_macs, count_parameters
 from litdistill.models.resnet import resnet
 from litdistill.models.small import conv4, mlp
-from litdistill.training import train as train_module
+from litdistill.training import finish
+from litdistill.training.train import train
 from litdistill.utils.checkpoint import save_student
 from litdistill.utils.errors import UserError
 from tests.conftest import SMALL, compose_config
@@ -95,7 +98,8 @@ def test_small_weights_and_small_activations_are_rounded_like_any_others(share):
     torch.manual_seed(0)
     data = ImageData("digits", mean=[0.3], std=[0.37])
     data.setup()
-    net, x = mlp(10, (1, 8, 8), (20,)), data.normalize(data.source.train.images)
+    images = data.get_batch("train", torch.arange(len(data.train_targets))).inputs
+    net, x = mlp(10, (1, 8, 8), (20,)), Preprocess(data.mean, data.std)(images)
     logits = net(x)
     with torch.no_grad():
         for tensor in net.layer1[0].parameters():
@@ -150,24 +154,28 @@ def test_it_is_restored_from_plain_values(pair):
     assert again(images(1)).shape == (1, 10)
 
 
+def distiller_of(cfg) -> Distiller:
+    """Of a config, with a teacher as it is built."""
+    data, task = build_data(cfg)
+    teacher = build_net(cfg.teacher, data, "teacher")
+    student = build_student(cfg, data, teacher)
+    return build_distiller(cfg, student, build_method(cfg), teacher, task, example_batch(data), data)
+
+
 @pytest.mark.parametrize("method", ["at", "fitnet", "rkd", "simkd", "kd_at"])
 def test_a_method_that_reads_features_of_the_student_is_refused_with_those_that_work(tmp_path, method):
     cfg = compose_config(tmp_path / "run", *SMALL, "compress=int8", f"method={method}", "teacher.checkpoint=null")
-    data = build_data(cfg)
-    teacher = build_net(cfg.teacher, data, "teacher")
     with pytest.raises(UserError, match=r"in int8 .*reads logits alone \(kd, dkd, dist, mlkd, supervised\)"):
-        build_distiller(cfg, data, instantiate(cfg.method), teacher)
+        distiller_of(cfg)
 
 
 @pytest.mark.parametrize("method", ["kd", "dkd", "dist", "mlkd", "supervised"])
 def test_the_methods_that_are_named_then_work(tmp_path, method):
     cfg = compose_config(tmp_path / "run", *SMALL, "compress=int8", f"method={method}", "teacher.checkpoint=null")
-    data = build_data(cfg)
-    distiller = build_distiller(cfg, data, instantiate(cfg.method), build_net(cfg.teacher, data, "teacher"))
-    assert isinstance(distiller.student, Int8)
-    x, y = data.normalize(data.source.train.images[:8]), data.source.train.targets[:8]
-    teacher = distiller.teacher(x) if distiller.teacher is not None else None
-    sum(distiller.method(distiller.tapped(x), teacher, y).values()).backward()
+    distiller = distiller_of(cfg)
+    assert isinstance(bare(distiller.student), Int8)
+    distiller.on_train_epoch_start()
+    distiller.loss(distiller.data.get_batch("train", distiller.data.train_ids[:8])).backward()
     assert all(p.grad is not None for p in distiller.student.parameters())
 
 
@@ -194,17 +202,17 @@ def start(tmp_path):
 def test_what_an_int8_start_cannot_is_said_with_where_to_start_instead(start, tmp_path, overrides, message):
     cfg = compose_config(tmp_path / "run", *SMALL, f"student.checkpoint={start}", *overrides)
     with pytest.raises(UserError, match=rf"{message}.*float"):
-        build_student(cfg, build_data(cfg), None)
+        build_student(cfg, build_data(cfg)[0], None)
 
 
 def test_an_int8_start_is_trained_on(start, tmp_path):
     cfg = compose_config(tmp_path / "run", *SMALL, f"student.checkpoint={start}")
-    assert isinstance(build_student(cfg, build_data(cfg), None), Int8)
+    assert isinstance(bare(build_student(cfg, build_data(cfg)[0], None)), Int8)
 
 
 def test_what_the_file_of_an_int8_run_needs_is_known_before_training(tmp_path, monkeypatch):
     cfg = compose_config(tmp_path / "run", *SMALL, "compress=int8")
-    data = build_data(cfg)
+    data, _ = build_data(cfg)
     with monkeypatch.context() as without:
         without.setitem(sys.modules, "onnxscript", None)
         with pytest.raises(UserError, match=r"onnxscript is not installed.*pip install 'litdistill\[export\]'"):
@@ -221,12 +229,12 @@ def test_a_trained_int8_run_is_finished_where_its_file_is_refused(tmp_path, monk
     def refuse(*_, **__):
         raise UserError("It is not the student. Allow it with tolerance.agreement.")
 
-    monkeypatch.setattr(train_module, "ship", refuse)
-    train_module.train(cfg)
+    monkeypatch.setattr(finish, "export_student", refuse)
+    train(cfg)
     student = json.loads((tmp_path / "run" / "summary.json").read_text())["student"]
     assert (student["precision"], student["bytes"]) == ("int8", None)
     assert "finished without it. It is not the student. Allow it with" in caplog.text
-    assert "python scripts/export.py run=" in caplog.text
+    assert "litdistill export run=" in caplog.text
 
 
 def test_a_network_that_cannot_be_traced_is_refused():

@@ -52,13 +52,14 @@ def test_a_run_is_normalized_as_it_was_trained_though_its_folder_has_grown(own, 
     pytest.importorskip("onnxruntime")
     path, check = export(own)
     trained = json.loads((own / "summary.json").read_text())["student"]["test"]["accuracy"]["best"]
-    assert check["accuracy"] == check["student_accuracy"] == trained
+    assert check["metric"] == "accuracy"
+    assert check["exported"] == check["student"] == trained
     facts = load(path).facts
     assert (facts.mean, facts.std) == (read_metadata(own, "mean"), read_metadata(own, "std"))
 
 
 def test_a_run_whose_classes_or_images_are_others_now_is_refused(own, images):
-    with pytest.raises(UserError, match=r"images of \[3, 8, 8\], and its data are \[3, 9, 9\]"):
+    with pytest.raises(UserError, match=r"inputs of \[3, 8, 8\], and its data are \[3, 9, 9\]"):
         export(own, overrides=OmegaConf.create({"data": {"image_size": 9}}))
     for split in ("train", "test"):
         (images / split / "east").rename(images / split / "zenith")

@@ -9,7 +9,8 @@ import torch
 from litdistill.config.build import build_data
 from litdistill.data import mixing
 from litdistill.data.augment import Crop, Flip, apply_views, draw_views
-from litdistill.data.datamodule import Ids, ImageData
+from litdistill.data.datamodule import ImageData
+from litdistill.data.loading import Rows
 from litdistill.data.mixing import LEVELS, CutMix, Mixup
 from litdistill.training.train import train
 from litdistill.utils.errors import UserError
@@ -61,7 +62,7 @@ def data(mix, **options) -> ImageData:
 
 @pytest.mark.parametrize("kind", [Mixup(1.0), CutMix(1.0)])
 def test_images_and_labels_are_mixed_as_numpy_mixes_them(kind):
-    d = data(kind, mean=[0.0], std=[1 / 255], seed=3)  # images on the scale 0 to 255
+    d = data(kind, seed=3)
     ids, rounds = d.train_ids[100:160], torch.full((60,), 7)
     batch = d.get_batch("train", ids, rounds)
     partners = mixing.partners(3, rounds, ids, d.train_ids)
@@ -73,7 +74,7 @@ def test_images_and_labels_are_mixed_as_numpy_mixes_them(kind):
     labels, other_labels = (d.train_targets[i].numpy() for i in (ids, partners))
     partial = 0
     for n in range(60):
-        image = batch.images[n].double().numpy()
+        image = batch.inputs[n].double().numpy() * (255 if batch.inputs.is_floating_point() else 1)
         share = targets[n, labels[n]]
         if labels[n] != other_labels[n]:
             assert targets[n].sum() == pytest.approx(1, abs=1e-6)
@@ -123,10 +124,10 @@ def test_a_mixed_image_depends_on_no_batch(kind):
     ids, rounds = d.train_ids[:90], torch.arange(90) % 4
     whole = d.get_batch("train", ids, rounds)
     parts = [d.get_batch("train", i, r) for i, r in zip(ids.split(7), rounds.split(7), strict=True)]
-    assert torch.equal(whole.images, torch.cat([p.images for p in parts]))
+    assert torch.equal(whole.inputs, torch.cat([p.inputs for p in parts]))
     assert torch.equal(whole.targets, torch.cat([p.targets for p in parts]))
-    assert not torch.equal(whole.images, data(kind, seed=1).get_batch("train", ids, rounds).images)
-    assert not torch.equal(whole.images, d.get_batch("train", ids, rounds + 1).images)
+    assert not torch.equal(whole.inputs, data(kind, seed=1).get_batch("train", ids, rounds).inputs)
+    assert not torch.equal(whole.inputs, d.get_batch("train", ids, rounds + 1).inputs)
     first = next(iter(d.train_dataloader()))  # a view is its round
     assert first.views.tolist() == [0] * 50
     assert d.views is None
@@ -145,9 +146,9 @@ def test_partners_are_trained_on_and_evenly_drawn():
 
 def test_evaluation_is_never_mixed():
     d = data(Mixup())
-    assert d.batch(Ids("train", d.val_ids[:5])).targets.ndim == 1
+    assert d.make_batch(Rows("train", d.val_ids[:5])).targets.ndim == 1
     assert torch.equal(
-        d.batch(Ids("train", d.val_ids[:5])).images, data(None).batch(Ids("train", d.val_ids[:5])).images
+        d.make_batch(Rows("train", d.val_ids[:5])).inputs, data(None).make_batch(Rows("train", d.val_ids[:5])).inputs
     )
 
 
@@ -172,9 +173,9 @@ def test_a_config_names_them(tmp_path):
     cfg = compose_config(
         tmp_path / "run", augment, "data.mix={_target_: litdistill.data.mixing.CutMix, probability: 0.5}"
     )
-    found = build_data(cfg)
+    found, _ = build_data(cfg)
     assert isinstance(found.mix, CutMix)
     assert [type(step).__name__ for step in found.augment] == ["RandAugment"]
-    batch = found.batch(next(iter(found.train_dataloader())))
+    batch = found.make_batch(next(iter(found.train_dataloader())))
     assert batch.targets.shape == (cfg.data.batch_size, 10)
     assert 0.2 < (batch.targets.max(1).values == 1).float().mean() < 0.95

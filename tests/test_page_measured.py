@@ -10,12 +10,14 @@ from omegaconf import OmegaConf
 
 from litdistill.evaluation import robustness
 from litdistill.evaluation.calibration import fit_temperature
-from litdistill.evaluation.evaluate import collect, rebuild
+from litdistill.evaluation.evaluate import rebuild
+from litdistill.evaluation.predictions import collect
 from litdistill.export.predict import load
 from litdistill.report import collect as page
 from litdistill.report.collect import Seed, Settings, groups, spread_out
 from litdistill.report.sections import starts_from
 from litdistill.training.train import train
+from litdistill.types import Batch
 from litdistill.utils.checkpoint import write_text
 from tests.conftest import SMALL, compose_config
 
@@ -46,9 +48,11 @@ def test_an_int8_row_is_measured_with_its_file(measured):
     images = data.source.test.images[data.test_ids]
     chunks = images.split(data.eval_batch_size)
     expected = np.concatenate([file(chunk.numpy()) for chunk in chunks])
-    assert np.array_equal(seed.test.numpy(), expected)
-    assert not torch.equal(seed.test, collect(distiller.deployed_student, data, "test")[0])  # which rounds elsewhere
-    assert np.array_equal(seed.val.numpy(), file(data.source.train.images[data.val_ids].numpy()))
+    assert np.array_equal(seed.test.logits.numpy(), expected)
+    assert not torch.equal(
+        seed.test.logits, collect(distiller.deployed_student, data, "test")[0]
+    )  # which rounds elsewhere
+    assert np.array_equal(seed.val.logits.numpy(), file(data.source.train.images[data.val_ids].numpy()))
     assert torch.equal(seed.test_targets, data.source.test.targets[data.test_ids])
     assert torch.equal(seed.val_targets, data.source.train.targets[data.val_ids])
     assert row.file == seed.folder / "export" / "student-int8.onnx"
@@ -63,7 +67,7 @@ def test_the_temperature_is_fitted_on_the_validation_set(measured):
         assert seed.temperature == fit_temperature(*collect(net, data, "val"))
         assert seed.temperature != fit_temperature(*collect(net, data, "test"))
     (seed,) = rows["int8"].seeds
-    assert seed.temperature == fit_temperature(seed.val, seed.val_targets)
+    assert seed.temperature == fit_temperature(seed.val.logits, seed.val_targets)
 
 
 # -- the images that are spoilt ----------------------------------------------------------------------------------------
@@ -82,32 +86,21 @@ def test_images_are_evenly_spaced_and_none_comes_twice(n, of):
 class Sorted:
     """As much of a data set as is asked for: sorted by class, each image of its class' grey, which the network reads."""
 
-    mean = std = (0.5,)
-    eval_batch_size = 16
     class_names = tuple("abcde")
     val_ids = test_ids = torch.arange(100)
 
     def __init__(self, shift: int = 0):
         self.targets = torch.arange(5).repeat_interleave(20)
-        images = (40 * self.targets + shift).to(torch.uint8)[:, None, None, None].expand(100, 1, 8, 8).contiguous()
-        self.source = type("Source", (), {"test": type("Split", (), {"images": images, "targets": self.targets})})
+        grey = (40 * self.targets + shift).to(torch.uint8)[:, None, None, None]
+        self.images = grey.expand(100, 1, 8, 8).contiguous()
 
-    def normalize(self, images: torch.Tensor) -> torch.Tensor:
-        return images.float()
-
-    def batches(self, split, device):
-        yield page_batch(self.normalize(self.source.test.images), self.targets)
-
-
-def page_batch(images, targets):
-    from litdistill.data.datamodule import Batch
-
-    return Batch(images, targets, torch.arange(len(targets)))
+    def batches(self, split, device="cpu"):
+        yield Batch(self.images, self.targets, torch.arange(100))
 
 
 class Grey(torch.nn.Module):
     def forward(self, x):
-        return -((x.mean((1, 2, 3))[:, None] - 40 * torch.arange(5)) ** 2) / 100
+        return -((x.float().mean((1, 2, 3))[:, None] - 40 * torch.arange(5)) ** 2) / 100
 
 
 def spoil(monkeypatch, out: Path, data: Sorted) -> tuple[Seed, list[torch.Tensor], list[torch.Tensor]]:
@@ -116,7 +109,7 @@ def spoil(monkeypatch, out: Path, data: Sorted) -> tuple[Seed, list[torch.Tensor
     monkeypatch.setattr(robustness, "CORRUPTIONS", {"none": lambda images, severity: seen.append(images) or images})
     monkeypatch.setattr(robustness, "ATTACKS", {"none": lambda logits_of, images, targets, epsilon: images})
     monkeypatch.setattr(robustness, "accuracy", lambda run, x, y: compared.append(y) or accuracy(run, x, y))
-    group, spoilt, settings = page.Group("sorted", {"test": 100}), {}, Settings(robustness=10, epsilons=(4,))
+    group, spoilt, settings = page.Group("sorted", {"name": "sorted"}), {}, Settings(robustness=10, epsilons=(4,))
     page._adopt(group, data, spoilt, settings)
     seed = Seed({}, out, sha256="s")
     page._measure(seed, Grey(), None, data, "cpu", group, spoilt, out, settings)

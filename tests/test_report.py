@@ -11,6 +11,7 @@ from rich.console import Console
 from litdistill.evaluation.summary import settings
 from litdistill.report import tables as report
 from litdistill.utils.checkpoint import write_text
+from litdistill.utils.units import spread
 
 # -- kinds -------------------------------------------------------------------------------------------------------------
 
@@ -22,7 +23,7 @@ from litdistill.utils.checkpoint import write_text
         ("threads=2", True),
         ("watch_test=true", True),
         ("checkpoint_minutes=3", True),
-        ("window=1", True),
+        ("group=1", True),
         ("logger=none", True),
         ("teacher.cache.mode=off", True),
         ("data.root=elsewhere", True),
@@ -90,7 +91,8 @@ def run(seed: int = 0, **settings: object) -> dict:
         "seed": seed,
         "options": {"method": "kd", "train/lr": 0.1},
         "settings": {"optimizer.lr": 0.1, "optimizer._target_": "torch.optim.SGD", "teacher.recipe.seed": 0} | settings,
-        "data": {"train": 1000},
+        "metric": {"name": "accuracy", "direction": "max"},
+        "data": {"train": 1000, "input_shape": [1, 8, 8]},
         "teacher": {"name": "big", "sha256": "t", "params": 20, "test": quality},
         "student": student,
         "time": {"total_s": 1.0},
@@ -131,7 +133,7 @@ def test_summaries_without_settings_are_grouped_by_their_options():
 
 
 def test_a_picture_has_a_row_for_each_kind(tmp_path, monkeypatch):
-    from litdistill.evaluation import figures as pictures
+    from litdistill.tasks import figures as pictures
 
     made = []
     figure = pictures.new_figure
@@ -162,4 +164,4 @@ def test_a_name_is_no_markup_and_splits_no_column():
 
 
 def test_what_is_not_a_number_is_shown_as_such():
-    assert report.spread([1.0, math.nan]) == "nan ± nan"
+    assert spread([1.0, math.nan]) == "nan ± nan"

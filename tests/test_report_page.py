@@ -49,7 +49,7 @@ def test_ece_before_and_after_is_that_of_bins_by_hand():
     shown = table(sections.calibration(made, ""), "ece")
     seed = made.rows[1].seeds[0]
     for column, t in (("ECE as trained", 1.0), ("ECE scaled", 1.5)):
-        p = np.exp(seed.test.double().numpy() / t)
+        p = np.exp(seed.test.logits.double().numpy() / t)
         p /= p.sum(1, keepdims=True)
         confidence, right = p.max(1), p.argmax(1) == seed.test_targets.numpy()
         ece = 0.0
@@ -102,7 +102,7 @@ def test_each_run_is_compared_with_its_own_teacher():
     own = pages.seed(98, 0.5, 10, "other", {})
     made.rows.insert(1, Row("teacher", made.rows[0].about, [own], teacher=True, timing=made.rows[0].timing))
     row.seeds[1].summary["teacher"] = {"sha256": "other"}
-    same = lambda a, b: 100 * (a.test.argmax(1) == b.test.argmax(1)).double().mean().item()  # noqa: E731
+    same = lambda a, b: 100 * (a.test.logits.argmax(1) == b.test.logits.argmax(1)).double().mean().item()  # noqa: E731
     each = [same(row.seeds[0], made.rows[0].seeds[0]), same(row.seeds[1], own)]
     shown = f"{statistics.mean(each):.2f} ± {statistics.stdev(each):.2f}"
     assert cell(table(sections.quality(made, ""), "quality"), 2, "agreement %") == shown
@@ -138,12 +138,12 @@ def test_the_tables_hold_what_was_measured():
     worth = table(sections.quality(made, ""), "quality")
     assert len(worth.rows) == 4
     for i, row in enumerate(made.rows):
-        hits = [100 * (s.test.argmax(1) == s.test_targets).double().mean().item() for s in row.seeds]
+        hits = [100 * (s.test.logits.argmax(1) == s.test_targets).double().mean().item() for s in row.seeds]
         shown = f"{statistics.mean(hits):.2f}" + (f" ± {statistics.stdev(hits):.2f}" if len(hits) > 1 else "")
         assert cell(worth, i, "accuracy %") == shown
         if not row.teacher:
             same = [
-                100 * (s.test.argmax(1) == made.rows[0].seeds[0].test.argmax(1)).double().mean().item()
+                100 * (s.test.logits.argmax(1) == made.rows[0].seeds[0].test.logits.argmax(1)).double().mean().item()
                 for s in row.seeds
             ]
             assert cell(worth, i, "agreement %") == f"{statistics.mean(same):.2f} ± {statistics.stdev(same):.2f}"
@@ -257,7 +257,7 @@ def test_a_page_of_real_runs(runs, tmp_path):
             assert seed.quality["accuracy"] == seed.summary["student"]["test"]["accuracy"]["best"]
             assert seed.quality["nll"] == seed.summary["student"]["test"]["nll"]
             assert seed.robustness["attacks"]["FGSM"][0] == pytest.approx(
-                (seed.test[few].argmax(1) == seed.test_targets[few]).double().mean().item()
+                (seed.test.logits[few].argmax(1) == seed.test_targets[few]).double().mean().item()
             )
         assert row.timing["bytes"] == row.file.stat().st_size
         assert row.file.parent.name == "export"
@@ -272,11 +272,11 @@ def test_a_page_of_real_runs(runs, tmp_path):
     assert "name=it" in text
     assert "validation accuracy" in text
 
-    steps, values = history.curve(runs / "a")
+    steps, values = history.curve(runs / "a", "accuracy")
     assert len(steps) == len(values) == 2
     assert max(values) == pytest.approx(100 * summary["val"]["best"], abs=1e-3)
-    assert history.curve(tmp_path) is None
-    assert history.curve(runs / "a", "val/nothing") is None
+    assert history.curve(tmp_path, "accuracy") is None
+    assert history.curve(runs / "a", "nothing") is None
 
     kept = sorted((tmp_path / "page" / "cache").glob("robustness-*.json"))
     assert len(kept) == 4

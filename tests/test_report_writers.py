@@ -41,7 +41,7 @@ def test_a_picture_is_a_drawing_whose_ids_are_its_own():
         plots.dots(looks, values, "accuracy", 99.0),
         plots.lines(looks, [1, 2], [[1.0, 2.0]] * 3, "x", "y"),
         plots.bars(["a", HOSTILE], [("b", [1.0, 2.0]), ("c", [3.0, 4.0])], "s"),
-        plots.curves([([1, 2], [3.0, 4.0])], 5.0, HOSTILE, 0.0),
+        plots.curves([([1, 2], [3.0, 4.0])], 5.0, HOSTILE, "accuracy", (0.0, 100.0)),
         plots.reliability(*[metrics.reliability(torch.randn(50, 4), torch.arange(50) % 4)] * 2, HOSTILE),
     ]
     ids = [set(re.findall(r'\bid="([^"]+)"', svg)) for svg in drawn]

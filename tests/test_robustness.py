@@ -27,8 +27,8 @@ def network(channels: int = 1, side: int = 8, seed: int = 0) -> nn.Module:
 
 
 def seen(net: nn.Module):
-    """As a run's data normalises: levels to floats of about one."""
-    return lambda x: net((x - 120) / 70)
+    """As a network normalizes that takes images from 0 to 1: to floats of about one."""
+    return lambda x: net((255 * x - 120) / 70)
 
 
 # -- attacks -----------------------------------------------------------------------------------------------------------
@@ -52,8 +52,8 @@ def test_a_gradient_that_float32_rounds_to_zero_is_followed_nonetheless():
     net[1].weight.copy_(torch.stack([torch.ones(64), -torch.ones(64)]) / 10)
     net[1].bias.zero_()
     x, y = torch.full((1, 1, 8, 8), 200, dtype=torch.uint8), torch.tensor([0])
-    shallow = lambda v: net(v / 15)  # noqa: E731
-    there = x.float().requires_grad_()
+    shallow = lambda v: net(17 * v)  # noqa: E731
+    there = (x / 255).requires_grad_()
     F.cross_entropy(shallow(there), y).backward()
     assert (there.grad == 0).all()
     attacked = robustness.fgsm(shallow, x, y, 8)
@@ -77,7 +77,7 @@ def test_pgd_ends_where_a_step_by_step_ascent_in_numpy_ends():
     rng = np.random.default_rng(0)
     weights = rng.normal(size=(3, 64))
     x, y, epsilon, steps = images(4), torch.tensor([0, 1, 2, 0]), 12, 5
-    net = lambda v: v.flatten(1) / 255 @ torch.from_numpy(weights.T).float()  # noqa: E731
+    net = lambda v: v.flatten(1) @ torch.from_numpy(weights.T).float()  # noqa: E731
     found = robustness.pgd(net, x, y, epsilon, steps, seed=3)
     clean = x.flatten(1).double().numpy()
     noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(3)).flatten(1).double().numpy()
@@ -94,7 +94,7 @@ def test_pgd_ends_where_a_step_by_step_ascent_in_numpy_ends():
 
 def test_pgd_finds_at_least_the_loss_that_fgsm_finds_on_a_curved_network():
     net, x, y = network(), images(64), torch.arange(64) % 4
-    loss = lambda v: F.cross_entropy(seen(net)(v.float()), y).item()  # noqa: E731
+    loss = lambda v: F.cross_entropy(seen(net)(v / 255), y).item()  # noqa: E731
     clean, one, many = loss(x), loss(robustness.fgsm(seen(net), x, y, 16)), loss(robustness.pgd(seen(net), x, y, 16))
     assert clean < one <= many * 1.001
 

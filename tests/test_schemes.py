@@ -92,14 +92,14 @@ def test_ensemble(tmp_path):
     members = sorted((tmp_path / "teachers").glob("*/summary.json"))
     assert [s["seed"] for s in trained_before(tmp_path)] == [0, 1, 2]
     data, distiller = rebuild(folder)
-    images = next(data.batches("test")).images[:16]
+    batch = next(data.batches("test"))
     logits = []
     for path in members:
         cfg, _ = load_run(path.parent)
-        logits.append(build_net(cfg.student, data, "student", path.parent).eval()(images).detach().double())
+        logits.append(build_net(cfg.student, data, "student", path.parent).eval()(batch.inputs).detach().double())
     assert not torch.allclose(logits[0], logits[1])
     assert distiller.teacher is not None
-    taught = distiller.teacher(images).logits
+    taught = distiller.teacher(batch).logits
     assert torch.allclose(taught.double(), (logits[0] + logits[1] + logits[2]) / 3, atol=1e-5)
     assert student["teacher"]["params"] == 3 * load_run(members[0].parent)[1]["student"]["params"]
     assert differences(evaluate(folder, device="cpu"), student) == []
@@ -115,7 +115,7 @@ def test_mutual(tmp_path):
     for a, b in ((0, 1), (0, 2), (1, 2)):
         assert not torch.allclose(cohort[a]["fc.weight"], cohort[b]["fc.weight"])
     cfg, _ = load_run(folder)
-    data = build_data(cfg)
+    data, _ = build_data(cfg)
     for net in cohort:  # all of them have learnt, from one another and from labels
         assert accuracy(cfg, data, net) > 0.3
     assert load_file(folder / "student.safetensors").keys() == cohort[0].keys()
@@ -180,5 +180,5 @@ def part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def accuracy(cfg, data, state: dict[str, Tensor]) -> float:
     net = build_net(cfg.student, data, "student").eval()
     net.load_state_dict(state)
-    hits = [(net(b.images).argmax(1) == b.targets).float() for b in data.batches("test")]
+    hits = [(net(b.inputs).argmax(1) == b.targets).float() for b in data.batches("test")]
     return torch.cat(hits).mean().item()

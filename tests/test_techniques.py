@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,16 +21,19 @@ from litdistill.compress.quantize import Int8
 from litdistill.compress.structure import structure_of
 from litdistill.config.build import build_data, build_net
 from litdistill.config.recipes import recipe_hash, student_config, student_folder, teacher_folder
-from litdistill.evaluation.evaluate import collect, differences, evaluate, load_run, rebuild
+from litdistill.evaluation.evaluate import differences, evaluate, load_run, rebuild
+from litdistill.evaluation.predictions import collect
 from litdistill.export.export import export
 from litdistill.export.predict import load
 from litdistill.methods.fitnet import FitNet
 from litdistill.methods.kd import KD
-from litdistill.methods.shuffled import Shuffled, of_its_class
+from litdistill.methods.shuffled import Shuffled, same_class_partners
 from litdistill.models.finetune import freeze, with_own_head
+from litdistill.models.preprocess import bare
+from litdistill.training import prerequisites
 from litdistill.training import train as train_module
 from litdistill.training.train import train
-from litdistill.types import Outputs, Taps
+from litdistill.types import Batch, Outputs, Taps
 from litdistill.utils.checkpoint import write_text
 from litdistill.utils.errors import Stopped, UserError
 from litdistill.utils.paths import CONF
@@ -55,7 +59,7 @@ def runs(tmp_path_factory):
 def tiny(runs):
     """`tiny(technique, *overrides)`: the folder of a finished run of one epoch."""
 
-    def run(technique: str, *overrides: str) -> Path:
+    def run(technique: str, *overrides: str, callbacks: Sequence[Callback] = ()) -> Path:
         for part, package in NEEDS.items():
             if part in technique:
                 pytest.importorskip(package)
@@ -66,12 +70,13 @@ def tiny(runs):
         cfg.student.widths = [8, 16] if own else [4, 8]
         if own:
             cfg.compress.budget = 0.5
-        node, epochs = cfg, 0 if cfg.trainer.max_epochs == 0 else 1
+        asked = any(o.startswith("trainer.max_epochs=") for o in overrides)
+        node, epochs = cfg, cfg.trainer.max_epochs if asked else min(cfg.trainer.max_epochs, 1)
         while node is not None:
             OmegaConf.update(node, "trainer.max_epochs", epochs, force_add=True)
             node, epochs = OmegaConf.select(node, "student.recipe"), 1
         write_text(folder / ".hydra" / "config.yaml", OmegaConf.to_yaml(cfg))
-        train(cfg)
+        train(cfg, callbacks)
         return folder
 
     return run
@@ -119,11 +124,11 @@ def test_every_technique_trains_and_is_rebuilt_to_the_digit(tiny, technique):
 def test_every_kind_of_student_is_exported(tiny, technique):
     folder = tiny(technique)
     _, distiller = rebuild(folder)
-    data = build_data(load_run(folder)[0])
-    precision = "int8" if isinstance(distiller.deployed_student, Int8) else "fp32"
+    data, _ = build_data(load_run(folder)[0])
+    precision = "int8" if isinstance(bare(distiller.deployed_student), Int8) else "fp32"
     path, check = export(folder, "onnx", precision)
     expected, _ = collect(distiller.deployed_student, data, "test")
-    logits = load(path).run(data.source.test.images[data.test_ids].numpy())
+    logits = load(path).run(torch.cat([batch.inputs for batch in data.batches("test")]).numpy())
     bound = 1e-4 if precision == "fp32" else 0.1
     assert np.abs(logits - expected.numpy()).max() <= bound * expected.abs().max()
     assert check["agreement"] > 0.98
@@ -136,7 +141,7 @@ def test_an_int8_run_leaves_its_file_and_says_its_size(tiny, technique):
     found = summary(folder)["student"]
     assert found["precision"] == "int8"
     assert found["bytes"] == entry["bytes"] == (folder / "export" / "student-int8.onnx").stat().st_size
-    assert entry["check"]["student_accuracy"] == found["test"]["accuracy"]["best"]
+    assert entry["check"]["student"] == found["test"]["accuracy"]["best"]
     for format, precision in (("onnx", "fp32"), ("pt2", "fp32"), ("safetensors", "fp16")):
         with pytest.raises(UserError, match="format=onnx precision=int8"):
             export(folder, format, precision)
@@ -194,15 +199,16 @@ def test_a_starting_point_is_trained_once(tiny, runs):
 
 
 def test_the_time_of_a_teacher_that_is_trained_first_is_not_the_runs(tmp_path, monkeypatch):
-    ticks, train_teacher = itertools.count(), train_module.train_teacher
-    monkeypatch.setattr(train_module, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
+    ticks = itertools.count()
+    for module in (train_module, prerequisites):
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
 
-    def slow(cfg, folder):
+    def slow(cfg):
         nonlocal ticks
-        train_teacher(cfg, folder)
+        train(cfg)
         ticks = itertools.count(1000)
 
-    monkeypatch.setattr(train_module, "train_teacher", slow)
+    monkeypatch.setattr(train_module, "train", slow)  # which trains the teacher
     train(compose_config(tmp_path / "run", *SMALL))  # in whose runs there is no teacher yet
     assert 0 < summary(tmp_path / "run")["time"]["total_s"] < 20  # readings of the clock
 
@@ -218,20 +224,12 @@ def test_compress_null_changes_no_recipe(tmp_path):
 
 
 @pytest.mark.parametrize("technique", ["pruned", "int8_aware", "transfer_last"])
-def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(tiny, monkeypatch, technique):
+def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(tiny, technique):
     """Compressing is done anew, and what was trained since is loaded into its result."""
     last = lambda folder: torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]  # noqa: E731
-    whole, build = last(tiny(technique)), train_module.build_trainer
-
-    def with_stop(*args, **options):
-        trainer = build(*args, **options)
-        trainer.callbacks.append(StopAt())
-        return trainer
-
-    monkeypatch.setattr(train_module, "build_trainer", with_stop)
+    whole = last(tiny(technique))
     with pytest.raises(Stopped):
-        tiny(technique, "technique=stopped")
-    monkeypatch.setattr(train_module, "build_trainer", build)
+        tiny(technique, "technique=stopped", callbacks=[StopAt()])
     parts = last(tiny(technique, "technique=stopped"))
     assert parts.keys() == whole.keys()
     assert all(torch.equal(parts[k], whole[k]) for k in whole)
@@ -271,19 +269,29 @@ def test_frozen_layers_do_not_move_and_the_others_do(tiny, technique, frozen):
     assert end.keys() == start.keys()
 
 
+class Watched(Callback):
+    """Keeps which parts of the student are in train mode at the start of each epoch, and the student."""
+
+    def __init__(self):
+        self.modes, self.net = [], None
+
+    def on_train_epoch_start(self, trainer, module):
+        self.net = net = bare(module.student)
+        self.modes.append((net.layer1.training, net.layer1[1].training, net.layer2.training, net.fc.training))
+
+
 def test_a_frozen_part_is_in_eval_mode_after_a_validation_too(tiny):
-    folder = tiny("transfer_last")
-    _, distiller = rebuild(folder)
-    net = distiller.student
-    assert (net.layer1.training, net.layer2.training, net.fc.training) == (False, True, True)
-    assert not net.layer1[1].training
+    watched = Watched()
+    tiny("transfer_last", "trainer.max_epochs=2", "technique=watched", callbacks=[watched])
+    assert watched.modes == 2 * [(False, False, True, True)]
+    net = watched.net
     assert [k for k, p in net.named_parameters() if p.requires_grad] == [
         *("layer2.0.weight", "layer2.1.weight", "layer2.1.bias", "fc.weight", "fc.bias")
     ]
 
 
 def test_parts_are_named_by_module_too(tmp_path):
-    data = build_data(compose_config(tmp_path / "run"))
+    data, _ = build_data(compose_config(tmp_path / "run"))
     net = build_net(OmegaConf.create({"_target_": "litdistill.models.resnet.resnet", "depth": 8}), data, "student")
     example = torch.zeros(2, 1, 8, 8)
     freeze(net, ["layer2.0.conv1", "head"], example)
@@ -306,15 +314,15 @@ def test_a_new_head_keeps_its_own_weights_and_takes_all_others():
 def test_another_classifier_is_refused_unless_it_is_asked_for(tiny, runs, tmp_path):
     source = student_folder(load_run(tiny("transfer_all"))[0])
     cfg = compose_config(tmp_path / "run", "student.widths=[4,8]", f"student.checkpoint={source}", "teacher=null")
-    data = build_data(cfg)
-    with pytest.raises(UserError, match="Only the classifier differs"):
+    data, _ = build_data(cfg)
+    with pytest.raises(UserError, match=r"trained on other classes.*student\.head=new"):
         build_net(cfg.student, data, "student")
     cfg.student.head = "old"
     with pytest.raises(UserError, match="set it to new"):
         build_net(cfg.student, data, "student")
     cfg.student.head = "new"
     net = build_net(cfg.student, data, "student")
-    assert torch.equal(net.layer1[0].weight, load_file(source / "student.safetensors")["layer1.0.weight"])
+    assert torch.equal(bare(net).layer1[0].weight, load_file(source / "student.safetensors")["layer1.0.weight"])
 
 
 def test_a_start_from_a_teacher_that_is_not_there_is_refused(tmp_path):
@@ -328,20 +336,21 @@ def test_a_start_from_a_teacher_that_is_not_there_is_refused(tmp_path):
 
 def outputs(seed: int) -> Outputs:
     draw = torch.Generator().manual_seed(seed)
-    return Outputs(torch.randn(6, 4, generator=draw), {"layer1": torch.randn(6, 3, 2, 2, generator=draw)})
+    return Outputs.of(torch.randn(6, 4, generator=draw), {"layer1": torch.randn(6, 3, 2, 2, generator=draw)})
 
 
 def test_a_shuffled_teacher_gives_each_sample_the_next_of_its_class_and_labels_stay():
     student, teacher, target = outputs(0), outputs(1), torch.tensor([0, 1, 0, 3, 1, 0])
+    batch = Batch(None, target)
     other = [2, 4, 5, 3, 1, 0]  # the only 3 keeps its own
-    assert of_its_class(target).tolist() == other
-    assert of_its_class(torch.nn.functional.one_hot(target).float()).tolist() == other
+    assert same_class_partners(target).tolist() == other
+    assert same_class_partners(torch.nn.functional.one_hot(target).float()).tolist() == other
     method = KD(hard=0.3, soft=0.7)
-    expected = method(student, Outputs(teacher.logits[other]), target)
-    found = Shuffled(method)(student, teacher, target)
+    expected = method(student, Outputs.of(teacher.logits[other]), batch)
+    found = Shuffled(method)(student, teacher, batch)
     assert {k: v.item() for k, v in found.items()} == {k: v.item() for k, v in expected.items()}
-    assert found["hard"] == KD(hard=0.3)(student, teacher, target)["hard"]
-    assert found["soft"] != method(student, teacher, target)["soft"]
+    assert Shuffled(method).hard == 0.3  # what the labels count
+    assert found["soft"] != method(student, teacher, batch)["soft"]
 
 
 def test_features_are_shuffled_alike():
@@ -349,9 +358,10 @@ def test_features_are_shuffled_alike():
     torch.manual_seed(0)
     plain = FitNet()
     plain.build(student, teacher, target)
-    other = Outputs(teacher.logits, {"layer1": teacher.features["layer1"][[2, 4, 5, 3, 1, 0]]})
-    found = Shuffled(plain)(student, teacher, target)
-    assert found["hint"].item() == plain(student, other, target)["hint"].item()
+    batch = Batch(None, target)
+    other = Outputs.of(teacher.logits, {"layer1": teacher.features["layer1"][[2, 4, 5, 3, 1, 0]]})
+    found = Shuffled(plain)(student, teacher, batch)
+    assert found["hint"].item() == plain(student, other, batch)["hint"].item()
     assert Shuffled(plain).taps() == plain.taps() != Taps()
 
 

@@ -17,7 +17,7 @@ from tests.test_cli import ROOT
 
 pytestmark = pytest.mark.process
 LONG = [
-    *("trainer=cpu", "trainer.max_epochs=12", "data.batch_size=16", "threads=1"),
+    *("trainer=cpu", "trainer.max_epochs=12", "data.batch_size=2", "threads=1"),
     *("student.widths=[8,8]", "method=supervised", "teacher=null"),
 ]
 

@@ -1,16 +1,14 @@
 """What comes with weights runs no code of its own; what this user made, and whom they trust, may."""
 
-import json
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from omegaconf import OmegaConf
 
-from litdistill import cli as runtime
+from litdistill.cli.resume import resumed
 from litdistill.compress.structure import restore
 from litdistill.config import origin
 from litdistill.config.instantiate import instantiate
@@ -100,7 +98,10 @@ HOLES = {
         "{data: {mix: {_target_: lightning.pytorch.LightningModule.load_from_checkpoint, checkpoint_path: evil.ckpt}}}",
         "data.mix._target_",
     ),
-    "a module behind an own one": ("{data: {mix: {_target_: litdistill.evaluation.summary.subprocess.run}}}", "data.mix._target_"),
+    "a module behind an own one": (
+        "{data: {mix: {_target_: litdistill.evaluation.summary.subprocess.run}}}",
+        "data.mix._target_",
+    ),
     "a hub": ("{data: {mix: {_target_: torch.hub.load, repo_or_dir: a/b, model: c}}}", "data.mix._target_"),
     "a private name": ("{data: {mix: {_target_: torch.optim._functional.adam}}}", "data.mix._target_"),
     "an own function that writes": ("{data: {mix: {_target_: litdistill.utils.checkpoint.write_text}}}", "data.mix._target_"),
@@ -175,7 +176,7 @@ def test_a_resume_replays_nothing_of_hydras_and_no_path(foreign, monkeypatch, ov
     folder = foreign("{}")
     note(folder, override)
     with pytest.raises(UserError, match=r"is refused\. .* not made here"):
-        runtime.resumed([f"resume={folder}"])
+        resumed([f"resume={folder}"])
     assert not Path("marker").exists()
 
 
@@ -206,7 +207,7 @@ def test_the_command_that_resumes_ends_with_status_2(foreign, tmp_path, override
 def test_where_things_lie_and_what_is_trusted_is_not_a_foreign_runs_to_say(foreign):
     folder = foreign("{}")
     note(folder, "seed=1", "runs=/elsewhere", "folder=/elsewhere", "trust=[os]", "++trust=[os]", "optimizer.lr=${seed}")
-    found = runtime.resumed([f"resume={folder}", "trust=[mine]"])
+    found = resumed([f"resume={folder}", "trust=[mine]"])
     assert found == ["seed=1", "optimizer.lr=${seed}", "trust=[mine]", f"hydra.run.dir={folder}"]
     assert origin.is_foreign()
 
@@ -238,7 +239,7 @@ def test_nothing_is_written_through_a_link_that_leads_out(foreign, name):
     cfg = compose_config(folder, *SMALL)
     (folder / "summary.json").unlink()
     before = sorted(outside.iterdir())
-    for use in (lambda: runtime.resumed([f"resume={folder}"]), lambda: train(cfg)):
+    for use in (lambda: resumed([f"resume={folder}"]), lambda: train(cfg)):
         with pytest.raises(UserError, match=rf"{name} is a symbolic link that leads out"):
             use()
     assert sorted(outside.iterdir()) == before
@@ -378,85 +379,6 @@ def test_a_typed_class_that_cannot_be_imported_is_named_with_what_helps():
     with pytest.raises(UserError, match="blocklisted"):
         instantiate({"_target_": "os.remove", "path": "x"})
     assert instantiate({"_target_": "collections.OrderedDict"}) == {}
-
-
-# -- a class of one's own ------------------------------------------------------------------------------------------------
-
-OWN = """
-from torch import nn
-
-def tiny(num_classes, input_shape, width=8):
-    c, h, w = input_shape
-    return nn.Sequential(nn.Flatten(), nn.Linear(c * h * w, width), nn.ReLU(), nn.Linear(width, num_classes))
-
-class Nets:
-    @staticmethod
-    def tiny(num_classes, input_shape):
-        return tiny(num_classes, input_shape)
-"""
-
-
-@pytest.fixture
-def package(tmp_path, monkeypatch):
-    """The name of a package that lies in a folder of the user's own."""
-    write_text(tmp_path / "lib" / "own_pkg" / "__init__.py", "import subprocess\nfrom torch import load\n")
-    write_text(tmp_path / "lib" / "own_pkg" / "nets.py", OWN)
-    monkeypatch.syspath_prepend(str(tmp_path / "lib"))
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "lib"))
-    yield "own_pkg"
-    for name in [name for name in sys.modules if name.split(".")[0] == "own_pkg"]:
-        del sys.modules[name]
-
-
-def test_a_network_of_ones_own_goes_all_the_way_and_a_copy_of_it_by_leave_alone(package, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    small = [o for o in SMALL if "widths" not in o]
-    tiny = [*small, "teacher=null", "method=supervised", "data.per_class=20", "logger=none", "threads=1"]
-    own = [f"student._target_={package}.nets.tiny", "~student.widths", "~student.global_pool"]
-    status, printed = call("train", [*tiny, *own, "trainer.max_epochs=1"], tmp_path)
-    assert status == 0, printed
-    (folder,) = (tmp_path / "runs" / "train").iterdir()
-    assert origin.made_here(folder)
-    (folder / "summary.json").unlink()
-    status, printed = call("train", [f"resume={folder}", "trainer.max_epochs=2"], tmp_path)
-    assert status == 0, printed
-    assert json.loads((folder / "summary.json").read_text())["epochs"] == 2
-
-    moved = folder.rename(tmp_path / "moved")
-    assert differences(evaluate(moved), load_run(moved)[1]) == []
-    assert export(moved, "torchscript")[0].is_file()
-    distilled = compose_config(tmp_path / "kd", *small, "student.widths=[8]", "trainer.max_epochs=1", "logger=none")
-    distilled.teacher = {"_target_": f"{package}.nets.tiny", "checkpoint": str(moved), "allow_chance": True}
-    train(distilled)
-
-    copy = Path(shutil.copytree(moved, tmp_path / "copy"))
-    config = copy / ".hydra" / "config.yaml"
-    assert differences(evaluate(copy), load_run(copy)[1]) == []  # which is still what was made here
-    config.write_text(config.read_text().replace("technique: null", "technique: edited"))
-    with pytest.raises(
-        UserError, match=rf"^student\._target_: {package}\.nets\.tiny is refused.*add trust=\[{package}\]"
-    ):
-        evaluate(copy)
-    assert differences(evaluate(copy, trust=[package]), load_run(copy, [package])[1]) == []
-    assert export(copy, "torchscript", trust=[package])[0].is_file()
-    for path in ("load", "subprocess.run", "nets.Nets.tiny", "nets.nn.Linear", "__loader__.load_module"):
-        check = OmegaConf.create({"student": {"_target_": f"{package}.{path}"}})
-        with pytest.raises(UserError, match="is refused"):
-            check_trusted(check, copy, [package])
-
-
-def test_a_foreign_run_of_ones_own_class_goes_on_by_leave_alone(package, made, tmp_path, monkeypatch):
-    copy = Path(shutil.copytree(made, tmp_path / "copy"))
-    (copy / "summary.json").unlink()
-    own = [f"student._target_={package}.nets.tiny", "~student.widths", "~student.global_pool"]
-    small = [o for o in SMALL if "widths" not in o]
-    note(copy, *small, "teacher=null", "method=supervised", *own, "logger=none", "threads=1")
-    shutil.rmtree(copy / "checkpoints")
-    status, printed = call("train", [f"resume={copy}"], tmp_path)
-    assert status == 2
-    assert f"student._target_: {package}.nets.tiny is refused" in printed
-    status, printed = call("train", [f"resume={copy}", f"trust=[{package}]"], tmp_path)
-    assert status == 0, printed
 
 
 def test_the_student_of_a_run_is_read_without_its_config(made, tmp_path):

@@ -132,5 +132,5 @@ def test_the_average_of_online_follows_by_its_decay_and_with_the_students_statis
     assert all(torch.equal(a, b) for a, b in zip(net.average.parameters(), held, strict=True))
     net.train()(torch.randn(8, 3))
     moved = student[1].running_mean.clone()
-    net._follow()
+    net._update_average()
     assert torch.equal(net.average[1].running_mean, moved)

@@ -24,12 +24,13 @@ from litdistill.config.recipes import recipe_hash, starting_point_dir
 from litdistill.report import plots
 from litdistill.report.build import build
 from litdistill.report.collect import Group, Settings
-from litdistill.report.sections import accuracy, each, looks
+from litdistill.report.sections import looks, scores
 from litdistill.training.train import train
 from litdistill.utils.checkpoint import write_text
 from litdistill.utils.errors import UserError
-from litdistill.utils.logging import format_seconds, logged_to, quieten
+from litdistill.utils.logging import filter_warnings, format_seconds, logged_to
 from litdistill.utils.paths import CONF
+from litdistill.utils.units import axis, shown
 
 log = logging.getLogger(__name__)
 
@@ -87,11 +88,13 @@ def run_all(todo: list[Job], at_once: int) -> list[Path]:
     started, done = time.perf_counter(), {}
     for job, folder in _results(todo, at_once):
         done[job] = folder
-        test = json.loads((folder / "summary.json").read_text())["student"]["test"]["accuracy"]["best"]
+        summary = json.loads((folder / "summary.json").read_text())
+        metric = summary["metric"]["name"]
+        test = shown(metric, summary["student"]["test"][metric]["best"])
         left = (time.perf_counter() - started) / len(done) * (len(todo) - len(done))
         name = f"{job.technique} {job.variant}".rstrip()
         print(
-            f"{len(done):3d}/{len(todo)}  {name}, seed {job.seed}: {100 * test:.2f} %   {format_seconds(left)} left",
+            f"{len(done):3d}/{len(todo)}  {name}, seed {job.seed}: {test}   {format_seconds(left)} left",
             flush=True,
         )
     return [done[job] for job in todo]
@@ -114,7 +117,7 @@ def _results(todo: list[Job], at_once: int) -> Iterator[tuple[Job, Path]]:
 
 
 def _quietly() -> None:
-    quieten()
+    filter_warnings()
     logging.getLogger().setLevel(logging.INFO)  # to each run's own file
     os.environ.setdefault("RUN_STAMP", "compare")
     threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
@@ -156,7 +159,7 @@ def draw(group: Group, path: Path) -> None:
     timed = [(look, row) for look, row in zip(looks(group), group.rows, strict=True) if "cpu" in row.timing]
     costs = [
         ("file (kB)", [row.timing["bytes"] / 1e3 for _, row in timed]),
-        ("latency, p50 of one image (ms)", [row.timing["cpu"][1]["p50_ms"] for _, row in timed]),
+        (f"latency, p50 of one {group.things[:-1]} (ms)", [row.timing["cpu"][1]["p50_ms"] for _, row in timed]),
     ]
-    values = [each(row, accuracy) for _, row in timed]
-    plots.main_picture([look for look, _ in timed], costs, values, "test accuracy (%)", path)
+    values, label = [scores(row) for _, row in timed], f"test {axis(group.metric)}"
+    plots.main_picture([look for look, _ in timed], costs, values, label, path, group.less_is_better)

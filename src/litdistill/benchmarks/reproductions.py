@@ -20,10 +20,10 @@ from omegaconf import DictConfig, OmegaConf
 from litdistill.benchmarks.published_tables import TABLES, Published, Table, cells, published
 from litdistill.evaluation.evaluate import differences, evaluate, load_run, rebuild
 from litdistill.evaluation.predictions import collect as logits_of
-from litdistill.report.tables import spread
 from litdistill.utils.checkpoint import write_text
 from litdistill.utils.errors import UserError
 from litdistill.utils.paths import CONF
+from litdistill.utils.units import spread
 
 RESULTS = Path("docs/results")
 PROTOCOLS = {"last": "last epoch", "best": "best on validation", "best_on_test": "best on test"}

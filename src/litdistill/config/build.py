@@ -43,7 +43,7 @@ def build_data(cfg: DictConfig, **facts: Any) -> tuple[Any, Task]:
 
     A data module that knows no ids is a `ForeignData`. `facts`: options that are known otherwise, and not measured then.
     """
-    module = instantiate(cfg.data, **facts)
+    module = instantiate(cfg.data, "data", **facts)
     if not isinstance(module, LightningDataModule):
         raise UserError(
             f"data._target_={cfg.data['_target_']} gives a {type(module).__name__}, and no LightningDataModule."
@@ -72,7 +72,7 @@ def build_task(node: DictConfig, data: Any) -> Task:
         targets = data.train_targets[rest].double()
         targets = targets[:, None] if targets.ndim == 1 else targets
         facts = {"mean": targets.mean(0).tolist(), "std": targets.std(0).clamp(min=1e-12).tolist()}
-    task: Task = instantiate(node, **facts)
+    task: Task = instantiate(node, "task", **facts)
     return task
 
 
@@ -103,11 +103,11 @@ def build_net(node: DictConfig, data: Any, role: str, source: str | Path | nn.Mo
     shape = stated.input_shape(data.input_shape) if stated is not None else data.input_shape
     options = {k: v for k, v in node.items() if k not in NETWORK_META_KEYS}
     facts = _known(str(node["_target_"]), data, shape)
-    net: nn.Module = instantiate(options, **{k: v for k, v in facts.items() if k not in options})
+    net: nn.Module = instantiate(options, role, **{k: v for k, v in facts.items() if k not in options})
     preprocess = stated or preprocess_of(net) or _of_data(data)
     net = bare(net)
     if source is not None:
-        net = _with_weights(net, node, data, role, source, torch.zeros(2, *shape))
+        net = _with_weights(net, node, data, role, source, torch.zeros(2, *(shape or ())))
     return wrap(net, preprocess)
 
 
@@ -209,7 +209,7 @@ def _rebuilt_student(node: DictConfig, data: Any, finished: Path) -> nn.Module:
     net = build_net(node, data, "student")
     preprocess = preprocess_of(net)
     shape = preprocess.input_shape(data.input_shape) if preprocess is not None else data.input_shape
-    return wrap(restore(bare(net), load_structure(finished), torch.zeros(2, *shape)), preprocess)
+    return wrap(restore(bare(net), load_structure(finished), torch.zeros(2, *(shape or ()))), preprocess)
 
 
 def _compressed(student: nn.Module, cfg: DictConfig, data: Any) -> nn.Module:
@@ -222,7 +222,8 @@ def _compressed(student: nn.Module, cfg: DictConfig, data: Any) -> nn.Module:
     images = training_inputs(data, CALIBRATION)
     preprocess = preprocess_of(student)
     return wrap(
-        instantiate(cfg.compress)(bare(student), images if preprocess is None else preprocess(images)), preprocess
+        instantiate(cfg.compress, "compress")(bare(student), images if preprocess is None else preprocess(images)),
+        preprocess,
     )
 
 

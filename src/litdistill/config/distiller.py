@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from litdistill.compress.quantize import Int8
-from litdistill.config.instantiate import instantiate
+from litdistill.config.instantiate import instantiate, with_key
 from litdistill.data.protocol import IndexedData
 from litdistill.distillation.distiller import Clip, Distiller, OptimizerFactory, SchedulerOptions
 from litdistill.distillation.teacher import FrozenTeacher
@@ -29,7 +29,7 @@ STEPPED = ("OneCycleLR", "CyclicLR")  # schedulers that count steps whatever the
 
 def build_optimizer(node: DictConfig, lr: float | None) -> OptimizerFactory:
     """Makes the optimizer from parameters, at the learning rate that goes with the run's batch."""
-    factory = instantiate(node)
+    factory = instantiate(node, "optimizer")
     return factory if lr is None else functools.partial(factory, lr=lr)
 
 
@@ -68,7 +68,18 @@ def build_scheduler(
     else:
         monitor = None
     plain = OmegaConf.create({k: v for k, v in options.items() if k not in facts})
-    return instantiate(plain, **facts), SchedulerOptions(interval, node.get("monitor") or monitor)
+    return instantiate(plain, "scheduler", **facts), SchedulerOptions(interval, node.get("monitor") or monitor)
+
+
+def build_method(cfg: DictConfig) -> Method:
+    """The method of a config. Raises `UserError` where it needs a teacher, and there is none."""
+    method: Method = instantiate(cfg.method, "method")
+    if method.needs_teacher and cfg.teacher is None:
+        raise UserError(
+            f"{type(method).__name__} learns from a teacher, and there is none: name one (net@teacher=conv4_wide), or train "
+            "on the labels alone with method=supervised."
+        )
+    return method
 
 
 def train_labels(data: IndexedData) -> Tensor | None:
@@ -125,7 +136,7 @@ def build_distiller(
             clip=Clip(cfg.trainer.get("gradient_clip_val"), cfg.trainer.get("gradient_clip_algorithm") or "norm"),
         )
     except UserError as error:
-        raise _of_int8(error, student, method) from error
+        raise with_key(_of_int8(error, student, method), cfg.method, "method") from error
     distiller.to(memory_format=torch.channels_last)  # convolutions are 1.2 to 1.6 times faster in it
     if modes.get("student") is not None:
         distiller.student.compile(mode=modes["student"])
@@ -134,13 +145,19 @@ def build_distiller(
 
 def _of_int8(error: UserError, student: nn.Module, method: Method) -> UserError:
     """The error itself, or of an int8 student what is behind it."""
-    if not any(isinstance(module, Int8) for module in student.modules()) or not method.taps().student:
+    parts = [m for m in method.modules() if isinstance(m, Method) and not any(isinstance(c, Method) for c in _inside(m))]
+    int8 = any(isinstance(module, Int8) for module in student.modules())
+    if not int8 or not any(part.taps().student for part in parts):
         return error
     return UserError(
         f"{type(method).__name__} reads features inside the student, and in int8 (compress=int8) that is one traced "
         "graph without layers to tap. Use a method that reads logits alone (kd, dkd, dist, mlkd, supervised), or distil "
         "in float first and start from that student: student.checkpoint=<its run folder> compress=int8."
     )
+
+
+def _inside(module: nn.Module) -> list[nn.Module]:
+    return list(module.modules())[1:]
 
 
 def cache_options(cfg: DictConfig) -> CacheOptions:

@@ -10,8 +10,9 @@ import difflib
 import importlib
 import inspect
 import pkgutil
+import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -22,8 +23,11 @@ from omegaconf import OmegaConf
 from litdistill.utils.errors import UserError
 
 
-def instantiate(node: Any, **facts: Any) -> Any:
-    """The object that a config names, with what is known at run time only; a `UserError` in it is not wrapped.
+def instantiate(node: Any, key: str = "", **facts: Any) -> Any:
+    """The object that a config names, with what is known at run time only.
+
+    `key`: where the node stands in the config. A `UserError` in the object that begins with an argument and its value
+    (`hint=-1 is …`) is raised with the key of that option in front (`method.hint=-1 is …`), any other as it is.
 
     Raises `UserError` for what cannot be imported, for an option that is not in its signature, each with the nearest names,
     and for the few functions that Hydra itself blocks.
@@ -33,10 +37,28 @@ def instantiate(node: Any, **facts: Any) -> Any:
         return hydra.utils.instantiate(node, **facts, _convert_="all")
     except InstantiationException as error:
         if isinstance(error.__cause__, UserError):
-            raise error.__cause__ from None
+            raise with_key(error.__cause__, node, key) from None
         if error.__cause__ is None and "blocklisted" in str(error):
             raise UserError(str(error)) from error
         raise
+
+
+def with_key(error: UserError, node: Any, key: str) -> UserError:
+    """The error of an object that was made of `node`, with the key of the option that it begins with in front."""
+    text = str(error)
+    for place, value in _options(resolved(node)):
+        name = place.rpartition(".")[2]
+        if key and re.match(rf"{re.escape(f'{name}={value}')}(?!\w)", text):
+            return UserError(f"{key}.{place.removesuffix(name)}{text}")
+    return error
+
+
+def _options(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The options in plain values by their keys, joined with dots, the outer ones first."""
+    items = list(node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ())
+    yield from ((f"{prefix}{name}", value) for name, value in items)
+    for name, value in items:
+        yield from _options(value, f"{prefix}{name}.")
 
 
 def resolved(node: Any) -> Any:

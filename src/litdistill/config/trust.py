@@ -59,8 +59,11 @@ LIGHTNING = (
 DATA = ("augment.Crop", "augment.Flip", "augment.Cutout", "randaugment.RandAugment", "mixing.Mixup", "mixing.CutMix")
 OWN = (
     "litdistill.data.datamodule.ImageData",
+    "litdistill.data.arrays.ArrayData",
     *(f"litdistill.data.{name}" for name in DATA),
-    *(f"litdistill.compress.{name}" for name in ("low_rank.low_rank", "prune.prune", "quantise.int8")),
+    *(f"litdistill.compress.{name}" for name in ("low_rank.low_rank", "prune.prune", "quantize.int8")),
+    *(f"litdistill.tasks.{name}" for name in ("Classification", "MultiLabel", "Regression")),
+    "litdistill.distillation.schedules.warmup_cosine",
     "litdistill.training.callbacks.ClassBias",
     "litdistill.distillation.sharding.ShardedTeacher",
 )
@@ -119,9 +122,11 @@ def _own_networks() -> Iterator[str]:
 
 
 def _own_methods() -> Iterator[str]:
+    import litdistill.methods
     from litdistill.methods.base import Method
 
-    for path, found in _own("litdistill.methods"):
+    short = ((f"litdistill.methods.{name}", getattr(litdistill.methods, name)) for name in litdistill.methods.__all__)
+    for path, found in (*_own("litdistill.methods"), *short):
         if inspect.isclass(found) and issubclass(found, Method) and found is not Method:
             yield path
 

@@ -174,6 +174,10 @@ class ArrayData(LightningDataModule):
         """Each sample as it is."""
         return 1
 
+    def count(self, split: str) -> int:
+        """Samples of "train", "val" or "test"."""
+        return len(split_ids(self, split))
+
     def view_count(self, rounds: int) -> int:
         """See `litdistill.data.protocol.IndexedData`."""
         return 1

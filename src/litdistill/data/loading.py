@@ -71,9 +71,12 @@ class IndexLoader:
         """Itself, as Lightning calls `set_epoch` of a loader's sampler."""
         return self
 
+    batch_sampler = None  # Lightning reads it beside `sampler`, to see whether an evaluation is shuffled
+
     def set_epoch(self, epoch: int) -> None:
         """Called before an epoch is iterated over."""
-        self.epoch = epoch
+        if epoch != self.epoch:
+            self.epoch, self.done = epoch, 0
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -124,7 +127,7 @@ class IndexLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """Where the loader stands: the epoch, and how many of its minibatches were yielded."""
-        return {"epoch": self.epoch, "done": self.done}
+        return self.restored or {"epoch": self.epoch, "done": self.done}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on there when it is next iterated over, if that is in the same epoch."""

@@ -6,8 +6,8 @@ method needs of both networks is found in a dry forward of `example`.
 
 from __future__ import annotations
 
+import copy
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,21 +15,29 @@ import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from litdistill.data.protocol import IndexedData
+from litdistill.distillation.checks import (
+    check_finite,
+    check_images,
+    check_pairing,
+    check_plateau,
+    check_trainer,
+    world_size,
+)
 from litdistill.distillation.examine import TeacherOnValidation, check_teacher
+from litdistill.distillation.logs import log_group, log_step
 from litdistill.distillation.running_means import RunningMeans
-from litdistill.distillation.step import seed_step, step_plateau, timed_outputs, train_group
+from litdistill.distillation.schedules import average_of, interpolate, step_plateau
+from litdistill.distillation.step import seed_step, timed_outputs, train_group
 from litdistill.distillation.teacher import FrozenTeacher
 from litdistill.distillation.teacher_cache import CacheOptions, TeacherCache, open_cache
 from litdistill.features.feature_extractor import FeatureExtractor, resolve_taps
 from litdistill.features.outputs import describe_inputs, inputs_like
 from litdistill.methods.base import Method
 from litdistill.methods.supervised import Supervised
-from litdistill.models.preprocess import check_scale
-from litdistill.tasks import named_task
+from litdistill.tasks import TASKS, named_task
 from litdistill.tasks.base import Task
 from litdistill.types import Batch, Group, Outputs
 from litdistill.utils.errors import UserError
@@ -103,38 +111,31 @@ class Distiller(LightningModule):
         clip: Clip = Clip(),  # noqa: B008
     ):
         super().__init__()
-        method = method or Supervised()
-        self.task, self.method = named_task(task), method
-        check_pairing(method, teacher, self.task)
+        self.task, self.method = named_task(task), method or Supervised()
+        check_pairing(self.method, student, teacher, self.task, example)
         batch = None if example is None else self._example(example)
         frozen = teacher if isinstance(teacher, FrozenTeacher) else None
         network = frozen.net if frozen is not None else teacher
-        for net in (student, network):
-            if net is not None and batch is not None:
-                check_scale(net, batch.inputs)
-        self.student = method.prepare(student, network, None if batch is None else batch.inputs)
-        student_taps, teacher_taps = self._resolve(network, batch)
+        check_images(batch, student, network)
+        self.student = self.method.prepare(student, network, None if batch is None else batch.inputs)
+        student_taps, teacher_taps = self._taps(self.student, network, batch)
         self.extractor = FeatureExtractor(self.student, student_taps)
         how: dict[str, Any] = {"compile": frozen.mode, "faster": frozen.faster} if frozen is not None else {}
         found = None if network is None else FrozenTeacher(network, self.task, teacher_taps, batch, **how)
         self.__dict__["teacher"] = found  # past nn.Module's registration: see the class's docstring
-        if batch is not None:
-            self._build(batch, train_targets)
-        self.average = _average(self.student, ema) if ema is not None else None
+        self._build(batch, train_targets)
+        self.average = average_of(self.student, ema) if ema is not None else None
         self.optimizer, self.scheduler, self.scheduling = optimizer, scheduler, scheduling
         self.schedule, self.seed, self.allow_chance = dict(schedule or {}), seed, allow_chance
         self.data, self.cache_options = data, cache or CacheOptions()
         self.cache: TeacherCache | None = None  # opened when training starts, on its device
-        self.automatic_optimization = not group
-        self.clip = clip
+        self.automatic_optimization, self.clip = not group, clip
         self.means = RunningMeans(self.task)
         self.teacher_s = 0.0  # seconds spent in the teacher since the fit began
         self.val_metrics, self.test_metrics = self.task.metrics(), self.task.metrics()
         self.on_validation = TeacherOnValidation(teacher_on_validation, data)
         self._logged_step = 0
-        if batch is not None:
-            hyperparameters = {"example": describe_inputs(batch.inputs), "ema": ema, "seed": seed}
-            self.save_hyperparameters({k: v for k, v in hyperparameters.items() if v is not None}, logger=False)
+        self._note_hyperparameters(batch, ema)
 
     teacher: FrozenTeacher | None
 
@@ -143,21 +144,19 @@ class Distiller(LightningModule):
             return Batch(inputs_like(example), None)
         return self.task.batch(example)
 
-    def _resolve(self, teacher: nn.Module | None, batch: Batch | None) -> tuple[list[str], list[str]]:
-        asked = self.method.taps()
+    def _taps(self, student: nn.Module, teacher: nn.Module | None, batch: Batch | None) -> tuple[list[str], list[str]]:
+        """The features that the method reads of either network."""
         if batch is None:
-            if asked.student or (asked.teacher and teacher is not None):
-                raise UserError(
-                    f"{type(self.method).__name__} reads features: give Distiller(example=…), a batch of a few samples as the "
-                    "loader yields it, from which they are found."
-                )
             return [], []
+        asked = self.method.taps()
         run = lambda net, _: self.task.forward(net, batch, False)  # noqa: E731
-        student = resolve_taps(self.student, batch.inputs, asked.student, run)
-        return student, resolve_taps(teacher, batch.inputs, asked.teacher, run) if teacher is not None else []
+        found = resolve_taps(student, batch.inputs, asked.student, run)
+        return found, resolve_taps(teacher, batch.inputs, asked.teacher, run) if teacher is not None else []
 
-    def _build(self, batch: Batch, train_targets: Tensor | None) -> None:
+    def _build(self, batch: Batch | None, train_targets: Tensor | None) -> None:
         """What the method makes of shapes, from a dry forward that leaves both networks as they were."""
+        if batch is None:
+            return
         modes = [(module, module.training) for module in self.student.modules()]
         for module, _ in modes:
             module.training = False
@@ -167,6 +166,20 @@ class Distiller(LightningModule):
             self.method.build(student, teacher, train_targets)
         for module, training in modes:
             module.training = training
+
+    def _note_hyperparameters(self, batch: Batch | None, ema: float | None) -> None:
+        """What `load_from_checkpoint` finds in a checkpoint: plain numbers and strings; objects are given again."""
+        task = next((name for name, kind in TASKS.items() if type(self.task) is kind), None)
+        example = None if batch is None else describe_inputs(batch.inputs)
+        found = {"example": example, "task": task, "ema": ema, "seed": self.seed}
+        self.save_hyperparameters({k: v for k, v in found.items() if v is not None}, logger=False)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Distiller:
+        """A copy, as callbacks that average weights make it, shares data and what is kept of the teacher."""
+        memo |= {id(shared): shared for shared in (self.data, self.cache, self.on_validation)}
+        memo[id(self)] = copied = type(self).__new__(type(self))
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return copied
 
     # -- what is trained and deployed --------------------------------------------------------------------------------
 
@@ -196,8 +209,28 @@ class Distiller(LightningModule):
         optimizer = self.optimizer(parameters)
         if self.scheduler is None:
             return optimizer
-        options = {k: v for k, v in self.scheduling._asdict().items() if v is not None}
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.scheduler(optimizer), **options}}
+        scheduler = self.scheduler(optimizer)
+        found: dict[str, Any] = {"scheduler": scheduler, "interval": self.scheduling.interval}
+        if isinstance(scheduler, ReduceLROnPlateau):
+            check_plateau(scheduler, self.scheduling.interval, self.waits_for, self.task)
+            if self.automatic_optimization:
+                found |= {"monitor": self.waits_for, "strict": False}
+        return {"optimizer": optimizer, "lr_scheduler": found}
+
+    @property
+    def waits_for(self) -> str:
+        """The metric that a scheduler on a plateau waits for: by default the task's."""
+        return self.scheduling.monitor or f"val/{self.task.monitor[0]}"
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Lightning's hook, which it calls in automatic optimization: any checkpoint has the average of all steps."""
+        super().optimizer_step(*args, **kwargs)
+        self.update_average()
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """Lightning's hook. One that waits for a metric is stepped before an epoch's checkpoint is written, not after it."""
+        if not isinstance(scheduler, ReduceLROnPlateau):
+            scheduler.step()
 
     def on_fit_start(self) -> None:
         if self.teacher is not None:
@@ -206,6 +239,7 @@ class Distiller(LightningModule):
     def on_train_start(self) -> None:
         self.on_train_epoch_start()  # which Lightning skips for a run that goes on in the middle of an epoch
         self._logged_step = self.trainer.global_step
+        check_trainer(self.trainer, self.method)
         if self.teacher is not None:
             self._examine_teacher()
             self._open_cache()
@@ -269,42 +303,15 @@ class Distiller(LightningModule):
         step = self.trainer.global_step
         if isinstance(batch, Group):
             if batch.logs:
-                self._log_means({"step": float(step)} | self._rates())
+                log_group(self)
         elif step != self._logged_step:
-            self.update_average()
             every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
             if every and step % every == 0:
-                self._log_means({})
+                log_step(self)
             self._logged_step = step
 
-    def _rates(self) -> dict[str, float]:
-        """The learning rates, which Lightning's monitor would log by the group."""
-        optimizers = self.trainer.optimizers
-        return {f"lr-{type(o).__name__}": o.param_groups[0]["lr"] for o in optimizers}
-
-    def _log_means(self, more: Mapping[str, float]) -> None:
-        means, seconds = self.means.means(), max(self.means.elapsed, 1e-9)
-        self._stop_if_not_finite(means)
-        for name, value in means.items():
-            self.log(f"train/{name}", value, prog_bar=name == "loss", sync_dist=True)
-        self.log("speed/samples_per_s", self.means.samples * self.trainer.world_size / seconds)
-        self.log("speed/teacher_share", self.means.teacher_s / seconds)
-        for name, number in more.items():
-            self.log(name, number)
-        self.means.reset()
-
-    def _stop_if_not_finite(self, means: Mapping[str, Tensor]) -> None:
-        if means and not math.isfinite(means["loss"]):
-            bad = ", ".join(f"{k} = {float(v):g}" for k, v in means.items())
-            raise UserError(
-                f"The loss is not finite any more, before step {self.trainer.global_step + 1} of epoch "
-                f"{self.current_epoch}: {bad}. Checkpoints of earlier epochs are kept. "
-                "A smaller learning rate or gradients clipped at 1 usually help."
-            )
-
     def on_train_epoch_end(self) -> None:
-        if not self.automatic_optimization:
-            step_plateau(self)
+        step_plateau(self)
 
     def on_train_end(self) -> None:
         if self.cache is not None and self.cache.asked:
@@ -322,7 +329,7 @@ class Distiller(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Gives each process its own of those back, where there are as many as before."""
         for name, of_ranks in checkpoint.get("buffers_of_ranks", {}).items():
-            if len(of_ranks) == torch_world_size():
+            if len(of_ranks) == world_size():
                 checkpoint["state_dict"][f"method.{name}"] = of_ranks[self.global_rank]
 
     # -- validation, test, prediction --------------------------------------------------------------------------------
@@ -331,8 +338,8 @@ class Distiller(LightningModule):
         if self.trainer.world_size > 1:
             for buffer in self.evaluated.buffers():  # each process has seen other batches
                 torch.distributed.broadcast(buffer, 0)
-        if self.means.steps and not self.trainer.sanity_checking:  # no checkpoint is written of what is not a number
-            self._stop_if_not_finite(self.means.means())
+        if not self.trainer.sanity_checking:  # no checkpoint is written of what is not a number
+            check_finite(self, self.means.means(), weights=True)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         batch = self.task.batch(batch)
@@ -381,40 +388,3 @@ class Distiller(LightningModule):
         """Runs the teacher over the validation set once; raises `UserError` if it is no better than chance."""
         if self.trainer.val_dataloaders is not None:
             check_teacher(self.task, *self.on_validation.run(self), allow_chance=self.allow_chance)
-
-
-def check_pairing(method: Method, teacher: object, task: Task) -> None:
-    """Raises `UserError` for a method without the teacher (None) or the kind of logits that it needs."""
-    name = type(method).__name__
-    if method.needs_teacher and teacher is None:
-        raise UserError(f"{name} learns from a teacher: give one, or use Supervised.")
-    if task.kind not in method.kinds:
-        raise UserError(
-            f"{name} is defined for logits that are {' or '.join(method.kinds)}, and those of {type(task).__name__} are "
-            f"{task.kind}: use a method that reads features, LogitMSE, or for several labels BinaryKD."
-        )
-
-
-def interpolate(points: Sequence[tuple[float, float]], x: float) -> float:
-    """The piecewise linear function through `points` (sorted by their first number), constant outside of them."""
-    (x0, y0), *rest = points
-    if x <= x0:
-        return y0
-    for x1, y1 in rest:
-        if x <= x1:
-            return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
-        x0, y0 = x1, y1
-    return y0
-
-
-def _average(student: nn.Module, decay: float) -> AveragedModel:
-    """The running average of the student's weights and buffers, without gradients."""
-    average = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
-    return average.requires_grad_(False)
-
-
-def torch_world_size() -> int:
-    """The number of processes that train together."""
-    from torch import distributed
-
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1

@@ -1,13 +1,20 @@
-"""Schedules of the learning rate that torch does not have in one piece."""
+"""What changes over a run: the learning rate, the weights of loss terms, the average of the student."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
+from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from litdistill.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from litdistill.distillation.distiller import Distiller
 
 
 def warmup_cosine(optimizer: Optimizer, total: int, warmup: float = 0.05) -> LambdaLR:
@@ -26,3 +33,41 @@ def warmup_cosine(optimizer: Optimizer, total: int, warmup: float = 0.05) -> Lam
         return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - rising) / max(1, total - rising))))
 
     return LambdaLR(optimizer, factor)
+
+
+def step_plateau(distiller: Distiller) -> None:
+    """Steps the schedulers that wait for a metric, after an epoch that was validated.
+
+    Raises `UserError` for a metric that is not there.
+    """
+    trainer = distiller.trainer
+    every = trainer.check_val_every_n_epoch or 1
+    if (distiller.current_epoch + 1) % every:
+        return
+    for config in trainer.lr_scheduler_configs:
+        if not isinstance(config.scheduler, ReduceLROnPlateau):
+            continue
+        found, monitor = trainer.callback_metrics, distiller.waits_for
+        if monitor in found:
+            config.scheduler.step(float(found[monitor]))
+        elif any(name.startswith("val/") for name in found):  # else this run has gone on behind a validation
+            names = ", ".join(sorted(name for name in found if name.startswith(("val/", "train/"))))
+            raise UserError(f"The scheduler waits for {monitor}, which is not logged: name one of {names}.")
+
+
+def interpolate(points: Sequence[tuple[float, float]], x: float) -> float:
+    """The piecewise linear function through `points` (sorted by their first number), constant outside of them."""
+    (x0, y0), *rest = points
+    if x <= x0:
+        return y0
+    for x1, y1 in rest:
+        if x <= x1:
+            return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+        x0, y0 = x1, y1
+    return y0
+
+
+def average_of(student: nn.Module, decay: float) -> AveragedModel:
+    """The running average of the student's weights and buffers, without gradients."""
+    average = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    return average.requires_grad_(False)

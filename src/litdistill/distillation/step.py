@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from litdistill.types import Batch, Group, Outputs
 
@@ -58,19 +59,10 @@ def teacher_ahead(distiller: Distiller, group: Group) -> Sequence[Outputs] | Non
 
 
 def step_schedulers(distiller: Distiller, interval: str) -> None:
-    """Steps the schedulers of that interval but for those that wait for a metric (`step_plateau`)."""
+    """Steps the schedulers of that interval but for those that wait for a metric (`schedules.step_plateau`)."""
     for config in distiller.trainer.lr_scheduler_configs:
-        if config.interval == interval and not config.reduce_on_plateau:
-            config.scheduler.step()  # type: ignore[call-arg]
-
-
-def step_plateau(distiller: Distiller) -> None:
-    """Steps the schedulers that wait for a metric, once an epoch."""
-    for config in distiller.trainer.lr_scheduler_configs:
-        if config.reduce_on_plateau:
-            value = distiller.trainer.callback_metrics.get(config.monitor or "")
-            if value is not None:
-                config.scheduler.step(float(value))  # type: ignore[arg-type]
+        if config.interval == interval and not isinstance(config.scheduler, ReduceLROnPlateau):
+            config.scheduler.step()
 
 
 def seed_step(seed: int, epoch: int, index: int, rank: int, device: torch.device) -> None:

@@ -70,6 +70,7 @@ class FrozenTeacher(nn.Module):
             if not taps and isinstance(example.inputs, Tensor):  # nothing can be tapped that is folded away
                 run = fuse_batchnorm(net, example.inputs)
         self.run, self.extractor = run, FeatureExtractor(run, taps)
+        super().train(False)  # what was made for a faster form too
         if compile not in (None, "prepacked"):
             run.compile(mode=compile)
         self._packed: list[nn.Module] = []  # no submodule: it cannot be moved to another device

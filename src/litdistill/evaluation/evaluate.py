@@ -16,8 +16,7 @@ from torch import nn
 from yaml import YAMLError
 
 from litdistill.config.build import build_data, build_student, build_teacher
-from litdistill.config.distiller import build_distiller, example_batch
-from litdistill.config.instantiate import instantiate
+from litdistill.config.distiller import build_distiller, build_method, example_batch
 from litdistill.config.origin import made_here
 from litdistill.config.trust import check_trusted, packages
 from litdistill.data.foreign import ForeignData
@@ -131,7 +130,7 @@ def rebuild(folder: Path, overrides: DictConfig | None = None, trust: Sequence[s
     student = build_student(cfg, data, teacher, finished=folder)
     foreign = isinstance(data, ForeignData)
     distiller = build_distiller(
-        cfg, student, instantiate(cfg.method), teacher, task,
+        cfg, student, build_method(cfg), teacher, task,
         data.example if foreign else example_batch(data), None if foreign else data,
     )  # fmt: skip
     load_state_dict_checked(distiller.deployed_student, load_weights(folder), folder, "student")

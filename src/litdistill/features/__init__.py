@@ -1,1 +1,1 @@
-"""Where in a network features are taken, and how they are read."""
+"""Taps: names of the features to read from a network, and the hooks that read them."""

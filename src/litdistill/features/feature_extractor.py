@@ -1,12 +1,12 @@
-"""Where in a network features are taken, found by name or by a word, and read through hooks.
+"""Feature extraction: taps are resolved from names or aliases, and features are read through hooks.
 
     names = resolve_taps(net, images, "stages")   # ["layer1", "layer2", "layer3", "layer4"] for a ResNet
     outputs = FeatureExtractor(net, names)(images)
     outputs.logits, outputs.features["layer1"]
 
-The network is never rewritten or wrapped, so its parameter names, its mode and `net.compile()` stay as they are. Names are
-those in the network itself, also where preprocessing stands in front of it (`litdistill.models.preprocess`).
-How stages are found is said at `litdistill.features.stages.stage_ends`; any tap can be named instead.
+The network is never rewritten or wrapped, so its parameter names, its mode and `net.compile()` are unchanged. Names are
+those of the network without its preprocessing (`litdistill.models.preprocess`).
+`litdistill.features.stages.stage_ends` defines the stages; any module can be named instead.
 """
 
 from __future__ import annotations
@@ -34,34 +34,34 @@ def resolve_taps(
     taps: Sequence[str] | str,
     forward: Callable[[nn.Module, Any], Outputs] = run_network,
 ) -> list[str]:
-    """Names of taps of `net`, each a module of `net.named_modules()` for its output, or with a suffix for its input.
+    """Returns the tap names for `taps`: each a module of `net.named_modules()` for its output, or with a suffix for its input.
 
-    `taps`: one of the words below, a name, or a sequence of either. `example`: the inputs of a small batch for one dry
-    forward in eval mode; modes, buffers, random numbers and hooks are afterwards as they were. `forward`: runs the network
-    on the example, where a plain call does not.
+    `taps`: one of the aliases below, a name, or a sequence of either. `example`: the inputs of a small batch for one dry
+    forward in eval mode, which leaves modes, buffers, random states and hooks unchanged. `forward`: runs the network on the
+    example, where a plain call does not.
 
     - `"stages"`: the end of each stage, in the order of execution. Maps (N, C, H, W): the last of each spatial size.
       Networks that end in tokens (ViT): up to four evenly spaced encoder blocks (N, tokens, C), the last one included.
-      Without either (MLP): what each hidden layer gives (N, C).
+      Without either (MLP): the output of each hidden layer (N, C).
     - `"stages:pre"`: the same before the activation that ends the stage (`"layer1.1.relu:in"`), in pre-activation
-      networks (WRN) before the one that takes it next; where there is no such activation module, the plain end.
+      networks (WRN) before the next activation; without such an activation module, the stage's output.
     - `"last"`: the last of the stages.
-    - `"pooled"`: the input of the classifier, (N, C); of a convolutional classifier (SqueezeNet) averaged over places.
+    - `"pooled"`: the input of the classifier, (N, C); for a convolutional classifier (SqueezeNet) averaged over positions.
 
-    Suffixes: `":in"` the module's input, `":pool"` its input averaged over places or tokens to (N, C).
-    Raises `UserError` for an unknown name, for a module that the forward does not call or that gives no single
-    tensor, and where a word finds nothing.
+    Suffixes: `":in"` the module's input, `":pool"` its input averaged over positions or tokens to (N, C).
+    Raises `UserError` for an unknown name, for a module that the forward does not call or that returns no single
+    tensor, and where an alias matches nothing.
     """
-    wanted = [taps] if isinstance(taps, str) else list(taps)
-    if not wanted:
+    requested = [taps] if isinstance(taps, str) else list(taps)
+    if not requested:
         return []
     modules = dict(net.named_modules())
-    for tap in wanted:
+    for tap in requested:
         if tap not in ALIASES:
             _resolve(modules, tap)
     calls, logits, size = _dry_forward(net, example, forward)
     found: list[str] = []
-    for tap in wanted:
+    for tap in requested:
         if tap == "pooled":
             found.append(pooled(calls, logits))
         elif tap in ALIASES:
@@ -82,13 +82,13 @@ def resolve_taps(
 
 
 class FeatureExtractor:
-    """Calls `net` and gives `Outputs` with its heads and the features named, in their order.
+    """Calls `net` and returns `Outputs` with its heads and the named features, in their order.
 
     Hooks are registered once on the live modules. Where a module is called several times in a forward, its last call
-    counts. Features keep their graph; nothing is held after the call. Hooks act only during a call of this object:
+    counts. Features keep their graph; no reference is held after the call. Hooks act only during a call of this object:
     `net(x)` itself, and copies of `net`, take no features. In-place activations of a tapped network are made
-    out-of-place, or what stands before them would be overwritten; in-place operations outside modules (`out += x`)
-    still change what was taken. Tap a network before its first compiled forward (`net.compile()`), which fixes hooks.
+    out-of-place, since they would overwrite their input; in-place operations outside modules (`out += x`) still change
+    the features. Tap a network before its first compiled forward (`net.compile()`), which fixes hooks.
     Raises `UserError` for an unknown name and, when called, for a tap that the forward did not reach.
     """
 
@@ -109,11 +109,11 @@ class FeatureExtractor:
             m.inplace = False  # type: ignore[assignment]
 
     def __call__(self, inputs: Any) -> Outputs:
-        """The outputs of the network on these inputs, with the features."""
+        """Returns the network's outputs on these inputs, with the features."""
         return self.run(lambda net: run_network(net, inputs))
 
     def run(self, forward: Callable[[nn.Module], Outputs]) -> Outputs:
-        """What `forward(net)` gives, with the features that were taken on the way."""
+        """Returns the outputs of `forward(net)`, with the features of that forward."""
         if not self.names:
             return forward(self.net)
         try:
@@ -132,7 +132,7 @@ class FeatureExtractor:
         return outputs._replace(features={name: taken[name] for name in self.names})
 
     def remove(self) -> None:
-        """Takes all hooks off the network and gives its activations their `inplace` back."""
+        """Removes all hooks and restores the `inplace` flags of the network's activations."""
         for handle in self._handles:
             handle.remove()
         for m in self._inplace:
@@ -141,7 +141,7 @@ class FeatureExtractor:
 
 
 class _State:
-    """What hooks write to. A deep copy of a network copies it along, so that the copy's hooks stay apart."""
+    """Storage that the hooks write to. A deep copy of a network copies it too, which keeps the copy's hooks apart."""
 
     def __init__(self) -> None:
         self.active = False
@@ -160,7 +160,7 @@ def _save_input(state: _State, name: str, where: str, module: nn.Module, args: t
 
 
 def _average(x: Tensor) -> Tensor:
-    """A map (N, C, H, W) averaged over places, tokens (N, tokens, C) over tokens; anything else flattened to (N, C)."""
+    """Averages a map (N, C, H, W) over positions or tokens (N, tokens, C) over tokens; flattens anything else to (N, C)."""
     return x.mean((2, 3)) if x.ndim == 4 else x.mean(1) if x.ndim == 3 else x.flatten(1)
 
 
@@ -176,13 +176,13 @@ def _resolve(modules: dict[str, nn.Module], tap: str) -> tuple[nn.Module, str]:
     near = difflib.get_close_matches(name, names, n=5, cutoff=0.4) or names[:5]
     raise UserError(
         f"No tap {tap!r}. Nearest modules: {', '.join(near)}; a suffix is ':in' or ':pool'; "
-        f"words are {', '.join(ALIASES)}. All modules: [name for name, _ in net.named_modules()]."
+        f"aliases are {', '.join(ALIASES)}. All modules: [name for name, _ in net.named_modules()]."
     )
 
 
 @contextmanager
-def _undisturbed(net: nn.Module, device: torch.device) -> Iterator[None]:
-    """Eval mode and no in-place activation inside; every flag and random state as before outside."""
+def _eval_state(net: nn.Module, device: torch.device) -> Iterator[None]:
+    """Context in eval mode without in-place activations or gradients; restores every flag and random state on exit."""
     modes = [(m, m.training) for m in net.modules()]
     inplace = [m for m in net.modules() if getattr(m, "inplace", False) is True]
     forked: Any = {"devices": []} if device.type == "cpu" else {"devices": [device], "device_type": device.type}
@@ -203,8 +203,9 @@ def _undisturbed(net: nn.Module, device: torch.device) -> Iterator[None]:
 def _dry_forward(
     net: nn.Module, example: Any, forward: Callable[[nn.Module, Any], Outputs]
 ) -> tuple[list[Call], Tensor, tuple[int, ...] | None]:
-    """The last call of each submodule in the order in which they end, the logits, and the height and width of the images
-    that the network itself is given, behind its preprocessing."""
+    """Returns the last call of each submodule, sorted by its end; the logits; and the height and width of the network's own
+    input (behind its preprocessing), None if it is no map.
+    """
     clock = iter(range(1 << 62))
     starts: dict[str, int] = {}
     calls: dict[str, Call] = {}
@@ -224,7 +225,7 @@ def _dry_forward(
         for name, module in net.named_modules():
             handles.append(module.register_forward_pre_hook(partial(begin, name), with_kwargs=True))
             handles.append(module.register_forward_hook(partial(end, name), with_kwargs=True))
-        with _undisturbed(net, first_tensor(example).device):
+        with _eval_state(net, first_tensor(example).device):
             heads = forward(net, example).heads
             logits = heads["logits"] if "logits" in heads else next(iter(heads.values()))
     finally:

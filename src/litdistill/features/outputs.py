@@ -1,4 +1,4 @@
-"""How any network is called on any inputs, and how whatever it gives becomes `Outputs`."""
+"""Calls a network on its inputs and converts its result to `Outputs`."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from litdistill.utils.errors import UserError
 
 
 def run_network(net: nn.Module, inputs: Any) -> Outputs:
-    """Calls `net` on a tensor, on a tuple of positional or a mapping of keyword arguments."""
+    """Calls `net` on a tensor, a tuple of positional arguments or a mapping of keyword arguments, and returns `Outputs`."""
     if isinstance(inputs, Mapping):
         return to_outputs(net(**inputs))
     return to_outputs(net(*inputs) if isinstance(inputs, (tuple, list)) else net(inputs))
 
 
 def to_outputs(raw: Any) -> Outputs:
-    """`Outputs` of a tensor, of a tuple that begins with the logits, of a mapping or of an object that have `logits`.
+    """Converts a tensor, a tuple that begins with the logits, a mapping, or an object with `logits` to `Outputs`.
 
-    Further tensors of a mapping are heads of their names. Raises `UserError` that says what a network should give.
+    The other tensors of a mapping become heads under their keys. Raises `UserError` for any other type.
     """
     if isinstance(raw, Outputs):
         return raw
@@ -43,13 +43,13 @@ def to_outputs(raw: Any) -> Outputs:
     else:
         kind = f"a {type(raw).__name__}"
     raise UserError(
-        f"The network gives {kind}, in which no logits are to be found. It should give a tensor (N, classes), a tuple that "
-        "begins with it, or a dict or an object with logits: wrap it in a module that does."
+        f"The network returns {kind}, without logits. It should return a tensor (N, classes), a tuple that begins with it, or "
+        "a dict or an object with logits: wrap it in a module that does."
     )
 
 
 def first_tensor(inputs: Any) -> Tensor:
-    """The first tensor among the inputs of a network: its length is the number of samples, its device theirs."""
+    """Returns the first tensor among a network's inputs; its length is the batch size. Raises `UserError` without one."""
     if isinstance(inputs, Tensor):
         return inputs
     for value in (
@@ -63,7 +63,7 @@ def first_tensor(inputs: Any) -> Tensor:
 
 
 def describe_inputs(inputs: Any) -> str:
-    """Types and shapes of a network's inputs as JSON, from which `inputs_like` makes some of the same."""
+    """Returns dtypes and shapes of a network's inputs as JSON; `inputs_like` creates inputs from it."""
 
     def spec(value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -78,7 +78,7 @@ def describe_inputs(inputs: Any) -> str:
 
 
 def inputs_like(description: str) -> Any:
-    """Inputs of zeros of the types and shapes that `describe_inputs` wrote down. Raises `UserError` for another text."""
+    """Returns inputs of zeros with the dtypes and shapes of `describe_inputs`. Raises `UserError` for invalid text."""
 
     def make(spec: Any) -> Any:
         if isinstance(spec, list):

@@ -1,4 +1,4 @@
-"""Where the stages of any network end, told from one forward: in this `resolve_taps` looks its words up."""
+"""Detection of a network's stages and classifier from one recorded forward; `resolve_taps` resolves its aliases with it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _ACTIVATIONS = (
     *(nn.Hardswish, nn.Hardtanh, nn.Tanh, nn.Sigmoid, nn.Softplus),
 )
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
-_PASSING = (nn.Identity, *_DROPOUTS)  # no end of a stage: in eval mode they give their input back
+_PASSING = (nn.Identity, *_DROPOUTS)  # never the end of a stage: in eval mode they return their input
 
 
 class Call(NamedTuple):
-    """The last call of one module in a dry forward. `start` and `end` count all hook events."""
+    """The last call of one module in a dry forward. `start` and `end` are positions in the sequence of hook events."""
 
     name: str
     module: nn.Module
@@ -38,13 +38,13 @@ def map_size(x: Any) -> tuple[int, ...] | None:
 
 
 def stage_ends(calls: list[Call], logits: Tensor, image: tuple[int, ...] | None) -> list[Call]:
-    """One call for the end of each stage.
+    """Returns the call that ends each stage, in the order of execution.
 
-    Of each spatial size the last map before the classifier, if a convolution made a map of that size (pooling alone
-    makes no stage). Maps of 1x1 are none, nor maps inside a block that takes this size and gives another (the wide 1x1
-    convolution of the next stage's first block). A stem of the first stage's size is part of it; a stem of one
-    strided convolution with a size of its own (before pooling) is dropped: the methods' published tables leave the
-    stem out, too. `logits`: (N, classes); `image`: the input's height and width. In the order of execution.
+    It is the last map of each spatial size before the classifier, if a convolution made a map of that size (pooling alone
+    makes no stage). Excluded are maps of 1x1, and maps inside a block that takes this size and returns another (the wide
+    1x1 convolution of the next stage's first block). A stem of the first stage's size belongs to that stage; a stem of one
+    strided convolution with a size of its own (before pooling) is dropped, as in the methods' published tables.
+    `logits`: (N, classes); `image`: height and width of the input. Raises `UserError` where no stage is found.
     """
     head = _classifier(calls, logits)
     calls = [c for c in calls if not isinstance(c.module, _PASSING) and (head is None or c.end < head.start)]
@@ -66,12 +66,12 @@ def stage_ends(calls: list[Call], logits: Tensor, image: tuple[int, ...] | None)
         return blocks
     stages = stages or _hidden(calls)
     if not stages:
-        raise UserError("This network shows no stage: no maps, no tokens, no hidden layers. Name its taps instead.")
+        raise UserError("This network has no stage: no maps, no tokens, no hidden layers. Name its taps instead.")
     return stages
 
 
 def _mid_block(call: Call, calls: list[Call]) -> bool:
-    """Whether a map lies inside a block that takes a map of its size and gives one of another size."""
+    """Returns whether a map lies inside a block that takes a map of its size and returns one of another size."""
     for block in calls:
         if (
             block.start < call.start
@@ -81,7 +81,7 @@ def _mid_block(call: Call, calls: list[Call]) -> bool:
             and block.size not in (None, call.size)
             and any(c.end < block.start and c.size == call.size for c in calls)
         ):
-            # more than two sizes inside: no block but a whole encoder
+            # more than two sizes inside: a whole encoder, not a block
             inside = {c.size for c in calls if block.start < c.start and c.end < block.end} - {None, (1, 1)}
             if len(inside) <= 2:
                 return True
@@ -94,12 +94,12 @@ def _own_weight_ndim(module: nn.Module) -> int:
 
 
 def _own_weight(module: nn.Module) -> nn.Parameter | None:
-    """The parameter of that name that the module itself holds."""
+    """Returns the module's own parameter `weight`; None if it has none."""
     return dict(module.named_parameters(recurse=False, remove_duplicate=False)).get("weight")
 
 
 def _token_blocks(calls: list[Call], most: int = 4) -> list[Call]:
-    """Up to `most` evenly spaced calls of the outermost row of sibling blocks that give (N, tokens, C)."""
+    """Returns up to `most` evenly spaced calls of the outermost series of sibling blocks with outputs (N, tokens, C)."""
     rows: dict[tuple[str, type], list[Call]] = {}
     for c in calls:
         if isinstance(c.output, Tensor) and c.output.ndim == 3 and any(True for _ in c.module.children()):
@@ -110,7 +110,7 @@ def _token_blocks(calls: list[Call], most: int = 4) -> list[Call]:
 
 
 def _hidden(calls: list[Call]) -> list[Call]:
-    """For each linear layer before the classifier, the last (N, C) before the next linear layer."""
+    """Returns, for each linear layer before the classifier, the last output (N, C) before the next linear layer."""
     ends: list[Call] = []
     for c in calls:
         if isinstance(c.output, Tensor) and c.output.ndim == 2:
@@ -122,7 +122,7 @@ def _hidden(calls: list[Call]) -> list[Call]:
 
 
 def _classifier(calls: list[Call], logits: Tensor) -> Call | None:
-    """The last layer whose weight gives one output a class."""
+    """Returns the last layer whose weight has one output per class; None if there is none."""
     for c in reversed(calls):
         weight = _own_weight(c.module)
         if weight is not None and weight.ndim in (2, 4) and weight.shape[0] == logits.shape[1]:
@@ -131,24 +131,25 @@ def _classifier(calls: list[Call], logits: Tensor) -> Call | None:
 
 
 def pooled(calls: list[Call], logits: Tensor) -> str:
-    """The tap of the classifier's input, (N, C). Raises `UserError` where no classifier is found."""
+    """Returns the tap of the classifier's input, (N, C). Raises `UserError` where no classifier is found."""
     head = _classifier(calls, logits)
     if head is None or not isinstance(head.given, Tensor):
-        raise UserError("tap 'pooled' is the input of the classifier, and this network shows none. Name it instead.")
+        raise UserError("tap 'pooled' is the input of the classifier, and this network has none. Name it instead.")
     return head.name + (":in" if head.given.ndim == 2 else ":pool")
 
 
 def outermost(calls: list[Call], stage: Call) -> str:
-    """The outermost module that gives this very tensor: `layer1` rather than `layer1.1.relu`."""
-    tokens = stage.output.ndim == 3  # blocks are wanted as such, not the row that ends with the last of them
+    """Returns the name of the outermost module with this very tensor as output: `layer1` rather than `layer1.1.relu`."""
+    tokens = stage.output.ndim == 3  # tokens: the block itself, not the sequence that ends with it
     same = [c for c in calls if c.output is stage.output and not isinstance(c.module, _PASSING) and not tokens]
     return min(same or [stage], key=lambda c: (c.name.count("."), c.end)).name
 
 
 def before_activation(calls: list[Call], stage: Call) -> str | None:
-    """The tap before the activation that gives this very tensor, or that takes it next, at most a norm between them.
+    """Returns the tap before the activation whose output is this very tensor, or else before the next activation.
 
-    The latter is where pre-activation networks (WRN, DenseNet) threshold what a stage gives. None if there is neither.
+    Between tensor and next activation there may be a norm: there pre-activation networks (WRN, DenseNet) threshold a
+    stage's output. None if there is neither.
     """
     x = stage.output
     normed = [c.output for c in calls if c.given is x and isinstance(c.module, nn.BatchNorm2d)]

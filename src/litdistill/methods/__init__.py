@@ -1,4 +1,4 @@
-"""Distillation methods, one file each; `base.py` says what a method is."""
+"""Distillation methods, one file each; `base.py` defines the interface."""
 
 from __future__ import annotations
 
@@ -80,5 +80,5 @@ __all__ = [
     "TeacherFree",
 ]
 
-# The short name of each, as in `method=kd`: its file's.
+# The short name of each class, as in `method=kd`: the name of its file.
 NAMES: dict[str, str] = {name: globals()[name].__module__.rpartition(".")[2] for name in __all__}

@@ -1,4 +1,4 @@
-"""Activation boundaries. Heo et al. 2019 (arXiv 1811.03233), sections 3.1 to 3.3."""
+"""Activation boundaries (AB). Heo et al. 2019 (arXiv 1811.03233), sections 3.1 to 3.3."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from litdistill.utils.errors import UserError
 
 
 def boundary_loss(student: Tensor, teacher: Tensor, margin: float) -> Tensor:
-    """Squared hinge that puts student and teacher on the same side of every neuron's boundary; a scalar.
+    """Squared hinge loss that puts student and teacher on the same side of every neuron's boundary; a scalar.
 
-    Pre-activations of one shape (N, ...). Where the teacher is above 0 the student is pulled up to `margin`, elsewhere
-    down to −`margin`, and beyond it costs nothing. Summed over neurons, the mean over the batch.
+    Pre-activations of one shape (N, ...). Where the teacher is above 0, the loss is max(0, `margin` − student)², elsewhere
+    max(0, `margin` + student)². Summed over neurons, averaged over the batch.
     """
     student, teacher = student.float(), teacher.float()
-    missing = torch.where(teacher > 0, margin - student, margin + student).clamp(min=0)
-    return missing.square().sum() / len(student)
+    violation = torch.where(teacher > 0, margin - student, margin + student).clamp(min=0)
+    return violation.square().sum() / len(student)
 
 
 class AB(MapMethod):
-    """Two phases: for `init_epochs` epochs `hint` · boundaries alone, then `hard` · labels' loss alone.
+    """Two phases: for `init_epochs` epochs `hint` · boundary loss alone, then `hard` · labels' loss alone.
 
-    Boundaries: sum over stages of `boundary_loss` · 0.003 · 2^−(stages after it), the authors' scale for CIFAR. A
-    student's stage whose shape differs from the teacher's goes through a convolution and BatchNorm; maps whose sizes
-    differ still are pooled. In the first phase the student's classifier gets no gradient, in the second the connectors
-    get none. A boundary lies at 0 before an activation: name taps where `stages:pre` finds none.
+    Boundary loss: sum over stages of `boundary_loss` · 0.003 · 2^−(number of later stages), the authors' scale for CIFAR. A
+    student's stage whose shape differs from the teacher's passes a convolution and BatchNorm; maps whose sizes still differ
+    are pooled. In the first phase the student's classifier gets no gradient, in the second the connectors get none.
+    A boundary lies at 0 before an activation: name taps where `stages:pre` finds none.
     """
 
     needs_hard = True
@@ -51,16 +51,17 @@ class AB(MapMethod):
         self.margin, self.init_epochs = margin, init_epochs
 
     def build_pairs(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
-        same = [s.shape[1:] == t.shape[1:] for s, t in pairs]
+        equal_shapes = [s.shape[1:] == t.shape[1:] for s, t in pairs]
         self.connectors = nn.ModuleList(
-            nn.Identity() if equal else regressor(s, t, relu=False) for equal, (s, t) in zip(same, pairs, strict=True)
+            nn.Identity() if equal else regressor(s, t, relu=False)
+            for equal, (s, t) in zip(equal_shapes, pairs, strict=True)
         )
 
     def loss(self, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
         losses = []
-        for after, (connect, (s, t)) in enumerate(zip(reversed(self.connectors), reversed(pairs), strict=True)):
+        for later, (connect, (s, t)) in enumerate(zip(reversed(self.connectors), reversed(pairs), strict=True)):
             s, t = same_size(connect(s), t)
-            losses.append(boundary_loss(s, t, self.margin) * 0.003 / 2**after)
+            losses.append(boundary_loss(s, t, self.margin) * 0.003 / 2**later)
         return summed(losses)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Attention transfer. Zagoruyko & Komodakis 2017 (arXiv 1612.03928), section 3.1."""
+"""Attention transfer (AT). Zagoruyko & Komodakis 2017 (arXiv 1612.03928), section 3.1."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from litdistill.methods.base import MapMethod, same_size, summed
 
 
 def attention(f: Tensor) -> Tensor:
-    """Where a map (N, C, H, W) is active: squares summed over channels, flattened, of unit length. (N, H·W) float32."""
+    """Returns attention maps: the mean square over channels of (N, C, H, W), flattened, of unit length; (N, H·W) float32."""
     return F.normalize(f.float().square().mean(1).flatten(1))
 
 
 def attention_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean squared difference of two attention maps; the larger map is pooled first. Both (N, C, H, W); a scalar.
 
-    The paper's equation 2 has the L2 norm of the difference; the authors' code, which gave its tables, has the mean
+    The paper's equation 2 has the L2 norm of the difference; the authors' code, which produced its tables, has the mean
     of the squares, as here, and β = 1000 belongs to the latter.
     """
     f_s, f_t = same_size(student.float(), teacher.float())

@@ -1,6 +1,6 @@
-"""What a distillation method is: a function from the outputs of two networks to what the student learns from the teacher.
+"""The interface of a distillation method: a function from the outputs of two networks to the distillation loss.
 
-A method sees no trainer, no task, no data set and no config. What the labels teach is the task's; a method only weighs it.
+A method reads no trainer, task, data set or config. The task computes the labels' loss; a method only weighs it.
 To add a method, write one file here with a `Method` and one yaml in `conf/method/` that names it.
 """
 
@@ -16,20 +16,24 @@ from torch import Tensor, nn
 from litdistill.types import Batch, Outputs, Taps
 from litdistill.utils.errors import UserError
 
-CATEGORICAL, BERNOULLI, REAL = "categorical", "bernoulli", "real"  # how logits are read: see `Task.kind`
+CATEGORICAL, BERNOULLI, REAL = (
+    "categorical",
+    "bernoulli",
+    "real",
+)  # distributions that logits parametrize: see `Task.kind`
 
 
 class Method(nn.Module):
-    """Base of all methods. Parameters of a method (projectors) are trained beside the student and deployed with nobody.
+    """Base of all methods. A method's parameters (projectors) are trained beside the student and not deployed.
 
     Args:
         hard: weight of the labels' loss, which the task computes.
     """
 
     needs_teacher = True
-    kinds: tuple[str, ...] = (CATEGORICAL, BERNOULLI, REAL)  # of logits that its formula is defined for
-    init_epochs = 0  # how many first epochs train other parameters than the rest, without the loss of the labels
-    needs_hard = False  # whether its weight of the labels cannot be 0
+    kinds: tuple[str, ...] = (CATEGORICAL, BERNOULLI, REAL)  # kinds of logits that its formula is defined for
+    init_epochs = 0  # epochs of a first phase that trains other parameters, without the labels' loss
+    needs_hard = False  # whether `hard` must be above 0
     epoch = 0
 
     def __init__(self, hard: float = 1.0):
@@ -38,46 +42,46 @@ class Method(nn.Module):
         self.hard = hard
 
     def taps(self) -> Taps:
-        """Which features are read; none by default."""
+        """Returns the taps to read from both networks; none by default."""
         return Taps()
 
     def prepare(self, student: nn.Module, teacher: Any, example: Any) -> nn.Module:
-        """The network that is trained: the student itself, but for methods that give it another head or companions.
+        """Returns the network to train: the student, unless the method gives it another head or trains companions.
 
         `teacher`: a network; None for a method that needs none. `example`: inputs of a few samples that both networks take.
         """
         return student
 
     def ship(self, student: nn.Module) -> nn.Module:
-        """What of the prepared network is measured, saved and deployed: all of it, but for methods that train companions."""
+        """Returns the part of the prepared network to evaluate and deploy: all of it, unless the method trains companions."""
         return student
 
     def build(self, student: Outputs, teacher: Any, targets: Tensor | None) -> None:
-        """Makes projectors and memories, once, from what a dry forward of one small batch gave.
+        """Creates projectors and memories, once, from the outputs of a dry forward of one small batch, which give the shapes.
 
-        Shapes are inferred here and typed nowhere. `teacher`: its `Outputs`; None for a method that needs none.
+        `teacher`: its `Outputs`; None for a method that needs none.
         `targets`: (M,) int64, the label of every training sample by id, -1 for those that are not trained on; None where
-        the data knows no ids.
-        Raises `UserError` where this pair of networks cannot do (no spatial maps, say).
+        the data has no ids.
+        Raises `UserError` where the method is not defined for this pair of networks (no spatial maps, say).
         """
 
     def set_epoch(self, epoch: int) -> None:
-        """Called before each epoch, which counts from 0."""
+        """Called before each epoch; epochs count from 0."""
         self.epoch = epoch
 
     def hard_factor(self, epoch: int) -> float:
-        """What the labels' loss counts in this epoch beside `hard`: 0 in a first phase of other parameters, else 1."""
+        """Returns the factor of the labels' loss in this epoch, beside `hard`: 0 in the first `init_epochs`, then 1."""
         return 0.0 if epoch < self.init_epochs else 1.0
 
     def companions(self, student: Outputs) -> Sequence[Outputs]:
-        """Outputs of networks that are trained beside the student, by the labels too; none by default."""
+        """Returns the outputs of networks that are trained on the labels beside the student; none by default."""
         return ()
 
     def forward(self, student: Outputs, teacher: Any, batch: Batch) -> dict[str, Tensor]:
-        """What is learnt from the teacher: scalar loss terms by name, each already weighted.
+        """Returns the distillation loss: scalar terms by name, each already weighted.
 
         They are added to the labels' loss, and logged by their names. `teacher`: its `Outputs`; None for a method that
-        needs none. A term whose weight is 0 is left out, so that no work is done for it.
+        needs none. A term whose weight is 0 is left out and not computed.
         """
         raise NotImplementedError
 
@@ -87,7 +91,7 @@ class PairMethod(Method):
 
     Args:
         hard: weight of the labels' loss.
-        hint: weight of what `loss` gives.
+        hint: weight of `loss`.
         student_taps, teacher_taps: see `litdistill.types.Taps`; pairs are counted from the last feature.
     """
 
@@ -100,7 +104,7 @@ class PairMethod(Method):
         return self.read if self.hint else Taps()
 
     def pairs(self, student: Outputs, teacher: Outputs) -> list[tuple[Tensor, Tensor]]:
-        """The features that are compared, of the student and of the teacher; one pair at least."""
+        """Returns the pairs of student and teacher features to compare; one pair at least."""
         raise NotImplementedError
 
     def build(self, student: Outputs, teacher: Outputs, targets: Tensor | None) -> None:
@@ -108,10 +112,10 @@ class PairMethod(Method):
             self.build_pairs(self.pairs(student, teacher))
 
     def build_pairs(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
-        """Makes projectors for these pairs; none by default."""
+        """Creates projectors for these pairs; none by default."""
 
     def loss(self, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """A scalar, before it is weighted."""
+        """Returns the unweighted loss of the pairs, a scalar."""
         raise NotImplementedError
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
@@ -131,15 +135,15 @@ class MapMethod(PairMethod):
         super().__init__(hard, hint, student_taps, teacher_taps)
 
     def pairs(self, student: Outputs, teacher: Outputs) -> list[tuple[Tensor, Tensor]]:
-        """The maps that are compared: (N, C_s, H_s, W_s) of the student and (N, C_t, H_t, W_t) of the teacher."""
+        """Returns the pairs of maps: (N, C_s, H_s, W_s) of the student and (N, C_t, H_t, W_t) of the teacher."""
         name = type(self).__name__.lower()
         return pair(maps(student.features, name), maps(teacher.features, name))
 
 
 class VectorMethod(PairMethod):
-    """Base of methods that compare one vector a sample; arguments as of `PairMethod`.
+    """Base of methods that compare one vector per sample; arguments as of `PairMethod`.
 
-    `loss` is computed in float32 whatever the autocast.
+    `loss` is computed in float32, also under autocast.
     """
 
     def __init__(
@@ -152,7 +156,7 @@ class VectorMethod(PairMethod):
         super().__init__(hard, hint, student_taps, teacher_taps)
 
     def pairs(self, student: Outputs, teacher: Outputs) -> list[tuple[Tensor, Tensor]]:
-        """The vectors that are compared: (N, D_s) of the student and (N, D_t) of the teacher, in float32."""
+        """Returns the pairs of vectors: (N, D_s) of the student and (N, D_t) of the teacher, in float32."""
         name = type(self).__name__.lower()
         return pair(vectors(student.features, name), vectors(teacher.features, name))
 
@@ -164,7 +168,7 @@ class VectorMethod(PairMethod):
 
 
 def summed(losses: Sequence[Tensor]) -> Tensor:
-    """The sum of scalars, as one operation."""
+    """Returns the sum of scalars, as one operation."""
     return torch.stack(list(losses)).sum()
 
 
@@ -182,7 +186,7 @@ def check_temperature(temperature: float) -> None:
 
 
 def maps(features: Mapping[str, Tensor], method: str) -> list[Tensor]:
-    """The spatial maps (N, C, H, W) among the features, in order. Raises `UserError` where there is none."""
+    """Returns the spatial maps (N, C, H, W) among the features, in order. Raises `UserError` without any."""
     found = [f for f in features.values() if f.ndim == 4]
     if not found:
         shapes = ", ".join(f"{k} {tuple(v.shape)}" for k, v in features.items()) or "no feature at all"
@@ -194,7 +198,7 @@ def maps(features: Mapping[str, Tensor], method: str) -> list[Tensor]:
 
 
 def vectors(features: Mapping[str, Tensor], method: str) -> list[Tensor]:
-    """All features flattened to (N, D), in float32, in order. Raises `UserError` where there is none."""
+    """Returns all features flattened to (N, D), in float32, in order. Raises `UserError` without any."""
     if not features:
         raise UserError(
             f"{method} compares features, and its taps name none. Give student_taps and teacher_taps, say pooled."
@@ -203,13 +207,13 @@ def vectors(features: Mapping[str, Tensor], method: str) -> list[Tensor]:
 
 
 def pair(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Stage by stage, counted from the last, where the deeper of two networks has stages the other lacks."""
+    """Pairs the features of two networks, counted from the last: the deeper network's first features stay unpaired."""
     n = min(len(student), len(teacher))
     return list(zip(student[len(student) - n :], teacher[len(teacher) - n :], strict=True))
 
 
 def same_size(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """The larger of two maps (N, C, H, W) average-pooled to the height and width of the smaller, each axis by itself."""
+    """Average-pools the larger of two maps (N, C, H, W) to the height and width of the smaller, each axis by itself."""
     h, w = min(a.shape[2], b.shape[2]), min(a.shape[3], b.shape[3])
     fit = lambda x: x if x.shape[2:] == (h, w) else F.adaptive_avg_pool2d(x, (h, w))  # noqa: E731
     return fit(a), fit(b)

@@ -1,7 +1,7 @@
-"""KD for several labels a sample. Yang et al. 2023, Multi-Label Knowledge Distillation (arXiv 2308.06453), section 3.1.
+"""KD for multi-label classification. Yang et al. 2023, Multi-Label Knowledge Distillation (arXiv 2308.06453), section 3.1.
 
-Its multi-label logits distillation (MLD): each label is a binary problem, in which the student learns the teacher's
-probability of yes and no.
+The paper's multi-label logits distillation (MLD): each label is a binary problem, and the student learns the teacher's
+probability of that label.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from litdistill.types import Batch, Outputs
 
 
 def binary_soft_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T² · Σ over labels of KL(teacher ‖ student) of the Bernoulli distributions of sigmoid(z / T), a mean over the batch.
+    """T² · Σ over labels of KL(teacher ‖ student) between Bernoulli distributions of sigmoid(z / T), averaged over the batch.
 
-    Both (N, labels); a scalar, in float32 whatever the autocast. Logarithms of probabilities are taken of logits, where the
-    authors' code clamps probabilities to 1e-8 from 0 and 1, beyond which a student would get no gradient.
+    Both (N, labels); a scalar, in float32 also under autocast. Log-probabilities are computed from logits (logsigmoid); the
+    authors' code clamps probabilities to 1e-8 from 0 and 1, beyond which a student gets no gradient.
     """
     z_s, z_t = student.float() / temperature, teacher.float() / temperature
     divergence = z_t.sigmoid() * (F.logsigmoid(z_t) - F.logsigmoid(z_s))
@@ -28,8 +28,8 @@ def binary_soft_loss(student: Tensor, teacher: Tensor, temperature: float) -> Te
 class BinaryKD(Method):
     """`hard` · labels' loss + `soft` · T² · Σ over labels of KL(teacher ‖ student), label by label.
 
-    The paper has no temperature (here 1 by default), and beside this term two of label-wise embeddings, which are not
-    here. Its weight 10 of this term belongs to labels' losses that are summed over the batch (64 samples) and the labels.
+    The paper has no temperature (1 is the default here); its two losses of label-wise embeddings are not implemented.
+    Its weight 10 of this term belongs to a labels' loss that is summed over the batch (64 samples) and the labels.
     """
 
     kinds = (BERNOULLI,)

@@ -1,4 +1,4 @@
-"""Correlation congruence. Peng et al. 2019 (arXiv 1904.01802), section 3."""
+"""Correlation congruence (CC). Peng et al. 2019 (arXiv 1904.01802), section 3."""
 
 from __future__ import annotations
 
@@ -14,20 +14,19 @@ from litdistill.utils.errors import UserError
 
 
 def consecutive(student: Tensor, teacher: Tensor) -> Tensor:
-    """mean over i of Σ_d |s − t|_{i,d} · |s − t|_{i+1,d}, of embeddings `(N, D)`; 0 for a batch of one.
+    """Mean over i of Σ_d |s − t|_{i,d} · |s − t|_{i+1,d}, of embeddings `(N, D)`; 0 for a batch of one.
 
-    The form that the paper's author gave to RepDistiller, from which the CRD table's CC row comes: errors of samples
-    that are neighbours in the batch are multiplied, so that both must be wrong in the same dimension to count.
+    The form that the paper's author contributed to RepDistiller, which the CRD table's CC row was computed with: it
+    multiplies the errors of consecutive samples of the batch, dimension by dimension.
     """
     delta = (student - teacher).abs()
     return (delta[:-1] * delta[1:]).sum() / max(len(delta) - 1, 1)
 
 
 def gaussian(student: Tensor, teacher: Tensor, gamma: float, order: int) -> Tensor:
-    """‖K(student) − K(teacher)‖² / N², K the `(N, N)` matrix of Gaussian kernels exp(−γ ‖a − b‖²) of the unit vectors.
+    """‖K(student) − K(teacher)‖² / N² with K the `(N, N)` matrix of Gaussian kernels exp(−γ ‖a − b‖²) of the unit vectors.
 
-    The kernel is expanded in a Taylor series about a·b = 0 up to `order`:
-    exp(−2γ) · Σ_p (2γ)^p / p! · (a·b)^p.
+    The kernel is a Taylor series about a·b = 0 up to `order`: exp(−2γ) · Σ_p (2γ)^p / p! · (a·b)^p.
     """
 
     def kernel(x: Tensor) -> Tensor:
@@ -40,10 +39,10 @@ def gaussian(student: Tensor, teacher: Tensor, gamma: float, order: int) -> Tens
 
 
 class CC(VectorMethod):
-    """`hard` · labels' loss + `hint` · congruence of linear embeddings (both learnt) of the two networks' features.
+    """`hard` · labels' loss + `hint` · correlation congruence of learned linear embeddings of the two networks' features.
 
-    `kernel: consecutive` is the published tables' form, for which the weight .02 is meant; `gaussian` is the paper's
-    (its γ is .4, its order 2, its weight .003). Of several taps the last is embedded.
+    `kernel: consecutive` is the published tables' form, to which the weight .02 belongs; `gaussian` is the paper's
+    (γ = .4, order 2, weight .003). Of several taps the last is embedded.
     """
 
     def __init__(

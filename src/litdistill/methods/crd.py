@@ -1,4 +1,4 @@
-"""Contrastive representation distillation. Tian, Krishnan & Isola 2020 (arXiv 1910.10699), section 3."""
+"""Contrastive representation distillation (CRD). Tian, Krishnan & Isola 2020 (arXiv 1910.10699), section 3."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from litdistill.methods.base import CATEGORICAL, VectorMethod
 from litdistill.types import Batch, Outputs
 from litdistill.utils.errors import UserError
 
-NO_IDS = "crd needs the id of every training sample, and this data module gives none in its batches."
+NO_IDS = "crd needs the id of every training sample, and the batches of this data module have none."
 
 
 def contrast(log_ratio: Tensor, samples: int) -> Tensor:
-    """The noise-contrastive loss of each row, `(N,)` (equation 18), in log space.
+    """Noise-contrastive loss of each row, `(N,)` (equation 18), in log space.
 
-    `log_ratio`: (N, 1 + K), log of the critic's unnormalised score over Z, the positive first, then K negatives drawn
+    `log_ratio`: (N, 1 + K), log of the critic's unnormalized score over Z, the positive first, then K negatives drawn
     uniformly from `samples`: −log h(positive) − Σ log(1 − h(negative)) with h(r) = r / (r + K / samples + 10⁻⁷).
     """
     noise = (log_ratio.shape[1] - 1) / samples
@@ -28,20 +28,20 @@ def contrast(log_ratio: Tensor, samples: int) -> Tensor:
 
 
 class CRD(VectorMethod):
-    """`hard` · labels' loss + `hint` · (contrast of the student with the teacher's memory + of the teacher with the student's).
+    """`hard` · labels' loss + `hint` · (contrast of student and teacher memory + contrast of teacher and student memory).
 
     The memories hold one embedding of unit length for every training sample; the positive is the sample's own, the
     negatives belong to samples of other labels (the authors' mode "exact"). Negatives are drawn independently, so with
-    replacement, as the loss's derivation has them; the authors' loader draws without where a class has enough others,
-    which changes no expectation. The draws come from torch's generator of the device: `torch.manual_seed` repeats them.
+    replacement, as the loss's derivation assumes; the authors' loader draws without replacement where a class has enough
+    negatives, which changes no expectation. The draws use torch's generator of the device (`torch.manual_seed`).
 
-    Each sample's memory moves by 1 − `momentum` towards its embedding after each training step that meets it. Z is
-    estimated on the first training batch and then kept. Samples without an id (−1, or no ids at all outside training)
-    have no positive: they count for nothing and change no memory.
+    After each training step the memory of each of its samples moves by 1 − `momentum` towards the new embedding. Z is
+    estimated on the first training batch and then fixed. Samples without an id (−1, or no ids at all outside training)
+    have no positive: they contribute no loss and change no memory.
 
-    Memories and both Z are buffers: 8 · `width` bytes a training sample, float32, the same start in every process.
-    Under DDP each process moves the memories of its own samples; DDP must not broadcast buffers
-    (`broadcast_buffers=False`), or the first process's memories overwrite the others'.
+    Memories and both Z are buffers: 8 · `width` bytes per training sample, float32, with equal initial values in every
+    process. Under DDP each process updates the memories of its own samples; DDP must not broadcast buffers
+    (`broadcast_buffers=False`), which would overwrite them with the first process's.
     """
 
     kinds = (CATEGORICAL,)
@@ -76,7 +76,7 @@ class CRD(VectorMethod):
         self.width, self.negatives, self.temperature, self.momentum = width, negatives, temperature, momentum
 
     def build(self, student: Outputs, teacher: Outputs, targets: Tensor | None) -> None:
-        """Makes the embeddings and the memories. Raises `UserError` without ids, or where the labels are of one class only."""
+        """Creates embeddings and memories. Raises `UserError` without ids, or where all labels are of one class."""
         if not self.hint:
             return
         if targets is None:
@@ -86,7 +86,7 @@ class CRD(VectorMethod):
         self.embed_teacher = nn.Linear(t.shape[1], self.width, device=s.device)
 
         targets = targets.to(s.device)
-        trained = (targets >= 0).nonzero().squeeze(1)  # no memory of another sample is ever more than noise
+        trained = (targets >= 0).nonzero().squeeze(1)  # memories of the other samples are never updated and stay noise
         count = torch.bincount(targets[trained])
         if int((count > 0).sum()) < 2:
             raise UserError("crd contrasts samples of different labels, and the training set has one label only.")
@@ -94,7 +94,7 @@ class CRD(VectorMethod):
         self.register_buffer("by_label", trained[targets[trained].argsort(stable=True)])
         self.register_buffer("first", count.cumsum(0) - count)
         self.register_buffer("count", count)
-        # One row more than there are samples: it takes what samples without an id leave.
+        # One row more than samples: it receives the updates of samples without an id.
         bound = 1 / math.sqrt(self.width / 3)
         generator = torch.Generator().manual_seed(0)
         for name in ("memory_student", "memory_teacher"):
@@ -116,34 +116,34 @@ class CRD(VectorMethod):
     def _contrastive(self, student: Tensor, teacher: Tensor, ids: Tensor) -> Tensor:
         s = F.normalize(self.embed_student(student), dim=1)
         t = F.normalize(self.embed_teacher(teacher), dim=1)
-        known = ids >= 0
-        rows = torch.where(known, ids, len(self.labels) - 1)
-        chosen = torch.cat([rows[:, None], self._draw(self.labels[rows])], dim=1)
+        has_id = ids >= 0
+        rows = torch.where(has_id, ids, len(self.labels) - 1)
+        candidates = torch.cat([rows[:, None], self._draw(self.labels[rows])], dim=1)
 
-        # Scores with the whole memory are cheaper than a copy of 16,385 of its rows for every sample.
-        # The clones outlive the update below, which would otherwise change what backward reads.
-        log_s = (s @ self.memory_teacher.clone().T).gather(1, chosen) / self.temperature
-        log_t = (t @ self.memory_student.clone().T).gather(1, chosen) / self.temperature
-        z_s, z_t = self._constant(self.z_student, log_s), self._constant(self.z_teacher, log_t)
+        # Scores of the whole memory are cheaper than a copy of 16,385 of its rows for every sample.
+        # Clones, since the update below would change in place what backward reads.
+        log_s = (s @ self.memory_teacher.clone().T).gather(1, candidates) / self.temperature
+        log_t = (t @ self.memory_student.clone().T).gather(1, candidates) / self.temperature
+        z_s, z_t = self._normalizer(self.z_student, log_s), self._normalizer(self.z_teacher, log_t)
         n = len(self.by_label)
         loss = contrast(log_s - z_s.log(), n) + contrast(log_t - z_t.log(), n)
         if self.training:
-            self._remember(rows, s.detach(), t.detach(), z_s, z_t)
-        return (loss * known).sum() / known.sum().clamp(min=1)
+            self._update_memories(rows, s.detach(), t.detach(), z_s, z_t)
+        return (loss * has_id).sum() / has_id.sum().clamp(min=1)
 
     def _draw(self, labels: Tensor) -> Tensor:
-        """(N,) labels -> (N, K) ids of samples with other labels, uniform and independent."""
+        """Draws K negatives per sample: labels (N,) -> ids (N, K) of samples with other labels, uniform and independent."""
         others = (len(self.by_label) - self.count[labels])[:, None]
-        place = torch.randint(1 << 48, (len(labels), self.negatives), device=labels.device) % others
-        return self.by_label[place + self.count[labels][:, None] * (place >= self.first[labels][:, None])]
+        rank = torch.randint(1 << 48, (len(labels), self.negatives), device=labels.device) % others
+        return self.by_label[rank + self.count[labels][:, None] * (rank >= self.first[labels][:, None])]
 
     @torch.no_grad()
-    def _constant(self, z: Tensor, log_score: Tensor) -> Tensor:
-        """Z: as kept, or where none is yet, the mean score times the number of samples."""
+    def _normalizer(self, z: Tensor, log_score: Tensor) -> Tensor:
+        """Returns the stored Z, or before the first estimate the mean score times the number of samples."""
         return torch.where(z > 0, z, log_score.exp().mean() * len(self.by_label))
 
     @torch.no_grad()
-    def _remember(self, rows: Tensor, s: Tensor, t: Tensor, z_s: Tensor, z_t: Tensor) -> None:
+    def _update_memories(self, rows: Tensor, s: Tensor, t: Tensor, z_s: Tensor, z_t: Tensor) -> None:
         self.z_student.copy_(z_s)
         self.z_teacher.copy_(z_t)
         for memory, new in ((self.memory_student, s), (self.memory_teacher, t)):

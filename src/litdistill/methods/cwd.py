@@ -13,9 +13,9 @@ from litdistill.utils.errors import UserError
 
 
 def channel_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T² · KL(teacher ‖ student) of each channel's softmax over positions, the mean over channels and batch; a scalar.
+    """T² · KL(teacher ‖ student) of each channel's softmax over positions, averaged over channels and batch; a scalar.
 
-    Both (N, C, H, W); computed in float32 whatever the autocast.
+    Both (N, C, H, W); computed in float32, also under autocast.
     """
     log_p = F.log_softmax(teacher.float().flatten(2) / temperature, dim=2)
     log_q = F.log_softmax(student.float().flatten(2) / temperature, dim=2)
@@ -26,7 +26,7 @@ def channel_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor
 class CWD(MapMethod):
     """`hard` · labels' loss + `hint` · Σ T² · KL over positions, channel by channel.
 
-    A student with other channels than the teacher's goes through a 1x1 convolution first, as in the paper.
+    A student whose channels differ from the teacher's passes a 1x1 convolution first, as in the paper.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class CWD(MapMethod):
     def build_pairs(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
         if all(s.shape[2:].numel() == 1 for s, _ in [same_size(*p) for p in pairs]):
             raise UserError(
-                "cwd compares the positions of a map, and the maps it reads have one (1x1), so that its loss is "
+                "cwd compares the positions of a map, and its taps give maps of one position (1x1): the loss is "
                 "always 0. Read earlier maps (student_taps=stages teacher_taps=stages) or larger images."
             )
         self.projectors = projectors(pairs, bias=True)

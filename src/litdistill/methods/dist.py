@@ -1,4 +1,4 @@
-"""Matching relations rather than values of predictions. Huang et al. 2022, "DIST" (arXiv 2205.10536), section 3."""
+"""DIST: matching relations instead of values of predictions. Huang et al. 2022 (arXiv 2205.10536), section 3."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from litdistill.types import Batch, Outputs
 
 
 def pearson_distance(a: Tensor, b: Tensor) -> Tensor:
-    """1 − the Pearson correlation of the rows of two matrices `(rows, columns)`, a mean over the rows; in [0, 2].
+    """1 − Pearson correlation of the rows of two matrices `(rows, columns)`, averaged over the rows; in [0, 2].
 
-    Unchanged when a row is scaled (by a positive number) or shifted. The 10⁻⁸ of the authors' code, added to the
-    product of the norms, makes a row without any variance uncorrelated with everything; a row whose variance is that of
-    rounding is one, and gets no gradient, which would be as large as the inverse of that.
+    Invariant to a positive scale and a shift of a row. As in the authors' code, 10⁻⁸ is added to the product of the norms:
+    a row without variance is uncorrelated with every other. A row whose variance is rounding error counts as one, and has
+    no gradient, which would be as large as the inverse of that variance.
     """
     a, b = centered(a), centered(b)
     correlation = (a * b).sum(dim=1) / (a.norm(dim=1) * b.norm(dim=1) + 1e-8)
@@ -23,17 +23,17 @@ def pearson_distance(a: Tensor, b: Tensor) -> Tensor:
 
 
 def centered(x: Tensor) -> Tensor:
-    """Rows without their mean; 0, and without a gradient, where what is left is rounding."""
-    rest = x - x.mean(dim=1, keepdim=True)
+    """Subtracts each row's mean; rows whose residual is rounding error become 0, without a gradient."""
+    residual = x - x.mean(dim=1, keepdim=True)
     rounding = 8 * torch.finfo(x.dtype).eps * x.detach().norm(dim=1, keepdim=True)
-    return rest.masked_fill(rest.detach().norm(dim=1, keepdim=True) <= rounding, 0.0)
+    return residual.masked_fill(residual.detach().norm(dim=1, keepdim=True) <= rounding, 0.0)
 
 
 class DIST(Method):
-    """`hard` · labels' loss + `inter` · T² · distance over a sample's classes + `intra` · T² · over a class's samples.
+    """`hard` · labels' loss + `inter` · T² · inter-class distance + `intra` · T² · intra-class distance.
 
-    Distances are Pearson's, of the probabilities at temperature T. The correlation over samples is not defined for a
-    batch of one: the intra term is 0 there.
+    Both are Pearson distances of the probabilities at temperature T: inter over the classes of each sample, intra over the
+    samples of each class. The intra term is 0 for a batch of one, where it is not defined.
     The factor T² is that of the authors' CIFAR code; their weight of 2 for β = γ = 1 makes inter and intra 2.
     """
 

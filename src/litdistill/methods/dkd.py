@@ -1,4 +1,4 @@
-"""Decoupled knowledge distillation. Zhao et al. 2022 (arXiv 2203.08679), section 3."""
+"""Decoupled knowledge distillation (DKD). Zhao et al. 2022 (arXiv 2203.08679), section 3."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ from litdistill.types import Batch, Outputs
 
 
 def decoupled_losses(student: Tensor, teacher: Tensor, target: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """The two halves of KD, each times T² and a mean over the batch: TCKD and NCKD.
+    """Returns the two terms of KD, each times T² and averaged over the batch: TCKD and NCKD.
 
     TCKD is KL(teacher ‖ student) of the pair (target class, all others together); NCKD is the same among the
-    non-target classes alone, and 0 where there are but two classes. KD = TCKD + (1 − p_teacher(target)) · NCKD.
-    Logits `(N, classes)`, target `(N,)`; float32. The target's column is taken out before the softmax, where the
-    authors' code takes 1,000 from its logit: the same value, for logits of any size.
+    non-target classes alone, and 0 for two classes. KD = TCKD + (1 − p_teacher(target)) · NCKD.
+    Logits `(N, classes)`, target `(N,)`; float32. The target's column is removed before the softmax, where the
+    authors' code subtracts 1,000 from its logit: the same value, for logits of any size.
     """
     z_s, z_t = student.float() / temperature, teacher.float() / temperature
     others = torch.arange(z_s.shape[1] - 1, device=target.device)
     others = others + (others >= target[:, None])  # (N, classes - 1), every class but the target
 
-    def target_or_not(z: Tensor) -> Tensor:
+    def target_vs_others(z: Tensor) -> Tensor:
         log_p = F.log_softmax(z, dim=1)
         return torch.cat([log_p.gather(1, target[:, None]), log_p.gather(1, others).logsumexp(1, keepdim=True)], dim=1)
 
-    def among_others(z: Tensor) -> Tensor:
+    def non_target(z: Tensor) -> Tensor:
         return F.log_softmax(z.gather(1, others), dim=1)
 
-    tckd = F.kl_div(target_or_not(z_s), target_or_not(z_t), reduction="batchmean", log_target=True)
-    nckd = F.kl_div(among_others(z_s), among_others(z_t), reduction="batchmean", log_target=True)
+    tckd = F.kl_div(target_vs_others(z_s), target_vs_others(z_t), reduction="batchmean", log_target=True)
+    nckd = F.kl_div(non_target(z_s), non_target(z_t), reduction="batchmean", log_target=True)
     return tckd * temperature**2, nckd * temperature**2
 
 
 class DKD(Method):
     """`hard` · labels' loss + `tckd` · TCKD + `nckd` · NCKD; the paper's α is `tckd`, its β is `nckd`.
 
-    The authors raise both terms linearly from 0 over the first 20 epochs: a matter of the training schedule.
-    Where labels are mixed, the class with the largest share is the target of both terms.
+    The authors' linear warm-up of both terms over 20 epochs belongs to the training schedule.
+    For mixed labels, the class with the largest share is the target of both terms.
     """
 
     kinds = (CATEGORICAL,)

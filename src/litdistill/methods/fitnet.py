@@ -1,4 +1,4 @@
-"""Hints from the teacher's middle stage. Romero et al. 2015 (FitNets, arXiv 1412.6550), section 2.2."""
+"""FitNets: hints from the teacher's middle stage. Romero et al. 2015 (arXiv 1412.6550), section 2.2."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from litdistill.utils.errors import UserError
 class FitNet(MapMethod):
     """`hard` · labels' loss + `hint` · mean (regressor(student's map) − teacher's map)².
 
-    `stage`: which of the pairs of stages, None for the middle one (the later of two). Pairs are counted from the last
-    stage; where sizes still differ the larger map is pooled. The paper sums squares and trains hints first; the mean,
-    trained jointly, is what the published table used.
+    `stage`: index of the pair of stages, None for the middle one (the later of two). Pairs are counted from the last
+    stage; where sizes still differ the larger map is pooled. The paper sums squares and trains hints first; the
+    published table used the mean, trained jointly, as here.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class FitNet(MapMethod):
         self.stage = stage
 
     def pairs(self, student: Outputs, teacher: Outputs) -> list[tuple[Tensor, Tensor]]:
-        """The one pair of `stage`. Raises `UserError` where there is no such stage."""
+        """Returns the one pair of `stage`. Raises `UserError` where that stage does not exist."""
         pairs = super().pairs(student, teacher)
         index = len(pairs) // 2 if self.stage is None else self.stage
         if not -len(pairs) <= index < len(pairs):

@@ -1,4 +1,4 @@
-"""The flow of solution procedure. Yim et al. 2017 (CVPR, A Gift from Knowledge Distillation), sections 3.2 to 3.4."""
+"""Flow of solution procedure (FSP). Yim et al. 2017 (CVPR, A Gift from Knowledge Distillation), sections 3.2 to 3.4."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from litdistill.utils.errors import UserError
 
 
 def flow(first: Tensor, second: Tensor) -> Tensor:
-    """The FSP matrix (N, C1, C2) of two maps (N, C, H, W): channels' products averaged over places (equation 1).
+    """FSP matrix (N, C1, C2) of two maps (N, C, H, W): products of channels averaged over positions (equation 1).
 
     The larger map is max-pooled to the size of the smaller, as in the paper.
     """
@@ -26,12 +26,12 @@ def flow(first: Tensor, second: Tensor) -> Tensor:
 
 
 class FSP(MapMethod):
-    """Two phases: for `init_epochs` epochs `hint` · flows alone, then `hard` · labels' loss alone.
+    """Two phases: for `init_epochs` epochs `hint` · FSP loss alone, then `hard` · labels' loss alone.
 
-    Flows: sum over consecutive stages of the mean squared difference of both networks' `flow` matrices (equation 2 has
-    the sum over the matrix; the published weight belongs to the mean). The paper asks for equal channels; here a
-    student's stage with other channels than the teacher's goes through a learned 1x1 convolution, so that any pair
-    runs. In the first phase the student's classifier gets no gradient, in the second these convolutions get none.
+    FSP loss: sum over consecutive stages of the mean squared difference of both networks' `flow` matrices (equation 2 sums
+    over the matrix; the published weight belongs to the mean). The paper requires equal channels; here a student's stage
+    with other channels than the teacher's passes a learned 1x1 convolution. In the first phase the student's classifier
+    gets no gradient, in the second these convolutions get none.
     """
 
     needs_hard = True
@@ -51,7 +51,9 @@ class FSP(MapMethod):
 
     def build_pairs(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
         if len(pairs) < 2:
-            raise UserError("fsp compares flows between stages, and this pair shares one stage. Name more taps.")
+            raise UserError(
+                "fsp compares flows between stages, and these networks have one stage in common. Name more taps."
+            )
         self.connectors = projectors(pairs)
 
     def loss(self, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Factor transfer. Kim, Park & Kwak 2018 (arXiv 1802.04977), sections 3.1 to 3.3."""
+"""Factor transfer (FT). Kim, Park & Kwak 2018 (arXiv 1802.04977), sections 3.1 to 3.3."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from litdistill.utils.errors import UserError
 
 
 def convolutions(kind: type[nn.Module], widths: Sequence[int], norm: bool) -> nn.Sequential:
-    """3x3 layers of the given widths, each with LeakyReLU(0.1) and, if wanted, BatchNorm between."""
+    """Returns 3x3 layers of the given widths, each with LeakyReLU(0.1) and, if `norm`, BatchNorm in between."""
     layers: list[nn.Module] = []
     for a, b in pairwise(widths):
         layers += [kind(a, b, 3, 1, 1), *([nn.BatchNorm2d(b)] if norm else []), nn.LeakyReLU(0.1)]
@@ -23,10 +23,10 @@ def convolutions(kind: type[nn.Module], widths: Sequence[int], norm: bool) -> nn
 
 
 def factor_loss(student: Tensor, teacher: Tensor, p: int, pool_channels: bool = False) -> Tensor:
-    """How far two factors (N, C, H, W), each flattened to unit length, are apart; a scalar.
+    """Distance of two factors (N, C, H, W), each flattened and normalized to unit length; a scalar.
 
-    p = 1: the mean of absolute differences over all elements, as in the authors' code. p = 2: the L2 norm of the
-    difference, the mean over the batch. `pool_channels`: of the mean square over channels instead, as in RepDistiller.
+    p = 1: the mean absolute difference over all elements, as in the authors' code. p = 2: the L2 norm of the difference,
+    averaged over the batch. `pool_channels`: compares mean squares over channels instead, as in RepDistiller.
     """
     f_s, f_t = same_size(student.float(), teacher.float())
     if pool_channels:
@@ -36,11 +36,11 @@ def factor_loss(student: Tensor, teacher: Tensor, p: int, pool_channels: bool = 
 
 
 class FT(MapMethod):
-    """Two phases: for `init_epochs` epochs a paraphraser alone, then `hard` · labels' loss + `hint` · factors.
+    """Two phases: for `init_epochs` epochs a paraphraser alone, then `hard` · labels' loss + `hint` · `factor_loss`.
 
-    The paraphraser learns to reconstruct the teacher's last map through `rate` times its channels; then its encoder
-    rests, and the student's translator follows it by `factor_loss`. In the first phase the student gets no gradient:
-    the run is to be that many epochs longer.
+    The paraphraser, an autoencoder with `rate` times the channels of the teacher's last map, learns to reconstruct that
+    map. Then its encoder is fixed, and the student's translator learns its output. The student gets no gradient in the
+    first phase: train that many more epochs.
     """
 
     def __init__(

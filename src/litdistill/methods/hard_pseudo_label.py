@@ -1,4 +1,4 @@
-"""The teacher's decision as a second label. Touvron et al. 2021, DeiT (arXiv 2012.12877), section 4."""
+"""The teacher's predicted class as a second label. Touvron et al. 2021, DeiT (arXiv 2012.12877), section 4."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from litdistill.types import Batch, Outputs
 
 
 class HardPseudoLabel(Method):
-    """`hard` · labels' loss + `pseudo` · cross-entropy(student, argmax of the teacher). It has no temperature."""
+    """`hard` · labels' loss + `pseudo` · cross-entropy(student, argmax of the teacher). There is no temperature."""
 
     kinds = (CATEGORICAL,)
 

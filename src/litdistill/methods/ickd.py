@@ -13,18 +13,18 @@ from litdistill.methods.layers import BatchNorm
 
 
 def correlation(x: Tensor) -> Tensor:
-    """Inner products over positions of all pairs of channels, rows scaled to length 1: (N, C, H, W) -> (N, C, C)."""
+    """Inner products over positions of all pairs of channels, rows of unit length: (N, C, H, W) -> (N, C, C)."""
     flat = x.float().flatten(2)
     with torch.autocast(x.device.type, enabled=False):  # under autocast the product would be rounded to bfloat16
         return F.normalize(flat @ flat.transpose(1, 2), dim=2)
 
 
 def correlation_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Squared distance of the correlation matrices a channel, the mean over the batch; a scalar.
+    """Squared distance of the correlation matrices divided by the channels, averaged over the batch; a scalar.
 
-    Both (N, C, ·, ·), with any two sizes of map, since positions are summed over. Rows are normalised, and
-    the sum divided by N·C, as in the authors' CIFAR code, whence the weight 2.5 (the paper's formula divides by C² and
-    leaves the normalisation out; the authors' ImageNet code divides by N twice).
+    Both (N, C, ·, ·); map sizes may differ, since positions are summed over. Rows are normalized, and the sum is divided
+    by N·C, as in the authors' CIFAR code, to which the weight 2.5 belongs (the paper's formula divides by C² and does not
+    normalize; the authors' ImageNet code divides by N twice).
     """
     n, channels = student.shape[:2]
     return (correlation(student) - correlation(teacher)).square().sum() / (n * channels)
@@ -33,7 +33,7 @@ def correlation_loss(student: Tensor, teacher: Tensor) -> Tensor:
 class ICKD(MapMethod):
     """`hard` · labels' loss + `hint` · Σ distance of inter-channel correlations.
 
-    The student goes through a 1x1 convolution with BatchNorm to the teacher's channels, always, as in the paper.
+    The student always passes a 1x1 convolution with BatchNorm to the teacher's channels, as in the paper.
     """
 
     def __init__(

@@ -10,10 +10,10 @@ from litdistill.types import Batch, Outputs
 
 
 def soft_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T² · KL(teacher ‖ student) of both softmaxes at temperature T; a scalar, the mean over the batch (not over classes).
+    """T² · KL(teacher ‖ student) of both softmaxes at temperature T; a scalar, averaged over the batch (not over classes).
 
-    The factor T² keeps the gradient of the soft term at the size of the hard one's when T changes (section 2).
-    Both `(N, classes)`; computed in float32 whatever the autocast.
+    The factor T² keeps the ratio of the soft and hard gradients when T changes (section 2).
+    Both `(N, classes)`; computed in float32, also under autocast.
     """
     log_p = F.log_softmax(teacher.float() / temperature, dim=1)
     log_q = F.log_softmax(student.float() / temperature, dim=1)

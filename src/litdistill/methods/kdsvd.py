@@ -1,7 +1,7 @@
 """Distillation of singular vectors (KDSVD). Lee, Kim & Song 2018 (arXiv 1807.06819), section 3.
 
-Each map is reduced to its leading right singular vectors, which say how channels respond together; how those of one
-stage relate to those of the stage before, by a radial basis function, is what the student learns.
+Each map is reduced to its leading right singular vectors, which describe how channels respond together. The student
+learns the radial basis function between the vectors of each stage and those of the previous stage.
 """
 
 from __future__ import annotations
@@ -18,20 +18,19 @@ from litdistill.methods.base import MapMethod
 from litdistill.methods.layers import projectors
 from litdistill.utils.errors import UserError
 
-CANDIDATES = 3  # so many more vectors of the student than of the teacher are offered for alignment, as in RepDistiller
+CANDIDATES = 3  # additional student vectors that the alignment chooses from, as in RepDistiller
 
 
 def rounding(s: Tensor) -> Tensor:
-    """Of singular values (N, n), largest first: the least (difference of) squares that is no rounding, (N, 1)."""
+    """Threshold (N, 1) below which squares of singular values (N, n; largest first) or their differences are rounding."""
     return s[:, :1].square() * 10 * torch.finfo(s.dtype).eps
 
 
 class RightVectors(torch.autograd.Function):
     """(N, P, C) -> the first n right singular vectors (N, C, n) and singular values (N, n; without a gradient).
 
-    The gradient is the exact one of first-order perturbation, less the parts that are not defined: between equal
-    singular values, and of zero ones. torch's own gradient of an SVD can be not a number where channels are dead, as
-    they often are after a ReLU.
+    The gradient is that of first-order perturbation theory, without the undefined parts: between equal singular values,
+    and of zero ones. torch's own gradient of an SVD can be NaN where channels are dead, as is common after a ReLU.
     """
 
     @staticmethod
@@ -53,57 +52,59 @@ class RightVectors(torch.autograd.Function):
         gap = top - square[:, :, None]
         inner = v.transpose(1, 2) @ grad
         a = v @ torch.where(gap.abs() > least, inner / gap, 0)
-        a = a + torch.where(top > least, (grad - v @ inner) / top, 0)  # channels' space outside the rows of x
+        a = a + torch.where(top > least, (grad - v @ inner) / top, 0)  # outside the row space of x
         return (x @ a) @ leading.transpose(1, 2) + (x @ leading) @ a.transpose(1, 2), None
 
 
 def right_vectors(x: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """Of a map (N, C, H, W), in float32 or better: vectors (N, C, n) and values (N, n) scaled to length 1."""
+    """Right singular vectors (N, C, n) of a map (N, C, H, W) and singular values (N, n) of unit length, at least float32."""
     x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     v, s = RightVectors.apply(x.flatten(2).transpose(1, 2), n)
     return v, F.normalize(s, dim=1)
 
 
 def aligned(student: Tensor, values: Tensor, teacher: Tensor) -> Tensor:
-    """For each of the teacher's vectors (N, C, k) the student's of the largest |cosine|, with its sign: (N, C, k).
+    """Selects for each teacher vector (N, C, k) the student vector of largest |cosine|, with its sign: (N, C, k).
 
-    `values`: the student's singular values. Vectors of a value of 0 point anywhere and are not taken.
+    `values`: the student's singular values. Vectors of a zero value have no defined direction and are excluded.
     """
     cosine = student.detach().transpose(1, 2) @ teacher
-    void = values.square() <= rounding(values)
-    best = cosine.abs().masked_fill(void[:, :, None], -1).argmax(1, keepdim=True)
+    undefined = values.square() <= rounding(values)
+    best = cosine.abs().masked_fill(undefined[:, :, None], -1).argmax(1, keepdim=True)
     sign = torch.where(cosine.gather(1, best) < 0, -1.0, 1.0).to(student.dtype)
     return student.gather(2, best.expand(-1, student.shape[1], -1)) * sign
 
 
 def svd_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], k: int) -> Tensor:
-    """Squared differences of exp(−(v − w)²/8) over all elements v, w of corresponding vectors of neighbouring stages.
+    """Squared differences of exp(−(v − w)²/8) over all elements v, w of corresponding vectors of consecutive stages.
 
     Maps (N, C, H, W) by stage, of equal channels; sizes may differ. Vectors of both networks are weighted by the
-    teacher's singular values. Summed over stages, the mean over the batch; a scalar. A decomposition leaves the signs
-    of vectors open, and the loss depends on them: here the elements of each teacher's vector have a sum of 0 or more,
-    by which the loss is the same on every device, as in RepDistiller it is not.
+    teacher's singular values. Summed over stages, averaged over the batch; a scalar. An SVD does not determine the signs
+    of vectors, and the loss depends on them: here the sum of each teacher vector is made 0 or more, so that the loss is
+    the same on every device, unlike RepDistiller's.
     """
     k = min([k, *(min(f.shape[1], f.shape[2:].numel()) for f in (*student, *teacher))])
-    loss, before = student[0].new_zeros((), dtype=torch.float32), None
+    loss, previous = student[0].new_zeros((), dtype=torch.float32), None
     for s, t in zip(student, teacher, strict=True):
         with torch.autocast(s.device.type, enabled=False):
             v_t, weight = right_vectors(t, k)
             v_t = v_t * torch.where(v_t.sum(1, keepdim=True) < 0, -1, 1)
             v_s = aligned(*right_vectors(s, k + CANDIDATES), v_t)
-        now = (v_s * weight[:, None], v_t * weight[:, None])
-        if before is not None:
-            rbf = [torch.exp(-(a[:, :, None] - b[:, None]).square() / 8) for a, b in zip(now, before, strict=True)]
+        current = (v_s * weight[:, None], v_t * weight[:, None])
+        if previous is not None:
+            rbf = [
+                torch.exp(-(a[:, :, None] - b[:, None]).square() / 8) for a, b in zip(current, previous, strict=True)
+            ]
             loss = loss + (rbf[0] - rbf[1]).square().sum() / len(s)
-        before = now
+        previous = current
     return loss
 
 
 class KDSVD(MapMethod):
-    """`hard` · labels' loss + `hint` · the loss of `svd_loss` over the stages.
+    """`hard` · labels' loss + `hint` · `svd_loss` over the stages.
 
-    After RepDistiller's KDSVD, which takes one vector a map, and fails on maps that are not square or of unequal
-    channels: here a student with other channels than the teacher's goes through a 1x1 convolution first.
+    RepDistiller's KDSVD takes one vector per map, and fails on maps that are not square or of unequal channels; here a
+    student whose channels differ from the teacher's passes a 1x1 convolution first.
     """
 
     def __init__(
@@ -122,7 +123,7 @@ class KDSVD(MapMethod):
     def build_pairs(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
         if len(pairs) < 2:
             raise UserError(
-                "kdsvd relates each stage to the one before and needs two maps of either network at least. "
+                "kdsvd relates each stage to the previous one and needs at least two maps of either network. "
                 "Name more (student_taps, teacher_taps), or use a method of one map (ickd, fitnet)."
             )
         self.projectors = projectors(pairs)

@@ -1,4 +1,4 @@
-"""What several methods build on: layers between a student's features and a teacher's, and a dry forward of a network."""
+"""Layers shared by methods: projectors and regressors between two networks' features, and a dry forward of a network."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from litdistill.utils.errors import UserError
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """BatchNorm2d that falls back on its running statistics where one value a channel is all there is to normalise.
+    """BatchNorm2d that uses its running statistics for a batch with one value per channel, which has no variance.
 
-    A last batch of one sample would else stop a run whose student has no such layer: a 1x1 map has no variance.
+    Without it, a last batch of one sample with a 1x1 map would raise an error, also for a student without BatchNorm.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -29,14 +29,14 @@ class BatchNorm(nn.BatchNorm2d):
 
 
 def connector(channels: int, out: int) -> nn.Sequential:
-    """1x1 convolution and BatchNorm, initialised as in OFD's code (He's normal by fan-out)."""
+    """1x1 convolution and BatchNorm, initialized as in OFD's code (He normal, fan-out)."""
     conv = nn.Conv2d(channels, out, 1, bias=False)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out")
     return nn.Sequential(conv, BatchNorm(out))
 
 
 def projectors(pairs: Sequence[tuple[Tensor, Tensor]], bias: bool = False) -> nn.ModuleList:
-    """For each pair of maps (N, C, H, W) a 1x1 convolution from the student's channels to the teacher's, where they differ."""
+    """For each pair of maps (N, C, H, W), a 1x1 convolution from the student's channels to the teacher's if they differ."""
     return nn.ModuleList(
         nn.Identity() if s.shape[1] == t.shape[1] else nn.Conv2d(s.shape[1], t.shape[1], 1, bias=bias, device=s.device)
         for s, t in pairs
@@ -44,10 +44,10 @@ def projectors(pairs: Sequence[tuple[Tensor, Tensor]], bias: bool = False) -> nn
 
 
 def regressor(student: Tensor, teacher: Tensor, relu: bool) -> nn.Sequential:
-    """Convolution, BatchNorm and, if wanted, ReLU from a student's map (N, C, H, W) to a teacher's channels and size.
+    """Convolution, BatchNorm and optional ReLU from a student's map (N, C, H, W) to a teacher's channels and size.
 
-    The layers behind the CRD table's FitNet and AB: a strided 3x3 where the student's map is twice as large on each side, a
-    transposed 4x4 where it is half as large, else a 1x1, behind which sizes may still differ.
+    The layers of FitNet and AB in the CRD table: a strided 3x3 where the student's map is twice as large on each side, a
+    transposed 4x4 where it is half as large, else a 1x1, which keeps the size.
     """
     (c_s, *size_s), (c_t, *size_t) = student.shape[1:], teacher.shape[1:]
     conv: nn.Module
@@ -62,7 +62,7 @@ def regressor(student: Tensor, teacher: Tensor, relu: bool) -> nn.Sequential:
 
 
 def dry_forward(net: nn.Module, example: Any, taps: Sequence[str] | str) -> tuple[str, Outputs, list[nn.Module]]:
-    """In eval mode: the name of the (last) tap, the outputs, and the leaf modules that were called, in their order."""
+    """Returns, from an eval-mode forward, the name of the last tap, the outputs, and the leaf modules in call order."""
     name = resolve_taps(net, example, taps)[-1]
     modes = [(m, m.training) for m in net.modules()]
     called: list[nn.Module] = []
@@ -73,8 +73,8 @@ def dry_forward(net: nn.Module, example: Any, taps: Sequence[str] | str) -> tupl
         for m, _ in modes:
             m.training = False
         with torch.no_grad():
-            raw, features, _ = extractor(example)
-        return name, Outputs.of(raw, features), called  # type: ignore[arg-type]
+            outputs = extractor(example)
+        return name, outputs, called
     finally:
         extractor.remove()
         for handle in handles:
@@ -84,10 +84,10 @@ def dry_forward(net: nn.Module, example: Any, taps: Sequence[str] | str) -> tupl
 
 
 def reusable_classifier(teacher: nn.Module, example: Any, taps: Sequence[str] | str, method: str) -> nn.Linear:
-    """A frozen copy of the teacher's classifier, its last linear layer.
+    """Returns a frozen copy of the teacher's classifier, its last linear layer.
 
     Raises `UserError` unless that layer, applied to the mean of the tapped map (N, C, H, W) over its positions, gives
-    the teacher's logits: else a student's map could be given to it, but would mean something else.
+    the teacher's logits: otherwise a student's map is not a valid input for it.
     """
     name, outputs, called = dry_forward(teacher, example, taps)
     pooled, logits = maps(outputs.features, method)[-1].mean((2, 3)), outputs.logits

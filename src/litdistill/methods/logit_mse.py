@@ -9,11 +9,11 @@ from litdistill.types import Batch, Outputs
 
 
 class LogitMSE(Method):
-    """`hard` · labels' loss + `soft` · ½ ‖student − teacher‖² of the logits, a sum over classes and a mean over the batch.
+    """`hard` · labels' loss + `soft` · ½ ‖student − teacher‖² of the logits, summed over classes and averaged over the batch.
 
-    `centered` takes each sample's mean over the classes from its logits first: what the softmax does not see then does
-    not count. That is the limit of KD at a high temperature, times the number of classes (Hinton et al. 2015, section
-    2.1). The paper's own loss is not centered.
+    `centered` first subtracts each sample's mean over the classes from its logits, to which the softmax is invariant.
+    This is the limit of KD at high temperature, times the number of classes (Hinton et al. 2015, section 2.1). The paper's
+    own loss is not centered.
     """
 
     def __init__(self, hard: float = 0.0, soft: float = 1.0, centered: bool = False):

@@ -1,4 +1,4 @@
-"""KD on standardised logits. Sun et al. 2024, "Logit Standardization" (arXiv 2403.01427), section 4."""
+"""KD on standardized logits. Sun et al. 2024, "Logit Standardization" (arXiv 2403.01427), section 4."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from litdistill.types import Batch, Outputs
 
 
 def standardize(logits: Tensor) -> Tensor:
-    """(z − mean) / (10⁻⁷ + std) over the classes of each sample, `(N, classes)`; float32 whatever the autocast.
+    """(z − mean) / (10⁻⁷ + std) over the classes of each sample, `(N, classes)`; float32, also under autocast.
 
-    The standard deviation has classes − 1 in its denominator, as in the authors' code. Logits that are all the same
-    (a classifier whose weights start at zero) have none: they stay 0, and their gradient stays finite.
+    The standard deviation divides by classes − 1, as in the authors' code. Equal logits (a classifier whose weights start
+    at zero) have no deviation: they become 0, with a finite gradient.
     """
     z = logits.float()
     z = z - z.mean(dim=1, keepdim=True)
@@ -25,7 +25,7 @@ def standardize(logits: Tensor) -> Tensor:
 
 
 class LogitStdKD(Method):
-    """`hard` · labels' loss + `soft` · T² · KL(teacher ‖ student), softmaxes of standardised logits at temperature T."""
+    """`hard` · labels' loss + `soft` · T² · KL(teacher ‖ student) of softmaxes of standardized logits at temperature T."""
 
     kinds = (CATEGORICAL,)
 

@@ -1,4 +1,4 @@
-"""Multi-level logit distillation. Jin, Wang & Lin 2023 (CVPR 2023, "Multi-level Logit Distillation"), section 3."""
+"""Multi-level logit distillation (MLKD). Jin, Wang & Lin 2023 (CVPR), section 3."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from litdistill.utils.errors import UserError
 
 
 def gram_distance(a: Tensor, b: Tensor) -> Tensor:
-    """‖A Aᵀ − B Bᵀ‖² / rows, of two matrices `(rows, columns)`; float32 whatever the autocast."""
+    """‖A Aᵀ − B Bᵀ‖² / rows of two matrices `(rows, columns)`; float32, also under autocast."""
     with torch.autocast(a.device.type, enabled=False):
         return (a @ a.T - b @ b.T).square().sum() / len(a)
 
@@ -23,13 +23,13 @@ def gram_distance(a: Tensor, b: Tensor) -> Tensor:
 class MLKD(Method):
     """`hard` · labels' loss + the sum over temperatures of `instance` · T² · KL + `batch` and `classes` · Gram distances.
 
-    With probabilities P `(N, classes)` at temperature T, the batch level compares P Pᵀ (how alike the samples are; over
-    N) and the class level Pᵀ P (how alike the classes are; over the number of classes).
+    With probabilities P `(N, classes)` at temperature T, the batch level compares P Pᵀ (similarity of samples; divided by
+    N) and the class level Pᵀ P (similarity of classes; divided by the number of classes).
 
-    The authors train on two augmentations of each image; the loss needs only one, and here has one. Their code also
-    weighs the first view's terms by a mask of the samples (classes) whose confidence is not above the median, but does
-    so after the mean: the mask is a constant factor of ½. The default weights are those of their code for two equal
-    views (CE .1, KD .9): hard 2 · .1, instance (½ + 1) · .9, batch and classes ½ · .9.
+    The authors train on two augmentations of each image; the loss needs only one, which is used here. Their code also
+    weighs the first view's terms by a mask of the samples (classes) whose confidence is not above the median, but after
+    the mean: the mask is a constant factor of ½. The default weights are those of their code for two equal views
+    (CE .1, KD .9): hard 2 · .1, instance (½ + 1) · .9, batch and classes ½ · .9.
     """
 
     kinds = (CATEGORICAL,)

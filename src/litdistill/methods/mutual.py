@@ -1,4 +1,4 @@
-"""Deep mutual learning: networks that teach each other from scratch. Zhang et al. 2018 (arXiv 1706.00384), section 3."""
+"""Deep mutual learning: networks trained from scratch on each other's predictions. Zhang et al. 2018 (arXiv 1706.00384)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from litdistill.utils.errors import UserError
 
 
 class Cohort(nn.Module):
-    """A student and its peers, which are given the same inputs; gives what the student gives."""
+    """A student and its peers, which run on the same inputs; returns the student's output."""
 
     def __init__(self, student: nn.Module, peers: list[nn.Module]):
         super().__init__()
@@ -23,15 +23,15 @@ class Cohort(nn.Module):
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         for peer in self.peers:
-            peer(*inputs, **named)  # read by tap
+            peer(*inputs, **named)  # its output is read by a tap
         return self.student(*inputs, **named)
 
 
 class Mutual(Method):
-    """For each network of the cohort: `hard` · labels' loss + `soft` · T² · mean over the others of KL(other ‖ it).
+    """For each network of the cohort: `hard` · labels' loss + `soft` · T² · mean over the others of KL(other ‖ network).
 
-    Needs no teacher. The peers have the student's architecture and other first weights, learn at the same time (the
-    paper updates one network after the other) and are not deployed.
+    Section 3 of the paper. Needs no teacher. The peers have the student's architecture and other initial weights, are
+    trained simultaneously (the paper updates one network after the other) and are not deployed.
     """
 
     needs_teacher = False
@@ -46,7 +46,7 @@ class Mutual(Method):
         self.soft, self.temperature, self.peers = soft, temperature, peers
 
     def prepare(self, student: nn.Module, teacher: Any, example: Any) -> nn.Module:
-        return Cohort(student, [_fresh(student) for _ in range(self.peers)])
+        return Cohort(student, [_reinitialized(student) for _ in range(self.peers)])
 
     def taps(self) -> Taps:
         return Taps(student=[f"peers.{i}" for i in range(self.peers)])
@@ -56,29 +56,29 @@ class Mutual(Method):
         return student.student
 
     def companions(self, student: Outputs) -> list[Outputs]:
-        """The peers' outputs."""
+        """Returns the peers' outputs."""
         return [Outputs.of(logits) for logits in student.features.values()]
 
     def forward(self, student: Outputs, teacher: Any, batch: Batch) -> dict[str, Tensor]:
         if not self.soft:
             return {}
-        everyone = [student.logits, *student.features.values()]
-        pairs = [(a, b) for a in everyone for b in everyone if a is not b]
+        logits = [student.logits, *student.features.values()]
+        pairs = [(a, b) for a in logits for b in logits if a is not b]
         losses = [soft_loss(a, b.detach(), self.temperature) for a, b in pairs]
         return {"soft": self.soft * summed(losses) / self.peers}
 
 
-def _fresh(net: nn.Module) -> nn.Module:
-    """A copy with first weights of its own, drawn by each layer's own rule.
+def _reinitialized(net: nn.Module) -> nn.Module:
+    """Returns a copy with new initial weights, drawn by each layer's own initialization.
 
-    torch's attention has its rule under no public name. A parameter without any, as an embedding of positions that a
-    network holds itself, is shuffled: the same numbers in other places are as likely a draw.
+    torch's attention has no public method for it. A parameter without an initialization, such as a position embedding that
+    a network holds itself, is shuffled: a permutation of the same numbers is as likely a draw.
     """
     peer = copy.deepcopy(net)
     for module in peer.modules():
         if callable(reset := getattr(module, "reset_parameters", None)):
             reset()
-    for module in peer.modules():  # afterwards: what comes before is what it has always been for networks without these
+    for module in peer.modules():  # a second loop, after all draws of the first
         if callable(getattr(module, "reset_parameters", None)):
             continue
         if isinstance(module, nn.MultiheadAttention):
@@ -91,7 +91,7 @@ def _fresh(net: nn.Module) -> nn.Module:
 
 
 def _reset_attention(attention: nn.MultiheadAttention) -> None:
-    """Draws its weights as its constructor does; those of its output are a layer of their own."""
+    """Draws an attention module's weights as its constructor does; its output projection is a layer with its own reset."""
     for name, parameter in attention.named_parameters(recurse=False):
         if name in ("bias_k", "bias_v"):
             nn.init.xavier_normal_(parameter)

@@ -1,4 +1,4 @@
-"""Neuron selectivity transfer. Huang & Wang 2017 (arXiv 1707.01219), sections 3 and 4."""
+"""Neuron selectivity transfer (NST). Huang & Wang 2017 (arXiv 1707.01219), sections 3 and 4."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from litdistill.methods.base import MapMethod, same_size, summed
 
 
 def mmd_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Squared maximum mean discrepancy of the channels' patterns; kernel (a · b)²; a scalar, the mean over the batch.
+    """Squared maximum mean discrepancy of the channels' activation patterns, kernel (a · b)²; a scalar, the batch mean.
 
-    Each channel of a map (N, C, H, W) is one sample: its activations over places, of unit length. The
-    channels may differ in number; the larger map is pooled. The teacher's own kernel is a constant: it is kept so that
-    the term is 0 for equal maps.
+    Each channel of a map (N, C, H, W) is one sample: its activations over positions, of unit length. The numbers of
+    channels may differ; the larger map is pooled. The teacher's own kernel is a constant, which makes the loss 0 for equal
+    maps.
     """
     f_s, f_t = same_size(student.float(), teacher.float())
     s, t = F.normalize(f_s.flatten(2), dim=2), F.normalize(f_t.flatten(2), dim=2)

@@ -1,7 +1,7 @@
-"""A comprehensive overhaul of feature distillation (OFD). Heo et al. 2019 (arXiv 1904.01866), section 3.2.
+"""Overhaul of feature distillation (OFD). Heo et al. 2019 (arXiv 1904.01866), section 3.2.
 
-Maps are compared before their ReLU: a margin ReLU on the teacher, a 1x1 convolution with BatchNorm on the student, and
-a partial L2 distance that asks nothing of the student where both are negative and the student is the lower one.
+Maps are compared before their ReLU: with a margin ReLU on the teacher, a 1x1 convolution with BatchNorm on the student,
+and a partial L2 distance that is 0 where both are negative and the student is the lower one.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from litdistill.methods.layers import connector
 class MarginReLU(nn.Module):
     """max(x, m), where m < 0 is the mean of a channel's negative responses, (C,).
 
-    The paper allows two ways to know m: from the preceding BatchNorm, as if responses were normal (the authors' code),
-    or directly during training. Here it is the second, which needs no BatchNorm and no assumption: the exact mean over
-    all negative responses in the training batches so far, this one included. In evaluation m stays as it is. With
-    several processes each counts its own share of the batches.
+    The paper estimates m either from the preceding BatchNorm, assuming normal responses (the authors' code), or directly
+    during training. The latter is implemented, which needs no BatchNorm and no assumption: the exact mean over all
+    negative responses in the training batches so far, including the current one. In evaluation m is fixed. With several
+    processes each one counts its own batches.
     """
 
     margin: Tensor
@@ -37,15 +37,15 @@ class MarginReLU(nn.Module):
             with torch.no_grad():
                 count = (x < 0).sum((0, 2, 3))
                 self.seen += count
-                # the mean is moved and no sum kept: a float32 sum over an epoch would lose digits
+                # a running mean: a float32 sum over an epoch would lose digits
                 self.margin += (x.clamp(max=0).sum((0, 2, 3)) - count * self.margin) / self.seen.clamp(min=1)
         return torch.maximum(x, self.margin.to(x.dtype)[:, None, None])
 
 
 def partial_l2(student: Tensor, teacher: Tensor) -> Tensor:
-    """Squared distance but where student <= teacher <= 0: summed over the map, the mean over the batch.
+    """Squared distance except where student <= teacher <= 0, summed over the map and averaged over the batch; a scalar.
 
-    Both (N, C, H, W); `teacher` after its margin ReLU. A scalar.
+    Both (N, C, H, W); `teacher` after its margin ReLU.
     """
     counts = (student > teacher) | (teacher > 0)
     return ((student - teacher).square() * counts).sum() / student.shape[0]
@@ -54,9 +54,9 @@ def partial_l2(student: Tensor, teacher: Tensor) -> Tensor:
 class OFD(MapMethod):
     """`hard` · labels' loss + `hint` · Σ partial L2 of stage i / 2^(stages − 1 − i).
 
-    Each stage counts half as much as the next deeper one, and distances are summed over positions and channels and not
-    averaged: so in the authors' code, from which the weight 1e-3 comes. They also run the teacher's BatchNorm in
-    training mode (section 3.3), which is not done here: a teacher is always in eval mode.
+    Each stage has half the weight of the next deeper one, and distances are summed over positions and channels, not
+    averaged, as in the authors' code, to which the weight 1e-3 belongs. That code also runs the teacher's BatchNorm in
+    training mode (section 3.3); here the teacher is always in eval mode.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Self-distillation from a running average of the student. Tarvainen & Valpola 2017 (arXiv 1703.01780), section 2."""
+"""Self-distillation from the student's weight average. Tarvainen & Valpola 2017 (arXiv 1703.01780), section 2."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from litdistill.utils.errors import UserError
 
 
 class WithAverage(nn.Module):
-    """A student and the exponential moving average of its weights; gives what the student gives.
+    """A student and the exponential moving average of its weights; returns the student's output.
 
-    Each forward in train mode first moves the average towards the student as its last step left it. The average is in
-    eval mode with the student's own BatchNorm statistics, and no gradient reaches it.
+    Each forward in train mode first updates the average with the student's current weights. The average is in eval mode
+    with the student's BatchNorm statistics, and gets no gradient.
     """
 
     def __init__(self, student: nn.Module, decay: float):
@@ -33,7 +33,7 @@ class WithAverage(nn.Module):
         return self
 
     @torch.no_grad()
-    def _follow(self) -> None:
+    def _update_average(self) -> None:
         update = get_ema_multi_avg_fn(self.decay)
         update(list(self.average.parameters()), list(self.student.parameters()), 0)
         for average, buffer in zip(self.average.buffers(), self.student.buffers(), strict=True):
@@ -41,16 +41,16 @@ class WithAverage(nn.Module):
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         if self.training:
-            self._follow()
+            self._update_average()
         with torch.no_grad():
-            self.average(*inputs, **named)  # read by tap
+            self.average(*inputs, **named)  # its output is read by a tap
         return self.student(*inputs, **named)
 
 
 class Online(Method):
-    """`hard` · labels' loss + `soft` · T² · KL(average ‖ student), the teacher being the student's own moving average.
+    """`hard` · labels' loss + `soft` · T² · KL(average ‖ student); the teacher is the student's own moving average.
 
-    The paper's consistency loss is a mean squared error of probabilities; here it is the KL of distillation. The student
+    The paper's consistency loss is the mean squared error of probabilities; here it is the KL of distillation. The student
     is deployed, not its average.
     """
 

@@ -13,10 +13,10 @@ from litdistill.methods.layers import projectors
 
 
 def normalize(x: Tensor) -> Tensor:
-    """Each channel to mean 0 and variance 1 over batch and positions, in float32: (N, C, H, W) -> (N, C, H, W).
+    """Normalizes each channel to mean 0 and variance 1 over batch and positions, in float32: (N, C, H, W) -> (N, C, H, W).
 
-    A channel that is constant (a dead one, or a single value) correlates with nothing: it becomes 0, with no gradient,
-    where the authors' code divides by 1e-6 and passes back gradients a million times as large.
+    A constant channel (a dead one, or a single value) has no correlation: it becomes 0, without a gradient, where the
+    authors' code divides by 1e-6 and returns gradients a million times as large.
     """
     x = x.float()
     var, mean = torch.var_mean(x, dim=(0, 2, 3), keepdim=True, correction=0)
@@ -24,10 +24,10 @@ def normalize(x: Tensor) -> Tensor:
 
 
 def pearson_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Half the mean squared error of the normalised maps, which is 1 − r, the mean over channels; a scalar.
+    """Half the mean squared error of the normalized maps, equal to 1 − r averaged over channels; a scalar.
 
-    Both (N, C, H, W). The variance is the biased one, by which the identity with the paper's 1 − r is exact; the
-    authors' code takes the unbiased one, and so gives (n − 1)/n of this, with n = N·H·W.
+    Both (N, C, H, W). The variance is the biased one, which makes the identity with the paper's 1 − r exact; the
+    authors' code takes the unbiased one, which gives (n − 1)/n of this, with n = N·H·W.
     """
     return F.mse_loss(normalize(student), normalize(teacher)) / 2
 
@@ -35,8 +35,8 @@ def pearson_loss(student: Tensor, teacher: Tensor) -> Tensor:
 class PKD(MapMethod):
     """`hard` · labels' loss + `hint` · Σ (1 − Pearson correlation), stage by stage.
 
-    A student with other channels than the teacher's goes through a 1x1 convolution first (the paper's detectors all
-    have 256 channels and need none).
+    A student whose channels differ from the teacher's passes a 1x1 convolution first (the paper's detectors all have 256
+    channels and need none).
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Probabilistic knowledge transfer. Passalis & Tefas 2018 (arXiv 1803.10837), section 3."""
+"""Probabilistic knowledge transfer (PKT). Passalis & Tefas 2018 (arXiv 1803.10837), section 3."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from litdistill.utils.errors import UserError
 EPS = 1e-7
 
 
-def neighbours(f: Tensor) -> Tensor:
-    """How likely each sample of a batch is picked as the neighbour of each other one: (N, N), rows sum to 1.
+def conditional_probabilities(f: Tensor) -> Tensor:
+    """Probabilities that a sample selects each sample of the batch as its neighbor: (N, N), rows sum to 1.
 
-    `f`: (N, ...), flattened. Kernel (1 + cosine) / 2. As in the authors' code, samples count as
-    neighbours of themselves; the paper's formula leaves them out.
+    `f`: (N, ...), flattened. Kernel (1 + cosine) / 2. As in the authors' code, a sample is a neighbor of itself; the
+    paper's formula excludes it.
     """
     f = F.normalize(f.float().flatten(1), eps=EPS)
     with torch.autocast(f.device.type, enabled=False):
@@ -28,18 +28,18 @@ def neighbours(f: Tensor) -> Tensor:
 
 
 def pkt_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL(teacher ‖ student) of both batches' `neighbours`, a mean over all N² pairs as in the authors' code; a scalar.
+    """KL(teacher ‖ student) of `conditional_probabilities`, averaged over all N² pairs as in the authors' code; a scalar.
 
     (N, ...) each; widths may differ. The paper's sum is N² times as large.
     """
-    q, p = neighbours(student), neighbours(teacher)
+    q, p = conditional_probabilities(student), conditional_probabilities(teacher)
     return (p * torch.log((p + EPS) / (q + EPS))).mean()
 
 
 class PKT(VectorMethod):
     """`hard` · labels' loss + `hint` · sum over taps of `pkt_loss`, by default on the classifiers' inputs.
 
-    With several taps they are taken in pairs, and their numbers must agree.
+    Several taps are compared in pairs; both networks need the same number of them.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """Knowledge review (ReviewKD). Chen et al. 2021 (arXiv 2104.09044), section 3.
 
-Every teacher stage teaches the student's stages of its depth and deeper ones: from deep to shallow, the student's maps
-are fused one into the next by attention (ABF), and each is compared with the teacher's over a pyramid of sizes (HCL).
+Each teacher stage supervises the student's stages of the same and greater depth: from deep to shallow, attention (ABF)
+fuses the student's maps one into the next, and each is compared with the teacher's at a pyramid of sizes (HCL).
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from litdistill.methods.base import MapMethod, maps, pair, summed
 from litdistill.methods.layers import BatchNorm
 from litdistill.types import Outputs
 
-MOST_CHANNELS = 512  # of the fused maps, as in the authors' code
+MAX_CHANNELS = 512  # maximum width of the fused maps, as in the authors' code
 
 
 class ABF(nn.Module):
-    """Attention-based fusion: (map of this stage, fused map of the next deeper one) -> (for the loss, fused).
+    """Attention-based fusion: (map of this stage, fused map of the next deeper one) -> (map for the loss, fused map).
 
-    `fuse=False` at the deepest stage, which has nothing to fuse with: then no attention is built.
+    `fuse=False` at the deepest stage, which has no deeper map: no attention is created.
     """
 
     def __init__(self, channels: int, mid: int, out: int, fuse: bool):
@@ -35,7 +35,7 @@ class ABF(nn.Module):
             nn.init.kaiming_uniform_(conv.weight, a=1)
 
     def forward(self, x: Tensor, deeper: Tensor | None, size: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """`size`: (H, W) of the teacher's map, to which the fused one is resized (nearest neighbour)."""
+        """`size`: (H, W) of the teacher's map, to which the fused map is resized (nearest neighbor)."""
         x = self.conv1(x)
         if self.attention is not None:
             assert deeper is not None
@@ -50,8 +50,8 @@ class ABF(nn.Module):
 def hcl(student: Tensor, teacher: Tensor) -> Tensor:
     """Hierarchical context loss: mean squared error of the maps and of their 4x4, 2x2 and 1x1 averages.
 
-    Each level has half the weight of the one before, and the weights sum to 1; a level no smaller than the map is left
-    out. Both (N, C, H, W); a scalar. Where a map is not square, its shorter side decides.
+    Each level has half the weight of the previous one, and the weights sum to 1; a level no smaller than the map's shorter
+    side is left out. Both (N, C, H, W); a scalar.
     """
     loss, weight, total = F.mse_loss(student, teacher), 1.0, 1.0
     for level in (4, 2, 1):
@@ -64,7 +64,7 @@ def hcl(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def stages(features: Mapping[str, Tensor]) -> list[Tensor]:
-    """The maps, and vectors (N, C) as maps of one position. Raises `UserError` where there is no map."""
+    """Returns the maps, and vectors (N, C) as maps of one position. Raises `UserError` where there is no map."""
     maps(features, "reviewkd")
     return [f[:, :, None, None] if f.ndim == 2 else f for f in features.values() if f.ndim in (2, 4)]
 
@@ -72,8 +72,8 @@ def stages(features: Mapping[str, Tensor]) -> list[Tensor]:
 class ReviewKD(MapMethod):
     """`hard` · labels' loss + `hint` · Σ HCL(fused student map, teacher map).
 
-    Stages are taken as in the authors' CIFAR code: the student's after their activation, the teacher's before it, and
-    of either the pooled vector as one stage more. Their warm-up over 20 epochs is left to a schedule of `hint`.
+    Stages as in the authors' CIFAR code: the student's after their activation, the teacher's before it, and the pooled
+    vector of either network as one more stage. Their warm-up over 20 epochs belongs to a schedule of `hint`.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class ReviewKD(MapMethod):
         return pair(stages(student.features), stages(teacher.features))
 
     def build_pairs(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
-        mid = min(MOST_CHANNELS, pairs[-1][0].shape[1])
+        mid = min(MAX_CHANNELS, pairs[-1][0].shape[1])
         deepest = len(pairs) - 1
         self.abfs = nn.ModuleList(ABF(s.shape[1], mid, t.shape[1], i < deepest) for i, (s, t) in enumerate(pairs))
 

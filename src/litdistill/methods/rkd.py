@@ -1,4 +1,4 @@
-"""Relational knowledge distillation. Park et al. 2019 (arXiv 1904.05068), section 3."""
+"""Relational knowledge distillation (RKD). Park et al. 2019 (arXiv 1904.05068), section 3."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from litdistill.types import Batch, Outputs, Taps
 
 
 def relations(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Distances `(N, N)` between N vectors `(N, D)` over their mean, and cosines `(N, N, N)` of the angles they form.
+    """Distances `(N, N)` between N vectors `(N, D)` divided by their mean, and cosines `(N, N, N)` of the angles between them.
 
     The mean is over ordered pairs of different samples. `cosines[i, j, k]` is that of the angle at i between j and k, 0
-    where i is j or k. Samples that coincide have distance 0, cosine 0 and no gradient from either. Differences are
-    taken one by one and not through inner products, which lose small distances.
+    where i is j or k. Coinciding samples have distance 0, cosine 0 and no gradient from either. Differences are computed
+    explicitly; inner products would lose small distances.
     """
     difference = x[None] - x[:, None]
     distance = difference.norm(dim=2)
@@ -29,10 +29,10 @@ def relations(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class RKD(Method):
-    """`hard` · labels' loss + `distance` · Huber(distances) + `angle` · Huber(angles), means over all pairs or triples.
+    """`hard` · labels' loss + `distance` · Huber(distances) + `angle` · Huber(angles), averaged over all pairs or triples.
 
-    The weights are the CRD protocol's, for means over all N² and N³ entries, a sample's zeros with itself included.
-    With several taps the terms are summed over the pairs of features. A batch of one has no relation: the terms are 0.
+    The weights are the CRD protocol's, for means over all N² and N³ entries, including the zeros of a sample with itself.
+    With several taps the terms are summed over the pairs of features. For a batch of one the terms are 0.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The control that shows whether it is the teacher's knowledge that helps: any method, with another image's teacher."""
+"""A control for a teacher's sample-wise knowledge: any method, with the teacher's outputs for another sample."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from litdistill.methods.base import CATEGORICAL, Method
 from litdistill.types import Batch, Outputs, Taps
 
 
-def of_its_class(target: Tensor) -> Tensor:
-    """(N,): for each sample the place of the next one of its class in the batch, its own where it is alone of it."""
+def same_class_partners(target: Tensor) -> Tensor:
+    """Returns (N,) indices: the next sample of the same class in the batch, or the sample itself if it is the only one."""
     target = target if target.ndim == 1 else target.argmax(1)
     order = target.argsort(stable=True)
     ranked, following = target[order], order.roll(-1)
@@ -22,12 +22,12 @@ def of_its_class(target: Tensor) -> Tensor:
 
 
 class Shuffled(Method):
-    """`method` as it is, but that every sample is given what the teacher says of another one of the same class.
+    """`method` with the teacher's outputs of each sample replaced by those of another sample of the same class.
 
-    The teacher's outputs have the same distribution as ever, in each batch and each class exactly: what classes are like,
-    and how sure the teacher is of them, the student still learns. What it cannot learn is what the teacher knows of the
-    very image. Since batches are drawn at random, so is the pairing; it needs no random number, so that a resumed run goes
-    on to the bit. A sample that is alone of its class in its batch keeps its own.
+    The teacher's outputs keep their exact distribution in each batch and each class: the student still learns the classes'
+    similarities and the teacher's confidence, but not the teacher's knowledge of the individual image. Batches are drawn at
+    random, so the pairing needs no random numbers and a resumed run is bit-identical. A sample that is the only one of its
+    class in the batch keeps its own outputs.
     """
 
     def __init__(self, method: Method):
@@ -61,7 +61,7 @@ class Shuffled(Method):
 
     def forward(self, student: Outputs, teacher: Any, batch: Batch) -> dict[str, Tensor]:
         if teacher is not None:
-            other = of_its_class(batch.targets)
+            other = same_class_partners(batch.targets)
             heads = {name: x[other] for name, x in teacher.heads.items()}
             features = {name: x[other] for name, x in teacher.features.items()}
             teacher = teacher._replace(heads=heads, features=features)

@@ -1,7 +1,7 @@
-"""The reused teacher classifier (SimKD). Chen et al. 2022 (arXiv 2203.14001), section 3.
+"""Reused teacher classifier (SimKD). Chen et al. 2022 (arXiv 2203.14001), section 3.
 
-The network that is trained and shipped is the student up to its last map, a projector, and the teacher's own
-classifier, frozen; all that is learnt is to give that classifier the map it knows.
+The trained and deployed network is the student up to its last map, a projector, and the teacher's own classifier,
+frozen; the student learns only the teacher's map, the classifier's input.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from litdistill.utils.errors import UserError
 
 
 class ReusedHead(nn.Module):
-    """What the student takes -> the teacher's classifier of the projected last map of the student: logits (N, classes).
+    """The student up to its last map, the projector and the teacher's classifier: student inputs -> logits (N, classes).
 
-    An ordinary network: its state dict is complete, and it is exported alone. `tap` names the last map in `backbone`;
-    what comes after it there is not used. `size`: height and width to which a larger map is pooled, the teacher's.
+    A plain network with a complete state dict, which is exported alone. `tap` names the last map in `backbone`; later
+    layers are not used. `size`: height and width of the teacher's map, to which a larger map is pooled.
     """
 
     def __init__(
@@ -31,20 +31,20 @@ class ReusedHead(nn.Module):
     ):
         super().__init__()
         self.backbone, self.projector, self.classifier, self.size = backbone, projector, classifier, size
-        self._taken = _Taken()
+        self._storage = _TapStorage()
         for m in backbone.modules():
             if getattr(m, "inplace", False) is True:
-                m.inplace = False  # type: ignore[assignment] # or an activation behind the tap would overwrite the map
+                m.inplace = False  # type: ignore[assignment] # an in-place activation after the tap would overwrite the map
         name, _, where = tap.partition(":")
         module = backbone.get_submodule(name)
         if where:
-            module.register_forward_pre_hook(partial(_take_input, self._taken))
+            module.register_forward_pre_hook(partial(_save_input, self._storage))
         else:
-            module.register_forward_hook(partial(_take_output, self._taken))
+            module.register_forward_hook(partial(_save_output, self._storage))
 
     def forward(self, *inputs: Any, **named: Any) -> Tensor:
         self.backbone(*inputs, **named)
-        x, self._taken.map = self._taken.map, None  # or the graph of this batch would be kept
+        x, self._storage.map = self._storage.map, None  # drops the reference, which would keep this batch's graph
         assert x is not None
         h, w = min(x.shape[2], self.size[0]), min(x.shape[3], self.size[1])
         if x.shape[2:] != (h, w):
@@ -52,24 +52,24 @@ class ReusedHead(nn.Module):
         return self.classifier(self.projector(x).mean((2, 3)))
 
 
-class _Taken:
-    """What the hook writes to: an object, which a deep copy of the network copies along and `torch.export` lets be."""
+class _TapStorage:
+    """Storage that the hook writes to; a deep copy of the network copies it, and `torch.export` accepts it."""
 
     map: Tensor | None = None
 
 
-def _take_input(taken: _Taken, module: nn.Module, args: tuple[Any, ...]) -> None:
-    taken.map = args[0]
+def _save_input(storage: _TapStorage, module: nn.Module, args: tuple[Any, ...]) -> None:
+    storage.map = args[0]
 
 
-def _take_output(taken: _Taken, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
-    taken.map = out
+def _save_output(storage: _TapStorage, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
+    storage.map = out
 
 
 def projector(channels: int, out: int, factor: int) -> nn.Sequential:
-    """1x1, 3x3 and 1x1 convolutions with BatchNorm and ReLU, of out/factor channels inside.
+    """1x1, 3x3 and 1x1 convolutions with BatchNorm and ReLU, with out/factor inner channels.
 
-    The last ReLU is the authors': a teacher's last map is expected to be one after a ReLU, too.
+    The last ReLU is the authors': a teacher's last map is expected to follow a ReLU, too.
     """
     mid = max(1, out // factor)
     layers: list[nn.Module] = []
@@ -79,9 +79,9 @@ def projector(channels: int, out: int, factor: int) -> nn.Sequential:
 
 
 def without_head(net: nn.Module, tap: str, called: list[nn.Module]) -> None:
-    """Puts `Identity` in the place of the layers with weights that run only after the tap: nothing uses them any more.
+    """Replaces layers with weights that run only after the tap by `Identity`, since their output is not used.
 
-    Left in, they would be trained by nobody, be shipped, and stop DDP, which waits for the gradient of each parameter.
+    Otherwise they would be deployed untrained, and would stop DDP, which waits for the gradient of each parameter.
     """
     name, _, where = tap.partition(":")
     tapped = {id(m) for m in net.get_submodule(name).modules()}
@@ -97,7 +97,7 @@ def without_head(net: nn.Module, tap: str, called: list[nn.Module]) -> None:
 class SimKD(Method):
     """`hint` · MSE(projected student map, teacher map) + `hard` · labels' loss of the reused classifier's logits.
 
-    The paper has no hard term: nothing but the map is learnt.
+    The paper has no hard term: only the map is learned.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class SimKD(Method):
         self.hint, self.factor, self.read = hint, factor, Taps(student_taps, teacher_taps)
 
     def taps(self) -> Taps:
-        """Of the network that `prepare` gives: the output of its projector."""
+        """Returns the projector's output in the network that `prepare` returns, and the teacher's map."""
         return Taps(("projector",), self.read.teacher) if self.hint else Taps()
 
     def prepare(self, student: nn.Module, teacher: nn.Module, example: Any) -> nn.Module:

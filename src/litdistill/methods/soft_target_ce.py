@@ -12,8 +12,8 @@ from litdistill.types import Batch, Outputs
 class SoftTargetCE(Method):
     """`hard` · labels' loss + `soft` · T² · CE(student_T, teacher_T).
 
-    CE = KL + the teacher's entropy, which no student changes: the gradients are those of `kd`, and only the values
-    differ. They are what older papers and logs report, and do not go to 0 when the student equals the teacher.
+    CE = KL + the teacher's entropy, a constant: the gradients are those of `kd`, and only the values differ. Older papers
+    and logs report these values, which do not go to 0 when the student equals the teacher.
     """
 
     kinds = (CATEGORICAL,)

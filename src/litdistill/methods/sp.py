@@ -1,4 +1,4 @@
-"""Similarity-preserving distillation. Tung & Mori 2019 (arXiv 1907.09682), section 3.1."""
+"""Similarity-preserving distillation (SP). Tung & Mori 2019 (arXiv 1907.09682), section 3.1."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from litdistill.methods.base import VectorMethod, summed
 
 
 def similarity(x: Tensor) -> Tensor:
-    """How alike the samples of a batch are: the inner products `(N, N)` of their features, each row of unit length.
+    """Similarity matrix of a batch: the inner products `(N, N)` of the samples' features, each row of unit length.
 
-    `x`: (N, …), flattened. A sample whose features are all 0 is like none: its row is 0, without a gradient.
+    `x`: (N, …), flattened. The row of a sample whose features are all 0 is 0, without a gradient.
     """
     x = x.float().flatten(1)
     x = x / x.detach().abs().max().clamp(min=1e-20)  # cancels in each row; keeps fourth powers inside float32

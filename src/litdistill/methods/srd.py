@@ -1,8 +1,8 @@
 """A simple recipe for distillation (SRD). Miles & Mikolajczyk 2024, Understanding the Role of the Projector in Knowledge
 Distillation (arXiv 2303.11098), section 3.
 
-A linear projector, BatchNorm of what is compared, and the logarithm of a high power of the difference. The method of
-Yang et al. 2021, at times called by the same letters, is `srrl`.
+A linear projector, BatchNorm of both vectors, and the logarithm of a high power of their difference. The method of
+Yang et al. 2021, at times abbreviated SRD as well, is `srrl`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from litdistill.utils.errors import UserError
 
 
 def pooled(outputs: Outputs) -> Tensor:
-    """The last feature as vectors (N, C): a map's mean over positions, or the mean of tokens; in float32."""
+    """Returns the last feature as vectors (N, C) in float32: a map's mean over positions, or the mean of tokens."""
     f = list(outputs.features.values())[-1].float()
     return f.mean((2, 3)) if f.ndim == 4 else f.mean(1) if f.ndim == 3 else f
 
@@ -28,7 +28,7 @@ def pooled(outputs: Outputs) -> Tensor:
 def log_sum(student: Tensor, teacher: Tensor, exponent: float) -> Tensor:
     """log Σ |student − teacher|^exponent over all samples and channels of the batch, (N, C) each; a scalar.
 
-    Of equal ones it is the logarithm of the smallest normal number, with no gradient, and not −∞.
+    For equal vectors it is the logarithm of the smallest normal number, without a gradient, instead of −∞.
     """
     total = (student - teacher).abs().pow(exponent).sum()
     return total.clamp(min=torch.finfo(total.dtype).tiny).log()
@@ -37,10 +37,10 @@ def log_sum(student: Tensor, teacher: Tensor, exponent: float) -> Tensor:
 class SRD(VectorMethod):
     """`hard` · labels' loss + `hint` · log Σ |BN(student's vector W) − BN(teacher's vector)|^exponent + `soft` · KL.
 
-    As in the authors' ImageNet code: vectors are those that the classifiers read, W is learnt, both BatchNorms have no
-    affine part and an ε of 1e-4, and the sum is over batch and channels, which adds only a constant to the logarithm of
-    a mean: the hint may be negative, and its gradient is that of the mean. KL is `kd`'s at `temperature`. W has no
-    bias, which BatchNorm would take away. A batch of one is normalised by the running statistics.
+    As in the authors' ImageNet code: the vectors are the classifiers' inputs, W is learned, both BatchNorms have no affine
+    part and an ε of 1e-4, and the sum is over batch and channels, which adds only a constant to the logarithm of a mean:
+    the hint may be negative, and its gradient is that of the mean. KL is `kd`'s at `temperature`. W has no bias, which
+    BatchNorm would cancel. A batch of one is normalized by the running statistics.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class SRD(VectorMethod):
             self.kinds = (CATEGORICAL,)
 
     def pairs(self, student: Outputs, teacher: Outputs) -> list[tuple[Tensor, Tensor]]:
-        """The last feature of either as vectors (N, C)."""
+        """Returns the last feature of either network as vectors (N, C)."""
         return [(pooled(student), pooled(teacher))]
 
     def build_pairs(self, pairs: list[tuple[Tensor, Tensor]]) -> None:

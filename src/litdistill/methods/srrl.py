@@ -1,7 +1,7 @@
 """Softmax regression representation learning (SRRL). Yang et al. 2021 (ICLR; openreview ZzwDy_wiWv), section 3.
 
-The student's last features, connected to the teacher's channels, should equal the teacher's, and should give the
-teacher's logits when the teacher's own classifier reads them.
+The student's last features, projected to the teacher's channels, should equal the teacher's features, and should give
+the teacher's logits under the teacher's own classifier.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class SRRL(Method):
     """`hard` · labels' loss + `hint` · MSE(features) + `soft` · MSE(logits by the teacher's classifier).
 
     As in the authors' code both distances are means over their elements, both weights are 1, the connector (1x1
-    convolution, BatchNorm, ReLU) works on the student's last map, and features are its means over positions.
+    convolution, BatchNorm, ReLU) reads the student's last map, and features are its means over positions.
     """
 
     weight: Tensor
@@ -44,7 +44,7 @@ class SRRL(Method):
         return self.read if self.hint or self.soft else Taps()
 
     def prepare(self, student: nn.Module, teacher: nn.Module, example: Any) -> nn.Module:
-        """Takes a copy of the teacher's classifier; the student is left as it is."""
+        """Copies the teacher's classifier; the student is unchanged."""
         if self.soft:
             classifier = reusable_classifier(teacher, example, self.read.teacher, "srrl")
             self.register_buffer("weight", classifier.weight.detach())
@@ -62,8 +62,8 @@ class SRRL(Method):
         terms = {}
         connected = self.connector(maps(student.features, "srrl")[-1]).float().mean((2, 3))
         if self.hint:
-            wanted = maps(teacher.features, "srrl")[-1].float().mean((2, 3))
-            terms["hint"] = self.hint * F.mse_loss(connected, wanted)
+            expected = maps(teacher.features, "srrl")[-1].float().mean((2, 3))
+            terms["hint"] = self.hint * F.mse_loss(connected, expected)
         if self.soft:
             with torch.autocast(connected.device.type, enabled=False):
                 logits = F.linear(connected, self.weight, self.bias)

@@ -1,4 +1,4 @@
-"""Several methods at once: their terms are added."""
+"""A sum of several methods: their loss terms are added."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from litdistill.utils.errors import UserError
 
 
 class Sum(Method):
-    """The terms of all `methods` together; each method reads its own taps.
+    """The terms of all `methods`; each method reads its own taps.
 
-    A term is named after its method's key: `kd_soft` and `at_hint` of `{"kd": …, "at": …}`. One method alone may weigh the
-    labels' loss, and its `hard` is that of the sum: labels that count twice would not be seen in a log. So `hard: 0` is set
-    in all methods but one. Raises `UserError` otherwise. `init_epochs` is the largest of its methods': none is in a first
-    phase afterwards.
+    A term's name starts with its method's key: `kd_soft` and `at_hint` of `{"kd": …, "at": …}`. Only one method may weigh the
+    labels' loss, and its `hard` is that of the sum, since labels counted twice would not show in a log: set `hard: 0` in all
+    methods but one. Raises `UserError` otherwise. `init_epochs` is the largest of its methods', so that all first phases
+    have ended by then.
     """
 
     def __init__(self, methods: Mapping[str, Method]):
@@ -39,17 +39,19 @@ class Sum(Method):
         self.needs_hard = any(m.needs_hard for m in methods.values())
         self.init_epochs = max(m.init_epochs for m in methods.values())
         self.kinds = tuple(kind for kind in Method.kinds if all(kind in m.kinds for m in methods.values()))
-        self.names: dict[str, tuple[list[str], list[str]]] = {}  # by method: which features of either network it reads
+        self.names: dict[
+            str, tuple[list[str], list[str]]
+        ] = {}  # by method: the names of its student and teacher features
 
     def parts(self) -> dict[str, Method]:
-        """The methods by key."""
+        """Returns the methods by key."""
         return {key: part for key, part in self.methods.items() if isinstance(part, Method)}
 
     def prepare(self, student: nn.Module, teacher: Any, example: Any) -> nn.Module:
-        """Prepares each method in turn, then finds the taps of each: `taps()` is known only afterwards.
+        """Prepares each method in turn, then resolves the taps of each, since `taps()` is known only afterwards.
 
-        Each method gets its own features back from the union by these names, so that `"stages"` of one and `"pooled"`
-        of another stay apart.
+        These names select each method's own features from the union, so that `"stages"` of one and `"pooled"` of another do
+        not mix.
         """
         for part in self.parts().values():
             student = part.prepare(student, teacher, example)
@@ -60,9 +62,9 @@ class Sum(Method):
         return student
 
     def taps(self) -> Taps:
-        """The union of the methods' taps, as names of submodules."""
+        """Returns the union of the methods' taps, as names of submodules."""
         if not self.names:
-            raise UserError("A Sum finds its taps in prepare(student, teacher, example): call it before taps().")
+            raise UserError("A Sum resolves its taps in prepare(student, teacher, example): call it before taps().")
         student = dict.fromkeys(name for names, _ in self.names.values() for name in names)
         teacher = dict.fromkeys(name for _, names in self.names.values() for name in names)
         return Taps(list(student), list(teacher))
@@ -82,7 +84,7 @@ class Sum(Method):
             part.set_epoch(epoch)
 
     def hard_factor(self, epoch: int) -> float:
-        """That of the method which weighs the labels' loss."""
+        """Returns the factor of the method that weighs the labels' loss."""
         return 1.0 if self.labeled is None else self.parts()[self.labeled].hard_factor(epoch)
 
     def companions(self, student: Outputs) -> list[Outputs]:
@@ -97,7 +99,7 @@ class Sum(Method):
         return terms
 
     def _own(self, key: str, student: Outputs, teacher: Outputs | None) -> tuple[Outputs, Outputs | None]:
-        """Both outputs with the features that this method asked for, in its order."""
+        """Returns both networks' outputs with only the features of this method, in its order."""
         s, t = self.names[key]
         own = student._replace(features={name: student.features[name] for name in s})
         if teacher is None:

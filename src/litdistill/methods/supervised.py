@@ -1,4 +1,4 @@
-"""Training with labels alone: teachers, and the controls that a distilled student is compared with."""
+"""Supervised training on labels alone: for teachers, and for the baselines of a distilled student."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from litdistill.types import Batch, Outputs
 
 
 class Supervised(Method):
-    """`hard` · labels' loss. The teacher, if there is one, is only compared with."""
+    """`hard` · labels' loss. A teacher, if given, is used for comparison only."""
 
     needs_teacher = False
 

@@ -1,4 +1,4 @@
-"""A virtual teacher in place of a network. Yuan et al. 2020, Tf-KD_reg (arXiv 1909.11723), section 5."""
+"""Distillation from a virtual teacher instead of a network. Yuan et al. 2020, Tf-KD_reg (arXiv 1909.11723), section 5."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from litdistill.utils.errors import UserError
 def virtual_teacher(target: Tensor, classes: int, correct: float, temperature: float) -> Tensor:
     """softmax(p / T), `(N, classes)`, of p = `correct` for the label and (1 − `correct`) / (classes − 1) elsewhere.
 
-    `target`: (N,) indices, or (N, classes) probabilities, by which p is mixed.
+    `target`: (N,) indices, or (N, classes) probabilities, which mix p.
     """
     label = F.one_hot(target, classes).float() if target.ndim == 1 else target.float()
     p = label * correct + (1 - label) * (1 - correct) / (classes - 1)
@@ -23,10 +23,10 @@ def virtual_teacher(target: Tensor, classes: int, correct: float, temperature: f
 
 
 class TeacherFree(Method):
-    """`hard` · labels' loss + `soft` · KL(virtual teacher ‖ student). A control for KD: it knows nothing of the image.
+    """`hard` · labels' loss + `soft` · KL(virtual teacher ‖ student). A control for KD: the teacher does not see the image.
 
-    The paper's formula softens the student as well; the code behind its tables does not, and neither does this. That
-    code's `multiplier` (100 on CIFAR-100) undoes a mean over the classes, which is not taken here.
+    The paper's formula softens the student as well; the code of its tables does not, and neither does this. That
+    code's `multiplier` (100 on CIFAR-100) cancels a mean over the classes, which is not taken here.
     """
 
     needs_teacher = False

@@ -1,4 +1,4 @@
-"""Variational information distillation. Ahn et al. 2019 (arXiv 1904.05835), sections 2 and 3."""
+"""Variational information distillation (VID). Ahn et al. 2019 (arXiv 1904.05835), sections 2 and 3."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from litdistill.methods.base import MapMethod, same_size, summed
 
 
 class Gaussian(nn.Module):
-    """q(teacher's map | student's map): the mean from three 1x1 convolutions, one learned variance a channel.
+    """q(teacher's map | student's map): its mean from three 1x1 convolutions, and one learned variance per channel.
 
-    The variance is softplus(a) + `eps`, at first `variance`.
+    The variance is softplus(a) + `eps`, initially `variance`.
     """
 
     def __init__(self, student_channels: int, teacher_channels: int, variance: float = 5.0, eps: float = 1e-5):
@@ -27,7 +27,7 @@ class Gaussian(nn.Module):
         self.eps = eps
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """−log q without its constant, averaged over elements; a scalar. Both (N, C, H, W); the larger is pooled."""
+        """Returns −log q without its constant, averaged over elements; a scalar. Both (N, C, H, W); the larger is pooled."""
         f_s, f_t = same_size(student, teacher)
         variance = (F.softplus(self.scale.float()) + self.eps).view(1, -1, 1, 1)
         return 0.5 * ((self.mean(f_s).float() - f_t.float()).square() / variance + variance.log()).mean()

@@ -1,4 +1,4 @@
-"""(Weighted) transformed teacher matching. Zheng & Yang 2024 (arXiv 2402.11148)."""
+"""Transformed teacher matching (TTM, WTTM). Zheng & Yang 2024 (arXiv 2402.11148)."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from litdistill.utils.errors import UserError
 
 
 def transformed_matching(student: Tensor, teacher: Tensor, gamma: float, weighted: bool) -> Tensor:
-    """The mean over the batch of U · KL(p^γ / U ‖ q), with U = Σ p^γ over the classes, or 1 where not weighted.
+    """Mean over the batch of U · KL(p^γ / U ‖ q), with U = Σ p^γ over the classes, or 1 if not `weighted`.
 
-    p, q: the softmaxes of teacher and student, both at temperature 1; raising p to γ is softening it with T = 1/γ. So
-    the student meets a softened teacher without being softened itself, and samples on which the teacher is unsure
-    (large U) count more. Logits `(N, classes)`; float32.
+    p, q: the softmaxes of teacher and student, both at temperature 1; p^γ / U is the teacher softened with T = 1/γ. The
+    student is not softened, and samples with an uncertain teacher (large U) have more weight. Logits `(N, classes)`;
+    float32.
     """
     log_power = gamma * F.log_softmax(teacher.float(), dim=1)
     log_u = log_power.logsumexp(dim=1, keepdim=True)
@@ -25,7 +25,7 @@ def transformed_matching(student: Tensor, teacher: Tensor, gamma: float, weighte
 
 
 class WTTM(Method):
-    """`hard` · labels' loss + `soft` · weighted KL with the power-transformed teacher; without `weighted` the paper's TTM."""
+    """`hard` · labels' loss + `soft` · weighted KL from the power-transformed teacher; without `weighted` the paper's TTM."""
 
     kinds = (CATEGORICAL,)
 

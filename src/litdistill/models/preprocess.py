@@ -106,7 +106,7 @@ def _tables(
     broadcast inside an image, the arithmetic is vectorized, five times as fast on a CPU."""
     found = []
     for values in _constants(mean, std):
-        full = torch.tensor(values).view(-1, 1, 1).expand(-1, *size)
+        full = torch.tensor(values, dtype=torch.float64).view(-1, 1, 1).expand(-1, *size)
         full = full.permute(1, 2, 0).contiguous().permute(2, 0, 1) if last else full.contiguous()
         found.append(full.to(device, dtype))
     return tuple(found)
@@ -119,7 +119,7 @@ class Preprocessed(nn.Module):
     def __init__(self, net: nn.Module, preprocess: Preprocess):
         super().__init__()
         self.preprocess, self.net = preprocess, net
-        self.training = net.training
+        self.training = getattr(net, "training", False)  # a scripted network has no mode
         self.register_state_dict_post_hook(_without_level)
         self.register_load_state_dict_pre_hook(_with_level)
 

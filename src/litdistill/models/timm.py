@@ -57,6 +57,7 @@ def timm_classifier(
             f"{name} cuts {height}x{width} pixels into patches of {patch[0]}x{patch[1]}: some are left. {REMEDY}"
         )
     check_fits(keep_inputs(net), num_classes, input_shape, name, REMEDY)
-    if pretrained and len(net.pretrained_cfg["mean"]) == channels:
-        return Preprocessed(net, Preprocess(net.pretrained_cfg["mean"], net.pretrained_cfg["std"]))
+    own: Any = net.pretrained_cfg
+    if pretrained and len(own["mean"]) == channels:
+        return Preprocessed(net, Preprocess(own["mean"], own["std"]))
     return net

@@ -55,30 +55,35 @@ def _check_packages() -> None:
 
 
 def page_sections(group: Group, key: str, settings: Settings) -> list[Section]:
-    return [
+    """All sections that the data have something for: classes have an accuracy each, images can be shown and spoilt."""
+    found = [
         sections.tradeoffs(group, key),
         sections.quality(group, key),
         sections.cost(group, key, settings),
         sections.over_seeds(group, key),
-        sections.per_class(group, key),
-        sections.calibration(group, key),
-        sections.failures(group, key),
-        robust(group, key, settings),
-        history.curves(group, key),
-        history.compute(group, key),
-        history.rerun(group, key),
     ]
+    if group.one_label:
+        found += [sections.per_class(group, key), sections.calibration(group, key)]
+        if group.pictured:
+            found += [sections.failures(group, key), robust(group, key, settings)]
+    return [*found, history.curves(group, key), history.compute(group, key), history.rerun(group, key)]
+
+
+def test_count(group: Group) -> int:
+    """Samples that students are tested on."""
+    return len(group.rows[0].seeds[0].test_targets)
 
 
 def _facts(found: Sequence[Group], settings: Settings) -> list[str]:
     facts = []
     for group in found:
-        shape = "x".join(map(str, group.facts["input_shape"]))
+        shape = "x".join(map(str, group.facts["input_shape"] or ()))
         runs = sum(len(r.seeds) for r in group.rows if not r.teacher)
         kinds = sum(not r.teacher for r in group.rows)
+        outputs = f"{group.facts['classes'] or 'unknown'} {'classes' if group.one_label else 'outputs'}"
         facts.append(
-            f"{group.name}: {kinds} kinds of student in {runs} runs; {group.facts['classes']} classes of {shape}, "
-            f"{group.facts['test']:,} test images"
+            f"{group.name}: {kinds} kinds of student in {runs} runs; {outputs}{f' of {shape}' if shape else ''}, "
+            f"{test_count(group):,} test {group.things}"
         )
     here = machine()
     timed = f"Timed on {here['cpu']}, {here['cores']} cores, {settings.threads} thread(s), {here['system']}"

@@ -1,4 +1,4 @@
-"""Measures finished runs anew, for the page: each run's student as it ships, and each teacher, on the same images.
+"""Measures finished runs anew, for the page: each run's student as it ships, and each teacher, on the same samples.
 
 Only run folders are read. What takes long (robustness) is kept beside the page, by the hash of what was measured.
 """
@@ -19,20 +19,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from litdistill.data.datamodule import ImageData
 from litdistill.evaluation import robustness
 from litdistill.evaluation.calibration import fit_temperature
 from litdistill.evaluation.evaluate import load_run, pick_device, rebuild
-from litdistill.evaluation.predictions import collect
+from litdistill.evaluation.predictions import measured, predict_split
 from litdistill.export.predict import runtime
 from litdistill.export.writers import ExportWrapper
+from litdistill.features.outputs import run_network
 from litdistill.models.preprocess import preprocess_of
 from litdistill.report import tables as report
 from litdistill.report.files import shipped_file, write_teacher
-from litdistill.tasks import metrics
+from litdistill.tasks import Classification, Task
+from litdistill.types import Outputs
 from litdistill.utils.checkpoint import write_text
 from litdistill.utils.errors import UserError
 from litdistill.utils.manifest import verified
+from litdistill.utils.units import factor
 
 log = logging.getLogger(__name__)
 
@@ -54,22 +56,31 @@ class Seed:
 
     summary: dict[str, Any]
     folder: Path
-    val: Tensor = field(default_factory=lambda: torch.empty(0))  # logits (N, classes)
+    task: Task = field(default_factory=Classification)
+    val: Outputs = field(default_factory=lambda: Outputs({}))  # of all samples of the split, in order
     val_targets: Tensor = field(default_factory=lambda: torch.empty(0))
-    test: Tensor = field(default_factory=lambda: torch.empty(0))
+    test: Outputs = field(default_factory=lambda: Outputs({}))
     test_targets: Tensor = field(default_factory=lambda: torch.empty(0))
-    temperature: float = 1.0
+    temperature: float = 1.0  # of a classifier
     robustness: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     sha256: str = ""  # of the weights
     starts: dict[str, float] = field(default_factory=dict)  # seconds of each run that it started from, by its name
 
     @property
     def quality(self) -> dict[str, float]:
-        return metrics.quality(self.test, self.test_targets)
+        """The task's metrics on the test set."""
+        return measured(self.task, self.test, self.test_targets)
+
+    @property
+    def score(self) -> float:
+        """The metric that runs are judged by, as it is shown under its heading."""
+        name = self.task.monitor[0]
+        return factor(name) * self.quality[name]
 
     @property
     def calibrated(self) -> dict[str, float]:
-        return metrics.quality(self.test / self.temperature, self.test_targets)
+        """`quality` of logits that are divided by the temperature."""
+        return measured(self.task, Outputs.of(self.test.logits / self.temperature), self.test_targets)
 
 
 @dataclass
@@ -89,18 +100,53 @@ class Row:
 
 @dataclass
 class Group:
-    """All rows on one data set."""
+    """All rows on one data set, judged by one metric."""
 
     name: str
-    facts: dict[str, Any]
+    facts: dict[str, Any]  # of its summaries: `FACTS` of the data, and "metric"
     rows: list[Row] = field(default_factory=list)
-    images: Tensor = field(default_factory=lambda: torch.empty(0))  # of the test set, uint8 (N, C, H, W)
-    classes: tuple[str, ...] = ()
+    inputs: Tensor | None = None  # of the test set as read, (N, ...); None where they are no single tensor
+    classes: tuple[str, ...] | None = None  # of the outputs; None until a run was measured
     problems: list[str] = field(default_factory=list)
+
+    @property
+    def metric(self) -> str:
+        """By which runs are judged."""
+        return str(self.facts["metric"]["name"])
+
+    @property
+    def less_is_better(self) -> bool:
+        """Whether a smaller value of it is the better one."""
+        return self.facts["metric"]["direction"] == "min"
+
+    @property
+    def pictured(self) -> bool:
+        """Whether inputs are images: uint8 (N, C, H, W)."""
+        return self.inputs is not None and self.inputs.ndim == 4 and self.inputs.dtype == torch.uint8
+
+    @property
+    def things(self) -> str:
+        """What samples are called."""
+        return "images" if self.pictured else "samples"
+
+    @property
+    def one_label(self) -> bool:
+        """Whether each sample has one class, and outputs are logits of classes."""
+        return all(one_label(seed.test, seed.test_targets) for row in self.rows for seed in row.seeds)
 
     @property
     def teacher(self) -> Row | None:
         return next((r for r in self.rows if r.teacher), None)
+
+
+BATCH = 512  # samples that are predicted at once
+FACTS = ("name", "classes", "input_shape", "test")
+
+
+def one_label(outputs: Outputs, targets: Tensor) -> bool:
+    """Whether targets are (N,) classes of logits (N, classes)."""
+    classified = targets.ndim == 1 and not targets.is_floating_point()
+    return classified and "logits" in outputs.heads and outputs.logits.ndim == 2
 
 
 def groups(places: Sequence[str | Path], out: Path, settings: Settings) -> list[Group]:
@@ -108,7 +154,7 @@ def groups(places: Sequence[str | Path], out: Path, settings: Settings) -> list[
     found = report.runs(places)
     by_data: dict[str, list[tuple[Path, dict[str, Any]]]] = {}
     for folder, summary in found:
-        known = {k: summary["data"].get(k) for k in ("name", "classes", "input_shape", "test")}
+        known = {k: summary["data"].get(k) for k in FACTS} | {"metric": summary["metric"]}
         by_data.setdefault(json.dumps(known), []).append((folder, summary))
     return [_group(json.loads(key), runs, out, settings) for key, runs in by_data.items()]
 
@@ -154,36 +200,49 @@ def _measure_run(
     settings: Settings,
 ) -> None:
     data, distiller = rebuild(folder, trust=settings.trust)
-    device = pick_device(settings.device)
+    device, task = pick_device(settings.device), distiller.task
     _adopt(group, data, spoilt, settings)
+    exports = group.inputs is not None
     if distiller.teacher is not None and not (teacher := teachers[summary["teacher"]["sha256"]]).seeds:
         sha = summary["teacher"]["sha256"]
-        seed = Seed(_own_summary(folder, sha, settings) or {}, folder, sha256=sha)
+        seed = Seed(_own_summary(folder, sha, settings) or {}, folder, task, sha256=sha)
         _measure(seed, distiller.teacher.net, None, data, device, group, spoilt, out, settings)
         teacher.seeds.append(seed)
         teacher.checkpoint = load_run(folder, settings.trust)[0].teacher.checkpoint
-        teacher.file = write_teacher(distiller.teacher.net, data, out / "cache" / f"teacher-{sha[:12]}.onnx")
+        if exports:
+            teacher.file = write_teacher(distiller.teacher.net, data, out / "cache" / f"teacher-{sha[:12]}.onnx")
         teacher.net = ExportWrapper(distiller.teacher.net)
     net = distiller.deployed_student
     path = None
-    if row.precision == "int8" or row.file is None:
+    if exports and (row.precision == "int8" or row.file is None):
         path = shipped_file(folder, row.precision, summary, settings.trust)
-    seed = Seed(summary, folder, sha256=summary["student"]["sha256"], starts=_starts(folder, summary, settings))
+    seed = Seed(summary, folder, task, sha256=summary["student"]["sha256"], starts=_starts(folder, summary, settings))
     _measure(seed, net, path if row.precision == "int8" else None, data, device, group, spoilt, out, settings)
     row.seeds.append(seed)
     if row.file is None:
         row.file, row.net = path, None if row.precision == "int8" else ExportWrapper(net)
 
 
-def _adopt(group: Group, data: ImageData, spoilt: dict[str, list[Tensor]], settings: Settings) -> None:
-    """Takes the test images from the first run that has them, and spoils some of them once for all models."""
-    images = data.source.test.images[data.test_ids]
-    if not group.classes:
-        group.images, group.classes = images, tuple(data.class_names)
-        if settings.robustness:
-            spoilt.update(robustness.corrupted(group.images[spread_out(settings.robustness, len(images))]))
-    if tuple(data.class_names) != group.classes or not torch.equal(images, group.images):
-        raise UserError("it was tested on other images than the runs before it. Give it a page of its own.")
+def _adopt(group: Group, data: Any, spoilt: dict[str, list[Tensor]], settings: Settings) -> None:
+    """Takes the test samples from the first run that has them, and spoils some of them once for all models."""
+    inputs, targets = whole_split(data, "test")
+    if group.classes is None:
+        group.inputs, group.classes = inputs, tuple(data.class_names)
+        if settings.robustness and group.pictured and targets.ndim == 1:
+            assert inputs is not None
+            spoilt.update(robustness.corrupted(inputs[spread_out(settings.robustness, len(inputs))]))
+    same = inputs is group.inputs or (
+        inputs is not None and group.inputs is not None and torch.equal(inputs, group.inputs)
+    )
+    if tuple(data.class_names) != group.classes or not same:
+        raise UserError("it was tested on other samples than the runs before it. Give it a page of its own.")
+
+
+def whole_split(data: Any, split: str) -> tuple[Tensor | None, Tensor]:
+    """All inputs (N, ...) of "val" or "test" as they were read, None where they are no single tensor, and their targets."""
+    batches = list(data.batches(split))
+    one = all(isinstance(batch.inputs, Tensor) for batch in batches)
+    return torch.cat([b.inputs for b in batches]) if one else None, torch.cat([b.targets for b in batches])
 
 
 def _own_summary(folder: Path, sha: str, settings: Settings) -> dict[str, Any] | None:
@@ -213,37 +272,45 @@ def _measure(
     seed: Seed,
     net: nn.Module,
     file: Path | None,
-    data: ImageData,
+    data: Any,
     device: str,
     group: Group,
     spoilt: dict[str, list[Tensor]],
     out: Path,
     settings: Settings,
 ) -> None:
-    """Fills a seed in. What predicts is the network, or the int8 `file` of it; gradients are the network's."""
+    """Fills a seed in. What predicts is the network, or the int8 `file` of it; gradients are the network's.
+
+    Temperature and robustness are those of classifiers, the latter of images.
+    """
     net.to(device).eval().requires_grad_(False)
     if file is None:
-        seed.val, seed.val_targets = collect(net, data, "val", device)
-        seed.test, seed.test_targets = collect(net, data, "test", device)
-        predict = partial(_predict, net, device, data.eval_batch_size)
-        measured = seed.sha256
+        seed.val, seed.val_targets = predict_split(net, data, "val", device, seed.task)
+        seed.test, seed.test_targets = predict_split(net, data, "test", device, seed.task)
+        predict = partial(_predict, net, device)
+        weights = seed.sha256
     else:
         content, facts = verified(file)
-        predict = partial(_run, runtime(content, facts, file), data.eval_batch_size)
-        train, test = data.source.train, data.source.test
-        seed.val, seed.val_targets = predict(train.images[data.val_ids]), train.targets[data.val_ids]
-        seed.test, seed.test_targets = predict(test.images[data.test_ids]), test.targets[data.test_ids]
-        measured = hashlib.sha256(content).hexdigest()
-    seed.temperature = fit_temperature(seed.val, seed.val_targets)
-    if settings.robustness:
-        chosen = spread_out(settings.robustness, len(group.images))
-        images, targets = group.images[chosen], seed.test_targets[chosen]
+        predict = partial(_run, runtime(content, facts, file))
+        (val, seed.val_targets), (test, seed.test_targets) = whole_split(data, "val"), whole_split(data, "test")
+        assert val is not None
+        assert test is not None
+        seed.val, seed.test = Outputs.of(predict(val)), Outputs.of(predict(test))
+        weights = hashlib.sha256(content).hexdigest()
+    if not one_label(seed.test, seed.test_targets):
+        return
+    seed.temperature = fit_temperature(seed.val.logits, seed.val_targets)
+    if settings.robustness and group.pictured:
+        assert group.inputs is not None
+        chosen = spread_out(settings.robustness, len(group.inputs))
+        images, targets = group.inputs[chosen], seed.test_targets[chosen]
         seen = hashlib.sha256(images.contiguous().numpy().tobytes()).hexdigest()
         how = hashlib.sha256(inspect.getsource(robustness).encode()).hexdigest()  # another definition, another accuracy
         preprocess = preprocess_of(net)
         asked = [group.facts, seen, settings.epsilons, preprocess.facts() if preprocess is not None else None, how]
-        compute = lambda: _robustness(predict, net, images, targets, spoilt, settings, device)  # noqa: E731
-        seed.robustness = _cached(out / "cache" / f"robustness-{measured[:16]}.json", asked, compute)
+        logits_of = lambda x: run_network(net, x).logits  # noqa: E731
+        compute = lambda: _robustness(predict, logits_of, images, targets, spoilt, settings, device)  # noqa: E731
+        seed.robustness = _cached(out / "cache" / f"robustness-{weights[:16]}.json", asked, compute)
 
 
 def spread_out(n: int, of: int) -> Tensor:
@@ -252,12 +319,14 @@ def spread_out(n: int, of: int) -> Tensor:
 
 
 @torch.no_grad()
-def _predict(logits_of: Callable[[Tensor], Tensor], device: str, batch: int, images: Tensor) -> Tensor:
-    return torch.cat([logits_of(chunk.to(device)).float().cpu() for chunk in images.split(batch)])
+def _predict(net: nn.Module, device: str, images: Tensor) -> Tensor:
+    chunks = images.split(BATCH)
+    return torch.cat([run_network(net, chunk.to(device)).logits.float().cpu() for chunk in chunks])
 
 
-def _run(run: Callable[[np.ndarray], np.ndarray], batch: int, images: Tensor) -> Tensor:
-    return torch.from_numpy(np.concatenate([run(chunk.numpy()) for chunk in images.split(batch)]))
+def _run(run: Callable[[np.ndarray], np.ndarray], images: Tensor | None) -> Tensor:
+    assert images is not None  # an exported file takes a single tensor
+    return torch.from_numpy(np.concatenate([run(chunk.numpy()) for chunk in images.split(BATCH)]))
 
 
 def _robustness(

@@ -38,9 +38,9 @@ def write_teacher(net: nn.Module, data: Any, path: Path) -> Path:
     preprocessing = any(isinstance(m, Preprocessed) for m in net.modules())
     entry = {"format": "onnx", "precision": "fp32", "preprocessing": preprocessing}
     # Members of an ensemble may preprocess in several ways: the file does, whatever it is.
-    facts = ExportMetadata("onnx", preprocessing, list(data.class_names), [], [], None, list(data.input_shape), {})
+    inputs = next(iter(data.batches("test"))).inputs[:64]
+    facts = ExportMetadata("onnx", preprocessing, list(data.class_names), [], [], None, list(inputs.shape[1:]), {})
     write_atomically(path, lambda temporary: write_format(net.cpu(), data, temporary, entry, facts, 0))
-    inputs = data.get_batch("test", data.test_ids[:64]).inputs
     with torch.no_grad():
         expected = run_network(net.eval(), inputs).logits
     given = torch.from_numpy(runtime(path.read_bytes(), facts, path)(inputs.numpy()))

@@ -12,23 +12,31 @@ from omegaconf import OmegaConf
 from litdistill.report import plots
 from litdistill.report.blocks import Block, Code, Grid, Picture, Section, Table, Text
 from litdistill.report.collect import Group, Row, Seed
-from litdistill.report.sections import looks
-
-CURVE = "val/accuracy"
+from litdistill.report.sections import capitalized, looks
+from litdistill.utils.units import SHARES, axis, factor, named
 
 
 def curves(group: Group, key: str) -> Section:
-    """Validation accuracy as TensorBoard has it."""
-    found = [(s, r, [c for seed in r.seeds if not r.teacher if (c := curve(seed.folder))]) for s, r in _both(group)]
+    """The metric on the validation set as TensorBoard has it."""
+    metric = group.metric
+    found = [
+        (s, r, [c for seed in r.seeds if not r.teacher if (c := curve(seed.folder, metric))]) for s, r in _both(group)
+    ]
     shown = [(s, r, c) for s, r, c in found if c]
-    floor = max(0.0, min((min(sorted(v)[len(v) // 4 :]) for _, _, c in shown for _, v in c), default=0.0) - 5)
+    limits, unit = None, ""
+    if metric in SHARES:
+        floor = max(0.0, min((min(sorted(v)[len(v) // 4 :]) for _, _, c in shown for _, v in c), default=0.0) - 5)
+        limits, unit = (floor, 100.5), " per cent"
     pictures = []
     for style, row, series in shown:
-        line = teacher_line(row)
-        ends = ", ".join(f"{v[-1]:.1f}" for _, v in series)
-        alt = f"Validation accuracy of {row.label} while it is trained; it ends at {ends} per cent."
-        pictures.append(Picture(f"{key}curve-{style.number}", plots.curves(series, line, style.name, floor), alt))
-    about = "Accuracy on the validation set, a line a seed; dotted, the teacher's. A row without epochs of its own has none."
+        ends = ", ".join(f"{v[-1]:.1f}" if unit else f"{v[-1]:.4g}" for _, v in series)
+        alt = f"Validation {named(metric)} of {row.label} while it is trained; it ends at {ends}{unit}."
+        svg = plots.curves(series, teacher_line(row, metric), style.name, f"validation {axis(metric)}", limits)
+        pictures.append(Picture(f"{key}curve-{style.number}", svg, alt))
+    about = (
+        f"{capitalized(named(metric))} on the validation set, a line a seed; dotted, the teacher's. A row without epochs of "
+        "its own has none."
+    )
     blocks: list[Block] = [Text(about), Grid(pictures)] if pictures else [Text("These runs wrote no event files.")]
     return Section(f"{key}curves", "Training curves", blocks)
 
@@ -37,10 +45,10 @@ def _both(group: Group) -> list[tuple[plots.Style, Row]]:
     return list(zip(looks(group), group.rows, strict=True))
 
 
-def curve(folder: Path, tag: str = CURVE) -> tuple[list[int], list[float]] | None:
-    """Steps and values, in per cent, of a scalar of a run's event files; None where they hold no two of that name."""
-    events = scalars(folder, tag)
-    return ([s for s, _ in events], [100 * v for _, v in events]) if len(events) > 1 else None
+def curve(folder: Path, metric: str) -> tuple[list[int], list[float]] | None:
+    """Steps and values, shares in per cent, of a metric on the validation set; None where event files hold no two of them."""
+    events = scalars(folder, f"val/{metric}")
+    return ([s for s, _ in events], [factor(metric) * v for _, v in events]) if len(events) > 1 else None
 
 
 def scalars(folder: Path, tag: str) -> list[tuple[int, float]]:
@@ -55,10 +63,10 @@ def scalars(folder: Path, tag: str) -> list[tuple[int, float]]:
     return [(e.step, e.value) for e in events.Scalars(tag)]
 
 
-def teacher_line(row: Row) -> float | None:
-    """The teacher's accuracy on the validation set, in per cent, if the run noted it."""
-    events = scalars(row.seeds[0].folder, "val/teacher_accuracy")
-    return 100 * events[-1][1] if events else None
+def teacher_line(row: Row, metric: str) -> float | None:
+    """The teacher's metric on the validation set, a share in per cent, if the run noted it."""
+    events = scalars(row.seeds[0].folder, f"val/teacher_{metric}")
+    return factor(metric) * events[-1][1] if events else None
 
 
 def compute(group: Group, key: str) -> Section:
@@ -66,7 +74,7 @@ def compute(group: Group, key: str) -> Section:
     pairs = [(s, r) for s, r in _both(group) if not r.teacher]
     training = {r.seeds[0].sha256: r.seeds[0].summary for r in group.rows if r.teacher}
     head = ["model", "a run, s", "of which teacher, s", "teacher's share %", "before it, s", "epochs", "steps"]
-    head += ["images seen", "device"]
+    head += [f"{group.things} seen", "device"]
     rows, own, asked, begun, total, total_asked = [], [], [], [], 0.0, 0.0
     starts: dict[str, float] = {}
     for style, row in pairs:

@@ -69,11 +69,16 @@ def pareto(costs: Sequence[float], values: Sequence[float]) -> list[int]:
 
 
 def over_cost(
-    looks: Sequence[Style], costs: Sequence[float], values: Sequence[Sequence[float]], xlabel: str, ylabel: str
+    looks: Sequence[Style],
+    costs: Sequence[float],
+    values: Sequence[Sequence[float]],
+    xlabel: str,
+    ylabel: str,
+    less_is_better: bool = False,
 ) -> str:
-    """Mean accuracy (%) over a cost on a logarithmic axis, the range over seeds as a bar, and the Pareto front."""
+    """A mean metric over a cost on a logarithmic axis, the range over seeds as a bar, and the Pareto front."""
     with _figure(5.4, 3.5 + _legend_height(looks)) as (figure, axes, drawn):
-        _draw_over_cost(axes, looks, costs, values, xlabel, ylabel)
+        _draw_over_cost(axes, looks, costs, values, xlabel, ylabel, less_is_better)
         _legend_below(figure, axes)
     return drawn[0]
 
@@ -84,6 +89,7 @@ def main_picture(
     values: Sequence[Sequence[float]],
     ylabel: str,
     path: Path,
+    less_is_better: bool = False,
 ) -> None:
     """`over_cost` of several costs side by side, as a PNG on white paper."""
     from litdistill.tasks.figures import new_figure
@@ -92,7 +98,7 @@ def main_picture(
         figure = new_figure(5.0 * len(costs), 3.9 + 0.19 * len(looks) / 3)
         both = figure.subplots(1, len(costs), sharey=True)
         for axes, (xlabel, cost) in zip(both, costs, strict=True):
-            _draw_over_cost(axes, looks, cost, values, xlabel, ylabel if axes is both[0] else "")
+            _draw_over_cost(axes, looks, cost, values, xlabel, ylabel if axes is both[0] else "", less_is_better)
         handles, labels = both[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -106,13 +112,14 @@ def _draw_over_cost(
     values: Sequence[Sequence[float]],
     xlabel: str,
     ylabel: str,
+    less_is_better: bool,
 ) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     means = [statistics.mean(v) for v in values]
-    front = pareto(costs, means)
+    front = pareto(costs, [-m for m in means] if less_is_better else means)
     axes.step(
-        [costs[i] for i in front] + [max(costs) * 1.6], [means[i] for i in front] + [max(means)],
+        [costs[i] for i in front] + [max(costs) * 1.6], [means[i] for i in front] + [means[front[-1]]],
         where="post", color=INK, alpha=0.45, linewidth=1.2, label="Pareto front of the means", zorder=1,
     )  # fmt: skip
     for look, cost, mean, each in zip(looks, costs, means, values, strict=True):
@@ -126,19 +133,22 @@ def _draw_over_cost(
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set(xlabel=xlabel, ylabel=ylabel)
     # A control at chance level would press all that is to be compared into one line.
-    far = [i for i, mean in enumerate(means) if mean < max(means) / 2]
+    best = means[front[-1]]
+    far = [i for i, mean in enumerate(means) if (mean > 2 * best if less_is_better else mean < best / 2)]
     if far:
         low, high = min(min(v) for i, v in enumerate(values) if i not in far), max(map(max, values))
-        axes.set_ylim(low - 0.12 * (high - low), high + 0.08 * (high - low))
-        words = ", ".join(f"{looks[i].number} at {means[i]:.1f}" for i in far)
-        axes.annotate(f"below: {words}", (0.02, 0.02), xycoords="axes fraction", fontsize=9, color=INK)
+        if high > low:
+            axes.set_ylim(low - 0.12 * (high - low), high + 0.08 * (high - low))
+        words = ", ".join(f"{looks[i].number} at {means[i]:.4g}" for i in far)
+        where, place = ("above", (0.02, 0.95)) if less_is_better else ("below", (0.02, 0.02))
+        axes.annotate(f"{where}: {words}", place, xycoords="axes fraction", fontsize=9, color=INK)
     axes.get_xlim(), axes.get_ylim()  # which settles where points lie on the paper
     for near in _together(axes.transData.transform(list(zip(costs, means, strict=True)))):
         if near[0] in far:
             continue
         numbers = ", ".join(str(looks[i].number) for i in near)
-        place = (costs[near[0]], means[near[0]])
-        axes.annotate(numbers, place, (6, 5), textcoords="offset points", fontsize=9, color=INK)
+        point = (costs[near[0]], means[near[0]])
+        axes.annotate(numbers, point, (6, 5), textcoords="offset points", fontsize=9, color=INK)
 
 
 def _together(places: np.ndarray, distance: float = 14) -> list[list[int]]:
@@ -153,15 +163,21 @@ def _together(places: np.ndarray, distance: float = 14) -> list[list[int]]:
     return groups
 
 
-def dots(looks: Sequence[Style], values: Sequence[Sequence[float]], xlabel: str, line: float | None = None) -> str:
-    """A row a model: a dot a seed, a bar and a number the mean; `line`: the teacher's value."""
+def dots(
+    looks: Sequence[Style],
+    values: Sequence[Sequence[float]],
+    xlabel: str,
+    line: float | None = None,
+    form: str = ".1f",
+) -> str:
+    """A row a model: a dot a seed, a bar and a number, written as `form`, the mean; `line`: the teacher's value."""
     with _figure(5.4, 1.0 + 0.42 * len(looks)) as (_, axes, drawn):
         for row, (look, each) in enumerate(zip(looks, values, strict=True)):
             mean = statistics.mean(each)
             axes.plot(each, [row] * len(each), **_point(look), markersize=6, alpha=0.7)
             axes.plot([mean, mean], [row - 0.26, row + 0.26], color=look.look["color"], linewidth=2.5)
             axes.annotate(
-                f"{mean:.1f}", (1.01, row), xycoords=("axes fraction", "data"), va="center", fontsize=9, color=INK
+                f"{mean:{form}}", (1.01, row), xycoords=("axes fraction", "data"), va="center", fontsize=9, color=INK
             )
         if line is not None:
             axes.axvline(line, color=INK, linestyle="--", linewidth=1, alpha=0.6)
@@ -202,15 +218,19 @@ def reliability(before: Sequence[Any], after: Sequence[Any], title: str) -> str:
 
 
 def curves(
-    series: Sequence[tuple[Sequence[int], Sequence[float]]], line: float | None, title: str, floor: float
+    series: Sequence[tuple[Sequence[int], Sequence[float]]],
+    line: float | None,
+    title: str,
+    ylabel: str,
+    limits: tuple[float, float] | None = None,
 ) -> str:
-    """Validation accuracy (%) over steps, a line a seed; `line`: the teacher's; `floor`: where the axis begins."""
+    """A metric over steps, a line a seed; `line`: the teacher's; `limits`: where the axis begins and ends."""
     with _figure(3.4, 2.9) as (_, axes, drawn):
         for i, (steps, values) in enumerate(series):
             axes.plot(steps, values, color=COLORS[i % 6], linestyle=LINES[i % 4], linewidth=1.3)
         if line is not None:
             axes.axhline(line, color=INK, linestyle=":", linewidth=1)
-        axes.set(title=title, xlabel="step", ylabel="validation accuracy (%)", ylim=(floor, 100.5))
+        axes.set(title=title, xlabel="step", ylabel=ylabel, ylim=limits)
     return drawn[0]
 
 

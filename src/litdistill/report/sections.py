@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,21 +12,28 @@ from PIL import Image
 from torch import Tensor
 
 from litdistill.evaluation.latency import NOT_REPORTED
+from litdistill.evaluation.predictions import agreement
 from litdistill.report import plots
 from litdistill.report.blocks import Block, Grid, Picture, Section, Table, Text, Thumb, Thumbs
 from litdistill.report.collect import Group, Row, Seed, Settings
-from litdistill.report.tables import spread
 from litdistill.tasks import metrics
+from litdistill.utils.units import SHARES, axis, factor, heading, named, shown_mean, spread
 
 FAILURES = 8  # images a row
 
 
-def each(row: Row, value: Callable[[Seed], float], factor: float = 100) -> list[float]:
-    return [factor * value(seed) for seed in row.seeds]
+def scores(row: Row) -> list[float]:
+    """The metric that runs are judged by, a number a seed, shares in per cent."""
+    return [seed.score for seed in row.seeds]
 
 
-def accuracy(seed: Seed) -> float:
-    return seed.quality["accuracy"]
+def capitalized(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def follows(pairs: Sequence[tuple[Seed, Seed]]) -> list[dict[str, float]]:
+    """How far each run follows the teacher that it is compared with, on the test set."""
+    return [agreement(seed.task, seed.test, teacher.test) for seed, teacher in pairs]
 
 
 def names(group: Group) -> list[str]:
@@ -59,45 +66,64 @@ def share(values: Sequence[float], of: float) -> str:
 
 
 def quality(group: Group, key: str) -> Section:
-    head = ["model", "network", "starts from", "trained on", "seeds", "accuracy %", "last epoch %", "NLL", "ECE"]
-    head += ["agreement %", "KL"]
+    metric = group.metric
+    followed = [follows(taught(row, group)) for row in group.rows]
+    others = list(dict.fromkeys(k for row in group.rows for k in row.seeds[0].quality if k not in (metric, "brier")))
+    like = list(dict.fromkeys(k for found in followed for one in found for k in one))
+    last_epoch = "last epoch" + (" %" if metric in SHARES else "")
+    head = ["model", "network", "starts from", "trained on", "seeds", heading(metric), last_epoch]
+    head += map(heading, (*others, *like))
     rows = []
-    for name, row in zip(names(group), group.rows, strict=True):
-        first = row.seeds[0].summary
-        like = [metrics.agreement(seed.test, teacher.test) for seed, teacher in taught(row, group)]
+    for name, row, found in zip(names(group), group.rows, followed, strict=True):
+        first, measured = row.seeds[0].summary, [seed.quality for seed in row.seeds]
         trained = [s.summary for s in row.seeds if s.summary.get("epochs")]  # else the last epoch is that of its start
-        last = [100 * summary["student"]["test"]["accuracy"]["last"] for summary in trained]
-        begun = (starts_from(first), f"{first['data']['train']:,}") if first else ("", "")
+        last = [summary["student"]["test"][metric]["last"] for summary in trained]
+        begun = (starts_from(first, group.things), counted(first["data"]["train"])) if first else ("", "")
         rows.append(
             [
                 *(name, row.about["name"], *begun, str(len({s.summary.get("seed") for s in row.seeds}))),
-                *(spread(each(row, accuracy)), spread(last) if last else ""),
-                *(spread([s.quality[k] for s in row.seeds], 3) for k in ("nll", "ece")),
-                spread([100 * x["agreement"] for x in like]) if like else "",
-                spread([x["kl"] for x in like], 3) if like else "",
+                *(shown_mean(metric, [q[metric] for q in measured]), shown_mean(metric, last) if last else ""),
+                *(shown_mean(k, [q[k] for q in measured]) for k in others),
+                *(shown_mean(k, [one[k] for one in found]) if found else "" for k in like),
             ]
         )
-    chosen_on = min(len(s.val_targets) for r in group.rows for s in r.seeds)
-    about = (
-        f"On {group.facts['test']:,} test images that nothing was trained or chosen on. Accuracy is that of the weights "
-        "that were best on the validation set, as they ship: rows that are int8 are measured as their int8 file. The "
-        f"validation set has {chosen_on:,} images, of which one is {100 / chosen_on:.2g} points: the epoch that is best on "
-        "so few is partly drawn by lot, and what it has before others there may be noise. So the last epoch, which nothing "
-        "chose, stands beside it; a row that was only converted has none. Images are those of the row's own training: what "
-        "it starts from may have seen more. "
-        "Mean ± standard deviation over seeds. Agreement: the share of images that the teacher puts into the same class; "
-        "KL: from the teacher, in nats."
-    )
-    blocks: list[Block] = [Text(about), Table(f"{key}quality", head, rows, 3)]
+    blocks: list[Block] = [Text(_worth(group, like)), Table(f"{key}quality", head, rows, 3)]
     return Section(f"{key}worth", "What each is worth", blocks)
 
 
-def starts_from(summary: Mapping[str, Any]) -> str:
-    """Whose weights a run began with, and how many images they had seen."""
+def _worth(group: Group, like: Sequence[str]) -> str:
+    """What stands above the table of `quality`."""
+    things, metric = group.things, named(group.metric)
+    chosen_on = min(len(s.val_targets) for r in group.rows for s in r.seeds)
+    tested = len(group.rows[0].seeds[0].test_targets)
+    one = f", of which one is {100 / chosen_on:.2g} points" if group.metric == "accuracy" else ""
+    text = (
+        f"On {tested:,} test {things} that nothing was trained or chosen on. {capitalized(metric)} is that of the weights "
+        "that were best on the validation set, as they ship: rows that are int8 are measured as their int8 file. The "
+        f"validation set has {chosen_on:,} {things}{one}: the epoch that is best on "
+        "so few is partly drawn by lot, and what it has before others there may be noise. So the last epoch, which nothing "
+        f"chose, stands beside it; a row that was only converted has none. {capitalized(things)} are those of the row's own "
+        "training: what it starts from may have seen more. Mean ± standard deviation over seeds."
+    )
+    if group.less_is_better:
+        text += f" Of {metric} less is better."
+    if "agreement" in like:
+        text += f" Agreement: the share of {things} for which the student decides as the teacher does; KL: from the "
+        text += "teacher, in nats."
+    return text
+
+
+def counted(number: int | None) -> str:
+    """With commas; nothing where nobody can say."""
+    return "" if number is None else f"{number:,}"
+
+
+def starts_from(summary: Mapping[str, Any], things: str = "images") -> str:
+    """Whose weights a run began with, and how many `things` they had seen."""
     start = summary.get("start")
     if start is None:
         return "nothing"
-    images = f"{start['images']:,} images" if start.get("images") else "unknown images"
+    images = f"{start['images']:,} {things}" if start.get("images") else f"unknown {things}"
     return {
         "teacher": f"the teacher ({images})",
         "published": "published weights",
@@ -105,49 +131,58 @@ def starts_from(summary: Mapping[str, Any]) -> str:
 
 
 def cost(group: Group, key: str, settings: Settings) -> Section:
+    things = group.things
     head = ["model", "precision", "parameters", "MACs", "file, kB", "of teacher's"]
     for batch in (1, 64):
         head += [f"batch {batch}: p50, ms", "p95, ms", "of teacher's (quartiles)"]
-    head += ["images/s at 64", "peak memory, MB", "J per 1,000 images"]
+    head += [f"{things}/s at 64", "peak memory, MB", f"J per 1,000 {things}"]
     timed = [(n, r) for n, r in zip(names(group), group.rows, strict=True) if "cpu" in r.timing]
     reference = next((r for _, r in timed if r.teacher), None)
     rows = []
     for name, row in timed:
         t = row.timing
-        cells = [name, row.precision, f"{row.about['params']:,}", f"{row.about['macs']:,}", f"{t['bytes'] / 1e3:,.1f}"]
+        cells = [
+            name,
+            row.precision,
+            f"{row.about['params']:,}",
+            counted(row.about["macs"]),
+            f"{t['bytes'] / 1e3:,.1f}",
+        ]
         cells.append(f"{t['bytes'] / reference.timing['bytes']:.3f}" if reference else "")
         cells += times(t["cpu"], reference is not None)
         cells += [NOT_REPORTED if t["memory"] is None else f"{t['memory'] / 1e6:.1f}", joules(t["cpu"]["energy"])]
         rows.append(cells)
+    inputs = "uint8 images" if group.pictured else "samples as they are read"
     about = (
-        "All models, the teacher too, are ONNX files that take uint8 images, each that of its row's first seed, run by "
+        f"All models, the teacher too, are ONNX files that take {inputs}, each that of its row's first seed, run by "
         f"onnxruntime on {settings.threads} CPU thread(s). They are warmed up and timed in turn: {settings.rounds} rounds "
         "through all of them, every other one backwards, and a ratio is that of a round's medians"
         f"{', of the time that the thread had the CPU' if settings.threads == 1 else ''} (median and quartiles over "
         "rounds; below 1 is faster than the teacher). Peak memory: by how much a fresh process grows that has "
-        "onnxruntime loaded, loads the file and runs it on 64 images. Energy: of the whole CPU package, whatever else it "
-        "does. Multiply-accumulates are those of one image. Parameters are those of the network that was trained: in int8 its "
-        "batch normalisation is folded into the convolutions, which leaves fewer. Of networks as small as some here most of "
-        "the latency is what a call of the runtime costs, whatever it computes, and int8 need not be faster there."
+        f"onnxruntime loaded, loads the file and runs it on 64 {things}. Energy: of the whole CPU package, whatever else it "
+        f"does. Multiply-accumulates are those of one {things[:-1]}. Parameters are those of the network that was "
+        "trained: in int8 its batch normalization is folded into the convolutions, which leaves fewer. Of networks as small "
+        "as some here most of the latency is what a call of the runtime costs, whatever it computes, and int8 need not be "
+        "faster there."
     )
     if timed:
         about += f" While it timed, this process had {timed[0][1].timing['cpu_share']:.2f} CPUs."
     blocks: list[Block] = [Text(about), Table(f"{key}cost", head, rows, 2)]
-    blocks += _on_gpu(timed, reference, key)
+    blocks += _on_gpu(timed, reference, key, things)
     return Section(f"{key}costs", "What each costs", blocks)
 
 
-def _on_gpu(timed: Sequence[tuple[str, Row]], reference: Row | None, key: str) -> list[Block]:
+def _on_gpu(timed: Sequence[tuple[str, Row]], reference: Row | None, key: str, things: str) -> list[Block]:
     on_gpu = [(n, r) for n, r in timed if "cuda" in r.timing]
     if not on_gpu:
         return [Text("GPU: none here.")]
     head = ["model"]
     for batch in (1, 64):
         head += [f"batch {batch}: p50, ms", "p95, ms", "of teacher's (quartiles)"]
-    head += ["images/s at 64", "J per 1,000 images"]
+    head += [f"{things}/s at 64", f"J per 1,000 {things}"]
     rows = [[n, *times(r.timing["cuda"], reference is not None), joules(r.timing["cuda"]["energy"])] for n, r in on_gpu]
     return [
-        Text("On the GPU, by torch in float32, the way of the images there and of the logits back included."),
+        Text(f"On the GPU, by torch in float32, the way of the {things} there and of the logits back included."),
         Table(f"{key}gpu", head, rows),
     ]
 
@@ -165,55 +200,73 @@ def joules(value: float | None) -> str:
 
 
 def tradeoffs(group: Group, key: str) -> Section:
-    """The main picture: what accuracy costs."""
+    """The main picture: what the metric costs."""
     timed = [(s, r) for s, r in zip(looks(group), group.rows, strict=True) if "cpu" in r.timing]
     blocks: list[Block] = []
+    metric = axis(group.metric)
     if timed:
         styles, rows, pictures = [s for s, _ in timed], [r for _, r in timed], []
-        values = [each(r, accuracy) for r in rows]
+        values = [scores(r) for r in rows]
+        sign = -1 if group.less_is_better else 1
         for name, xlabel, costs in (
             ("bytes", "file (kB)", [r.timing["bytes"] / 1e3 for r in rows]),
-            ("latency", "latency, p50 of one image (ms)", [r.timing["cpu"][1]["p50_ms"] for r in rows]),
+            ("latency", f"latency, p50 of one {group.things[:-1]} (ms)", [r.timing["cpu"][1]["p50_ms"] for r in rows]),
         ):
-            front = plots.pareto(costs, [statistics.mean(v) for v in values])
-            svg = plots.over_cost(styles, costs, values, xlabel, "test accuracy (%)")
-            alt = f"Test accuracy over {xlabel}. On the Pareto front: {'; '.join(styles[i].name for i in front)}."
-            pictures.append(Picture(f"{key}accuracy-over-{name}", svg, alt))
+            front = plots.pareto(costs, [sign * statistics.mean(v) for v in values])
+            svg = plots.over_cost(styles, costs, values, xlabel, f"test {metric}", group.less_is_better)
+            best = "; ".join(styles[i].name for i in front)
+            alt = f"Test {named(group.metric)} over {xlabel}. On the Pareto front: {best}."
+            pictures.append(Picture(f"{key}{group.metric}-over-{name}", svg, alt))
         blocks += [Grid(pictures, wide=True), *(Text(p.alt) for p in pictures)]
-    return Section(f"{key}tradeoffs", "Accuracy over bytes and over latency", blocks)
+    else:
+        blocks.append(Text("Not timed: these students cannot be exported."))
+    return Section(f"{key}tradeoffs", f"{capitalized(named(group.metric))} over bytes and over latency", blocks)
 
 
 def over_seeds(group: Group, key: str) -> Section:
-    styles = looks(group)
-    teacher = statistics.mean(each(group.teacher, accuracy)) if group.teacher else None
-    values = [each(r, accuracy) for r in group.rows]
-    about = "A mark a seed, a bar and a number their mean; dashed, the teacher's accuracy."
-    svg = plots.dots(styles, values, "test accuracy (%)", teacher)
-    pictures = [Picture(f"{key}accuracy", svg, "Test accuracy of each seed: " + listed(styles, values))]
-    pairs = [(s, t) for s, r in zip(styles, group.rows, strict=True) if (t := taught(r, group))]
-    if pairs:
-        follow = [[100 * metrics.agreement(seed.test, t.test)["agreement"] for seed, t in each] for _, each in pairs]
-        styles = [s for s, _ in pairs]
-        alt = "Agreement with the teacher on the test set: " + listed(styles, follow)
-        pictures.append(Picture(f"{key}agreement", plots.dots(styles, follow, "agreement with the teacher (%)"), alt))
-    return Section(
-        f"{key}seeds", "Accuracy and agreement with the teacher, over seeds", [Text(about), Grid(pictures, wide=True)]
-    )
+    styles, metric = looks(group), group.metric
+    form = ".1f" if metric in SHARES else ".4g"
+    teacher = statistics.mean(scores(group.teacher)) if group.teacher else None
+    values = [scores(r) for r in group.rows]
+    about = f"A mark a seed, a bar and a number their mean; dashed, the teacher's {named(metric)}."
+    svg = plots.dots(styles, values, f"test {axis(metric)}", teacher, form)
+    pictures = [Picture(f"{key}{metric}", svg, f"Test {named(metric)} of each seed: " + listed(styles, group))]
+    pairs = [(s, follows(t)) for s, r in zip(styles, group.rows, strict=True) if (t := taught(r, group))]
+    between = ""
+    for name in dict.fromkeys(k for _, found in pairs for one in found for k in one if k != "kl"):
+        found = [[one[name] for one in found] for _, found in pairs]
+        styles, by = [s for s, _ in pairs], factor(name)
+        words = "; ".join(f"{s.label} {shown_mean(name, v)}" for s, v in zip(styles, found, strict=True))
+        form = ".1f" if name in SHARES else ".4g"
+        between = f"{named(name)} {'with' if name == 'agreement' else 'from'} the teacher"
+        svg = plots.dots(styles, [[by * x for x in v] for v in found], between + (" (%)" if by > 1 else ""), form=form)
+        alt = f"{capitalized(between)} on the test set: {words}."
+        pictures.append(Picture(f"{key}{name}", svg, alt))
+    title = f"{capitalized(named(metric))}{' and ' + between if between else ''}, over seeds"
+    return Section(f"{key}seeds", title, [Text(about), Grid(pictures, wide=True)])
 
 
-def listed(styles: Sequence[plots.Style], values: Sequence[Sequence[float]]) -> str:
-    return "; ".join(f"{s.label} {spread(v)}" for s, v in zip(styles, values, strict=True)) + "."
+def listed(styles: Sequence[plots.Style], group: Group) -> str:
+    """The metric of each row in words."""
+    found = [[seed.quality[group.metric] for seed in row.seeds] for row in group.rows]
+    return "; ".join(f"{s.label} {shown_mean(group.metric, v)}" for s, v in zip(styles, found, strict=True)) + "."
 
 
 def per_class(group: Group, key: str) -> Section:
-    rows = []
+    rows, classes = [], class_names(group)
     for name, row in zip(names(group), group.rows, strict=True):
-        hits = torch.stack([class_accuracy(s.test, s.test_targets, len(group.classes)) for s in row.seeds]).mean(0)
+        hits = torch.stack([class_accuracy(s.test.logits, s.test_targets, len(classes)) for s in row.seeds]).mean(0)
         worst = int(hits.nan_to_num(2.0).argmin())  # a class without test images is none
-        rows.append([name, group.classes[worst], *("" if h != h else f"{100 * h:.1f}" for h in hits.tolist())])
-    about = "In per cent of the test images of that class, the mean over seeds."
-    table = Table(f"{key}classes", ["model", "worst class", *group.classes], rows, 1)
+        rows.append([name, classes[worst], *("" if h != h else f"{100 * h:.1f}" for h in hits.tolist())])
+    about = f"In per cent of the test {group.things} of that class, the mean over seeds."
+    table = Table(f"{key}classes", ["model", "worst class", *classes], rows, 1)
     return Section(f"{key}per-class", "Accuracy of each class", [Text(about), table])
+
+
+def class_names(group: Group) -> Sequence[str]:
+    """Of all outputs; numbers where the data name none."""
+    count = group.rows[0].seeds[0].test.logits.shape[1]
+    return group.classes if group.classes else [str(i) for i in range(count)]
 
 
 def class_accuracy(logits: Tensor, targets: Tensor, classes: int) -> Tensor:
@@ -235,7 +288,9 @@ def calibration(group: Group, key: str) -> Section:
         )
         targets = torch.cat([s.test_targets for s in row.seeds])
         bins = [
-            metrics.reliability(torch.cat([s.test / (s.temperature if scaled else 1) for s in row.seeds]), targets)
+            metrics.reliability(
+                torch.cat([s.test.logits / (s.temperature if scaled else 1) for s in row.seeds]), targets
+            )
             for scaled in (False, True)
         ]
         alt = f"Reliability of {row.label}: ECE {rows[-1][2]} as trained, {rows[-1][3]} after temperature scaling."
@@ -245,13 +300,15 @@ def calibration(group: Group, key: str) -> Section:
     about = (
         f"ECE: expected calibration error over {metrics.ECE_BINS} bins. The temperature is the one that makes the "
         "negative log-likelihood least on the validation set (Guo et al. 2017), and what is shown is its effect on the "
-        "test set. A temperature above 1: the model was too sure. Diagrams hold the test images of all seeds."
+        f"test set. A temperature above 1: the model was too sure. Diagrams hold the test {group.things} of all seeds."
     )
     return Section(f"{key}calibration", "Calibration", [Text(about), Table(f"{key}ece", head, rows), Grid(pictures)])
 
 
 def failures(group: Group, key: str) -> Section:
     """Images that the teacher gets right and the student of the first seed does not."""
+    assert group.inputs is not None
+    inputs, classes = group.inputs, class_names(group)
     blocks: list[Block] = [
         Text(
             "Test images that the teacher puts into the right class and the student, of the first seed, does not: those of "
@@ -262,12 +319,12 @@ def failures(group: Group, key: str) -> Section:
         if not (pairs := taught(row, group)):
             continue
         seed, teacher = pairs[0]
-        lost, won = failed(seed.test, teacher.test, seed.test_targets)
+        lost, won = failed(seed.test.logits, teacher.test.logits, seed.test_targets)
         thumbs = [
             Thumb(
                 f"{key}failure-{style.number}-{i}",
-                png(group.images[i]),
-                f"is {group.classes[int(seed.test_targets[i])]}, taken for {group.classes[int(seed.test[i].argmax())]}",
+                png(inputs[i]),
+                f"is {classes[int(seed.test_targets[i])]}, taken for {classes[int(seed.test.logits[i].argmax())]}",
             )
             for i in lost[:FAILURES]
         ]

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +12,19 @@ from rich.table import Table
 from rich.text import Text
 
 from litdistill.utils.errors import UserError
+from litdistill.utils.units import SHARES, axis, decimals, factor, heading, named, shown_mean
 
-COLUMNS = (
-    "experiment",
-    "model",
-    "method",
-    "trained on",
-    "parameters",
-    "test accuracy %",
-    "last epoch %",
-    "NLL",
-    "ECE",
-    "agreement %",
-    "seeds",
-    "time",
-)
+LABELS = ("experiment", "model", "method")  # columns of words
+NETWORK = (
+    "name",
+    "sha256",
+    "params",
+    "macs",
+    "bytes",
+    "precision",
+    "test",
+)  # of a student; all else says how it follows
+HIDDEN = ("brier", "kl")  # of what is measured, for the lack of room
 
 
 def runs(places: Iterable[str | Path]) -> list[tuple[Path, dict[str, Any]]]:
@@ -42,7 +39,7 @@ def runs(places: Iterable[str | Path]) -> list[tuple[Path, dict[str, Any]]]:
         raise UserError(
             (f"There is no folder {', '.join(missing)}. " if missing else "")
             + f"No finished run in {', '.join(map(str, folders))}: a finished run has a summary.json. "
-            "Start one with python scripts/train.py."
+            "Start one with litdistill train."
         )
     return [(p.parent, json.loads(p.read_text())) for p in paths]
 
@@ -64,19 +61,46 @@ def kinds(found: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     return [list(by_weights.values()) for by_weights in by_kind.values()]
 
 
+def by_metric(found: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Summaries of runs that are judged by the same metric, together: a table each."""
+    apart: dict[str, list[dict[str, Any]]] = {}
+    for run in found:
+        apart.setdefault(run["metric"]["name"], []).append(run)
+    return list(apart.values())
+
+
 def rows(found: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
-    """One row for each teacher and for each kind of student; runs that differ in their seed alone are one row."""
+    """One row for each teacher and for each kind of student; runs that differ in their seed alone are one row.
+
+    All are judged by one metric (`by_metric`), and a row holds the cells by the name of their column.
+    """
     teachers = {run["teacher"]["sha256"]: run for run in found if run["teacher"]}
     own = {run["student"]["sha256"] for run in found}
-    table = [_teacher_row(run) for sha, run in teachers.items() if sha not in own]
-    alike = kinds(found)
-    return table + [_row(runs, _differing(runs[0], [k[0] for k in alike])) for runs in alike]
+    alike, measured = kinds(found), _measured(found)
+    table = [_teacher_row(run, *measured) for sha, run in teachers.items() if sha not in own]
+    return table + [_row(runs, _differing(runs[0], [k[0] for k in alike]), *measured) for runs in alike]
+
+
+def _measured(found: Sequence[dict[str, Any]]) -> tuple[list[str], list[str]]:
+    """Which other metrics than the one that is judged by some run has, and in which it follows its teacher."""
+    judged = {run["metric"]["name"] for run in found}
+    students = [run["student"] for run in found]
+    others = dict.fromkeys(k for s in students for k in s["test"] if k not in judged and k not in HIDDEN)
+    follows = dict.fromkeys(k for s in students for k, v in s.items() if k not in (*NETWORK, *HIDDEN) and v is not None)
+    return list(others), list(follows)
+
+
+def things(data: dict[str, Any]) -> str:
+    """What the samples of a summary's `data` are called."""
+    return "images" if len(data.get("input_shape") or ()) == 3 else "samples"
 
 
 def label(run: dict[str, Any], alike: Sequence[Sequence[dict[str, Any]]]) -> str:
-    """What a kind of run is called where space is short: its technique, or its method and how many images it saw."""
+    """What a kind of run is called where space is short: its technique, or its method and how many samples it saw."""
     differing = _differing(run, [k[0] for k in alike])
-    name = str(run.get("technique") or "").replace("_", " ") or f"{run['method']}, {run['data']['train']:,} images"
+    count = run["data"]["train"]
+    seen = f", {count:,} {things(run['data'])}" if count is not None else ""
+    name = str(run.get("technique") or "").replace("_", " ") or run["method"] + seen
     return name + (f" ({differing})" if differing else "")
 
 
@@ -117,64 +141,85 @@ def _setting(key: str, value: Any) -> str:
     return f"{key if key.startswith(('student.', 'teacher.')) else key.split('.', 1)[-1]} {value}"
 
 
-def _teacher_row(run: dict[str, Any]) -> dict[str, str]:
-    teacher = run["teacher"]
-    values = (
-        *(run["experiment"], teacher["name"], "teacher", "", f"{teacher['params']:,}"),
-        *(
-            f"{100 * teacher['test']['accuracy']:.2f}",
-            "",
-            f"{teacher['test']['nll']:.3f}",
-            f"{teacher['test']['ece']:.3f}",
-            "",
-            "",
-            "",
-        ),
-    )
-    return dict(zip(COLUMNS, values, strict=True))
+def _cells(
+    name: str,
+    words: Sequence[str],
+    train: str,
+    params: int,
+    measured: Mapping[str, str],
+    seeds: str = "",
+    time: str = "",
+) -> dict[str, str]:
+    """A row; `measured` starts with the best and the last epoch."""
+    (best, last), others = list(measured.values())[:2], list(measured.items())[2:]
+    return {
+        **dict(zip(LABELS, words, strict=True)),
+        **{"trained on": train, "parameters": f"{params:,}"},
+        f"test {heading(name)}": best,
+        "last epoch" + (" %" if name in SHARES else ""): last,
+        **{heading(k): v for k, v in others},
+        **{"seeds": seeds, "time": time},
+    }
 
 
-def _row(runs: Sequence[dict[str, Any]], differing: str) -> dict[str, str]:
-    first = runs[0]
-    students = [r["student"] for r in runs]
-    tests = [s["test"] for s in students]
-    values = (
-        first["experiment"],
-        first["student"]["name"],
-        (first.get("technique") or first["method"]) + (f" ({differing})" if differing else ""),
-        f"{first['data']['train']:,}",
-        f"{students[0]['params']:,}",
-        spread([100 * t["accuracy"]["best"] for t in tests]),
-        spread([100 * t["accuracy"]["last"] for t in tests]),
-        spread([t["nll"] for t in tests], 3),
-        spread([t["ece"] for t in tests], 3),
-        spread([100 * s["agreement"] for s in students]) if students[0]["agreement"] is not None else "",
+def _teacher_row(run: dict[str, Any], others: Sequence[str], follows: Sequence[str]) -> dict[str, str]:
+    teacher, name = run["teacher"], run["metric"]["name"]
+    test = teacher["test"]
+    measured = {"best": shown_mean(name, [test[name]]), "last": ""}
+    measured |= {k: shown_mean(k, [test[k]]) if k in test else "" for k in others} | dict.fromkeys(follows, "")
+    return _cells(name, (run["experiment"], teacher["name"], "teacher"), "", teacher["params"], measured)
+
+
+def _row(
+    runs: Sequence[dict[str, Any]], differing: str, others: Sequence[str], follows: Sequence[str]
+) -> dict[str, str]:
+    first, name = runs[0], runs[0]["metric"]["name"]
+    students, tests = [r["student"] for r in runs], [r["student"]["test"] for r in runs]
+    measured = {when: shown_mean(name, [t[name][when] for t in tests]) for when in ("best", "last")}
+    for key, found in [*((k, tests) for k in others), *((k, students) for k in follows)]:
+        values = [one[key] for one in found if one.get(key) is not None]
+        measured[key] = shown_mean(key, values) if values else ""
+    method = (first.get("technique") or first["method"]) + (f" ({differing})" if differing else "")
+    count = first["data"]["train"]
+    return _cells(
+        name,
+        (first["experiment"], first["student"]["name"], method),
+        "" if count is None else f"{count:,}",
+        students[0]["params"],
+        measured,
         str(len({r["seed"] for r in runs})),
         f"{statistics.mean(r['time']['total_s'] for r in runs):.0f} s",
     )
-    return dict(zip(COLUMNS, values, strict=True))
 
 
 def picture(found: Sequence[dict[str, Any]], path: str | Path) -> None:
-    """Draws the test accuracy of every run as a dot, a row for each kind of student, and the teacher as a line."""
+    """Draws the test metric of every run as a dot, a row for each kind of student, and the teacher as a line.
+
+    Raises `UserError` where the runs are judged by several metrics.
+    """
     from litdistill.tasks.figures import STUDENT_COLOR, TEACHER_COLOR, new_figure
 
-    alike = kinds(found)
+    metrics = {run["metric"]["name"]: run["metric"]["direction"] for run in found}
+    if len(metrics) > 1:
+        raise UserError(f"These runs are judged by {', '.join(map(named, metrics))}: draw a picture of those of one.")
+    ((metric, direction),) = metrics.items()
+    alike, by, form = kinds(found), factor(metric), ".1f" if metric in SHARES else ".4g"
     names = tell_apart([label(k[0], alike) for k in alike], [k[0]["student"]["name"] for k in alike])
-    teachers = {r["teacher"]["name"]: 100 * r["teacher"]["test"]["accuracy"] for r in found if r["teacher"]}
+    teachers = {r["teacher"]["name"]: by * r["teacher"]["test"][metric] for r in found if r["teacher"]}
     figure = new_figure(7.2, 1.1 + 0.5 * len(alike))
     axes = figure.subplots()
     for row, runs in enumerate(alike):
-        values = [100 * run["student"]["test"]["accuracy"]["best"] for run in runs]
+        values = [by * run["student"]["test"][metric]["best"] for run in runs]
         axes.plot(values, [row] * len(values), "o", color=STUDENT_COLOR, alpha=0.6)
         mean = statistics.mean(values)
         axes.plot([mean, mean], [row - 0.28, row + 0.28], color=STUDENT_COLOR, linewidth=3)
-        axes.annotate(f"{mean:.1f}", (mean, row - 0.32), ha="center", va="bottom", fontsize=9, color=STUDENT_COLOR)
+        axes.annotate(f"{mean:{form}}", (mean, row - 0.32), ha="center", va="bottom", fontsize=9, color=STUDENT_COLOR)
     for name, value in teachers.items():
-        axes.axvline(value, color=TEACHER_COLOR, linestyle="--", label=f"teacher {name}: {value:.1f}")
+        axes.axvline(value, color=TEACHER_COLOR, linestyle="--", label=f"teacher {name}: {value:{form}}")
     axes.set_yticks(range(len(names)), names, parse_math=False)  # a name is no formula
     axes.set_ylim(len(names) - 0.4, -0.7)
-    axes.set_xlabel("test accuracy (%), a dot a seed, a bar the mean")
+    better = ", less is better" if direction == "min" else ""
+    axes.set_xlabel(f"test {axis(metric)}{better}, a dot a seed, a bar the mean")
     axes.spines[["top", "right"]].set_visible(False)
     if teachers:
         axes.legend(frameon=False, loc="lower left", fontsize=8)
@@ -182,20 +227,11 @@ def picture(found: Sequence[dict[str, Any]], path: str | Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def spread(values: Sequence[float], digits: int = 2) -> str:
-    """Mean ± standard deviation over seeds (the sample's, n - 1), or the value alone where there is one."""
-    if len(values) == 1:
-        return f"{values[0]:.{digits}f}"
-    finite = all(map(math.isfinite, values))  # of others stdev makes an error
-    deviation = statistics.stdev(values) if finite else math.nan
-    return f"{statistics.mean(values):.{digits}f} ± {deviation:.{digits}f}"
-
-
 def table(rows: Sequence[dict[str, str]]) -> Table:
     """For the terminal."""
     shown = Table()
-    for column in COLUMNS:
-        shown.add_column(column, justify="left" if column in COLUMNS[:3] else "right")
+    for column in rows[0]:
+        shown.add_column(column, justify="left" if column in LABELS else "right")
     for row in rows:
         shown.add_row(*map(Text, row.values()))  # in which brackets are no markup
     return shown
@@ -203,20 +239,26 @@ def table(rows: Sequence[dict[str, str]]) -> Table:
 
 def markdown(rows: Sequence[dict[str, str]]) -> str:
     """For a README."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * 3 + "---:|" * (len(COLUMNS) - 3)]
+    head = list(rows[0])
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(LABELS) + "---:|" * (len(head) - len(LABELS))]
     lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row.values()) + " |" for row in rows]
     return "\n".join(lines) + "\n"
 
 
 def evaluation_table(found: dict[str, Any]) -> Table:
     """What `evaluate` found of one run."""
-    shown = Table("on the test set", "accuracy %", "NLL", "ECE", "Brier", "agreement %", "KL")
+    measured, follows = list(found["student"]), list(found.get("agreement", {}))
+    shown = Table("on the test set", *map(heading, (*measured, *follows)))
     names = {"teacher": "teacher", "student": "student (best epoch on validation)", "last": "student (last epoch)"}
     for key, name in names.items():
         if key in found:
-            q, like = found[key], found.get("likeness", {}) if key == "student" else {}
-            follows = (f"{100 * like['agreement']:.2f}", f"{like['kl']:.4f}") if like else ("", "")
-            shown.add_row(
-                name, f"{100 * q['accuracy']:.2f}", f"{q['nll']:.4f}", f"{q['ece']:.4f}", f"{q['brier']:.4f}", *follows
-            )
+            cells = [_precise(k, found[key].get(k)) for k in measured]
+            like = found.get("agreement", {}) if key == "student" else {}
+            shown.add_row(name, *cells, *(_precise(k, like.get(k)) for k in follows))
     return shown
+
+
+def _precise(name: str, value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{factor(name) * value:.{2 if name in SHARES else max(4, decimals(name, value))}f}"

@@ -24,7 +24,7 @@ def time_rows(group: Group, settings: Settings) -> None:
     int8 is left out. Ratios are to the group's first teacher, or to its first row where there is none.
     """
     rows = [r for r in group.rows if r.file is not None]
-    if not rows:
+    if not rows or group.inputs is None:
         return
     reference = next((r for r in rows if r.teacher), rows[0])
     for row in rows:
@@ -52,7 +52,8 @@ def _on(
         row.timing[device] = {}
     start = time.perf_counter(), time.process_time()
     for batch in BATCHES:
-        images = group.images[torch.arange(batch) % len(group.images)].numpy()
+        assert group.inputs is not None
+        images = group.inputs[torch.arange(batch) % len(group.inputs)].numpy()
         alone = device == "cpu" and settings.threads == 1
         times_of = measure.time_models(
             runs, images, reference.label, settings.rounds, work_clock=time.thread_time if alone else None

@@ -25,8 +25,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
+from litdistill.config.instantiate import instantiate
 from litdistill.config.origin import is_foreign, remember, replayable
 from litdistill.config.recipes import recipe_hash
+from litdistill.tasks import Task
+from litdistill.training.trainer import monitored
 from litdistill.utils.command_line import command_argv, config_dir_flags
 from litdistill.utils.distributed import launched
 from litdistill.utils.errors import Stopped, UserError
@@ -143,8 +146,8 @@ def make_plan(cfg: DictConfig, overrides: Sequence[str], folder: Path) -> Plan:
         raise UserError(
             f"sweep.space: {str(error).splitlines()[0]} Leave a key out with sweep.space.KEY=null."
         ) from error
-    best = base.callbacks.best
-    up = {"val"} if best.mode == "max" else set()
+    monitor, mode = monitored(base.callbacks.best, bare_task(base.task))
+    up = {"val"} if mode == "max" else set()
     directions = [StudyDirection.MAXIMIZE if o in up else StudyDirection.MINIMIZE for o in options.objectives]
     folder.mkdir(parents=True, exist_ok=True)
     study, storage = open_study(options, folder, directions)
@@ -153,7 +156,7 @@ def make_plan(cfg: DictConfig, overrides: Sequence[str], folder: Path) -> Plan:
             "space": options.space,
             "objectives": options.objectives,
             "seeds": options.seeds,
-            "monitored metric": best.monitor,
+            "monitored metric": monitor,
             "training options common to all trials": recipe_hash(base),  # which paths, devices and the like are not
         },
         default=plain,
@@ -163,7 +166,13 @@ def make_plan(cfg: DictConfig, overrides: Sequence[str], folder: Path) -> Plan:
     if other := [key for key in asked if key in before and before[key] != asked[key]]:
         raise UserError(f"The sweep in {folder} has another {', another '.join(other)}. Start a new one.")
     study.set_user_attr("question", question)
-    return Plan(options, folder, common, space, study, storage, count, best.monitor)
+    return Plan(options, folder, common, space, study, storage, count, monitor)
+
+
+def bare_task(node: DictConfig) -> Task:
+    """The task of a config without the numbers that are measured on its data, for what it is judged by."""
+    task: Task = instantiate({k: v for k, v in node.items() if v is not None})
+    return task
 
 
 LEAST = {"trials": 1, "seed": 0, "workers": 1, "attempts": 1, "prune.startup": 0, "prune.warmup": 0}

@@ -108,14 +108,17 @@ def objective(name: str, folder: Path) -> float:
     for key in path:
         value = value[key]
     if value is None:
-        raise UserError(f"The run in {folder} has no {name}: its int8 file was refused, for what its log says.")
+        why = "its int8 file was refused, for what its log says" if name == "bytes" else "its inputs have no one shape"
+        raise UserError(f"The run in {folder} has no {name}: {why}.")
     return float(value)
 
 
 @torch.inference_mode()
 def latency_ms(folder: Path, repeats: int = 50) -> float:
-    """Milliseconds of a finished run's student for one image, on the CPU: the median."""
+    """Milliseconds of a finished run's student for one sample, on the CPU: the median."""
     data, distiller = rebuild(folder)
+    if data.input_shape is None:
+        raise UserError("sweep.objectives=[latency_ms] needs data whose inputs are one tensor: use macs or params.")
     net, image, times = distiller.deployed_student.eval(), torch.zeros(1, *data.input_shape), []
     for _ in range(repeats + 5):
         start = time.perf_counter()

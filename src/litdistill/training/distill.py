@@ -22,7 +22,7 @@ from litdistill.methods.supervised import Supervised
 from litdistill.tasks import named_task
 from litdistill.tasks.base import Task
 from litdistill.training.callbacks import EpochLogger
-from litdistill.training.grouping import GROUP, GroupedData, Layout, group_size, reason_for_single
+from litdistill.training.grouping import GROUP, GroupedData, Layout, group_size, reason_for_single, without_rate_monitor
 from litdistill.training.trainer import progress_bar
 from litdistill.utils.checkpoint import AtomicCheckpointIO
 from litdistill.utils.errors import UserError
@@ -67,7 +67,7 @@ def distill(
     if data is not None:
         options = {"data": data, "train_targets": train_labels(data), "seed": 0, **options}
         if reason_for_single(arguments, callbacks) is None:
-            layout = layout._replace(group=GROUP)
+            layout, callbacks = layout._replace(group=GROUP), without_rate_monitor(callbacks)
             clip = arguments.pop("gradient_clip_val", None), arguments.pop("gradient_clip_algorithm", None) or "norm"
             options, arguments["log_every_n_steps"] = {"clip": Clip(*clip), **options}, 1
     chosen = method or (KD() if teacher is not None else Supervised())

@@ -28,6 +28,7 @@ from litdistill.training.trainer import Built
 from litdistill.utils.checkpoint import STUDENT, save_student, write_text
 from litdistill.utils.errors import UserError
 from litdistill.utils.logging import format_seconds
+from litdistill.utils.units import shown
 
 log = logging.getLogger(__name__)
 
@@ -76,11 +77,6 @@ def finish(run: Run, times: dict[str, float]) -> None:
         *(cfg.name, name, shown(name, found["student"][name]), shown(name, last[name]), taught),
         *(format_seconds(times["total_s"]), os.path.relpath(run.folder)),
     )
-
-
-def shown(name: str, value: float) -> str:
-    """A metric for people: shares in per cent."""
-    return f"{100 * value:.2f} %" if name in ("accuracy", "map", "f1", "agreement") else f"{value:.4g}"
 
 
 def show(run: Run, student: nn.Module, teacher: nn.Module | None, device: torch.device, kept: Path | None) -> None:

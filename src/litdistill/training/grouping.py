@@ -15,9 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from lightning import LightningDataModule
 from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
     Callback,
     EarlyStopping,
     GradientAccumulationScheduler,
+    LearningRateFinder,
     LearningRateMonitor,
     ModelCheckpoint,
     ProgressBar,
@@ -38,7 +40,7 @@ GROUP = 16  # minibatches: enough for Lightning's own cost a step to vanish
 BYTES = 2**26  # of inputs that a group may hold at once
 SECONDS = 2.0  # that a group may last: Ctrl-C waits for its end
 PLAIN = ("auto", "ddp", "ddp_find_unused_parameters_true")
-# Callbacks that mean the same by a group as by a batch. The rate is logged by the Distiller then.
+# Callbacks that mean the same by a group as by a batch, but for the monitor of the rate, which the Distiller logs then.
 FINE = (
     EarlyStopping,
     EpochLogger,
@@ -48,7 +50,8 @@ FINE = (
     ProgressBar,
     TestAccuracyMonitor,
 )
-NEVER = (StochasticWeightAveraging, GradientAccumulationScheduler)  # they rely on automatic optimization
+# They rely on automatic optimization.
+NEVER = (BatchSizeFinder, GradientAccumulationScheduler, LearningRateFinder, StochasticWeightAveraging)
 HOOKS = (
     *("on_train_batch_start", "on_train_batch_end", "on_before_backward", "on_after_backward"),
     *("on_before_optimizer_step", "on_before_zero_grad"),
@@ -73,10 +76,22 @@ def reason_for_single(trainer: Mapping[str, Any], callbacks: Iterable[Callback])
             return type(callback).__name__
         if isinstance(callback, ModelCheckpoint) and callback.every_n_epochs == 0:
             return "a checkpoint within an epoch"
-        overrides = any(getattr(type(callback), hook) is not getattr(Callback, hook) for hook in HOOKS)
-        if overrides and not isinstance(callback, FINE):
+        if any(not _is_fine(callback, hook) for hook in HOOKS):
             return f"{type(callback).__name__}, which acts on each batch,"
     return None
+
+
+def _is_fine(callback: Callback, hook: str) -> bool:
+    """Whether a callback leaves a hook as it is, or as one of the classes that are known defines it."""
+    if hook in vars(callback):  # as a LambdaCallback does
+        return False
+    known = [getattr(kind, hook) for kind in (Callback, *FINE)]
+    return isinstance(callback, ProgressBar) or getattr(type(callback), hook) in known
+
+
+def without_rate_monitor(callbacks: Iterable[Callback]) -> list[Callback]:
+    """The callbacks for a run in groups, whose learning rate the Distiller logs."""
+    return [c for c in callbacks if not isinstance(c, LearningRateMonitor)]
 
 
 def group_size(distiller: Distiller, data: IndexedData, most: int = GROUP) -> int:
@@ -90,7 +105,10 @@ def group_size(distiller: Distiller, data: IndexedData, most: int = GROUP) -> in
     most = max(1, min(most, BYTES // max(1, size)))
     if most == 1 or torch.cuda.is_available():
         return most
-    return max(1, min(most, int(SECONDS / max(step_seconds(distiller, batch), 1e-6))))
+    seconds = step_seconds(distiller, batch)
+    if seconds * most > SECONDS:  # a first step sets up more than a later one does
+        seconds = min(seconds, step_seconds(distiller, batch))
+    return max(1, min(most, int(SECONDS / max(seconds, 1e-6))))
 
 
 def step_seconds(distiller: Distiller, batch: Batch) -> float:
@@ -135,6 +153,11 @@ class GroupedData(LightningDataModule):
     def __init__(self, data: IndexedData, layout: Layout):
         super().__init__()
         self.data, self.layout = data, layout
+
+    def setup(self, stage: str) -> None:
+        """Takes the first process's layout: each has measured its own."""
+        if self.trainer is not None and self.trainer.world_size > 1:
+            self.layout = Layout(*self.trainer.strategy.broadcast(tuple(self.layout)))
 
     def state_dict(self) -> dict[str, Any]:
         """The layout, for checkpoints."""

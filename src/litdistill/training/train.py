@@ -19,11 +19,11 @@ from omegaconf import DictConfig, OmegaConf
 from litdistill.config.build import build_data, build_net, build_student, build_teacher
 from litdistill.config.distiller import (
     build_distiller,
+    build_method,
     build_optimizer,
     build_scheduler,
     example_batch,
 )
-from litdistill.config.instantiate import instantiate
 from litdistill.config.lr_scaling import Scale, read_scale
 from litdistill.config.origin import check_foreign, remember
 from litdistill.config.recipes import is_complete
@@ -61,7 +61,7 @@ def train(cfg: DictConfig, callbacks: Sequence[Callback] = ()) -> float:
         if is_first_rank():
             remember(folder, cfg)
         prepare_process(cfg)
-        method = instantiate(cfg.method)  # first, so that a wrong option is known before a teacher is trained
+        method = build_method(cfg)  # first, so that a wrong option is known before a teacher is trained
         data, task = build_data(cfg)
         last, kept = last_state(folder / "checkpoints", cfg.trainer.max_epochs)
         built = build_trainer(cfg, folder, method, task, data, callbacks, kept)

@@ -17,11 +17,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from litdistill.config.instantiate import instantiate
 from litdistill.data.foreign import ForeignData
-from litdistill.distillation.distiller import check_pairing
+from litdistill.distillation.checks import check_method
 from litdistill.methods.base import Method
 from litdistill.tasks.base import Task
 from litdistill.training.callbacks import EpochLogger, TestAccuracyMonitor
-from litdistill.training.grouping import GROUP, Layout, reason_for_single
+from litdistill.training.grouping import GROUP, Layout, reason_for_single, without_rate_monitor
 from litdistill.training.preemption import GracefulStop
 from litdistill.utils.checkpoint import AtomicCheckpointIO
 from litdistill.utils.distributed import fit_to_launch
@@ -56,18 +56,18 @@ def build_trainer(
     Raises `UserError` for what would lose a training: a precision or strategy that cannot work here, no epoch that could
     be validated, a metric to choose by that does not exist.
     """
-    refuse(cfg, method)
-    check_pairing(method, cfg.teacher, task)
+    refuse(cfg, method, isinstance(data, ForeignData))
+    check_method(method, cfg.teacher, task)
     best, named = named_callbacks(cfg, task)
-    loggers: list[Logger] = [instantiate(c) for c in (cfg.logger or {}).values()]
+    loggers: list[Logger] = [instantiate(node, f"logger.{name}") for name, node in (cfg.logger or {}).items()]
     # The monitor of the rate refuses to have no logger.
     named = [c for c in named if loggers or not isinstance(c, LearningRateMonitor)]
     watch = TestAccuracyMonitor(data) if cfg.watch_test else None
     options = cfg.trainer.copy()
     OmegaConf.set_struct(options, False)  # what a launch or a method needs may be no key of this trainer's file
     layout = _layout(cfg, [*callbacks, *named], kept, isinstance(data, ForeignData))
-    if layout.group:  # the Distiller clips, and says when a group is logged
-        named = [c for c in named if not isinstance(c, LearningRateMonitor)]
+    if layout.group:  # the Distiller clips and logs
+        named, callbacks = without_rate_monitor(named), without_rate_monitor(callbacks)
         options.gradient_clip_val, options.log_every_n_steps = None, 1
     fit_to_launch(options)
     own: list[Callback] = [EpochLogger(), *progress_bar(), *([watch] if watch else [])]
@@ -78,6 +78,7 @@ def build_trainer(
         plugins.append(SLURMEnvironment(auto_requeue=False))  # `GracefulStop` has that signal
     trainer = instantiate(
         options,
+        "trainer",
         strategy=_strategy(options, method),
         default_root_dir=str(folder),
         callbacks=everything,
@@ -88,8 +89,8 @@ def build_trainer(
     return Built(trainer, best, layout, watch)
 
 
-def refuse(cfg: DictConfig, method: Method) -> None:
-    """Raises `UserError` for trainers whose training would be lost or would teach nothing."""
+def refuse(cfg: DictConfig, method: Method, foreign: bool = False) -> None:
+    """Raises `UserError` for trainers whose training would be lost or would teach nothing; `foreign`: the data module is."""
     trainer = cfg.trainer
     if (precision := str(trainer.get("precision"))) in ("bf16-true", "16-true", "64-true", "64"):
         raise UserError(
@@ -105,6 +106,11 @@ def refuse(cfg: DictConfig, method: Method) -> None:
         raise UserError(
             "trainer.fast_dev_run would leave a run without a checkpoint. trainer=debug is the same with one: a step of "
             "training and of validation."
+        )
+    if trainer.get("overfit_batches") and not foreign:
+        raise UserError(
+            "trainer.overfit_batches fixes the samples of torch's DataLoaders alone, and these loaders would draw others each "
+            "epoch. To see a few samples learnt by heart, set data.per_class=1 or a small data.epoch_size."
         )
     epochs, rehearsed = trainer.get("max_epochs") or 0, trainer.get("limit_train_batches") is not None
     if 0 < epochs <= method.init_epochs and not rehearsed:
@@ -131,10 +137,10 @@ def named_callbacks(cfg: DictConfig, task: Task) -> tuple[ModelCheckpoint, list[
         if name not in nodes:
             raise UserError(f"callbacks.{name} is missing: a run ends with the weights that it keeps. Leave it in.")
     monitor, mode = monitored(nodes["best"], task)
-    best = instantiate(nodes.pop("best"), monitor=monitor, mode=mode)
+    best = instantiate(nodes.pop("best"), "callbacks.best", monitor=monitor, mode=mode)
     if not isinstance(best, ModelCheckpoint):
         raise UserError("callbacks.best must be a ModelCheckpoint: the others are told of the best epoch by it.")
-    return best, [best, *(instantiate(node) for node in nodes.values())]
+    return best, [best, *(instantiate(node, f"callbacks.{name}") for name, node in nodes.items())]
 
 
 def monitored(node: DictConfig, task: Task) -> tuple[str, str]:
@@ -186,7 +192,7 @@ def _strategy(options: DictConfig, method: Method) -> Any:
         return DDPStrategy(find_unused_parameters=unused or strategy != "ddp", broadcast_buffers=False)
     if OmegaConf.is_dict(strategy):
         facts = {"find_unused_parameters": True} if unused else {}
-        return instantiate(strategy, **facts)
+        return instantiate(strategy, "trainer.strategy", **facts)
     return strategy
 
 

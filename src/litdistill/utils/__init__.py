@@ -1,1 +1,1 @@
-"""What every room may use: errors, files, hashes, processes."""
+"""Shared utilities: errors, files, hashes, processes, logging."""

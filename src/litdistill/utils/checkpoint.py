@@ -1,4 +1,4 @@
-"""Reading and writing weights: tensors and plain values only, whole files or none, and clear words where they do not fit."""
+"""Reading and writing weights: tensors and plain values only, atomic writes, and errors that name what does not fit."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from litdistill.utils.errors import UserError
 
 STUDENT = "student.safetensors"
-PART = ".part"  # of files that are still being written
+PART = ".part"  # suffix of files that are still being written
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
-    """Calls `write` with a temporary path in the same folder, then moves the file to `path`: readers see all or nothing."""
+    """Calls `write` with a temporary path in the same folder, then renames that file to `path`; readers never see a part."""
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -42,7 +42,7 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """`write_atomically` of a text in UTF-8."""
+    """Writes `text` in UTF-8 by `write_atomically`."""
 
     def write(temporary: Path) -> None:
         temporary.write_text(text, encoding="utf-8")
@@ -51,7 +51,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def remove_parts(folder: Path) -> None:
-    """Deletes what killed processes left half written in `folder`, in which no other process may be writing now."""
+    """Deletes the partial files that killed processes left in `folder`; no other process may be writing there."""
     for part in folder.rglob(f".*{PART}"):
         part.unlink(missing_ok=True)
 
@@ -59,8 +59,8 @@ def remove_parts(folder: Path) -> None:
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes Lightning's checkpoints by `write_atomically`.
 
-    Lightning's own way goes through the system's folder for temporary files: where that is another disk than the run's,
-    the move from there is a copy, of which a kill leaves a part.
+    Lightning's own writer uses the system's folder for temporary files: where that is on another disk than the run's, the
+    final move is a copy, and a kill during the copy leaves a truncated checkpoint.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
@@ -74,9 +74,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         write_atomically(path, write)
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        """Removes one file of Lightning's, by a path that a checkpoint may have noted: no folder, and nothing beside it."""
+        """Removes one checkpoint file. A checkpoint may hold this path, so folders and other files are never removed.
+
+        Raises `UserError` for a path that does not end in .ckpt or that contains `..`.
+        """
         if Path(path).suffix != ".ckpt" or ".." in Path(path).parts:
-            raise UserError(f"{path} is no checkpoint of this run, and is not removed. A checkpoint of it was changed.")
+            raise UserError(
+                f"{path} is no checkpoint of this run, and is not removed. A checkpoint that names it was changed."
+            )
         if "://" in str(path):
             return super().remove_checkpoint(path)
         if not Path(path).is_dir():
@@ -90,15 +95,15 @@ def _umask() -> int:
 
 
 def save_student(net: nn.Module, path: Path, metadata: Mapping[str, str]) -> None:
-    """The network's weights as safetensors: all that deployment needs."""
+    """Writes the network's state dict as safetensors with `metadata`; deployment needs no other file."""
     state = {k: v.detach().cpu().contiguous().clone() for k, v in net.state_dict().items()}
     write_atomically(path, lambda temporary: save_file(state, temporary, dict(metadata)))
 
 
 def read_metadata(source: str | Path, key: str) -> Any:
-    """The value under `key` in the metadata of a run folder's student or of a `.safetensors` file; None where there is none.
+    """Returns the JSON value under `key` in the metadata of a run folder's student or a `.safetensors` file; None without one.
 
-    A checkpoint in a run's folder has those of its run.
+    For a checkpoint in a run folder, reads the metadata of that run's student. Raises `UserError` for a damaged file.
     """
     path = Path(source)
     if path.is_dir():
@@ -115,7 +120,10 @@ def read_metadata(source: str | Path, key: str) -> Any:
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """What `torch.save` wrote to `path`, if it holds nothing but tensors and plain values; nothing in it is executed."""
+    """Returns what `torch.save` wrote to `path`, if it holds only tensors and plain values; no code in it is executed.
+
+    Raises `UserError` for a file that is missing, damaged or holds other Python objects.
+    """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"There is no checkpoint at {path}.{_nearby(path)}")
@@ -123,7 +131,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"{path} cannot be read, or is damaged: {error.strerror or error}") from error
-    except Exception as error:  # of a damaged file torch raises almost any, with the advice to load it at any risk
+    except Exception as error:  # torch raises almost any type for a damaged file, and advises to load it unsafely
         objects = re.search(r"(?:GLOBAL|class|function) ([A-Za-z_][\w.]*)", str(error))
         if not isinstance(error, pickle.UnpicklingError) or objects is None:
             raise UserError(f"{path} is damaged, or no file that torch.save wrote.") from error
@@ -135,6 +143,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def _nearby(path: Path) -> str:
+    """Returns a sentence that lists up to four checkpoints in the nearest existing folder above `path`."""
     folder = path.parent
     while not folder.is_dir() and folder != folder.parent:
         folder = folder.parent
@@ -148,12 +157,12 @@ def _nearby(path: Path) -> str:
 
 
 def load_weights(source: str | Path, keys: Collection[str] | None = None) -> dict[str, Tensor]:
-    """The state dict of a network, from a run folder (its student), a checkpoint of this project, or a file of weights.
+    """Returns the state dict of a network from a run folder (its student), a checkpoint of this project, or a weights file.
 
-    `keys`: those of the network that the weights are for. With them, weights are found in the common wrappings: behind a
-    prefix of every key (`module.` of DataParallel, `_orig_mod.` of torch.compile, `model.` of a LightningModule), and in
-    the one inner dict that fits (`model`, `net`, `model_state_dict`, …).
-    Accepts `.safetensors` and what `torch.save` writes. Raises `UserError` for what is missing, damaged or pickled, and
+    `keys`: the keys of the network's own state dict. With them, weights are found in the common wrappings: under a prefix
+    of every key (`module.` of DataParallel, `_orig_mod.` of torch.compile, `model.` of a LightningModule), and in the one
+    inner dict that fits (`model`, `net`, `model_state_dict`, …).
+    Accepts `.safetensors` and files of `torch.save`. Raises `UserError` for a file that is missing, damaged or pickled, and
     where several parts of a file fit.
     """
     path = Path(source)
@@ -163,17 +172,17 @@ def load_weights(source: str | Path, keys: Collection[str] | None = None) -> dic
         if not path.is_file():
             raise UserError(f"There is no {path}. Was the run finished?{_nearby(path)}")
         try:
-            found: Any = load_file(path)
+            loaded: Any = load_file(path)
         except SafetensorError as error:
             raise UserError(f"{path} is damaged or no safetensors file: {error}") from error
     else:
-        found = load_checkpoint(path)
-    states = _state_dicts(found)
+        loaded = load_checkpoint(path)
+    states = _state_dicts(loaded)
     if not states:
         raise UserError(f"{path} holds no state dict of a network.")
     if keys:
         fitting = {f"{name}{prefix}": part for name, state in states.items() for prefix, part in _fitting(state, keys)}
-        for choice in ("", "state_dict.", "state_dict.student."):  # as they are, and what Lightning writes
+        for choice in ("", "state_dict.", "state_dict.student."):  # a bare state dict, and the two layouts of Lightning
             if choice in fitting:
                 return fitting[choice]
         if len(fitting) > 1:
@@ -186,18 +195,18 @@ def load_weights(source: str | Path, keys: Collection[str] | None = None) -> dic
     return _unprefixed(states, path)
 
 
-def _state_dicts(found: Any, name: str = "", depth: int = 3) -> dict[str, dict[str, Tensor]]:
-    """The dicts of tensors alone in what a file held, each by the keys that lead to it, `"model."` or `"state.net."`."""
-    if not isinstance(found, dict) or not found or not all(isinstance(k, str) for k in found):
+def _state_dicts(loaded: Any, name: str = "", depth: int = 3) -> dict[str, dict[str, Tensor]]:
+    """Returns each dict of tensors inside a loaded file, by the path of keys that leads to it: `"model."` or `"state.net."`."""
+    if not isinstance(loaded, dict) or not loaded or not all(isinstance(k, str) for k in loaded):
         return {}
-    if all(isinstance(v, Tensor) for v in found.values()):
-        return {name: dict(found)}
-    inner = {k: v for k, v in found.items() if depth and isinstance(v, dict)}
+    if all(isinstance(v, Tensor) for v in loaded.values()):
+        return {name: dict(loaded)}
+    inner = {k: v for k, v in loaded.items() if depth and isinstance(v, dict)}
     return {n: s for k, v in inner.items() for n, s in _state_dicts(v, f"{name}{k}.", depth - 1).items()}
 
 
 def _fitting(state: Mapping[str, Tensor], keys: Collection[str]) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """The parts of a state dict whose keys are `keys` behind one prefix, with the prefix."""
+    """Yields each prefix of `state` under which its keys are exactly `keys`, with that part of the state dict."""
     first = next(iter(keys))
     for prefix in sorted({k.removesuffix(first) for k in state if k == first or k.endswith(f".{first}")}):
         part = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
@@ -206,7 +215,7 @@ def _fitting(state: Mapping[str, Tensor], keys: Collection[str]) -> Iterator[tup
 
 
 def _unprefixed(states: Mapping[str, dict[str, Tensor]], path: Path) -> dict[str, Tensor]:
-    """The weights of a file where no network says which keys it has, or none of them fits."""
+    """Returns the weights in a file for which no keys are given or none match. Raises `UserError` where several qualify."""
     state = states.get("", states.get("state_dict."))
     if state is None and len(states) == 1:
         (state,) = states.values()
@@ -220,31 +229,33 @@ def _unprefixed(states: Mapping[str, dict[str, Tensor]], path: Path) -> dict[str
 
 
 def load_state_dict_checked(net: nn.Module, state: Mapping[str, Tensor], source: str | Path, role: str) -> None:
-    """Loads `state` into `net`, strictly. Raises `UserError` that lists what differs."""
+    """Loads `state` into `net`, strictly. Raises `UserError` that lists missing, unexpected and mismatched keys."""
     own = net.state_dict()
     shapes = [k for k in own if k in state and own[k].shape != state[k].shape]
     missing, extra = [k for k in own if k not in state], [k for k in state if k not in own]
     if not (shapes or missing or extra):
         net.load_state_dict(dict(state))
         return
-    lines = [f"{len(missing)} missing: {_some(missing)}"] if missing else []
-    lines += [f"{len(extra)} not in this network: {_some(extra)}"] if extra else []
-    lines += [f"{k} is {tuple(state[k].shape)} there and {tuple(own[k].shape)} here" for k in shapes[:4]]
+    lines = [f"{len(missing)} missing: {_abbreviate(missing)}"] if missing else []
+    lines += [f"{len(extra)} not in this network: {_abbreviate(extra)}"] if extra else []
+    lines += [
+        f"{k} is {tuple(state[k].shape)} in the file and {tuple(own[k].shape)} in the network" for k in shapes[:4]
+    ]
     remedy = f"It is another network: choose the one it was saved from with net@{role}=… and the same options."
     if not missing and not extra and len(shapes) <= 2:
-        there, here = state[shapes[0]].shape, own[shapes[0]].shape
+        saved, expected = state[shapes[0]].shape, own[shapes[0]].shape
         if all(state[k].ndim == own[k].ndim and state[k].shape[1:] == own[k].shape[1:] for k in shapes):
             remedy = (
-                f"Only the classifier differs: the {role} was trained on {there[0]} classes, and this data has {here[0]}. "
+                f"Only the classifier differs: the {role} was trained on {saved[0]} classes, and this data has {expected[0]}. "
                 "Train one on these classes, or choose the same data.classes."
             )
-        elif len(shapes) == 1 and there[:1] == here[:1]:
+        elif len(shapes) == 1 and saved[:1] == expected[:1]:
             remedy = (
-                f"Only what reads the images differs: the {role} was trained on images of another size, or another number "
+                f"Only the first layer differs: the {role} was trained on images of another size, or another number "
                 "of channels (grey has 1, RGB 3). Choose the same data.image_size and images of the same kind."
             )
     raise UserError(f"The weights in {source} do not fit the {role}: " + "; ".join(lines) + f". {remedy}")
 
 
-def _some(names: list[str]) -> str:
+def _abbreviate(names: list[str]) -> str:
     return ", ".join(names[:4]) + (", …" if len(names) > 4 else "")

@@ -1,4 +1,4 @@
-"""The command line that a process runs: how copies of the process are started with it, and how people are shown it."""
+"""The command line of this process: parsing it, starting copies of the process with it, and printing it."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from litdistill.utils.paths import PACKAGE, ROOT
 
 RANKS = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-# Flags of Hydra's that are followed by a value of their own.
+# Hydra's flags that take a value as the next argument.
 VALUED = {"--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--cfg", "-c", "--package", "-p"}
 
 
 def split_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Hydra's flags with their values, and the overrides."""
+    """Splits command-line arguments into Hydra's flags, with their values, and the overrides."""
     flags: list[str] = []
     overrides: list[str] = []
     rest = iter(arguments)
@@ -38,18 +38,18 @@ def split_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def config_dir_of(arguments: Sequence[str]) -> Path | None:
-    """The folder of configs that the user gives with `--config-dir`."""
+    """Returns the folder that the arguments give with `--config-dir`; None without the flag."""
     found = None
-    for place, flag in enumerate(arguments):
+    for index, flag in enumerate(arguments):
         if flag in ("--config-dir", "-cd"):
-            found = next(iter(arguments[place + 1 :]), None)
+            found = next(iter(arguments[index + 1 :]), None)
         elif flag.startswith("--config-dir="):
             found = flag.removeprefix("--config-dir=")
     return Path(found) if found else None
 
 
 def config_dir_flags() -> list[str]:
-    """The same as flags for another process, inside of a Hydra command."""
+    """Returns the `--config-dir` flags of the running Hydra command, for another process; empty outside one."""
     if not HydraConfig.initialized():
         return []
     sources = HydraConfig.get().runtime.config_sources
@@ -57,9 +57,9 @@ def config_dir_flags() -> list[str]:
 
 
 def command_argv(verb: str) -> list[str]:
-    """What `sys.argv` begins with for a command: a file that Python runs, and the verb where it is not the file's own.
+    """Returns the start of `sys.argv` for a command: a file that Python runs, followed by the verb unless the file implies it.
 
-    Lightning starts ranks by `python sys.argv[0] …`, or by `python -m` where this process was started so.
+    Lightning starts ranks by `python sys.argv[0] …`, or by `python -m` where this process was started that way.
     """
     started = Path(sys.argv[0]).resolve()
     if started.stem == "litdistill" and started.is_file():  # the installed command
@@ -70,7 +70,7 @@ def command_argv(verb: str) -> list[str]:
 
 
 def literal(value: Any) -> str:
-    """A plain value as Hydra's command line writes it, without spaces."""
+    """Returns a plain value in the syntax of Hydra's command line, without spaces."""
     if isinstance(value, dict):
         return "{" + ",".join(f"{k}:{literal(v)}" for k, v in value.items()) + "}"
     if isinstance(value, list):
@@ -86,7 +86,7 @@ def literal(value: Any) -> str:
 
 @contextlib.contextmanager
 def as_command(argv: list[str]) -> Iterator[None]:
-    """Makes `argv` the command of this process for one run, after which the next run starts ranks of its own."""
+    """Sets `sys.argv` to `argv` for one run, then restores it and destroys the process group of that run."""
     before, ranks = sys.argv, {k: os.environ[k] for k in RANKS if k in os.environ}
     sys.argv = argv
     try:
@@ -100,6 +100,7 @@ def as_command(argv: list[str]) -> Iterator[None]:
 
 
 def _leave_process_group(started_as_rank: bool) -> None:
+    """Destroys torch's default process group, unless this process was itself started as a rank."""
     if "torch" not in sys.modules or started_as_rank:
         return
     from torch import distributed
@@ -109,8 +110,9 @@ def _leave_process_group(started_as_rank: bool) -> None:
 
 
 def command_text(argv: Sequence[str]) -> str:
-    """The command as a user types it in the project's folder, whatever the paths of the machine."""
-    script, rest = Path(argv[0]).resolve(), [a for a in argv[1:] if a != "hydra.mode=RUN"]
+    """Returns the shell command that repeats a run from the project's folder, without paths of this machine."""
+    script = Path(argv[0]).resolve()
+    rest = [a for a in argv[1:] if a != "hydra.mode=RUN" and not a.startswith("folder=")]  # set per job by a multirun
     if script == PACKAGE / "__main__.py":
         return shlex.join(["python", "-m", "litdistill", *rest])
     if script.stem == "litdistill":

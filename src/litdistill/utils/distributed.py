@@ -1,7 +1,7 @@
-"""How a run's processes come to be: one stamp for its folder, and what torchrun or SLURM started as the Trainer's devices.
+"""Process launch: the name of a run's folder, and the Trainer's devices where torchrun or SLURM started the processes.
 
-Lightning starts the ranks of one machine itself, as copies of this process. Those of several machines are started by
-torchrun or by SLURM, all at once, and have to agree before there is a Trainer.
+Lightning starts the ranks of one machine itself, as copies of this process. torchrun and SLURM start the ranks of several
+machines at the same time, so these have to agree on a folder before a Trainer exists.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
 
 
 class Launch(NamedTuple):
-    """Processes that Lightning did not start."""
+    """The launcher of processes that Lightning did not start."""
 
-    by: str  # torchrun or srun
+    by: str  # "torchrun" or "srun"
     nodes: int
-    tasks: int  # on each node
+    tasks: int  # processes on each node
 
 
 def launched() -> Launch | None:
-    """Who started this process as one of several (or might have: the numbers may be 1); None: the user or Lightning.
+    """Returns the launcher of this process (its counts may be 1), or None where the user or Lightning started it.
 
     Raises `UserError` for a SLURM job of several tasks that was not started by srun.
     """
@@ -50,45 +50,47 @@ def launched() -> Launch | None:
 
 
 def _in_slurm_job() -> bool:
-    """As Lightning has it: in a shell of `srun --pty bash` or `salloc` what is typed is no job."""
+    """Returns whether this is a SLURM batch job; as in Lightning, a shell of `srun --pty bash` or `salloc` is none."""
     return "SLURM_JOB_ID" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")
 
 
 def run_stamp() -> str:
-    """What a run's folder is called: the time and a random suffix.
+    """Returns the name of a run's folder: the time and a random suffix.
 
-    The ranks of a torchrun get the first one's, also after a restart. A job of SLURM has its id and a hash of the command
+    All ranks of a torchrun get the first rank's name, also after a restart. A SLURM job has its id and a hash of the command
     instead, so that a requeued job finds the folder of its first start.
     """
     if _in_slurm_job():
         typed = hashlib.sha256("\0".join([os.path.basename(sys.argv[0]), *sys.argv[1:]]).encode()).hexdigest()
         return f"slurm-{os.environ['SLURM_JOB_ID']}-{typed[:12]}"
     stamp = time.strftime("%Y-%m-%d_%H-%M-%S_") + secrets.token_hex(2)
-    return _of_first_rank(stamp) if "TORCHELASTIC_RUN_ID" in os.environ else stamp
+    return _stamp_of_first_rank(stamp) if "TORCHELASTIC_RUN_ID" in os.environ else stamp
 
 
-def _of_first_rank(stamp: str) -> str:
-    """Through the store that torchrun keeps for its ranks."""
+def _stamp_of_first_rank(stamp: str) -> str:
+    """Returns the first rank's stamp, exchanged through torchrun's key-value store."""
     from torch.distributed import PrefixStore, TCPStore
 
     env = os.environ
     if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        raise UserError("This torchrun offers its ranks no store to agree by: set RUN_STAMP to one name on all nodes.")
+        raise UserError(
+            "This torchrun shares no key-value store with its ranks: set RUN_STAMP to the same name on all nodes."
+        )
     store = PrefixStore("litdistill", TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False))
     if env["RANK"] == "0":
         return store.compare_set("stamp", "", stamp).decode()
-    return store.get("stamp").decode()  # waits for it
+    return store.get("stamp").decode()  # blocks until the first rank has set it
 
 
 def fit_to_launch(options: DictConfig) -> None:
-    """Sets `devices` and `num_nodes` of a distributed trainer's options to what was started.
+    """Sets `devices` and `num_nodes` of a distributed trainer's options to the processes that the launcher started.
 
-    Raises `UserError` where they were set to something else, and where several processes would train on one device each.
+    Raises `UserError` where the options have other values, and where several processes would train on one device each.
     """
     launch, distributed = launched(), options.get("strategy") is not None
     if launch is not None and not distributed and launch.nodes * launch.tasks > 1:
         raise UserError(
-            f"{launch.by} started {launch.nodes * launch.tasks} processes, and this trainer knows of one: each would train "
+            f"{launch.by} started {launch.nodes * launch.tasks} processes, and this trainer uses one: each would train "
             "the same run. Choose trainer=ddp, or start one process."
         )
     if not distributed:
@@ -98,7 +100,7 @@ def fit_to_launch(options: DictConfig) -> None:
             if options.get(key) not in (None, "auto", -1, started):
                 raise UserError(
                     f"trainer.{key}={options[key]}, but {launch.by} started {launch.tasks} process(es) on each of "
-                    f"{launch.nodes} node(s). Leave the key out: it is taken from there."
+                    f"{launch.nodes} node(s). Leave the key out: it is taken from the launcher."
                 )
             options[key] = started
     elif options.get("num_nodes") is None:
@@ -106,27 +108,27 @@ def fit_to_launch(options: DictConfig) -> None:
 
 
 def init_process_group_early(trainer: Trainer) -> None:
-    """Connects ranks that were started at once, before the first of them decides anything for all."""
+    """Initializes the process group of torchrun's or SLURM's ranks, before rank 0 makes a decision for all."""
     if launched() is not None and trainer.world_size > 1:
         trainer.strategy.setup_environment()
 
 
 def is_first_rank() -> bool:
-    """Whether this process is a run's first, asked before there is a trainer."""
+    """Returns whether this process has rank 0; works before a Trainer exists."""
     from lightning.pytorch.utilities import rank_zero_only
 
     return int(getattr(rank_zero_only, "rank", None) or 0) == 0
 
 
 def broadcast_from_rank0(value: bool) -> bool:
-    """The first rank's value on all ranks that were started at once, which call this together; else the value itself.
+    """Returns rank 0's `value` on all ranks that a launcher started (a collective call); otherwise returns `value`.
 
-    The ranks that Lightning starts come later, and find what the first one has decided.
+    Ranks that Lightning starts begin after rank 0 has decided and read its decision from the run's folder.
     """
     from torch import distributed
 
     if launched() is None or not (distributed.is_available() and distributed.is_initialized()):
         return value
-    box = [value]
-    distributed.broadcast_object_list(box, src=0)
-    return box[0]
+    values = [value]
+    distributed.broadcast_object_list(values, src=0)
+    return values[0]

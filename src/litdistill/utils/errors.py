@@ -1,4 +1,4 @@
-"""The exceptions whose message is meant for the user: what is wrong and what helps, and that a run has been stopped."""
+"""Exceptions whose message is meant for the user: `UserError` for wrong input and `Stopped` for an interrupted run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class UserError(Exception):
 class Stopped(BaseException):
     """Training was interrupted by a signal after its state was saved.
 
-    No `Exception`: whatever goes on after one that failed (Hydra's multirun, a sweep) is to stop too.
+    It derives from `BaseException`, so that loops which continue after a failed job (Hydra's multirun, a sweep) stop too.
     """
 
     def __init__(self, signum: int, where: str):
@@ -23,4 +23,4 @@ class Stopped(BaseException):
         self.signum, self.where, self.status = signum, where, 128 + signum
 
     def __reduce__(self) -> tuple[type[Stopped], tuple[int, str]]:
-        return type(self), (self.signum, self.where)  # how a process of a pool hands it to the one that waits
+        return type(self), (self.signum, self.where)  # pickling, for a worker process of a pool

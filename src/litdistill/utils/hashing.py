@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 def weights_sha256(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, types, shapes and bytes of all tensors of a state dict, in the order of the names."""
+    """Returns the SHA-256 in hexadecimal over names, dtypes, shapes and bytes of a state dict's tensors, sorted by name."""
     digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
@@ -23,18 +23,18 @@ def weights_sha256(state: Mapping[str, Tensor]) -> str:
 
 
 def network_sha256(net: nn.Module) -> str:
-    """SHA-256 over all that decides what a network gives: its weights, its structure and its preprocessing."""
+    """Returns the SHA-256 in hexadecimal of a network: its weights, unsaved buffers, structure and preprocessing."""
     state = net.state_dict()
-    state |= {name: buffer for name, buffer in net.named_buffers() if name not in state}  # those that are not saved
+    state |= {name: buffer for name, buffer in net.named_buffers() if name not in state}  # non-persistent buffers
     facts = [weights_sha256(state), repr(net), stable_repr(net)]
     return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()
 
 
 def stable_repr(obj: Any, ancestors: tuple[int, ...] = ()) -> Any:
-    """The plain values in an object, for a hash that is the same in another process: numbers and words as they are, tensors by
-    their bytes, functions by name, modules and whatever else by type and public attributes.
+    """Returns a description of an object in plain values for hashing, equal in every process: numbers and strings by `repr`,
+    tensors by a hash of their bytes, functions by name, modules and other objects by type and public attributes.
 
-    `ancestors`: the objects that this one lies in, which are not described again inside it.
+    `ancestors`: ids of the objects that contain this one; they are not described again inside it.
     """
     if isinstance(obj, (str, int, float, complex, bool, bytes, type(None))):
         return repr(obj)
@@ -51,17 +51,17 @@ def stable_repr(obj: Any, ancestors: tuple[int, ...] = ()) -> Any:
         return [inside(v) for v in (obj.func, obj.args, obj.keywords)]
     if callable(obj) and hasattr(obj, "__qualname__"):
         return f"{obj.__module__}.{obj.__qualname__}"
-    # Of a module the weights have a hash of their own.
+    # A module's weights are hashed separately, by `weights_sha256`.
     parts = obj.named_modules() if isinstance(obj, nn.Module) else [("", obj)]
     return [(name, f"{type(part).__module__}.{type(part).__qualname__}", inside(_public(part))) for name, part in parts]
 
 
 def _public(obj: Any) -> dict[str, Any]:
-    """The attributes that decide what an object does."""
+    """Returns an object's public attributes, without the mode flags `training` and `inplace`, sorted by name."""
     own = getattr(obj, "__dict__", {})
     return {k: own[k] for k in sorted(own) if not k.startswith("_") and k not in ("training", "inplace")}
 
 
 def digest(facts: dict[str, Any]) -> str:
-    """Ten hex digits of plain values."""
+    """Returns the first ten hex digits of the SHA-256 of `facts`, as JSON with sorted keys."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:10]

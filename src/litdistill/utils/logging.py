@@ -1,4 +1,4 @@
-"""What is printed, and how: this project's lines, Lightning's, and warnings that ask nothing of the user."""
+"""Console and file logging: this project's lines, Lightning's, and filters for warnings that need no action."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from litdistill.utils.distributed import is_first_rank
 
 
 def console_handler() -> logging.Handler:
-    """Lines beside a live progress bar where there is a terminal, plain lines elsewhere; named in conf/hydra."""
+    """Returns the console handler that conf/hydra names: Rich on a terminal (beside a progress bar), plain lines elsewhere."""
     if sys.stdout.isatty():
         return RichHandler(show_path=False, show_level=False, log_time_format="%H:%M:%S")
     handler = logging.StreamHandler(sys.stdout)
@@ -24,8 +24,8 @@ def console_handler() -> logging.Handler:
     return handler
 
 
-def quieten() -> None:
-    """Silences warnings that are true of this project by design and ask nothing of the user."""
+def filter_warnings() -> None:
+    """Filters warnings that hold for this project by design and need no action of the user."""
     for pattern in (
         ".*does not have many workers.*",
         ".*Checkpoint directory .* exists and is not empty.*",
@@ -43,23 +43,23 @@ def quieten() -> None:
 
 
 def adopt_lightning_logs() -> None:
-    """Sends Lightning's lines where all others go: on import it brings handlers of its own, and hides them from the file."""
+    """Routes Lightning's log lines to the root logger; on import it adds its own handlers, which bypass the log file."""
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         logger = logging.getLogger(name)
         logger.handlers.clear()
         logger.propagate = True
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_tips)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_tip)
     if not is_first_rank():
-        logging.getLogger().setLevel(logging.WARNING)  # the first rank speaks for all
+        logging.getLogger().setLevel(logging.WARNING)  # rank 0 logs for all ranks
 
 
-def _no_tips(record: logging.LogRecord) -> bool:
+def _is_no_tip(record: logging.LogRecord) -> bool:
     return not re.search(r"Tip:|litlogger|litmodels|GPU available|TPU available|HPU available", record.getMessage())
 
 
 @contextlib.contextmanager
 def logged_to(path: Path) -> Iterator[None]:
-    """Puts the log's lines into `path` too."""
+    """Also writes log lines to the file `path` inside the context."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
@@ -72,7 +72,7 @@ def logged_to(path: Path) -> Iterator[None]:
 
 
 def format_seconds(seconds: float) -> str:
-    """A duration for people: 8 s, 3 min 20 s, 2 h 5 min."""
+    """Returns a duration as text: 8 s, 3 min 20 s, 2 h 5 min."""
     s = round(seconds)
     if s < 60:
         return f"{s} s"

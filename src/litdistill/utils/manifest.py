@@ -1,4 +1,4 @@
-"""`manifest.json`: what is to be known of each exported file, checked before anything is opened."""
+"""`manifest.json`: metadata and SHA-256 of each exported file, checked before the file is opened."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ MANIFEST = "manifest.json"
 
 SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2", "safetensors": ".safetensors", "torchscript": ".pt"}
 
-# Control characters, ends of lines and paragraphs, halves of characters, and what turns the direction of the text after it.
-ACTING = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
+# Control characters, line and paragraph separators, surrogates, and bidirectional formatting characters.
+CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
 
 MISSING = "{} is not installed. Install what exported files need with pip install 'litdistill[export]'."
 
 
 class ExportMetadata(NamedTuple):
-    """What one has to know to use an exported file; each value was checked."""
+    """Checked metadata of an exported file: all that is needed to run it."""
 
     format: str
-    preprocessing: bool  # whether normalization is in the file, which then takes uint8
+    preprocessing: bool  # whether the file contains the normalization and takes uint8
     classes: list[str]  # the name of each output
-    mean: list[float]  # of each channel on the scale 0 to 1; empty for a network that takes its inputs as they are
+    mean: list[float]  # per channel on the scale 0 to 1; empty for a network without normalization
     std: list[float]
     size: list[int] | None  # height and width to which images are resized; None: they are taken as they are
     input_shape: list[int]  # of the inputs before that: (C, H, W) of images, (F,) of a table's rows
@@ -40,7 +40,7 @@ class ExportMetadata(NamedTuple):
 
 
 def verified(path: Path) -> tuple[bytes, ExportMetadata]:
-    """The bytes of an exported file and what its manifest says of it. Raises `UserError` where the two differ."""
+    """Returns the bytes of an exported file and its metadata. Raises `UserError` where they differ from the manifest."""
     manifest = path.parent / MANIFEST
     if not path.is_file():
         raise UserError(f"There is no {path}. Write it with python scripts/export.py run=<run folder>.")
@@ -48,8 +48,8 @@ def verified(path: Path) -> tuple[bytes, ExportMetadata]:
         raise UserError(f"There is no {manifest}: copy {MANIFEST} from where {path.name} was exported to beside it.")
     entry = read_manifest(manifest).get(path.name)
     if not isinstance(entry, dict):
-        raise UserError(f"{manifest} does not speak of {path.name}: export it again.")
-    content = path.read_bytes()  # read once: what is hashed is what is opened
+        raise UserError(f"{manifest} has no entry for {path.name}: export it again.")
+    content = path.read_bytes()  # read once, so that the bytes that are hashed are those that are opened
     if hashlib.sha256(content).hexdigest() != entry.get("sha256"):
         raise UserError(
             f"{path} is not the file that was exported: its SHA-256 differs from the one in {manifest}. "
@@ -59,7 +59,7 @@ def verified(path: Path) -> tuple[bytes, ExportMetadata]:
 
 
 def read_manifest(manifest: Path) -> dict[str, Any]:
-    """The entries of a manifest by file name."""
+    """Returns the entries of a manifest by file name. Raises `UserError` for a damaged one."""
     try:
         files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
     except (ValueError, RecursionError, TypeError, KeyError) as error:
@@ -70,12 +70,14 @@ def read_manifest(manifest: Path) -> dict[str, Any]:
 
 
 def check_facts(entry: Mapping[str, Any], path: Path) -> ExportMetadata:
-    """The facts in a manifest's entry. Raises `UserError` for any that cannot be true of a network."""
+    """Returns a manifest entry as `ExportMetadata`. Raises `UserError` for values that no network can have."""
     stated: dict[str, Any] = {name: entry.get(name) for name in ExportMetadata._fields}
     facts = ExportMetadata(**(stated | {"net": entry.get("net", {})}))
 
     def numbers(value: Any, low: float, high: float, kinds: tuple[type, ...]) -> bool:
-        return isinstance(value, list) and all(type(v) in kinds and low <= v <= high for v in value)  # NaN is in none
+        return isinstance(value, list) and all(
+            type(v) in kinds and low <= v <= high for v in value
+        )  # NaN fails the comparison
 
     right = {
         "format": isinstance(facts.format, str) and SUFFIXES.get(facts.format) == path.suffix,
@@ -107,17 +109,17 @@ def check_facts(entry: Mapping[str, Any], path: Path) -> ExportMetadata:
         if not right_channels or not (table or (len(sides) == 2 and max(facts.input_shape) <= 4096)):
             wrong = ["mean", "std", "input_shape"]
     if wrong:
-        raise UserError(f"What {MANIFEST} says of {path.name} makes no sense ({', '.join(wrong)}): export it again.")
+        raise UserError(f"The entry of {path.name} in {MANIFEST} is invalid ({', '.join(wrong)}): export it again.")
     return facts
 
 
 def unfit_names(classes: Sequence[str]) -> list[str]:
-    """Those that no exported file may hold: too long, or with characters that do something to whoever prints them."""
-    return [name for name in classes if len(name) > 200 or ACTING.search(name)]
+    """Returns the class names that no exported file may hold: over 200 characters, or with control characters."""
+    return [name for name in classes if len(name) > 200 or CONTROL_CHARACTERS.search(name)]
 
 
 def check_names(classes: Sequence[str]) -> None:
-    """Raises `UserError` for the name of a class that no file may hold."""
+    """Raises `UserError` for a class name that no exported file may hold."""
     if unfit := unfit_names(classes):
         raise UserError(
             f"The class {unfit[0]!r} cannot be exported: its name is longer than 200 characters or has one that controls a "
@@ -126,7 +128,7 @@ def check_names(classes: Sequence[str]) -> None:
 
 
 def check_int8(classes: Sequence[str]) -> None:
-    """Raises `UserError` for what would keep back the file of an int8 student of these classes."""
+    """Raises `UserError` where an int8 student of these classes could not be exported: a class name or a missing package."""
     check_names(classes)
     for package in ("onnx", "onnxscript", "onnxruntime"):
         if find_spec(package) is None:

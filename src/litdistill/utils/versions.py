@@ -1,4 +1,4 @@
-"""Which versions of what a result came from."""
+"""Versions of Python, packages and this repository, recorded with each result."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ PACKAGES = ("litdistill", "torch", "torchvision", "lightning", "hydra-core")
 
 
 def versions() -> dict[str, str | None]:
-    """Of Python and of the packages that decide a result; None for one that has no metadata, as where sources are run."""
+    """Returns the versions of Python and of the packages that determine a result; None for a package without metadata."""
     return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
 
 
 def version(package: str) -> str | None:
-    """The installed version of a package; None where it has no metadata. Never raises."""
+    """Returns the installed version of a package; None where it has no metadata, as when run from sources. Never raises."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -26,7 +26,7 @@ def version(package: str) -> str | None:
 
 
 def git_state() -> dict[str, Any] | None:
-    """Commit and whether the tree differs from it; None outside of a clone, whatever repository lies around it."""
+    """Returns the commit and whether the working tree is dirty; None outside a clone of this project."""
     if ROOT is None or not (ROOT / ".git").exists():
         return None
     try:

@@ -1,0 +1,118 @@
+"""What is refused before or while a `Distiller` trains, since a training would be lost or would teach nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning import Trainer
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.utils.data import DataLoader
+
+from litdistill.distillation.inference import NORMS
+from litdistill.methods.base import Method
+from litdistill.models.preprocess import check_scale
+from litdistill.tasks.base import Task
+from litdistill.types import Batch
+from litdistill.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from litdistill.distillation.distiller import Distiller
+
+
+def check_method(method: Method, teacher: object, task: Task) -> None:
+    """Raises `UserError` for a method without the teacher (None) or the kind of logits that it needs."""
+    name = type(method).__name__
+    if method.needs_teacher and teacher is None:
+        raise UserError(f"{name} learns from a teacher: give one, or use Supervised.")
+    if task.kind not in method.kinds:
+        raise UserError(
+            f"{name} is defined for logits that are {' or '.join(method.kinds)}, and those of {type(task).__name__} are "
+            f"{task.kind}: use a method that reads features, LogitMSE, or for several labels BinaryKD."
+        )
+
+
+def check_pairing(method: Method, student: nn.Module, teacher: nn.Module | None, task: Task, example: Any) -> None:
+    """Raises `UserError` for a method without the teacher, the kind of logits or the example that it needs, and for networks
+    that share parameters."""
+    check_method(method, teacher, task)
+    name = type(method).__name__
+    if teacher is not None and {id(p) for p in student.parameters()} & {id(p) for p in teacher.parameters()}:
+        raise UserError(
+            "The student has parameters of the teacher, which would be frozen with it: give one of them as a copy, "
+            "copy.deepcopy(net)."
+        )
+    kind = type(method)
+    builds = kind.build is not Method.build or kind.prepare is not Method.prepare
+    if example is None and (builds or any(method.taps())):
+        raise UserError(
+            f"{name} reads features or makes layers of its own: give Distiller(example=…), a batch of a few samples as the "
+            "loader yields it, from which they are found."
+        )
+
+
+def check_images(batch: Batch | None, *networks: nn.Module | None) -> None:
+    """Raises `UserError` for an example whose values a network that preprocesses images does not take."""
+    for net in networks:
+        if batch is not None and net is not None:
+            check_scale(net, batch.inputs)
+
+
+def check_plateau(scheduler: ReduceLROnPlateau, interval: str, monitor: str, task: Task) -> None:
+    """Raises `UserError` for a schedule that would wait for the wrong thing."""
+    if interval != "epoch":
+        raise UserError("ReduceLROnPlateau waits for a metric of the validation: its interval is epoch.")
+    if monitor == f"val/{task.monitor[0]}" and scheduler.mode != task.monitor[1]:
+        raise UserError(
+            f"ReduceLROnPlateau(mode={scheduler.mode!r}) would cut the learning rate whenever {monitor} gets better: its "
+            f"mode is {task.monitor[1]!r}."
+        )
+
+
+def check_trainer(trainer: Trainer, method: Method) -> None:
+    """Raises `UserError` for a Trainer with which a method forgets, or samples that are meant to stay change."""
+    model = trainer.strategy.model
+    if isinstance(model, DistributedDataParallel) and model.broadcast_buffers:
+        own = [m for m in method.modules() if not isinstance(m, NORMS)]
+        if any(True for module in own for _ in module.buffers(recurse=False)):
+            raise UserError(
+                f"{type(method).__name__} remembers samples, each process its own, and DDP would overwrite them with the "
+                "first one's: use strategy=DDPStrategy(broadcast_buffers=False)."
+            )
+    loader: Any = trainer.train_dataloader
+    if getattr(trainer, "overfit_batches", 0) and loader is not None and not isinstance(loader, DataLoader):
+        raise UserError(
+            "overfit_batches fixes the samples of torch's DataLoaders alone, and this loader would draw others each epoch: "
+            "take few samples instead, as ImageData(per_class=…) or ImageData(epoch_size=…) does."
+        )
+
+
+def check_finite(distiller: Distiller, means: Mapping[str, Tensor], weights: bool = False) -> None:
+    """Raises `UserError` where the losses since the last log, or the student's weights, are no finite numbers."""
+    if means and not math.isfinite(means["loss"]):
+        bad = ", ".join(f"{k} = {float(v):g}" for k, v in means.items())
+    elif weights and not _finite_weights(distiller.student):
+        bad = "the student's weights"
+    else:
+        return
+    raise UserError(
+        f"The loss is not finite any more, before step {distiller.trainer.global_step + 1} of epoch "
+        f"{distiller.current_epoch}: {bad}. Checkpoints of earlier epochs are kept. "
+        "A smaller learning rate or gradients clipped at 1 usually help."
+    )
+
+
+def _finite_weights(net: nn.Module) -> bool:
+    largest = [p.detach().abs().max().float() for p in net.parameters() if p.numel()]
+    return not largest or bool(torch.stack(largest).isfinite().all())
+
+
+def world_size() -> int:
+    """The number of processes that train together."""
+    from torch import distributed
+
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1

@@ -1,0 +1,60 @@
+"""What is logged while training: the means since the last log, the speed, and in groups the learning rate.
+
+A single step is logged by `LightningModule.log`, as its users know it. A group of minibatches goes to the loggers itself:
+Lightning would count groups for its x, and log what it knows again at each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from litdistill.distillation.checks import check_finite
+
+if TYPE_CHECKING:
+    from litdistill.distillation.distiller import Distiller
+
+
+def log_step(distiller: Distiller) -> None:
+    """Logs the means after a single step."""
+    means = _means(distiller)
+    for name, value in means.items():
+        distiller.log(name, value, prog_bar=name == "train/loss", sync_dist=True)
+    for name, number in _speed(distiller).items():
+        distiller.log(name, number)
+    distiller.means.reset()
+
+
+def log_group(distiller: Distiller) -> None:
+    """Logs the means after a group, at the optimizer's step."""
+    means, trainer = _means(distiller), distiller.trainer
+    if trainer.world_size > 1 and means:
+        reduced = trainer.strategy.reduce(torch.stack([v.float() for v in means.values()]), reduce_op="mean")
+        means = dict(zip(means, reduced, strict=True))
+    for name, value in means.items():  # for callbacks and the progress bar
+        distiller.log(name, value, prog_bar=name == "train/loss", logger=False)
+    values = {**{name: float(value) for name, value in means.items()}, **_speed(distiller), **_rates(distiller)}
+    for logger in distiller.loggers:
+        logger.log_metrics(values | {"epoch": float(distiller.current_epoch)}, trainer.global_step)
+    distiller.means.reset()
+
+
+def _means(distiller: Distiller) -> dict[str, Tensor]:
+    means = distiller.means.means()
+    check_finite(distiller, means)
+    return {f"train/{name}": value for name, value in means.items()}
+
+
+def _speed(distiller: Distiller) -> Mapping[str, float]:
+    means = distiller.means
+    seconds = max(means.elapsed, 1e-9)
+    samples = means.samples * distiller.trainer.world_size
+    return {"speed/samples_per_s": samples / seconds, "speed/teacher_share": means.teacher_s / seconds}
+
+
+def _rates(distiller: Distiller) -> dict[str, float]:
+    """The learning rates by the names of Lightning's monitor, which would log them by the group."""
+    return {f"lr-{type(o).__name__}": float(o.param_groups[0]["lr"]) for o in distiller.trainer.optimizers}

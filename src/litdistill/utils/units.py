@@ -1,0 +1,70 @@
+"""How metrics are written for people: shares in per cent with two digits, other numbers with four that count."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+
+SHARES = ("accuracy", "map", "f1", "agreement")  # from 0 to 1, shown in per cent
+THOUSANDTHS = ("nll", "ece", "brier", "kl", "r2")  # shown with three digits
+NAMES = {
+    "map": "mAP",
+    "f1": "F1",
+    "nll": "NLL",
+    "ece": "ECE",
+    "kl": "KL",
+    "brier": "Brier",
+    "rmse": "RMSE",
+    "mae": "MAE",
+}
+NAMES |= {"r2": "R²"}
+
+
+def named(name: str) -> str:
+    """A metric as it is written in a sentence: `accuracy`, `RMSE`."""
+    return NAMES.get(name, name.replace("_", " "))
+
+
+def heading(name: str) -> str:
+    """... at the head of a column: `accuracy %`, `RMSE`."""
+    return named(name) + (" %" if name in SHARES else "")
+
+
+def axis(name: str) -> str:
+    """... beside an axis: `accuracy (%)`, `RMSE`."""
+    return named(name) + (" (%)" if name in SHARES else "")
+
+
+def factor(name: str) -> float:
+    """By what a value is multiplied before it is shown under its heading."""
+    return 100.0 if name in SHARES else 1.0
+
+
+def shown(name: str, value: float) -> str:
+    """A value with its unit: `91.27 %`, `54.21`."""
+    return f"{100 * value:.2f} %" if name in SHARES else f"{value:.4g}"
+
+
+def decimals(name: str, value: float) -> int:
+    """How many digits stand behind the point of a value that is shown under its heading."""
+    if name in SHARES:
+        return 2
+    if name in THOUSANDTHS or not math.isfinite(value) or value == 0:
+        return 3
+    return max(0, 3 - math.floor(math.log10(abs(value))))
+
+
+def shown_mean(name: str, values: Sequence[float]) -> str:
+    """Mean ± standard deviation over seeds of a metric's values, under its heading."""
+    scaled = [factor(name) * v for v in values]
+    return spread(scaled, decimals(name, statistics.mean(scaled)))
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """Mean ± standard deviation over seeds (the sample's, n - 1), or the value alone where there is one."""
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
+    finite = all(map(math.isfinite, values))  # of others stdev makes an error
+    deviation = statistics.stdev(values) if finite else math.nan
+    return f"{statistics.mean(values):.{digits}f} ± {deviation:.{digits}f}"

@@ -1,0 +1,82 @@
+"""`ArrayData`: features in memory, split and standardized the same way everywhere, with ids that a cache can go by."""
+
+import pytest
+import torch
+from sklearn.datasets import load_diabetes
+
+from litdistill.data.arrays import READERS, ArrayData
+from litdistill.data.protocol import as_indexed
+from litdistill.models.small import mlp
+from litdistill.utils.errors import UserError
+
+
+def read(name: str = "diabetes", **options) -> ArrayData:
+    data = ArrayData(name, **options)
+    data.setup()
+    return data
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "features", "outputs"), [("diabetes", 442, 10, 1), ("multilabel", 2000, 40, 10)]
+)
+def test_every_sample_is_in_one_split_whatever_the_seed(name, count, features, outputs):
+    data, other = read(name), read(name, seed=7)
+    ids = torch.cat([data.train_ids, data.val_ids, data.test_ids])
+    assert torch.equal(ids.sort().values, torch.arange(count))
+    assert len(data.test_ids) == round(0.2 * count)
+    assert len(data.val_ids) == round(0.1 * (count - len(data.test_ids)))
+    assert all(torch.equal(getattr(data, k), getattr(other, k)) for k in ("train_ids", "val_ids", "test_ids"))
+    assert (data.input_shape, data.num_classes) == ((features,), outputs)
+    batch = data.get_batch("train", data.train_ids[:3])
+    assert (
+        mlp(data.num_classes, data.input_shape, widths=[5])(batch.inputs).shape == batch.targets.shape == (3, outputs)
+    )
+
+
+def test_inputs_are_standardized_by_what_is_not_held_out_and_targets_are_as_published():
+    data, raw = read(fraction=0.5), load_diabetes(scaled=False)
+    rest = read()
+    inputs = torch.cat([b.inputs for b in rest.batches("train")])
+    assert inputs.mean(0).abs().max() < 1e-5
+    assert (inputs.std(0, correction=0) - 1).abs().max() < 1e-4
+    assert len(data.train_ids) == round(len(rest.train_ids) / 2)
+    assert set(data.train_ids.tolist()) < set(rest.train_ids.tolist())
+    assert torch.equal(data.arrays.inputs, rest.arrays.inputs)  # a teacher of all the samples sees the same numbers
+    ids = data.test_ids[[3, 0]]
+    assert torch.equal(data.get_batch("test", ids).targets[:, 0], torch.from_numpy(raw.target)[ids].float())
+
+
+def test_labels_are_zero_or_one_and_differ_in_number():
+    targets = read("multilabel").train_targets
+    assert set(targets.unique().tolist()) == {0.0, 1.0}
+    assert len(targets.sum(1).unique()) > 3
+    assert 0.1 < targets.mean() < 0.9
+    assert torch.equal(READERS["multilabel"]().inputs, READERS["multilabel"]().inputs)
+
+
+def test_a_loader_gives_each_sample_once_and_in_another_order_each_epoch():
+    data = read(batch_size=50)
+    loader, epochs = data.train_loader(), []
+    for epoch in range(2):
+        loader.set_epoch(epoch)
+        epochs.append(torch.cat([data.make_batch(rows).ids for rows in loader]))
+    assert torch.equal(epochs[0].sort().values, data.train_ids)
+    assert not torch.equal(epochs[0], epochs[1])
+    ranks = [torch.cat([rows.ids for rows in data.eval_loader("val", rank, 2)]) for rank in range(2)]
+    assert torch.equal(torch.cat(ranks).sort().values, data.val_ids)
+
+
+def test_it_knows_its_samples_by_id():
+    data = read()
+    assert as_indexed(data) is data
+    assert data.identity("train") == read(seed=3).identity("train") != read("multilabel").identity("train")
+    assert (data.views, data.view_count(5), data.draws_views) == (1, 1, False)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"name": "wine"}, {"fraction": 0}, {"fraction": 2}, {"val_size": 0}, {"val_size": 400}, {"batch_size": 0}],
+)
+def test_impossible_options_are_refused(options):
+    with pytest.raises(UserError, match=r"data\."):
+        read(**options)

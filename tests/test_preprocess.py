@@ -1,0 +1,209 @@
+"""Preprocessing is a part of the network: exact, invisible in names and files, and taken along wherever the network goes."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from litdistill.distillation.inference import fuse_batchnorm, prepack
+from litdistill.distillation.teacher import Ensemble
+from litdistill.features.feature_extractor import FeatureExtractor, resolve_taps
+from litdistill.models.finetune import freeze, head_of
+from litdistill.models.preprocess import (
+    Preprocess,
+    Preprocessed,
+    as_plain_modules,
+    bare,
+    check_scale,
+    preprocess_of,
+    without_preprocessing,
+    wrap,
+)
+from litdistill.models.resnet import resnet
+from litdistill.models.small import conv4, mlp
+from litdistill.utils.errors import UserError
+from litdistill.utils.hashing import network_sha256
+
+MEAN, STD = (0.1, 0.25, 0.7), (0.2, 0.3, 0.45)
+
+
+def images(n: int = 6, channels: int = 3, side: int = 8) -> torch.Tensor:
+    return torch.randint(
+        0, 256, (n, channels, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+
+
+def net(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return conv4(5, (3, 8, 8), widths=[6, 7]).eval()
+
+
+def exact(x: torch.Tensor) -> torch.Tensor:
+    mean, std = (torch.tensor(v, dtype=torch.float64).view(-1, 1, 1) for v in (MEAN, STD))
+    return (x.double() / 255 - mean) / std
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_levels_and_floats_are_normalized_as_in_float64(layout):
+    x = images().contiguous(memory_format=layout)
+    for given in (x, x / 255):
+        found = Preprocess(MEAN, STD)(given)
+        assert found.dtype == torch.float32
+        assert (found - exact(x)).abs().max() < 1e-6
+        assert found.is_contiguous(memory_format=layout)
+    assert (Preprocess(MEAN, STD).double()(x) - exact(x)).abs().max() < 1e-12
+
+
+def test_other_sizes_are_resized_and_one_channel_is_given_to_all_means():
+    x = images(side=16)
+    found = Preprocess(MEAN, STD, size=8)(x)
+    small = nn.functional.interpolate(x.float(), (8, 8), mode="bilinear", antialias=True)
+    assert torch.allclose(found, exact(small).float(), atol=1e-5)
+    assert Preprocess(MEAN, STD, size=(4, 6))(x).shape == (6, 3, 4, 6)
+    assert torch.equal(Preprocess(MEAN, STD, size=16)(x), Preprocess(MEAN, STD)(x))
+    grey = images(channels=1)
+    assert torch.equal(Preprocess(MEAN, STD)(grey), Preprocess(MEAN, STD)(grey.expand(-1, 3, -1, -1)))
+    assert Preprocess(MEAN, STD, size=32).input_shape((1, 28, 28)) == (3, 32, 32)
+    with pytest.raises(UserError, match="3 channels, and the images have 2"):
+        Preprocess(MEAN, STD).input_shape((2, 28, 28))
+
+
+@pytest.mark.parametrize(("mean", "std", "size"), [([0.5], [0.5, 1], None), ([0.5], [0.0], None), ([0.5], [1.0], [3])])
+def test_impossible_options_are_refused(mean, std, size):
+    with pytest.raises(UserError, match="preprocess"):
+        Preprocess(mean, std, size)
+
+
+def test_names_and_states_are_those_of_the_network_alone():
+    inner = net()
+    outer = nn.ModuleDict({"student": Preprocessed(inner, Preprocess(MEAN, STD)), "other": nn.Linear(2, 2)})
+    own = [f"student.{k}" for k in inner.state_dict()]
+    assert [k for k in outer.state_dict() if k.startswith("student.")] == own
+    assert [k for k, _ in outer.named_parameters()][: len(list(inner.parameters()))] == [
+        f"student.{k}" for k, _ in inner.named_parameters()
+    ]
+    again = copy.deepcopy(outer)
+    for parameter in again.parameters():
+        parameter.data.zero_()
+    again.load_state_dict(outer.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(outer.parameters(), again.parameters(), strict=True))
+    bare(again["student"]).load_state_dict(outer["student"].state_dict())  # and the other way round
+    outer["student"].load_state_dict(inner.state_dict())
+    with pytest.raises(RuntimeError, match="layer1"):
+        outer["student"].load_state_dict({k: v for k, v in inner.state_dict().items() if "layer1" not in k})
+    assert outer["student"].get_submodule("layer1.0") is inner.get_submodule("layer1.0")
+    assert not outer.train()["student"].eval().net.training
+    assert outer.train()["student"].net.training
+
+
+@pytest.mark.parametrize("word", ["stages", "stages:pre", "last", "pooled", "layer2.1", "layer2.0:in"])
+@pytest.mark.parametrize("make", [net, lambda: resnet(5, (3, 8, 8), 8).eval()], ids=["conv4", "resnet8"])
+def test_features_have_the_names_and_values_of_the_network_alone(make, word):
+    if "." in word and make is not net:
+        pytest.skip("a name of conv4")
+    inner, x, preprocess = make(), images(), Preprocess(MEAN, STD)
+    wrapped = Preprocessed(inner, preprocess)
+    names = resolve_taps(inner, preprocess(x), word)
+    assert resolve_taps(wrapped, x, word) == names
+    alone, found = FeatureExtractor(inner, names)(preprocess(x)), FeatureExtractor(wrapped, names)(x)
+    assert torch.equal(alone.logits, found.logits)
+    assert all(torch.equal(v, found.features[k]) for k, v in alone.features.items())
+
+
+def test_stages_are_told_from_the_size_that_the_network_sees():
+    """A stem that halves 32 pixels is dropped as a stage, whether the images were 32 pixels wide or are made so."""
+
+    def stem() -> nn.Module:
+        torch.manual_seed(0)
+        body = [nn.Conv2d(4, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, 1, 1), nn.ReLU()]
+        return nn.Sequential(
+            nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU(), *body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)
+        )
+
+    expected = resolve_taps(stem(), torch.zeros(2, 3, 32, 32), "stages")
+    assert len(expected) == 1
+    assert resolve_taps(Preprocessed(stem(), Preprocess(MEAN, STD, size=32)), images(), "stages") == expected
+
+
+def test_a_part_is_frozen_by_its_name_in_the_network():
+    wrapped = Preprocessed(net(), Preprocess(MEAN, STD)).train()
+    assert head_of(wrapped, images()) == "fc"
+    freeze(wrapped, ["head"], images())
+    assert [k for k, p in wrapped.named_parameters() if p.requires_grad] == ["fc.weight", "fc.bias"]
+
+
+def test_a_faster_form_keeps_its_preprocessing():
+    x = images()
+    wrapped = Preprocessed(net(), Preprocess(MEAN, STD))
+    fused = fuse_batchnorm(wrapped, x)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in fused.modules())
+    packed = prepack(fused, x)
+    assert packed is not fused
+    for faster in (fused, packed):
+        assert preprocess_of(faster) is wrapped.preprocess
+        assert torch.allclose(faster(x), wrapped(x), atol=1e-5)
+    both = Ensemble([wrapped, Preprocessed(net(1), Preprocess(STD, MEAN, 8))]).eval()
+    fast = fuse_batchnorm(both, x)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in fast.modules())
+    assert any(isinstance(m, nn.BatchNorm2d) for m in both.modules())
+    assert torch.allclose(fast(x), both(x), atol=1e-5)
+
+
+def test_it_is_found_taken_off_and_traced_inside_of_another_network():
+    x, inner, preprocess = images(), net(), Preprocess(MEAN, STD)
+    twice = Ensemble([Preprocessed(inner, preprocess), Preprocessed(net(1), Preprocess(MEAN, STD))]).eval()
+    found = preprocess_of(twice)
+    assert found is not None
+    assert found.facts() == {"mean": list(MEAN), "std": list(STD), "size": None}
+    assert torch.allclose(without_preprocessing(twice)(found(x)), twice(x), atol=1e-6)
+    assert isinstance(twice.members[0], Preprocessed)  # what is given is a copy
+    other = Ensemble([Preprocessed(inner, preprocess), Preprocessed(net(1), Preprocess(STD, MEAN))]).eval()
+    assert preprocess_of(other) is None
+    program = torch.export.export(as_plain_modules(other), (x,), strict=False)
+    assert torch.allclose(program.module()(x), other(x), atol=1e-6)
+    assert preprocess_of(inner) is None
+    assert wrap(inner, None) is bare(inner) is inner
+    compiled = copy.deepcopy(Preprocessed(inner, preprocess))
+    compiled.compile(backend="eager", fullgraph=True)
+    assert torch.allclose(compiled(x), inner(preprocess(x)), atol=1e-6)
+
+
+def test_the_hash_of_a_network_is_of_its_preprocessing_too():
+    inner = net()
+    hashes = {
+        network_sha256(n)
+        for n in (
+            inner,
+            net(1),
+            Preprocessed(inner, Preprocess(MEAN, STD)),
+            Preprocessed(inner, Preprocess(STD, STD)),
+            Preprocessed(inner, Preprocess(MEAN, STD, 16)),
+        )
+    }
+    assert len(hashes) == 5
+    assert network_sha256(Preprocessed(net(), Preprocess(MEAN, STD))) in hashes
+
+    class Shift(nn.Module):
+        def __init__(self, by: float):
+            super().__init__()
+            self.register_buffer("by", torch.tensor(by), persistent=False)
+
+    assert network_sha256(Shift(1.0)) != network_sha256(Shift(2.0))  # what no state dict holds counts too
+    tapped = mlp(3, (4,))
+    before = network_sha256(tapped)
+    FeatureExtractor(tapped, ["layer1"])
+    assert network_sha256(tapped) == before
+
+
+@pytest.mark.parametrize(
+    "wrong", [torch.rand(2, 1, 8, 8) * 255, torch.randn(2, 1, 8, 8), torch.full((1, 1, 2, 2), torch.nan)]
+)
+def test_images_on_another_scale_are_refused_with_both_remedies(wrong):
+    with pytest.raises(UserError, match=r"from 0 to 1.*without its preprocessing"):
+        check_scale(wrong)
+
+
+@pytest.mark.parametrize("right", [images(), images() / 255, torch.zeros(0), {"tokens": torch.ones(2)}])
+def test_images_from_0_to_1_or_255_are_taken(right):
+    check_scale(right)

@@ -1,0 +1,201 @@
+"""Tables, the page and sweeps of runs that are no classification: the metric's name and direction are the task's."""
+
+import json
+import re
+import statistics
+from pathlib import Path
+
+import pytest
+import torch
+from lightning import LightningDataModule
+from omegaconf import OmegaConf
+from torch import nn
+from torch.utils.data import DataLoader
+
+from litdistill.report import plots, sections
+from litdistill.report import tables as report
+from litdistill.report.build import build
+from litdistill.report.collect import Settings
+from litdistill.training.train import train
+from litdistill.utils.checkpoint import write_text
+from litdistill.utils.errors import UserError
+from litdistill.utils.units import shown, shown_mean
+from tests.conftest import compose_config
+from tests.pages import group
+
+torch.set_num_threads(1)
+SMALL = (
+    *("net@student=mlp", "net@teacher=mlp", "student.widths=[8]", "teacher.widths=[32]", "trainer=cpu"),
+    *("trainer.max_epochs=3", "++teacher.recipe.trainer.max_epochs=30", "optimizer.lr=0.01"),
+)
+
+
+class Pairs(LightningDataModule):
+    """Two numbers a sample in a dict, labelled by which is larger; nothing else is known of it."""
+
+    def __init__(self):
+        super().__init__()
+        drawn = torch.rand(120, 2, generator=torch.Generator().manual_seed(0))
+        self.samples = [{"a": x[0:1], "b": x[1:2], "labels": (x[0] > x[1]).long()} for x in drawn]
+
+    def train_dataloader(self):
+        return DataLoader(self.samples[:80], batch_size=16)
+
+    def val_dataloader(self):
+        return DataLoader(self.samples[80:100], batch_size=16)
+
+    def test_dataloader(self):
+        return DataLoader(self.samples[100:], batch_size=16)
+
+
+class Compared(nn.Module):
+    """A network of two arguments."""
+
+    def __init__(self, width: int = 4):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(2, width), nn.ReLU(), nn.Linear(width, 2))
+
+    def forward(self, a, b):
+        return self.layers(torch.cat([a, b], 1))
+
+
+def leave_run(folder: Path, runs: Path, *overrides: str) -> dict:
+    """Trains a small run into `folder`, and gives its summary."""
+    cfg = compose_config(folder, *SMALL, *overrides)
+    cfg.runs = str(runs)
+    write_text(folder / ".hydra" / "config.yaml", OmegaConf.to_yaml(cfg))
+    train(cfg)
+    return json.loads((folder / "summary.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def made(teachers, tmp_path_factory):
+    """Two seeds of a regression and a run with several labels, and their summaries."""
+    folder = tmp_path_factory.mktemp("tasks")
+    regression = ("data=diabetes", "task=regression", "method=logit_mse", "method.hard=1")
+    found = [leave_run(folder / f"r{seed}", teachers, *regression, f"seed={seed}") for seed in (0, 1)]
+    labels = ("data=multilabel", "task=multilabel", "method=binary_kd")
+    return folder, found, leave_run(folder / "m0", teachers, *labels)
+
+
+def test_each_metric_has_a_table_with_its_own_columns(made):
+    folder, regression, labels = made
+    first, second = sorted(report.by_metric(report.summaries([folder])), key=lambda runs: len(runs))
+    (teacher, row) = report.rows(second)
+    tests = [run["student"]["test"] for run in regression]
+    rmse = [test["rmse"]["best"] for test in tests]
+    decimals = 3 - len(str(int(statistics.mean(rmse)))) + 1
+    assert row["test RMSE"] == f"{statistics.mean(rmse):.{decimals}f} ± {statistics.stdev(rmse):.{decimals}f}"
+    assert row["R²"].startswith(f"{statistics.mean(test['r2'] for test in tests):.3f} ±")
+    assert row["distance"] == shown_mean("distance", [run["student"]["distance"] for run in regression])
+    assert teacher["test RMSE"] == f"{regression[0]['teacher']['test']['rmse']:.{decimals}f}"
+    assert not {"NLL", "ECE", "agreement %", "test accuracy %"} & set(row)
+    (_, row) = report.rows(first)
+    assert row["test mAP %"] == f"{100 * labels['student']['test']['map']['best']:.2f}"
+    assert row["F1 %"] == f"{100 * labels['student']['test']['f1']:.2f}"
+    assert "ECE" not in row
+
+
+def test_a_picture_is_of_one_metric(made, tmp_path):
+    _, regression, labels = made
+    report.picture(regression, tmp_path / "r.png")
+    assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(UserError, match="RMSE, mAP"):
+        report.picture([*regression, labels], tmp_path / "both.png")
+
+
+def test_a_page_holds_what_its_data_have(made, tmp_path):
+    found = build([made[0]], tmp_path, "Students", Settings(rounds=1, robustness=10, device="cpu"))
+    assert [problem for one in found for problem in one.problems] == []
+    text = (tmp_path / "report.md").read_text()
+    assert text.count("## ") == 2 * 7
+    assert not re.search(r"[Cc]alibration|ECE|Robustness|worst class|images", text)
+    for one, metric in zip(sorted(found, key=lambda g: g.name), ("rmse", "map"), strict=True):
+        for row in one.rows[1:]:
+            for seed in row.seeds:  # measured anew, and the same as when the run ended
+                assert seed.quality[metric] == seed.summary["student"]["test"][metric]["best"]
+            assert row.timing["cpu"][1]["p50_ms"] > 0
+            shown_here = shown_mean(metric, [s.summary["student"]["test"][metric]["best"] for s in row.seeds])
+            assert f" {shown_here} |" in text
+    assert "Of RMSE less is better." in text
+    assert "validation RMSE" in (tmp_path / "index.html").read_text()
+
+
+def test_a_page_of_data_that_say_nothing_of_themselves_has_no_times(teachers, tmp_path):
+    cfg = compose_config(tmp_path / "run", "trainer=cpu", "trainer.max_epochs=2", "method=supervised")
+    cfg.data = OmegaConf.create({"_target_": f"{__name__}.Pairs"})
+    cfg.student = OmegaConf.create({"_target_": f"{__name__}.Compared", "checkpoint": None})
+    cfg.teacher, cfg.runs = None, str(teachers)
+    write_text(tmp_path / "run" / ".hydra" / "config.yaml", OmegaConf.to_yaml(cfg))
+    train(cfg)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    (row,) = report.rows([summary])
+    assert row["trained on"] == "80"
+    (made,) = build([tmp_path / "run"], tmp_path / "page", "Pairs", Settings(device="cpu", trust=("tests",)))
+    assert made.rows[0].seeds[0].quality["accuracy"] == summary["student"]["test"]["accuracy"]["best"]
+    text = (tmp_path / "page" / "report.md").read_text()
+    assert "unknown classes, 20 test samples" in text
+    assert "Not timed" in text
+    assert "Accuracy of each class" in text
+
+
+def test_where_less_is_better_the_front_holds_the_least():
+    made = group(rows=3, seeds=1)
+    made.facts["metric"] = {"name": "accuracy", "direction": "min"}
+    scores = [row.seeds[0].score for row in made.rows]
+    costs = [row.timing["bytes"] for row in made.rows]
+    pairs = list(zip(costs, scores, strict=True))
+    beaten = [
+        any(c <= costs[i] and s <= scores[i] and (c, s) != (costs[i], scores[i]) for c, s in pairs) for i in range(4)
+    ]
+    names = [look.name for look in sections.looks(made)]
+    alt = sections.tradeoffs(made, "").blocks[0].pictures[0].alt
+    assert set(alt.rstrip(".").split("front: ")[1].split("; ")) == {
+        n for n, b in zip(names, beaten, strict=True) if not b
+    }
+
+
+def test_a_value_that_is_far_too_large_is_left_out_of_the_picture_where_less_is_better():
+    looks = plots.styles(list("abc"), [False] * 3)
+    values = [[1.0], [1.2], [90.0]]
+    assert "above: 3 at 90" in plots.over_cost(looks, [1.0, 2.0, 3.0], values, "kB", "RMSE", less_is_better=True)
+    assert "below: 1 at 1, 2 at 1.2" in plots.over_cost(looks, [1.0, 2.0, 3.0], values, "kB", "accuracy")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [
+        ("accuracy", 0.91266, "91.27 %"),
+        ("map", 0.5, "50.00 %"),
+        ("f1", 1.0, "100.00 %"),
+        ("rmse", 54.2149, "54.21"),
+        ("mae", 0.00123456, "0.001235"),
+    ],
+)
+def test_shares_are_in_per_cent_and_other_metrics_have_four_digits(name, value, text):
+    assert shown(name, value) == text
+    assert shown_mean(name, [value]) == text.removesuffix(" %")
+
+
+def test_a_sweep_goes_down_on_an_error_and_up_on_a_precision(tmp_path, monkeypatch):
+    pytest.importorskip("optuna")
+    from litdistill.sweep import trial as sweep_trial
+    from tests.test_sweep import start
+
+    def stand_in(cfg, callbacks=()):
+        assert callbacks[0].monitor == ("val/rmse" if cfg.data.name == "diabetes" else "val/map")
+        val = {"val": {"best": cfg.optimizer.lr}}
+        Path(cfg.folder, "summary.json").write_text(json.dumps(val))
+
+    monkeypatch.setattr(sweep_trial, "train", stand_in)
+    space = {"optimizer.lr": [0.1, 0.2, 0.3]}
+    common = ("sweep=grid", "net@student=mlp", "net@teacher=mlp")
+    for data, method, metric, way, best in (
+        ("diabetes", "logit_mse", "rmse", "minimize", 0.1),
+        ("multilabel", "binary_kd", "map", "maximize", 0.3),
+    ):
+        task = "regression" if data == "diabetes" else data
+        options = (*common, f"data={data}", f"task={task}", f"method={method}")
+        study = start(tmp_path / data, *options, space=space)
+        assert study.best_value == best
+        assert f"val/{metric} ({way})" in (tmp_path / data / "sweep.md").read_text()
