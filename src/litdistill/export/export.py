@@ -114,22 +114,12 @@ def export_student(
     `net_options`: what a safetensors file's network is built with. `task`: how its outputs are read, and by whose metric the
     file is compared with the student; classification where None.
     """
-    if isinstance(bare(student), Int8) and (format, precision) != ("onnx", "int8"):
-        raise UserError("This student was trained to compute in int8: export it with format=onnx precision=int8.")
-    if structure_of(student) and format == "safetensors":
-        raise UserError("As safetensors nobody could rebuild this compressed network; use format=onnx.")
     task = task or Classification()
     check_names(data.class_names)
     check_links(folder)
     names, shape = names_and_shape(student, data)
     preprocess = preprocess_of(student)
-    if preprocess is None and any(isinstance(m, Preprocessed) for m in student.modules()):
-        raise UserError(
-            "The networks that this student is made of preprocess images in different ways: it cannot be exported."
-        )
-    resizes = preprocess is not None and preprocess.size not in (None, tuple(shape[1:]))
-    if resizes and not preprocessing:
-        raise UserError(f"This network resizes its images to {preprocess.size}: export it with preprocessing=true.")  # type: ignore[union-attr]
+    check_student(student, shape, format, precision, preprocessing)
     preprocessing = preprocessing and preprocess is not None and format != "safetensors"  # which holds weights alone
     about = preprocess.facts() if preprocess is not None else {"mean": [], "std": [], "size": None}
     entry: dict[str, Any] = {
@@ -245,6 +235,21 @@ def student_of_run(
         data, distiller = rebuild(folder, overrides, trust)
         student = distiller.deployed_student
     return student.cpu().eval(), data, task, own
+
+
+def check_student(student: nn.Module, shape: Sequence[int], format: str, precision: str, preprocessing: bool) -> None:
+    """Raises `UserError` for a student that this format cannot hold, or whose preprocessing it would lose."""
+    if isinstance(bare(student), Int8) and (format, precision) != ("onnx", "int8"):
+        raise UserError("This student was trained to compute in int8: export it with format=onnx precision=int8.")
+    if structure_of(student) and format == "safetensors":
+        raise UserError("As safetensors nobody could rebuild this compressed network; use format=onnx.")
+    preprocess = preprocess_of(student)
+    if preprocess is None and any(isinstance(m, Preprocessed) for m in student.modules()):
+        raise UserError(
+            "The networks that this student is made of preprocess images in different ways: it cannot be exported."
+        )
+    if preprocess is not None and preprocess.size not in (None, tuple(shape[1:])) and not preprocessing:
+        raise UserError(f"This network resizes its images to {preprocess.size}: export it with preprocessing=true.")
 
 
 @torch.no_grad()
