@@ -114,7 +114,7 @@ class Prefetched:
         self.queue = _Queue()
         self.loader: DataLoader[Any] = DataLoader(
             _Decoder(images, wanted),  # type: ignore[arg-type]
-            sampler=self.queue,  # type: ignore[arg-type]
+            sampler=self.queue,
             batch_size=None,
             collate_fn=_as_it_is,
             num_workers=workers,
