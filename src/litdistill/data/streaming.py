@@ -114,11 +114,7 @@ class Prefetched:
     ):
         self.queue = _RowsSampler()
         self.loader: DataLoader[Any] = DataLoader(
-<<<<<<< HEAD
             _Decoder(images, required_ids),  # type: ignore[arg-type]
-=======
-            _Decoder(images, wanted),  # type: ignore[arg-type]
->>>>>>> w-engine
             sampler=self.queue,
             batch_size=None,
             collate_fn=_identity_collate,
