@@ -74,7 +74,7 @@ def _ratio(name: str, ours: list[Any], theirs: list[Any], rounds: int, batch_siz
     loader = DataLoader(dataset, batch_size, shuffle=True)
 
     def here() -> Iterator[Any]:
-        return (preprocess(data.get_batch(*rows[:3]).inputs) for rows in data.train_dataloader())
+        return (preprocess(data.get_batch(rows.split, rows.ids, rows.views).inputs) for rows in data.train_dataloader())
 
     sides = ((lambda: iter(loader), 20), (here, len(data.train_dataloader())))  # ours with the start of an epoch
     for make, _ in sides:

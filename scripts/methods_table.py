@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor
@@ -30,6 +29,7 @@ from litdistill.features.feature_extractor import FeatureExtractor, resolve_taps
 from litdistill.methods import KD, NAMES, Shuffled, Sum
 from litdistill.methods.base import CATEGORICAL, Method
 from litdistill.models.resnet import resnet
+from litdistill.tasks import Classification, MultiLabel, Task
 from litdistill.training.train import train
 from litdistill.types import Batch, Outputs, Taps
 from litdistill.utils.checkpoint import write_text
@@ -127,11 +127,6 @@ def words(taps: Sequence[str] | str) -> list[str]:
 # -- what a step of it costs --------------------------------------------------------------------------------------------
 
 
-def outputs(extractor: FeatureExtractor, images: Tensor) -> Outputs:
-    logits, features, _ = extractor(images)
-    return Outputs.of(logits, features)  # type: ignore[arg-type]
-
-
 class Step:
     """A method on the pair of networks that is timed: forward of both, the labels' loss and the method's, backward."""
 
@@ -140,7 +135,7 @@ class Step:
         self.images, self.targets = torch.randn(BATCH, *SHAPE), torch.randint(CLASSES, (BATCH,))
         bernoulli = CATEGORICAL not in method.kinds
         targets = torch.randint(2, (BATCH, CLASSES)).float() if bernoulli else self.targets
-        self.labels_loss = F.binary_cross_entropy_with_logits if bernoulli else F.cross_entropy
+        self.task: Task = MultiLabel() if bernoulli else Classification()
         self.batch = Batch(self.images, targets, torch.randperm(SAMPLES)[:BATCH])
         example, teacher = self.images[:2], resnet(CLASSES, SHAPE, 20).eval().requires_grad_(False)
         student = method.prepare(resnet(CLASSES, SHAPE, 8), teacher, example)
@@ -149,23 +144,22 @@ class Step:
         self.teacher = FeatureExtractor(teacher, resolve_taps(teacher, example, asked.teacher))
         student.eval()
         with torch.no_grad():
-            read = outputs(self.student, example), outputs(self.teacher, example)
-            method.build(*read, torch.arange(SAMPLES) % CLASSES)
+            method.build(self.student(example), self.teacher(example), torch.arange(SAMPLES) % CLASSES)
         student.train()
         self.parameters = [*student.parameters(), *method.parameters()]
         method.set_epoch(LATER)
 
     def outputs(self) -> tuple[Outputs, Outputs | None]:
-        student = outputs(self.student, self.images)
+        student = self.student(self.images)
         with torch.no_grad():
-            return student, outputs(self.teacher, self.images) if self.method.needs_teacher else None
+            return student, self.teacher(self.images) if self.method.needs_teacher else None
 
     def terms(self, student: Outputs, teacher: Outputs | None) -> dict[str, Tensor]:
         """The method's, and where it weighs it the labels' loss of the student and of what is trained beside it."""
         terms = self.method(student, teacher, self.batch)
         if hard := self.method.hard * self.method.hard_factor(LATER):
             trained = [student, *self.method.companions(student)]
-            losses = [self.labels_loss(o.logits, self.batch.targets) for o in trained]
+            losses = [self.task.loss(self.student.net, o, self.batch)["hard"] for o in trained]
             terms = {"hard": hard * torch.stack(losses).sum(), **terms}
         return terms
 

@@ -26,7 +26,7 @@ from litdistill.training.callbacks import EpochLogger
 
 ROOT = Path(__file__).parents[1]
 
-# A teacher of two epochs and a student of three, with four steps each.
+# A teacher of two epochs and a student of three, with four steps each: two groups, since every second step is logged.
 TINY = [
     "data.per_class=12", "data.batch_size=32", "student.widths=[8,8]", "teacher.widths=[12,12]", "trainer=cpu",
     "trainer.max_epochs=3", "trainer.log_every_n_steps=2", "optimizer.lr=0.02", "+teacher.recipe.trainer.max_epochs=2",
@@ -79,7 +79,7 @@ def no_pictures() -> None:
 
 
 def at_batch(number: int, act: Callable[[Path], object]) -> None:
-    """Calls `act(run folder)` before the so manieth batch that this process trains on, its teacher's counted too."""
+    """Calls `act(run folder)` before the so manieth group of batches that this process trains on, its teacher's counted too."""
     _after(number, act, "on_train_batch_start")
 
 

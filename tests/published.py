@@ -28,9 +28,11 @@ def digests(files: dict[str, bytes]) -> dict[str, str]:
     return {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
 
 
-def publish(monkeypatch, name, files, **ways_of):
+def publish(monkeypatch, name, files, **downloaders):
     """Makes `files` the published ones of data set `name`."""
-    monkeypatch.setitem(fetch.DATASETS, name, fetch.DATASETS[name]._replace(digests=digests(files), ways=ways_of))
+    monkeypatch.setitem(
+        fetch.DATASETS, name, fetch.DATASETS[name]._replace(digests=digests(files), downloaders=downloaders)
+    )
 
 
 def put(folder: Path, files: dict[str, bytes], zipped=False) -> None:

@@ -81,7 +81,7 @@ def test_the_masked_form_for_accelerators_is_the_same(monkeypatch):
     def masked(hit, change, images, which):
         return torch.where(hit[:, None, None, None], change(images, which * hit), images)
 
-    monkeypatch.setattr(randaugment, "_where", masked)
+    monkeypatch.setattr(randaugment, "_change_where", masked)
     assert torch.equal(augment.apply(images, code), expected)
 
 

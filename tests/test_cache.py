@@ -12,14 +12,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hydra import compose, initialize_config_dir
-from lightning import Trainer
 from safetensors.torch import load_file
 
 from litdistill.data.augment import Crop, Flip
 from litdistill.data.datamodule import ImageData
 from litdistill.data.mixing import Mixup
-from litdistill.data.protocol import IndexedData, as_indexed
-from litdistill.distillation import row_store
 from litdistill.distillation import teacher_cache as cache_module
 from litdistill.distillation.distiller import Distiller
 from litdistill.distillation.row_store import RowStore, fingerprint
@@ -38,10 +35,11 @@ from litdistill.models.preprocess import Preprocess, Preprocessed
 from litdistill.models.small import conv4
 from litdistill.tasks.classification import Classification
 from litdistill.training.train import train
-from litdistill.types import Batch, Outputs
+from litdistill.types import Batch
 from litdistill.utils.errors import UserError
 from litdistill.utils.hashing import stable_repr
 from litdistill.utils.paths import CONF
+from tests.fits import example, fit, grouped
 
 
 class Dim:
@@ -59,9 +57,16 @@ class Dim:
 CPU = torch.device("cpu")
 
 
-def net(width: int = 8, seed: int = 0) -> Preprocessed:
+TASK = Classification()
+
+
+def net(width: int = 8, seed: int = 0, mean: float = 0.3):
     torch.manual_seed(seed)
-    return Preprocessed(conv4(10, (1, 8, 8), widths=[width, width]), Preprocess([0.3], [0.4]))
+    return Preprocessed(conv4(10, (1, 8, 8), widths=[width, width]), Preprocess([mean], [0.35]))
+
+
+def frozen(taps=(), seed: int = 1) -> FrozenTeacher:
+    return FrozenTeacher(net(16, seed), taps=taps)
 
 
 def digits(seed: int = 0, augment=(), **options) -> ImageData:
@@ -70,7 +75,9 @@ def digits(seed: int = 0, augment=(), **options) -> ImageData:
     return data
 
 
-def run(tmp_path, cache: CacheOptions, augment=(), method=None, epochs: int = 4, seed: int = 0, **of_data):
+def run(
+    tmp_path, cache: CacheOptions, augment=(), method=None, epochs: int = 4, seed: int = 0, group: int = 4, **of_data
+):
     """The losses of a short fit, how many images the teacher saw in it, and the student's weights."""
     losses, seen = [], []
 
@@ -80,24 +87,21 @@ def run(tmp_path, cache: CacheOptions, augment=(), method=None, epochs: int = 4,
             losses.append(loss.item())
             return loss
 
-    data, network = digits(seed, augment, **of_data), net(16, seed=1)
+    data = digits(seed, augment, **of_data)
+    optimizer = functools.partial(torch.optim.SGD, lr=0.05)
     distiller = Spy(
-        net(), method or KD(), FrozenTeacher(network, faster=False), data.get_batch("train", data.train_ids[:2]),
-        optimizer=functools.partial(torch.optim.SGD, lr=0.05), allow_chance=True, data=data, cache=cache,
+        net(), method or KD(), net(16, seed=1), example(data), optimizer=optimizer, allow_chance=True, data=data, cache=cache,
+        group=group,
     )  # fmt: skip
-    network.register_forward_hook(lambda module, given, logits: seen.append(len(logits)))
-    trainer = Trainer(accelerator="cpu", max_epochs=epochs, logger=False, enable_progress_bar=False, num_sanity_val_steps=0,
-                      enable_model_summary=False, enable_checkpointing=False, default_root_dir=tmp_path,
-                      limit_val_batches=0)  # fmt: skip
-    trainer.fit(distiller, datamodule=data)
+    count = lambda module, args, output: seen.append(len(args[0].inputs))  # noqa: E731
+    distiller.teacher.register_forward_hook(count)
+    fit(distiller, grouped(data, group), tmp_path, max_epochs=epochs, enable_checkpointing=False, limit_val_batches=0)
     return losses, sum(seen), distiller.student.state_dict(), distiller
 
 
 @pytest.mark.parametrize("where", ["memory", "disk"])
 @pytest.mark.parametrize("augment", [[], [Flip()], [Crop(1), Flip()], [Dim()]], ids=["none", "flip", "crop", "dim"])
-@pytest.mark.parametrize(
-    "method", [KD, functools.partial(FitNet, student_taps="layer1", teacher_taps="layer1")], ids=["kd", "fitnet"]
-)
+@pytest.mark.parametrize("method", [KD, FitNet])
 def test_the_losses_with_the_cache_are_those_of_the_live_teacher(tmp_path, where, augment, method):
     options = CacheOptions(where, tmp_path / "cache")
     live, _, live_weights, _ = run(tmp_path, CacheOptions("off"), augment, method())
@@ -126,18 +130,18 @@ def test_a_run_with_another_seed_finds_the_views_of_the_first(tmp_path):
         *_, distiller = run(tmp_path, options, [Flip()], epochs=6, seed=seed)
     assert distiller.cache.computed == 0
     rows = distiller.cache.store.valid
-    assert int(rows.sum()) <= 2 * len(distiller.trainer.datamodule.train_targets)
+    assert int(rows.sum()) <= 2 * len(distiller.data.train_targets)
 
 
 def test_what_is_kept_is_what_the_teacher_says_in_float64(tmp_path):
-    data, teacher = digits(augment=[Crop(1)]), FrozenTeacher(net(16, seed=1), taps=["layer2"])
+    data, teacher = digits(augment=[Crop(1)]), frozen(["layer2"])
     cache = TeacherCache(teacher, data, CPU, tmp_path)
     ids = data.train_ids[:30]
     views = torch.arange(30) % 9
     batch = data.get_batch("train", ids, views)
     cache.outputs(batch)
     kept = cache.outputs(batch)
-    exact = FrozenTeacher(net(16, seed=1).double(), taps=["layer2"])(batch)
+    exact = FrozenTeacher(net(16, seed=1).double(), taps=["layer2"])(Batch(batch.inputs.double() / 255, None))
     torch.testing.assert_close(kept.logits.double(), exact.logits, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(kept.features["layer2"].double(), exact.features["layer2"], rtol=1e-4, atol=1e-5)
     assert kept.features["layer2"].shape == exact.features["layer2"].shape
@@ -145,26 +149,23 @@ def test_what_is_kept_is_what_the_teacher_says_in_float64(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change",
-    ["teacher", "network", "data", "augment", "mix", "dtype", "taps", "precision", "seed", "preprocessing", "mode"],
+    "change", ["teacher", "network", "data", "augment", "mix", "dtype", "taps", "precision", "seed", "mean", "mode"]
 )
 def test_whatever_changes_what_the_teacher_says_is_another_cache(change):
     def key(**c):
         data = digits(c.get("seed", 0), c.get("augment", [Crop(1)]), mix=c.get("mix"))
         if c.get("data"):
             data.source.train.images[0, 0, 0, 0] += 1
-        inner = net(16, seed=c.get("weights", 1))
+        inner = net(16, seed=c.get("weights", 1), mean=c.get("mean", 0.3))
         if c.get("network"):
             inner.net.layer1[2] = torch.nn.LeakyReLU()
-        if c.get("mean"):
-            inner = Preprocessed(inner.net, Preprocess(c["mean"], c["mean"]))
         teacher = FrozenTeacher(inner, taps=c.get("taps", []), compile=c.get("mode"))
         return cache_key(teacher, data, CPU, c.get("dtype", torch.float32), c.get("precision", "32-true"))
 
     changes = {
         "teacher": {"weights": 2}, "network": {"network": True}, "data": {"data": True}, "augment": {"augment": [Crop(2)]},
         "dtype": {"dtype": torch.float16}, "taps": {"taps": ["layer1"]}, "precision": {"precision": "bf16-mixed"},
-        "preprocessing": {"mean": [0.2]}, "mix": {"mix": Mixup(0.5)}, "mode": {"mode": "prepacked"},
+        "mean": {"mean": 0.2}, "mix": {"mix": Mixup(0.5)}, "mode": {"mode": "prepacked"},
     }  # fmt: skip
     assert key() == key()
     mixed = [key(mix=Mixup(0.5)), key(mix=Mixup(0.2)), key(mix=Mixup(0.5), seed=1)]
@@ -205,8 +206,8 @@ def test_a_fingerprint_is_its_formula_and_never_zero():
 
 
 def test_a_file_that_is_not_the_teachers_is_dropped_with_a_warning(tmp_path, caplog):
-    data, teacher = digits(), FrozenTeacher(net(16, seed=1))
-    batch = data.get_batch("train", data.train_ids)
+    data, teacher = digits(), frozen()
+    batch = data.get_batch("train", data.train_ids, None)
     cache = TeacherCache(teacher, data, CPU, tmp_path)
     right = cache.outputs(batch).logits
     cache.store.put(data.train_ids, right + 1)  # well-formed, and wrong
@@ -216,24 +217,24 @@ def test_a_file_that_is_not_the_teachers_is_dropped_with_a_warning(tmp_path, cap
 
 
 def test_processes_that_run_at_once_share_their_rows(tmp_path):
-    data, teacher = digits(), FrozenTeacher(net(16, seed=1))
-    batch = data.get_batch("train", data.train_ids)
+    data, teacher = digits(), frozen()
+    batch = data.get_batch("train", data.train_ids, None)
     a, b = (TeacherCache(teacher, data, CPU, tmp_path) for _ in range(2))
-    b.outputs(data.get_batch("train", data.train_ids[:1]))  # both are open before either has computed the rest
+    b.outputs(data.get_batch("train", data.train_ids[:1], None))  # both are open before either has computed the rest
     first = a.outputs(batch).logits
     assert torch.equal(b.outputs(batch).logits, first)
     assert b.computed == 1
 
 
+@pytest.mark.process
 def test_a_kill_in_the_middle_of_a_write_leaves_whole_rows_only(tmp_path):
     code = f"""
         import os, torch
         from pathlib import Path
-        from litdistill.distillation import row_store as cache
-        store = cache.RowStore(64, 1000, torch.float32, torch.device("cpu"), Path({str(tmp_path)!r}) / "a")
+        from litdistill.distillation import row_store
+        store = row_store.RowStore(64, 1000, torch.float32, torch.device("cpu"), Path({str(tmp_path)!r}) / "a")
         store.put(torch.arange(10), torch.full((10, 1000), 2.0))
-        inner = cache.fingerprint
-        cache.fingerprint = lambda *a: os.kill(os.getpid(), 9)   # after the rows, before their marks
+        row_store.fingerprint = lambda *a: os.kill(os.getpid(), 9)   # after the rows, before their marks
         store.put(torch.arange(5, 20), torch.full((15, 1000), 3.0))
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -246,7 +247,7 @@ def test_a_full_disk_costs_the_file_and_not_the_run(tmp_path, monkeypatch, caplo
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(row_store.os, "posix_fallocate", full)
+    monkeypatch.setattr(os, "posix_fallocate", full)
     losses, *_, distiller = run(tmp_path, CacheOptions("disk", tmp_path / "cache"))
     assert "kept in memory" in caplog.text
     assert "No space left" in caplog.text
@@ -288,24 +289,21 @@ def test_half_precision_halves_the_rows_and_only_rounds(tmp_path):
     assert sizes[0] == 2 * sizes[1]
 
 
-def validation_outputs(teacher, data, folder):
-    return predictions.teacher_outputs(teacher, data, Classification(), "val", "cpu", folder).logits
-
-
 def test_evaluations_of_another_validation_set_are_others(tmp_path):
     teacher = net(16, seed=1).eval()
     for size in (0.1, 0.2, 0.1):
         data = ImageData("digits", val_size=size)
         data.setup()
         expected, _ = predictions.collect(teacher, data, "val")
-        assert torch.equal(validation_outputs(teacher, data, tmp_path), expected)
+        assert torch.equal(predictions.teacher_outputs(teacher, data, TASK, "val", "cpu", tmp_path).logits, expected)
     assert len(list(tmp_path.glob("*.safetensors"))) == 2
 
 
 def test_evaluations_that_cannot_be_kept_cost_no_run(tmp_path, caplog):
     (tmp_path / "file").write_text("")
-    logits = validation_outputs(net(16).eval(), digits(), tmp_path / "file" / "folder")
-    assert len(logits) == 129
+    place = tmp_path / "file" / "folder"
+    found = predictions.teacher_outputs(net(16).eval(), digits(), TASK, "val", "cpu", place)
+    assert len(found.logits) == 129
     assert "not kept" in caplog.text
 
 
@@ -373,17 +371,20 @@ def test_the_longest_unused_goes_first(tmp_path):
 
 def test_a_second_run_asks_the_teacher_nothing_at_all(tmp_path, monkeypatch):
     """Its training, validation and test outputs are those of the first: a sweep's teacher works once."""
-    seen = []
-    inner = FrozenTeacher.forward
+    seen, asked = [], []
+    inner, predict = FrozenTeacher.forward, predictions.predict_split
 
     def counted(self, batch):
         seen.append(len(batch.inputs))
         return inner(self, batch)
 
+    def predicted(net, *a, **k):
+        asked.append("student" if any(p.requires_grad for p in net.parameters()) else "teacher")
+        return predict(net, *a, **k)
+
     options = [f"runs={tmp_path}", "data.per_class=12", "trainer=cpu", "trainer.max_epochs=3", "logger=none", "threads=1",
                "net@teacher=conv4", "+teacher.recipe.trainer.max_epochs=1", "teacher.allow_chance=true"]  # fmt: skip
-    asked = []
-    monkeypatch.setattr(predictions, "predict_split", _counted(asked))
+    monkeypatch.setattr(predictions, "predict_split", predicted)
     for i, extra in enumerate(([], ["method.temperature=8", "method.hard=0.5"])):
         with initialize_config_dir(str(CONF), version_base="1.3"):
             cfg = compose("train", [*options, *extra, f"folder={tmp_path}/{i}"])
@@ -391,7 +392,8 @@ def test_a_second_run_asks_the_teacher_nothing_at_all(tmp_path, monkeypatch):
             monkeypatch.setattr(FrozenTeacher, "forward", counted)
             asked.clear()
         train(cfg)
-    assert sum(seen) <= 2 + cache_module.SPOT_CHECK + 64  # dry forwards and the spot check
+    assert sum(seen) <= 2 + cache_module.SPOT_CHECK + 64 + 64  # dry forwards, the spot check, the time of a step
+    assert asked
     assert asked == ["student"] * len(asked)
     kept = next((tmp_path / "cache" / "evaluations").glob("*.safetensors"))
     kept.write_bytes(kept.read_bytes()[:-8])  # torn: computed again, not believed
@@ -402,16 +404,7 @@ def test_a_second_run_asks_the_teacher_nothing_at_all(tmp_path, monkeypatch):
     assert a["teacher"] == b["teacher"]
 
 
-def _counted(asked):
-    inner = predictions.predict_split
-
-    def predict_split(net, *a, **k):
-        asked.append("student" if any(p.requires_grad for p in net.parameters()) else "teacher")
-        return inner(net, *a, **k)
-
-    return predict_split
-
-
+@pytest.mark.process
 def test_two_ranks_share_one_cache_and_compute_each_row_once(tmp_path):
     options = [
         *("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.max_epochs=3", "threads=1"),
@@ -443,7 +436,7 @@ class Act(torch.nn.Module):
         self.fc, self.act, self.scale = torch.nn.Linear(64, 10), act, scale
 
     def forward(self, images):
-        return self.act(self.fc(images.flatten(1).float())) * self.scale
+        return self.act(self.fc(images.flatten(1) / 255)) * self.scale
 
 
 def _acts():
@@ -475,7 +468,7 @@ def test_evaluations_that_are_not_the_networks_are_computed_anew(tmp_path, monke
     monkeypatch.setattr(cache_module, "logits_key", lambda *_: "key")  # as if it lacked what tells two networks apart
     one, other, data = Act(), Act(torch.tanh), digits()
     for teacher in (one, other, one):
-        found = validation_outputs(teacher, data, tmp_path)
+        found = predictions.teacher_outputs(teacher, data, TASK, "val", "cpu", tmp_path).logits
         assert torch.equal(found, predictions.collect(teacher, data, "val")[0])
     assert caplog.text.count("does not hold the teacher's logits") == 2
 
@@ -507,56 +500,3 @@ def test_outputs_beyond_half_precision_are_refused():
     store.put(torch.tensor([0]), torch.full((1, 3), 60000.0))
     with pytest.raises(UserError, match="float32"):
         store.put(torch.tensor([1]), torch.full((1, 3), 70000.0))
-
-
-class Boxes:
-    """A teacher with two heads and a feature, of data that are no images: what the protocol asks for, and nothing else."""
-
-    taps, mode, sha256 = ("layer",), None, "0"
-
-    def __call__(self, batch):
-        x, y = batch.inputs["x"], batch.inputs["y"]
-        return Outputs({"cls": x * 2, "box": torch.stack([x, y], 2)}, {"layer": y[:, None]})
-
-
-class Table:
-    batch_size, epoch_size, draws_views, views = 4, None, False, 1
-    train_ids, val_ids, test_ids = torch.arange(6), torch.arange(6, 8), torch.arange(8, 10)
-    train_targets = torch.zeros(10)
-
-    def view_count(self, rounds):
-        return 1
-
-    def identity(self, split):
-        return "table"
-
-    def get_batch(self, split, ids, views=None):
-        numbers = ids[:, None] + torch.tensor([0.0, 0.5, 0.25])
-        return Batch({"x": numbers, "y": -numbers}, self.train_targets[ids], ids, views)
-
-    def batches(self, split, device="cpu"):
-        yield self.get_batch(split, getattr(self, f"{split}_ids"))
-
-
-@pytest.mark.parametrize("folder", [False, True])
-def test_any_data_that_know_their_ids_and_any_heads_are_kept(tmp_path, folder):
-    data, teacher = Table(), Boxes()
-    assert isinstance(data, IndexedData)
-    assert as_indexed(data) is data
-    assert as_indexed(object()) is None
-    cache = TeacherCache(teacher, data, CPU, tmp_path if folder else None)
-    batch = data.get_batch("train", torch.tensor([3, 0, 5]))
-    for _ in range(2):
-        kept, live = cache.outputs(batch), teacher(batch)
-        assert [*kept.heads] == ["cls", "box"]
-        assert all(torch.equal(kept.heads[k], v) for k, v in live.heads.items())
-        assert torch.equal(kept.features["layer"], live.features["layer"])
-    assert (cache.computed, cache.asked) == (3, 6)
-    assert cache.bytes() == 10 * (4 * (3 + 6 + 3) + 8)
-
-
-def test_images_are_data_that_know_their_ids():
-    data = digits()
-    assert as_indexed(data) is data
-    assert data.identity("val") != data.identity("test")
-    assert digits(augment=[Flip()]).identity("val") == data.identity("val")  # whose images are as they are

@@ -93,7 +93,7 @@ def test_ctrl_c_ends_cleanly_and_resume_auto_goes_on(tmp_path):
         ("zzz=1", "unknown"),
         (
             "data.root=/my images=v1",
-            """Quote the value, which has signs of Hydra's own in it: 'data.root="/my images=v1"'""",
+            """Quote the value, which contains characters of Hydra's grammar: 'data.root="/my images=v1"'""",
         ),
         ("teacher.recipe.trainer.max_epochs=3", "++teacher.recipe.trainer.max_epochs=3"),
     ],

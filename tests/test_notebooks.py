@@ -43,7 +43,7 @@ def test_runs_of_any_number_of_methods_are_compared(monkeypatch, methods):
     cell = nbformat.read(FOLDER / "02_compare_runs.ipynb", 4).cells[-1]
     found = [(Path(f"{method}-{seed}"), {"method": f"m{method}"}) for method in range(methods) for seed in (0, 1)]
     stand_ins = {
-        "rebuild": lambda folder: (folder, SimpleNamespace(shipped=None)),
+        "rebuild": lambda folder: (folder, SimpleNamespace(deployed_student=None)),
         "collect": lambda net, data, split: (net, data),
         "reliability": lambda net, data, bins: ([0.5], [0.5], [1]),
     }

@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from litdistill import cli as runtime
+from litdistill.cli.resume import resumed
 from litdistill.config import origin
 from litdistill.data import fetch
 from litdistill.utils.checkpoint import AtomicCheckpointIO
@@ -180,7 +180,7 @@ def fetch_slowly(root: Path, step: int | None, notes: Path) -> None:
     os.chdir(root)
     files = {name: name.encode() * 1000 for name in ("a", "b")}
     known = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
-    fetch.DATASETS["mnist"] = fetch.DATASETS["mnist"]._replace(digests=known, ways={"here": lambda _: files})
+    fetch.DATASETS["mnist"] = fetch.DATASETS["mnist"]._replace(digests=known, downloaders={"here": lambda _: files})
     if step is None:
         note_changes(notes)
     else:
@@ -229,7 +229,7 @@ def test_a_kill_while_a_resumed_start_is_noted_leaves_the_run_to_be_found(tmp_pa
     (note,) = tmp_path.glob("runs/one/*/multirun.yaml" if again else "runs/one/*/.hydra/hydra.yaml")
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
-        found = runtime.resumed([*arguments, "resume=auto"])
+        found = resumed([*arguments, "resume=auto"])
         assert found[-1].endswith(f".dir={next(tmp_path.glob('runs/one/*')).relative_to(tmp_path)}")
         note.write_text("hydra: {overrides: {task: [seed=3")  # what Hydra writes, cut off
     assert "no unfinished run" not in capsys.readouterr().out

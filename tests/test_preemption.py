@@ -32,18 +32,23 @@ def whole(tmp_path_factory) -> dict[str, torch.Tensor]:
     return weights(finished(cwd)[0])
 
 
-@pytest.mark.parametrize("signum", SIGNALS)
-def test_a_signal_ends_a_run_with_its_status_and_resume_goes_on_with_the_next_batch(whole, tmp_path, signum):
-    for batch in (3, 14):  # in the teacher's training; in the student's
+@pytest.mark.parametrize(
+    ("signum", "places", "extra"),
+    [*((signum, (3, 4), []) for signum in SIGNALS), (signal.SIGTERM, (3, 11), ["group=1"])],
+)
+def test_a_signal_ends_a_run_with_its_status_and_resume_goes_on_with_the_next_batch(
+    whole, tmp_path, signum, places, extra
+):
+    for batch in places:  # in the teacher's training; in the student's, of what then is left
         status, printed = call(
-            "train", [*TINY, "resume=auto"], tmp_path, partial(at_batch, batch, partial(hear, signum))
+            "train", [*TINY, *extra, "resume=auto"], tmp_path, partial(at_batch, batch, partial(hear, signum))
         )
         assert status == 128 + signum
         assert f"Stopped by {signum.name} at step" in printed
         assert "Traceback" not in printed
     (last,) = tmp_path.glob("runs/one/*/checkpoints/last.ckpt")
     assert torch.load(last, weights_only=True)["global_step"] % 4  # in the middle of an epoch
-    status, printed = call("train", [*TINY, "resume=auto"], tmp_path, no_pictures)
+    status, printed = call("train", [*TINY, *extra, "resume=auto"], tmp_path, no_pictures)
     assert status == 0, printed
     assert same(whole, weights(finished(tmp_path)[0]))
 
@@ -59,7 +64,7 @@ def test_a_second_signal_does_not_wait(tmp_path):
 @pytest.mark.parametrize("script", ["train", "sweep"])
 def test_a_signal_ends_all_jobs_and_not_only_the_one_it_met(tmp_path, script):
     several = {"train": ["-m", *TINY, "seed=0,1"], "sweep": ["sweep=random", "sweep.trials=2", *TINY]}[script]
-    stop = partial(at_batch, 14, partial(hear, signal.SIGTERM))
+    stop = partial(at_batch, 7, partial(hear, signal.SIGTERM))
     status, printed = call(script, several, tmp_path, stop)
     assert status == 128 + signal.SIGTERM
     assert finished(tmp_path) == []
@@ -82,7 +87,7 @@ def in_slurm(folder: Path, batch: int) -> None:
 
 def test_a_preempted_slurm_job_saves_and_leaves_the_requeueing_to_its_script(whole, tmp_path):
     cwd = tmp_path / "cwd"
-    status, printed = call("train", TINY, cwd, partial(in_slurm, tmp_path, 14))
+    status, printed = call("train", TINY, cwd, partial(in_slurm, tmp_path, 7))
     assert status == 128 + signal.SIGUSR1, printed
     assert not (tmp_path / "told").exists()  # Lightning would have requeued the job itself
     assert not list(cwd.rglob("hpc_ckpt*"))  # ... and have saved what a resume does not look for

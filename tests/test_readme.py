@@ -7,12 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import litdistill.methods
 import litdistill.models
+from litdistill.cli import VERBS
 from litdistill.data import datamodule
 from litdistill.data.sources import load
 from litdistill.training.train import train
+from litdistill.types import Batch, Outputs
 from litdistill.utils.paths import CONF
 from tests.conftest import compose_config
 from tests.test_configs import SHAPES, STEP, generated
@@ -28,7 +32,7 @@ COMMANDS = [
 # Those that need processes of their own are in test_cli.py, test_ddp.py, test_scale.py, test_launch.py and test_slurm.py, and
 # those that need other runs in test_techniques.py.
 ELSEWHERE = ("resume=auto", "trainer=ddp", "trainer=fsdp", "hydra/launcher", "experiment=compare/")
-TRAINS = [c for c in COMMANDS if c.startswith("python scripts/train.py") and not any(e in c for e in ELSEWHERE)]
+TRAINS = [c for c in COMMANDS if c.startswith("litdistill train") and not any(e in c for e in ELSEWHERE)]
 
 
 @pytest.fixture
@@ -78,12 +82,30 @@ def test_a_training_command_of_the_readme_trains(command, tmp_path, monkeypatch,
 def test_the_readmes_method_is_what_its_docstring_says(readme_files):
     from litdistill.methods.margin import Margin
 
-    from litdistill.types import Outputs
-
     a, b, target = torch.randn(5, 3), torch.randn(5, 3), torch.tensor([0, 1, 2, 0, 1])
-    terms = Margin(hard=2, soft=3)(Outputs(a), Outputs(b), target)
+    method = Margin(hard=2, soft=3)
+    terms = method(Outputs.of(a), Outputs.of(b), Batch(torch.zeros(5), target))
+    assert method.hard == 2  # by which the Distiller weighs the labels' loss
+    assert terms.keys() == {"soft"}
     assert terms["soft"] == pytest.approx(3 * (a - b).abs().mean().item())
-    assert terms["hard"] == pytest.approx(-2 * a.log_softmax(1)[range(5), target].mean().item())
+
+
+def test_the_readmes_lines_of_python_distil(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (lines,) = (text for text in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "distill(" in text)
+    torch.manual_seed(0)
+    inputs = torch.randn(2000, 4)
+    data = TensorDataset(inputs, (inputs[:, 0] > 0).long())
+    student, teacher = nn.Linear(4, 2), nn.Linear(4, 2)
+    with torch.no_grad():
+        teacher.weight.copy_(torch.tensor([[-5.0, 0, 0, 0], [5.0, 0, 0, 0]]))
+    names = {"student": student, "teacher": teacher}
+    names |= {"train_loader": DataLoader(data, 20), "val_loader": DataLoader(data, 50)}
+    before = student.weight.detach().clone()
+    exec(lines, names)
+    small = names["small"]
+    assert not torch.equal(small.weight, before)
+    assert (small(inputs).argmax(1) == data.tensors[1]).float().mean() > 0.9
 
 
 def test_the_readme_names_only_what_exists():
@@ -93,6 +115,8 @@ def test_the_readme_names_only_what_exists():
             assert re.search(rf"^{command.split()[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
         elif command.startswith("python -m litdistill."):
             assert (ROOT / "src" / f"{command.split()[2].replace('.', '/')}.py").is_file(), command
+        elif first == "litdistill":
+            assert command.split()[1] in VERBS, command
         elif first == "python":
             assert (ROOT / command.split()[1]).is_file(), command
         else:

@@ -142,7 +142,7 @@ def test_a_pickle_bomb_is_not_run(tmp_path, monkeypatch):
     monkeypatch.setitem(
         fetch.DATASETS, "cifar100", fetch.DATASETS["cifar100"]._replace(batches=("cifar-100-python", md5s))
     )
-    with pytest.raises(UserError, match=r"asks for \w+\.mkdir"):  # even if the digest were right
+    with pytest.raises(UserError, match=r"refers to \w+\.mkdir"):  # even if the digest were right
         load("cifar100", root, download=False)
     assert not marker.exists()
     pickle.loads(bombs["train"])
@@ -248,7 +248,7 @@ def test_a_folder_that_is_not_read_is_named(tmp_path, caplog):
 
 @pytest.mark.parametrize("name", ["folder", "shards"])
 def test_images_of_ones_own_need_a_place(name):
-    with pytest.raises(UserError, match="needs a place"):
+    with pytest.raises(UserError, match="needs a folder"):
         load(name, None, 32)
 
 

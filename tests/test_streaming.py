@@ -20,7 +20,7 @@ from PIL import Image
 from litdistill.data import shards
 from litdistill.data.augment import Crop, Flip
 from litdistill.data.datamodule import ImageData
-from litdistill.data.loading import Rows
+from litdistill.data.loading import IndexLoader, Rows
 from litdistill.data.mixing import Mixup
 from litdistill.data.sources import fingerprint, load
 from litdistill.data.streaming import Encoded, Prefetched
@@ -117,13 +117,15 @@ def test_without_workers_and_without_a_trainer_too(root, sharded):
         assert torch.equal(memory.source.test.images[2:5], other.source.test.images[2:5])
 
 
-def test_a_loader_goes_on_in_the_middle_of_an_epoch_and_on_each_rank(root):
+@pytest.mark.parametrize("group", [0, 3])
+def test_a_loader_goes_on_in_the_middle_of_an_epoch_and_on_each_rank(root, group):
     def batches(resident: bool, done: int, rank: int, world: int) -> list:
         found = data(root, resident)
-        loader = found.train_loader(rank, world)
-        loader.set_epoch(3)
+        loader = found.train_loader(rank, world, group)
         loader.load_state_dict({"epoch": 3, "done": done})
-        return [found.make_batch(rows) for rows in loader]
+        loader.set_epoch(3)
+        made = [found.make_batch(rows) for rows in loader]
+        return [b for g in made for b in g.minibatches()] if group else made
 
     for rank, world in ((0, 1), (0, 2), (1, 2)):
         whole = batches(True, 0, rank, world)
@@ -134,7 +136,17 @@ def test_a_loader_goes_on_in_the_middle_of_an_epoch_and_on_each_rank(root):
     assert torch.equal(torch.cat(both), alone)
 
 
-def test_epochs_follow_what_the_loader_is_told_though_workers_live_on(root):
+def test_a_batch_that_workers_have_read_ahead_was_not_trained_on(root):
+    loader = data(root, False).train_loader()
+    batches = iter(loader)
+    next(batches), next(batches)
+    assert loader.state_dict() == {"epoch": 0, "done": 2}
+    again = data(root, True).train_loader()
+    again.load_state_dict(loader.state_dict())
+    assert same([[next(batches).ids]], [[next(iter(again)).ids]])
+
+
+def test_epochs_follow_what_is_set_though_workers_live_on(root):
     loader = data(root, False).train_dataloader()
     first = [rows.ids for rows in loader]
     loader.set_epoch(1)
@@ -191,14 +203,11 @@ class Killer:
         return torch.zeros(len(ids), 1, 2, 2, dtype=torch.uint8)
 
 
-def rows(count: int, size: int) -> list[Rows]:
-    return [Rows("train", ids) for ids in torch.arange(count).split(size)]
-
-
 def test_a_killed_worker_is_an_error_with_words_and_not_a_hang():
-    fetch = Prefetched({"train": Killer()}, lambda rows: rows.ids, workers=2)
+    rows = IndexLoader(lambda _: Rows("train", torch.arange(80)), 80, 10)
+    loader = Prefetched({"train": Killer()}, lambda rows: rows.ids, workers=2)
     with pytest.raises(UserError, match=r"has ended or hangs \(.+\)\..*data\.workers"):
-        list(fetch(rows(80, 10)))
+        list(loader(rows))
 
 
 def broken_off() -> RuntimeError:
@@ -223,18 +232,20 @@ def test_a_worker_that_dies_while_it_sends_is_an_error_with_words_too(monkeypatc
             self.ended = True
 
     batches = Batches()
-    fetch = Prefetched({}, lambda rows: rows.ids, workers=0)
-    monkeypatch.setattr(fetch, "loader", batches)
+    rows = IndexLoader(lambda _: Rows("train", torch.arange(8)), 8, 2)
+    loader = Prefetched({}, lambda rows: rows.ids, workers=0)
+    monkeypatch.setattr(loader, "loader", batches)
     with pytest.raises(UserError, match=r"has ended or hangs \(.+\)\..*data\.workers"):
-        list(fetch(rows(8, 2)))
+        list(loader(rows))
     assert batches.ended
 
 
+@pytest.mark.process
 def test_a_worker_collects_nothing_that_was_garbage_before_it():
     """In a process of its own, as this one leaves such garbage alone after every fork."""
     program = """
         import gc, os, torch
-        from litdistill.data.loading import Rows
+        from litdistill.data.loading import IndexLoader, Rows
         from litdistill.data.streaming import Prefetched
 
         class Session:
@@ -250,7 +261,7 @@ def test_a_worker_collects_nothing_that_was_garbage_before_it():
         session = Session()
         session.itself = session
         del session
-        rows = [Rows("train", ids) for ids in torch.arange(4).split(2)]
+        rows = IndexLoader(lambda _: Rows("train", torch.arange(4)), 4, 2)
         assert len(list(Prefetched({"train": Images()}, lambda rows: rows.ids, workers=1)(rows))) == 2
         os._exit(0)
     """
@@ -266,9 +277,10 @@ class Sleeper(Killer):
 
 def test_a_worker_that_gives_nothing_is_an_error_too(monkeypatch):
     monkeypatch.setattr("litdistill.data.streaming.TIMEOUT", 1)
-    fetch = Prefetched({"train": Sleeper()}, lambda rows: rows.ids, workers=1)
+    rows = IndexLoader(lambda _: Rows("train", torch.arange(8)), 8, 2)
+    loader = Prefetched({"train": Sleeper()}, lambda rows: rows.ids, workers=1)
     with pytest.raises(UserError, match="timed out"):
-        list(fetch(rows(8, 2)))
+        list(loader(rows))
 
 
 # -- shards ------------------------------------------------------------------------------------------------------------

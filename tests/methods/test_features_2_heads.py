@@ -92,7 +92,7 @@ def test_simkds_network_trains_everything_but_the_reused_classifier(name):
     other = SimKD().prepare(STUDENTS[name](), teacher_net(), images[:2])
     other.load_state_dict(after)
     assert torch.equal(other.eval()(images), net.eval()(images))
-    assert net._taken.map is None
+    assert net._storage.map is None
 
 
 @pytest.mark.parametrize("name", ["resnet", "large maps"])

@@ -1,10 +1,10 @@
-"""The command `litdistill`: a verb for each thing that can be done.
+"""The command `litdistill` with its verbs.
 
-    litdistill                       the verbs
-    litdistill train --help          all keys of one
+    litdistill                       lists the verbs
+    litdistill train --help          lists all keys of one verb
 
-`python scripts/<verb>.py` in a clone and `python -m litdistill <verb>` do the same. Nothing heavy is imported here, so that
-an overview, a typo and an error in a config are answered at once.
+`python scripts/<verb>.py` in a clone and `python -m litdistill <verb>` are equivalent. This module imports nothing heavy,
+so that the overview, typos and config errors are reported at once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from litdistill.utils.errors import UserError
 
 
 class Verb(NamedTuple):
-    """`function`: module:name. It takes the config of conf/`config`.yaml, or where there is none, the list of arguments."""
+    """`function`: module:name, called with the config of conf/`config`.yaml, or without one with the list of arguments."""
 
     function: str
     help: str
@@ -48,7 +48,7 @@ EXAMPLES = """Examples:
 
 
 def overview() -> str:
-    """What `litdistill --help` prints: each verb with its line, and examples."""
+    """Returns the text of `litdistill --help`: each verb with its description, and examples."""
     width = max(map(len, VERBS))
     lines = [f"  {name:<{width}}  {verb.help}" for name, verb in VERBS.items()]
     return "\n".join(
@@ -64,7 +64,7 @@ def overview() -> str:
 
 
 def main() -> None:
-    """Runs the verb that `sys.argv` names; ends with status 2 where there is none of that name."""
+    """Runs the verb in `sys.argv`; exits with status 2 for an unknown one."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help", "help"):
         print(overview(), end="")
@@ -76,16 +76,16 @@ def main() -> None:
         run(name, named=True)
     else:
         near = difflib.get_close_matches(name, VERBS, n=1, cutoff=0.5)
-        forgotten = "=" in name or name.startswith("-")
+        verb_missing = "=" in name or name.startswith("-")
         hint = f"Did you mean litdistill {near[0]}?" if near else f"The verbs are {', '.join(VERBS)}."
-        if forgotten:
+        if verb_missing:
             hint = f"A verb comes first: litdistill train {name}"
         print(f"litdistill: {name} is no verb. {hint}", file=sys.stderr)
         sys.exit(2)
 
 
 def run(name: str, named: bool = False) -> None:
-    """Runs one verb on the arguments in `sys.argv`. `named`: the verb stands before them, as it does not for a script."""
+    """Runs one verb on the arguments in `sys.argv`. `named`: whether the verb itself is among them, unlike for a script."""
     verb = VERBS[name]
     module, _, function = verb.function.partition(":")
     if verb.config is not None:

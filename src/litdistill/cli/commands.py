@@ -1,4 +1,4 @@
-"""What each verb does with its composed config. torch is imported only after the config is known to be right."""
+"""The function of each verb, called with its composed config. torch is imported only after the config was validated."""
 
 from __future__ import annotations
 
@@ -12,37 +12,37 @@ from rich.console import Console
 
 
 def train(cfg: DictConfig) -> float:
-    """Trains a student, and its teacher where there is none yet; gives what the run is judged by."""
+    """Trains a student, and its teacher where there is none yet; returns the monitored metric."""
     from litdistill.training.train import train
 
     return train(cfg)
 
 
 def sweep(cfg: DictConfig) -> None:
-    """Searches for the best hyperparameters by distilling again and again."""
+    """Searches for the best hyperparameters with repeated distillation runs."""
     from litdistill.sweep.study import sweep
 
-    about = HydraConfig.get()
-    sweep(cfg, list(about.overrides.task), Path(about.runtime.output_dir))
+    hydra_config = HydraConfig.get()
+    sweep(cfg, list(hydra_config.overrides.task), Path(hydra_config.runtime.output_dir))
 
 
 def compare(cfg: DictConfig) -> None:
-    """Trains every technique of conf/experiment/compare, and writes the page that compares them."""
+    """Trains every technique of conf/experiment/compare, and writes a page of comparison."""
     from litdistill.benchmarks.compare import compare
 
     compare(cfg)
 
 
 def evaluate(cfg: DictConfig) -> None:
-    """Measures a finished run anew, and tells whether its summary is reproduced to the digit."""
+    """Evaluates a finished run again, and prints the differences from its summary."""
     from rich import print as show
 
     from litdistill.evaluation.evaluate import differences, evaluate, load_run
     from litdistill.report.tables import evaluation_table
 
-    found = evaluate(cfg.run, OmegaConf.create({"data": cfg.data}), cfg.device, cfg.trust)
-    show(evaluation_table(found))
-    changed = differences(found, load_run(Path(cfg.run), cfg.trust)[1])
+    results = evaluate(cfg.run, OmegaConf.create({"data": cfg.data}), cfg.device, cfg.trust)
+    show(evaluation_table(results))
+    changed = differences(results, load_run(Path(cfg.run), cfg.trust)[1])
     if changed:
         show("[bold yellow]The run's summary differs:[/]\n  " + "\n  ".join(changed))
     else:
@@ -50,7 +50,7 @@ def evaluate(cfg: DictConfig) -> None:
 
 
 def export(cfg: DictConfig) -> None:
-    """Writes the student of a finished run in a format to ship, or checks again what was exported."""
+    """Exports the student of a finished run, or verifies its exported files."""
     from litdistill.export.export import check_table, export, verify
 
     console = _console(140)
@@ -63,18 +63,18 @@ def export(cfg: DictConfig) -> None:
     path, check = export(cfg.run, *options, limits, data, cfg.trust)
     console.print(check_table({path.name: check}))
     if cfg.format == "safetensors" and cfg.preprocessing:
-        print("safetensors holds weights alone: the normalization stands in its metadata, and predict applies it.")
+        print("safetensors has weights alone: the normalization is in its metadata, and predict applies it.")
     print(f"Written to {path}")
 
 
 def report(cfg: DictConfig) -> None:
-    """Compares finished runs: a table in the terminal or as Markdown, or a page."""
+    """Compares finished runs: as a table in the terminal or in Markdown, or as a page."""
     from litdistill.report import tables
     from litdistill.utils.checkpoint import write_text
 
-    places = list(cfg.runs) if isinstance(cfg.runs, ListConfig) else [cfg.runs]
-    found = tables.summaries(places)
-    by_metric = [tables.rows(runs) for runs in tables.by_metric(found)]
+    folders = list(cfg.runs) if isinstance(cfg.runs, ListConfig) else [cfg.runs]
+    summaries = tables.summaries(folders)
+    by_metric = [tables.rows(runs) for runs in tables.by_metric(summaries)]
     for rows in by_metric:
         _console(170).print(tables.table(rows))
     if cfg.out is not None and cfg.out.endswith(".md"):
@@ -88,20 +88,20 @@ def report(cfg: DictConfig) -> None:
         settings = Settings(
             cfg.threads, cfg.rounds, cfg.robustness, tuple(cfg.epsilons), cfg.device, packages(cfg.trust)
         )
-        build(places, cfg.out, cfg.title, settings)
+        build(folders, cfg.out, cfg.title, settings)
         print(f"Written to {cfg.out.rstrip('/')}/index.html and report.md")
     if cfg.picture is not None:
-        tables.picture(found, cfg.picture)
+        tables.picture(summaries, cfg.picture)
         print(f"Drawn to {cfg.picture}")
 
 
 def fetch(cfg: DictConfig) -> None:
-    """Downloads and verifies a data set ahead of time, for a machine without network say."""
+    """Downloads and verifies a data set ahead of time, for example for a machine without network."""
     print("\n".join(describe(cfg.data.name, cfg.data.root, cfg.data.image_size)))
 
 
 def describe(name: str, root: str | Path, image_size: int | None = None) -> list[str]:
-    """One line per split of a data set, which is downloaded first if it is not there."""
+    """Returns one line per split of a data set, which is downloaded first if it is missing."""
     from litdistill.data.fetch import DATASETS, obtain
     from litdistill.data.sources import fingerprint, load
 
@@ -129,18 +129,18 @@ def reproductions(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("what", choices=("list", "collect", "page"))
     parser.add_argument("folders", nargs="*", type=Path, help="run folders, or folders that hold some")
-    asked = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     from litdistill.benchmarks import published_tables
     from litdistill.benchmarks import reproductions as figures
     from litdistill.report.tables import runs
     from litdistill.utils.checkpoint import write_text
 
-    if asked.what == "list":
+    if options.what == "list":
         published = published_tables.published()
         for name in sorted({*published, *published_tables.experiments()}):
             print(f"experiment={name:<50} {published[name].value if name in published else ''}")
-    elif asked.what == "collect":
-        for folder, _ in runs(asked.folders):
+    elif options.what == "collect":
+        for folder, _ in runs(options.folders):
             print(f"{folder.name}: {figures.collect(folder)}")
     else:
         write_text("docs/reproductions.md", figures.page())
@@ -148,6 +148,6 @@ def reproductions(arguments: Sequence[str]) -> None:
 
 
 def _console(width: int) -> Console:
-    """One that breaks no line where its output goes to a file."""
+    """Returns a console that wraps no lines where its output goes to a file."""
     console = Console()
     return console if console.is_terminal else Console(width=width)

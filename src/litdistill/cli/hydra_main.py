@@ -1,4 +1,4 @@
-"""How Hydra's commands start and end: one stamp a start, clear errors with the nearest names, a telling exit status."""
+"""Start and end of Hydra commands: one stamp per start, clear errors with suggestions, and the exit status."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ from litdistill.utils.paths import CONF, resolve_paths
 log = logging.getLogger(__name__)
 
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
-# Of Hydra's messages what helps nobody here: `+key` would add a key that nothing reads, and options are listed below.
-HYDRAS_OWN = (
+# Starts of lines of Hydra's messages to drop: `+key` would add a key that nothing reads, and options are listed below.
+HYDRA_HINTS = (
     "\t",
     "Config search path",
     "See https",
@@ -47,68 +47,68 @@ published_tables.register()
 
 
 class Job:
-    """The task as Hydra calls it, and as its launchers send it to other processes.
+    """The task as a picklable callable for Hydra and its launchers.
 
-    While it runs, `sys.argv` is the command of this very job: ranks that Lightning starts repeat it, and no sweep.
+    During a call `sys.argv` is the command of this job alone: ranks that Lightning starts repeat the job, not the multirun.
     """
 
     def __init__(self, task: Callable[[DictConfig], Any], command: list[str], arguments: list[str]):
         self.task, self.command, self.arguments = task, command, arguments
 
     def __call__(self, cfg: DictConfig) -> Any:
-        about = HydraConfig.get()
+        hydra_config = HydraConfig.get()
         check_foreign(cfg, trust=cfg.get("trust"))
-        start = Path(about.runtime.cwd)
-        if about.job.chdir:
+        start = Path(hydra_config.runtime.cwd)
+        if hydra_config.job.chdir:
             resolve_paths(cfg, start)
-        if about.mode != RunMode.MULTIRUN:
+        if hydra_config.mode != RunMode.MULTIRUN:
             sys.argv = [*self.command, *self.arguments]
             return self.task(cfg)
-        output = Path(about.runtime.output_dir)
+        output = Path(hydra_config.runtime.output_dir)
         inside = output.is_relative_to(start)
         own = [f"folder={literal(str(output.relative_to(start) if inside else output))}"] if "folder" in cfg else []
-        with as_command([*self.command, *config_dir_flags(), *about.overrides.task, *own, "hydra.mode=RUN"]):
+        with as_command([*self.command, *config_dir_flags(), *hydra_config.overrides.task, *own, "hydra.mode=RUN"]):
             return self.task(cfg)
 
 
 def run_task(task: Callable[[DictConfig], Any], config_name: str, verb: str | None = None) -> None:
-    """Runs `task(cfg)` as a Hydra command with this project's manners, on the overrides in `sys.argv`.
+    """Runs `task(cfg)` as a Hydra command on the overrides in `sys.argv`.
 
-    `verb`: what stands before the overrides there; None: nothing, as the file that was started says it. Ends the process
-    with status 2 and a message alone where the user's input is wrong, and with 128 + its number where a signal stopped it.
+    `verb`: the argument in front of the overrides; None for a script, which implies it. Exits with status 2 and a message
+    without a traceback for wrong input, and with 128 + its number after a signal.
     """
-    if (here := os.getcwd()) not in sys.path:
-        sys.path.append(here)  # last: one's own modules are found, and shadow nothing
+    if (working_dir := os.getcwd()) not in sys.path:
+        sys.path.append(working_dir)  # last: the user's modules can be imported, and shadow nothing
     filter_warnings()
-    logging.raiseExceptions = False  # on a full disk what the run itself cannot write says so, in a line
-    typed = sys.argv[1 if verb is None else 2 :]
+    logging.raiseExceptions = False  # on a full disk the run reports its own failed write in one line
+    arguments = sys.argv[1 if verb is None else 2 :]
     command = [sys.argv[0], *([verb] if verb is not None else [])]
     try:
-        if "RUN_STAMP" not in os.environ:  # Lightning's child processes inherit it: all ranks share one folder
+        if "RUN_STAMP" not in os.environ:  # inherited by all ranks, which share one folder
             os.environ["RUN_STAMP"] = run_stamp()
-        sys.argv[1:] = typed = resumed(typed, config_name)
+        sys.argv[1:] = arguments = resumed(arguments, config_name)
         entry = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)
-        with _environment(HYDRA_FULL_ERROR="1"):  # errors come here instead of to Hydra's own printer
-            entry(Job(task, command, typed))()
+        with _environment(HYDRA_FULL_ERROR="1"):  # errors are raised here instead of printed by Hydra
+            entry(Job(task, command, arguments))()
     except KeyboardInterrupt:
-        _end("Interrupted.", 130)
+        _exit("Interrupted.", 130)
     except Stopped as stop:
-        _end(str(stop), stop.status)
+        _exit(str(stop), stop.status)
     except Exception as error:
-        _explain(error, typed, config_name)
+        _exit_or_raise(error, arguments, config_name)
 
 
-def _explain(error: Exception, arguments: list[str], config_name: str) -> NoReturn:
-    """Ends with a message where the user can do something about it; raises what is a defect."""
+def _exit_or_raise(error: Exception, arguments: list[str], config_name: str) -> NoReturn:
+    """Exits with a message for an error that the user can fix; raises a defect."""
     full = os.environ.get("HYDRA_FULL_ERROR") == "1"
     if isinstance(error, OSError) and error.errno in UNWRITABLE and not full:
-        _end(f"Nothing can be written: {error}. Free some space, or choose another folder with runs=…", 2)
+        _exit(f"Nothing can be written: {error}. Free some space, or choose another folder with runs=…", 2)
     root = _cause(error)
     if full or not isinstance(root, (UserError, HydraException, OmegaConfBaseException)):
         raise error
-    # What composing refused is a key or an option; later errors say themselves what they are about.
+    # A composition error concerns a key or an option; a UserError names its own remedy.
     near = "" if isinstance(root, UserError) else suggestions(arguments, config_name)
-    _end(f"{_first_lines(root)}{near}", 2)
+    _exit(f"{_first_lines(root)}{near}", 2)
 
 
 @contextlib.contextmanager
@@ -125,7 +125,7 @@ def _environment(**values: str) -> Iterator[None]:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """The exception that Hydra wrapped, if a UserError is at its root."""
+    """Returns the UserError among the causes of an exception; without one, the exception itself."""
     chain: BaseException | None = error
     while chain is not None:
         if isinstance(chain, UserError):
@@ -136,18 +136,18 @@ def _cause(error: BaseException) -> BaseException:
 
 def _first_lines(error: BaseException) -> str:
     text = str(error) or traceback.format_exception_only(error)[-1]
-    lines = [line for line in text.splitlines() if not line.startswith(HYDRAS_OWN)]
+    lines = [line for line in text.splitlines() if not line.startswith(HYDRA_HINTS)]
     return "\n".join(lines).strip()
 
 
-def _end(message: str, status: int) -> NoReturn:
+def _exit(message: str, status: int) -> NoReturn:
     log.debug("%s", message)
     print(f"\n{message}", file=sys.stderr)
     sys.exit(status)
 
 
 class JobFailures(HydraCallback):
-    """Says at once which job of a multirun has failed, and of what: Hydra tells when all others are done, of the first."""
+    """Logs at once which job of a multirun failed, and the error; Hydra reports only the first, after all jobs."""
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
         if config.hydra.mode != RunMode.MULTIRUN or job_return.status != JobStatus.FAILED:

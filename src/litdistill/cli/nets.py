@@ -1,6 +1,6 @@
 """Prints the size of every network in conf/net, for MNIST-like and for CIFAR-100-like images.
 
-Nothing is computed or downloaded: networks are built without memory, on PyTorch's meta device.
+Networks are built on PyTorch's meta device, without memory, computation or downloads.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CASES = {"1x28x28, 10 classes": (10, (1, 28, 28)), "3x32x32, 100 classes": (100,
 
 
 def sizes(path: Path, num_classes: int, input_shape: tuple[int, int, int]) -> tuple[str, str]:
-    """Parameters and multiply-accumulates, as text; dashes where the network refuses such images."""
+    """Returns parameters and multiply-accumulates as text; dashes where the network does not take such images."""
     try:
         with torch.device("meta"):
             net = instantiate(OmegaConf.load(path), num_classes=num_classes, input_shape=input_shape)
@@ -36,7 +36,7 @@ def sizes(path: Path, num_classes: int, input_shape: tuple[int, int, int]) -> tu
 
 
 def main(arguments: Sequence[str] = (), folder: Path = CONF / "net") -> None:
-    """Prints the table of the networks whose files lie in `folder`."""
+    """Prints the table of the networks in `folder`."""
     argparse.ArgumentParser("nets", description=__doc__).parse_args(arguments)
     table = Table("net", title="conf/net")
     for case in CASES:

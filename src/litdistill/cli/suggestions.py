@@ -1,4 +1,4 @@
-"""The nearest names for overrides whose key or option does not exist."""
+"""Suggestions of the nearest names for overrides with an unknown key or option."""
 
 from __future__ import annotations
 
@@ -19,49 +19,49 @@ from litdistill.utils.paths import CONF
 
 
 def suggestions(arguments: Sequence[str], config_name: str) -> str:
-    """For each override whose key or option does not exist, the nearest that do; empty where all exist."""
+    """Returns one line with the nearest names for each override whose key or option is unknown; empty if all exist."""
     flags, overrides = split_flags(arguments)
-    keys, groups = _known(config_name, config_dir_of(flags))
-    lines = [line for override in overrides if (line := _answer(override, keys, groups)) is not None]
+    keys, groups = _known_names(config_name, config_dir_of(flags))
+    lines = [line for override in overrides if (line := _check_override(override, keys, groups)) is not None]
     return "".join(f"\n  {line}" for line in lines)
 
 
-def _answer(argument: str, keys: set[str], groups: dict[str, list[str]]) -> str | None:
-    """What is wrong with one override, and what was meant; None for one that is right."""
+def _check_override(argument: str, keys: set[str], groups: dict[str, list[str]]) -> str | None:
+    """Returns what is wrong with one override and the nearest names; None for a valid one."""
     try:
         override = OverridesParser.create().parse_override(argument)
     except HydraException:
         name, sign, text = argument.partition("=")
         if sign and text == text.strip() and name == name.strip():
-            return f"Quote the value, which has signs of Hydra's own in it: '{name}=\"{text}\"'"
-        return f"{argument!r} is no override. Write key=value, without spaces around the sign."
+            return f"Quote the value, which contains characters of Hydra's grammar: '{name}=\"{text}\"'"
+        return f"{argument!r} is no override. Write key=value, without spaces around the equals sign."
     key, group = override.key_or_group, override.key_or_group.split("@")[0]
     adds = override.is_add() or override.is_force_add()
     if group in groups and not override.is_delete():
         value = override.value()
         if isinstance(value, str) and value not in groups[group]:
-            return _nearest(f"{override.get_key_element()}={value}", value, groups[group], f"Options of {group}")
+            return _suggest(f"{override.get_key_element()}={value}", value, groups[group], f"Options of {group}")
         return None
     if key in keys or adds or key.startswith("hydra"):
         return None
     if key.startswith(("teacher.recipe.", "student.recipe.")):
-        return f"{key}: what a recipe may not have yet is set with two plus signs: ++{argument}"
-    return _nearest(key, key, sorted(keys | groups.keys()), "Keys")
+        return f"{key}: a key that a recipe may lack is set with two plus signs: ++{argument}"
+    return _suggest(key, key, sorted(keys | groups.keys()), "Keys")
 
 
-def _nearest(shown: str, name: str, known: Iterable[str], label: str) -> str:
+def _suggest(shown: str, name: str, known: Iterable[str], label: str) -> str:
     known = list(known)
-    last = [k for k in known if k.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
+    same_leaf = [k for k in known if k.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
     if label == "Keys" and "." not in name:
         known = [k for k in known if "." not in k]
-    near = list(dict.fromkeys(last + difflib.get_close_matches(name, known, n=4, cutoff=0.5)))[:4]
+    near = list(dict.fromkeys(same_leaf + difflib.get_close_matches(name, known, n=4, cutoff=0.5)))[:4]
     return (
         f"{shown}: did you mean {' or '.join(near)}?" if near else f"{shown}: unknown. {label}: {', '.join(known[:40])}"
     )
 
 
-def _known(config_name: str, config_dir: Path | None) -> tuple[set[str], dict[str, list[str]]]:
-    """All keys of the composed default config, and the options of each group, the user's own among them."""
+def _known_names(config_name: str, config_dir: Path | None) -> tuple[set[str], dict[str, list[str]]]:
+    """Returns all keys of the composed default config, and the options of each group, including the user's own."""
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose(config_name)

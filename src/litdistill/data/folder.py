@@ -1,4 +1,4 @@
-"""Folders of images, one subfolder a class: which files there are, and the bytes of each."""
+"""Image folders with one subfolder per class: listing the files and reading their bytes."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from litdistill.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
-Labeled = list[tuple[Path, int]]  # images with the index of their class
-TEST_SHARE = 0.2  # of each class, where the folder has no test set of its own
+Labeled = list[tuple[Path, int]]  # image files with their class index
+TEST_SHARE = 0.2  # fraction of each class, for a folder without a test set
 
 
 def train_and_test(root: Path) -> tuple[tuple[str, ...], Labeled, Labeled]:
-    """Names of classes, and the files of either split; `sources.read_folder` says how a folder is laid out."""
+    """Returns the class names and the files of both splits; `sources.read_folder` documents the layout. Raises `UserError`."""
     if not root.is_dir():
         raise UserError(f"There is no folder {root}. Set data.root to the folder that holds train/ or the classes.")
     train = root / "train" if (root / "train").is_dir() else root
@@ -60,7 +60,7 @@ def train_and_test(root: Path) -> tuple[tuple[str, ...], Labeled, Labeled]:
 
 
 class FolderFiles:
-    """The files of one split, in order."""
+    """The encoded files of one split, in order."""
 
     def __init__(self, paths: Sequence[Path]):
         self.paths = [str(path) for path in paths]
@@ -76,16 +76,16 @@ class FolderFiles:
 
 
 def read_split(paths: Sequence[Path], size: int, channels: int) -> Tensor:
-    """(N, `channels`, `size`, `size`) uint8 from N image files."""
+    """Decodes N image files to (N, `channels`, `size`, `size`) uint8."""
     return Encoded(FolderFiles(paths), size, channels, "").decode(range(len(paths)), progress=True)
 
 
 def encoded(root: Path, files: Labeled, size: int, channels: int) -> Encoded:
-    """The images of one split as they lie there. They are known by their names, sizes in bytes and times of change."""
+    """Returns the images of one split, encoded. Their hash covers names, sizes in bytes and modification times."""
     digest = hashlib.sha256(f"{size} {channels}".encode())
     for path, _ in files:
-        found = path.stat()
-        digest.update(os.fsencode(f"{path.relative_to(root).as_posix()} {found.st_size} {found.st_mtime_ns}\n"))
+        stat = path.stat()
+        digest.update(os.fsencode(f"{path.relative_to(root).as_posix()} {stat.st_size} {stat.st_mtime_ns}\n"))
     return Encoded(FolderFiles([path for path, _ in files]), size, channels, digest.hexdigest())
 
 
@@ -95,7 +95,7 @@ def _by_class(folder: Path) -> dict[str, list[Path]]:
         raise UserError(f"{folder} has {len(names)} class folders; it needs two or more, each named after its class.")
     files = {}
     for name in names:
-        if name != os.fsencode(name).decode(errors="replace"):  # a file's name is only read, a class's shown
+        if name != os.fsencode(name).decode(errors="replace"):  # class names are printed, file names are not
             raise UserError(f"The name of the class folder {name!r} in {folder} is not UTF-8. Rename it.")
         files[name] = sorted(
             path

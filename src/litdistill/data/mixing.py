@@ -1,15 +1,15 @@
-"""mixup and CutMix: two images as one, with both labels, as a pure function of (seed, round, sample id).
+"""mixup and CutMix: pairs of images and labels mixed as a pure function of (seed, round, sample id).
 
-The published code permutes a batch to find each image its partner, and draws one share for all of it. Here the partner
-is any sample that is trained on, drawn by hash, in the view that it has itself in that round, and every pair has a share
-of its own: so what an image becomes does not depend on the batch that it stands in, on the batch's size or on the
-number of ranks. Each mixed image and its labels have the same distribution as with a permutation (but that an image
-meets itself once in M and not once in a batch), and so has the expected gradient of a step. What differs is how the
-images of one batch hang together: a permutation makes each sample a partner exactly once a round, here that holds on
-average; and one share a batch makes its gradients vary more from step to step than independent shares do.
+The published code permutes a batch to pair its images, and draws one share for the whole batch. Here the partner is a
+hash-drawn sample of the training set, in its own view of that round, and every pair has its own share: a mixed image
+depends neither on its batch, nor on the batch size, nor on the number of ranks. Each mixed image and its labels have
+the same distribution as with a permutation (except that an image is paired with itself once in M, not once in a batch),
+and so has the expected gradient of a step. The dependence between the images of a batch differs: a permutation makes each
+sample a partner exactly once per round, here once on average; and one share per batch has a larger gradient variance
+from step to step than independent shares.
 
 A mixing is an object with one method, `apply(images, others, bits)`: (N, C, H, W) uint8 twice and (N,) random bits ->
-the mixed images, uint8 or floats from 0 to 1, and (N,) float32, how much of the first image's label each has.
+the mixed images, uint8 or floats from 0 to 1, and (N,) float32, the share of the first image's label.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from litdistill.data import augment as aug
 from litdistill.utils.errors import UserError
 
 LEVELS = 2**16  # equally likely values of a share
-PARTNER, HOW = -1, -2  # streams of random bits beside those of augmentations, which count from 1
+PARTNER_STREAM, MIX_STREAM = -1, -2  # streams of random bits; those of augmentations count from 1
 
 
 class Mixing(Protocol):
-    """What a mixing offers; see the head of this file."""
+    """The interface of a mixing; see the module docstring."""
 
     def apply(self, images: Tensor, others: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
 def partners(seed: int, rounds: Tensor, ids: Tensor, trained: Tensor) -> Tensor:
-    """Whom each of the samples (N,) meets in its round (N,): one of `trained` (M,), which are all that is trained on."""
-    return trained[aug.random_bits(seed, rounds, ids, PARTNER) % len(trained)]
+    """Returns the partner (N,) of each sample (N,) in its round (N,), one of the ids `trained` (M,) of the training set."""
+    return trained[aug.random_bits(seed, rounds, ids, PARTNER_STREAM) % len(trained)]
 
 
 def mix(
@@ -49,21 +49,21 @@ def mix(
     labels: Sequence[Tensor],
     count: int,
 ) -> tuple[Tensor, Tensor]:
-    """Mixes two times N images (N, C, H, W) and labels (N,): those of the samples `ids`, and those of their partners.
+    """Mixes N images (N, C, H, W) and labels (N,) with those of their partners; `images` and `labels` hold both.
 
-    Gives images, uint8 or floats from 0 to 1, and targets (N, `count`) float32, the probability of each class.
+    Returns images, uint8 or floats from 0 to 1, and targets (N, `count`) float32, the probability of each class.
     """
-    mixed, share = mixing.apply(images[0], images[1], aug.random_bits(seed, rounds, ids, HOW))
+    mixed, share = mixing.apply(images[0], images[1], aug.random_bits(seed, rounds, ids, MIX_STREAM))
     classes = torch.arange(count, device=ids.device)
     first, second = (label[:, None] == classes for label in labels)
     return mixed, share[:, None] * first + (1 - share)[:, None] * second
 
 
 def _shares(alpha: float, probability: float) -> Tensor:
-    """`LEVELS` values that stand for Beta(alpha, alpha), its quantiles at the middles of as many equal parts of (0, 1);
-    1 (nothing is mixed in) for all of the distribution but `probability`.
+    """Returns `LEVELS` equally likely shares of Beta(alpha, alpha), its quantiles at the midpoints of equal parts of (0, 1);
+    a fraction 1 − `probability` of them is 1 (no mixing).
 
-    A table, so that every device has the same shares to the bit.
+    A table, so that every device has bit-identical shares.
     """
     if not alpha > 0 or not 0 < probability <= 1:
         raise UserError(
@@ -78,11 +78,11 @@ def _shares(alpha: float, probability: float) -> Tensor:
 class Mixup:
     """x = λ·x_i + (1 − λ)·x_j with λ ~ Beta(alpha, alpha); labels likewise (Zhang et al. 2018, arXiv 1710.09412, eq. 1).
 
-    `probability`: the share of the images that are mixed at all.
+    `probability`: fraction of the images that are mixed.
     """
 
     def __init__(self, alpha: float = 0.2, probability: float = 1.0):
-        self.alpha, self.probability = alpha, probability  # what tells one mixing from another
+        self.alpha, self.probability = alpha, probability  # read by `stable_repr`, which identifies a mixing
         self.shares = _shares(alpha, probability)
 
     def apply(self, images: Tensor, others: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,13 +93,13 @@ class Mixup:
 class CutMix:
     """A box of one image filled from another, labels mixed by area (Yun et al. 2019, arXiv 1905.04899, eq. 1 and 2).
 
-    The box has 1 − λ of the image's area, λ ~ Beta(alpha, alpha), and its centre anywhere in the image; the share of a
-    label is that of the pixels, once the box is cut off at the border. `probability`: the share of the images that are
-    mixed at all; the authors take 0.5 for CIFAR and 1 for ImageNet.
+    The box has 1 − λ of the image's area, λ ~ Beta(alpha, alpha), and its center is uniform in the image; a label's share is
+    the fraction of its pixels after the box is clipped at the border. `probability`: fraction of the images that are mixed;
+    the authors take 0.5 for CIFAR and 1 for ImageNet.
     """
 
     def __init__(self, alpha: float = 1.0, probability: float = 1.0):
-        self.alpha, self.probability = alpha, probability  # what tells one mixing from another
+        self.alpha, self.probability = alpha, probability  # read by `stable_repr`, which identifies a mixing
         self.sides = (1 - _shares(alpha, probability)).sqrt()
 
     def apply(self, images: Tensor, others: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ that has all of these. Any other trains with a live teacher.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,7 +16,6 @@ from litdistill.data.loading import IndexLoader, Rows
 from litdistill.types import Batch, Group
 
 
-@runtime_checkable
 class IndexedData(Protocol):
     """Data whose samples have an id and, where they are augmented, numbered views.
 
@@ -76,7 +75,8 @@ class IndexedData(Protocol):
 
 def as_indexed(module: Any) -> IndexedData | None:
     """A data module that has all of these, after its setup; None for any other object."""
-    return module if isinstance(module, IndexedData) else None
+    needed = ("get_batch", "make_batch", "train_loader", "eval_loader", "identity", "view_count", "batches")
+    return module if all(callable(getattr(type(module), name, None)) for name in needed) else None
 
 
 def split_ids(data: IndexedData, split: str) -> Tensor:

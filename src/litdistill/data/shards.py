@@ -1,14 +1,14 @@
-"""Images in few large files, which a network file system or an object store likes better than millions of small ones.
+"""Shards: images in few large files, which suit a network file system or an object store better than millions of small ones.
 
-    python -m litdistill.data.shards <folder of images> <where to write>       as data=folder reads it
-    python scripts/train.py data=shards data.root=<where that is> data.image_size=64
+    python -m litdistill.data.shards <folder of images> <output folder>        the layout of data=folder
+    python scripts/train.py data=shards data.root=<output folder> data.image_size=64
 
-LitData (`pip install 'litdistill[stream]'`) reads and writes them, and fetches them piece by piece where `data.root` is a
-URL that it knows (s3://, gs://, azure://, hf://, r2://). It gives any image by its number, so that order, epochs and
-resuming are this project's own, the same as for any other data set.
+LitData (`pip install 'litdistill[stream]'`) reads and writes them, and downloads them in chunks where `data.root` is a
+URL that it supports (s3://, gs://, azure://, hf://, r2://). It provides random access by index, so order, epochs and
+resuming work as for any other data set.
 
-Shards may come from a stranger. A record is the bytes of one image file and nothing else: LitData could be told by the
-index of a data set to unpickle its records, and such an index is refused before anything of it is used.
+Shards may be untrusted. A record is the bytes of one image file: the index of a LitData data set could request
+unpickling of its records, and such an index is refused before it is used.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from litdistill.data.streaming import Encoded
 from litdistill.utils.errors import UserError
 
 FORMAT, SPEC = ["bytes"], '[1, {"type": null, "context": null, "children_spec": []}]'
-CHUNK = 64 * 2**20  # bytes of a file
+CHUNK = 64 * 2**20  # bytes per file
 
 
 def write(folder: str | Path, out: str | Path, chunk_bytes: int = CHUNK) -> None:
-    """Writes shards from a folder of images, whose files are taken as they are. Raises `UserError` where `out` exists."""
+    """Writes shards from a folder of images, whose files are copied unchanged. Raises `UserError` where `out` exists."""
     writer = _litdata().streaming.writer.BinaryWriter
     out = Path(out)
     if out.exists():
-        raise UserError(f"{out} is there already. Remove it, or name another place.")
+        raise UserError(f"{out} is there already. Remove it, or name another folder.")
     classes, train, test = train_and_test(Path(folder))
 
     def put(name: str, records: Any) -> None:
@@ -56,8 +56,8 @@ def write(folder: str | Path, out: str | Path, chunk_bytes: int = CHUNK) -> None
     put("facts", [json.dumps({"classes": classes, **labels}).encode()])
 
 
-def facts(root: str | Path) -> tuple[tuple[str, ...], dict[str, list[int]]]:
-    """The names of the classes, and the labels of "train" and "test"."""
+def read_labels(root: str | Path) -> tuple[tuple[str, ...], dict[str, list[int]]]:
+    """Returns the class names, and the labels of "train" and "test". Raises `UserError` for damaged shards."""
     _, content = ShardFiles(root, "facts", 1)[0]
     try:
         found = json.loads(content)
@@ -71,16 +71,16 @@ def facts(root: str | Path) -> tuple[tuple[str, ...], dict[str, list[int]]]:
 
 
 def encoded(root: str | Path, name: str, count: int, size: int, channels: int) -> Encoded:
-    """The images of a split as they lie there, known by the index that they were written with."""
+    """Returns the images of a split, encoded. Their hash covers the index file of the shards."""
     files = ShardFiles(root, name, count)
     return Encoded(files, size, channels, hashlib.sha256(f"{size} {channels} {files.index}".encode()).hexdigest())
 
 
-_READING = threading.Lock()  # LitData's reader keeps what it read last, and threads would get each other's
+_READ_LOCK = threading.Lock()  # LitData's reader has a cache of the last chunk and is not thread-safe
 
 
 class ShardFiles:
-    """The records of one split; every process that reads them opens them for itself."""
+    """The records of one split; every process opens them itself."""
 
     def __init__(self, root: str | Path, name: str, count: int):
         self.place, self.name, self.count = f"{root}/{name}", name, count
@@ -100,7 +100,7 @@ class ShardFiles:
         return self.count
 
     def __getitem__(self, index: int) -> tuple[str, bytes]:
-        with _READING:
+        with _READ_LOCK:
             return self._read(index)
 
     def _read(self, index: int) -> tuple[str, bytes]:
@@ -116,14 +116,16 @@ class ShardFiles:
     def _open(self) -> Any:
         streaming = _litdata().streaming
         serializers = streaming.serializers
-        allowed = {name: _Refusing() for name in serializers._SERIALIZERS} | {"bytes": serializers.BytesSerializer()}
+        allowed = {name: _RefusedSerializer() for name in serializers._SERIALIZERS} | {
+            "bytes": serializers.BytesSerializer()
+        }
         try:
             return streaming.StreamingDataset(self.place, serializers=allowed)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise UserError(f"{self.place}/index.json is damaged, or cannot be reached ({error}).") from error
 
     def _checked(self, opened: Any) -> str:
-        """The index, as text; raises `UserError` unless it describes plain bytes. So far it was read as JSON only."""
+        """Returns the index as text, after only JSON parsing. Raises `UserError` unless its records are plain bytes."""
         text = Path(opened.input_dir.path, "index.json").read_text()
         try:
             index = json.loads(text)
@@ -142,14 +144,14 @@ class ShardFiles:
         return text
 
 
-class _Refusing:
-    """Stands for every form of record that is not plain bytes."""
+class _RefusedSerializer:
+    """Serializer for every record format other than plain bytes; it raises `UserError`."""
 
     def deserialize(self, data: bytes) -> Any:
-        raise UserError("A shard holds something else than plain bytes, which is never read.")
+        raise UserError("A shard has records other than plain bytes, which are never read.")
 
     def setup(self, metadata: Any) -> None:
-        """LitData calls it for every form that an index names."""
+        """Called by LitData for every format in an index."""
 
 
 def _litdata() -> Any:
@@ -167,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="python -m litdistill.data.shards", description="Shards from a folder of images."
     )
     parser.add_argument("folder", help="holds train/<class>/* and test/<class>/*, or <class>/* alone")
-    parser.add_argument("out", help="where to write")
+    parser.add_argument("out", help="output folder, which must not exist")
     options = parser.parse_args(arguments)
     try:
         write(options.folder, options.out)

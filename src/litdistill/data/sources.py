@@ -1,6 +1,6 @@
-"""Where images come from: bundled digits, the published data sets, or a folder (or shards) of your own.
+"""Data sources: scikit-learn's digits, the published data sets, or a user's folder or shards of images.
 
-`load` gives all of a data set as uint8 tensors, with a fixed split in train and test that no seed changes.
+`load` returns a whole data set as uint8 tensors, with a fixed train/test split that depends on no seed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from litdistill.data.folder import Labeled, encoded, train_and_test
 from litdistill.data.streaming import Encoded
 from litdistill.utils.errors import UserError
 
-STREAMED = ("folder", "shards")  # what may be larger than memory
+STREAMED = ("folder", "shards")  # sources that may be larger than memory
 NAMES = ("digits", *DATASETS, *STREAMED)
 TEST_PER_DIGIT = 50
 
@@ -42,18 +42,18 @@ DIGITS = tuple("0123456789")
 
 
 class Split(NamedTuple):
-    """N labelled images."""
+    """N labeled images."""
 
     images: Tensor | Encoded  # (N, C, H, W) uint8
     targets: Tensor  # (N,) int64
 
 
 class Source(NamedTuple):
-    """A data set."""
+    """A data set: both splits and the class names."""
 
     train: Split
     test: Split
-    classes: tuple[str, ...]  # their names, in order of index
+    classes: tuple[str, ...]  # class names, in order of index
 
 
 def load(
@@ -64,18 +64,20 @@ def load(
     channels: int = 3,
     memory: float = math.inf,
 ) -> Source:
-    """All images of the data set `name` (one of `NAMES`), whose verified files lie in, or are fetched to, `root/name`.
+    """Returns the data set `name` (one of `NAMES`), whose verified files are in, or are downloaded to, `root/name`.
 
-    For `folder` and `shards`, `root` is the place itself, `image_size` (pixels) and `channels` say what to make of the
-    images, and if they take more than `memory` bytes they are not read but stay where they are (`streaming.Encoded`).
-    Every other set has a size of its own, and is read into memory.
-    Raises `UserError` for an unknown name, files not to be had, a damaged image.
+    For `folder` and `shards`, `root` is the data set's own path, images are resized to `image_size` (pixels) and converted
+    to `channels`, and if they take more than `memory` bytes they are decoded on access (`streaming.Encoded`). Every other
+    data set has a fixed image size, and is read into memory.
+    Raises `UserError` for an unknown name, unavailable files, or a damaged image.
     """
     if name in STREAMED:
         if root is None:
-            raise UserError(f"data={name} needs a place: data.root=<folder>.")
+            raise UserError(f"data={name} needs a folder: data.root=<folder>.")
         if image_size is None:
-            raise UserError(f"data={name} needs a size that all images are brought to: set data.image_size, 64 say.")
+            raise UserError(
+                f"data={name} needs a size that all images are resized to: set data.image_size, for example 64."
+            )
         return (read_folder if name == "folder" else read_shards)(root, image_size, channels, memory)
     if name not in NAMES:
         raise UserError(f"data.name={name} is unknown. Choose one of {', '.join(NAMES)}.")
@@ -90,7 +92,7 @@ def load(
 
 
 def fingerprint(split: Split) -> str:
-    """SHA-256 over shape, type and bytes of images and targets, in hexadecimal: the same wherever the data lies."""
+    """Returns the SHA-256 in hexadecimal over shape, dtype and bytes of images and targets, independent of the device."""
     sha = hashlib.sha256()
     for tensor in split:
         if isinstance(tensor, Encoded):
@@ -103,11 +105,11 @@ def fingerprint(split: Split) -> str:
 
 
 def read_folder(root: str | Path, image_size: int, channels: int = 3, memory: float = math.inf) -> Source:
-    """Images of your own: `root/train/<class>/…` and `root/test/<class>/…` (or `val` where there is no `test`).
+    """Reads a user's images: `root/train/<class>/…` and `root/test/<class>/…` (or `val` where there is no `test`).
 
-    Where there is only `root/<class>/…` or `root/train/<class>/…`, 20 % of each class are the test set: those whose
-    relative names have the lowest SHA-256, so that a file added later moves at most one other. The shorter side is
-    resized to `image_size` pixels and the centre cropped; `channels` 3 gives RGB, 1 grey. Files are in order of name.
+    With only `root/<class>/…` or `root/train/<class>/…`, 20 % of each class are the test set: those whose relative names
+    have the lowest SHA-256, so that a file added later moves at most one other. The shorter side is resized to `image_size`
+    pixels and the image center-cropped; `channels`: 3 for RGB, 1 for gray. Files are sorted by name.
     Raises `UserError` for a missing folder, classes that differ between the two, or an image that cannot be read.
     """
     _check_shape(image_size, channels)
@@ -121,9 +123,9 @@ def read_folder(root: str | Path, image_size: int, channels: int = 3, memory: fl
 
 
 def read_shards(root: str | Path, image_size: int, channels: int = 3, memory: float = math.inf) -> Source:
-    """What `litdistill.data.shards` has written: images like a folder's, in few large files."""
+    """Reads shards that `litdistill.data.shards` wrote; arguments as of `read_folder`."""
     _check_shape(image_size, channels)
-    classes, labels = shards.facts(root)
+    classes, labels = shards.read_labels(root)
     splits = [
         Split(shards.encoded(root, name, len(labels[name]), image_size, channels), torch.tensor(labels[name]))
         for name in ("train", "test")
@@ -137,7 +139,7 @@ def _check_shape(image_size: int, channels: int) -> None:
 
 
 def _in_memory(source: Source, memory: float) -> Source:
-    """The source with its images decoded, if they take no more than `memory` bytes."""
+    """Decodes the source's images if they take at most `memory` bytes, else returns it unchanged."""
     if sum(split.images.shape.numel() for split in source[:2]) > memory:
         return source
     train, test = (
@@ -151,10 +153,10 @@ def _in_memory(source: Source, memory: float) -> Source:
 
 
 def _digits() -> Source:
-    """scikit-learn's 1,797 handwritten digits, 8x8, grey values 0..16 stretched to 0..255.
+    """scikit-learn's 1,797 handwritten digits, 8x8, gray values 0..16 scaled to 0..255.
 
-    Test are 500: of the n images of each class, in the order of the set, those numbered ⌊(i + ½) n / 50⌋, i = 0..49.
-    They are spread evenly since neighbours in the set were written by the same few hands.
+    500 of them are the test set: of the n images of each class, in the set's order, those at ⌊(i + ½) n / 50⌋, i = 0..49.
+    They are spread evenly, since consecutive images are by the same few writers.
     """
     bundled = load_digits()
     images = torch.from_numpy(np.rint(bundled.images * (255 / 16)).astype(np.uint8)).unsqueeze(1)
@@ -168,7 +170,7 @@ def _digits() -> Source:
 
 
 def read_idx(data: bytes) -> np.ndarray:
-    """An IDX file of unsigned bytes (two zeros, type 8, rank, big-endian sizes, values) as an array of that shape."""
+    """Parses an IDX file of unsigned bytes (two zeros, type 8, rank, big-endian sizes, values). Raises `ValueError`."""
     if len(data) < 4 or data[:3] != b"\0\0\x08":
         raise ValueError("not an IDX file of unsigned bytes")
     shape = tuple(np.frombuffer(data, ">u4", data[3], 4).tolist())
@@ -188,11 +190,11 @@ def _idx_source(files: Mapping[str, bytes], classes: tuple[str, ...]) -> Source:
 
 
 def _records_source(files: Mapping[str, bytes], classes: tuple[str, ...], label_bytes: int) -> Source:
-    """CIFAR's binary version: records of one label (CIFAR-10) or the coarse and the fine one, 3 planes of 32x32."""
+    """CIFAR's binary version: records of one label (CIFAR-10) or a coarse and a fine one, then 3 planes of 32x32."""
 
     def split(names: list[str]) -> Split:
         records = [np.frombuffer(files[name], np.uint8).reshape(-1, label_bytes + 3072) for name in names]
-        images = np.concatenate([r[:, label_bytes:] for r in records])  # the only copy that is made of them
+        images = np.concatenate([r[:, label_bytes:] for r in records])  # the only copy of the pixels
         return _split(images.reshape(-1, 3, 32, 32), np.concatenate([r[:, label_bytes - 1] for r in records]))
 
     test = [name for name in files if name.startswith("test")]

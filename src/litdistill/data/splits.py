@@ -1,4 +1,4 @@
-"""Which images are trained on, validated on and left out: pure functions of the labels. And what may be asked for."""
+"""Training, validation and subset splits as pure functions of the labels, and checks of the options that set them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from litdistill.utils.errors import UserError
 
 
 def budget(resident: bool | str, memory_gb: float) -> float:
-    """How many bytes the images of a folder or of shards may take in memory."""
+    """Returns the bytes that the images of a folder or of shards may take in memory. Raises `UserError` for bad options."""
     if resident not in (True, False, "auto") or not memory_gb >= 0:
         raise UserError(
             f"data.resident={resident} must be true, false or auto, and data.memory_gb={memory_gb} not negative."
@@ -23,6 +23,7 @@ def budget(resident: bool | str, memory_gb: float) -> float:
 
 
 def check_options(val_size: float, fraction: float | None, per_class: int | None, smallest: int) -> None:
+    """Raises `UserError` for contradictory or out-of-range split options; `smallest`: the least of the sizes and counts."""
     if fraction is not None and per_class is not None:
         raise UserError(
             "data.fraction and data.per_class both choose a subset: set one of them, and the other to null."
@@ -41,7 +42,7 @@ def check_options(val_size: float, fraction: float | None, per_class: int | None
 
 
 def only(split: Split, classes: Sequence[int]) -> Split:
-    """Targets renumbered in the order of `classes`, -1 for the rest; no image moves, so that ids stay what they are."""
+    """Renumbers targets in the order of `classes`, -1 for the others; images, and so ids, are unchanged."""
     new = torch.full((int(split.targets.max()) + 1,), -1, dtype=torch.int64)
     for i, c in enumerate(classes):
         if 0 <= c < len(new):
@@ -50,8 +51,9 @@ def only(split: Split, classes: Sequence[int]) -> Split:
 
 
 def names(names: Sequence[str], classes: Sequence[int]) -> tuple[str, ...]:
-    wrong = [c for c in classes if not 0 <= c < len(names)]
-    if wrong or len(set(classes)) != len(classes) or len(classes) < 2:
+    """Returns the names of `classes`. Raises `UserError` for unknown, repeated or fewer than two classes."""
+    unknown = [c for c in classes if not 0 <= c < len(names)]
+    if unknown or len(set(classes)) != len(classes) or len(classes) < 2:
         raise UserError(
             f"data.classes={list(classes)} must name at least two different classes out of 0 to {len(names) - 1}."
         )
@@ -59,13 +61,13 @@ def names(names: Sequence[str], classes: Sequence[int]) -> tuple[str, ...]:
 
 
 def _shuffled_classes(ids: Tensor, targets: Tensor, seed: int) -> list[Tensor]:
-    """The ids of each class, each in a random order that depends on the seed and the ids alone."""
+    """Returns the ids of each class, shuffled by the seed and the ids alone."""
     ids = aug.order(seed, 0, ids)
     return [ids[targets[ids] == c] for c in targets[ids].unique()]
 
 
 def hold_out(ids: Tensor, targets: Tensor, val_size: float) -> tuple[Tensor, Tensor]:
-    """Stratified (held out, rest), both sorted; the same for every seed."""
+    """Splits ids into (held out, rest), stratified, sorted, and independent of the run's seed. Raises `UserError` if empty."""
     share = val_size if val_size < 1 else val_size / len(ids)
     classes = _shuffled_classes(ids, targets, seed=-1)
     counts = [round(len(c) * share) for c in classes]
@@ -79,14 +81,14 @@ def hold_out(ids: Tensor, targets: Tensor, val_size: float) -> tuple[Tensor, Ten
 
 
 def subset(ids: Tensor, targets: Tensor, fraction: float | None, per_class: int | None, seed: int) -> Tensor:
-    """The part of the training ids that is trained on, the same number or share of each class; sorted."""
+    """Returns the ids to train on, the same number or fraction of each class; sorted."""
     if fraction is None and per_class is None:
         return ids
     classes = _shuffled_classes(ids, targets, seed)
     if per_class is not None:
-        few = min(len(c) for c in classes)
-        if per_class > few:
-            raise UserError(f"data.per_class={per_class}, but the smallest class has {few} images to train on.")
+        smallest = min(len(c) for c in classes)
+        if per_class > smallest:
+            raise UserError(f"data.per_class={per_class}, but the smallest class has {smallest} images to train on.")
         counts = [per_class] * len(classes)
     else:
         counts = [max(1, round(len(c) * (fraction or 1))) for c in classes]
@@ -94,7 +96,7 @@ def subset(ids: Tensor, targets: Tensor, fraction: float | None, per_class: int 
 
 
 def without(ids: Tensor, targets: Tensor, omit: Sequence[int], count: int) -> Tensor:
-    """The ids whose class is not in `omit`, with `count` classes in all."""
+    """Returns the ids whose class is not in `omit`; `count`: the number of classes. Raises `UserError` for unknown classes."""
     if not set(omit) < set(range(count)):
         raise UserError(f"data.omit={list(omit)} must name some, but not all, of the classes 0 to {count - 1}.")
     return ids[~torch.isin(targets[ids], torch.tensor(omit, dtype=targets.dtype))]
@@ -106,7 +108,7 @@ def _cut(classes: list[Tensor], counts: list[int]) -> tuple[list[Tensor], list[T
 
 
 def mean_std(batches: Iterable[Tensor]) -> tuple[list[float], list[float]]:
-    """Of each channel of uint8 images (N, C, H, W), on the scale 0 to 1, from a histogram: exact, and a batch at a time."""
+    """Returns mean and std per channel of uint8 images (N, C, H, W), on the scale 0 to 1: exact, from histograms of batches."""
     counts: list[Tensor] = []
     for images in batches:
         counts = counts or [torch.zeros(256, dtype=torch.int64) for _ in range(images.shape[1])]

@@ -1,7 +1,7 @@
-"""Images that do not fit into memory: they stay encoded where they are, and worker processes decode them ahead of use.
+"""Images that do not fit into memory: they stay encoded on disk, and worker processes decode them ahead of use.
 
-Only decoding is done image by image. What comes out of it is the same uint8 tensor that a resident data set is gathered
-from, so that order, views, ids and pixels are those of a data set in memory, to the bit.
+Only decoding works image by image. The result is the same uint8 tensor as a gather from a data set in memory, so order,
+views, ids and pixels are bit-identical to it.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from torch.utils.data import DataLoader, get_worker_info
 from litdistill.data.decode import decode
 from litdistill.utils.errors import UserError
 
-TIMEOUT = 300  # seconds that a batch may take: longer than any disk does, and shorter than anybody waits
+TIMEOUT = 300  # seconds to wait for a batch; a working disk is faster
 
 
 class Files(Protocol):
-    """N encoded images: the name of each, for messages, and its bytes."""
+    """N encoded images, each as its name, for messages, and its bytes."""
 
     def __len__(self) -> int: ...
 
@@ -36,10 +36,9 @@ class Files(Protocol):
 
 
 class Encoded:
-    """N images decoded whenever they are asked for; indexed by ids like the uint8 tensor (N, `channels`, `size`, `size`)
-    that they would be.
+    """N images that are decoded on access; indexed by ids like a uint8 tensor (N, `channels`, `size`, `size`).
 
-    The shorter side is resized to `size`, and the centre cropped. `sha256`: of what the images are.
+    The shorter side is resized to `size`, and the image center-cropped. `sha256`: hash that identifies the images.
     """
 
     dtype = torch.uint8
@@ -52,20 +51,20 @@ class Encoded:
         return len(self.files)
 
     def __getitem__(self, ids: Any) -> Tensor:
-        """Raises `UserError`, which names the file, for an image that cannot be read."""
+        """Returns the decoded images of `ids`. Raises `UserError` with the file's name if one cannot be read."""
         return self.decode(torch.arange(len(self))[ids].tolist())
 
     def decode(self, ids: Sequence[int], progress: bool = False) -> Tensor:
-        """(n, C, S, S), by several threads, or by one in a worker process; with a progress bar on a terminal."""
+        """Decodes (n, C, S, S) with several threads, or one in a worker process; `progress`: shows a bar on a terminal."""
         images = np.empty((len(ids), *self.shape[1:]), np.uint8)
 
-        def fill(place: int) -> None:
-            name, content = self.files[ids[place]]
-            images[place] = decode(io.BytesIO(content), name, self.channels, self.size, self.size)
+        def fill(index: int) -> None:
+            name, content = self.files[ids[index]]
+            images[index] = decode(io.BytesIO(content), name, self.channels, self.size, self.size)
 
         if get_worker_info() is not None:
-            for place in range(len(ids)):
-                fill(place)
+            for index in range(len(ids)):
+                fill(index)
             return torch.from_numpy(images)
         console, pool = Console(stderr=True), ThreadPoolExecutor()
         try:
@@ -79,23 +78,23 @@ class Encoded:
 
 
 class _Decoder:
-    """What a worker does: gives a batch of ids with their images. An error is handed over as it is, and raised there."""
+    """The workers' data set: maps a batch of ids to the same batch with images. An error is returned, and raised in the run."""
 
-    def __init__(self, images: Mapping[str, Any], wanted: Callable[[Any], Tensor]):
-        self.images, self.wanted = images, wanted
+    def __init__(self, images: Mapping[str, Any], required_ids: Callable[[Any], Tensor]):
+        self.images, self.required_ids = images, required_ids
 
     def __getitem__(self, rows: Any) -> Any:
         try:
-            return rows._replace(images=self.images[rows.split][self.wanted(rows)])
+            return rows._replace(images=self.images[rows.split][self.required_ids(rows)])
         except UserError as error:
             return error
 
 
-def _begin(worker: int) -> None:
-    """What a worker does first.
+def _init_worker(worker: int) -> None:
+    """Initializes a worker process.
 
-    A Ctrl-C reaches all processes of a terminal: the run decides what comes of it, and still needs its data. And what was
-    garbage before the fork is not collected here: an onnxruntime session would wait for threads that this process lacks.
+    Ctrl-C reaches all processes of a terminal: the run handles it, and still needs its data, so workers ignore it. Objects
+    that were garbage before the fork are not collected here: an onnxruntime session would wait for threads of the parent.
     """
     gc.freeze()
     for signum in (signal.SIGINT, signal.SIGUSR1):
@@ -103,26 +102,28 @@ def _begin(worker: int) -> None:
 
 
 class Prefetched:
-    """Calling it on `Rows` gives them with their images, decoded ahead by `workers` processes.
+    """Called on an iterable of `Rows`, yields them with their images, decoded ahead by `workers` processes.
 
-    `images`: the splits by name. `wanted`: the ids of the images that some rows need. `keep`: whether workers live on
-    from one epoch to the next. Raises `UserError` where an image cannot be read, where a worker dies, and where one gives
-    nothing for `TIMEOUT` seconds.
+    `images`: the splits by name. `required_ids`: returns the ids of the images that some rows need. `keep`: whether workers
+    persist from one epoch to the next. Raises `UserError` where an image cannot be read, where a worker dies, and where one
+    returns nothing for `TIMEOUT` seconds.
     """
 
-    def __init__(self, images: Mapping[str, Any], wanted: Callable[[Any], Tensor], workers: int, keep: bool = False):
-        self.queue = _Queue()
+    def __init__(
+        self, images: Mapping[str, Any], required_ids: Callable[[Any], Tensor], workers: int, keep: bool = False
+    ):
+        self.queue = _RowsSampler()
         self.loader: DataLoader[Any] = DataLoader(
-            _Decoder(images, wanted),  # type: ignore[arg-type]
+            _Decoder(images, required_ids),  # type: ignore[arg-type]
             sampler=self.queue,
             batch_size=None,
-            collate_fn=_as_it_is,
+            collate_fn=_identity_collate,
             num_workers=workers,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=keep and workers > 0,
             timeout=TIMEOUT if workers else 0,
-            worker_init_fn=_begin,
-            generator=torch.Generator(),  # or it would draw from the one that dropout draws from
+            worker_init_fn=_init_worker,
+            generator=torch.Generator(),  # else it would draw from the default generator, as dropout does
         )
 
     def __call__(self, rows: Iterable[Any]) -> Iterator[Any]:
@@ -133,22 +134,22 @@ class Prefetched:
                 if isinstance(batch, UserError):
                     raise batch
                 yield batch
-        except (RuntimeError, EOFError, ConnectionError) as error:  # the latter two of a worker that died while it sent
+        except (RuntimeError, EOFError, ConnectionError) as error:  # the latter two: a worker died while sending
             if isinstance(error, RuntimeError) and "DataLoader" not in str(error):
                 raise
-            # Here, or the end of each other worker would raise it once more, anywhere.
+            # Shut down here, or the exit of each other worker would raise the error again later.
             with contextlib.suppress(RuntimeError):
                 batches._shutdown_workers()
-            told = str(error.__cause__ or "").strip() or str(error).strip() or "it broke off while it sent images"
-            cause = told.splitlines()[0]
+            message = str(error.__cause__ or "").strip() or str(error).strip() or "it broke off while it sent images"
+            cause = message.splitlines()[0]
             raise UserError(
                 f"A process that reads images has ended or hangs ({cause}). Most often memory ran out: set fewer "
                 "data.workers or a smaller data.batch_size, or data.workers=0 to see what happens."
             ) from error
 
 
-class _Queue:
-    """The sampler of a DataLoader that lives for several epochs: whatever rows come next."""
+class _RowsSampler:
+    """The sampler of a DataLoader that persists over epochs: yields the rows of the current epoch."""
 
     def __init__(self) -> None:
         self.rows: Iterable[Any] = ()
@@ -157,5 +158,5 @@ class _Queue:
         return iter(self.rows)
 
 
-def _as_it_is(batch: Any) -> Any:
+def _identity_collate(batch: Any) -> Any:
     return batch

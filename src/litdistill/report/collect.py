@@ -293,6 +293,8 @@ def _measure(
         content, facts = verified(file)
         predict = partial(_run, runtime(content, facts, file))
         (val, seed.val_targets), (test, seed.test_targets) = whole_split(data, "val"), whole_split(data, "test")
+        assert val is not None
+        assert test is not None
         seed.val, seed.test = Outputs.of(predict(val)), Outputs.of(predict(test))
         weights = hashlib.sha256(content).hexdigest()
     if not one_label(seed.test, seed.test_targets):
