@@ -109,7 +109,9 @@ def _record_files(folder: Path, sweep: bool) -> tuple[Path, Path]:
 def _read(file: Path) -> StartRecord | None:
     """Parses one of Hydra's records; None for a missing or partial file."""
     try:
-        about: Any = OmegaConf.to_container(OmegaConf.load(file), resolve=False)  # what stands there, and nothing looked up
+        about: Any = OmegaConf.to_container(
+            OmegaConf.load(file), resolve=False
+        )  # what stands there, and nothing looked up
         hydra_config = about["hydra"]
         sources = hydra_config.get("runtime", {}).get("config_sources", [])
         config_dir = next((s["path"] for s in sources if s["provider"] == "command-line"), None)

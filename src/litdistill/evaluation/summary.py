@@ -18,6 +18,7 @@ from litdistill.config.lr_scaling import read_scale
 from litdistill.config.recipes import data_name, net_name, recipe, student_folder, teacher_folder
 from litdistill.data.foreign import sample_count
 from litdistill.methods import NAMES
+from litdistill.models.preprocess import preprocessing
 from litdistill.models.profile import count_macs, count_parameters, weight_bytes
 from litdistill.tasks.base import Task
 from litdistill.utils.command_line import command_text
@@ -62,6 +63,7 @@ def summarize(
         else {
             "name": net_name(cfg.teacher),
             "sha256": sha256,
+            "preprocess": preprocessing(teacher),
             "params": count_parameters(teacher),
             "macs": macs(teacher, shape),
             "bytes": weight_bytes(teacher),
