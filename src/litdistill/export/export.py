@@ -26,6 +26,7 @@ from litdistill.config.origin import check_links
 from litdistill.config.recipes import NETWORK_META_KEYS
 from litdistill.data.foreign import output_names, training_inputs
 from litdistill.evaluation.evaluate import load_run, rebuild, run_data
+from litdistill.evaluation.predictions import local_metrics
 from litdistill.export.predict import load, runtime
 from litdistill.export.writers import write_format
 from litdistill.features.outputs import run_network
@@ -267,7 +268,7 @@ def check(
     alike; 1 where outputs are numbers and decide nothing.
     """
     task = task or Classification()
-    exported, own, logits, expected = task.metrics(), task.metrics(), [], []
+    exported, own, logits, expected = local_metrics(task), local_metrics(task), [], []
     student.eval()
     for batch in data.batches("test"):
         found = torch.from_numpy(run(batch.inputs.numpy()))
