@@ -27,7 +27,7 @@ def check_values(cfg: DictConfig) -> None:
             raise UserError(f"{key}={value} must be one name.")
     if type(cfg.seed) is not int:
         raise UserError(f"seed={cfg.seed} must be a whole number.")
-    for name in cfg:
+    for name in map(str, cfg):
         try:
             json.dumps(OmegaConf.to_container(cfg[name], resolve=True) if OmegaConf.is_config(cfg[name]) else cfg[name])
         except TypeError as error:
