@@ -83,7 +83,17 @@ SWA = functools.partial(StochasticWeightAveraging, 0.05, swa_epoch_start=1)
         ({"scheduler": CYCLE, "scheduling": SchedulerOptions("step")}, {}, [], 12),
         ({"ema": 0.9}, {"max_steps": 7}, [], 7),
     ],
-    ids=["checkpoint", "stopping", "accumulate", "clip", "fast_dev_run", "swa", "plateau", "onecycle", "ema and max_steps"],
+    ids=[
+        "checkpoint",
+        "stopping",
+        "accumulate",
+        "clip",
+        "fast_dev_run",
+        "swa",
+        "plateau",
+        "onecycle",
+        "ema and max_steps",
+    ],
 )
 def test_a_bare_distiller_is_any_lightning_module_to_its_trainer(tmp_path, kind, options, trainer, callbacks, steps):
     optimizer = functools.partial(SGD, lr=0.1)
