@@ -22,6 +22,7 @@ from litdistill.config.trust import check_trusted, packages
 from litdistill.data.foreign import ForeignData
 from litdistill.distillation.distiller import Distiller
 from litdistill.evaluation.predictions import measure, quality
+from litdistill.models.preprocess import preprocessing
 from litdistill.tasks.base import Task
 from litdistill.utils.checkpoint import STUDENT, load_checkpoint, load_state_dict_checked, load_weights, read_metadata
 from litdistill.utils.errors import UserError
@@ -124,6 +125,10 @@ def rebuild(folder: Path, overrides: DictConfig | None = None, trust: Sequence[s
         found, then = weights_sha256(teacher.state_dict()), summary["teacher"]["sha256"]
         if found != then:
             raise UserError(f"The run had another teacher: its SHA-256 was {then[:12]}…, and is now {found[:12]}….")
+        if (now := preprocessing(teacher)) != summary["teacher"]["preprocess"]:
+            raise UserError(
+                f"The run's teacher preprocessed images by {summary['teacher']['preprocess']}, and now by {now}."
+            )
     with open_dict(cfg):
         cfg.student.checkpoint = cfg.ema = None  # the weights that it ended with are those of its average
     torch.manual_seed(cfg.seed)

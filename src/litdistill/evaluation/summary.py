@@ -18,6 +18,7 @@ from litdistill.config.lr_scaling import read_scale
 from litdistill.config.recipes import data_name, net_name, recipe, student_folder, teacher_folder
 from litdistill.data.foreign import sample_count
 from litdistill.methods import NAMES
+from litdistill.models.preprocess import preprocessing
 from litdistill.models.profile import count_macs, count_parameters, weight_bytes
 from litdistill.tasks.base import Task
 from litdistill.utils.command_line import command_text
@@ -59,7 +60,11 @@ def summarize(
         },
         "teacher": None
         if teacher is None
-        else {**network_facts(cfg.teacher, teacher, shape), "test": found["teacher"]},
+        else {
+            **network_facts(cfg.teacher, teacher, shape),
+            "preprocess": preprocessing(teacher),
+            "test": found["teacher"],
+        },
         "student": {
             **network_facts(cfg.student, student, shape),
             "precision": "fp32",

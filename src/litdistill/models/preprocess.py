@@ -169,6 +169,11 @@ def preprocess_of(net: nn.Module) -> Preprocess | None:
     return found[0] if found and all(p.facts() == found[0].facts() for p in found) else None
 
 
+def preprocessing(net: nn.Module) -> list[dict[str, Any]]:
+    """How images are preprocessed for each network that `net` is made of, as plain values; empty where they are not."""
+    return [m.preprocess.facts() for m in net.modules() if isinstance(m, Preprocessed)]
+
+
 def without_preprocessing(net: nn.Module) -> nn.Module:
     """A copy of `net` in which each network that it is made of takes normalized images."""
     return _replaced(copy.deepcopy(net), lambda module: module.net)

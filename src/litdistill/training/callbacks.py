@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -30,7 +31,9 @@ class EpochLogger(Callback):
         self._start, self._first = time.perf_counter(), trainer.current_epoch
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        done, total = trainer.current_epoch + 1, trainer.max_epochs or 0
+        done, total = trainer.current_epoch + 1, trainer.max_epochs or -1
+        if total < 0 and trainer.max_steps > 0:  # steps are what ends it
+            total = max(done, math.ceil(trainer.max_steps * done / max(1, trainer.global_step)))
         now = time.perf_counter()
         left = (now - self._start) / (done - self._first) * (total - done)
         # Short epochs are summed up: a line every second at most, and always the last.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import sys
 import time
 from collections.abc import Sequence
@@ -14,9 +13,10 @@ from typing import Any
 import torch
 from lightning import LightningDataModule
 from lightning.pytorch.callbacks import Callback
-from omegaconf import DictConfig, OmegaConf
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from omegaconf import DictConfig
 
-from litdistill.config.build import build_data, build_net, build_student, build_teacher
+from litdistill.config.build import build_data, build_student, build_teacher
 from litdistill.config.distiller import (
     build_distiller,
     build_method,
@@ -34,6 +34,7 @@ from litdistill.evaluation.predictions import evaluations_folder, teacher_output
 from litdistill.training.finish import Run, finish
 from litdistill.training.grouping import GroupedData, Layout, group_size, layout_of
 from litdistill.training.preemption import run_lock, translate_worker_errors
+from litdistill.training.preflight import check_monitor, check_student, check_values, horizon
 from litdistill.training.prerequisites import Prerequisites
 from litdistill.training.trainer import Built, build_trainer
 from litdistill.utils.allocator import keep_freed_memory
@@ -57,10 +58,8 @@ def train(cfg: DictConfig, callbacks: Sequence[Callback] = ()) -> float:
         return float(json.loads((folder / "summary.json").read_text())["val"]["best"])
     with run_lock(folder), translate_worker_errors():
         started = time.perf_counter()
-        check_foreign(cfg, folder)
-        if is_first_rank():
-            remember(folder, cfg)
-        prepare_process(cfg)
+        admit(cfg, folder)
+        prepare_process(cfg.threads)
         method = build_method(cfg)  # first, so that a wrong option is known before a teacher is trained
         data, task = build_data(cfg)
         last, kept = last_state(folder / "checkpoints", cfg.trainer.max_epochs)
@@ -69,20 +68,24 @@ def train(cfg: DictConfig, callbacks: Sequence[Callback] = ()) -> float:
         init_process_group_early(trainer)
         scale = read_scale(cfg, trainer)
         optimizer = build_optimizer(cfg.optimizer, scale.lr)
-        before = Prerequisites(train, lambda: check_student(cfg, data, optimizer))
+        scheduler = build_scheduler(
+            cfg.scheduler, *horizon(cfg.trainer, data, scale), built.best.monitor, built.best.mode
+        )
+        monitor = str(built.best.monitor)
+        before = Prerequisites(train, lambda: check_student(cfg, data, task, optimizer, monitor))
         sharded = cfg.teacher is not None and isinstance(trainer.strategy, ShardedTeacher)
         teacher = build_teacher(cfg, data, task, before.teacher)
         start = before.starting_point(cfg)
         torch.manual_seed(cfg.seed)  # the same first weights whatever came before and whatever the method
         student = build_student(cfg, data, teacher, start)
+        check_monitor(student, data, task, monitor, teacher is not None)
         indexed = None if isinstance(data, ForeignData) else data
         known = None
         if teacher is not None and indexed is not None and not sharded:
             known = teacher_outputs(teacher, data, task, "val", trainer.strategy.root_device, evaluations_folder(cfg))
         distiller = build_distiller(
             cfg, student, method, teacher, task, data.example if indexed is None else example_batch(data), indexed,
-            optimizer, build_scheduler(cfg.scheduler, *horizon(cfg, data, scale), built.best.monitor, built.best.mode), known,
-            built.layout.group, sharded,
+            optimizer, scheduler, known, built.layout.group, sharded,
         )  # fmt: skip
         introduce(cfg, data, distiller, scale)
         fit_started = time.perf_counter()
@@ -96,50 +99,22 @@ def train(cfg: DictConfig, callbacks: Sequence[Callback] = ()) -> float:
         return best
 
 
-def prepare_process(cfg: DictConfig) -> None:
+def admit(cfg: DictConfig, folder: Path) -> None:
+    """Raises `UserError` for a run of another that may not go on here, and for values that no summary can hold."""
+    check_foreign(cfg, folder)
+    check_values(cfg)
+    if is_first_rank():
+        remember(folder, cfg)
+
+
+def prepare_process(threads: int | None) -> None:
     """What holds for the whole process; and what a run will need at its end is looked up, so that its lack is known now."""
     versions()
     adopt_lightning_logs()
     keep_freed_memory()
     torch.set_float32_matmul_precision("high")
-    if cfg.threads is not None:
-        torch.set_num_threads(cfg.threads)
-
-
-def check_student(cfg: DictConfig, data: Any, optimizer: Any) -> None:
-    """Builds a student and its optimizer for nothing, so that what is wrong with them is known before a teacher is trained."""
-    node = {k: v for k, v in cfg.student.items() if k != "checkpoint"}
-    optimizer(build_net(OmegaConf.create(node), data, "student").parameters())
-
-
-def horizon(cfg: DictConfig, data: Any, scale: Scale) -> tuple[int, int]:
-    """The epochs of a run, and its steps of the optimizer."""
-    trainer = cfg.trainer
-    limit = trainer.get("limit_train_batches")
-    if isinstance(data, ForeignData):
-        batches = _batches(data, limit)
-    else:
-        batches = math.ceil((data.epoch_size or len(data.train_ids)) / (scale.batch // scale.accumulated))
-    if limit is not None:
-        batches = min(batches, limit if isinstance(limit, int) else max(1, int(batches * limit)))
-    per_epoch, most = math.ceil(batches / scale.accumulated), trainer.get("max_steps") or -1
-    epochs = trainer.get("max_epochs")
-    if epochs is None or epochs < 0:
-        epochs = math.ceil(most / per_epoch) if most > 0 else 1
-    steps = epochs * per_epoch
-    return max(1, epochs), max(1, min(steps, most) if most > 0 else steps)
-
-
-def _batches(data: ForeignData, limit: int | float | None) -> int:
-    """The batches of an epoch of a loader that may not know them."""
-    try:
-        return len(data.module.train_dataloader())
-    except TypeError as error:
-        if isinstance(limit, int):
-            return limit
-        raise UserError(
-            "The training loader has no length: say with trainer.limit_train_batches how many batches make an epoch."
-        ) from error
+    if threads is not None:
+        torch.set_num_threads(threads)
 
 
 def fit(cfg: DictConfig, built: Built, distiller: Distiller, data: Any, last: Path | None) -> float:
@@ -155,7 +130,10 @@ def fit(cfg: DictConfig, built: Built, distiller: Distiller, data: Any, last: Pa
         module = GroupedData(data, layout)
     if cfg.trainer.max_epochs == 0:
         return untrained(built, distiller, module, Path(cfg.folder) / "checkpoints")
-    trainer.fit(distiller, datamodule=module, ckpt_path=last, weights_only=True)
+    try:
+        trainer.fit(distiller, datamodule=module, ckpt_path=last, weights_only=True)
+    except MisconfigurationException as error:  # a callback that waits for a metric which nobody has logged
+        raise UserError(str(error)) from error
     if built.best.best_model_score is None:
         raise UserError(
             f"No epoch was validated with {built.best.monitor}, so that none is the best: trainer.limit_val_batches and "

@@ -138,9 +138,22 @@ def named_callbacks(cfg: DictConfig, task: Task) -> tuple[ModelCheckpoint, list[
             raise UserError(f"callbacks.{name} is missing: a run ends with the weights that it keeps. Leave it in.")
     monitor, mode = monitored(nodes["best"], task)
     best = instantiate(nodes.pop("best"), "callbacks.best", monitor=monitor, mode=mode)
-    if not isinstance(best, ModelCheckpoint):
-        raise UserError("callbacks.best must be a ModelCheckpoint: the others are told of the best epoch by it.")
-    return best, [best, *(instantiate(node, f"callbacks.{name}") for name, node in nodes.items())]
+    others = {name: instantiate(node, f"callbacks.{name}") for name, node in nodes.items()}
+    for name, callback in (("best", best), ("last", others["last"])):
+        _check_kept(name, callback, Path(cfg.folder) / "checkpoints")
+    return best, [best, *others.values()]
+
+
+def _check_kept(name: str, callback: Callback, folder: Path) -> None:
+    """Raises `UserError` for a callback that does not keep the one checkpoint which is read when the run ends."""
+    if not isinstance(callback, ModelCheckpoint):
+        raise UserError(f"callbacks.{name} must be a ModelCheckpoint: a run ends with the weights that it keeps.")
+    place = Path(callback.dirpath or "")
+    if place.resolve() != folder.resolve() or callback.filename != name or callback.save_top_k != 1:
+        raise UserError(
+            f"callbacks.{name} must keep one checkpoint, {folder / name}.ckpt, with which the run ends: leave its dirpath, "
+            "filename and save_top_k as they are. A callback of another name may keep more."
+        )
 
 
 def monitored(node: DictConfig, task: Task) -> tuple[str, str]:

@@ -1,0 +1,109 @@
+"""What could fail once a run has been trained is tried before, so that no training is lost at its last line."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from litdistill.config.build import build_net
+from litdistill.config.distiller import example_batch
+from litdistill.config.lr_scaling import Scale
+from litdistill.data.foreign import ForeignData
+from litdistill.distillation.distiller import OptimizerFactory
+from litdistill.tasks.base import Task
+from litdistill.utils.errors import UserError
+
+
+def check_values(cfg: DictConfig) -> None:
+    """Raises `UserError` for values of a config that `summary.json` cannot hold."""
+    for key in ("name", "technique"):
+        value = cfg.get(key)
+        if value is not None and not isinstance(value, (str, int, float)):
+            raise UserError(f"{key}={value} must be one name.")
+    if type(cfg.seed) is not int:
+        raise UserError(f"seed={cfg.seed} must be a whole number.")
+    for key in cfg:
+        try:
+            json.dumps(OmegaConf.to_container(cfg[key], resolve=True) if OmegaConf.is_config(cfg[key]) else cfg[key])
+        except TypeError as error:
+            raise UserError(f"{key}: {error}. A config holds numbers, texts, lists and mappings of them.") from error
+
+
+def check_student(cfg: DictConfig, data: Any, task: Task, optimizer: OptimizerFactory, monitor: str) -> None:
+    """Builds a student and its optimizer only to see that they can be built, and `check_monitor` with it."""
+    node = {k: v for k, v in cfg.student.items() if k != "checkpoint"}
+    net = build_net(OmegaConf.create(node), data, "student")
+    optimizer(net.parameters())
+    check_monitor(net, data, task, monitor, cfg.teacher is not None)
+
+
+@torch.no_grad()
+def check_monitor(net: nn.Module, data: Any, task: Task, monitor: str, taught: bool) -> None:
+    """Raises `UserError` for a metric of the validation set, by which the epoch is to be chosen, that is none of the task's.
+
+    `taught`: whether there is a teacher, with which the student is compared then. What a task's metrics are called is seen
+    of two samples; where these are too few for it, nothing is refused.
+    """
+    split, _, name = monitor.partition("/")
+    if split != "val":
+        return  # logged by whoever trains
+    batch = task.batch(data.example) if isinstance(data, ForeignData) else example_batch(data)
+    modes = [(module, module.training) for module in net.modules()]
+    try:
+        outputs = task.forward(net.eval(), batch, False)
+        metrics = task.metrics()
+        metrics.update(outputs, batch.targets)
+        names = {str(key) for key in metrics.compute()}
+        names |= {*task.agreement(outputs, outputs), f"teacher_{task.monitor[0]}"} if taught else set()
+    except Exception:  # whatever a task of one's own raises where it is given so little
+        return
+    finally:
+        for module, training in modes:
+            module.training = training
+    if name not in names:
+        raise UserError(
+            f"callbacks.best.monitor={monitor} is not measured here. There is {', '.join(f'val/{n}' for n in sorted(names))}."
+        )
+
+
+def horizon(trainer: DictConfig, data: Any, scale: Scale) -> tuple[int, int]:
+    """The epochs of a run, and its steps of the optimizer, of the config's trainer.
+
+    Raises `UserError` for a loader without a length that nothing limits, and for a run that would end before it is validated.
+    """
+    limit = trainer.get("limit_train_batches")
+    if isinstance(data, ForeignData):
+        batches = _batches(data, limit)
+    else:
+        batches = math.ceil((data.epoch_size or len(data.train_ids)) / (scale.batch // scale.accumulated))
+    if limit is not None:
+        batches = min(batches, limit if isinstance(limit, int) else max(1, int(batches * limit)))
+    per_epoch, most = math.ceil(batches / scale.accumulated), trainer.get("max_steps") or -1
+    validated = per_epoch * (trainer.get("check_val_every_n_epoch") or 1)
+    if 0 < most < validated and trainer.get("val_check_interval") in (None, 1.0):
+        raise UserError(
+            f"trainer.max_steps={most} would end the run before its first validation, after {validated} steps, so that no "
+            "epoch is the best. Set it to that at least."
+        )
+    epochs = trainer.get("max_epochs")
+    if epochs is None or epochs < 0:
+        epochs = math.ceil(most / per_epoch) if most > 0 else 1
+    steps = epochs * per_epoch
+    return max(1, epochs), max(1, min(steps, most) if most > 0 else steps)
+
+
+def _batches(data: ForeignData, limit: int | float | None) -> int:
+    """The batches of an epoch of a loader that may not know them."""
+    try:
+        return len(data.module.train_dataloader())
+    except TypeError as error:
+        if isinstance(limit, int):
+            return limit
+        raise UserError(
+            "The training loader has no length: say with trainer.limit_train_batches how many batches make an epoch."
+        ) from error

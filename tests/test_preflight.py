@@ -1,0 +1,179 @@
+"""What could lose a training at its end, or choose the wrong epoch, is known before a step is taken, or is a warning."""
+
+import importlib.metadata
+import json
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+from omegaconf import OmegaConf
+from PIL import Image
+
+from litdistill.tasks import Classification, Regression
+from litdistill.training import finish
+from litdistill.training import train as train_module
+from litdistill.training.train import train
+from litdistill.training.trainer import monitored
+from litdistill.utils.errors import UserError
+from tests.conftest import compose_config
+
+ALONE = ("method=supervised", "teacher=null", "logger=none")
+
+
+@pytest.fixture
+def untrained(small, monkeypatch, tmp_path):
+    """`untrained(*overrides)`: what a run says that may not reach its first step, nor train a teacher."""
+
+    def refused(*overrides: str) -> str:
+        monkeypatch.setattr(train_module, "fit", lambda *_: pytest.fail("it is trained"))
+        cfg = small(*overrides)
+        cfg.runs = str(tmp_path / "new")
+        with pytest.raises(UserError) as error:
+            train(cfg)
+        assert not (tmp_path / "new" / "teachers").exists() or not list(
+            (tmp_path / "new").glob("teachers/*/summary.json")
+        )
+        return str(error.value)
+
+    return refused
+
+
+# -- what chooses the epoch ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("monitor", "mode", "expected"),
+    [
+        (None, None, ("val/accuracy", "max")),
+        ("val/nll", None, ("val/nll", "min")),
+        ("val/kl", None, ("val/kl", "min")),
+        ("train/loss", None, ("train/loss", "min")),
+        ("val/agreement", None, ("val/agreement", "max")),
+        ("val/mine", "min", ("val/mine", "min")),
+    ],
+)
+def test_the_direction_is_the_metrics_own(monitor, mode, expected):
+    assert monitored(OmegaConf.create({"monitor": monitor, "mode": mode}), Classification()) == expected
+
+
+def test_without_a_word_the_task_chooses():
+    node = OmegaConf.create({"monitor": None, "mode": None})
+    assert monitored(node, Regression([0.0], [1.0])) == ("val/rmse", "min")
+
+
+@pytest.mark.parametrize(
+    ("monitor", "mode"), [("val/nll", "max"), ("val/ece", "max"), ("val/accuracy", "min"), ("val/agreement", "min")]
+)
+def test_a_mode_that_would_keep_the_worst_epoch_is_refused(untrained, monitor, mode):
+    text = untrained(f"callbacks.best.monitor={monitor}", f"callbacks.best.mode={mode}")
+    assert text.startswith(f"callbacks.best.monitor={monitor} with mode={mode} would keep the worst epoch")
+
+
+def test_a_metric_that_is_not_measured_is_known_before_a_teacher_is_trained(untrained):
+    text = untrained("callbacks.best.monitor=val/acc", "callbacks.best.mode=max")
+    assert text.startswith("callbacks.best.monitor=val/acc is not measured here. There is val/accuracy, val/agreement")
+    assert "val/teacher_accuracy" in text
+    text = untrained(*ALONE, "callbacks.best.monitor=val/agreement")  # with nobody to agree
+    assert text.endswith("There is val/accuracy, val/brier, val/ece, val/nll.")
+
+
+def test_a_metric_that_nobody_logs_is_one_line(small):
+    with pytest.raises(UserError, match="mine/x"):
+        train(small(*ALONE, "callbacks.best.monitor=mine/x", "callbacks.best.mode=max"))
+
+
+# -- what the end of a run needs -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("technique=[a,b]", "technique=['a', 'b'] must be one name."),
+        ("seed=1.5", "seed=1.5 must be a whole number."),
+        ("~callbacks.best", "callbacks.best is missing"),
+        ("callbacks.last=null", "callbacks.last is missing"),
+        ("callbacks.last.dirpath=elsewhere", "callbacks.last must keep one checkpoint"),
+        ("callbacks.best.filename=mybest", "callbacks.best must keep one checkpoint"),
+        ("+callbacks.best.save_top_k=3", "callbacks.best must keep one checkpoint"),
+        ("trainer.check_val_every_n_epoch=5", "No epoch would be validated"),
+        ("+trainer.max_steps=3", "trainer.max_steps=3 would end the run before its first validation, after 4 steps"),
+    ],
+)
+def test_what_would_fail_at_the_last_line_is_refused_before_the_first_step(untrained, override, words):
+    assert untrained(override).startswith(words)
+
+
+def test_a_run_from_sources_without_metadata_ends_with_its_summary(small, monkeypatch):
+    def version(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    cfg = small(*ALONE, "trainer.max_epochs=1")
+    train(cfg)
+    found = json.loads((Path(cfg.folder) / "summary.json").read_text())["versions"]
+    assert found["litdistill"] is None
+    assert found["python"]
+
+
+def test_a_class_whose_name_no_picture_takes_costs_the_picture_alone(tmp_path, caplog):
+    draw = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for name in ("plain", r"a$b_{\frac$"):
+            folder = tmp_path / "images" / split / name
+            folder.mkdir(parents=True)
+            for i in range(8):
+                Image.fromarray(draw.integers(0, 255, (8, 8, 3), np.uint8)).save(folder / f"{i}.png")
+    cfg = compose_config(
+        tmp_path / "run",
+        *(
+            "data=folder",
+            f"data.root={tmp_path / 'images'}",
+            "data.image_size=8",
+            "data.batch_size=8",
+            "data.val_size=4",
+        ),
+        *("method=supervised", "teacher=null", "student.widths=[4]", "trainer=cpu", "trainer.max_epochs=1"),
+    )
+    train(cfg)
+    assert (tmp_path / "run" / "summary.json").is_file()
+
+
+def test_a_picture_that_fails_is_a_warning(small, monkeypatch, caplog):
+    def fail(*_):
+        raise ValueError("no room for a legend")
+
+    monkeypatch.setattr(finish.figures, "show", fail)
+    cfg = small("method=supervised", "teacher=null", "trainer.max_epochs=1")
+    train(cfg)
+    assert "The pictures in TensorBoard are left out: ValueError: no room for a legend" in caplog.text
+    assert (Path(cfg.folder) / "summary.json").is_file()
+
+
+# -- ways to start ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_module_that_trains_says_how_training_is_started(capsys):
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("litdistill.training.train", run_name="__main__")
+    assert ended.value.code == 2
+    assert "litdistill train" in capsys.readouterr().err
+
+
+def test_a_run_of_so_many_steps_knows_its_epochs(small, caplog):
+    caplog.set_level("INFO")
+    cfg = small(*ALONE, "trainer.max_epochs=-1", "+trainer.max_steps=8")
+    train(cfg)
+    assert json.loads((Path(cfg.folder) / "summary.json").read_text())["steps"] == 8
+    assert "epoch 2/2" in caplog.text
+    assert "-1" not in " ".join(r.getMessage() for r in caplog.records if r.name.endswith("callbacks"))
+
+
+def test_gradients_are_accumulated_by_lightnings_callback(small):
+    """It needs automatic optimization, which the run then has of itself."""
+    accumulate = (
+        "+callbacks.more={_target_: lightning.pytorch.callbacks.GradientAccumulationScheduler, scheduling: {0: 2}}"
+    )
+    cfg = small(*ALONE, accumulate, "trainer.max_epochs=1")
+    train(cfg)
+    assert json.loads((Path(cfg.folder) / "summary.json").read_text())["steps"] == 2  # of four minibatches
