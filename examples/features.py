@@ -6,6 +6,7 @@ projector from the student's width to the teacher's, which is not part of the de
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -49,9 +50,8 @@ def main(out: str | Path = "runs/example_features", max_epochs: int = 8) -> floa
         nn.functional.cross_entropy(teacher(images), labels).backward()
         optimizer.step()
 
-    method = FitNet(student_taps=["high"], teacher_taps=["high"])
-    distiller = distill(Net(width=4), teacher, train, val, method=method, max_epochs=max_epochs, out=out)
-
+    method, adam = FitNet(student_taps=["high"], teacher_taps=["high"]), partial(torch.optim.Adam, lr=0.01)
+    distiller = distill(Net(4), teacher, train, val, method, max_epochs=max_epochs, out=out, optimizer=adam)
     ((images, labels),) = val
     return (distiller.deployed_student.eval()(images).argmax(1) == labels).float().mean().item()
 

@@ -195,6 +195,7 @@ def summary(seed: int, accuracy: float, method: str = "kd", temperature: float =
         "experiment": "e",
         "method": method,
         "seed": seed,
+        "metric": {"name": "accuracy", "direction": "max"},
         "data": data,
         "options": options,
         "teacher": None,

@@ -13,7 +13,8 @@ from torch import nn
 
 from litdistill.compress.low_rank import Layer, _uses, choose_ranks, factors, low_rank, set_ranks
 from litdistill.compress.prune import prune
-from litdistill.compress.structure import load_structure, restore, structure_of
+from litdistill.compress.restore import restore
+from litdistill.compress.structure import load_structure, structure_of
 from litdistill.config.build import build_net
 from litdistill.models.mobilenet import mobilenet_v2
 from litdistill.models.profile import count_macs, count_parameters

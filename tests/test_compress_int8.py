@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from litdistill.compress.quantize import Int8, converted, int8
-from litdistill.compress.structure import restore, structure_of
+from litdistill.compress.restore import restore
+from litdistill.compress.structure import structure_of
 from litdistill.config.build import build_data, build_net, build_student
 from litdistill.config.distiller import build_distiller, build_method, example_batch
 from litdistill.data.datamodule import ImageData

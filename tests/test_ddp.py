@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from litdistill.evaluation.evaluate import collect, differences, evaluate, load_run, rebuild
+from litdistill.evaluation.evaluate import differences, evaluate, load_run, rebuild
+from litdistill.evaluation.predictions import collect
 from litdistill.utils.hashing import weights_sha256
 from tests.test_cli import FAST, call
 

@@ -1,38 +1,25 @@
 """The guarantees of `Distiller`, each broken by the fault it is there for."""
 
 import copy
-import dataclasses
 import functools
 import math
-from typing import Any, NamedTuple
 
 import pytest
 import torch
-from lightning import LightningModule
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging
-from torch import nn
-from torch.optim import SGD
-from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
-from torch.utils.data import DataLoader, TensorDataset
 
-from litdistill.distillation.distiller import Distiller, SchedulerOptions
+from litdistill.distillation.distiller import Distiller
 from litdistill.distillation.examine import check_teacher
-from litdistill.distillation.inference import ConvAsLinear, fuse_batchnorm, prepack
 from litdistill.distillation.schedules import interpolate
-from litdistill.distillation.teacher import FrozenTeacher
 from litdistill.methods.base import Method
 from litdistill.methods.crd import CRD
 from litdistill.methods.fitnet import FitNet
 from litdistill.methods.kd import KD
 from litdistill.methods.supervised import Supervised
 from litdistill.models.preprocess import bare
-from litdistill.models.resnet import resnet
-from litdistill.models.small import conv4
 from litdistill.tasks.classification import Classification
-from litdistill.types import Batch
 from litdistill.utils.errors import UserError
 from litdistill.utils.hashing import weights_sha256
-from tests.fits import digits, example, fit, net, quiet_trainer, same
+from tests.fits import digits, example, fit, net, same
 
 
 def test_the_teacher_is_bit_identical_after_a_fit(tmp_path):
@@ -119,203 +106,6 @@ def test_constructing_leaves_networks_as_they_were():
     assert student.training
 
 
-# -- any loader, any teacher, any Trainer ----------------------------------------------------------------------------
-
-
-class Dicts(torch.utils.data.Dataset):
-    def __init__(self, set_):
-        self.set = set_
-
-    def __len__(self):
-        return len(self.set)
-
-    def __getitem__(self, i):
-        return {"images": self.set[i][0], "labels": self.set[i][1]}
-
-
-def as_batch(samples):
-    return Batch(torch.stack([x for x, _ in samples]), torch.stack([y for _, y in samples]))
-
-
-def tensors(count: int = 32) -> TensorDataset:
-    generator = torch.Generator().manual_seed(0)
-    images = torch.rand(count, 1, 8, 8, generator=generator)
-    return TensorDataset(images, torch.arange(count) % 10)
-
-
-LOADERS = {
-    "tuples": lambda shuffle: DataLoader(tensors(), 8, shuffle=shuffle),
-    "dicts": lambda shuffle: DataLoader(Dicts(tensors()), 8, shuffle=shuffle),
-    "batches": lambda shuffle: DataLoader(tensors(), 8, shuffle=shuffle, collate_fn=as_batch),
-}
-
-
-@pytest.mark.parametrize("kind", LOADERS)
-def test_any_loader_will_do_and_gives_the_same(tmp_path, kind):
-    students = []
-    for loader in (LOADERS[kind], LOADERS["tuples"]):
-        torch.manual_seed(0)
-        distiller = Distiller(net(), KD(), net(16, seed=1), allow_chance=True)
-        trainer = fit(distiller, (loader(False), loader(False)), tmp_path)
-        assert trainer.global_step == 8
-        wanted = {"train/loss", "train/hard", "train/soft", "train/agreement", "val/accuracy", "val/ece", "val/kl"}
-        assert wanted <= set(trainer.callback_metrics)
-        students.append(distiller.student)
-    assert same(*students)
-
-
-CYCLE = functools.partial(OneCycleLR, max_lr=0.3, total_steps=12)
-SWA = functools.partial(StochasticWeightAveraging, 0.05, swa_epoch_start=1)
-
-
-@pytest.mark.parametrize("kind", LOADERS)
-@pytest.mark.parametrize(
-    ("options", "trainer", "callbacks", "steps"),
-    [
-        ({}, {}, [lambda: ModelCheckpoint(monitor="val/accuracy", mode="max")], 12),
-        ({}, {}, [lambda: EarlyStopping("val/accuracy", mode="max", min_delta=2, patience=0)], 8),
-        ({}, {"accumulate_grad_batches": 2}, [], 6),
-        ({}, {"gradient_clip_val": 0.1}, [], 12),
-        ({}, {}, [SWA], 13),  # Lightning counts one of its last pass, which trains nothing
-        ({"scheduler": functools.partial(ReduceLROnPlateau, mode="max")}, {}, [], 12),
-        ({"scheduler": CYCLE, "scheduling": SchedulerOptions("step")}, {}, [], 12),
-        ({"ema": 0.9}, {"max_steps": 7}, [], 7),
-    ],
-    ids=["checkpoint", "stopping", "accumulate", "clip", "swa", "plateau", "onecycle", "ema and max_steps"],
-)
-def test_a_bare_distiller_is_any_lightning_module_to_its_trainer(tmp_path, kind, options, trainer, callbacks, steps):
-    optimizer = functools.partial(SGD, lr=0.1)
-    distiller = Distiller(net(), KD(), net(16, 1), optimizer=optimizer, allow_chance=True, **options)
-    before = copy.deepcopy(distiller.state_dict())
-    loaders = LOADERS[kind](False), LOADERS[kind](False)
-    fitted = fit(distiller, loaders, tmp_path, max_epochs=3, callbacks=[c() for c in callbacks], **trainer)
-    assert fitted.global_step == steps
-    assert distiller.state_dict().keys() == before.keys()
-    assert not same(before, distiller)
-    assert "val/accuracy" in fitted.callback_metrics
-
-
-def test_clipping_accumulation_and_weights_of_a_bare_distiller_are_those_of_a_plain_module(tmp_path):
-    """The same training in twenty lines of plain Lightning."""
-
-    class Plain(LightningModule):
-        def __init__(self, student):
-            super().__init__()
-            self.student = student
-
-        def training_step(self, batch, batch_idx):
-            return nn.functional.cross_entropy(self.student(batch[0]), batch[1])
-
-        def configure_optimizers(self):
-            return SGD(self.parameters(), lr=0.1)
-
-    found = []
-    for module in (Plain(net()), Distiller(net(), Supervised(), optimizer=functools.partial(SGD, lr=0.1))):
-        options = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1, "callbacks": [SWA()], "max_epochs": 3}
-        found.append((module.student, fit(module, (LOADERS["tuples"](False),), tmp_path, **options).global_step))
-    assert same(found[0][0], found[1][0])
-    assert found[0][1] == found[1][1]
-
-
-def test_one_cycle_reaches_its_peak_and_a_plateau_cuts_the_rate(tmp_path):
-    rates: list[float] = []
-
-    class Spy(Distiller):
-        def training_step(self, *a):
-            rates.append(self.trainer.optimizers[0].param_groups[0]["lr"])
-            return super().training_step(*a)
-
-    optimizer = functools.partial(SGD, lr=0.1)
-    loaders = LOADERS["tuples"](False), LOADERS["tuples"](False)
-    fit(
-        Spy(net(), optimizer=optimizer, scheduler=CYCLE, scheduling=SchedulerOptions("step")),
-        loaders,
-        tmp_path,
-        max_epochs=3,
-    )
-    assert len(rates) == 12
-    assert max(rates) == pytest.approx(0.3, rel=0.05)
-    assert rates[-1] < 0.01
-    rates.clear()
-    waits = functools.partial(ReduceLROnPlateau, mode="max", patience=0, threshold=2, threshold_mode="abs")
-    fit(Spy(net(), optimizer=optimizer, scheduler=waits), loaders, tmp_path, max_epochs=4)
-    assert rates[::4] == pytest.approx([0.1, 0.1, 0.01, 0.001])
-    rates.clear()
-    fit(Spy(net(), optimizer=optimizer, scheduler=waits), loaders, tmp_path, max_epochs=4, check_val_every_n_epoch=2)
-    assert rates[::4] == pytest.approx([0.1] * 4)  # of two validations the first is the best
-
-
-@pytest.mark.parametrize(
-    ("scheduler", "scheduling", "words"),
-    [
-        (ReduceLROnPlateau, SchedulerOptions(), "its mode is 'max'"),
-        (functools.partial(ReduceLROnPlateau, mode="max"), SchedulerOptions("step"), "its interval is epoch"),
-        (ReduceLROnPlateau, SchedulerOptions("epoch", "val/los"), r"waits for val/los, which is not logged.*val/nll"),
-    ],
-)
-def test_a_plateau_that_would_wait_for_the_wrong_thing_is_refused(tmp_path, scheduler, scheduling, words):
-    distiller = Distiller(net(), scheduler=scheduler, scheduling=scheduling)
-    with pytest.raises(UserError, match=words):
-        fit(distiller, (LOADERS["tuples"](False), LOADERS["tuples"](False)), tmp_path)
-
-
-class Answer(NamedTuple):
-    logits: torch.Tensor
-    aux_logits: torch.Tensor
-
-
-@dataclasses.dataclass
-class Named:
-    logits: torch.Tensor
-    loss: Any = None
-
-
-GIVES = {
-    "tensor": lambda z: z,
-    "dict": lambda z: {"logits": z, "hidden": z.mean()},
-    "tuple": lambda z: (z, None),
-    "named tuple": lambda z: Answer(z, z * 2),
-    "dataclass": Named,
-}
-
-
-class Gives(nn.Module):
-    def __init__(self, inner, how):
-        super().__init__()
-        self.inner, self.how = inner, how
-
-    def forward(self, images):
-        return self.how(self.inner(images))
-
-
-@pytest.mark.parametrize("how", GIVES)
-def test_a_network_may_give_its_logits_in_any_usual_form(tmp_path, how):
-    distiller = Distiller(Gives(net(), GIVES[how]), KD(), Gives(net(16, 1), GIVES[how]), allow_chance=True)
-    plain = Distiller(net(), KD(), net(16, 1), allow_chance=True)
-    for one in (distiller, plain):
-        fit(one, digits(), tmp_path, max_epochs=1)
-    assert same(distiller.student.inner, plain.student)
-
-
-def test_a_teacher_in_whose_answer_no_logits_are_found_is_named(tmp_path):
-    teacher = Gives(net(16, 1), lambda z: {"a": {"b": z}})
-    with pytest.raises(UserError, match=r"a mapping with a, in which no logits.*wrap it"):
-        Distiller(net(), KD(), teacher, example(digits()))
-
-
-@pytest.mark.parametrize("softmax", [True, False])
-def test_a_softmax_at_a_teachers_end_is_warned_of(tmp_path, caplog, softmax):
-    teacher = Gives(net(16, 1), (lambda z: z.softmax(1)) if softmax else (lambda z: z))
-    fit(Distiller(net(), KD(), teacher, allow_chance=True), digits(), tmp_path, max_epochs=1)
-    assert ("probabilities" in caplog.text) is softmax
-
-
-def test_a_teacher_that_is_the_student_is_refused():
-    student = net()
-    with pytest.raises(UserError, match=r"copy\.deepcopy"):
-        Distiller(student, KD(), student)
-
-
 # -- checkpoints -----------------------------------------------------------------------------------------------------
 
 
@@ -345,16 +135,6 @@ def test_a_method_that_reads_logits_needs_no_example_to_be_loaded_either(tmp_pat
     assert same(distiller, again)
 
 
-def test_predict_gives_what_the_task_makes_of_the_deployed_student(tmp_path):
-    distiller, set_ = Distiller(net(), Supervised(), ema=0.9), tensors()
-    for loader in (DataLoader(set_, 8), DataLoader(TensorDataset(set_.tensors[0]), 8), DataLoader(set_.tensors[0], 8)):
-        found = quiet_trainer(tmp_path).predict(distiller, loader)
-        distiller.eval()
-        expected = Classification().decode(distiller(set_.tensors[0]))
-        for name, value in expected.items():
-            torch.testing.assert_close(torch.cat([batch[name] for batch in found]), value)
-
-
 # -- what is refused, and when a training stops ----------------------------------------------------------------------
 
 
@@ -369,22 +149,6 @@ def test_images_that_a_network_does_not_take_are_refused_with_both_remedies():
     Distiller(bare(net()), KD(), bare(net(16, 1)), batch)
     with pytest.raises(UserError, match="values from 0 to 255"):
         Distiller(net(), Supervised(), None, (torch.linspace(0, 255, 64).view(1, 1, 8, 8), torch.zeros(1)))
-
-
-def test_overfitting_a_loader_that_is_not_torchs_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"overfit_batches.*per_class.*epoch_size"):
-        fit(Distiller(net()), digits(), tmp_path, overfit_batches=1)
-    seen = []
-
-    class Spy(Distiller):
-        def training_step(self, batch, batch_idx):
-            seen.append(batch[1].tolist())
-            return super().training_step(batch, batch_idx)
-
-    loader = LOADERS["tuples"](False)
-    fit(Spy(net()), (loader, loader), tmp_path, overfit_batches=1, max_epochs=3)
-    assert len(seen) == 3
-    assert seen[0] == seen[1] == seen[2]
 
 
 def test_a_method_that_needs_an_example_says_so():
@@ -483,99 +247,3 @@ def test_a_teacher_is_known_by_the_hash_of_its_weights():
     assert weights_sha256(dict(reversed(a.state_dict().items()))) == weights_sha256(a.state_dict())
     next(iter(b.state_dict().values())).view(-1)[0] += 1e-3
     assert weights_sha256(a.state_dict()) != weights_sha256(b.state_dict())
-
-
-def test_folding_is_exact_in_float64_and_leaves_the_teacher_itself_alone():
-    teacher = bare(net(16, seed=1)).double().eval()
-    for m in teacher.modules():
-        if isinstance(m, nn.BatchNorm2d):  # as trained, not as made
-            m.running_mean.uniform_(-1, 1), m.running_var.uniform_(0.5, 2), m.weight.data.uniform_(0.5, 2)
-    before = weights_sha256(teacher.state_dict())
-    images = torch.randn(5, 1, 8, 8, dtype=torch.float64)
-    fast = fuse_batchnorm(teacher, images)
-    assert not any(isinstance(m, nn.BatchNorm2d) for m in fast.modules())
-    torch.testing.assert_close(fast(images), teacher(images), rtol=1e-12, atol=1e-12)
-    frozen = FrozenTeacher(teacher, example=Batch(images, None))
-    assert frozen.run is not teacher
-    torch.testing.assert_close(frozen(Batch(images, None)).logits, teacher(images), rtol=1e-12, atol=1e-12)
-    assert weights_sha256(teacher.state_dict()) == before
-    assert FrozenTeacher(teacher, taps=["layer1"], example=Batch(images, None))(Batch(images, None)).features[
-        "layer1"
-    ].shape == (5, 16, 8, 8)
-
-
-@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32), (1, 8, 8)])
-def test_faster_forms_say_the_same_of_any_batch_and_the_default_one_to_the_bit_wherever_an_image_stands(shape):
-    torch.manual_seed(0)
-    for teacher in (conv4(10, shape, widths=[16, 32, 64]), resnet(10, shape, 20, [16, 16, 32, 64])):
-        frozen = FrozenTeacher(teacher, example=Batch(torch.randn(2, *shape), None))
-        images, order = torch.randn(64, *shape), torch.randperm(64)
-        logits = frozen(Batch(images, None)).logits
-        assert torch.equal(frozen(Batch(images[order], None)).logits, logits[order])
-        with torch.no_grad():
-            expected = copy.deepcopy(teacher).double()(images.double())
-        assert torch.allclose(logits.double(), expected, atol=1e-4)
-
-        frozen = FrozenTeacher(teacher, example=Batch(torch.randn(2, *shape), None), compile="prepacked")
-        calls = [frozen(Batch(images, None)).logits for _ in range(4)]
-        assert isinstance(frozen._packed[0], torch.jit.ScriptModule)
-        assert torch.allclose(calls[0].double(), expected, atol=1e-4)
-        assert all(torch.equal(calls[0], again) for again in calls)
-        assert torch.allclose(
-            torch.cat([frozen(Batch(chunk, None)).logits for chunk in images.split(23)]), calls[0], atol=1e-5
-        )
-
-
-@pytest.mark.parametrize(
-    ("kernel", "stride", "padding", "size"),
-    [
-        (1, 1, 0, (1, 1)),
-        (1, 2, 0, (2, 2)),
-        (3, 1, 1, (1, 1)),
-        (3, 2, 1, (2, 2)),
-        (3, 2, 1, (2, 1)),
-        (3, 1, 0, (3, 3)),
-        (5, 7, 2, (4, 3)),
-    ],
-)
-def test_a_convolution_to_one_pixel_is_a_matrix_product(kernel, stride, padding, size):
-    conv = nn.Conv2d(4, 6, kernel, stride, padding, bias=padding != 1).double()
-    maps = torch.randn(5, 4, *size, dtype=torch.float64).to(memory_format=torch.channels_last)
-    assert conv(maps).shape == (5, 6, 1, 1)
-    torch.testing.assert_close(ConvAsLinear(conv, *size)(maps), conv(maps), rtol=1e-12, atol=1e-12)
-
-
-def test_a_teacher_whose_course_depends_on_its_images_is_not_written_down():
-    class Odd(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net = bare(net())
-
-        def forward(self, x):
-            return self.net(x) * (2 if len(x) > 1 else 1)
-
-    odd = Odd().eval()
-    images = torch.randn(4, 1, 8, 8)
-    assert prepack(odd, images) is odd
-    frozen = FrozenTeacher(odd, example=Batch(images[:2], None))
-    assert torch.equal(frozen(Batch(images[:1], None)).logits, odd(images[:1]).detach())
-    assert torch.equal(frozen(Batch(images, None)).logits, odd(images).detach())
-
-
-def test_a_network_that_cannot_be_traced_or_folded_exactly_is_run_as_it_is():
-    class Branches(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net = bare(net(4))
-
-        def forward(self, images):
-            return self.net(images) if images.sum() > 0 else self.net(-images)
-
-    odd = Branches().eval()
-    assert fuse_batchnorm(odd, torch.randn(2, 1, 8, 8)) is odd
-    shared = nn.Sequential(conv := nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1), conv, nn.Flatten()).eval()
-    shared[1].running_var.fill_(9.0)
-    images = torch.randn(2, 1, 8, 8)
-    torch.testing.assert_close(
-        FrozenTeacher(shared, example=Batch(images, None))(Batch(images, None)).logits, shared(images)
-    )

@@ -12,11 +12,15 @@ import pytest
 from omegaconf import OmegaConf
 from torch.distributed import TCPStore
 
-from litdistill.training.train import build_trainer
+from litdistill.methods.ft import FT
+from litdistill.methods.kd import KD
+from litdistill.tasks.classification import Classification
+from litdistill.training.trainer import build_trainer
 from litdistill.utils.distributed import Launch, fit_to_launch, launched, run_stamp
 from litdistill.utils.errors import UserError
 from tests import forked
 from tests.conftest import compose_config
+from tests.fits import digits
 from tests.test_cli import ROOT, call
 from tests.test_scale import PLAIN, free_port
 
@@ -164,7 +168,8 @@ def test_the_workers_of_a_sweep_do_each_trial_once(tmp_path):
 )
 def test_a_trainer_takes_what_its_file_has_no_key_for(tmp_path, overrides):
     cfg = compose_config(tmp_path, *overrides)
-    assert build_trainer(cfg, tmp_path, phases="method=ft" in overrides).world_size == 2
+    method = FT(init_epochs=2) if "method=ft" in overrides else KD()
+    assert build_trainer(cfg, tmp_path, method, Classification(), digits()).trainer.world_size == 2
 
 
 @pytest.mark.slow

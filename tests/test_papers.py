@@ -21,6 +21,7 @@ from litdistill.utils.paths import CONF
 from tests.conftest import compose_config
 from tests.test_configs import STEP, generated
 
+papers.register()
 ALL = papers.experiments()
 SHORT = [a.replace("+data.epoch_size", "data.epoch_size") for a in STEP]
 

@@ -76,6 +76,7 @@ def curve(folder: Path, name: str) -> list[float]:
     return [e.value for e in events.Scalars(name)]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("samples", [96, 101, 97])  # at 32 a step: whole batches; 5 left, 3 and 2; 1 left, and none
 def test_two_processes_train_as_one_at_the_same_global_batch(samples, tmp_path):
     common = [*PLAIN, f"data.epoch_size={samples}"]
@@ -94,6 +95,7 @@ def test_two_processes_train_as_one_at_the_same_global_batch(samples, tmp_path):
     assert "Global batch 32 = 16 x 2 processes; learning rate 0.05, whatever" in (b / "train.log").read_text()
 
 
+@pytest.mark.process
 def test_a_sharded_teacher_teaches_as_a_whole_one(tmp_path):
     held: Callable[[int], object] = lambda rank: note_share(tmp_path / f"share{rank}")  # noqa: E731
     nets = ["net@student=conv4", "student.widths=[8,8]", "net@teacher=conv4", "teacher.widths=[16,16]"]
@@ -127,6 +129,7 @@ def note_share(into: Path) -> None:
     sharding.shard = noting
 
 
+@pytest.mark.process
 def test_a_teacher_on_one_device_is_not_sharded(tmp_path):
     status, said = forked.call(
         "train", [*PLAIN, "trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=1"], tmp_path
@@ -135,13 +138,14 @@ def test_a_teacher_on_one_device_is_not_sharded(tmp_path):
     assert "choose trainer=auto" in said
 
 
+@pytest.mark.process
 def test_ranks_do_what_the_first_one_has_found(tmp_path):
     """The second sees the teacher's folder finished where the first did not: another job wrote it in between."""
 
     def late(rank: int) -> None:
         if rank == 1:
             answers = iter([True])
-            build.finished = lambda folder: next(answers, False)
+            build.is_complete = lambda folder: next(answers, False)
 
     arguments = [a for a in PLAIN if not a.startswith("teacher.checkpoint")] + ["data.per_class=8", "trainer=ddp"]
     folder = two(tmp_path, [*arguments, "+teacher.recipe.trainer.max_epochs=1"], late)

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from litdistill.evaluation.evaluate import differences, evaluate, load_run
-from litdistill.sweep.study import trial as sweep_trial
+from litdistill.sweep import trial as sweep_trial
 from litdistill.training.train import train
 from litdistill.utils.errors import Stopped
 from tests.conftest import SMALL

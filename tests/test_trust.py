@@ -9,7 +9,7 @@ import torch
 from omegaconf import OmegaConf
 
 from litdistill.cli.resume import resumed
-from litdistill.compress.structure import restore
+from litdistill.compress.restore import restore
 from litdistill.config import origin
 from litdistill.config.instantiate import instantiate
 from litdistill.config.trust import allowed, check_trusted, packages

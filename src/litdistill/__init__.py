@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         SRRL,
         VID,
         WTTM,
+        BinaryKD,
         FitNet,
         HardPseudoLabel,
         LogitMSE,
@@ -56,7 +57,7 @@ if TYPE_CHECKING:
         TeacherFree,
     )
     from litdistill.methods.base import Method
-    from litdistill.tasks import Task
+    from litdistill.tasks import Classification, MultiLabel, Regression, Task
     from litdistill.training.distill import distill
     from litdistill.types import Batch, Outputs, Taps
 
@@ -87,6 +88,8 @@ __all__ = [
     "VID",
     "WTTM",
     "Batch",
+    "BinaryKD",
+    "Classification",
     "Distiller",
     "FeatureExtractor",
     "FitNet",
@@ -95,9 +98,11 @@ __all__ = [
     "LogitMSE",
     "LogitStdKD",
     "Method",
+    "MultiLabel",
     "Mutual",
     "Online",
     "Outputs",
+    "Regression",
     "ReviewKD",
     "Shuffled",
     "SimKD",
@@ -121,6 +126,9 @@ _MODULES = {
     "FeatureExtractor": "litdistill.features.feature_extractor",
     "Method": "litdistill.methods.base",
     "Task": "litdistill.tasks",
+    "Classification": "litdistill.tasks",
+    "MultiLabel": "litdistill.tasks",
+    "Regression": "litdistill.tasks",
     "Batch": "litdistill.types",
     "Outputs": "litdistill.types",
     "Taps": "litdistill.types",

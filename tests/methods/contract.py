@@ -22,8 +22,7 @@ class Reader:
         self.extractor = FeatureExtractor(net, resolve_taps(net, example, taps))
 
     def __call__(self, x: Tensor) -> Outputs:
-        logits, features, _ = self.extractor(x)
-        return Outputs.of(logits, features)  # type: ignore[arg-type]
+        return self.extractor(x)
 
     def remove(self) -> None:
         self.extractor.remove()

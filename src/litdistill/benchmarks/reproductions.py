@@ -17,7 +17,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from litdistill.benchmarks.published_tables import TABLES, Published, Table, cells, published
+from litdistill.benchmarks.published_tables import TABLES, Published, Table, cells, published, register
 from litdistill.evaluation.evaluate import differences, evaluate, load_run, rebuild
 from litdistill.evaluation.predictions import collect as logits_of
 from litdistill.utils.checkpoint import write_text
@@ -48,6 +48,7 @@ def cell_of(folder: Path) -> tuple[str, int]:
     if experiment is None or not re.fullmatch(r"\w+(/\w+)*", experiment):
         raise UserError(f"{folder} is the run of no experiment.")
     cfg, _ = load_run(folder)
+    register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         plain = compose("train", [f"experiment={experiment}"])
     new = (o for o in noted["hydra"]["overrides"]["task"] if o.lstrip("+~").split("=")[0] not in NO_VARIANT)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from litdistill.compress.structure import tag_structure
 from litdistill.models.parts import evaluating
 from litdistill.models.profile import count_macs, count_parameters
 from litdistill.utils.errors import UserError
@@ -30,8 +31,6 @@ def low_rank(net: nn.Module, images: Tensor, budget: float, of: str = "parameter
     worth being its share in the layer's squared Frobenius norm. A layer that factors would make larger stays whole.
     `images`: a few (N, C, H, W) for a dry forward. Raises `UserError` for a budget that rank 1 everywhere exceeds.
     """
-    from litdistill.compress.structure import tag_structure
-
     check_budget(budget, of)
     uses = _uses(net, images) if of == "macs" else {}
     layers = [_layer(name, m, uses.get(name, 1)) for name, m in net.named_modules() if _factorable(m)]

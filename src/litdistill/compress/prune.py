@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from litdistill.compress.low_rank import check_budget
+from litdistill.compress.structure import tag_structure
 from litdistill.models.profile import count_macs, count_parameters
 from litdistill.utils.errors import UserError
 
@@ -32,7 +33,6 @@ def prune(net: nn.Module, images: Tensor, budget: float, of: str = "parameters")
     `budget`: of the network's `parameters` or `macs`. The classifier keeps its outputs. `images`: two or more (N, C, H, W).
     Works on a copy. Raises `UserError` for a network whose forward depends on the number of its channels.
     """
-    from litdistill.compress.structure import tag_structure
     from litdistill.features.feature_extractor import resolve_taps
 
     check_budget(budget, of)

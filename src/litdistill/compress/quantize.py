@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from litdistill.compress.structure import tag_structure
 from litdistill.utils.errors import UserError
 
 
@@ -46,8 +47,6 @@ class Int8(nn.Module):
 
 def int8(net: nn.Module, images: Tensor) -> nn.Module:
     """A trained network as its int8 form computes, its ranges those of `images` (N, C, H, W), normalised."""
-    from litdistill.compress.structure import tag_structure
-
     small = tag_structure(net, fake_quantized(net, images), {"kind": "int8"})
     return small.train(net.training)
 

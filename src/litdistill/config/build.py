@@ -17,7 +17,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor, nn
 
 from litdistill.compress.quantize import Int8
-from litdistill.compress.structure import load_structure, restore, structure_of
+from litdistill.compress.restore import restore
+from litdistill.compress.structure import load_structure, structure_of
 from litdistill.config.instantiate import instantiate, locate
 from litdistill.config.recipes import NETWORK_META_KEYS, is_complete, teacher_folder
 from litdistill.data.foreign import ForeignData, training_inputs

@@ -84,7 +84,8 @@ def check_trainer(trainer: Trainer, method: Method) -> None:
                 "first one's: use strategy=DDPStrategy(broadcast_buffers=False)."
             )
     loader: Any = trainer.train_dataloader
-    if getattr(trainer, "overfit_batches", 0) and loader is not None and not isinstance(loader, DataLoader):
+    overfit = trainer.overfit_batches  # type: ignore[attr-defined]
+    if overfit and loader is not None and not isinstance(loader, DataLoader):
         raise UserError(
             "overfit_batches fixes the samples of torch's DataLoaders alone, and this loader would draw others each epoch: "
             "take few samples instead, as ImageData(per_class=…) or ImageData(epoch_size=…) does."

@@ -6,7 +6,6 @@ Lightning would count groups for its x, and log what it knows again at each.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -48,7 +47,7 @@ def _means(distiller: Distiller) -> dict[str, Tensor]:
     return {f"train/{name}": value for name, value in means.items()}
 
 
-def _speed(distiller: Distiller) -> Mapping[str, float]:
+def _speed(distiller: Distiller) -> dict[str, float]:
     means = distiller.means
     seconds = max(means.elapsed, 1e-9)
     samples = means.samples * distiller.trainer.world_size

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
+from torchmetrics import Metric, MetricCollection
 
 from litdistill.distillation.teacher_cache import cached_logits
 from litdistill.tasks.base import Task
@@ -55,10 +56,17 @@ def evaluations_folder(cfg: DictConfig) -> Path | None:
     return Path(cfg.runs) / "cache" / "evaluations"
 
 
+def local_metrics(task: Task) -> Metric | MetricCollection:
+    """The task's metrics for this process alone, which waits for no other one when it computes them."""
+    metrics = task.metrics()
+    for metric in metrics.values() if isinstance(metrics, MetricCollection) else [metrics]:
+        metric.distributed_available_fn = lambda: False  # `sync_on_compute` is read by its constructor alone
+    return metrics
+
+
 def measured(task: Task, outputs: Outputs, targets: Tensor) -> dict[str, float]:
     """The task's metrics of outputs for a whole split, by this process alone."""
-    metrics = task.metrics()
-    metrics.sync_on_compute = False
+    metrics = local_metrics(task)
     metrics.update(outputs, targets)
     return {name: float(value) for name, value in metrics.compute().items()}
 

@@ -61,20 +61,12 @@ def summarize(
         "teacher": None
         if teacher is None
         else {
-            "name": net_name(cfg.teacher),
-            "sha256": sha256,
+            **network_facts(cfg.teacher, teacher, shape),
             "preprocess": preprocessing(teacher),
-            "params": count_parameters(teacher),
-            "macs": macs(teacher, shape),
-            "bytes": weight_bytes(teacher),
             "test": found["teacher"],
         },
         "student": {
-            "name": net_name(cfg.student),
-            "sha256": weights_sha256(student.state_dict()),
-            "params": count_parameters(student),
-            "macs": macs(student, shape),
-            "bytes": weight_bytes(student),
+            **network_facts(cfg.student, student, shape),
             "precision": "fp32",
             "test": {**about, name: {"best": about[name], "last": last[name]}},
             **found.get("agreement", dict.fromkeys(("agreement", "kl"))),
@@ -93,6 +85,17 @@ def summarize(
         "versions": versions(),
         "git": git_state(),
         "command": command_text(sys.argv),
+    }
+
+
+def network_facts(node: DictConfig, net: nn.Module, shape: Sequence[int] | None) -> dict[str, Any]:
+    """Name, hash of the weights, and size of a network."""
+    return {
+        "name": net_name(node),
+        "sha256": weights_sha256(net.state_dict()),
+        "params": count_parameters(net),
+        "macs": macs(net, shape),
+        "bytes": weight_bytes(net),
     }
 
 

@@ -26,6 +26,7 @@ from litdistill.config.origin import check_links
 from litdistill.config.recipes import NETWORK_META_KEYS
 from litdistill.data.foreign import output_names, training_inputs
 from litdistill.evaluation.evaluate import load_run, rebuild, run_data
+from litdistill.evaluation.predictions import local_metrics
 from litdistill.export.predict import load, runtime
 from litdistill.export.writers import write_format
 from litdistill.features.outputs import run_network
@@ -114,22 +115,12 @@ def export_student(
     `net_options`: what a safetensors file's network is built with. `task`: how its outputs are read, and by whose metric the
     file is compared with the student; classification where None.
     """
-    if isinstance(bare(student), Int8) and (format, precision) != ("onnx", "int8"):
-        raise UserError("This student was trained to compute in int8: export it with format=onnx precision=int8.")
-    if structure_of(student) and format == "safetensors":
-        raise UserError("As safetensors nobody could rebuild this compressed network; use format=onnx.")
     task = task or Classification()
     check_names(data.class_names)
     check_links(folder)
     names, shape = names_and_shape(student, data)
     preprocess = preprocess_of(student)
-    if preprocess is None and any(isinstance(m, Preprocessed) for m in student.modules()):
-        raise UserError(
-            "The networks that this student is made of preprocess images in different ways: it cannot be exported."
-        )
-    resizes = preprocess is not None and preprocess.size not in (None, tuple(shape[1:]))
-    if resizes and not preprocessing:
-        raise UserError(f"This network resizes its images to {preprocess.size}: export it with preprocessing=true.")  # type: ignore[union-attr]
+    check_student(student, shape, format, precision, preprocessing)
     preprocessing = preprocessing and preprocess is not None and format != "safetensors"  # which holds weights alone
     about = preprocess.facts() if preprocess is not None else {"mean": [], "std": [], "size": None}
     entry: dict[str, Any] = {
@@ -247,6 +238,21 @@ def student_of_run(
     return student.cpu().eval(), data, task, own
 
 
+def check_student(student: nn.Module, shape: Sequence[int], format: str, precision: str, preprocessing: bool) -> None:
+    """Raises `UserError` for a student that this format cannot hold, or whose preprocessing it would lose."""
+    if isinstance(bare(student), Int8) and (format, precision) != ("onnx", "int8"):
+        raise UserError("This student was trained to compute in int8: export it with format=onnx precision=int8.")
+    if structure_of(student) and format == "safetensors":
+        raise UserError("As safetensors nobody could rebuild this compressed network; use format=onnx.")
+    preprocess = preprocess_of(student)
+    if preprocess is None and any(isinstance(m, Preprocessed) for m in student.modules()):
+        raise UserError(
+            "The networks that this student is made of preprocess images in different ways: it cannot be exported."
+        )
+    if preprocess is not None and preprocess.size not in (None, tuple(shape[1:])) and not preprocessing:
+        raise UserError(f"This network resizes its images to {preprocess.size}: export it with preprocessing=true.")
+
+
 @torch.no_grad()
 def check(
     run: Callable[[np.ndarray], np.ndarray],
@@ -262,7 +268,7 @@ def check(
     alike; 1 where outputs are numbers and decide nothing.
     """
     task = task or Classification()
-    exported, own, logits, expected = task.metrics(), task.metrics(), [], []
+    exported, own, logits, expected = local_metrics(task), local_metrics(task), [], []
     student.eval()
     for batch in data.batches("test"):
         found = torch.from_numpy(run(batch.inputs.numpy()))

@@ -220,6 +220,8 @@ def read_table(path: str | Path, columns: int) -> np.ndarray:
             rows = np.atleast_2d(np.load(path, allow_pickle=False)).astype(np.float32)
         else:
             lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+            if not lines:
+                raise ValueError("it is empty")
             rows = np.loadtxt(lines[_has_names(lines) :], np.float32, delimiter=",", ndmin=2)
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} cannot be read as a table of numbers: {str(error).splitlines()[0]}") from error

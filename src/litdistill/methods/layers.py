@@ -73,8 +73,7 @@ def dry_forward(net: nn.Module, example: Any, taps: Sequence[str] | str) -> tupl
         for m, _ in modes:
             m.training = False
         with torch.no_grad():
-            outputs = extractor(example)
-        return name, outputs, called
+            return name, extractor(example), called
     finally:
         extractor.remove()
         for handle in handles:

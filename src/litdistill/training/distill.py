@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from lightning import LightningDataModule, Trainer
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
 from torch import nn
 
 from litdistill.config.distiller import example_batch, train_labels
@@ -57,7 +57,7 @@ def distill(
     Raises `UserError` for wrong input.
     """
     task, module = named_task(task), train if isinstance(train, LightningDataModule) else None
-    check_arguments(module, val, trainer or {})
+    check_arguments(train, val, trainer or {})
     for net in (student, teacher):
         if net is not None:
             net.cpu()  # where the example is; the Trainer moves them
@@ -100,15 +100,21 @@ def make_trainer(
         "plugins": [AtomicCheckpointIO()],
         "enable_model_summary": False,
         "enable_checkpointing": checkpoints,
+        "enable_progress_bar": any(isinstance(c, ProgressBar) for c in callbacks),
         "num_sanity_val_steps": 0,
         "use_distributed_sampler": sampler,
     }
     return Trainer(**{**settings, **more})
 
 
-def check_arguments(module: LightningDataModule | None, val: Any, trainer: dict[str, Any]) -> None:
-    """Raises `UserError` for two validation sets, and for what `distill` has arguments for by itself."""
-    if module is not None and val is not None:
+def check_arguments(train: Any, val: Any, trainer: dict[str, Any]) -> None:
+    """Raises `UserError` for several loaders, two validation sets, and what `distill` has arguments for by itself."""
+    for name, loader in {"train": train, "val": val}.items():
+        if isinstance(loader, (list, tuple, dict)):
+            raise UserError(
+                f"{name} is a {type(loader).__name__}, which Lightning takes for several loaders: give one DataLoader."
+            )
+    if isinstance(train, LightningDataModule) and val is not None:
         raise UserError("A data module brings its own validation loader: leave val out.")
     own = {"max_epochs": "max_epochs", "callbacks": "callbacks", "default_root_dir": "out"}
     for name in own.keys() & trainer.keys():

@@ -27,11 +27,11 @@ def check_values(cfg: DictConfig) -> None:
             raise UserError(f"{key}={value} must be one name.")
     if type(cfg.seed) is not int:
         raise UserError(f"seed={cfg.seed} must be a whole number.")
-    for key in cfg:
+    for name in map(str, cfg):
         try:
-            json.dumps(OmegaConf.to_container(cfg[key], resolve=True) if OmegaConf.is_config(cfg[key]) else cfg[key])
+            json.dumps(OmegaConf.to_container(cfg[name], resolve=True) if OmegaConf.is_config(cfg[name]) else cfg[name])
         except TypeError as error:
-            raise UserError(f"{key}: {error}. A config holds numbers, texts, lists and mappings of them.") from error
+            raise UserError(f"{name}: {error}. A config holds numbers, texts, lists and mappings of them.") from error
 
 
 def check_student(cfg: DictConfig, data: Any, task: Task, optimizer: OptimizerFactory, monitor: str) -> None:
