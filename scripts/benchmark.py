@@ -133,42 +133,43 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def pairs_part(found: dict[str, Any]) -> list[str]:
+    """The paragraphs on pairs of networks, by their names."""
+    pairs = {PAIRS[name].words: one for name, one in found.items()}
+    parts = [table(found)]
+    parts.append("CPU milliseconds of the parts of a step, each by itself:")
+    names = next(iter(pairs.values()))["budget_ms"]
+    rows = [f"| {w} | " + " | ".join(f"{v:.2f}" for v in one["budget_ms"].values()) + " |" for w, one in pairs.items()]
+    parts.append("\n".join(["| pair | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names), *rows]))
+    shares = [
+        f"{100 * one['peak']['teacher_share']:.0f} % and {100 * one['peak']['step_share']:.0f} % ({w})"
+        for w, one in pairs.items()
+    ]
+    parts.append(
+        "Floating-point operations a second of the teacher's forward and of the whole live step, in per cent of what large "
+        "matrix products reach on the same device: " + "; ".join(shares) + "."
+    )
+    packed = [
+        "{1:.2f} ({0:.2f}–{2:.2f}, {name})".format(*one["ratios"]["peers/packed"], name=w) for w, one in pairs.items()
+    ]
+    parts.append("With `compile.teacher=prepacked` peers ÷ live is: " + "; ".join(packed) + ".")
+    if rounded := [
+        "{1:.2f} ({0:.2f}–{2:.2f}, {name})".format(*one["ratios"]["peers/bf16"], name=w)
+        for w, one in pairs.items()
+        if "peers/bf16" in one["ratios"]
+    ]:
+        parts.append(
+            "With `trainer.precision=bf16-mixed`, which rounds products to 8 bits and is no default on a CPU, on this one, "
+            f"which has instructions for it, peers (in float32) ÷ live is: {'; '.join(rounded)}."
+        )
+    box = [f"{one['ratios']['torchdistill/cached'][1]:.1f} ({w})" for w, one in pairs.items()]
+    parts.append("torchdistill's distillation box ÷ cached: " + ", ".join(box) + ".")
+    return parts
+
+
 def page(found: dict[str, Any]) -> str:
     """All figures of a benchmark.json as Markdown."""
-    parts = []
-    if "pairs" in found:
-        pairs = {PAIRS[name].words: one for name, one in found["pairs"].items()}
-        parts.append(table(found["pairs"]))
-        parts.append("CPU milliseconds of the parts of a step, each by itself:")
-        names = next(iter(pairs.values()))["budget_ms"]
-        rows = [
-            f"| {w} | " + " | ".join(f"{v:.2f}" for v in one["budget_ms"].values()) + " |" for w, one in pairs.items()
-        ]
-        parts.append("\n".join(["| pair | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names), *rows]))
-        shares = [
-            f"{100 * one['peak']['teacher_share']:.0f} % and {100 * one['peak']['step_share']:.0f} % ({w})"
-            for w, one in pairs.items()
-        ]
-        parts.append(
-            "Floating-point operations a second of the teacher's forward and of the whole live step, in per cent of what large "
-            "matrix products reach on the same device: " + "; ".join(shares) + "."
-        )
-        packed = [
-            "{1:.2f} ({0:.2f}–{2:.2f}, {name})".format(*one["ratios"]["peers/packed"], name=w)
-            for w, one in pairs.items()
-        ]
-        parts.append("With `compile.teacher=prepacked` peers ÷ live is: " + "; ".join(packed) + ".")
-        if rounded := [
-            "{1:.2f} ({0:.2f}–{2:.2f}, {name})".format(*one["ratios"]["peers/bf16"], name=w)
-            for w, one in pairs.items()
-            if "peers/bf16" in one["ratios"]
-        ]:
-            parts.append(
-                "With `trainer.precision=bf16-mixed`, which rounds products to 8 bits and is no default on a CPU, on this one, "
-                f"which has instructions for it, peers (in float32) ÷ live is: {'; '.join(rounded)}."
-            )
-        box = [f"{one['ratios']['torchdistill/cached'][1]:.1f} ({w})" for w, one in pairs.items()]
-        parts.append("torchdistill's distillation box ÷ cached: " + ", ".join(box) + ".")
+    parts = pairs_part(found["pairs"]) if "pairs" in found else []
     if f := found.get("filled"):
         parts.append(
             "A cache that fills as views come up (ResNet-50 → ConvNet, ±2 pixels, 30 epochs): the first run is "

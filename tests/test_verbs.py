@@ -227,7 +227,7 @@ def noted(folder: Path, overrides: list[str], config_dir: Path | None = None) ->
 )
 def test_what_sets_up_hydra_is_not_taken_from_a_run_folder(folder, override):
     run = noted(folder / "run", ["seed=1", override])
-    with pytest.raises(UserError, match="overrides that no run has"):
+    with pytest.raises(UserError, match="is refused"):
         resumed([f"resume={run}"])
 
 
