@@ -348,11 +348,25 @@ class Points(LightningDataModule):
 def net(width=8):
     return nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 3))
 
+class NamedPoints(Points):
+    """Yields dicts, of which the network takes two."""
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return {"x": batch[0][:, :2], "more": batch[0][:, 2:], "labels": batch[1]}
+
+class Both(nn.Module):
+    def __init__(self, width=8):
+        super().__init__()
+        self.net = net(width)
+
+    def forward(self, x, more):
+        return {"logits": self.net(torch.cat([x, more], 1))}
+
 class Focal(Classification):
     """Lin et al. 2017 (arXiv 1708.02002): the cross-entropy of each sample times (1 - p) ** gamma."""
 
-    def __init__(self, gamma: float = 2.0):
-        super().__init__()
+    def __init__(self, gamma: float = 2.0, label_smoothing: float = 0.0):
+        super().__init__(label_smoothing)
         self.gamma = gamma
 
     def loss(self, net, outputs, batch):
@@ -407,12 +421,29 @@ def test_a_foreign_data_module_trains_evaluates_and_exports_without_names(outsid
     torch.testing.assert_close(given, load_student(folder)(x[144:]).detach(), rtol=1e-4, atol=1e-5)
 
 
+def test_inputs_by_name_train_and_evaluate_too_and_an_export_says_what_does_it(outside, tmp_path, caplog):
+    keys = [k.replace(".Points", ".NamedPoints").replace(".net", ".Both") for k in foreign_keys(outside)]
+    folder = finished(tmp_path / "run", *keys)
+    _, summary = load_run(folder)
+    assert summary["data"]["input_shape"] is None
+    assert summary["teacher"] is not None
+    assert differences(evaluate(folder, device="cpu"), summary) == []
+    assert "left out" not in caplog.text
+    with pytest.raises(
+        UserError, match=r"has one input, and this student takes several: load it with litdistill\.load_student"
+    ):
+        export(folder)
+    x, y = (t[144:] for t in points(192))
+    right = load_student(folder)(x=x[:, :2], more=x[:, 2:])["logits"].argmax(1) == y
+    assert right.double().mean().item() == summary["student"]["test"]["accuracy"]["best"]
+
+
 def test_a_task_of_ones_own_trains_and_evaluates(outside, tmp_path):
     folder = finished(
         tmp_path / "run",
         *foreign_keys(outside),
-        "~task",
-        f"+task={{_target_: {outside}.Focal, gamma: 1.5}}",
+        f"task._target_={outside}.Focal",
+        "+task.gamma=1.5",
         "logger=none",
     )
     _, summary = load_run(folder)
@@ -425,7 +456,7 @@ def test_a_task_of_ones_own_trains_and_evaluates(outside, tmp_path):
 def test_its_loss_is_what_is_learnt(outside, tmp_path):
     """With labels alone one step of gradient descent is that of the focal loss, closed form and all."""
     folder = finished(
-        tmp_path / "run", *foreign_keys(outside), "~task", f"+task={{_target_: {outside}.Focal}}", "method=supervised",
+        tmp_path / "run", *foreign_keys(outside), f"task._target_={outside}.Focal", "method=supervised",
         "teacher=null", "logger=none", "optimizer=sgd", "optimizer.lr=0.1", "optimizer.momentum=0", "optimizer.weight_decay=0",
         "optimizer.nesterov=false", "trainer.max_epochs=1", "+trainer.limit_train_batches=1", "scheduler=none",
     )  # fmt: skip

@@ -201,9 +201,24 @@ def test_the_hash_of_a_network_is_of_its_preprocessing_too():
 )
 def test_images_on_another_scale_are_refused_with_both_remedies(wrong):
     with pytest.raises(UserError, match=r"from 0 to 1.*without its preprocessing"):
-        check_scale(wrong)
+        check_scale(Preprocess(MEAN, STD), wrong)
 
 
 @pytest.mark.parametrize("right", [images(), images() / 255, torch.zeros(0), {"tokens": torch.ones(2)}])
 def test_images_from_0_to_1_or_255_are_taken(right):
-    check_scale(right)
+    check_scale(Preprocess(MEAN, STD), right)
+
+
+def test_a_table_is_on_any_scale_and_standardized_by_feature():
+    rows = torch.tensor([[100.0, -3.0], [300.0, 0.0]])
+    table = Preprocess([100.0, -1.0], [50.0, 2.0])
+    check_scale(table, rows)
+    torch.testing.assert_close(table(rows), torch.tensor([[0.0, -1.0], [4.0, 0.5]]))
+    torch.testing.assert_close(table(rows.long()), table(rows))
+    assert table.input_shape([2]) == (2,)
+    with pytest.raises(UserError, match="mean="):
+        table.input_shape([3])
+
+
+def test_a_network_that_does_not_normalize_takes_any_scale():
+    check_scale(conv4(3, (1, 8, 8)), torch.randn(2, 1, 8, 8))

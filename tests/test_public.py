@@ -38,6 +38,7 @@ def test_a_name_that_is_none_is_an_attribute_error():
         litdistill.KDD  # noqa: B018
 
 
+@pytest.mark.process
 def test_the_package_alone_imports_no_torch():
     code = "import litdistill, sys; litdistill.__version__; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

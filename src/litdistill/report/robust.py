@@ -29,8 +29,7 @@ def robust(group: Group, key: str, settings: Settings) -> Section:
     severity = [[statistics.mean(mean(r, "corruptions", k, i) for k in kinds) for i in range(5)] for r in rows]
     steps = range(len(settings.epsilons) + 1)
     by_epsilon = {a: [[mean(r, "attacks", a, i) for i in steps] for r in rows] for a in robustness.ATTACKS}
-    assert group.inputs is not None
-    count = min(settings.robustness, len(group.inputs))
+    count = min(settings.robustness, len(rows[0].seeds[0].test_targets))
     about = (
         f"Accuracy in per cent on {count:,} test images, evenly spaced among all, the mean over seeds and over five "
         "severities of each corruption. "

@@ -28,7 +28,8 @@ def scores(row: Row) -> list[float]:
 
 
 def capitalized(text: str) -> str:
-    return text[:1].upper() + text[1:]
+    """At the head of a sentence; an abbreviation (mAP) stays as it is."""
+    return text[:1].upper() + text[1:] if text.islower() else text
 
 
 def follows(pairs: Sequence[tuple[Seed, Seed]]) -> list[dict[str, float]]:

@@ -123,6 +123,7 @@ def fit(cfg: DictConfig, built: Built, distiller: Distiller, data: Any, last: Pa
     module: LightningDataModule
     if isinstance(data, ForeignData):
         module = data.module
+        warn_of_padding(data.count("val"), trainer.world_size)
     else:
         layout = built.layout
         if layout.group and last is None:
@@ -140,6 +141,16 @@ def fit(cfg: DictConfig, built: Built, distiller: Distiller, data: Any, last: Pa
             "trainer.check_val_every_n_epoch must let at least one be."
         )
     return float(built.best.best_model_score)
+
+
+def warn_of_padding(count: int | None, processes: int) -> None:
+    """Says where Lightning's distributed sampler repeats samples, so that each process has equally many."""
+    if count is not None and count % processes:
+        log.warning(
+            "%d validation samples are divided among %d processes by Lightning, which repeats %d of them: metrics of the "
+            "validation count these twice. The test set is measured by one process, each sample once.",
+            *(count, processes, -count % processes),
+        )
 
 
 def untrained(built: Built, distiller: Distiller, module: LightningDataModule, checkpoints: Path) -> float:

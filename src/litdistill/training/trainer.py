@@ -65,6 +65,8 @@ def build_trainer(
     watch = TestAccuracyMonitor(data) if cfg.watch_test else None
     options = cfg.trainer.copy()
     OmegaConf.set_struct(options, False)  # what a launch or a method needs may be no key of this trainer's file
+    if isinstance(data, ForeignData):
+        options.use_distributed_sampler = True  # our loaders divide samples among processes themselves
     layout = _layout(cfg, [*callbacks, *named], kept, isinstance(data, ForeignData))
     if layout.group:  # the Distiller clips and logs
         named, callbacks = without_rate_monitor(named), without_rate_monitor(callbacks)
