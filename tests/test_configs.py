@@ -91,6 +91,6 @@ def test_every_experiment_trains_a_step(experiment, tmp_path, monkeypatch):
         cfg.data[key] = None
     if OmegaConf.is_missing(cfg.student, "checkpoint"):  # an experiment on a student that the user names
         cfg.student.checkpoint = None
-    assert cfg.name.startswith(experiment.split("/")[0])
+    assert cfg.name.startswith(tuple(experiment.split("/")))
     train(cfg)
     assert (tmp_path / "run" / "summary.json").is_file()

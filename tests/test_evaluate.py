@@ -5,10 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from omegaconf import OmegaConf
 from PIL import Image
+from safetensors.torch import load_file
 
-from litdistill.evaluation.evaluate import evaluate, load_run, pick_device
+from litdistill.evaluation.evaluate import differences, evaluate, load_run, pick_device
 from litdistill.export.export import export
 from litdistill.export.predict import load
 from litdistill.training.train import train
@@ -99,3 +101,25 @@ def test_a_device_that_is_not_there_is_named_with_those_that_are():
         with pytest.raises(UserError, match=f"device={name} is not there: choose auto, cpu"):
             pick_device(name)
     assert pick_device("cpu") == "cpu"
+
+
+def test_the_average_of_the_weights_is_what_is_left_and_measured(small):
+    cfg = small("ema=0.5", "method=supervised", "logger=none")
+    write_text(Path(cfg.folder) / ".hydra" / "config.yaml", OmegaConf.to_yaml(cfg))
+    train(cfg)
+    assert differences(evaluate(cfg.folder, device="cpu"), load_run(Path(cfg.folder))[1]) == []
+    state = torch.load(Path(cfg.folder) / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
+    left = load_file(Path(cfg.folder) / "student.safetensors")
+    assert torch.equal(left["fc.weight"], state["average.module.fc.weight"])
+    assert not torch.equal(left["fc.weight"], state["student.fc.weight"])
+
+
+def test_a_teacher_that_preprocesses_otherwise_than_the_runs_is_refused(small):
+    first = small("teacher=null", "method=supervised", "logger=none", name="first")
+    train(first)
+    taught = [f"teacher.checkpoint={first.folder}", "teacher.widths=[8,8]", "teacher.allow_chance=true"]
+    cfg = small(*taught, "logger=none", "trainer.max_epochs=1")
+    write_text(Path(cfg.folder) / ".hydra" / "config.yaml", OmegaConf.to_yaml(cfg))
+    train(cfg)
+    with pytest.raises(UserError, match=r"The run's teacher preprocessed images by .* and now by .*0\.123"):
+        evaluate(cfg.folder, OmegaConf.create({"teacher": {"preprocess": {"mean": [0.123], "std": [0.3]}}}), "cpu")

@@ -127,9 +127,9 @@ def die(_: Path) -> None:
 def lose_a_worker() -> None:
     """Replaces the training batches by those of a process that reads them, and that the system kills."""
     no_pictures()
-    from litdistill.data.datamodule import ImageData
+    from litdistill.training.grouping import GroupedData
 
-    whole_batches = ImageData.train_dataloader
+    whole_batches = GroupedData.train_dataloader
 
     class Rows(torch.utils.data.IterableDataset):
         def __init__(self, loader):
@@ -147,11 +147,11 @@ def lose_a_worker() -> None:
     def train_dataloader(self):
         return torch.utils.data.DataLoader(Rows(whole_batches(self)), batch_size=None, num_workers=1)
 
-    ImageData.train_dataloader = train_dataloader
+    GroupedData.train_dataloader = train_dataloader
 
 
 def test_a_killed_data_worker_is_one_line(tmp_path):
-    status, printed = call("train", [*TINY, "window=1"], tmp_path, lose_a_worker)
+    status, printed = call("train", [*TINY, "group=1"], tmp_path, lose_a_worker)
     assert status == 2, printed
     assert "A process that reads the data has died" in last_words(printed)
     assert "resume=auto" in last_words(printed)
@@ -160,7 +160,7 @@ def test_a_killed_data_worker_is_one_line(tmp_path):
 TWO = [
     "data.per_class=12", "data.batch_size=16", "student.widths=[8,8]", "teacher=null", "method=supervised", "trainer=ddp",
     "trainer.accelerator=cpu", "trainer.devices=2", "trainer.max_epochs=3", "data.epoch_size=320", "threads=1",
-    "optimizer.lr=0.02", "name=one",
+    "optimizer.lr=0.02", "name=one", "group=1",
 ]  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from tests.conftest import compose_config
 from tests.test_configs import STEP, generated
 
 papers.register()
+papers.register()  # as commands do
 ALL = papers.experiments()
 SHORT = [a.replace("+data.epoch_size", "data.epoch_size") for a in STEP]
 

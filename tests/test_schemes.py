@@ -154,12 +154,12 @@ def test_feature_only(tmp_path, monkeypatch, method):
     build = train_module.build_data
 
     def with_wrong_labels(cfg):
-        data = build(cfg)
+        data, task = build(cfg)
         (images, targets), test, classes = data.source
         wrong = targets.clone()
         wrong[data.train_ids] = targets[data.train_ids[torch.randperm(len(data.train_ids))]]
         data._source = Source(Split(images, wrong), test, classes)
-        return data
+        return data, task
 
     monkeypatch.setattr(train_module, "build_data", with_wrong_labels)
     cfg = compose_config(tmp_path / "wrong", "experiment=schemes/feature_only", *SHORT, *run_with)
