@@ -13,6 +13,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
+from litdistill.benchmarks import published_tables
 from litdistill.config.origin import FOREIGN
 from litdistill.utils.logging import filter_warnings
 from litdistill.utils.paths import CONF
@@ -42,6 +43,7 @@ SMALL = [
 
 def compose_config(folder: Path, *overrides: str, root: str = "train") -> DictConfig:
     """The composed config of a command, its run in `folder`."""
+    published_tables.register(overrides)
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return compose(
             root, [f"runs={folder.parent}", f"+folder={folder}" if root != "train" else f"folder={folder}", *overrides]

@@ -21,8 +21,6 @@ from litdistill.utils.paths import CONF
 from tests.conftest import compose_config
 from tests.test_configs import STEP, generated
 
-papers.register()
-papers.register()  # as commands do
 ALL = papers.experiments()
 SHORT = [a.replace("+data.epoch_size", "data.epoch_size") for a in STEP]
 
@@ -76,6 +74,7 @@ def check(name: str, cfg) -> None:
 def composed(names):
     with initialize_config_dir(str(CONF), version_base="1.3"):
         for name in names:
+            papers.register([name])
             yield name, compose("train", ["runs=runs", "folder=runs/x", f"experiment={name}"])
 
 

@@ -6,6 +6,7 @@ conf/experiment/crd/base.yaml. The experiments of hinton2015 are files, as no tw
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from hydra.core.config_store import ConfigStore
@@ -236,12 +237,13 @@ def _node(name: str, table: Table, column: str, method: str) -> dict[str, Any]:
     return node | diff
 
 
-def register() -> None:
-    """Makes every cell an option of Hydra's group `experiment`."""
-    store = ConfigStore.instance()
-    # Hydra copies its sources, and with them this one store, at every look at a group: a quarter of a second each time for
-    # so many cells. What is loaded from it is a copy anyway.
-    setattr(ConfigStore, "__deepcopy__", lambda self, memo: self)  # noqa: B010
+def register(texts: Iterable[str]) -> None:
+    """Makes every cell that is named in one of the texts, as a command's arguments, an option of Hydra's group `experiment`.
+
+    Not all cells: Hydra copies whatever is stored at every look at a group, a quarter of a second each time for all of them.
+    """
+    store, text = ConfigStore.instance(), " ".join(texts)
     for name, node in experiments().items():
-        group, _, cell = f"experiment/{name}".rpartition("/")
-        store.store(group=group, name=cell, node=node, package="_global_")
+        if name in text:
+            group, _, cell = f"experiment/{name}".rpartition("/")
+            store.store(group=group, name=cell, node=node, package="_global_")

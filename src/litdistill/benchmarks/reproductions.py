@@ -48,7 +48,7 @@ def cell_of(folder: Path) -> tuple[str, int]:
     if experiment is None or not re.fullmatch(r"\w+(/\w+)*", experiment):
         raise UserError(f"{folder} is the run of no experiment.")
     cfg, _ = load_run(folder)
-    register()
+    register([experiment])
     with initialize_config_dir(str(CONF), version_base="1.3"):
         plain = compose("train", [f"experiment={experiment}"])
     new = (o for o in noted["hydra"]["overrides"]["task"] if o.lstrip("+~").split("=")[0] not in NO_VARIANT)

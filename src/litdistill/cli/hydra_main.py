@@ -43,7 +43,6 @@ HYDRA_HINTS = (
     "To append to your config",
     "Available options in",
 )
-published_tables.register()
 
 
 class Job:
@@ -87,6 +86,7 @@ def run_task(task: Callable[[DictConfig], Any], config_name: str, verb: str | No
         if "RUN_STAMP" not in os.environ:  # inherited by all ranks, which share one folder
             os.environ["RUN_STAMP"] = run_stamp()
         sys.argv[1:] = arguments = resumed(arguments, config_name)
+        published_tables.register(arguments)
         entry = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)
         with _environment(HYDRA_FULL_ERROR="1"):  # errors are raised here instead of printed by Hydra
             entry(Job(task, command, arguments))()
