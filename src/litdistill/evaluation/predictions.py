@@ -94,10 +94,12 @@ def measure(
 ) -> dict[str, Any]:
     """The student's metrics, and with a teacher its metrics and how far the student follows it; plain dicts.
 
+    `chance` beside them is the monitored metric of whoever guesses; None where that cannot be said.
+
     `folder`: see `teacher_outputs`.
     """
     outputs, targets = predict_split(student, data, split, device, task)
-    found: dict[str, Any] = {"student": measured(task, outputs, targets)}
+    found: dict[str, Any] = {"student": measured(task, outputs, targets), "chance": task.chance(targets)}
     if teacher is not None:
         taught = teacher_outputs(teacher, data, task, split, device, folder)
         found |= {"teacher": measured(task, taught, targets), "agreement": agreement(task, outputs, taught)}

@@ -62,6 +62,7 @@ def finish(run: Run, times: dict[str, float]) -> None:
         summary["student"]["test"][task.monitor[0]]["best_on_test"] = run.built.watch_test.best
     if not trainer.is_global_zero:
         return
+    warn_of_chance(task, found)
     metadata = student_metadata(student, run.data, structure_of(student), task.units())
     save_student(student, run.folder / STUDENT, metadata)
     if isinstance(bare(student), Int8):
@@ -77,6 +78,17 @@ def finish(run: Run, times: dict[str, float]) -> None:
         *(cfg.name, name, shown(name, found["student"][name]), shown(name, last[name]), taught),
         *(format_seconds(times["total_s"]), os.path.relpath(run.folder)),
     )
+
+
+def warn_of_chance(task: Task, found: dict[str, Any]) -> None:
+    """Warns of a student that is no better than guessing on the test set."""
+    name, chance = task.monitor[0], found["chance"]
+    if chance is not None and not task.better(found["student"][name], chance):
+        log.warning(
+            "The student is at chance level: its %s on the test set is %s, and guessing gives up to %s. It has learnt nothing: "
+            "train it for longer, look at its learning rate, and at statistics of batch normalization that lag behind.",
+            *(name, shown(name, found["student"][name]), shown(name, chance)),
+        )
 
 
 def show(run: Run, student: nn.Module, teacher: nn.Module | None, device: torch.device, kept: Path | None) -> None:
