@@ -74,6 +74,8 @@ def collect(folder: Path, results: Path = RESULTS) -> Path:
     wrong_ones = targets[logits.argmax(1) != targets]
     summary["errors_by_class"] = torch.bincount(wrong_ones, minlength=data.num_classes).tolist()
     path = results / cell / f"{seed}.json"
+    if not path.resolve().is_relative_to(results.resolve()):
+        raise UserError(f"{folder} was started with {cell}: its results would lie outside of {results}.")
     write_text(path, json.dumps(summary, indent=2) + "\n")
     return path
 

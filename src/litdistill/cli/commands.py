@@ -9,6 +9,7 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from rich.console import Console
+from rich.markup import escape
 
 
 def train(cfg: DictConfig) -> float:
@@ -44,7 +45,7 @@ def evaluate(cfg: DictConfig) -> None:
     show(evaluation_table(results))
     changed = differences(results, load_run(Path(cfg.run), cfg.trust)[1])
     if changed:
-        show("[bold yellow]The run's summary differs:[/]\n  " + "\n  ".join(changed))
+        show("[bold yellow]The run's summary differs:[/]\n  " + "\n  ".join(map(escape, changed)))
     else:
         show("The run's summary is reproduced to the digit.")
 

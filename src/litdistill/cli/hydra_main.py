@@ -24,12 +24,14 @@ from omegaconf.errors import OmegaConfBaseException
 from litdistill.benchmarks import published_tables
 from litdistill.cli.resume import resumed
 from litdistill.cli.suggestions import suggestions
+from litdistill.config.instantiate import import_classes_from
 from litdistill.config.origin import check_foreign
 from litdistill.utils.command_line import as_command, config_dir_flags, literal
 from litdistill.utils.distributed import run_stamp
 from litdistill.utils.errors import Stopped, UserError
 from litdistill.utils.logging import filter_warnings
 from litdistill.utils.paths import CONF, resolve_paths
+from litdistill.utils.text import printable
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +60,7 @@ class Job:
         hydra_config = HydraConfig.get()
         check_foreign(cfg, trust=cfg.get("trust"))
         start = Path(hydra_config.runtime.cwd)
+        import_classes_from(str(start))  # here too, for the process of a launcher
         if hydra_config.job.chdir:
             resolve_paths(cfg, start)
         if hydra_config.mode != RunMode.MULTIRUN:
@@ -76,8 +79,7 @@ def run_task(task: Callable[[DictConfig], Any], config_name: str, verb: str | No
     `verb`: the argument in front of the overrides; None for a script, which implies it. Exits with status 2 and a message
     without a traceback for wrong input, and with 128 + its number after a signal.
     """
-    if (working_dir := os.getcwd()) not in sys.path:
-        sys.path.append(working_dir)  # last: the user's modules can be imported, and shadow nothing
+    import_classes_from(os.getcwd())
     filter_warnings()
     logging.raiseExceptions = False  # on a full disk the run reports its own failed write in one line
     arguments = sys.argv[1 if verb is None else 2 :]
@@ -142,7 +144,7 @@ def _first_lines(error: BaseException) -> str:
 
 def _exit(message: str, status: int) -> NoReturn:
     log.debug("%s", message)
-    print(f"\n{message}", file=sys.stderr)
+    print(f"\n{printable(message)}", file=sys.stderr)
     sys.exit(status)
 
 

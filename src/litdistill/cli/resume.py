@@ -5,23 +5,19 @@ from __future__ import annotations
 import contextlib
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
-
-from litdistill.config.origin import begin_foreign, check_links, made_here, replayable
+from litdistill.config.origin import (
+    StartRecord,
+    begin_foreign,
+    check_links,
+    made_here,
+    read_record,
+    replayable,
+    run_records,
+    start_record,
+)
 from litdistill.utils.command_line import config_dir_of, split_flags
 from litdistill.utils.errors import UserError
-
-
-class StartRecord(NamedTuple):
-    """The record that Hydra writes at a start: config name, overrides, and the user's folder of configs."""
-
-    config_name: str
-    overrides: list[str]
-    config_dir: str | None
 
 
 def resumed(arguments: list[str], config_name: str = "train") -> list[str]:
@@ -50,7 +46,7 @@ def resumed(arguments: list[str], config_name: str = "train") -> list[str]:
     check_links(folder)
     print(f"Resuming {folder}")
     file, backup = _record_files(folder, sweep)
-    if _read(file):  # Hydra rewrites the record: a kill during that must not lose it
+    if read_record(file):  # Hydra rewrites the record: a kill during that must not lose it
         with contextlib.suppress(FileNotFoundError):  # another rank or worker has moved it already
             os.replace(file, backup)
     return [*flags, *overrides, f"hydra.{'sweep' if sweep else 'run'}.dir={folder}"]
@@ -95,27 +91,10 @@ def _same_overrides(one: list[str], other: list[str]) -> bool:
 
 def _start_record(folder: Path, sweep: bool, config_name: str) -> StartRecord | None:
     """Returns the record of this command's start in `folder`; None where it started no such run or sweep."""
-    file, backup = _record_files(folder, sweep)
-    found = _read(file) or _read(backup)
+    found = start_record(*_record_files(folder, sweep))
     return found if found and found.config_name == config_name else None
 
 
 def _record_files(folder: Path, sweep: bool) -> tuple[Path, Path]:
     """Returns the path of Hydra's record, and the path of its backup while Hydra rewrites it."""
-    file = folder / ("multirun.yaml" if sweep else ".hydra/hydra.yaml")
-    return file, file.with_suffix(".before.yaml")
-
-
-def _read(file: Path) -> StartRecord | None:
-    """Parses one of Hydra's records; None for a missing or partial file."""
-    try:
-        about: Any = OmegaConf.to_container(
-            OmegaConf.load(file), resolve=False
-        )  # what stands there, and nothing looked up
-        hydra_config = about["hydra"]
-        sources = hydra_config.get("runtime", {}).get("config_sources", [])
-        config_dir = next((s["path"] for s in sources if s["provider"] == "command-line"), None)
-        overrides = [str(override) for override in hydra_config["overrides"]["task"]]
-        return StartRecord(str(hydra_config["job"]["config_name"]), overrides, config_dir)
-    except (OSError, UnicodeError, YAMLError, OmegaConfBaseException, LookupError, TypeError, AttributeError):
-        return None
+    return (folder / "multirun.yaml", folder / "multirun.before.yaml") if sweep else run_records(folder)

@@ -22,6 +22,17 @@ from omegaconf import OmegaConf
 
 from litdistill.utils.errors import UserError
 
+_FOLDERS: list[str] = []  # which `locate` may search for packages that are nowhere on the path
+
+
+def import_classes_from(folder: str) -> None:
+    """Lets the classes that a config names lie in `folder`, the user's working folder, where the path has no such package.
+
+    It joins the path when such a class is asked for, and not before: the working folder may be that of a run which somebody
+    else made, and Hydra imports every `hydra_plugins` on the path, libraries whatever optional package they find there.
+    """
+    _FOLDERS[:] = [folder]
+
 
 def instantiate(node: Any, key: str = "", **facts: Any) -> Any:
     """The object that a config names, with what is known at run time only.
@@ -112,7 +123,7 @@ def locate(target: str) -> Any:
         if found is not None and not isinstance(found, ModuleType):
             raise UserError(f"_target_: {target} cannot be found: {_nearest(found, parts, depth)}")
         try:
-            found = importlib.import_module(path)
+            found = _imported(path)
         except ModuleNotFoundError as error:
             if error.name != path:
                 raise UserError(
@@ -124,6 +135,19 @@ def locate(target: str) -> Any:
                 f"_target_: {target} cannot be imported: {type(error).__name__} in {path}: {error}"
             ) from error
     return found
+
+
+def _imported(path: str) -> ModuleType:
+    """The module of a dotted path; a package that is nowhere on `sys.path` is searched in the user's working folder."""
+    try:
+        return importlib.import_module(path)
+    except ModuleNotFoundError as error:
+        more = [folder for folder in _FOLDERS if folder not in sys.path]
+        if "." in path or error.name != path or not more:
+            raise
+    sys.path.extend(more)  # last: the user's modules shadow nothing
+    importlib.invalidate_caches()
+    return importlib.import_module(path)
 
 
 def _nearest(inside: Any, parts: list[str], depth: int) -> str:

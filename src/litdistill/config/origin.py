@@ -15,10 +15,11 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -31,7 +32,7 @@ log = logging.getLogger(__name__)
 
 # Set while a run goes on that another made: which packages its config may name. Processes that it starts inherit it.
 FOREIGN = "LITDISTILL_FOREIGN_RUN"
-PLACES = ("runs", "folder", "resume", "trust")  # keys that are the user's to say, and never a run folder's
+PLACES = ("runs", "folder", "resume", "trust")  # keys that are the user's to say, and no run folder's or recipe's
 
 
 # -- whose run it is ----------------------------------------------------------------------------------------------------
@@ -46,14 +47,38 @@ def state_folder() -> Path:
     return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state").expanduser() / "litdistill"
 
 
-def noted(file: Path) -> tuple[str, list[str]] | None:
-    """The name of the config and the overrides in one of Hydra's notes; None where it is missing or half written."""
+class StartRecord(NamedTuple):
+    """The record that Hydra writes at a start: config name, overrides, and the user's folder of configs."""
+
+    config_name: str
+    overrides: list[str]
+    config_dir: str | None
+
+
+def start_record(file: Path, backup: Path) -> StartRecord | None:
+    """Reads Hydra's record, or its backup where it is missing or half written; None without either.
+
+    There is no other reader: what decides whose run it is must be what it goes on with.
+    """
+    return read_record(file) or read_record(backup)
+
+
+def read_record(file: Path) -> StartRecord | None:
+    """Parses one of Hydra's records; None for a missing or partial file."""
     try:
-        about: Any = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
-        name, overrides = about["hydra"]["job"]["config_name"], about["hydra"]["overrides"]["task"]
-        return str(name), [str(o) for o in overrides]
+        about: Any = OmegaConf.to_container(OmegaConf.load(file), resolve=False)  # as written, and nothing looked up
+        hydra_config = about["hydra"]
+        sources = hydra_config.get("runtime", {}).get("config_sources", [])
+        config_dir = next((s["path"] for s in sources if s["provider"] == "command-line"), None)
+        overrides = [str(override) for override in hydra_config["overrides"]["task"]]
+        return StartRecord(str(hydra_config["job"]["config_name"]), overrides, config_dir)
     except (OSError, UnicodeError, YAMLError, OmegaConfBaseException, LookupError, TypeError, AttributeError):
         return None
+
+
+def run_records(folder: Path) -> tuple[Path, Path]:
+    """Where Hydra's record of a run lies, and its backup while Hydra rewrites it."""
+    return folder / ".hydra" / "hydra.yaml", folder / ".hydra" / "hydra.before.yaml"
 
 
 def run_digest(folder: Path, config: bytes | None = None) -> str | None:
@@ -72,8 +97,8 @@ def run_digest(folder: Path, config: bytes | None = None) -> str | None:
 
 def _overrides(folder: Path) -> list[str] | None:
     """What Hydra noted that the run was started with; None for one that another run trained."""
-    found = noted(folder / ".hydra" / "hydra.yaml") or noted(folder / ".hydra" / "hydra.before.yaml")
-    return found[1] if found else None
+    found = start_record(*run_records(folder))
+    return found.overrides if found else None
 
 
 def _started_with(overrides: list[str] | None) -> bool:
@@ -142,7 +167,8 @@ def replayable(overrides: Sequence[str], folder: str | Path) -> list[str]:
 def _check_override(text: str, key: str, value: Any, folder: str | Path) -> None:
     if "${" in PLAIN.sub("", text):
         raise refusal(key, value, folder, "An interpolation may name another key, and nothing else")
-    if (package := key.partition("@")[2]) and package.split(".")[0] in PLACES:
+    package = key.partition("@")[2].removeprefix("_global_.")
+    if package.split(".")[0] in PLACES:
         raise refusal(key, value, folder, "Where things lie, and what is trusted, is not the run's to say")
     # A key without a dot may choose a file of a folder of configs.
     if "." not in key.split("@")[0] and any(OUTSIDE.search(v) for v in _texts(value)):
@@ -164,6 +190,10 @@ def _parsed(text: str, folder: str | Path) -> tuple[str, Any]:
 def _texts(value: Any) -> Iterator[str]:
     if isinstance(value, dict):
         value = list(value.values())
+    if isinstance(value, ChoiceSweep):
+        value = value.list
+    if isinstance(value, QuotedString):
+        value = value.text
     if isinstance(value, (list, tuple)):
         for one in value:
             yield from _texts(one)

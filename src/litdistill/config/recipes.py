@@ -7,6 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from litdistill.config.origin import PLACES
 from litdistill.utils.checkpoint import STUDENT
 from litdistill.utils.hashing import digest
 
@@ -67,10 +68,7 @@ def teacher_config(cfg: DictConfig) -> DictConfig:
             own, whole = teacher.get(key), recipe.get(key) or {}
             if own is not None and {"_target_"} < whole.keys() and whole["_target_"] != own.get("_target_"):
                 teacher[key] = None
-        merged = OmegaConf.merge(teacher, _fitting(recipe, cfg))
-        merged.name = "teachers"
-    assert isinstance(merged, DictConfig)
-    return merged
+    return _by_recipe(teacher, _fitting(recipe, cfg), "teachers")
 
 
 def student_config(cfg: DictConfig) -> DictConfig:
@@ -82,8 +80,14 @@ def student_config(cfg: DictConfig) -> DictConfig:
             source.student[key] = None
         source.compress = source.technique = source.resume = None
         _drop_callbacks(source)
-        merged = OmegaConf.merge(source, _fitting(recipe, cfg))
-        merged.name = "students"
+    return _by_recipe(source, _fitting(recipe, cfg), "students")
+
+
+def _by_recipe(cfg: DictConfig, recipe: dict[str, Any], name: str) -> DictConfig:
+    """`cfg` with a recipe merged in. Where things lie and what is trusted stays as the run has it: no recipe says that."""
+    with open_dict(cfg):
+        merged = OmegaConf.merge(cfg, {k: v for k, v in recipe.items() if k not in PLACES})
+        merged.name = name
     assert isinstance(merged, DictConfig)
     return merged
 

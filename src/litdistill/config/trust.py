@@ -6,7 +6,8 @@ it is resolved; what is not found there is refused. `trust=[my_package]` adds pa
 
 Of such a config
 - no interpolation calls a resolver (`${oc.env:…}`, `${hydra:…}`): it could read the environment, or hide a node;
-- each `_target_` stands there in full, so that no merge of a recipe makes another of it;
+- each `_target_` stands there in full, so that no merge of a recipe makes another of it, and each member of an ensemble is
+  held to the class that it is merged into;
 - callbacks and loggers write inside the run folder only, and nothing is sent elsewhere;
 - options that a library's builder takes unchecked are numbers.
 """
@@ -175,13 +176,15 @@ def check_trusted(cfg: DictConfig, folder: str | Path, trust: Any = ()) -> None:
         values = OmegaConf.to_container(plain, resolve=True)
     except (OmegaConfBaseException, RecursionError) as error:
         raise UserError(f"{folder}: its config cannot be resolved, and so not be checked: {error}") from error
+    for key, value in _leaves(values):
+        if isinstance(value, str) and "${" in value:
+            raise refusal(key, value, folder, "An interpolation may not make another")
     for key, node in _nodes(values):
         if "_target_" in node:
             _check_target(f"{key}._target_".lstrip("."), node["_target_"], folder, trusted)
             _check_options(key, node, Path(folder))
-    for key, value in _leaves(values):
-        if isinstance(value, str) and "${" in value:
-            raise refusal(key, value, folder, "An interpolation may not make another")
+        for place, member in _members(key, node):
+            _check_options(place, member, Path(folder))
 
 
 def refusal(key: str, value: Any, folder: str | Path, why: str) -> UserError:
@@ -257,6 +260,20 @@ def _check_places(key: str, name: str, value: Any, folder: Path) -> None:
         inside = "://" not in text and "$" not in text and "~" not in text and Path(text).resolve().is_relative_to(root)
         if not inside and (name in FOLDERS or OUTSIDE.search(text)):
             raise refusal(key, text, folder, "Callbacks and loggers write inside the run's folder")
+
+
+def _members(key: str, node: dict[Any, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The networks that a node's `ensemble` stands for, each with its diff merged in: a diff alone names no class."""
+    diffs = node.get("ensemble")
+    if not isinstance(diffs, list):
+        return
+    whole = OmegaConf.create({k: v for k, v in node.items() if k != "ensemble"})
+    for i, diff in enumerate(diffs):
+        merged = OmegaConf.to_container(OmegaConf.merge(whole, diff if isinstance(diff, dict) else {}))
+        for place, member in _nodes(merged, f"{key}.ensemble.{i}".lstrip(".")):
+            if "_target_" in member:
+                yield place, member
+            yield from _members(place, member)
 
 
 def _numeric(value: Any) -> bool:

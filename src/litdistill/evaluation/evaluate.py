@@ -28,6 +28,7 @@ from litdistill.utils.checkpoint import STUDENT, load_checkpoint, load_state_dic
 from litdistill.utils.errors import UserError
 from litdistill.utils.hashing import weights_sha256
 from litdistill.utils.manifest import MANIFEST, read_manifest, verified
+from litdistill.utils.text import printable_values
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -77,7 +78,7 @@ def _read_config(path: Path, folder: Path, trust: Sequence[str]) -> DictConfig:
 
 
 def _read_summary(path: Path) -> dict[str, Any]:
-    summary = json.loads(path.read_text(encoding="utf-8"))
+    summary = printable_values(json.loads(path.read_text(encoding="utf-8")))
     networks = [summary["student"], *([summary["teacher"]] if summary["teacher"] is not None else [])]
     if not all(isinstance(network["sha256"], str) for network in networks):
         raise ValueError("it is no summary of a run")
@@ -114,7 +115,7 @@ def rebuild(folder: Path, overrides: DictConfig | None = None, trust: Sequence[s
     """The data of a finished run, and its distiller with the best student and the teacher, from the run's own folder.
 
     `overrides`: merged into the run's config, for data that has moved. `trust`: see `load_run`. Raises `UserError` where the
-    teacher is gone or another one than the run had.
+    teacher is gone, or either network is another one than the run had.
     """
     cfg, summary = load_run(folder, trust)
     if overrides is not None:
@@ -138,7 +139,7 @@ def rebuild(folder: Path, overrides: DictConfig | None = None, trust: Sequence[s
         cfg, student, build_method(cfg), teacher, task,
         data.example if foreign else example_batch(data), None if foreign else data,
     )  # fmt: skip
-    load_state_dict_checked(distiller.deployed_student, load_weights(folder), folder, "student")
+    load_state_dict_checked(distiller.deployed_student, _own_weights(folder, summary), folder, "student")
     return data, distiller
 
 
@@ -172,15 +173,22 @@ def verify_files(folder: Path, trust: Sequence[str] = ()) -> None:
 
     By their SHA-256 alone: no model is opened.
     """
-    found, expected = weights_sha256(load_weights(folder)), load_run(folder, trust)[1]["student"]["sha256"]
+    _own_weights(folder, load_run(folder, trust)[1])
+    manifest = folder / "export" / MANIFEST
+    for name in read_manifest(manifest) if manifest.is_file() else ():
+        verified(manifest.parent / Path(name).name)
+
+
+def _own_weights(folder: Path, summary: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The weights of a run's student. Raises `UserError` where they are others than the summary speaks of."""
+    weights = load_weights(folder)
+    found, expected = weights_sha256(weights), summary["student"]["sha256"]
     if found != expected:
         raise UserError(
             f"{folder / STUDENT} is not the student of this run: the SHA-256 of its weights is {found[:12]}…, and "
             f"summary.json has {expected[:12]}…. Fetch the run's folder anew, or train it again."
         )
-    manifest = folder / "export" / MANIFEST
-    for name in read_manifest(manifest) if manifest.is_file() else ():
-        verified(manifest.parent / Path(name).name)
+    return weights
 
 
 def load_weights_of(distiller: Distiller, checkpoint: Path) -> nn.Module:

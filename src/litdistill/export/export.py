@@ -17,6 +17,7 @@ import torch
 from filelock import FileLock
 from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor, nn
 
 from litdistill.compress.quantize import Int8
@@ -39,6 +40,7 @@ from litdistill.utils.checkpoint import write_atomically, write_text
 from litdistill.utils.errors import UserError
 from litdistill.utils.hashing import weights_sha256
 from litdistill.utils.manifest import MANIFEST, SUFFIXES, check_facts, check_names, read_manifest
+from litdistill.utils.text import printable
 from litdistill.utils.versions import versions
 
 OUTPUTS = {
@@ -324,7 +326,11 @@ def check_table(found: Mapping[str, Mapping[str, Any]]) -> Table:
     for name, c in found.items():
         most, least = c["tolerance"]["difference"], c["tolerance"]["agreement"]
         shown.add_row(
-            *(name, str(c["samples"]), f"{c['difference']:.2g}" + ("" if most is None else f" (≤ {most:.2g})")),
+            *(
+                Text(printable(name)),
+                str(c["samples"]),
+                f"{c['difference']:.2g}" + ("" if most is None else f" (≤ {most:.2g})"),
+            ),
             *(
                 f"{100 * c['agreement']:.2f} (≥ {100 * least:g})",
                 c["metric"],

@@ -186,7 +186,10 @@ def build_net(facts: ExportMetadata) -> nn.Module:
     if not options.keys() <= known or not re.fullmatch(r"[\w.-]*", str(options.get("name", ""))):
         raise UserError(f"The options {options} of {target} are refused; it is built with {', '.join(known)} alone.")
     shape = (len(facts.mean), *(facts.size or facts.input_shape[1:])) if facts.mean else tuple(facts.input_shape)
-    return function(num_classes=len(facts.classes), input_shape=shape, **options)  # type: ignore
+    try:
+        return function(num_classes=len(facts.classes), input_shape=shape, **options)  # type: ignore
+    except (RuntimeError, TypeError, ValueError, ArithmeticError, LookupError, MemoryError) as error:
+        raise UserError(f"{target} cannot be built with {options} ({type(error).__name__}).") from error
 
 
 # -- files and the command ---------------------------------------------------------------------------------------------

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import statistics
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
+from litdistill.config.origin import made_here, replayable
 from litdistill.report import plots
 from litdistill.report.blocks import Block, Code, Grid, Picture, Section, Table, Text
 from litdistill.report.collect import Group, Row, Seed
 from litdistill.report.sections import capitalized, looks
+from litdistill.utils.errors import UserError
 from litdistill.utils.units import SHARES, axis, factor, named
+
+STARTS = (  # of the commands that run a training
+    *(["litdistill", verb] for verb in ("train", "sweep", "compare")),
+    *(["python", "-m", "litdistill", verb] for verb in ("train", "sweep", "compare")),
+)
 
 
 def curves(group: Group, key: str) -> Section:
@@ -165,8 +175,30 @@ def command(seed: Seed) -> str:
     """
     overrides = seed.folder / ".hydra" / "overrides.yaml"
     if overrides.is_file():
-        typed: Any = OmegaConf.to_container(
-            OmegaConf.load(overrides), resolve=False
-        )  # what a stranger's ask for is not looked up
-        return shlex.join(["python", "scripts/train.py", *map(str, typed)])
-    return str(seed.summary["command"])
+        try:
+            kept: Any = OmegaConf.to_container(OmegaConf.load(overrides), resolve=False)  # nothing is looked up
+            typed = shlex.join(["python", "scripts/train.py", *map(str, kept)])
+        except (OSError, ValueError, TypeError, YAMLError, OmegaConfBaseException) as error:
+            return f"# not known: {overrides.name} is damaged ({type(error).__name__})"
+    else:
+        typed = str(seed.summary["command"])
+    return typed if made_here(seed.folder) else _harmless(typed, seed.folder)
+
+
+def _harmless(typed: str, folder: Path) -> str:
+    """The command of a run that was not made here, as readers may type it; a comment where it could run another's code.
+
+    It starts one of this project's verbs with overrides of a run's own keys, none of which names a class.
+    """
+    try:
+        words = shlex.split(typed)
+        count = next((len(start) for start in STARTS if words[: len(start)] == start), 0)
+        if not count and re.fullmatch(r"python (scripts/)?\w+\.py", " ".join(words[:2])):
+            count = 2
+        multirun = [word for word in words[count:] if word in ("-m", "--multirun")]
+        kept = replayable([word for word in words[count:] if word not in multirun], folder)
+        if count and not any("_target_" in word for word in kept):
+            return shlex.join([*words[:count], *multirun, *kept])
+    except (UserError, ValueError):
+        pass
+    return "# not shown: it was not started here, and its command does more than to set options of a run"

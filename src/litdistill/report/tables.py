@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from litdistill.utils.errors import UserError
+from litdistill.utils.text import printable_values
 from litdistill.utils.units import SHARES, axis, decimals, factor, heading, named, shown_mean
 
 LABELS = ("experiment", "model", "method")  # columns of words
@@ -41,7 +42,18 @@ def runs(places: Iterable[str | Path]) -> list[tuple[Path, dict[str, Any]]]:
             + f"No finished run in {', '.join(map(str, folders))}: a finished run has a summary.json. "
             "Start one with litdistill train."
         )
-    return [(p.parent, json.loads(p.read_text())) for p in paths]
+    return [(p.parent, _summary(p)) for p in paths]
+
+
+def _summary(path: Path) -> dict[str, Any]:
+    """One summary, without what controls a terminal. Raises `UserError` for a damaged one."""
+    try:
+        found = printable_values(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: fetch it anew, or leave that run out.") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is no summary of a run: leave it out.")
+    return found
 
 
 def summaries(places: Iterable[str | Path]) -> list[dict[str, Any]]:
@@ -231,7 +243,7 @@ def table(rows: Sequence[dict[str, str]]) -> Table:
     """For the terminal."""
     shown = Table()
     for column in rows[0]:
-        shown.add_column(column, justify="left" if column in LABELS else "right")
+        shown.add_column(Text(column), justify="left" if column in LABELS else "right")
     for row in rows:
         shown.add_row(*map(Text, row.values()))  # in which brackets are no markup
     return shown

@@ -33,6 +33,7 @@ from litdistill.distillation.distiller import Distiller
 from litdistill.training.callbacks import EpochLogger, TestAccuracyMonitor
 from litdistill.training.preemption import GracefulStop
 from litdistill.types import Batch, Group
+from litdistill.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -142,9 +143,14 @@ class Layout(NamedTuple):
 
 
 def layout_of(checkpoint: Mapping[str, Any]) -> Layout | None:
-    """The layout of the run that wrote a checkpoint; None where it says nothing of one."""
+    """The layout of the run that wrote a checkpoint; None where it says nothing of one. Raises `UserError` for no layout."""
     state = checkpoint.get(GroupedData.__name__)
-    return Layout(int(state["group"]), int(state["log_every"])) if isinstance(state, Mapping) else None
+    if not isinstance(state, Mapping):
+        return None
+    layout = Layout(state.get("group"), state.get("log_every"))  # type: ignore[arg-type]
+    if not all(type(n) is int and 0 <= n < 2**31 for n in layout):
+        raise UserError(f"The checkpoint is damaged: it says that epochs were cut by {dict(state)}.")
+    return layout
 
 
 class GroupedData(LightningDataModule):

@@ -11,7 +11,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
-from litdistill.config.origin import check_links
+from litdistill.config.origin import check_foreign, check_links
 from litdistill.config.recipes import is_complete, student_config, student_folder, teacher_config
 from litdistill.utils.checkpoint import write_text
 from litdistill.utils.distributed import broadcast_from_rank0, is_first_rank
@@ -45,10 +45,11 @@ class Prerequisites:
 
     def _train_once(self, recipe: DictConfig, folder: Path, what: str) -> None:
         begun = time.perf_counter()
+        recipe.folder = str(folder)
+        check_foreign(recipe, folder)  # before anything is written: names of its networks are a part of the folder's
         with _lock(folder):
             if not broadcast_from_rank0(is_complete(folder)):
                 log.info("No such %s yet: training it once, in %s", what, folder)
-                recipe.folder = str(folder)
                 check_links(folder)
                 if is_first_rank():
                     write_text(folder / ".hydra" / "config.yaml", OmegaConf.to_yaml(recipe))

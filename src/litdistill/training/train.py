@@ -172,6 +172,9 @@ def last_state(checkpoints: Path, max_epochs: int | None = None) -> tuple[Path |
         if (checkpoints / name).is_file():
             try:
                 state = load_checkpoint(checkpoints / name)
+                layout = layout_of(state)
+                if type(state.get("epoch")) is not int:
+                    raise UserError(f"{checkpoints / name} is no checkpoint of a training: it counts no epochs.")
             except UserError as error:
                 log.warning("%s Trying the one before.", error)
                 continue
@@ -181,7 +184,7 @@ def last_state(checkpoints: Path, max_epochs: int | None = None) -> tuple[Path |
                     "higher to go on, or start a new run without resume."
                 )
             log.info("Going on from %s", checkpoints / name)
-            return checkpoints / name, layout_of(state)
+            return checkpoints / name, layout
     return None, None
 
 

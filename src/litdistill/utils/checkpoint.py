@@ -100,6 +100,23 @@ def save_student(net: nn.Module, path: Path, metadata: Mapping[str, str]) -> Non
     write_atomically(path, lambda temporary: save_file(state, temporary, dict(metadata)))
 
 
+def _numbers(found: Any, low: float, high: float, kinds: tuple[type, ...] = (int, float)) -> bool:
+    return isinstance(found, list) and all(type(n) in kinds and low <= n <= high for n in found)  # NaN is not
+
+
+# What the metadata of a network may hold, which can come from anywhere.
+METADATA: dict[str, Callable[[Any], bool]] = {
+    "classes": lambda found: isinstance(found, list) and all(isinstance(name, str) for name in found),
+    "input_shape": lambda found: _numbers(found, 1, 2**20, (int,)),
+    "size": lambda found: _numbers(found, 1, 2**14, (int,)) and len(found) == 2,
+    **dict.fromkeys(("mean", "data_mean"), lambda found: _numbers(found, -1e300, 1e300)),
+    **dict.fromkeys(("std", "data_std"), lambda found: _numbers(found, 0, 1e300)),
+    "units": lambda found: (
+        isinstance(found, dict) and all(_numbers(found.get(k), -1e300, 1e300) for k in ("mean", "std"))
+    ),
+}
+
+
 def read_metadata(source: str | Path, key: str) -> Any:
     """Returns the JSON value under `key` in the metadata of a run folder's student or a `.safetensors` file; None without one.
 
@@ -114,9 +131,12 @@ def read_metadata(source: str | Path, key: str) -> Any:
         return None
     try:
         with safe_open(path, "pt") as file:
-            return json.loads((file.metadata() or {}).get(key, "null"))
+            found = json.loads((file.metadata() or {}).get(key, "null"))
     except (SafetensorError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: the {key} of its network cannot be read. ({error})") from error
+    if found is not None and not METADATA.get(key, lambda _: True)(found):
+        raise UserError(f"{path} is damaged: the {key} of its network is {str(found)[:100]}.")
+    return found
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:

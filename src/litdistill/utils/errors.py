@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import signal
 
+from litdistill.utils.text import printable
+
 
 class UserError(Exception):
-    """Wrong input, not a defect: commands print its message alone, without a traceback, and exit with status 2."""
+    """Wrong input, not a defect: commands print its message alone, without a traceback, and exit with status 2.
+
+    The message may quote files of somebody else: control characters in it are replaced, as a terminal would obey them.
+    """
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class Stopped(BaseException):

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from litdistill.utils.errors import UserError
+from litdistill.utils.text import CONTROL_CHARACTERS
 
 MANIFEST = "manifest.json"
 
 SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2", "safetensors": ".safetensors", "torchscript": ".pt"}
-
-# Control characters, line and paragraph separators, surrogates, and bidirectional formatting characters.
-CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
 
 MISSING = "{} is not installed. Install what exported files need with pip install 'litdistill[export]'."
 
