@@ -211,7 +211,7 @@ def test_a_network_may_give_its_logits_in_any_usual_form(tmp_path, how):
 
 def test_a_teacher_in_whose_answer_no_logits_are_found_is_named(tmp_path):
     teacher = Gives(net(16, 1), lambda z: {"a": {"b": z}})
-    with pytest.raises(UserError, match=r"a mapping with a, in which no logits.*wrap it"):
+    with pytest.raises(UserError, match=r"a mapping with a, without logits.*wrap it"):
         Distiller(net(), KD(), teacher, example(digits()))
 
 

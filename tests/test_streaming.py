@@ -98,6 +98,7 @@ def same(a: list, b: list) -> bool:
     )
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("mix", [None, Mixup(1.0)])
 def test_a_run_sees_what_it_would_see_in_memory(root, sharded, tmp_path, mix):
     expected = fit(data(root, True, mix=mix), tmp_path)
@@ -117,6 +118,7 @@ def test_without_workers_and_without_a_trainer_too(root, sharded):
         assert torch.equal(memory.source.test.images[2:5], other.source.test.images[2:5])
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("group", [0, 3])
 def test_a_loader_goes_on_in_the_middle_of_an_epoch_and_on_each_rank(root, group):
     def batches(resident: bool, done: int, rank: int, world: int) -> list:
@@ -275,6 +277,7 @@ class Sleeper(Killer):
         return torch.zeros(0)
 
 
+@pytest.mark.process
 def test_a_worker_that_gives_nothing_is_an_error_too(monkeypatch):
     monkeypatch.setattr("litdistill.data.streaming.TIMEOUT", 1)
     rows = IndexLoader(lambda _: Rows("train", torch.arange(8)), 8, 2)
@@ -286,6 +289,7 @@ def test_a_worker_that_gives_nothing_is_an_error_too(monkeypatch):
 # -- shards ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.process
 def test_shards_are_read_through_a_cache_as_from_a_store(sharded, root, tmp_path, monkeypatch):
     """`local:` is the scheme by which LitData treats a folder like an object store."""
     there, here = load("shards", f"local:{sharded}", 9, memory=0), load("folder", root, 9)

@@ -135,6 +135,7 @@ def in_a_process(monkeypatch, train, folder, *options):
     return process
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("kind", "storage"), [("optuna", "sqlite"), ("random", "journal"), ("grid", "sqlite")])
 def test_a_killed_sweep_ends_as_if_it_had_not_been_killed(quick, monkeypatch, tmp_path, kind, storage):
     options = (f"sweep={kind}", "sweep.trials=8", f"sweep.storage={storage}")
@@ -154,6 +155,7 @@ def test_a_killed_sweep_ends_as_if_it_had_not_been_killed(quick, monkeypatch, tm
     assert len(start(tmp_path / "parts", *options, "sweep.trials=10").trials) == 10
 
 
+@pytest.mark.process
 def test_two_processes_share_a_sweep(quick, monkeypatch, tmp_path):
     def train(cfg, callbacks=()):
         with open(tmp_path / "calls", "a") as file:
@@ -197,6 +199,7 @@ def test_a_sweep_of_failures_is_a_failure(quick, monkeypatch, tmp_path):
         start(tmp_path / "a", "sweep.trials=2")
 
 
+@pytest.mark.process
 def test_a_trial_that_kills_its_process_is_given_up(quick, monkeypatch, tmp_path):
     for _ in range(2):
         with monkeypatch.context() as patch:
