@@ -9,6 +9,7 @@ import pytest
 import torch
 from lightning import LightningDataModule
 from omegaconf import OmegaConf
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
@@ -323,6 +324,7 @@ def test_a_data_module_that_cannot_be_measured_is_refused_before_the_training():
 
 MODULE = '''
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from lightning import LightningDataModule
@@ -409,6 +411,11 @@ def test_a_foreign_data_module_trains_evaluates_and_exports_without_names(outsid
     assert summary["data"]["name"] == "Points"
     assert (summary["data"]["train"], summary["data"]["val"], summary["data"]["test"]) == (96, 48, 48)
     assert summary["teacher"] is not None
+    assert summary["options"]["train/global_batch"] == 32
+    events = EventAccumulator(str(folder)).Reload()
+    assert (
+        "train/loss" in events.Tags()["scalars"]
+    )  # though an epoch has fewer minibatches than trainer.log_every_n_steps
     assert differences(evaluate(folder, device="cpu"), summary) == []
     assert list(folder.rglob("events*"))
     assert "left out" not in caplog.text  # the pictures in TensorBoard

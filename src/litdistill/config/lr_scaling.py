@@ -50,7 +50,7 @@ class Scale(NamedTuple):
         return f"{text} x {self.factor:g} ({self.rule} in the batch, from {self.reference}) = {self.lr:g}."
 
 
-def read_scale(cfg: DictConfig, trainer: Trainer) -> Scale:
+def read_scale(cfg: DictConfig, trainer: Trainer, batch_size: int) -> Scale:
     """That of a run of `conf/train.yaml` under this trainer. Raises `UserError` for an unknown rule or no batch."""
     lr = cfg.optimizer.get("lr")
     if lr is not None and not isinstance(lr, (int, float)):
@@ -64,5 +64,4 @@ def read_scale(cfg: DictConfig, trainer: Trainer) -> Scale:
             f"scale.reference_batch={reference} is no number of samples. It is the global batch that optimizer.lr is meant "
             "for, or null."
         )
-    batch_size = cfg.data.get("batch_size") or 1
     return Scale(batch_size, trainer.world_size, trainer.accumulate_grad_batches, reference, rule, lr)

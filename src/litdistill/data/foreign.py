@@ -38,6 +38,18 @@ class ForeignData:
         self._tested = False
 
     @property
+    def batch_size(self) -> int:
+        """Samples of a minibatch of each process, as of the first one."""
+        return len(self.example.targets)
+
+    def batches_of_epoch(self) -> int | None:
+        """The minibatches of the training loader; None where it has no length."""
+        try:
+            return len(self.module.train_dataloader())
+        except TypeError:
+            return None
+
+    @property
     def input_shape(self) -> tuple[int, ...] | None:
         """Of one sample; None where inputs are no single tensor."""
         inputs = self.example.inputs

@@ -39,7 +39,7 @@ def summarize(
     trainer: Trainer,
 ) -> dict[str, Any]:
     """A plain dict for JSON. `found` and `last` are what `evaluate.measure` gave for the best and the last weights."""
-    samples = trainer.global_step * read_scale(cfg, trainer).batch
+    samples = trainer.global_step * read_scale(cfg, trainer, data.batch_size).batch
     name, direction = task.monitor
     about, shape = found["student"], data.input_shape
     sha256 = None if teacher is None else weights_sha256(teacher.state_dict())
@@ -48,7 +48,7 @@ def summarize(
         "technique": cfg.get("technique"),
         "method": method_name(cfg),
         "seed": cfg.seed,
-        "options": {k: v for k, v in hyperparameters(cfg, trainer).items() if k != "seed"},
+        "options": {k: v for k, v in hyperparameters(cfg, trainer, data.batch_size).items() if k != "seed"},
         "settings": settings(cfg, sha256),
         "task": type(task).__name__,
         "metric": {"name": name, "direction": direction},
@@ -182,7 +182,7 @@ def method_name(cfg: DictConfig) -> str:
     return "+".join(NAMES.get(name, name) for name in classes)
 
 
-def hyperparameters(cfg: DictConfig, trainer: Trainer | None = None) -> dict[str, Any]:
+def hyperparameters(cfg: DictConfig, trainer: Trainer | None = None, batch_size: int = 1) -> dict[str, Any]:
     """What TensorBoard's HParams tab shows of a run: flat, plain values; with a trainer, what its processes made of them."""
     flat: dict[str, Any] = {
         "experiment": cfg.name,
@@ -199,7 +199,7 @@ def hyperparameters(cfg: DictConfig, trainer: Trainer | None = None) -> dict[str
         "train/lr": cfg.optimizer.get("lr"),
     }
     if trainer is not None:
-        scale = read_scale(cfg, trainer)
+        scale = read_scale(cfg, trainer, batch_size)
         flat |= {"train/global_batch": scale.batch, "train/scaled_lr": scale.lr}
     for key, value in cfg.method.items():
         if isinstance(value, (int, float, str, bool)) and key != "_target_":

@@ -97,7 +97,9 @@ def show(run: Run, student: nn.Module, teacher: nn.Module | None, device: torch.
     for logger in run.built.trainer.loggers:
         if not isinstance(logger, TensorBoardLogger):
             continue
-        logger.log_hyperparams(hyperparameters(run.cfg, run.built.trainer), {f"best/{monitor}": run.best})
+        logger.log_hyperparams(
+            hyperparameters(run.cfg, run.built.trainer, run.data.batch_size), {f"best/{monitor}": run.best}
+        )
         try:
             figures.show(
                 logger.experiment, student, teacher, run.data, run.task, device, run.built.trainer.global_step, kept

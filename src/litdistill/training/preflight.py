@@ -99,11 +99,11 @@ def horizon(trainer: DictConfig, data: Any, scale: Scale) -> tuple[int, int]:
 
 def _batches(data: ForeignData, limit: int | float | None) -> int:
     """The batches of an epoch of a loader that may not know them."""
-    try:
-        return len(data.module.train_dataloader())
-    except TypeError as error:
-        if isinstance(limit, int):
-            return limit
-        raise UserError(
-            "The training loader has no length: say with trainer.limit_train_batches how many batches make an epoch."
-        ) from error
+    batches = data.batches_of_epoch()
+    if batches is not None:
+        return batches
+    if isinstance(limit, int):
+        return limit
+    raise UserError(
+        "The training loader has no length: say with trainer.limit_train_batches how many batches make an epoch."
+    )

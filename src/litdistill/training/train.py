@@ -66,7 +66,7 @@ def train(cfg: DictConfig, callbacks: Sequence[Callback] = ()) -> float:
         built = build_trainer(cfg, folder, method, task, data, callbacks, kept)
         trainer = built.trainer
         init_process_group_early(trainer)
-        scale = read_scale(cfg, trainer)
+        scale = read_scale(cfg, trainer, data.batch_size)
         optimizer = build_optimizer(cfg.optimizer, scale.lr)
         scheduler = build_scheduler(
             cfg.scheduler, *horizon(cfg.trainer, data, scale), built.best.monitor, built.best.mode

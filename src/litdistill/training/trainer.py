@@ -67,6 +67,9 @@ def build_trainer(
     OmegaConf.set_struct(options, False)  # what a launch or a method needs may be no key of this trainer's file
     if isinstance(data, ForeignData):
         options.use_distributed_sampler = True  # our loaders divide samples among processes themselves
+        every, most = options.get("log_every_n_steps"), data.batches_of_epoch()
+        if every and most:
+            options.log_every_n_steps = min(every, most)  # each epoch is in the curves
     layout = _layout(cfg, [*callbacks, *named], kept, isinstance(data, ForeignData))
     if layout.group:  # the Distiller clips and logs
         named, callbacks = without_rate_monitor(named), without_rate_monitor(callbacks)
