@@ -228,7 +228,7 @@ class Distiller(LightningModule):
         self.update_average()
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        """Lightning's hook. ReduceLROnPlateau is stepped by `step_plateau` instead, before the epoch's checkpoint is written."""
+        """Lightning's hook. `step_plateau` steps ReduceLROnPlateau instead, before the epoch's checkpoint is written."""
         if not isinstance(scheduler, ReduceLROnPlateau):
             scheduler.step()
 

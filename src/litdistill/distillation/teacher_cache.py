@@ -171,7 +171,7 @@ class CacheOptions(NamedTuple):
     """`mode`: off, memory, disk; or auto: on disk (in memory without a `folder`) if caching saves time.
 
     `gb`: limit in 10⁹ bytes of all caches in `folder` together, and of a cache in memory. `dtype`: float32, or float16 for
-    half the size with rounding. `shared`: more runs with this teacher will follow, so that caching saves time even for one pass.
+    half the size with rounding. `shared`: more runs with this teacher will follow, so that caching pays even for one pass.
     """
 
     mode: str = "auto"
