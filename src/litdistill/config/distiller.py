@@ -1,4 +1,4 @@
-"""Builds the method, the optimizer, the scheduler and the `Distiller` of a config, for training and evaluation alike."""
+"""Builds the method, the optimizer, the scheduler and the `Distiller` of a config, for training and for evaluation."""
 
 from __future__ import annotations
 
