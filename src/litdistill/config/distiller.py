@@ -24,7 +24,7 @@ from litdistill.tasks.base import Task
 from litdistill.types import Batch, Outputs
 from litdistill.utils.errors import UserError
 
-STEPPED = ("OneCycleLR", "CyclicLR")  # schedulers that are always stepped after each step
+STEPPED = ("OneCycleLR", "CyclicLR")  # schedulers whose default interval is a step
 
 
 def build_optimizer(node: DictConfig, lr: float | None) -> OptimizerFactory:

@@ -77,7 +77,7 @@ def prepack(net: nn.Module, images: Tensor) -> nn.Module:
         return net
     try:
         with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that TorchScript is deprecated; without it `net` is used
+            warnings.simplefilter("ignore")  # TorchScript warns of its deprecation; if it is missing, `net` is used
             packed = torch.jit.optimize_for_inference(torch.jit.freeze(torch.jit.trace(net, images, check_trace=False)))
             return packed if outputs_match(net, packed, images) and outputs_match(net, packed, images[:1]) else net
     except Exception:  # as above
