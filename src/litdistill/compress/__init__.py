@@ -1,5 +1,5 @@
-"""What distillation is compared with, and combined with: low rank, pruning and int8, each a function from a trained network
+"""Compression to compare or combine with distillation: low rank, pruning and int8, each a function from a trained network
 to a smaller one.
 
-The smaller network's structure is plain values (`litdistill.compress.structure`), kept beside its weights.
+The smaller network's structure is stored with its weights, as plain values (`litdistill.compress.structure`).
 """

@@ -1,8 +1,8 @@
-"""Low-rank factorisation of convolutions and linear layers by the singular value decomposition.
+"""Low-rank factorization of convolutions and linear layers by the singular value decomposition.
 
 A convolution of O kernels of I x k x k, unfolded to a matrix (O, I·k·k), becomes r kernels of I x k x k and a 1x1
 convolution from r to O. At rank r this is the best approximation of the matrix in the Frobenius norm (Eckart & Young
-1936), its squared error the sum of the squared singular values that are dropped. Denton et al. 2014 (arXiv 1404.0736),
+1936), with a squared error equal to the sum of the squared discarded singular values. Denton et al. 2014 (arXiv 1404.0736),
 section 3.2, and Zhang et al. 2016 (arXiv 1505.06798), section 3.1 without the data.
 """
 
@@ -25,11 +25,11 @@ MEASURES = ("parameters", "macs")
 
 
 def low_rank(net: nn.Module, images: Tensor, budget: float, of: str = "parameters") -> nn.Module:
-    """Factorises layers of a trained network, in place, until it has the share `budget` of its `parameters` or `macs`.
+    """Factorizes layers of a trained network, in place, until it has the share `budget` of its `parameters` or `macs`.
 
-    All layers are bought from one purse: a layer's rank is where the next singular value is worth less than it costs, its
-    worth being its share in the layer's squared Frobenius norm. A layer that factors would make larger stays whole.
-    `images`: a few (N, C, H, W) for a dry forward. Raises `UserError` for a budget that rank 1 everywhere exceeds.
+    All layers share one budget (`choose_ranks`): the ranks minimize the sum over layers of the discarded share of the squared
+    Frobenius norm. A layer that its factors would make larger is not factorized. `images`: a few (N, C, H, W) for a dry
+    forward. Raises `UserError` for a budget that rank 1 everywhere exceeds.
     """
     check_budget(budget, of)
     uses = _uses(net, images) if of == "macs" else {}
@@ -40,7 +40,7 @@ def low_rank(net: nn.Module, images: Tensor, budget: float, of: str = "parameter
 
 
 def check_budget(budget: float, of: str) -> None:
-    """Raises `UserError` for a budget that is no share, or one of something else than `MEASURES`."""
+    """Raises `UserError` for a budget outside (0, 1], or a measure that is not in `MEASURES`."""
     if of not in MEASURES:
         raise UserError(f"compress.of={of}: a budget is a share of the network's {' or '.join(MEASURES)}.")
     if not 0 < budget <= 1:
@@ -48,18 +48,18 @@ def check_budget(budget: float, of: str) -> None:
 
 
 class Layer(NamedTuple):
-    """What choosing a rank needs to know of a layer."""
+    """The error and the cost of a layer by rank."""
 
     name: str
-    tails: list[float]  # [r]: the share of the squared Frobenius norm that rank r leaves out
+    tails: list[float]  # [r]: the share of the squared Frobenius norm that rank r discards
     cost: int  # of one rank, in parameters or multiply-accumulates
-    whole: int  # cost of the layer as it is, its bias apart
+    whole: int  # cost of the unfactorized layer without its bias
 
 
 def choose_ranks(layers: list[Layer], total: float, allowed: float) -> dict[str, int]:
-    """The ranks that leave out the least for a network of `total` cost to cost at most `allowed`, by bisection of a price.
+    """Returns the ranks that discard the least at a network cost of at most `allowed`, by bisection of a Lagrange multiplier.
 
-    Layers that stay whole are left out of the answer.
+    `total`: the cost of the unfactorized network. The result omits layers that are not factorized.
     """
 
     def at(price: float) -> dict[str, int]:
@@ -91,7 +91,7 @@ def choose_ranks(layers: list[Layer], total: float, allowed: float) -> dict[str,
 
 
 def set_ranks(net: nn.Module, ranks: Mapping[str, int]) -> nn.Module:
-    """Replaces the named layers, in place, by their factors of the given ranks."""
+    """Replaces the named layers, in place, by their factors of the given ranks. Raises `ValueError` for an invalid rank."""
     for name, rank in ranks.items():
         layer = net.get_submodule(name)
         if not _factorable(layer) or type(rank) is not int or not 1 <= rank <= min(unfolded(layer).shape):
@@ -101,9 +101,9 @@ def set_ranks(net: nn.Module, ranks: Mapping[str, int]) -> nn.Module:
 
 
 def factors(layer: nn.Module, rank: int) -> nn.Sequential:
-    """A convolution or linear layer as two, `inner` to `rank` channels and `outer` from there, by its truncated SVD.
+    """Returns a layer as two, `inner` to `rank` channels and `outer` to the outputs, by its truncated SVD in float64.
 
-    Computed in float64. The square roots of the singular values go to either side, so that both learn alike.
+    Each factor is scaled by the square roots of the singular values, so that gradients of both have a similar scale.
     """
     u, s, vh = torch.linalg.svd(unfolded(layer).double(), full_matrices=False)
     root = s[:rank].sqrt()
@@ -130,14 +130,14 @@ def factors(layer: nn.Module, rank: int) -> nn.Sequential:
 
 
 def unfolded(layer: nn.Module) -> Tensor:
-    """The weight as a matrix (outputs, inputs of one output)."""
+    """Returns the weight as a matrix (outputs, inputs of one output)."""
     weight = layer.weight
     assert isinstance(weight, Tensor)
     return weight.detach().flatten(1)
 
 
 def _factorable(module: nn.Module) -> bool:
-    """Plain convolutions and linear layers only: who subclasses them may read their weight."""
+    """Returns whether a module can be factorized; not for subclasses, whose code may read the weight."""
     return type(module) is nn.Linear or (type(module) is nn.Conv2d and module.groups == 1)
 
 
@@ -149,7 +149,7 @@ def _layer(name: str, module: nn.Module, uses: int) -> Layer:
 
 
 def _uses(net: nn.Module, images: Tensor) -> dict[str, int]:
-    """At how many places of one image each layer is applied: pixels or tokens, of all its calls."""
+    """Returns the number of positions (pixels or tokens, over all calls) at which each layer is applied for one image."""
     found: dict[str, int] = {}
 
     def count(name: str, layer: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> None:

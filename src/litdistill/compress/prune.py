@@ -1,7 +1,7 @@
-"""Structured pruning: whole channels are removed from a trained network, which is a smaller dense network afterwards.
+"""Structured pruning: removes whole channels from a trained network, which gives a smaller dense network.
 
-Which channels hang together (through residual sums, say) is found by Torch-Pruning: DepGraph, Fang et al. 2023
-(arXiv 2301.12900). A group of channels that hang together matters as much as the L2 norm of its weights.
+Torch-Pruning finds the groups of coupled channels (through residual sums, for example): DepGraph, Fang et al. 2023
+(arXiv 2301.12900). The importance of a group is the L2 norm of its weights.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ SIZES: dict[type[nn.Module], tuple[str, ...]] = {
     nn.BatchNorm2d: ("num_features",),
     nn.BatchNorm1d: ("num_features",),
 }
-STEPS = 200  # in each of which every layer loses a share of 1 / STEPS
+STEPS = 200  # pruning steps, each of which removes the share 1 / STEPS of every layer's channels
 
 
 def prune(net: nn.Module, images: Tensor, budget: float, of: str = "parameters") -> nn.Module:
-    """Removes the channels that matter least, an equal share of every layer's, until the share `budget` is left.
+    """Returns a copy without the least important channels, an equal share of every layer's, of the share `budget` in size.
 
-    `budget`: of the network's `parameters` or `macs`. The classifier keeps its outputs. `images`: two or more (N, C, H, W).
-    Works on a copy. Raises `UserError` for a network whose forward depends on the number of its channels.
+    `budget`: of the network's `parameters` or `macs`. The classifier's outputs are not pruned. `images`: two or more
+    (N, C, H, W). Raises `UserError` for a network whose forward depends on the number of its channels, and for a budget that
+    is too small.
     """
     from litdistill.features.feature_extractor import resolve_taps
 
@@ -82,12 +83,12 @@ def _cannot(reason: str) -> UserError:
 
 
 def sizes(net: nn.Module) -> dict[str, dict[str, int]]:
-    """Of every layer that pruning may change, by name."""
+    """Returns the sizes, by their attribute's name, of every layer that pruning may change, by the layer's name."""
     return {name: {k: getattr(m, k) for k in SIZES[type(m)]} for name, m in net.named_modules() if type(m) in SIZES}
 
 
 def set_sizes(net: nn.Module, layers: Mapping[str, Mapping[str, int]]) -> nn.Module:
-    """Replaces the named layers, in place, by new ones of the given sizes, none larger than before."""
+    """Replaces the named layers, in place, by new ones of the given sizes. Raises `ValueError` for sizes above the old."""
     for name, given in layers.items():
         layer = net.get_submodule(name)
         keys = SIZES[type(layer)]
@@ -98,7 +99,7 @@ def set_sizes(net: nn.Module, layers: Mapping[str, Mapping[str, int]]) -> nn.Mod
 
 
 def _like(layer: nn.Module, size: Mapping[str, int]) -> nn.Module:
-    """A new layer with the options of `layer` and another size; PyTorch's first weights."""
+    """Returns a new layer with the options of `layer` and another size, with PyTorch's initial weights."""
     options: dict[str, Any] = dict(size)
     if isinstance(layer, nn.Conv2d):
         kept = ("kernel_size", "stride", "padding", "dilation", "padding_mode")

@@ -1,9 +1,9 @@
-"""Int8: a network that computes as its int8 form does, and can be trained so; through torchao's PT2E.
+"""Int8 by torchao's PT2E: fake quantization, which simulates the int8 form and can be trained, and conversion to it.
 
-Weights are rounded to 7 bits a channel, activations to uint8 a tensor, in a graph that torch.export takes of the network
-in eval mode, batch normalisation folded into convolutions (Jacob et al. 2018, arXiv 1712.05877, sections 2 and 3). As it
-is after calibration, this is post-training quantisation; trained on, quantisation-aware training with straight-through
-gradients and batch normalisation frozen. `converted` is the same with int8 weights, and exports to ONNX as it stands.
+Weights are quantized to 7 bits per channel, activations to uint8 per tensor, in the graph that torch.export captures of the
+network in eval mode, with batch normalization folded into convolutions (Jacob et al. 2018, arXiv 1712.05877, sections 2 and
+3). After calibration alone this is post-training quantization; with training it is quantization-aware training with
+straight-through gradients and frozen batch normalization. `converted` returns the form with int8 weights, for ONNX export.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from litdistill.utils.errors import UserError
 
 
 class Int8(nn.Module):
-    """An exported graph, usable like any module. While it trains, ranges follow what it sees; in eval mode they stand."""
+    """An exported graph as a module. In train mode observers update the quantization ranges; in eval mode these are fixed."""
 
     def __init__(self, graph: nn.Module):
         super().__init__()
         self.program = graph
 
     def train(self, mode: bool = True) -> Int8:
-        """Sets the mode of this module alone: an exported graph has none."""
+        """Sets the mode of this module only: an exported graph has no mode."""
         self.training = mode
         return self
 
     def forward(self, images: Tensor) -> Tensor:
-        """(N, C, H, W) normalised -> logits (N, classes)."""
+        """Returns logits (N, classes) for normalized images (N, C, H, W)."""
         for module in self.program.modules():
             flag = dict(module.named_buffers(recurse=False)).get("observer_enabled")
             if flag is not None:
@@ -46,13 +46,13 @@ class Int8(nn.Module):
 
 
 def int8(net: nn.Module, images: Tensor) -> nn.Module:
-    """A trained network as its int8 form computes, its ranges those of `images` (N, C, H, W), normalised."""
+    """Returns a trained network with fake quantization, calibrated on normalized `images` (N, C, H, W)."""
     small = tag_structure(net, fake_quantized(net, images), {"kind": "int8"})
     return small.train(net.training)
 
 
 def fake_quantized(net: nn.Module, images: Tensor) -> Int8:
-    """`net` with rounding after every weight and activation that the int8 form rounds, ranges those of `images`."""
+    """Returns `net` with fake quantization of all weights and activations of the int8 form, calibrated on `images`."""
     with quiet():
         try:
             from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
@@ -62,7 +62,7 @@ def fake_quantized(net: nn.Module, images: Tensor) -> Int8:
             program = torch.export.export(
                 copy.deepcopy(net).eval(), (images[:2],), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)
             )
-        except Exception as error:  # whatever the network's code does that torch.export cannot follow
+        except Exception as error:  # torch.export raises many types for code that it cannot trace
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(f"torch.export cannot trace this network, which int8 needs. {reason}") from error
         graph = prepare_pt2e(program.module(check_guards=False), _quantizer())
@@ -73,7 +73,7 @@ def fake_quantized(net: nn.Module, images: Tensor) -> Int8:
 
 
 def converted(net: Int8) -> Int8:
-    """The int8 form itself, on the CPU: rounded weights as int8 tensors, quantise and dequantise operations between layers."""
+    """Returns the int8 form on the CPU: weights as int8 tensors, with quantize and dequantize operations between layers."""
     with quiet():
         from torchao.quantization.pt2e import FakeQuantize
         from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
@@ -81,7 +81,7 @@ def converted(net: Int8) -> Int8:
         program = copy.deepcopy(net.program).cpu()
         for module in program.modules():
             if isinstance(module, FakeQuantize):
-                # What it has computed with. Its observer's own differ in the last bit, and have another least scale.
+                # The values used in its forward. The observer's differ in the last bit, and have another minimum scale.
                 module.calculate_qparams = partial(_scale_and_zero, module)
         return Int8(convert_pt2e(program)).eval()
 
@@ -91,9 +91,9 @@ def _scale_and_zero(module: Any) -> tuple[Tensor, Tensor]:
 
 
 def _quantizer() -> Any:
-    """torchao's for x86 CPUs, with weights of 7 bits whose ranges are always those of the weights as they are.
+    """Returns torchao's quantizer for x86 CPUs, with 7-bit weights whose ranges always follow the current weights.
 
-    With 8, sums of products overflow 16 bits on CPUs without VNNI, and a file would give other answers there.
+    With 8 bits, sums of products overflow 16 bits on CPUs without VNNI, where a file would then give other outputs.
     """
     from torchao.quantization.pt2e import FakeQuantize, MovingAveragePerChannelMinMaxObserver
     from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
@@ -102,8 +102,8 @@ def _quantizer() -> Any:
     )
 
     default = get_default_x86_inductor_quantization_config(is_qat=True)
-    # Not the fused operation, whose scale differs by 1/127 from the one that a converted graph gets. The least scale is far
-    # below that of any channel that does something: all weights of one below it are rounded to zero.
+    # Not the fused operation, whose scale differs by 1/127 from that of a converted graph. The minimum scale `eps` is far
+    # below that of any channel that matters, since all weights of a channel below it are rounded to zero.
     rounding = FakeQuantize.with_args(observer=MovingAveragePerChannelMinMaxObserver, averaging_constant=1.0, eps=1e-8)
     weight = dataclasses.replace(default.weight, quant_min=-63, quant_max=63, observer_or_fake_quant_ctr=rounding)
     return X86InductorQuantizer().set_global(dataclasses.replace(default, weight=weight, is_qat=False))
@@ -111,7 +111,7 @@ def _quantizer() -> Any:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the progress and advice of torch's exporters, which ask nothing of the user; their errors are raised."""
+    """Silences logs and warnings of torch's exporters, which need no action by the user; errors are still raised."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,4 +1,4 @@
-"""Gives a network as built the structure of a compressed one, from its steps (`litdistill.compress.structure`)."""
+"""Restores the structure of a compressed network from its steps (`litdistill.compress.structure`)."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from litdistill.utils.errors import UserError
 
 
 def restore(net: nn.Module, steps: Sequence[Step], images: torch.Tensor, new_head: bool = False) -> nn.Module:
-    """Gives a network as built the structure of a compressed one; its weights are to be loaded afterwards.
+    """Returns a newly built network with the structure of a compressed one; the caller loads the weights.
 
-    `images`: a few (N, C, H, W) that it takes. `new_head`: its classifier keeps the outputs that it was built with, and is
-    not factorised. Raises `UserError` for a structure that this network cannot have.
+    `images`: a few (N, C, H, W) for the network. `new_head`: the classifier keeps the number of outputs that it was built
+    with, and is not factorized. Raises `UserError` for a structure that this network cannot have.
     """
     head = head_of(net, images) if new_head and steps else None
     for step in steps:
@@ -44,7 +44,7 @@ def restore(net: nn.Module, steps: Sequence[Step], images: torch.Tensor, new_hea
 
 
 def _with_own_head(net: nn.Module, step: Step, head: str) -> Step:
-    """The step without what it does to the outputs of the classifier `head`, a layer or several."""
+    """Returns the step without its changes to the outputs of the classifier `head`, which may have several layers."""
     if step["kind"] == "int8":
         raise UserError(
             "student.head=new: an int8 network is one traced graph, whose classifier cannot be exchanged. Start from the "

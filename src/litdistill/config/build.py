@@ -1,6 +1,6 @@
-"""From a config to objects: the one place that reads what the networks, the method and the data are.
+"""Builds the data, the task, the student and the teacher of a config.
 
-Training and evaluation build a run by the same function, so that a run is rebuilt from its own folder.
+Training and evaluation build a run by the same functions, so that a run is rebuilt from its own folder.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from litdistill.utils.manifest import check_int8
 
 log = logging.getLogger(__name__)
 
-CALIBRATION = 512  # training images, unaugmented, that compressing may look at
+CALIBRATION = 512  # unaugmented training images for the calibration of a compressed network
 
 
 def build_data(cfg: DictConfig, **facts: Any) -> tuple[Any, Task]:
-    """The data of a config, read and split, and its task.
+    """Returns the data of a config, read and split, and its task.
 
-    A data module that knows no ids is a `ForeignData`. `facts`: options that are known otherwise, and not measured then.
+    A data module without sample ids is wrapped as `ForeignData`. `facts`: known options, which are then not measured.
     """
     module = instantiate(cfg.data, "data", **facts)
     if not isinstance(module, LightningDataModule):
@@ -56,10 +56,10 @@ def build_data(cfg: DictConfig, **facts: Any) -> tuple[Any, Task]:
 
 
 def build_task(node: DictConfig, data: Any) -> Task:
-    """The task of a config. Mean and deviation of the targets, where they are null, are measured on all that is not held out,
-    whatever share of it is trained on: a teacher and its student then speak of numbers on the same scale.
+    """Returns the task of a config. A `mean` and `std` of null are measured on the targets of all samples outside of the
+    validation set, whatever share is trained on, so that the outputs of teacher and student are on the same scale.
 
-    Raises `UserError` for data that say that they are for another task.
+    Raises `UserError` if the data module's `task` attribute names another task.
     """
     wanted, name = getattr(data, "task", None), str(node["_target_"]).rpartition(".")[2].lower()
     if isinstance(wanted, str) and name in TASKS and name != wanted:
@@ -78,7 +78,7 @@ def build_task(node: DictConfig, data: Any) -> Task:
 
 
 def _known(target: str, data: Any, shape: Any) -> dict[str, Any]:
-    """What of the data a network's function takes. Raises `UserError` where it needs what the data do not say."""
+    """Returns the facts of the data that a network's function takes. Raises `UserError` if a required one is unknown."""
     facts = {"num_classes": data.num_classes, "input_shape": shape}
     takes = inspect.signature(locate(target)).parameters
     if any(p.kind is p.VAR_KEYWORD for p in takes.values()):
@@ -93,19 +93,19 @@ def _known(target: str, data: Any, shape: Any) -> dict[str, Any]:
 
 
 def build_net(node: DictConfig, data: Any, role: str, source: str | Path | nn.Module | None = None) -> nn.Module:
-    """A network for the shapes of `data`, with the weights that its `checkpoint` names, or those of `source`.
+    """Returns a network for the shapes of `data`, with the weights of `source` or of the node's `checkpoint`.
 
-    Where these are of a compressed network, it is compressed likewise. Images are preprocessed as `preprocess` says, else as
-    these weights were trained on, else as the network's builder says, else by the data's own mean and deviation.
+    Weights of a compressed network restore its structure too. Preprocessing is that of the node's `preprocess`, else of the
+    weights' metadata, else of the network's builder, else the mean and standard deviation of the data.
     """
     if source is None:
         source = node.get("checkpoint")
-    stated = _preprocessing(node, data, source, role)
-    shape = stated.input_shape(data.input_shape) if stated is not None else data.input_shape
+    explicit = _preprocessing(node, data, source, role)
+    shape = explicit.input_shape(data.input_shape) if explicit is not None else data.input_shape
     options = {k: v for k, v in node.items() if k not in NETWORK_META_KEYS}
     facts = _known(str(node["_target_"]), data, shape)
     net: nn.Module = instantiate(options, role, **{k: v for k, v in facts.items() if k not in options})
-    preprocess = stated or preprocess_of(net) or _of_data(data)
+    preprocess = explicit or preprocess_of(net) or _of_data(data)
     net = bare(net)
     if source is not None:
         net = _with_weights(net, node, data, role, source, torch.zeros(2, *(shape or ())))
@@ -113,11 +113,11 @@ def build_net(node: DictConfig, data: Any, role: str, source: str | Path | nn.Mo
 
 
 def _preprocessing(node: DictConfig, data: Any, source: str | Path | nn.Module | None, role: str) -> Preprocess | None:
-    """What the config says, else the weights; None where neither says anything."""
-    said = OmegaConf.to_container(node["preprocess"], resolve=True) if node.get("preprocess") is not None else {}
-    if not isinstance(said, dict) or not said.keys() <= {"mean", "std", "size"}:
-        raise UserError(f"{role}.preprocess={said} must be null, or hold mean, std and size.")
-    said = {k: v for k, v in said.items() if v is not None}
+    """Returns the preprocessing of the config, else of the weights' metadata; None if neither defines one."""
+    given = OmegaConf.to_container(node["preprocess"], resolve=True) if node.get("preprocess") is not None else {}
+    if not isinstance(given, dict) or not given.keys() <= {"mean", "std", "size"}:
+        raise UserError(f"{role}.preprocess={given} must be null, or hold mean, std and size.")
+    given = {k: v for k, v in given.items() if v is not None}
     if isinstance(source, nn.Module):
         known = preprocess_of(source)
         facts = known.facts() if known is not None else {}
@@ -126,17 +126,17 @@ def _preprocessing(node: DictConfig, data: Any, source: str | Path | nn.Module |
     else:
         facts = {}
     facts = {k: v for k, v in facts.items() if v is not None}
-    if not said and not (facts.get("mean") and facts.get("std")):
+    if not given and not (facts.get("mean") and facts.get("std")):
         return None
     default = _of_data(data)
-    merged = (default.facts() if default is not None else {}) | facts | said
+    merged = (default.facts() if default is not None else {}) | facts | given
     if merged.get("mean") is None or merged.get("std") is None:
         raise UserError(f"{role}.preprocess needs mean and std, as these data have none of their own.")
     return Preprocess(merged["mean"], merged["std"], merged.get("size"))
 
 
 def _of_data(data: Any) -> Preprocess | None:
-    """By the mean and deviation of the data's own images, where it has them."""
+    """Returns the preprocessing by the data's mean and standard deviation; None if the data has none."""
     mean, std = getattr(data, "mean", None), getattr(data, "std", None)
     return Preprocess(mean, std) if mean is not None and std is not None else None
 
@@ -144,7 +144,7 @@ def _of_data(data: Any) -> Preprocess | None:
 def _with_weights(
     net: nn.Module, node: DictConfig, data: Any, role: str, source: str | Path | nn.Module, example: Tensor
 ) -> nn.Module:
-    """The network with the weights and the structure of `source`. `example`: a few images (N, C, H, W), preprocessed."""
+    """Returns the network with the weights and structure of `source`. `example`: a few preprocessed images (N, C, H, W)."""
     head = node.get("head")
     if head not in (None, "new"):
         raise UserError(f"{role}.head={head}: set it to new for a classifier that starts from nothing, or to null.")
@@ -173,10 +173,10 @@ def build_student(
     source: Path | None = None,
     finished: Path | None = None,
 ) -> nn.Module:
-    """The student with the weights that it starts from, made smaller where `compress` says so.
+    """Returns the student with its initial weights, compressed by the config's `compress`.
 
-    `source`: the finished run that `student.checkpoint: auto` stands for. `finished`: the folder of a finished run, whose
-    student's structure and preprocessing it is given, and neither weights nor compression: they are to be loaded afterwards.
+    `source`: the finished run that `student.checkpoint: auto` refers to. `finished`: the folder of a finished run; the result
+    then has the structure and preprocessing of its student, without its weights, which the caller loads.
     """
     if finished is not None:
         return _rebuilt_student(cfg.student, data, finished)
@@ -193,14 +193,14 @@ def build_student(
                 "be named. Train those layers of the float network first, and start from that run with compress=int8 and "
                 "student.trainable=null."
             )
-        check_int8(data.class_names)  # before it is trained, as its file is a part of its run
+        check_int8(data.class_names)  # before training, since the run exports an int8 file at its end
     elif (trainable := cfg.student.get("trainable")) is not None:
         freeze(student, trainable, training_inputs(data, 2))
     return student
 
 
 def _rebuilt_student(node: DictConfig, data: Any, finished: Path) -> nn.Module:
-    """The network of a finished run's student without its weights."""
+    """Returns the network of a finished run's student, without its weights."""
     facts = {k: read_metadata(finished, k) for k in ("mean", "std", "size")}
     node = node.copy()
     with open_dict(node):
@@ -214,7 +214,7 @@ def _rebuilt_student(node: DictConfig, data: Any, finished: Path) -> nn.Module:
 
 
 def _compressed(student: nn.Module, cfg: DictConfig, data: Any) -> nn.Module:
-    """The student as `compress` makes it, which sees training images as they come out of its preprocessing."""
+    """Returns the student compressed by the config's `compress`, which is calibrated on preprocessed training images."""
     if isinstance(bare(student), Int8):
         raise UserError(
             f"compress={str(cfg.compress.get('_target_')).rpartition('.')[2]}: the student starts from an int8 network, "
@@ -231,10 +231,10 @@ def _compressed(student: nn.Module, cfg: DictConfig, data: Any) -> nn.Module:
 def build_teacher(
     cfg: DictConfig, data: Any, task: Task, absent: Callable[[DictConfig, Path], None]
 ) -> nn.Module | None:
-    """The teacher of a config with its weights, an `Ensemble` where several are named; None without one.
+    """Returns the teacher of a config with its weights, an `Ensemble` for several networks; None without a teacher.
 
-    `absent(cfg, folder)` is called where `teacher.checkpoint` is auto and no run of that recipe is finished in `folder`:
-    it trains the teacher, or raises. Raises `UserError` for a teacher whose outputs are in other units than the task's.
+    `absent(cfg, folder)` is called if `teacher.checkpoint` is auto and `folder` holds no finished run of the teacher's recipe:
+    it trains the teacher, or raises. Raises `UserError` if the units of the teacher's outputs are not the task's.
     """
     if cfg.teacher is None:
         return None
@@ -248,7 +248,7 @@ def build_teacher(
             members.append(build_teacher(one, data, task, absent))
         return Ensemble([m for m in members if m is not None])
     if cfg.teacher.checkpoint != "auto":
-        torch.manual_seed(cfg.seed)  # one as it is built is the same on every rank, and again when the run is rebuilt
+        torch.manual_seed(cfg.seed)  # initial weights are the same on every rank and in a rebuilt run
         if cfg.teacher.checkpoint is not None:
             _check_units(cfg.teacher.checkpoint, task)
         return build_net(cfg.teacher, data, "teacher")

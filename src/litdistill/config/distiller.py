@@ -1,4 +1,4 @@
-"""From a config to a task, a schedule and a `Distiller`. Training and evaluation build a run by the same functions."""
+"""Builds the method, the optimizer, the scheduler and the `Distiller` of a config, for training and for evaluation."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from litdistill.tasks.base import Task
 from litdistill.types import Batch, Outputs
 from litdistill.utils.errors import UserError
 
-STEPPED = ("OneCycleLR", "CyclicLR")  # schedulers that count steps whatever their options
+STEPPED = ("OneCycleLR", "CyclicLR")  # schedulers whose default interval is a step
 
 
 def build_optimizer(node: DictConfig, lr: float | None) -> OptimizerFactory:
-    """Makes the optimizer from parameters, at the learning rate that goes with the run's batch."""
+    """Returns a function from parameters to the optimizer; `lr`: the scaled learning rate, None for the node's own."""
     factory = instantiate(node, "optimizer")
     return factory if lr is None else functools.partial(factory, lr=lr)
 
@@ -36,13 +36,13 @@ def build_optimizer(node: DictConfig, lr: float | None) -> OptimizerFactory:
 def build_scheduler(
     node: DictConfig | None, epochs: int, steps: int, monitor: str | None = None, mode: str | None = None
 ) -> tuple[Any, SchedulerOptions]:
-    """Makes the schedule from the optimizer, and says when it is stepped; (None, …) where there is none.
+    """Returns a function from the optimizer to the scheduler, None without one, and when the scheduler is stepped.
 
-    `monitor`, `mode`: of the metric that chooses the epoch, for a schedule that waits for one and names none.
+    `monitor`, `mode`: of the metric that selects the epoch, the defaults for ReduceLROnPlateau.
 
-    `interval` (epoch or step) and `monitor` stand beside the scheduler's own options. An option that is a horizon and null
-    (`total_steps`, `T_max`, `total`) is the number of times that it will be stepped: `epochs`, or `steps` of the whole run.
-    Raises `UserError` for a OneCycleLR that would be stepped another number of times than it is made for.
+    The node holds `interval` (epoch or step) and `monitor` beside the scheduler's own options. An option for the length of
+    the schedule (`total_steps`, `T_max`, `total`) that is null becomes the number of scheduler steps in the run: `epochs` or
+    `steps`. Raises `UserError` for a OneCycleLR whose length is not that number.
     """
     if node is None:
         return None, SchedulerOptions()
@@ -72,7 +72,7 @@ def build_scheduler(
 
 
 def build_method(cfg: DictConfig) -> Method:
-    """The method of a config. Raises `UserError` where it needs a teacher, and there is none."""
+    """Returns the method of a config. Raises `UserError` if it needs a teacher and the config has none."""
     method: Method = instantiate(cfg.method, "method")
     if method.needs_teacher and cfg.teacher is None:
         raise UserError(
@@ -83,7 +83,7 @@ def build_method(cfg: DictConfig) -> Method:
 
 
 def train_labels(data: IndexedData) -> Tensor | None:
-    """(M,) the labels of the training samples by id, -1 for those that are not trained on; None where they are no classes."""
+    """Returns the labels of the training samples by id, (M,), -1 for samples not trained on; None if they are not classes."""
     targets = data.train_targets
     if targets.ndim != 1 or targets.is_floating_point():
         return None
@@ -93,7 +93,7 @@ def train_labels(data: IndexedData) -> Tensor | None:
 
 
 def example_batch(data: IndexedData) -> Batch:
-    """Two training samples as they are."""
+    """Returns a batch of two training samples without augmentation."""
     return data.get_batch("train", data.train_ids[:2], None)
 
 
@@ -111,7 +111,7 @@ def build_distiller(
     group: int = 0,
     sharded: bool = False,
 ) -> Distiller:
-    """The Distiller of a config, from what it is made of. `sharded`: the teacher is spread over processes as it is."""
+    """Returns the Distiller of a config from its parts. `sharded`: the teacher is sharded over ranks, not made faster."""
     modes: Mapping[str, Any] = cfg.get("compile") or {}
     if teacher is not None:
         teacher = FrozenTeacher(teacher, task, compile=modes.get("teacher"), faster=not sharded)
@@ -144,7 +144,7 @@ def build_distiller(
 
 
 def _of_int8(error: UserError, student: nn.Module, method: Method) -> UserError:
-    """The error itself, or of an int8 student what is behind it."""
+    """Returns the error, or for an int8 student and a method that reads features an error that names the cause."""
     parts = [
         m for m in method.modules() if isinstance(m, Method) and not any(isinstance(c, Method) for c in _inside(m))
     ]
@@ -163,7 +163,7 @@ def _inside(module: nn.Module) -> list[nn.Module]:
 
 
 def cache_options(cfg: DictConfig) -> CacheOptions:
-    """Whether and where the teacher's outputs are kept."""
+    """Returns whether and where the teacher's outputs are cached."""
     options = cfg.teacher.get("cache") if cfg.teacher is not None else None
     if not options:
         return CacheOptions()

@@ -1,7 +1,7 @@
-"""From a config node to an object: whatever class or function `_target_` names, with its options checked first.
+"""Instantiates the class or function that `_target_` of a config node names, after a check of its options.
 
-A config that the user typed, or keeps in a folder of their own, may name anything that can be imported: it is their code.
-What comes with weights is checked beforehand, by `litdistill.config.trust`.
+The user's own config may name anything that can be imported, since it is their code. The config of a foreign run folder is
+checked beforehand by `litdistill.config.trust`.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ from omegaconf import OmegaConf
 
 from litdistill.utils.errors import UserError
 
-_FOLDERS: list[str] = []  # which `locate` may search for packages that are nowhere on the path
+_FOLDERS: list[str] = []  # where `locate` searches packages that are not on `sys.path`
 
 
 def import_classes_from(folder: str) -> None:
-    """Lets the classes that a config names lie in `folder`, the user's working folder, where the path has no such package.
+    """Registers `folder`, the user's working folder, for packages named in a config that are not on `sys.path`.
 
-    It joins the path when such a class is asked for, and not before: the working folder may be that of a run which somebody
-    else made, and Hydra imports every `hydra_plugins` on the path, libraries whatever optional package they find there.
+    The folder is appended to `sys.path` only when such a package is needed: the working folder may be a foreign run folder,
+    and Hydra imports every `hydra_plugins` on the path, and libraries import optional packages from it.
     """
     _FOLDERS[:] = [folder]
 
 
 def instantiate(node: Any, key: str = "", **facts: Any) -> Any:
-    """The object that a config names, with what is known at run time only.
+    """Returns the object that a config node describes; `facts`: further arguments, known only at run time.
 
-    `key`: where the node stands in the config. A `UserError` in the object that begins with an argument and its value
-    (`hint=-1 is …`) is raised with the key of that option in front (`method.hint=-1 is …`), any other as it is.
+    `key`: the node's key in the config. A `UserError` of the object that begins with an argument and its value
+    (`hint=-1 is …`) is raised with the key of that option in front (`method.hint=-1 is …`), any other unchanged.
 
-    Raises `UserError` for what cannot be imported, for an option that is not in its signature, each with the nearest names,
-    and for the few functions that Hydra itself blocks.
+    Raises `UserError` for a target that cannot be imported and for an option that is not in its signature, each with the
+    nearest names, and for the few functions that Hydra itself blocks.
     """
     check_targets(resolved(node))
     try:
@@ -55,7 +55,7 @@ def instantiate(node: Any, key: str = "", **facts: Any) -> Any:
 
 
 def with_key(error: UserError, node: Any, key: str) -> UserError:
-    """The error of an object that was made of `node`, with the key of the option that it begins with in front."""
+    """Returns the error with the full config key of the option that its text begins with, if that is an option of `node`."""
     text = str(error)
     for place, value in _options(resolved(node)):
         name = place.rpartition(".")[2]
@@ -65,7 +65,7 @@ def with_key(error: UserError, node: Any, key: str) -> UserError:
 
 
 def _options(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The options in plain values by their keys, joined with dots, the outer ones first."""
+    """Yields the dotted keys and values of all options in plain values, the outer ones first."""
     items = list(node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ())
     yield from ((f"{prefix}{name}", value) for name, value in items)
     for name, value in items:
@@ -73,7 +73,7 @@ def _options(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def resolved(node: Any) -> Any:
-    """A config as dicts and lists without interpolations; anything else as it is."""
+    """Returns a config as dicts and lists with interpolations resolved; other values unchanged."""
     if OmegaConf.is_config(node):
         return OmegaConf.to_container(node, resolve=True)
     if isinstance(node, dict):
@@ -84,7 +84,7 @@ def resolved(node: Any) -> Any:
 
 
 def check_targets(node: Any) -> None:
-    """Raises `UserError` for a `_target_` anywhere in plain values that cannot be found, or does not take its options."""
+    """Raises `UserError` if a `_target_` anywhere in plain values cannot be imported or does not take its options."""
     for value in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
         check_targets(value)
     if isinstance(node, dict) and isinstance(node.get("_target_"), str):
@@ -92,14 +92,14 @@ def check_targets(node: Any) -> None:
 
 
 def check_options(target: str, names: Iterable[str]) -> None:
-    """Raises `UserError` for a name that is no parameter of `target`, with the nearest that are."""
+    """Raises `UserError` for a name that is no parameter of `target`, with the nearest parameters."""
     found = locate(target)
     if not callable(found):
         raise UserError(f"_target_: {target} is neither a class nor a function.")
     try:
         takes = inspect.signature(found).parameters
     except (TypeError, ValueError):
-        return  # some that are written in C do not tell
+        return  # some callables written in C have no signature
     if any(p.kind is p.VAR_KEYWORD for p in takes.values()):
         return
     for name in names:
@@ -110,7 +110,7 @@ def check_options(target: str, names: Iterable[str]) -> None:
 
 
 def locate(target: str) -> Any:
-    """What a dotted path names, imported where it is not yet. Raises `UserError` where there is no such thing."""
+    """Returns the object at a dotted path, and imports its module if needed. Raises `UserError` if it does not exist."""
     parts = target.split(".")
     if not all(part.isidentifier() for part in parts):
         raise UserError(f"_target_: {target} is no dotted path of a class or function, such as my_package.nets.tiny.")
@@ -130,7 +130,7 @@ def locate(target: str) -> Any:
                     f"_target_: {target} cannot be imported: {path} needs {error.name}, which is not installed."
                 ) from error
             raise UserError(f"_target_: {target} cannot be found: {_nearest(found, parts, depth)}") from error
-        except Exception as error:  # whatever the module raises
+        except Exception as error:  # a module may raise any type
             raise UserError(
                 f"_target_: {target} cannot be imported: {type(error).__name__} in {path}: {error}"
             ) from error
@@ -138,7 +138,7 @@ def locate(target: str) -> Any:
 
 
 def _imported(path: str) -> ModuleType:
-    """The module of a dotted path; a package that is nowhere on `sys.path` is searched in the user's working folder."""
+    """Returns the module of a dotted path; a package that is not on `sys.path` is searched in the user's working folder."""
     try:
         return importlib.import_module(path)
     except ModuleNotFoundError as error:
@@ -151,7 +151,7 @@ def _imported(path: str) -> ModuleType:
 
 
 def _nearest(inside: Any, parts: list[str], depth: int) -> str:
-    """Why the part at `depth` is missing `inside` the object before it, None for a package of its own, and what helps."""
+    """Returns the text of an error for the missing part at `depth`, with the nearest names; `inside`: its parent, or None."""
     part, place = parts[depth], ".".join(parts[:depth])
     if inside is None:
         near = difflib.get_close_matches(part, {name.split(".")[0] for name in sys.modules}, 2)

@@ -1,4 +1,4 @@
-"""The global batch of a run, and the learning rate that goes with it."""
+"""The global batch size of a run, and the learning rate scaled by it."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from omegaconf import DictConfig
 
 from litdistill.utils.errors import UserError
 
-# How the learning rate follows the global batch: exponents. Linear: Goyal et al. 2017 (arXiv 1706.02677), section 2.1, for
+# Exponents of the batch size in the learning rate. Linear: Goyal et al. 2017 (arXiv 1706.02677), section 2.1, for
 # SGD. Square root: Krizhevsky 2014 (arXiv 1404.5997), section 5; Malladi et al. 2022 (arXiv 2205.10287) derive it for Adam.
 RULES = {"linear": 1.0, "sqrt": 0.5}
 
 
 class Scale(NamedTuple):
-    """What a run's step is made of. Prints as a sentence."""
+    """The parts of a run's global batch size and learning rate; `str()` gives a sentence for the log."""
 
     batch_size: int  # of each process
     processes: int
-    accumulated: int  # batches whose gradients make a step
-    reference: int | None  # the global batch that `given` is meant for
+    accumulated: int  # batches whose gradients are accumulated for a step
+    reference: int | None  # the global batch size that `given` is meant for
     rule: str
     given: float | None  # learning rate; None: the optimizer's own
 
     @property
     def batch(self) -> int:
-        """Samples of a step, over all processes."""
+        """Returns the number of samples in a step, over all processes."""
         return self.batch_size * self.processes * self.accumulated
 
     @property
@@ -35,7 +35,7 @@ class Scale(NamedTuple):
 
     @property
     def lr(self) -> float | None:
-        """The learning rate that is trained with."""
+        """Returns the scaled learning rate; None for the optimizer's own."""
         return None if self.given is None else self.given * self.factor
 
     def __str__(self) -> str:
@@ -51,7 +51,10 @@ class Scale(NamedTuple):
 
 
 def read_scale(cfg: DictConfig, trainer: Trainer, batch_size: int) -> Scale:
-    """That of a run of `conf/train.yaml` under this trainer. Raises `UserError` for an unknown rule or no batch."""
+    """Returns the scale of a run of `conf/train.yaml` under this trainer, with minibatches of `batch_size` in each process.
+
+    Raises `UserError` for an invalid option.
+    """
     lr = cfg.optimizer.get("lr")
     if lr is not None and not isinstance(lr, (int, float)):
         raise UserError(f"optimizer.lr={lr} is no number.")

@@ -1,8 +1,8 @@
-"""Whose run a folder holds, and how a run of another goes on.
+"""The origin of run folders: which ones this user made, and how a foreign run is resumed.
 
-When a run starts, a digest of what decides which code it executes is kept in the user's own folder. A run folder whose digest
-is there was made by this user, and may name any class; it may be moved. One that is not there, or was edited since, is a
-stranger's: `litdistill.config.trust` says what it may do.
+When a run starts, a digest of its config and overrides, which decide what code it executes, is stored in the user's state
+folder. A run folder with a stored digest was made by this user, may name any class, and may be moved. A folder without one,
+or edited since, is foreign: `litdistill.config.trust` restricts what its config may name.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from litdistill.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
-# Set while a run goes on that another made: which packages its config may name. Processes that it starts inherit it.
+# Set while a foreign run is resumed, with the packages that its config may name. Child processes inherit it.
 FOREIGN = "LITDISTILL_FOREIGN_RUN"
-PLACES = ("runs", "folder", "resume", "trust")  # keys that are the user's to say, and no run folder's or recipe's
+PLACES = ("runs", "folder", "resume", "trust")  # keys that only the user sets, never a run folder or a recipe
 
 
-# -- whose run it is ----------------------------------------------------------------------------------------------------
+# -- origin of a run ----------------------------------------------------------------------------------------------------
 
-_MADE: set[str] = set()  # digests of the runs of this process, also where they cannot be kept
+_MADE: set[str] = set()  # digests of the runs of this process, in case they cannot be stored
 
 
 def state_folder() -> Path:
-    """Where the digests of this user's runs are kept: $LITDISTILL_STATE, or litdistill in the user's folder for states."""
+    """Returns the folder of the digests of this user's runs: $LITDISTILL_STATE, else litdistill in the XDG state folder."""
     if own := os.environ.get("LITDISTILL_STATE"):
         return Path(own).expanduser()
     return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state").expanduser() / "litdistill"
@@ -58,7 +58,7 @@ class StartRecord(NamedTuple):
 def start_record(file: Path, backup: Path) -> StartRecord | None:
     """Reads Hydra's record, or its backup where it is missing or half written; None without either.
 
-    There is no other reader: what decides whose run it is must be what it goes on with.
+    It is the only reader of that record, so that the checked overrides are the ones that are replayed.
     """
     return read_record(file) or read_record(backup)
 
@@ -77,14 +77,14 @@ def read_record(file: Path) -> StartRecord | None:
 
 
 def run_records(folder: Path) -> tuple[Path, Path]:
-    """Where Hydra's record of a run lies, and its backup while Hydra rewrites it."""
+    """Returns the path of Hydra's record of a run, and that of its backup for the time that Hydra rewrites it."""
     return folder / ".hydra" / "hydra.yaml", folder / ".hydra" / "hydra.before.yaml"
 
 
 def run_digest(folder: Path, config: bytes | None = None) -> str | None:
-    """The SHA-256 of what decides which code a run executes: its config and its overrides, as written, wherever it lies.
+    """Returns the SHA-256 of a run's config and overrides, which decide what code it executes; the path does not enter.
 
-    `config`: the bytes of its config where they were read already. None where there is none.
+    `config`: the bytes of its config, if already read. Returns None if there is no config.
     """
     kept = folder / ".hydra"
     try:
@@ -96,13 +96,13 @@ def run_digest(folder: Path, config: bytes | None = None) -> str | None:
 
 
 def _overrides(folder: Path) -> list[str] | None:
-    """What Hydra noted that the run was started with; None for one that another run trained."""
+    """Returns the overrides in Hydra's record of a run; None for a run that was trained as another's prerequisite."""
     found = start_record(*run_records(folder))
     return found.overrides if found else None
 
 
 def _started_with(overrides: list[str] | None) -> bool:
-    """Whether it was this process that was started with what a folder says."""
+    """Returns whether this process was started with these overrides; True for None."""
     if overrides is None:
         return True
     return HydraConfig.initialized() and overrides == OmegaConf.to_container(
@@ -111,7 +111,7 @@ def _started_with(overrides: list[str] | None) -> bool:
 
 
 def made_here(folder: Path, config: bytes | None = None) -> bool:
-    """Whether this user has started the run in `folder`, and its config is what it was then."""
+    """Returns whether this user started the run in `folder` with the config and overrides that it now has."""
     digest = run_digest(folder, config)
     if digest is None:
         return False
@@ -121,7 +121,7 @@ def made_here(folder: Path, config: bytes | None = None) -> bool:
 
 
 def remember(folder: Path, cfg: DictConfig) -> None:
-    """Keeps that this user starts the run in `folder`, if the config that lies there is the one that it runs with."""
+    """Stores the digest of the run in `folder` as this user's, if the config in the folder equals `cfg`."""
     try:
         config = (folder / ".hydra" / "config.yaml").read_bytes()
     except OSError:
@@ -131,7 +131,7 @@ def remember(folder: Path, cfg: DictConfig) -> None:
     digest = run_digest(folder, config)
     assert digest is not None
     from litdistill.utils.checkpoint import (
-        write_text,  # with torch, for which commands do not wait before they know their config
+        write_text,  # imports torch, which is slow, so only when needed
     )
 
     _MADE.add(digest)
@@ -141,14 +141,14 @@ def remember(folder: Path, cfg: DictConfig) -> None:
         log.info("It is not kept that this run was made here: %s", error)
 
 
-# -- a run of another that goes on --------------------------------------------------------------------------------------
+# -- resuming a foreign run ---------------------------------------------------------------------------------------------
 
 
 def replayable(overrides: Sequence[str], folder: str | Path) -> list[str]:
-    """Those of a run's overrides that it goes on with. Raises `UserError` for one that does more than set a key.
+    """Returns the overrides of a run that are replayed when it is resumed. Raises `UserError` for a disallowed one.
 
-    Of no run is anything of Hydra's own replayed, since none of it is needed. Where things lie, and what is trusted, is not
-    another's run to say; nor does it name files of configs by a path, or call a resolver.
+    Disallowed in any run: overrides of Hydra's own keys, which resuming does not need. Disallowed in a foreign run: config
+    files named by a path, and resolvers. A foreign run's overrides of `PLACES` are dropped.
     """
     kept, own = [], made_here(Path(folder))
     for text in overrides:
@@ -170,13 +170,13 @@ def _check_override(text: str, key: str, value: Any, folder: str | Path) -> None
     package = key.partition("@")[2].removeprefix("_global_.")
     if package.split(".")[0] in PLACES:
         raise refusal(key, value, folder, "Where things lie, and what is trusted, is not the run's to say")
-    # A key without a dot may choose a file of a folder of configs.
+    # A key without a dot may select a config file of a group.
     if "." not in key.split("@")[0] and any(OUTSIDE.search(v) for v in _texts(value)):
         raise refusal(key, value, folder, "A file of conf is chosen by its name, by no path")
 
 
 def _parsed(text: str, folder: str | Path) -> tuple[str, Any]:
-    """The key of an override without its sign, its package included, and its value."""
+    """Returns the key of an override with its package and without its sign, and the value."""
     try:
         if text.startswith("-"):
             raise refusal("hydra.overrides", text, folder, "An option of a command is no override")
@@ -202,14 +202,15 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def begin_foreign(folder: str | Path) -> None:
-    """From now on this process, and those that it starts, train what another's run says."""
+    """Marks this process, and the processes that it starts, as resuming the foreign run in `folder`."""
     os.environ[FOREIGN] = json.dumps({"folder": str(folder), "trust": []})
 
 
 def check_foreign(cfg: DictConfig, folder: str | Path | None = None, trust: Any = None) -> None:
-    """`check_trusted` for whatever is about to be trained, where another's run goes on; nothing otherwise.
+    """Calls `check_trusted` for a config before its training if a foreign run is resumed; otherwise does nothing.
 
-    `folder`: where it writes, the run's own where None. `trust`: what the command trusts, kept for what it trains on the way.
+    `folder`: where the config's run writes; None: the foreign run's folder. `trust`: the packages that the command trusts,
+    stored for the run's prerequisites.
     """
     if (text := os.environ.get(FOREIGN)) is None:
         return
@@ -221,12 +222,12 @@ def check_foreign(cfg: DictConfig, folder: str | Path | None = None, trust: Any 
 
 
 def is_foreign() -> bool:
-    """Whether it is another's run that goes on."""
+    """Returns whether this process resumes a foreign run."""
     return FOREIGN in os.environ
 
 
 def check_links(folder: str | Path) -> None:
-    """Raises `UserError` for a symbolic link inside a run's folder that leads out of it: writing would follow it."""
+    """Raises `UserError` for a symbolic link in a run's folder that points out of it, since writing would follow it."""
     root = Path(folder).resolve()
     for place, folders, files in os.walk(root):
         for name in (*folders, *files):

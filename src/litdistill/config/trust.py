@@ -1,14 +1,14 @@
-"""What comes with weights may run no code of its own: the one place that decides what a run folder may name.
+"""Checks that the config of a foreign run folder can execute no code beyond an allowlist of classes and functions.
 
-A run folder is evaluated, exported, reported, resumed; its config decides which classes are made. Where this user made the
-run, that is their own code. Any other's config is held against an exact list of classes and functions, after everything in
-it is resolved; what is not found there is refused. `trust=[my_package]` adds packages by name.
+A run folder is evaluated, exported, reported and resumed, and its config decides which classes are instantiated. A config of
+this user's own run is their code. A foreign config is resolved and compared with an exact list of classes and functions; any
+other name is refused. `trust=[my_package]` adds packages by name.
 
-Of such a config
-- no interpolation calls a resolver (`${oc.env:…}`, `${hydra:…}`): it could read the environment, or hide a node;
-- each `_target_` stands there in full, so that no merge of a recipe makes another of it, and each member of an ensemble is
-  held to the class that it is merged into;
-- callbacks and loggers write inside the run folder only, and nothing is sent elsewhere;
+In such a config
+- no interpolation calls a resolver (`${oc.env:…}`, `${hydra:…}`), which could read the environment or hide a node;
+- each `_target_` is written in full, so that merging a recipe cannot change it, and each member of an ensemble is checked
+  with the class that it is merged into;
+- callbacks and loggers write only inside the run folder, and send nothing elsewhere;
 - options that a library's builder takes unchecked are numbers.
 """
 
@@ -32,9 +32,9 @@ from litdistill.config.instantiate import locate
 from litdistill.utils.errors import UserError
 
 PLAIN = re.compile(r"\$\{\.*\w+(\.\w+|\[\d+\])*\}")  # an interpolation of another key
-OUTSIDE = re.compile(r"^[/~\\]|(^|[/\\])\.\.([/\\]|$)|::|:/|\$")  # a text that may be a path to elsewhere
+OUTSIDE = re.compile(r"^[/~\\]|(^|[/\\])\.\.([/\\]|$)|::|:/|\$")  # a text that may be a path outside of the run folder
 PATH = re.compile(r"[/\\$]|\.\.")
-# Whose functions run anything for whoever names them.
+# Packages with functions that can execute arbitrary code, which `trust` may not name.
 NEVER = sys.stdlib_module_names | {
     *("builtins", "litdistill", "torch", "torchvision", "torchaudio", "torchmetrics", "timm", "lightning", "hydra"),
     *("lightning_fabric", "lightning_utilities", "pytorch_lightning", "omegaconf", "numpy", "scipy", "sklearn", "PIL"),
@@ -68,11 +68,16 @@ OWN = (
     "litdistill.training.callbacks.ClassBias",
     "litdistill.distillation.sharding.ShardedTeacher",
 )
-FOLDERS = ("dirpath", "save_dir", "default_root_dir")  # options of Lightning's that name where something is written
-NOT_GIVEN = ("plugins", "model_registry", "profiler")  # which load code or send weights; a profiler may be a plain name
+FOLDERS = ("dirpath", "save_dir", "default_root_dir")  # options of Lightning's classes that are output folders
+NOT_GIVEN = ("plugins", "model_registry", "profiler")  # may load code or send weights; a profiler may be a plain name
 SWITCHES = ("_partial_", "_recursive_", "_convert_")
-BUILDERS = ("lightning.", "torchvision.", "litdistill.models.", "litdistill.distillation.sharding.")  # hand options on
-# Texts among the options of networks: names that the library itself looks up.
+BUILDERS = (
+    "lightning.",
+    "torchvision.",
+    "litdistill.models.",
+    "litdistill.distillation.sharding.",
+)  # pass options on to libraries
+# Options of networks that may be texts: names that the library itself looks up.
 NAMES = {
     "name": re.compile(r"[\w.-]*"),
     "weights": re.compile(r"\w+(\.\w+)?"),
@@ -81,12 +86,12 @@ NAMES = {
 }
 
 
-# -- what may be named --------------------------------------------------------------------------------------------------
+# -- the allowlist ------------------------------------------------------------------------------------------------------
 
 
 @functools.cache
 def allowed() -> frozenset[str]:
-    """The dotted paths of all classes and functions that any run's config may name."""
+    """Returns the dotted paths of all classes and functions that a foreign config may name."""
     import torch
     import torchvision
 
@@ -108,7 +113,7 @@ def _classes(module: Any, names: Iterable[str], base: type) -> Iterator[str]:
 
 
 def _own(package: str) -> Iterator[tuple[str, Any]]:
-    """Dotted path and object of what is public and defined in the modules of a package of this project."""
+    """Yields the dotted path and the object of each public definition in the modules of a package of this project."""
     for info in pkgutil.iter_modules(importlib.import_module(package).__path__, f"{package}."):
         for name, found in vars(importlib.import_module(info.name)).items():
             if not name.startswith("_") and getattr(found, "__module__", None) == info.name:
@@ -133,7 +138,7 @@ def _own_methods() -> Iterator[str]:
 
 
 def packages(trust: Any) -> tuple[str, ...]:
-    """The names of packages in `trust`. Raises `UserError` for what is no list of them, and for those never to be trusted."""
+    """Returns the package names in `trust`. Raises `UserError` if it is not a list of names, or names one of `NEVER`."""
     names = OmegaConf.to_container(trust) if OmegaConf.is_config(trust) else trust
     names = [] if names is None else names
     if not isinstance(names, (list, tuple)) or not all(isinstance(n, str) and n.isidentifier() for n in names):
@@ -148,16 +153,15 @@ def packages(trust: Any) -> tuple[str, ...]:
 
 
 def check_trusted(cfg: DictConfig, folder: str | Path, trust: Any = ()) -> None:
-    """Raises `UserError` that names the key where a run's config could do more than build what this project offers.
+    """Raises a `UserError` that names the key if a foreign config names or does anything outside of the allowlist.
 
-    `folder`: the run's, inside which its callbacks and loggers may write. `trust`: packages that it may name too.
+    `folder`: the run folder, inside which callbacks and loggers may write. `trust`: packages that the config may name too.
     """
     trusted = packages(trust)
     raw: Any = OmegaConf.to_container(cfg, resolve=False)
     place = raw.pop("folder", "")
-    if place != "${hydra:runtime.output_dir}" and (
-        not isinstance(place, str) or "$" in place
-    ):  # as conf/train.yaml has it
+    # conf/train.yaml sets the folder to this interpolation.
+    if place != "${hydra:runtime.output_dir}" and (not isinstance(place, str) or "$" in place):
         raise refusal("folder", place, folder, "It is a path")
     for key, value in _leaves(raw):
         if not isinstance(value, (str, int, float, type(None), dict, list)):  # YAML makes paths and bytes too
@@ -209,7 +213,7 @@ def _check_target(key: str, target: Any, folder: str | Path, trusted: Sequence[s
 
 
 def _of_package(target: str, package: str) -> bool:
-    """Whether a class or function is defined in a package, and named there neither through a class nor by a private name."""
+    """Returns whether `target` is a class or function defined in `package`, public, and an attribute of a module."""
     if any(part.startswith("_") for part in target.split(".")):
         return False
     found, holder = locate(target), locate(target.rpartition(".")[0])
@@ -218,9 +222,9 @@ def _of_package(target: str, package: str) -> bool:
 
 
 def _check_options(key: str, node: dict[str, Any], folder: Path) -> None:
-    """Refuses options with which what may be named would write elsewhere, send something, or load a file."""
+    """Raises `UserError` for options by which an allowed class could write elsewhere, send data, or load a file."""
     from litdistill.config.recipes import (
-        NETWORK_META_KEYS,  # imports torch, which a command does before its first check and not at once
+        NETWORK_META_KEYS,  # imports torch, which is slow, so only when needed
     )
 
     target = str(node["_target_"])
@@ -244,7 +248,10 @@ def _check_options(key: str, node: dict[str, Any], folder: Path) -> None:
 
 
 def _check_handed_on(key: str, name: str, value: Any, takes: Mapping[str, inspect.Parameter], folder: Path) -> None:
-    """What a signature does not name goes on to a library's builder: `pretrained_cfg_overlay`, `checkpoint_path`, …"""
+    """Raises `UserError` for a non-numeric option outside of the signature, which a builder passes on to its library.
+
+    Such options include timm's `pretrained_cfg_overlay` and `checkpoint_path`.
+    """
     if name in NAMES:
         if not (_numeric(value) or (isinstance(value, str) and NAMES[name].fullmatch(value))):
             raise refusal(key, value, folder, "It is a name of the library's own, and no path")
@@ -263,7 +270,7 @@ def _check_places(key: str, name: str, value: Any, folder: Path) -> None:
 
 
 def _members(key: str, node: dict[Any, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The networks that a node's `ensemble` stands for, each with its diff merged in: a diff alone names no class."""
+    """Yields the key and node of each network in a node's `ensemble`, with its diff merged in, which names the class."""
     diffs = node.get("ensemble")
     if not isinstance(diffs, list):
         return
@@ -283,7 +290,7 @@ def _numeric(value: Any) -> bool:
 
 
 def _nodes(node: Any, key: str = "") -> Iterator[tuple[str, dict[Any, Any]]]:
-    """All dicts in plain values, by their place."""
+    """Yields all dicts in plain values with their dotted keys."""
     if isinstance(node, dict):
         yield key, node
     for name, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
@@ -291,7 +298,7 @@ def _nodes(node: Any, key: str = "") -> Iterator[tuple[str, dict[Any, Any]]]:
 
 
 def _leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """All values in plain values that are neither dict nor list, by their place."""
+    """Yields all values in plain values that are neither dict nor list, with their dotted keys."""
     if not isinstance(node, (dict, list)):
         yield key, node
         return

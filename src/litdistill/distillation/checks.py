@@ -1,4 +1,4 @@
-"""What is refused before or while a `Distiller` trains, since a training would be lost or would teach nothing."""
+"""Checks before and during the training of a `Distiller`: they refuse runs that would fail late or train on wrong data."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def check_method(method: Method, teacher: object, task: Task) -> None:
-    """Raises `UserError` for a method without the teacher (None) or the kind of logits that it needs."""
+    """Raises `UserError` if the method needs a teacher and it is None, or is not defined for the task's kind of logits."""
     name = type(method).__name__
     if method.needs_teacher and teacher is None:
         raise UserError(f"{name} learns from a teacher: give one, or use Supervised.")
@@ -37,8 +37,8 @@ def check_method(method: Method, teacher: object, task: Task) -> None:
 
 
 def check_pairing(method: Method, student: nn.Module, teacher: nn.Module | None, task: Task, example: Any) -> None:
-    """Raises `UserError` for a method without the teacher, the kind of logits or the example that it needs, and for networks
-    that share parameters."""
+    """Raises `UserError` if the method lacks the teacher, the kind of logits or the example that it needs, or if student and
+    teacher share parameters."""
     check_method(method, teacher, task)
     name = type(method).__name__
     if teacher is not None and {id(p) for p in student.parameters()} & {id(p) for p in teacher.parameters()}:
@@ -56,14 +56,14 @@ def check_pairing(method: Method, student: nn.Module, teacher: nn.Module | None,
 
 
 def check_images(batch: Batch | None, *networks: nn.Module | None) -> None:
-    """Raises `UserError` for an example whose values a network that preprocesses images does not take."""
+    """Raises `UserError` if a network that preprocesses images does not accept the value range of the example."""
     for net in networks:
         if batch is not None and net is not None:
             check_scale(net, batch.inputs)
 
 
 def check_plateau(scheduler: ReduceLROnPlateau, interval: str, monitor: str, task: Task) -> None:
-    """Raises `UserError` for a schedule that would wait for the wrong thing."""
+    """Raises `UserError` for a ReduceLROnPlateau that is stepped by the step, or whose mode contradicts the metric."""
     if interval != "epoch":
         raise UserError("ReduceLROnPlateau waits for a metric of the validation: its interval is epoch.")
     if monitor == f"val/{task.monitor[0]}" and scheduler.mode != task.monitor[1]:
@@ -74,7 +74,7 @@ def check_plateau(scheduler: ReduceLROnPlateau, interval: str, monitor: str, tas
 
 
 def check_trainer(trainer: Trainer, method: Method) -> None:
-    """Raises `UserError` for a Trainer with which a method forgets, or samples that are meant to stay change."""
+    """Raises `UserError` where DDP would overwrite a method's buffers, or `overfit_batches` would not fix the samples."""
     model = trainer.strategy.model
     if isinstance(model, DistributedDataParallel) and model.broadcast_buffers:
         own = [m for m in method.modules() if not isinstance(m, NORMS)]
@@ -93,7 +93,7 @@ def check_trainer(trainer: Trainer, method: Method) -> None:
 
 
 def check_finite(distiller: Distiller, means: Mapping[str, Tensor], weights: bool = False) -> None:
-    """Raises `UserError` where the losses since the last log, or the student's weights, are no finite numbers."""
+    """Raises `UserError` if the mean loss since the last log, or with `weights` a weight of the student, is not finite."""
     if means and not math.isfinite(means["loss"]):
         bad = ", ".join(f"{k} = {float(v):g}" for k, v in means.items())
     elif weights and not _finite_weights(distiller.student):
@@ -113,7 +113,7 @@ def _finite_weights(net: nn.Module) -> bool:
 
 
 def world_size() -> int:
-    """The number of processes that train together."""
+    """Returns the number of processes of the distributed run, 1 without one."""
     from torch import distributed
 
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1

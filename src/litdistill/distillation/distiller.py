@@ -1,7 +1,7 @@
 """`Distiller`: the LightningModule that trains a student, with a frozen teacher or (`teacher=None`) without.
 
-It works with any Trainer, and with any loader whose batches its task takes. It is complete once it is constructed: what a
-method needs of both networks is found in a dry forward of `example`.
+It works with any Trainer, and with any loader whose batches its task accepts. The constructor creates all parameters: a dry
+forward of `example` gives the shapes of the features that the method reads.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ OptimizerFactory = Callable[..., Optimizer]
 
 
 class Clip(NamedTuple):
-    """How gradients are clipped inside a group of minibatches; elsewhere the Trainer does it."""
+    """How gradients are clipped within a group of minibatches; without groups the Trainer clips them."""
 
     value: float | None = None
     algorithm: str = "norm"
 
 
 class SchedulerOptions(NamedTuple):
-    """When a scheduler is stepped: `interval` is "epoch" or "step"; `monitor` is the metric that one on a plateau waits for."""
+    """When a scheduler is stepped: `interval` is "epoch" or "step"; `monitor` is the metric that ReduceLROnPlateau reads."""
 
     interval: str = "epoch"
     monitor: str | None = None
@@ -67,24 +67,24 @@ class Distiller(LightningModule):
 
     Args:
         student: the network that is trained and deployed.
-        method: what is learnt from the teacher, and how much the labels count; `Supervised` by default.
-        teacher: any module, compared with, and learnt from if the method reads it. Not part of the module: no checkpoint,
-            optimizer, average or gradient bucket ever holds it.
-        example: a batch as the loader yields it, of a few samples, on which features and projectors are made. A method
-            that reads logits alone needs none.
-        task: what the labels say, or its name (`litdistill.tasks.TASKS`).
-        optimizer: makes the optimizer from the parameters. scheduler: makes the schedule from the optimizer.
-        scheduling: when that is stepped.
+        method: computes the distillation loss and sets the weight of the labels' loss; `Supervised` by default.
+        teacher: any module. Validation compares the student with it; it gives targets if the method reads them. It is no
+            submodule: no checkpoint, optimizer, average or gradient bucket holds it.
+        example: a batch of a few samples as the loader yields it, for the dry forward that gives the shapes of features. A
+            method that reads only logits needs none.
+        task: defines the labels' loss and the metrics; a `Task` or its name (`litdistill.tasks.TASKS`).
+        optimizer: creates the optimizer from the parameters. scheduler: creates the scheduler from the optimizer.
+        scheduling: when the scheduler is stepped.
         schedule: for any term of the loss, points (epoch, factor) between which its weight is scaled linearly, with the
             first epoch counted as 1: `{"soft": [[0, 0], [20, 1]]}` warms the soft term up over 20 epochs.
-        ema: decay of an average of the student's weights, which is what is evaluated and deployed then.
-        seed: makes what a step draws a function of seed, epoch, minibatch and process, so that a run can go on anywhere.
+        ema: decay of the exponential moving average of the student's weights; the average is then evaluated and deployed.
+        seed: seeds each step by seed, epoch, minibatch and rank, so that a run can be resumed at any step.
         allow_chance: trains even with a teacher that is no better than chance.
-        data: knows its samples by id, so that the teacher's outputs can be kept (`cache`).
-        train_targets: (M,) the labels of all training samples by id, for methods that remember each sample (CRD).
-        teacher_on_validation: the teacher's outputs for `data.val_ids`, where they are known.
-        group: how many minibatches a step of Lightning holds at most; 0: one, with automatic optimization. Else it is manual,
-            for loaders that yield `Group`s (`litdistill.training.grouping`), in which gradients are clipped by `clip`.
+        data: a data module with sample ids, which caching of the teacher's outputs needs (`cache`).
+        train_targets: (M,) the labels of all training samples by id, for methods with a memory bank (CRD).
+        teacher_on_validation: the teacher's outputs for `data.val_ids`, if already computed.
+        group: the maximum number of minibatches in a step of Lightning; 0: one, with automatic optimization. Above 0,
+            optimization is manual, loaders yield `Group`s (`litdistill.training.grouping`), and `clip` clips gradients.
 
     Raises `UserError` for a method that is not defined for the task or for these networks.
     """
@@ -120,15 +120,15 @@ class Distiller(LightningModule):
         self.student = self.method.prepare(student, network, None if batch is None else batch.inputs)
         student_taps, teacher_taps = self._taps(self.student, network, batch)
         self.extractor = FeatureExtractor(self.student, student_taps)
-        how: dict[str, Any] = {"compile": frozen.mode, "faster": frozen.faster} if frozen is not None else {}
-        found = None if network is None else FrozenTeacher(network, self.task, teacher_taps, batch, **how)
-        self.__dict__["teacher"] = found  # past nn.Module's registration: see the class's docstring
+        options: dict[str, Any] = {"compile": frozen.mode, "faster": frozen.faster} if frozen is not None else {}
+        wrapped = None if network is None else FrozenTeacher(network, self.task, teacher_taps, batch, **options)
+        self.__dict__["teacher"] = wrapped  # not registered as a submodule: see the class's docstring
         self._build(batch, train_targets)
         self.average = average_of(self.student, ema) if ema is not None else None
         self.optimizer, self.scheduler, self.scheduling = optimizer, scheduler, scheduling
         self.schedule, self.seed, self.allow_chance = dict(schedule or {}), seed, allow_chance
         self.data, self.cache_options = data, cache or CacheOptions()
-        self.cache: TeacherCache | None = None  # opened when training starts, on its device
+        self.cache: TeacherCache | None = None  # opened on the training device when training starts
         self.automatic_optimization, self.clip = not group, clip
         self.means = RunningMeans(self.task)
         self.teacher_s = 0.0  # seconds spent in the teacher since the fit began
@@ -140,21 +140,21 @@ class Distiller(LightningModule):
     teacher: FrozenTeacher | None
 
     def _example(self, example: Any) -> Batch:
-        if isinstance(example, str):  # from a checkpoint, which knows types and shapes
+        if isinstance(example, str):  # a checkpoint stores the types and shapes of the example
             return Batch(inputs_like(example), None)
         return self.task.batch(example)
 
     def _taps(self, student: nn.Module, teacher: nn.Module | None, batch: Batch | None) -> tuple[list[str], list[str]]:
-        """The features that the method reads of either network."""
+        """Returns the names of the features that the method reads from the student and from the teacher."""
         if batch is None:
             return [], []
-        asked = self.method.taps()
+        taps = self.method.taps()
         run = lambda net, _: self.task.forward(net, batch, False)  # noqa: E731
-        found = resolve_taps(student, batch.inputs, asked.student, run)
-        return found, resolve_taps(teacher, batch.inputs, asked.teacher, run) if teacher is not None else []
+        names = resolve_taps(student, batch.inputs, taps.student, run)
+        return names, resolve_taps(teacher, batch.inputs, taps.teacher, run) if teacher is not None else []
 
     def _build(self, batch: Batch | None, train_targets: Tensor | None) -> None:
-        """What the method makes of shapes, from a dry forward that leaves both networks as they were."""
+        """Calls `method.build` with the outputs of a dry forward in eval mode, which leaves both networks unchanged."""
         if batch is None:
             return
         modes = [(module, module.training) for module in self.student.modules()]
@@ -168,37 +168,37 @@ class Distiller(LightningModule):
             module.training = training
 
     def _note_hyperparameters(self, batch: Batch | None, ema: float | None) -> None:
-        """What `load_from_checkpoint` finds in a checkpoint: plain numbers and strings; objects are given again."""
+        """Saves numbers and strings as hyperparameters for `load_from_checkpoint`, whose caller passes the objects again."""
         task = next((name for name, kind in TASKS.items() if type(self.task) is kind), None)
         example = None if batch is None else describe_inputs(batch.inputs)
         found = {"example": example, "task": task, "ema": ema, "seed": self.seed}
         self.save_hyperparameters({k: v for k, v in found.items() if v is not None}, logger=False)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Distiller:
-        """A copy, as callbacks that average weights make it, shares data and what is kept of the teacher."""
+        """Returns a copy that shares the data, the cache and the teacher's outputs; callbacks that average weights copy."""
         memo |= {id(shared): shared for shared in (self.data, self.cache, self.on_validation)}
         memo[id(self)] = copied = type(self).__new__(type(self))
         copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return copied
 
-    # -- what is trained and deployed --------------------------------------------------------------------------------
+    # -- trained and deployed networks -------------------------------------------------------------------------------
 
     def forward(self, inputs: Any) -> Outputs:
-        """The outputs of the network that is deployed."""
+        """Returns the outputs of the deployed network."""
         return self.task.forward(self.deployed_student, Batch(inputs, None), False)
 
     @property
     def evaluated(self) -> nn.Module:
-        """The network that is validated: the student, or the average of its weights."""
+        """Returns the network that is validated: the student, or the average of its weights."""
         return self.student if self.average is None else self.average.module
 
     @property
     def deployed_student(self) -> nn.Module:
-        """The network that is deployed: what is validated without what its method trained beside it."""
+        """Returns the network that is deployed: the validated one without the companions of the method."""
         return self.method.ship(self.evaluated)
 
     def update_average(self) -> None:
-        """Called after each step of the optimizer."""
+        """Updates the average of the weights; called after each step of the optimizer."""
         if self.average is not None:
             self.average.update_parameters(self.student)
 
@@ -219,16 +219,16 @@ class Distiller(LightningModule):
 
     @property
     def waits_for(self) -> str:
-        """The metric that a scheduler on a plateau waits for: by default the task's."""
+        """Returns the name of the metric that ReduceLROnPlateau reads: by default the task's monitor."""
         return self.scheduling.monitor or f"val/{self.task.monitor[0]}"
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Lightning's hook, which it calls in automatic optimization: any checkpoint has the average of all steps."""
+        """Lightning's hook of automatic optimization; updates the average, so that each checkpoint includes all steps."""
         super().optimizer_step(*args, **kwargs)
         self.update_average()
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        """Lightning's hook. One that waits for a metric is stepped before an epoch's checkpoint is written, not after it."""
+        """Lightning's hook. `step_plateau` steps ReduceLROnPlateau instead, before the epoch's checkpoint is written."""
         if not isinstance(scheduler, ReduceLROnPlateau):
             scheduler.step()
 
@@ -237,7 +237,7 @@ class Distiller(LightningModule):
             self.teacher.to(self.device)
 
     def on_train_start(self) -> None:
-        self.on_train_epoch_start()  # which Lightning skips for a run that goes on in the middle of an epoch
+        self.on_train_epoch_start()  # Lightning skips this hook for a run that is resumed within an epoch
         self._logged_step = self.trainer.global_step
         check_trainer(self.trainer, self.method)
         if self.teacher is not None:
@@ -257,12 +257,12 @@ class Distiller(LightningModule):
         return loss if batch.weight == 1 else loss * batch.weight
 
     def seed_step(self, index: int) -> None:
-        """Called before each minibatch, with its place in the epoch."""
+        """Seeds the generators for a minibatch; `index`: its position in the epoch."""
         if self.seed is not None:
             seed_step(self.seed, self.current_epoch, index, self.global_rank, self.device)
 
     def loss(self, batch: Batch, teacher: Outputs | None = None) -> Tensor:
-        """The loss of one minibatch; `teacher`: its outputs, where they are known already."""
+        """Returns the loss of one minibatch, a scalar; `teacher`: its outputs, if already computed."""
         if teacher is None and self.needs_teacher_outputs:
             teacher = self.teacher_outputs(batch)
         student = self.extractor.run(lambda net: self.task.forward(net, batch, True))._replace(ids=batch.ids)
@@ -277,7 +277,7 @@ class Distiller(LightningModule):
         return torch.stack(list(terms.values())).sum()
 
     def _label_terms(self, student: Outputs, batch: Batch) -> dict[str, Tensor]:
-        """What the labels say, of the student and of whatever the method trains beside it, weighted by the method."""
+        """Returns the terms of the labels' loss, summed over student and companions and weighted by the method's `hard`."""
         weight = self.method.hard * self.method.hard_factor(self.current_epoch)
         if not weight:
             return {}
@@ -289,11 +289,11 @@ class Distiller(LightningModule):
 
     @property
     def needs_teacher_outputs(self) -> bool:
-        """Whether a step asks the teacher."""
+        """Returns whether a training step needs the teacher's outputs."""
         return self.teacher is not None and self.method.needs_teacher
 
     def teacher_outputs(self, batch: Batch) -> Outputs:
-        """The teacher's outputs for a batch, kept or computed."""
+        """Returns the teacher's outputs for a batch, from the cache or computed, and adds the time to `teacher_s`."""
         outputs, seconds = timed_outputs(self, batch)
         self.teacher_s += seconds
         self.means.teacher_s += seconds
@@ -321,13 +321,13 @@ class Distiller(LightningModule):
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds what each process's method remembers (CRD's memories), which the first one's state alone would leave out."""
+        """Adds the method's buffers of all ranks (CRD's memory banks), since a state dict contains only those of rank 0."""
         if self.trainer.world_size > 1:
             own = {name: self.all_gather(x) for name, x in self.method.named_buffers()}
             checkpoint["buffers_of_ranks"] = own
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Gives each process its own of those back, where there are as many as before."""
+        """Restores each rank's own buffers if the number of processes is unchanged."""
         for name, of_ranks in checkpoint.get("buffers_of_ranks", {}).items():
             if len(of_ranks) == world_size():
                 checkpoint["state_dict"][f"method.{name}"] = of_ranks[self.global_rank]
@@ -336,9 +336,9 @@ class Distiller(LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         if self.trainer.world_size > 1:
-            for buffer in self.evaluated.buffers():  # each process has seen other batches
+            for buffer in self.evaluated.buffers():  # ranks have batch statistics of different batches
                 torch.distributed.broadcast(buffer, 0)
-        if not self.trainer.sanity_checking:  # no checkpoint is written of what is not a number
+        if not self.trainer.sanity_checking:  # before a checkpoint of non-finite weights is written
             check_finite(self, self.means.means(), weights=True)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -363,7 +363,7 @@ class Distiller(LightningModule):
         self.test_metrics.reset()
 
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """The task's predictions; a batch may come without labels."""
+        """Returns the task's predictions by name, each (N, ...); the batch may lack labels."""
         labelled = isinstance(batch, (Batch, Mapping)) or (isinstance(batch, (tuple, list)) and len(batch) > 1)
         batch = (
             self.task.batch(batch) if labelled else Batch(batch[0] if isinstance(batch, (tuple, list)) else batch, None)
@@ -371,13 +371,13 @@ class Distiller(LightningModule):
         return self.task.decode(self.task.forward(self.deployed_student, batch, False))
 
     def _log_evaluation(self, split: str, values: Mapping[str, float]) -> None:
-        for name, value in values.items():  # equal in every process: what was gathered is everything
+        for name, value in values.items():  # equal on all ranks: metrics gather the samples of all
             self.log(f"{split}/{name}", value, prog_bar=name == self.task.monitor[0])
         if not self.automatic_optimization:
-            self.log("step", float(self.trainer.global_step))  # Lightning would count groups
+            self.log("step", float(self.trainer.global_step))  # by default Lightning's x axis counts groups
 
     def _open_cache(self) -> None:
-        """Where the teacher is read, its outputs can be known by id and view, and keeping them pays."""
+        """Opens the cache if the method needs the teacher, samples have ids, and caching saves time."""
         epochs, data = self.trainer.max_epochs or 0, self.data
         if data is not None and self.cache_options.mode != "off" and self.needs_teacher_outputs:
             assert self.teacher is not None

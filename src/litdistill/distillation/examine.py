@@ -1,4 +1,4 @@
-"""The teacher on the validation set: run once, judged against chance, and compared with the student each epoch."""
+"""The teacher on the validation set: evaluated once, compared with chance level, and with the student after each epoch."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ log = logging.getLogger(__name__)
 
 
 class TeacherOnValidation:
-    """Keeps the teacher's outputs for the validation batches, and adds up how far the student follows them.
+    """Stores the teacher's outputs for the validation batches, and accumulates the student's agreement with them.
 
-    `known`: outputs for `data.val_ids`, in their order, where they lie already.
+    `known`: the outputs for `data.val_ids`, in that order, if already computed.
     """
 
     def __init__(self, known: Outputs | None = None, data: IndexedData | None = None):
         self.known, self.data = known, data
-        self.batches: list[tuple[Outputs, Tensor]] = []  # by index: outputs, and what tells the batch from another
+        self.batches: list[tuple[Outputs, Tensor]] = []  # by batch index: outputs, and the batch's `_mark`
         self.metrics: dict[str, float] = {}
         self._sums: dict[str, Tensor] = {}
         self._count = 0
 
     def run(self, distiller: Distiller) -> tuple[dict[str, float], Tensor | None]:
-        """The teacher's metrics over the validation set and all its labels; its outputs are kept by batch."""
+        """Returns the teacher's metrics on the validation set and all labels (M,); stores its outputs by batch."""
         trainer, task = distiller.trainer, distiller.task
         metrics, targets, outputs = task.metrics().to(distiller.device), [], []
         self.batches = []
         loader: Any = trainer.val_dataloaders
         for i, raw in enumerate(loader):
-            if i >= trainer.num_val_batches[0]:  # limit_val_batches, which the student's evaluation obeys too
+            if i >= trainer.num_val_batches[0]:  # limit_val_batches, as in the student's evaluation
                 break
             batch = task.batch(trainer.strategy.batch_to_device(raw))
             out = self._outputs(distiller, batch)
@@ -63,17 +63,17 @@ class TeacherOnValidation:
         return Outputs({name: head[place].to(distiller.device) for name, head in self.known.heads.items()})
 
     def compare(self, distiller: Distiller, student: Outputs, batch: Batch, index: int) -> None:
-        """Adds a validation batch. A loader that shuffles, against all custom, has the teacher asked anew."""
+        """Adds the agreement on a validation batch. The teacher is run again if the loader shuffles."""
         kept = self.batches[index] if index < len(self.batches) else None
         if kept is None:
-            return  # nobody has run the teacher: the student is validated alone
+            return  # `run` was not called: only the student is validated
         outputs = kept[0] if torch.equal(kept[1], _mark(batch)) else distiller.teacher(batch)  # type: ignore[misc]
         for name, values in distiller.task.agreement(student, outputs).items():
             self._sums[name] = self._sums.get(name, 0) + values.double().sum()
         self._count += len(batch.targets)
 
     def agreement(self, device: torch.device) -> dict[str, float]:
-        """The means over all samples of all processes since the last call, and the teacher's own metric."""
+        """Returns the mean agreements over all samples of all processes since the last call, and the teacher's metric."""
         if not self._count:
             return {}
         sums = torch.stack([*self._sums.values(), torch.tensor(float(self._count), dtype=torch.float64, device=device)])
@@ -85,12 +85,12 @@ class TeacherOnValidation:
 
 
 def _mark(batch: Batch) -> Tensor:
-    """What tells a batch from another one: its ids, or its sum."""
+    """Returns a tensor that identifies a batch: its ids (N,), or the sum of its first input."""
     return batch.ids if batch.ids is not None else first_tensor(batch.inputs).double().sum()
 
 
 def _gathered(targets: list[Any], world_size: int) -> Tensor | None:
-    """All labels of all processes, each sample once; None where they are no tensors."""
+    """Returns the labels of all processes, concatenated; None if they are not tensors."""
     if not targets or not all(isinstance(t, Tensor) for t in targets):
         return None
     whole = torch.cat(targets)
@@ -98,7 +98,7 @@ def _gathered(targets: list[Any], world_size: int) -> Tensor | None:
 
 
 def warn_of_probabilities(outputs: list[Outputs]) -> None:
-    """Warns of a teacher whose rows are probabilities where logits are expected: softened, they are almost flat."""
+    """Warns if the teacher returns probabilities instead of logits: their softmax at a temperature is almost uniform."""
     heads = [out.heads["logits"] for out in outputs if "logits" in out.heads]
     if not heads or heads[0].ndim != 2 or heads[0].shape[1] < 2:
         return
@@ -111,7 +111,7 @@ def warn_of_probabilities(outputs: list[Outputs]) -> None:
 
 
 def check_teacher(task: Task, metrics: Mapping[str, float], targets: Tensor | None, allow_chance: bool = False) -> None:
-    """Raises `UserError` for a teacher whose metrics are no numbers, or no better than chance."""
+    """Raises `UserError` for a teacher whose monitored metric is NaN or no better than chance."""
     name, _ = task.monitor
     value = metrics.get(name)
     if value is None:

@@ -1,6 +1,6 @@
-"""Faster forms of a frozen network. Each gives what the network gives, up to rounding: what does not is not taken.
+"""Faster forms of a frozen network. A form is used only if its outputs equal the network's up to rounding.
 
-Preprocessing stays as it is, and the network behind it is made faster.
+Preprocessing is left unchanged; only the network behind it is transformed.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from torch.fx.experimental.optimization import fuse
 from litdistill.models.preprocess import Preprocessed
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-TOLERANCE = 1e-4  # of any logit, relative to the largest: what a faster form may change by rounding
+TOLERANCE = 1e-4  # largest difference of any logit between the two forms, relative to the largest logit
 
 
 @torch.no_grad()
 def outputs_match(net: nn.Module, other: nn.Module, images: Tensor) -> bool:
-    """Whether two networks give the same logits for a few images, up to rounding."""
+    """Returns whether two networks have equal logits for a few images, up to `TOLERANCE`."""
     logits = net(images)
     return bool((other(images) - logits).abs().max() < TOLERANCE * logits.abs().max())
 
 
 def fuse_batchnorm(net: nn.Module, example: Tensor) -> nn.Module:
-    """A copy of `net` for images of the size of `example` (N, C, H, W): batch normalisations folded into the convolutions
-    before them, and convolutions to a single pixel as matrix products. `net` itself where it cannot be traced, has no
-    normalisation, or where the two differ on `example` by more than `TOLERANCE`.
+    """Returns a copy of `net` for images of the size of `example` (N, C, H, W), with batch normalizations folded into the
+    convolutions before them, and convolutions to a single pixel as matrix products. Returns `net` itself if it cannot be
+    traced, has no normalization, or if the outputs for `example` differ by more than `TOLERANCE`.
 
-    Exact in real numbers: in eval mode a normalisation is a fixed scale and shift (Jacob et al. 2018, arXiv 1712.05877,
+    Exact in real numbers: in eval mode a normalization is a fixed scale and shift (Jacob et al. 2018, arXiv 1712.05877,
     section 3.2). On a CPU it makes a small ConvNet 1.4 times faster on top of channels-last, and a ResNet-50 on 28x28 images
-    1.3 times, whose last stage is a single pixel. What it gives for an image depends on no other one and not on its place.
+    1.3 times, whose last stage is a single pixel. The output for an image depends neither on the batch nor on its position.
     """
     if isinstance(net, Preprocessed):
         inner = fuse_batchnorm(net.net, net.preprocess(example))
@@ -46,12 +46,12 @@ def fuse_batchnorm(net: nn.Module, example: Tensor) -> nn.Module:
         fused = fuse(net).requires_grad_(False).to(memory_format=torch.channels_last)
         fused = _with_products(fused, example)
         return fused if outputs_match(net, fused, example) else net
-    except Exception:  # tracing runs the network's own code on stand-ins: whatever that raises, it cannot be traced
+    except Exception:  # tracing runs the network's code on proxies, which may raise any type
         return net
 
 
 def _fuse_parts(net: nn.Module, example: Tensor) -> nn.Module:
-    """An ensemble, or whatever else calls networks on its own inputs, with each of these made faster in a copy."""
+    """Returns a copy of a network of networks, such as an ensemble, with `fuse_batchnorm` applied to each of them."""
     faster = copy.deepcopy(net)
     for parent in list(faster.modules()):
         for name, child in list(parent.named_children()):
@@ -61,14 +61,14 @@ def _fuse_parts(net: nn.Module, example: Tensor) -> nn.Module:
 
 
 def prepack(net: nn.Module, images: Tensor) -> nn.Module:
-    """A copy, for CPUs, of a network that `fuse_batchnorm` gave: each weight laid out once as its kernel wants it, and ReLUs
-    inside convolutions; or `net` itself, as there.
+    """Returns a copy, for CPUs, of a network from `fuse_batchnorm`, with weights prepacked in the layout of their kernels and
+    ReLUs fused into convolutions. Returns `net` itself if that is not possible or the outputs differ.
 
-    Otherwise oneDNN lays weights out anew in each call, a fifth of the time of a ResNet-50 on 64 images of 28x28. In return
-    the last bits of what is given for an image depend on its place in the batch, so this is taken on demand alone.
+    Otherwise oneDNN reorders weights in each call, a fifth of the time of a ResNet-50 on 64 images of 28x28. With prepacking
+    the last bits of an image's output depend on its position in the batch, so it is used on request only.
 
-    Only a network that symbolic tracing went through is taken, and two batch sizes are compared: a network whose course
-    depended on what it is given would be written down as it went once.
+    Accepts only a network that symbolic tracing has transformed, and compares two batch sizes: `torch.jit.trace` records one
+    path of data-dependent control flow.
     """
     if isinstance(net, Preprocessed):
         inner = prepack(net.net, net.preprocess(images))
@@ -77,7 +77,7 @@ def prepack(net: nn.Module, images: Tensor) -> nn.Module:
         return net
     try:
         with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that TorchScript is no longer developed; whoever lacks it keeps `net`
+            warnings.simplefilter("ignore")  # TorchScript warns of its deprecation; if it is missing, `net` is used
             packed = torch.jit.optimize_for_inference(torch.jit.freeze(torch.jit.trace(net, images, check_trace=False)))
             return packed if outputs_match(net, packed, images) and outputs_match(net, packed, images[:1]) else net
     except Exception:  # as above
@@ -85,8 +85,8 @@ def prepack(net: nn.Module, images: Tensor) -> nn.Module:
 
 
 class ConvAsLinear(nn.Module):
-    """A convolution of maps of `height` x `width` to a single pixel, as the matrix product that it is: of the kernel, what
-    lies on the map and not on the padding around it."""
+    """A convolution of maps of `height` x `width` to a single pixel, as a matrix product with the part of the kernel that
+    covers the map and not the padding."""
 
     def __init__(self, conv: nn.Conv2d, height: int, width: int):
         super().__init__()
@@ -107,7 +107,7 @@ class ConvAsLinear(nn.Module):
 
 
 def _with_products(net: nn.Module, images: Tensor) -> nn.Module:
-    """`net` with `ConvAsLinear` wherever one fits, changed in place."""
+    """Replaces, in place, each convolution whose output is a single pixel by `ConvAsLinear`; returns `net`."""
     sizes: dict[str, torch.Size] = {}
 
     def note(name: str, layer: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> None:

@@ -1,7 +1,7 @@
-"""What is logged while training: the means since the last log, the speed, and in groups the learning rate.
+"""Logging while training: the means since the last log, the speed, and with groups the learning rate.
 
-A single step is logged by `LightningModule.log`, as its users know it. A group of minibatches goes to the loggers itself:
-Lightning would count groups for its x, and log what it knows again at each.
+A single step is logged by `LightningModule.log`. The values of a group are passed to the loggers directly: Lightning would
+use the number of groups as x axis, and log the last values again at each group.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def log_step(distiller: Distiller) -> None:
 
 
 def log_group(distiller: Distiller) -> None:
-    """Logs the means after a group, at the optimizer's step."""
+    """Logs the means after a group, with the optimizer's step count as x axis."""
     means, trainer = _means(distiller), distiller.trainer
     if trainer.world_size > 1 and means:
         reduced = trainer.strategy.reduce(torch.stack([v.float() for v in means.values()]), reduce_op="mean")
@@ -55,5 +55,5 @@ def _speed(distiller: Distiller) -> dict[str, float]:
 
 
 def _rates(distiller: Distiller) -> dict[str, float]:
-    """The learning rates by the names of Lightning's monitor, which would log them by the group."""
+    """Returns the learning rates under the names of Lightning's LearningRateMonitor, whose x axis would count groups."""
     return {f"lr-{type(o).__name__}": float(o.param_groups[0]["lr"]) for o in distiller.trainer.optimizers}

@@ -1,7 +1,7 @@
-"""Rows of numbers in a file that processes share: each counts only if it is whole.
+"""Rows of numbers in a file that several processes share, with a checksum for each row.
 
-A row carries a fingerprint of its bytes and its place, written after it: a row that was torn by a kill, or that was damaged
-since, does not count.
+The checksum (fingerprint) of a row's bytes and index is written after the row. A row that a kill left partial, or that was
+damaged later, does not match it and is invalid.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from litdistill.utils.errors import UserError
 
 
 class RowStore:
-    """Rows of `width` numbers and a fingerprint each, in two files `<path>.rows` and `<path>.marks`, or in memory.
+    """Rows of `width` numbers and their fingerprints, in two files `<path>.rows` and `<path>.marks`, or in memory.
 
-    Raises `OSError` where there is no room for the files: room is taken when they are made, since running out of it
-    later would kill the process.
+    Raises `OSError` if the disk has no room for the files. Their blocks are allocated at creation, since a full disk would
+    later kill the process with SIGBUS.
     """
 
     def __init__(self, rows: int, width: int, dtype: torch.dtype, device: torch.device, path: Path | None = None):
@@ -31,16 +31,16 @@ class RowStore:
         self.valid = torch.zeros(rows, dtype=torch.bool)
         for index in self.marks.nonzero().flatten().split(max(1, 2**22 // width)):  # 16 MiB at a time
             self.valid[index] = self.marks[index] == fingerprint(self.values[index], index)
-        # On a CPU the file itself is what rows are gathered from; a GPU has a copy.
+        # On a CPU rows are gathered from the mapped file itself; a GPU has a copy.
         self.rows = self.values if device.type == "cpu" else self.values.to(device)
         self.valid = self.valid.to(device)
 
     def get(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """The rows (N, width) float32, and which of them are valid (N,)."""
+        """Returns the rows (N, width) float32, and which of them are valid (N,) bool."""
         return self.rows[index].float(), self.valid[index]
 
     def put(self, index: Tensor, values: Tensor) -> None:
-        """Keeps rows (N, width); `index` (N,)."""
+        """Stores rows (N, width) at `index` (N,). Raises `UserError` where a finite value overflows float16."""
         here, exact, values = index.cpu(), values, values.to(self.dtype)
         kept = values.cpu()
         if self.dtype == torch.float16 and kept.isinf().any() and exact.isfinite().all():
@@ -49,13 +49,13 @@ class RowStore:
                 "keep its outputs as float32."
             )
         self.values[here] = kept
-        self.marks[here] = fingerprint(kept, here)  # after the row: a mark without its row would be a lie
+        self.marks[here] = fingerprint(kept, here)  # after the row, so that a partial row has no valid mark
         if self.rows is not self.values:
             self.rows[index] = values
         self.valid[index] = True
 
     def refresh(self, index: Tensor) -> Tensor:
-        """Reads those of these rows (N,) that another process has written since; says which they are (N,)."""
+        """Reads the rows at `index` (N,) that another process has written; returns which of them it has, (N,) bool."""
         here = index.cpu()
         if not self.marks[here].any():
             return torch.zeros_like(index, dtype=torch.bool)
@@ -76,19 +76,19 @@ def _mapped(path: Path | None, suffix: str, count: int, dtype: torch.dtype) -> T
         return torch.zeros(count, dtype=dtype)
     file, size = path.with_name(path.name + suffix), count * dtype.itemsize
     with FileLock(path.with_name(path.name + ".lock")), open(file, "ab") as opened:
-        if os.fstat(opened.fileno()).st_size < size:  # a file that is longer belongs to a longer run, and serves too
+        if os.fstat(opened.fileno()).st_size < size:  # a longer file is of a longer run, and can be used
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(opened.fileno(), 0, size)
-            else:  # macOS: the file is made, but no room is taken
+            else:  # macOS: creates the file without allocating its blocks
                 opened.truncate(size)
     return torch.from_file(str(file), shared=True, size=count, dtype=dtype)
 
 
 def fingerprint(values: Tensor, index: Tensor) -> Tensor:
-    """A number (N,) int64, never 0, for each row (N, width) at its place (N,): it changes with any bit of either."""
+    """Returns a checksum (N,) int64, never 0, of each row (N, width) and its index (N,)."""
     words = values.contiguous().view({2: torch.int16, 4: torch.int32}[values.dtype.itemsize])
     total = words.sum(1, dtype=torch.int64)
-    head = words[:, :256].long()  # the order of words counts too, where rows are short
+    head = words[:, :256].long()  # weights the first words by position, so that their order matters
     total = splitmix64(total + (head * _ODD[: head.shape[1]]).sum(1))
     mark = splitmix64(total + GOLDEN * (index + 1))
     return torch.where(mark == 0, torch.ones_like(mark), mark)

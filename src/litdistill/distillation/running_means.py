@@ -1,4 +1,4 @@
-"""What is watched while training: noted of every minibatch, summed for many at once, read only where something is logged."""
+"""Running means of losses and scores while training: summed for several minibatches at once, read only at a log."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from litdistill.tasks.base import Task
 from litdistill.types import Outputs
 
-AT_ONCE = 16  # minibatches: a dozen small operations for each would cost as much as an optimizer's step
+AT_ONCE = 16  # minibatches summed together: a dozen small operations for each would cost as much as an optimizer's step
 
 
 class RunningMeans:
@@ -21,9 +21,9 @@ class RunningMeans:
         self.reset()
 
     def reset(self) -> None:
-        """Forgets everything and starts the clock."""
+        """Clears all sums and restarts the timer."""
         self.steps = self.samples = 0
-        self.teacher_s = 0.0  # seconds spent in the teacher (on a GPU: in giving it its orders)
+        self.teacher_s = 0.0  # seconds spent in the teacher (on a GPU: in launching its kernels)
         self._started = time.perf_counter()
         self._noted: list[tuple[dict[str, Tensor], Outputs, Outputs | None, Tensor]] = []
         self._sums: dict[str, Tensor] = {}
@@ -31,12 +31,12 @@ class RunningMeans:
 
     @property
     def elapsed(self) -> float:
-        """Seconds since the last log."""
+        """Returns the seconds since the last log."""
         return time.perf_counter() - self._started
 
     def add(self, terms: dict[str, Tensor], student: Outputs, teacher: Outputs | None, targets: Tensor) -> None:
-        """Notes a minibatch: its weighted loss terms, what both networks gave, and the labels."""
-        heads = {name: head.detach().clone() for name, head in student.heads.items()}  # a CUDA graph writes over these
+        """Adds a minibatch: its weighted loss terms, the outputs of both networks, and the labels."""
+        heads = {name: head.detach().clone() for name, head in student.heads.items()}  # a CUDA graph overwrites these
         self._noted.append(({k: v.detach() for k, v in terms.items()}, Outputs(heads), teacher, targets))
         self.steps += 1
         self.samples += len(targets)
@@ -50,9 +50,9 @@ class RunningMeans:
             self._add(name, torch.stack([terms[name].float() for terms, *_ in noted if name in terms]).sum())
         student, targets = _joined([s for _, s, _, _ in noted]), torch.cat([t for *_, t in noted])
         by_sample = self.task.scores(student, targets)
-        taught = [t for _, _, t, _ in noted if t is not None]
-        if len(taught) == len(noted):
-            by_sample |= self.task.agreement(student, _joined(taught))
+        teacher = [t for _, _, t, _ in noted if t is not None]
+        if len(teacher) == len(noted):
+            by_sample |= self.task.agreement(student, _joined(teacher))
         for name, values in by_sample.items():
             self._by_sample.add(name)
             self._add(name, values.float().sum())
@@ -61,7 +61,7 @@ class RunningMeans:
         self._sums[name] = self._sums[name] + value if name in self._sums else value
 
     def means(self) -> dict[str, Tensor]:
-        """By name, scalars on the device; `loss` is the sum of the terms. Empty where nothing was noted."""
+        """Returns the means by name, scalars on the device; `loss` is the sum of the terms. Empty without minibatches."""
         if self._noted:
             self._sum()
         found = {k: v / (self.samples if k in self._by_sample else self.steps) for k, v in self._sums.items()}
@@ -70,5 +70,5 @@ class RunningMeans:
 
 
 def _joined(outputs: list[Outputs]) -> Outputs:
-    """The heads of several minibatches in a row."""
+    """Returns the heads of several minibatches, concatenated."""
     return Outputs({name: torch.cat([o.heads[name] for o in outputs]) for name in outputs[0].heads})

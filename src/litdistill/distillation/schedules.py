@@ -1,4 +1,4 @@
-"""What changes over a run: the learning rate, the weights of loss terms, the average of the student."""
+"""Schedules of the learning rate and of the weights of loss terms, and the moving average of the student's weights."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 def warmup_cosine(optimizer: Optimizer, total: int, warmup: float = 0.05) -> LambdaLR:
-    """The learning rate rises linearly over `warmup` of `total` steps, then falls to zero along half a cosine.
+    """Returns a scheduler with linear warm-up over the share `warmup` of `total` steps, then cosine decay to zero.
 
     Loshchilov & Hutter 2017 (arXiv 1608.03983, equation 5) without restarts; warm-up as in Goyal et al. 2017
-    (arXiv 1706.02677, section 2.2). Raises `UserError` for a share that leaves no step to fall.
+    (arXiv 1706.02677, section 2.2). Raises `UserError` for `warmup` outside [0, 1) or `total` below 1.
     """
     if not 0 <= warmup < 1 or total < 1:
         raise UserError(f"warmup={warmup} is a share of total={total} steps: at least 0 and below 1; 0.05 is common.")
@@ -36,9 +36,9 @@ def warmup_cosine(optimizer: Optimizer, total: int, warmup: float = 0.05) -> Lam
 
 
 def step_plateau(distiller: Distiller) -> None:
-    """Steps the schedulers that wait for a metric, after an epoch that was validated.
+    """Steps each ReduceLROnPlateau after an epoch with a validation.
 
-    Raises `UserError` for a metric that is not there.
+    Raises `UserError` if its metric is not logged.
     """
     trainer = distiller.trainer
     every = trainer.check_val_every_n_epoch or 1
@@ -50,13 +50,13 @@ def step_plateau(distiller: Distiller) -> None:
         found, monitor = trainer.callback_metrics, distiller.waits_for
         if monitor in found:
             config.scheduler.step(float(found[monitor]))
-        elif any(name.startswith("val/") for name in found):  # else this run has gone on behind a validation
+        elif any(name.startswith("val/") for name in found):  # else the run was resumed after this epoch's validation
             names = ", ".join(sorted(name for name in found if name.startswith(("val/", "train/"))))
             raise UserError(f"The scheduler waits for {monitor}, which is not logged: name one of {names}.")
 
 
 def interpolate(points: Sequence[tuple[float, float]], x: float) -> float:
-    """The piecewise linear function through `points` (sorted by their first number), constant outside of them."""
+    """Returns the value at `x` of the piecewise linear function through `points`, sorted by x and constant outside."""
     (x0, y0), *rest = points
     if x <= x0:
         return y0
@@ -68,6 +68,6 @@ def interpolate(points: Sequence[tuple[float, float]], x: float) -> float:
 
 
 def average_of(student: nn.Module, decay: float) -> AveragedModel:
-    """The running average of the student's weights and buffers, without gradients."""
+    """Returns the exponential moving average of the student's weights and buffers, without gradients."""
     average = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
     return average.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""A teacher that does not fit one device: its frozen weights are spread over all ranks, and meet for a block at a time."""
+"""A teacher that does not fit on one device: its frozen weights are sharded over all ranks and gathered block by block."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ log = logging.getLogger(__name__)
 class ShardedTeacher(DDPStrategy):
     """DDP for the student, fully sharded data parallelism (FSDP2) for the teacher.
 
-    Zhao et al. 2023 (arXiv 2304.11277) without its backward pass: each rank keeps a part of every block's weights, gathers
-    the whole block before it runs, and lets go of it afterwards. All ranks have to run the teacher at the same time, so
-    that what it says can be kept in no cache.
+    Zhao et al. 2023 (arXiv 2304.11277) without the backward pass: each rank stores a shard of every block's weights, gathers
+    the whole block before its forward, and frees it afterwards. All ranks must run the teacher at the same time, so its
+    outputs cannot be cached.
 
     Args:
-        block: parameters that are gathered at once, at least. Each rank needs room for its share of the teacher and for
-            the largest block.
-        options: of Lightning's `DDPStrategy`.
+        block: minimum number of parameters that are gathered at once. Each rank needs memory for its shard of the teacher
+            and for the largest block.
+        options: arguments of Lightning's `DDPStrategy`.
     """
 
     def __init__(self, block: int = 10_000_000, **options: Any):
@@ -54,18 +54,18 @@ class ShardedTeacher(DDPStrategy):
 
 
 def shard(net: nn.Module, mesh: DeviceMesh, block: int) -> int:
-    """Shards the weights of `net` over `mesh` in place, in units of at least `block` parameters; gives their number.
+    """Shards the weights of `net` over `mesh` in place, in units of at least `block` parameters; returns their number.
 
-    Its state dict stays that of the whole network, gathered on the CPU; all ranks have to ask for it together.
+    The state dict remains that of the whole network, gathered on the CPU; all ranks must call `state_dict` together.
     """
-    net.to(memory_format=torch.contiguous_format)  # the only one that can be sharded
+    net.to(memory_format=torch.contiguous_format)  # the only memory format that can be sharded
     units = 0
 
     def visit(module: nn.Module) -> int:
-        """Parameters at or below `module` that no unit has yet."""
+        """Returns the number of parameters in `module` that belong to no unit yet."""
         nonlocal units
         left = sum(p.numel() for p in module.parameters(recurse=False))
-        # An attention of torch's reads the weights of its output layer without calling it.
+        # nn.MultiheadAttention reads the weights of its output layer without calling the layer.
         parts = module.parameters(recurse=True) if isinstance(module, nn.MultiheadAttention) else ()
         left = sum(p.numel() for p in parts) or left + sum(visit(child) for child in module.children())
         if module is not net and (left < block or isinstance(module, (nn.ModuleList, nn.ModuleDict))):

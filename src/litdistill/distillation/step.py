@@ -1,8 +1,8 @@
-"""A training step of several minibatches: Lightning's own cost a step is paid once for all of them.
+"""A training step of several minibatches, which pays Lightning's overhead per step once for all of them.
 
-Lightning sees one step of manual optimization. What it would do between minibatches is done here: clipping, the average
-of the weights, random draws, schedulers, and an end at `max_steps`. Everything else that happens between steps, as logs,
-validation, checkpoints and a stop, happens between groups. `training/grouping.py` knows where that is right.
+To Lightning it is one step of manual optimization. This module does what Lightning would do between minibatches: clipping,
+the average of the weights, seeding, schedulers, and the stop at `max_steps`. Logs, validation, checkpoints and a graceful
+stop happen between groups. `training/grouping.py` decides where groups are equivalent.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 def train_group(distiller: Distiller, group: Group) -> Tensor:
     """Optimizes on the minibatches of `group` one after the other; returns the loss of the last one."""
     trainer, optimizer = distiller.trainer, distiller.optimizers()
-    taught = teacher_ahead(distiller, group)
+    teacher = teacher_ahead(distiller, group)
     loss = torch.zeros(())
     for i, batch in enumerate(group.minibatches()):
         distiller.seed_step(group.first + i)
-        loss = distiller.loss(batch, taught[i] if taught else None)
+        loss = distiller.loss(batch, teacher[i] if teacher else None)
         optimizer.zero_grad()  # type: ignore[union-attr]
         distiller.manual_backward(loss * batch.weight if batch.weight != 1 else loss)
         if distiller.clip.value is not None:
@@ -45,10 +45,10 @@ def train_group(distiller: Distiller, group: Group) -> Tensor:
 
 
 def teacher_ahead(distiller: Distiller, group: Group) -> Sequence[Outputs] | None:
-    """The teacher's outputs for each minibatch of a group, run at once: it is frozen, and large batches are what is fast.
+    """Returns the teacher's outputs for each minibatch of a group, from one forward: large batches are faster on a GPU.
 
-    None where that gains nothing: without a teacher, for features that nobody keeps, which are too much to hold, and on a
-    CPU, which is as fast on small batches.
+    Returns None without a teacher; for uncached features, which take too much memory for a whole group; and without a cache
+    on a CPU, where large batches are no faster.
     """
     if not distiller.needs_teacher_outputs:
         return None
@@ -59,24 +59,26 @@ def teacher_ahead(distiller: Distiller, group: Group) -> Sequence[Outputs] | Non
 
 
 def step_schedulers(distiller: Distiller, interval: str) -> None:
-    """Steps the schedulers of that interval but for those that wait for a metric (`schedules.step_plateau`)."""
+    """Steps the schedulers of `interval`, except ReduceLROnPlateau (see `schedules.step_plateau`)."""
     for config in distiller.trainer.lr_scheduler_configs:
         if config.interval == interval and not isinstance(config.scheduler, ReduceLROnPlateau):
             config.scheduler.step()
 
 
 def seed_step(seed: int, epoch: int, index: int, rank: int, device: torch.device) -> None:
-    """Makes what a step draws (dropout, a method's negatives) depend on seed, epoch, minibatch and process alone: so a run
-    that goes on in the middle of an epoch needs no generator's state, and no two processes draw the same."""
+    """Seeds the generators (for dropout, a method's negatives) by seed, epoch, minibatch and rank. A run resumed within an
+    epoch needs no generator state, and no two ranks draw the same numbers."""
     place = f"{seed} {epoch} {index} {rank}"
     number = int.from_bytes(hashlib.sha256(place.encode()).digest()[:8])
-    torch.default_generator.manual_seed(number)  # `torch.manual_seed` asks every kind of device, which takes longer
+    torch.default_generator.manual_seed(
+        number
+    )  # `torch.manual_seed` also seeds all other device types, which is slower
     if device.type == "cuda":
         torch.cuda.manual_seed(number)
 
 
 def timed_outputs(distiller: Distiller, batch: Batch) -> tuple[Outputs, float]:
-    """The teacher's outputs for a batch, from the cache where there is one, and the seconds that they took."""
+    """Returns the teacher's outputs for a batch, from the cache if there is one, and the seconds that this took."""
     assert distiller.teacher is not None
     start = time.perf_counter()
     if distiller.cache is not None and batch.ids is not None:

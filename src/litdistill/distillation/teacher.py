@@ -1,4 +1,4 @@
-"""The frozen teacher: any network, always in eval mode, without gradients, known by the hash of what it is."""
+"""The frozen teacher: any network, always in eval mode and without gradients, identified by a hash of its contents."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from litdistill.utils.hashing import network_sha256
 
 
 class Ensemble(nn.Module):
-    """Several networks as one: their logits averaged, which is the geometric mean of what they predict.
+    """Several networks as one: the mean of their logits, which is the geometric mean of their predicted distributions.
 
-    Hinton, Vinyals & Dean 2015 (arXiv 1503.02531), section 3, allow either mean; the arithmetic one of probabilities
-    is `probabilities=True`, whose logits are the logarithms of the mean.
+    Hinton, Vinyals & Dean 2015 (arXiv 1503.02531), section 3, allow either mean. `probabilities=True` takes the arithmetic
+    mean of the probabilities and returns its logarithm as logits.
     """
 
     def __init__(self, members: Sequence[nn.Module], probabilities: bool = False):
@@ -36,19 +36,19 @@ class Ensemble(nn.Module):
 
 
 class FrozenTeacher(nn.Module):
-    """Wraps any network. Nothing that is done to the module around it can unfreeze it.
+    """Wraps any network in eval mode without gradients; `train()` on an outer module does not change that.
 
-    `no_grad` and not `inference_mode`: losses save its outputs for their backward pass.
+    Uses `no_grad`, not `inference_mode`, since losses save the outputs for their backward pass.
 
     Args:
         net: any module that the task can run.
-        task: runs it.
+        task: defines the forward pass.
         taps: names of the nodes whose features are read (`litdistill.features.feature_extractor.resolve_taps`).
         example: a batch on which a faster form of the network is compared with it before it is used; without one, or with
-            taps, it is run as it is.
-        compile: a mode of `torch.compile`, or "prepacked", which lays weights out once, on CPUs and without taps; last bits
-            then depend on the place in a batch.
-        faster: whether a faster form of the network may be run: one whose batch normalizations are folded away.
+            taps, the network is run unchanged.
+        compile: a mode of `torch.compile`, or "prepacked", which prepacks weights on CPUs without taps; the last bits of
+            outputs then depend on the position in a batch.
+        faster: whether to run a faster form of the network, with batch normalizations folded into convolutions.
     """
 
     def __init__(
@@ -67,26 +67,26 @@ class FrozenTeacher(nn.Module):
         run = net
         if example is not None and faster:
             net.to(memory_format=torch.channels_last)
-            if not taps and isinstance(example.inputs, Tensor):  # nothing can be tapped that is folded away
+            if not taps and isinstance(example.inputs, Tensor):  # folded layers cannot be tapped
                 run = fuse_batchnorm(net, example.inputs)
         self.run, self.extractor = run, FeatureExtractor(run, taps)
-        super().train(False)  # what was made for a faster form too
+        super().train(False)  # again, for the modules of the faster form
         if compile not in (None, "prepacked"):
             run.compile(mode=compile)
-        self._packed: list[nn.Module] = []  # no submodule: it cannot be moved to another device
+        self._packed: list[nn.Module] = []  # not a submodule, since it cannot be moved to another device
 
     @property
     def taps(self) -> tuple[str, ...]:
-        """The names of the nodes whose features are read."""
+        """Returns the names of the nodes whose features are read."""
         return self.extractor.names
 
     def train(self, mode: bool = True) -> FrozenTeacher:
-        """Stays in eval mode: a BatchNorm that saw the student's batches would drift."""
+        """Stays in eval mode: in train mode BatchNorm would update its statistics from the student's batches."""
         return super().train(False)
 
     @torch.no_grad()
     def forward(self, batch: Batch) -> Outputs:
-        """The heads and the tapped features for a batch."""
+        """Returns the heads and the tapped features for a batch."""
         inputs = batch.inputs
         packs = self.mode == "prepacked" and not self.taps and isinstance(inputs, Tensor)
         if packs and inputs.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
@@ -96,15 +96,15 @@ class FrozenTeacher(nn.Module):
         out = self.extractor.run(lambda net: self.task.forward(net, batch, False))
         if self.mode in (None, "default", "prepacked"):
             return out
-        # A CUDA graph writes its next outputs over these.
+        # The next replay of a CUDA graph overwrites these.
         heads, features = ({k: v.clone() for k, v in x.items()} for x in (out.heads, out.features))
         return Outputs(heads, features)
 
     @property
     def sha256(self) -> str:
-        """Of its weights, its structure and its preprocessing."""
+        """Returns the SHA-256 of its weights, structure and preprocessing."""
         return network_sha256(self.net)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FrozenTeacher:
-        """Shared, not copied: what averages a student's weights copies the module that holds its teacher."""
+        """Returns itself: averaging the student's weights copies the module that holds the teacher."""
         return self

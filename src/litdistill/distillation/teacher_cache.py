@@ -1,12 +1,11 @@
-"""The outputs of a frozen teacher for a sample in one view never change: here they are computed once, and kept.
+"""A cache of the teacher's outputs. The teacher is frozen, so its outputs for one view of a sample never change.
 
     cache = TeacherCache(teacher, data, device, folder)      folder=None: in memory
-    outputs = cache.outputs(batch)                           Outputs(heads, features), as teacher(batch) gives them
+    outputs = cache.outputs(batch)                           Outputs(heads, features), equal to teacher(batch)
 
-A row holds all heads and tapped features of one sample in one view. Rows are computed when they first come up, and lie in a
-file that is mapped into memory (`litdistill.distillation.row_store`): the ranks of a run, and runs beside and after it,
-share it page by page. What must be equal for rows to be shared is in the key that names the folder; another teacher, data
-set, augmentation or precision is another folder.
+A row holds all heads and tapped features of one view of a sample. A row is computed when it is first needed, and stored in a
+memory-mapped file (`litdistill.distillation.row_store`), which the ranks of a run, and concurrent and later runs, share. The
+folder's name is a hash of everything that the rows depend on: the teacher, the data set, the augmentation, the precision.
 """
 
 from __future__ import annotations
@@ -40,13 +39,13 @@ from litdistill.utils.hashing import network_sha256, weights_sha256
 
 log = logging.getLogger(__name__)
 
-SPOT_CHECK = 32  # rows of a file that are computed again before it is used ...
-# ... and what they may differ by, relative to the largest: kernels round differently from one batch size to another.
+SPOT_CHECK = 32  # rows of a file that are computed again before it is used
+# Their largest difference, relative to the largest value: kernels round differently at different batch sizes.
 TOLERANCE = 1e-3
 
 
 class Teacher(Protocol):
-    """What is asked of a `litdistill.distillation.teacher.FrozenTeacher`."""
+    """The interface of `litdistill.distillation.teacher.FrozenTeacher` that the cache uses."""
 
     @property
     def sha256(self) -> str: ...  # of its weights, structure and preprocessing
@@ -55,16 +54,16 @@ class Teacher(Protocol):
     def taps(self) -> Sequence[str]: ...
 
     @property
-    def mode(self) -> str | None: ...  # in which it is compiled
+    def mode(self) -> str | None: ...  # of `torch.compile`
 
     def __call__(self, batch: Batch) -> Outputs: ...
 
 
 class TeacherCache:
-    """The outputs of `teacher` for the samples of `data`, by (sample, view); see the head of this file.
+    """The outputs of `teacher` for the samples of `data`, by (sample, view); see the module's docstring.
 
-    `rounds`: how many passes through the training set there will be, which an augmentation without a finite number of
-    views needs to know. `dtype`: what rows are kept in; float16 halves them, at the price of its rounding.
+    `rounds`: the number of passes through the training set, which gives the number of views where the augmentation has no
+    finite set of them. `dtype`: that of the stored rows; float16 halves their size and rounds them.
     """
 
     def __init__(
@@ -83,7 +82,7 @@ class TeacherCache:
         self._shapes: tuple[dict[str, torch.Size], dict[str, torch.Size]] | None = None  # of heads, of features
 
     def outputs(self, batch: Batch) -> Outputs:
-        """The teacher's outputs for a batch of training samples, whose ids and views say which rows these are."""
+        """Returns the teacher's outputs for a batch of training samples, whose ids and views index the rows."""
         assert batch.ids is not None
         store = self.store
         index = batch.ids if batch.views is None else batch.views * len(self.data.train_targets) + batch.ids
@@ -99,12 +98,12 @@ class TeacherCache:
         return self._unpack(values, batch.ids)
 
     def bytes(self) -> int:
-        """The bytes that the rows of the training samples take, once all are there."""
+        """Returns the size in bytes of the complete cache of the training samples."""
         views = self.data.view_count(self.rounds)
         return len(self.data.train_targets) * views * (self._width() * self.dtype.itemsize + 8)
 
     def _width(self) -> int:
-        """The numbers of a row; from a dry forward, once."""
+        """Returns the number of values in a row, from one dry forward."""
         if self._shapes is None:
             batch = self.data.get_batch("train", self.data.train_ids[:2].to(self.device))
             out = self.teacher(Batch(batch.inputs, None))
@@ -113,7 +112,10 @@ class TeacherCache:
         return sum(shape.numel() for part in self._shapes for shape in part.values())
 
     def _run(self, inputs: Any, index: Tensor) -> Tensor:
-        """The rows of some of the inputs, in groups of one size: a sample's must not depend on who came with it."""
+        """Returns the rows (N, width) of the inputs `index` (N,), run in batches of one size.
+
+        Kernels round differently at different batch sizes, and a sample's row must not depend on its batch.
+        """
         size, rows = self.data.batch_size, []
         for group in index.split(size):
             full = torch.cat([group, group[:1].expand(size - len(group))])
@@ -133,7 +135,7 @@ class TeacherCache:
 
     @cached_property
     def store(self) -> RowStore:
-        """The rows: of every training sample in every view, or as it is where nothing is augmented."""
+        """Returns the rows of every training sample in every view, or unaugmented where the data has no augmentation."""
         rows = len(self.data.train_targets) * self.data.view_count(self.rounds)
         store = self._open(rows, self._width())
         if self.folder is not None:
@@ -151,7 +153,7 @@ class TeacherCache:
         return RowStore(rows, width, self.dtype, self.device)
 
     def _spot_check(self, store: RowStore) -> None:
-        """Computes a few of the rows again, and drops all if they differ: something is not in the key that should be."""
+        """Computes a few rows again, and clears the cache if they differ: the key then lacks something they depend on."""
         count = len(self.data.train_targets)
         rows = store.valid.nonzero().flatten()
         if len(rows) == 0:
@@ -166,10 +168,10 @@ class TeacherCache:
 
 
 class CacheOptions(NamedTuple):
-    """`mode`: off, memory, disk; or auto: on disk (in memory without a `folder`) where it pays.
+    """`mode`: off, memory, disk; or auto: on disk (in memory without a `folder`) if caching saves time.
 
-    `gb`: what all caches in `folder` may take together, and any cache in memory. `dtype`: float32, or float16 for half the
-    room and its rounding. `shared`: more runs with this teacher are known to follow, so that even one pass pays.
+    `gb`: limit in 10⁹ bytes of all caches in `folder` together, and of a cache in memory. `dtype`: float32, or float16 for
+    half the size with rounding. `shared`: more runs with this teacher will follow, so that caching pays even for one pass.
     """
 
     mode: str = "auto"
@@ -187,7 +189,7 @@ def open_cache(
     passes: float,
     precision: str = "32-true",
 ) -> TeacherCache | None:
-    """The cache for a run of so many `passes` through the training set, or None where it does not pay or does not fit."""
+    """Returns the cache for a run of `passes` through the training set; None if it saves too little or exceeds `gb`."""
     if options.mode not in ("auto", "disk", "memory", "off") or options.dtype not in ("float32", "float16"):
         raise UserError(
             f"teacher.cache.mode={options.mode}, dtype={options.dtype}: the mode is auto, disk, memory or off, and rows are "
@@ -228,7 +230,7 @@ def _pack(out: Outputs) -> Tensor:
 
 
 def _select(inputs: Any, index: Tensor) -> Any:
-    """The samples `index` (N,) of a network's inputs: of each tensor in them."""
+    """Returns the samples `index` (N,) of a network's inputs, a tensor or a nested structure of tensors."""
     if isinstance(inputs, Tensor):
         return inputs[index]
     if isinstance(inputs, Mapping):
@@ -239,9 +241,9 @@ def _select(inputs: Any, index: Tensor) -> Any:
 def cached_logits(
     net: nn.Module, data: IndexedData, split: str, device: torch.device, folder: Path, compute: Callable[[], Tensor]
 ) -> Tensor:
-    """The logits (N, classes) of a frozen `net` over a split, read from `folder`, or computed by `compute()` and kept there.
+    """Returns the logits (N, classes) of a frozen `net` for a split, read from `folder`, or computed and stored there.
 
-    Whoever comes first computes them; those who start at the same time wait for the file.
+    The first process computes them by `compute()`; concurrent ones wait for the file.
     """
     ids = split_ids(data, split)
     key = logits_key(net, data, split, device)
@@ -268,19 +270,19 @@ def cached_logits(
 
 
 def _gives(net: nn.Module, data: IndexedData, split: str, ids: Tensor, device: torch.device, logits: Tensor) -> bool:
-    """Whether these are a network's logits (M, classes) for a split, as far as its first samples `ids` (N,) tell."""
+    """Returns whether `logits` (M, classes) match the network's outputs for the first samples `ids` (N,) of a split."""
     inputs = data.get_batch(split, ids.to(device)).inputs
     with evaluating(net.to(device)):
         return _close(run_network(net, inputs).logits.float().cpu(), logits[: len(ids)].cpu(), TOLERANCE)
 
 
 def _close(again: Tensor, kept: Tensor, tolerance: float) -> bool:
-    """Whether two tensors differ by no more than `tolerance` of the first one's largest number; no where one has a NaN."""
+    """Returns whether two tensors differ by at most `tolerance` times the first one's largest value; False for a NaN."""
     return again.shape == kept.shape and bool((again - kept).abs().max() <= tolerance * again.abs().max())
 
 
 def _read(path: Path) -> Tensor | None:
-    """The logits in a file of `cached_logits`; None where there is none, or not a whole one."""
+    """Returns the logits in a file of `cached_logits`; None if it is missing, partial or damaged."""
     try:
         with safe_open(path, "pt") as file:
             logits, noted = file.get_tensor("logits"), (file.metadata() or {}).get("sha256")
@@ -293,18 +295,18 @@ def _read(path: Path) -> Tensor | None:
 
 
 def expected_saving(views: int, passes: float) -> float:
-    """The share of the teacher's work that is not done in a run that starts without a row and draws its views at random."""
+    """Returns the expected share of teacher forwards that an initially empty cache saves, with views drawn at random."""
     return max(0.0, 1 - views * (1 - (1 - 1 / views) ** passes) / passes)
 
 
 def cache_key(teacher: Teacher, data: IndexedData, device: torch.device, dtype: torch.dtype, precision: str) -> str:
-    """Sixteen hex digits that are equal only where rows may be shared."""
+    """Returns 16 hex digits that are equal only if the rows are."""
     about = [teacher.sha256, list(teacher.taps), teacher.mode, data.identity("train"), str(dtype)]
     return _key([*about, precision, *_arithmetic(device)])
 
 
 def logits_key(net: nn.Module, data: IndexedData, split: str, device: torch.device) -> str:
-    """Sixteen hex digits that are equal only where the logits of a split are the same."""
+    """Returns 16 hex digits that are equal only if the logits of the split are."""
     ids = weights_sha256({"": split_ids(data, split)})
     return _key([network_sha256(net), split, data.identity(split), ids, *_arithmetic(device)])
 
@@ -318,9 +320,9 @@ def _key(facts: Sequence[Any]) -> str:
 
 
 def prepare(folder: Path, needed: int, limit: int) -> None:
-    """Makes the folder of a cache, with room for it, or notes that it is in use; one process at a time.
+    """Creates the folder of a cache and makes room for it, or updates its time of use; one process at a time.
 
-    Where that cannot be done, rows are kept in memory, which is said when they are.
+    On an `OSError` nothing is raised: `TeacherCache` then stores rows in memory and logs a warning.
     """
     with contextlib.suppress(OSError):
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -331,10 +333,9 @@ def prepare(folder: Path, needed: int, limit: int) -> None:
 
 
 def make_room(folder: Path, needed: int, limit: int) -> None:
-    """Removes the caches beside `folder` that were not used for longest until all stay below `limit` bytes when it holds
-    `needed`. It itself stays.
+    """Removes the least recently used caches beside `folder` until all fit in `limit` bytes, with `needed` for `folder`.
 
-    Those who have one open go on with it: a file that is mapped lives on without its name.
+    `folder` itself is never removed. Processes that have a removed cache open can go on: a mapped file exists until unmapped.
     """
     caches = sorted((p for p in folder.parent.glob("*") if any(p.glob("*.rows"))), key=lambda p: p.stat().st_mtime)
     sizes = {p: sum(f.stat().st_size for f in p.iterdir()) for p in caches}

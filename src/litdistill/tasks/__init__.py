@@ -1,4 +1,4 @@
-"""What a network is trained for: its loss, predictions and metrics."""
+"""Tasks: the labels' loss, the predictions and the metrics of a network."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TASKS: dict[str, type[Task]] = {
 
 
 def named_task(task: Task | str) -> Task:
-    """A task, or the one of that name with its defaults. Raises `UserError` for an unknown name."""
+    """Returns the given task, or the task of that name with its defaults. Raises `UserError` for an unknown name."""
     if isinstance(task, Task):
         return task
     if task not in TASKS:

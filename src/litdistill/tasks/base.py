@@ -1,7 +1,7 @@
-"""What a task is: all that is particular to what a network is trained for, and nothing of how it is distilled.
+"""The interface of a task: the labels' loss, predictions, metrics and batch format, independent of the distillation method.
 
 To add a task, write a `Task` in a folder or file of its own, here or in your own package, and name it with
-`task._target_=my_package.MyTask`. A task sees no method, no trainer, no data module and no config.
+`task._target_=my_package.MyTask`. A task reads no method, trainer, data module or config.
 """
 
 from __future__ import annotations
@@ -21,79 +21,79 @@ from litdistill.utils.errors import UserError
 
 
 class Task:
-    """Base of all tasks; what it defines is right for a network with one head, `logits`.
+    """Base of all tasks; its defaults are for a network with one head, `logits`.
 
     Attributes:
-        kind: how logits are read: "categorical" (a softmax over classes), "bernoulli" (a sigmoid each) or "real". A method
-            whose formula is not defined for it is refused.
-        monitor: the metric that chooses the best epoch, and whether more of it or less is better.
+        kind: the distribution that logits parametrize: "categorical" (softmax over classes), "bernoulli" (a sigmoid each) or
+            "real". A method that is not defined for it is refused.
+        monitor: the metric that selects the best epoch, and whether it is maximized or minimized.
     """
 
     kind: str = CATEGORICAL
     monitor: tuple[str, Literal["max", "min"]] = ("accuracy", "max")
 
     def batch(self, raw: Any) -> Batch:
-        """A `Batch` of what a loader yields: a `Batch`, a pair (inputs, targets), or a dict of inputs with `labels`.
+        """Returns the `Batch` for an item of a loader: a `Batch`, a pair (inputs, targets), or a dict with `labels`.
 
-        Of a longer tuple the last is the target. Raises `UserError` for anything else.
+        The last element of a longer tuple is the target. Raises `UserError` for anything else.
         """
         return to_batch(raw)
 
     def forward(self, net: nn.Module, batch: Batch, training: bool) -> Outputs:
-        """The outputs of `net` on a batch."""
+        """Returns the outputs of `net` for a batch."""
         return run_network(net, batch.inputs)
 
     def loss(self, net: nn.Module, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
-        """What the labels say: scalar terms by name, each a mean over the batch, not weighted."""
+        """Returns the labels' loss: unweighted scalar terms by name, each a mean over the batch."""
         raise NotImplementedError
 
     def decode(self, outputs: Outputs) -> dict[str, Tensor]:
-        """Predictions by name, each (N, ...): what `predict` gives."""
+        """Returns the predictions by name, each (N, ...), as `predict` returns them."""
         raise NotImplementedError
 
     def metrics(self) -> Metric | MetricCollection:
-        """A fresh metric: `update(outputs, targets)` for each batch, then `compute()` gives a dict of scalars.
+        """Returns a new metric: `update(outputs, targets)` takes each batch, and `compute()` returns a dict of scalars.
 
-        Exact under any number of processes: what it sums or keeps is gathered from all of them.
+        It must be exact for any number of processes: its states are gathered from all of them.
         """
         raise NotImplementedError
 
     def scores(self, outputs: Outputs, targets: Tensor) -> dict[str, Tensor]:
-        """What is watched while training: a number a sample by name, each (N,); cheap, as it is computed at every log."""
+        """Returns scores to log while training: one value per sample by name, each (N,); they must be cheap to compute."""
         return {}
 
     def agreement(self, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
-        """How far a student follows its teacher: a number a sample by name, each (N,)."""
+        """Returns measures of agreement between student and teacher: one value per sample by name, each (N,)."""
         return {}
 
     def chance(self, targets: Tensor) -> float | None:
-        """The monitored metric of whoever guesses without looking; None where that cannot be said.
+        """Returns the monitored metric of predictions that ignore the inputs (chance level); None if it is not defined.
 
-        A teacher that is no better is refused, and a student that is no better is warned of.
+        A teacher that is no better is refused, and a student that is no better causes a warning.
         """
         return None
 
     def units(self) -> dict[str, list[float]] | None:
-        """`mean` and `std` of each output, by which logits · std + mean are in the targets' own units; None: they are as they
-        are. Written beside weights, since without them a file's outputs mean nothing."""
+        """Returns `mean` and `std` of each output: logits · std + mean are in the units of the targets. None: logits are not
+        standardized. They are stored with the weights, whose outputs cannot be interpreted without them."""
         return None
 
     def figures(self, samples: Samples) -> dict[str, Any]:
-        """Pictures for TensorBoard by name, matplotlib's figures; none by default."""
+        """Returns matplotlib figures for TensorBoard by name; none by default."""
         return {}
 
     def better(self, value: float, other: float) -> bool:
-        """Whether one value of the monitored metric is better than another."""
+        """Returns whether `value` of the monitored metric is better than `other`."""
         return value > other if self.monitor[1] == "max" else value < other
 
 
 class Samples:
-    """What a task draws pictures of: a split's samples in order, and what the networks make of them.
+    """The samples of a split in order, with the outputs of both networks, for the figures of a task.
 
     Attributes:
-        inputs: the i-th sample's input as it was read, None where that is no single tensor.
+        inputs: returns the i-th sample's input as it was read, None if it is not a single tensor.
         targets: of all samples. names: of classes, labels or values.
-        student, teacher: their outputs for all samples; the teacher's None where there is none.
+        student, teacher: their outputs for all samples; None without a teacher.
     """
 
     def __init__(
@@ -108,9 +108,9 @@ class Samples:
 
 
 class WholeSplit(Metric):
-    """Applies `function(logits, targets)` to all samples of a split at once: exact whatever the batches and processes.
+    """Applies `function(logits, targets)` to all samples of a split at once: exact for any batches and number of processes.
 
-    `function`: takes (N, outputs) and the targets, and gives a dict of floats.
+    `function`: takes logits (N, outputs) and the targets, and returns a dict of floats.
     """
 
     full_state_update = False
@@ -124,7 +124,7 @@ class WholeSplit(Metric):
         self.add_state("targets", default=[], dist_reduce_fx="cat")
 
     def update(self, outputs: Outputs, targets: Tensor) -> None:
-        self.logits.append(outputs.logits.detach().float().clone())  # a CUDA graph writes its next outputs over these
+        self.logits.append(outputs.logits.detach().float().clone())  # the next replay of a CUDA graph overwrites these
         self.targets.append(targets)
 
     def compute(self) -> dict[str, Tensor]:

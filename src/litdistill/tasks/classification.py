@@ -1,4 +1,4 @@
-"""One label a sample: cross-entropy, accuracy, calibration."""
+"""Classification with one label per sample: cross-entropy, accuracy, calibration."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ class Classification(Task):
         self.label_smoothing = label_smoothing
 
     def loss(self, net: nn.Module, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
-        """`hard`: cross-entropy in nats, in float32 whatever the autocast.
+        """Returns `hard`: cross-entropy in nats, computed in float32 also under autocast.
 
-        Raises `UserError` for targets that are no classes.
+        Raises `UserError` for targets that are neither classes nor probabilities.
         """
         logits, targets = outputs.logits.float(), _classes(outputs.logits, batch.targets)
         try:
             return {"hard": F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)}
-        except IndexError as error:  # on a GPU nobody looks, as that would wait for it
+        except IndexError as error:  # raised on a CPU only; a check on a GPU would need a synchronization
             raise UserError(
                 f"Labels go from {int(targets.min())} to {int(targets.max())}, and the network gives {logits.shape[1]} logits: "
                 "it needs one for each class, and classes are counted from 0."
@@ -63,8 +63,10 @@ class Classification(Task):
         return metrics.sample_agreement(student.logits, teacher.logits)
 
     def chance(self, targets: Tensor) -> float:
-        """The share of the most frequent label, and three standard deviations of it, but no more than half of what is left
-        to be right about: of few samples no other number could tell."""
+        """Returns the share s of the most frequent label plus three of its standard deviations, at most (1 + s) / 2.
+
+        The maximum matters for few samples, where three standard deviations could reach beyond 1.
+        """
         share = (torch.bincount(targets).max() / len(targets)).item()
         return share + min(3 * math.sqrt(share * (1 - share) / len(targets)), (1 - share) / 2)
 
@@ -75,7 +77,7 @@ class Classification(Task):
 
 
 def _classes(logits: Tensor, targets: Any) -> Tensor:
-    """Labels as cross-entropy takes them. Raises `UserError` for what are none, or for logits that are no matrix."""
+    """Returns targets for `F.cross_entropy`. Raises `UserError` for other targets, or logits that are not (N, classes)."""
     if logits.ndim != 2:
         raise UserError(f"The network gives {tuple(logits.shape)}, and classification needs logits (N, classes).")
     if isinstance(targets, Tensor) and targets.shape == logits.shape[:1] and not targets.is_floating_point():

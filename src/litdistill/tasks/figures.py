@@ -1,4 +1,4 @@
-"""Pictures of a classifier: its worst mistakes, confusion matrices, reliability diagrams."""
+"""Figures of a classifier: its worst mistakes, confusion matrices, reliability diagrams."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ if TYPE_CHECKING:
 
 
 def classification_figures(samples: Samples) -> dict[str, Figure]:
-    """All three, of the student and where there is one of the teacher."""
+    """Returns the three figures by name, for the student and, if there is one, the teacher."""
     targets, logits = samples.targets, samples.student.logits
-    taught = samples.teacher.logits if samples.teacher is not None else None
-    both = [("student", logits), *([("teacher", taught)] if taught is not None else [])]
+    teacher = samples.teacher.logits if samples.teacher is not None else None
+    both = [("student", logits), *([("teacher", teacher)] if teacher is not None else [])]
     return {
-        "worst mistakes": worst_mistakes(samples.inputs, targets, logits, taught, samples.names),
+        "worst mistakes": worst_mistakes(samples.inputs, targets, logits, teacher, samples.names),
         "confusion": confusion_matrices([(n, metrics.confusion(x, targets)) for n, x in both], samples.names),
         "reliability": reliability_diagrams([(n, *metrics.reliability(x, targets)) for n, x in both]),
     }
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """A figure of that size in inches that belongs to no window system and to no global state."""
+    """Returns a figure of this size in inches, without a window and without pyplot's global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -45,9 +45,9 @@ def worst_mistakes(
     names: Sequence[str],
     count: int = 12,
 ) -> Figure:
-    """The images that the student gets wrong with the greatest confidence, and what both models make of them.
+    """Returns a figure of the images that the student misclassifies with the highest confidence, with both predictions.
 
-    `image(i)` (C, H, W) uint8 or from 0 to 1, and nothing is drawn of any other input; `targets` (N,), logits (N, classes).
+    `image(i)`: (C, H, W) uint8, or floats from 0 to 1; other inputs are not drawn. `targets` (N,), logits (N, classes).
     """
     p = student.double().softmax(1)
     confidence, predicted = p.max(1)
@@ -89,11 +89,11 @@ def worst_mistakes(
     return figure
 
 
-STUDENT_COLOR, TEACHER_COLOR = "#0072B2", "#E69F00"  # of Okabe & Ito's palette, told apart by colour-blind eyes
+STUDENT_COLOR, TEACHER_COLOR = "#0072B2", "#E69F00"  # of Okabe & Ito's palette for color blindness
 
 
 def confusion_matrices(matrices: Sequence[tuple[str, Tensor]], names: Sequence[str]) -> Figure:
-    """Counts (classes, classes), a panel a model; rows are labels. Mistakes are shaded, the diagonal is not."""
+    """Returns a figure of counts (classes, classes), one panel per model; rows are labels. Only mistakes are shaded."""
     classes = len(names)
     side = min(max(3.4, 0.45 * classes), 14)
     figure = new_figure(side * len(matrices) + 0.6, side + 0.4)
@@ -119,7 +119,7 @@ def confusion_matrices(matrices: Sequence[tuple[str, Tensor]], names: Sequence[s
 
 
 def reliability_diagrams(models: Sequence[tuple[str, Tensor, Tensor, Tensor]]) -> Figure:
-    """Accuracy over confidence, a panel a model; (name, confidence, accuracy, count) of each bin."""
+    """Returns a figure of accuracy over confidence, one panel per model: (name, confidence, accuracy, count), each (bins,)."""
     figure = new_figure(4.4 * len(models), 4.2)
     for axes, (name, confidence, accuracy, count) in zip(
         figure.subplots(1, len(models), squeeze=False)[0], models, strict=True

@@ -1,4 +1,4 @@
-"""What is measured of a classifier, as pure functions of all its logits: exact whatever the batches and the ranks."""
+"""Metrics of a classifier as pure functions of all its logits: exact for any batches and number of processes."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ ECE_BINS = 15
 
 
 def quality(logits: Tensor, targets: Tensor) -> dict[str, float]:
-    """Accuracy, negative log-likelihood (nats), Brier score and expected calibration error of (N, classes) and (N,).
+    """Returns accuracy, negative log-likelihood (nats), Brier score and expected calibration error; (N, classes), (N,).
 
     The Brier score is the sum over classes of squared differences, averaged over samples (Brier 1950): from 0 to 2.
-    ECE: 15 bins of equal width (Guo et al. 2017, arXiv 1706.04599, section 2). Raises `UserError` for logits that give no
-    probabilities.
+    ECE: 15 bins of equal width (Guo et al. 2017, arXiv 1706.04599, section 2). Raises `UserError` for logits whose softmax
+    is NaN.
     """
     logits = logits.double()
     p = logits.softmax(1)
@@ -35,8 +35,8 @@ def quality(logits: Tensor, targets: Tensor) -> dict[str, float]:
 
 
 def sample_agreement(student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
-    """How far a student follows its teacher, a number a sample (N,) float64: whether predictions are equal, and
-    KL(teacher ‖ student) in nats at T = 1. Both (N, classes)."""
+    """Returns, for each sample, (N,) float64, whether the predictions are equal, and KL(teacher ‖ student) in nats at T = 1.
+    Both logits are (N, classes)."""
     log_q, log_p = student.double().log_softmax(1), teacher.double().log_softmax(1)
     return {
         "agreement": (student.argmax(1) == teacher.argmax(1)).double(),
@@ -45,17 +45,17 @@ def sample_agreement(student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
 
 
 def agreement(student: Tensor, teacher: Tensor) -> dict[str, float]:
-    """The means of `sample_agreement` over all samples."""
+    """Returns the means of `sample_agreement` over all samples."""
     return {name: values.mean().item() for name, values in sample_agreement(student, teacher).items()}
 
 
 def confusion(logits: Tensor, targets: Tensor) -> Tensor:
-    """(classes, classes) counts: rows are the labels, columns the predictions."""
+    """Returns the confusion matrix, counts (classes, classes): rows are labels, columns are predictions."""
     return multiclass_confusion_matrix(logits.argmax(1), targets, logits.shape[1])
 
 
 def reliability(logits: Tensor, targets: Tensor, bins: int = ECE_BINS) -> tuple[Tensor, Tensor, Tensor]:
-    """Confidence, accuracy and number of samples of each confidence bin: three tensors (bins,), NaN where a bin is empty."""
+    """Returns confidence, accuracy and number of samples of each confidence bin: three tensors (bins,), NaN for empty bins."""
     confidence, predicted = logits.double().softmax(1).max(1)
     index = (confidence * bins).long().clamp(max=bins - 1)
     count = torch.bincount(index, minlength=bins).double()

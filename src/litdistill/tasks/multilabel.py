@@ -1,4 +1,4 @@
-"""Several labels a sample: a binary cross-entropy for each, and mean average precision."""
+"""Classification with several labels per sample: binary cross-entropy for each label, and mean average precision."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class MultiLabel(Task):
         self.threshold = threshold
 
     def loss(self, net: nn.Module, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
-        """`hard`: binary cross-entropy in nats, summed over labels, the mean over samples.
+        """Returns `hard`: binary cross-entropy in nats, summed over labels, averaged over samples.
 
         Raises `UserError` for targets of another shape than the logits.
         """
@@ -53,7 +53,7 @@ class MultiLabel(Task):
         return WholeSplit(self.quality)
 
     def quality(self, logits: Tensor, targets: Tensor) -> dict[str, float]:
-        """Mean average precision over the labels that occur, the share of right labels, F1 over all of them, nats."""
+        """Returns mean average precision over the labels that occur, accuracy and micro F1 over all labels, and NLL in nats."""
         check_finite(logits)
         p, truth = logits.double().sigmoid(), targets.round().long()
         each = [
@@ -77,7 +77,7 @@ class MultiLabel(Task):
         return {"accuracy": right.float().mean(1)}
 
     def agreement(self, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
-        """Share of equal decisions, and KL(teacher ‖ student) in nats, summed over labels."""
+        """Returns the share of equal predictions, and KL(teacher ‖ student) in nats, summed over labels."""
         s, t = student.logits.double(), teacher.logits.double()
         p = t.sigmoid()
         kl = p * (F.logsigmoid(t) - F.logsigmoid(s)) + (1 - p) * (F.logsigmoid(-t) - F.logsigmoid(-s))
@@ -85,11 +85,11 @@ class MultiLabel(Task):
         return {"agreement": equal.double().mean(1), "kl": kl.sum(1)}
 
     def chance(self, targets: Tensor) -> float | None:
-        """The mean average precision of random orders, and three standard deviations of it, but no more than half of what is
-        left.
+        """Returns the expected mean average precision m of random rankings plus three standard deviations, at most (1 + m) / 2.
 
-        Where k of n samples have the label, it is ((k − 1) / (n − 1) · (n − H) + H) / n on average, H = Σ 1 / i of n terms
-        (Manzhos et al. 2025, arXiv 2511.02571), and simulated variances lie below (1 − k / n) / n. Labels count as independent.
+        For a label of k of n samples the expectation is ((k − 1) / (n − 1) · (n − H) + H) / n, H = Σ 1 / i over n terms
+        (Manzhos et al. 2025, arXiv 2511.02571); simulated variances are below (1 − k / n) / n. Assumes independent labels.
+        Returns None for fewer than two samples or without a positive label.
         """
         n, k = len(targets), (targets > 0.5).double().sum(0)
         k = k[k > 0]
@@ -102,9 +102,9 @@ class MultiLabel(Task):
 
 
 def average_precision(scores: Tensor, truth: Tensor) -> float:
-    """The area under precision over recall as a step function, of scores (N,) and booleans (N,) of which one is true.
+    """Returns the area under the precision-recall step function; scores (N,), booleans (N,) with at least one true.
 
-    Samples of equal score come together, as in scikit-learn's `average_precision_score`.
+    Samples of equal score are one threshold, as in scikit-learn's `average_precision_score`.
     """
     scores, order = scores.sort(descending=True)
     last = torch.cat([scores[1:] != scores[:-1], torch.ones(1, dtype=torch.bool, device=scores.device)])
@@ -114,7 +114,7 @@ def average_precision(scores: Tensor, truth: Tensor) -> float:
 
 
 def check_finite(outputs: Tensor) -> None:
-    """Raises `UserError` for outputs (N, ...) that are no numbers."""
+    """Raises `UserError` for outputs (N, ...) that are not finite."""
     if bad := int((~torch.isfinite(outputs)).flatten(1).any(1).sum()):
         raise UserError(
             f"The outputs for {bad} of {len(outputs)} samples are not finite: the network's weights have overflowed. "

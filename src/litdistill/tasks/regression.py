@@ -1,4 +1,4 @@
-"""Numbers instead of labels: mean squared error, and what is left of the deviation."""
+"""Regression: mean squared error of standardized targets; RMSE, mean absolute error and R²."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from litdistill.utils.errors import UserError
 
 
 class Regression(Task):
-    """Targets (N,) or (N, values); the head `logits` (N, values) gives them on the scale of `mean` and `std`.
+    """Targets (N,) or (N, values); the head `logits` (N, values) predicts the standardized targets.
 
     Args:
-        mean, std: of each value over the training set, by which targets are standardized for the network; predictions and
-            metrics are in the targets' own units.
+        mean, std: of each value over the training set, by which targets are standardized; predictions and metrics are in the
+            units of the targets.
     """
 
     kind = REAL
@@ -34,7 +34,7 @@ class Regression(Task):
         self.mean, self.std = (torch.tensor(list(x), dtype=torch.float64) for x in (mean, std))
 
     def loss(self, net: nn.Module, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
-        """`hard`: the mean squared error of standardized values."""
+        """Returns `hard`: the mean squared error of standardized values. Raises `UserError` for targets of another shape."""
         targets = self.standardized(_as_matrix(batch.targets))
         if targets.shape != outputs.logits.shape:
             raise UserError(
@@ -44,12 +44,12 @@ class Regression(Task):
         return {"hard": F.mse_loss(outputs.logits.float(), targets)}
 
     def standardized(self, targets: Tensor) -> Tensor:
-        """(N, values) in their own units -> on the network's scale."""
+        """Returns the targets (N, values) standardized by `mean` and `std`, float32."""
         mean, std = self.mean.to(targets.device), self.std.to(targets.device)
         return ((targets - mean) / std).float()
 
     def values(self, outputs: Outputs) -> Tensor:
-        """(N, values) predictions in the targets' own units, float64."""
+        """Returns the predictions (N, values) in the units of the targets, float64."""
         logits = outputs.logits.double()
         return logits * self.std.to(logits) + self.mean.to(logits)
 
@@ -63,7 +63,7 @@ class Regression(Task):
         return WholeSplit(self.quality)
 
     def quality(self, logits: Tensor, targets: Tensor) -> dict[str, float]:
-        """Root of the mean squared error, mean absolute error, and R², each a mean over the values."""
+        """Returns the root mean squared error, the mean absolute error and R², each averaged over the values."""
         check_finite(logits)
         truth = _as_matrix(targets).double()
         error = self.values(Outputs.of(logits)) - truth
@@ -78,11 +78,11 @@ class Regression(Task):
         return {"absolute_error": (self.values(outputs) - _as_matrix(targets)).abs().mean(1)}
 
     def agreement(self, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
-        """The mean absolute difference of both predictions, in the targets' own units."""
+        """Returns the mean absolute difference of both predictions, (N,), in the units of the targets."""
         return {"distance": (self.values(student) - self.values(teacher)).abs().mean(1)}
 
     def chance(self, targets: Tensor) -> float:
-        """The deviation of the targets: the root of the mean squared error of whoever always says their mean."""
+        """Returns the standard deviation of the targets: the root mean squared error of predicting their mean."""
         return _as_matrix(targets).double().std(0, correction=0).mean().item()
 
 

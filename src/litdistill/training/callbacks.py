@@ -1,4 +1,4 @@
-"""Callbacks of a run: what its steps draw, a line an epoch with the time left, and what some runs need."""
+"""Callbacks of a run: a log line per epoch with the time left, the test accuracy per epoch, and biases of classes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 class EpochLogger(Callback):
-    """Logs a line an epoch, to the console and the run's log file: losses, metrics, and the time left."""
+    """Logs a line per epoch, to the console and the run's log file: losses, metrics, and the time left."""
 
     def __init__(self) -> None:
         self._last = 0.0
@@ -32,11 +32,11 @@ class EpochLogger(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         done, total = trainer.current_epoch + 1, trainer.max_epochs or -1
-        if total < 0 and trainer.max_steps > 0:  # steps are what ends it
+        if total < 0 and trainer.max_steps > 0:  # max_steps ends the run
             total = max(done, math.ceil(trainer.max_steps * done / max(1, trainer.global_step)))
         now = time.perf_counter()
         left = (now - self._start) / (done - self._first) * (total - done)
-        # Short epochs are summed up: a line every second at most, and always the last.
+        # At most one line per second for short epochs; the last epoch is always logged.
         if now - self._last < 1 and done < total:
             return
         self._last = now
@@ -49,9 +49,9 @@ class EpochLogger(Callback):
 
 
 class TestAccuracyMonitor(Callback):
-    """Measures the student on the test set after each epoch, for the figure that other tables give as "best on test".
+    """Measures the student on the test set after each epoch, for the figure that publications report as "best on test".
 
-    It is logged and summarized beside the others, and chooses nothing. `data`: whose test set it is.
+    The value is logged and added to the summary, and selects no epoch. `data`: the data module with the test set.
     """
 
     def __init__(self, data: Any) -> None:
@@ -75,11 +75,11 @@ class TestAccuracyMonitor(Callback):
 
 
 class ClassBias(Callback):
-    """Raises the student's biases of `classes` by one number, before training: the one that is best on the validation set.
+    """Before training, adds one number to the student's biases of `classes`: the one with the best validation accuracy.
 
-    Hinton, Vinyals & Dean 2015 (arXiv 1503.02531), section 3, correct so what a student makes of classes that its
-    transfer set lacks (3.5 for the threes) or of the only ones it has (-7.6 for the sevens and eights). They choose the
-    number on the test set.
+    Hinton, Vinyals & Dean 2015 (arXiv 1503.02531), section 3, correct in this way the biases of classes that the transfer
+    set lacks (3.5 for digit 3) or of the only classes that it contains (-7.6 for digits 7 and 8). They choose the number on
+    the test set.
     """
 
     def __init__(self, classes: Sequence[int]):
@@ -87,7 +87,7 @@ class ClassBias(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step:
-            return  # a resumed run has it
+            return  # the weights of a resumed run include the shift
         student = pl_module.student
         data = getattr(trainer.datamodule, "data", trainer.datamodule)  # type: ignore[attr-defined]
         logits, targets = collect(student, data, "val", pl_module.device)  # type: ignore[arg-type]
@@ -101,10 +101,10 @@ class ClassBias(Callback):
 
 
 def best_shift(logits: Tensor, targets: Tensor, classes: Sequence[int]) -> float:
-    """What to add to the logits (N, C) of `classes` for the most correct predictions of the targets (N,).
+    """Returns the number to add to the logits (N, C) of `classes` for the most correct predictions of the targets (N,).
 
-    Exact: a prediction changes only where the shift passes the gap between the best logit within `classes` and the best
-    of the others. Of all shifts that are as good, the middle of the widest interval.
+    Exact: a prediction changes only where the shift passes the gap between the largest logit within `classes` and the
+    largest of the others. Of all optimal shifts, returns the middle of the widest interval.
     """
     inside = torch.zeros(logits.shape[1], dtype=torch.bool)
     inside[list(classes)] = True
@@ -112,7 +112,7 @@ def best_shift(logits: Tensor, targets: Tensor, classes: Sequence[int]) -> float
     others, guess_others = logits.double().masked_fill(inside, -torch.inf).max(1)
     gaps, order = (others - within).sort()
     gains = ((guess_within == targets).long() - (guess_others == targets).long())[order]
-    correct = torch.cat([gains.new_zeros(1), gains.cumsum(0)])  # beyond the first 0, 1, …, N gaps
+    correct = torch.cat([gains.new_zeros(1), gains.cumsum(0)])  # for a shift above the smallest 0, 1, …, N gaps
     edges = torch.cat([gaps[:1] - 1, gaps, gaps[-1:] + 1])
     widths = edges.diff()
     best = correct[widths > 0].max()

@@ -1,4 +1,4 @@
-"""Five lines of Python: `distill(student, teacher, train, val, method=KD())`."""
+"""Distillation in one call from Python: `distill(student, teacher, train, val, method=KD())`."""
 
 from __future__ import annotations
 
@@ -42,25 +42,25 @@ def distill(
     trainer: dict[str, Any] | None = None,
     **options: Any,
 ) -> Distiller:
-    """Trains `student` to follow `teacher`, and returns the Distiller with the best weights on the validation set.
+    """Distills `teacher` into `student`, and returns the Distiller with the best weights on the validation set.
 
     Args:
-        student, teacher: any modules that the task can run; without a teacher the labels alone teach.
-        train, val: loaders whose batches the task takes, or a LightningDataModule as `train` and no `val`.
-        method: what is learnt from the teacher: `KD()` by default, `Supervised()` without a teacher.
+        student, teacher: any modules that the task can run; without a teacher the student is trained on labels only.
+        train, val: loaders whose batches the task accepts, or a LightningDataModule as `train` and no `val`.
+        method: the distillation method: `KD()` by default, `Supervised()` without a teacher.
         task: "classification", "multilabel", "regression", or a `Task` of your own.
         out: the folder of checkpoints and of TensorBoard's curves.
-        optimizer: makes the optimizer from the parameters. callbacks: Lightning's or your own.
-        trainer: more arguments of Lightning's Trainer. options: more of `Distiller`.
+        optimizer: creates the optimizer from the parameters. callbacks: Lightning's or your own.
+        trainer: more arguments of Lightning's Trainer. options: more arguments of `Distiller`.
 
-    The deployed network is `.deployed_student` of what is returned, in eval mode, on the CPU. Networks may come on any device.
-    Raises `UserError` for wrong input.
+    `.deployed_student` of the returned Distiller is the network to deploy, in eval mode, on the CPU. The networks may be on
+    any device. Raises `UserError` for invalid arguments.
     """
     task, module = named_task(task), train if isinstance(train, LightningDataModule) else None
     check_arguments(train, val, trainer or {})
     for net in (student, teacher):
         if net is not None:
-            net.cpu()  # where the example is; the Trainer moves them
+            net.cpu()  # the device of the example; the Trainer moves the networks
     example, data = prepared(train, module)
     arguments = {"accelerator": "auto", "devices": 1, "log_every_n_steps": 50, **(trainer or {})}
     layout = Layout(0, arguments["log_every_n_steps"])
@@ -92,7 +92,7 @@ def distill(
 def make_trainer(
     callbacks: list[Callback], max_epochs: int, out: str | Path, checkpoints: bool, sampler: bool, more: dict[str, Any]
 ) -> Trainer:
-    """Lightning's Trainer. `sampler`: whether it divides the loaders' samples among processes. `more`: of its arguments."""
+    """Returns Lightning's Trainer. `sampler`: whether it divides the samples among processes. `more`: further arguments."""
     settings: dict[str, Any] = {
         "max_epochs": max_epochs,
         "default_root_dir": str(out),
@@ -108,7 +108,7 @@ def make_trainer(
 
 
 def check_arguments(train: Any, val: Any, trainer: dict[str, Any]) -> None:
-    """Raises `UserError` for several loaders, two validation sets, and what `distill` has arguments for by itself."""
+    """Raises `UserError` for several loaders, two validation sets, and Trainer arguments that are arguments of `distill`."""
     for name, loader in {"train": train, "val": val}.items():
         if isinstance(loader, (list, tuple, dict)):
             raise UserError(
@@ -122,7 +122,7 @@ def check_arguments(train: Any, val: Any, trainer: dict[str, Any]) -> None:
 
 
 def prepared(train: Any, module: LightningDataModule | None) -> tuple[Any, IndexedData | None]:
-    """A first batch, of two samples where that is enough; and the data module itself where it knows its samples by id."""
+    """Returns a first batch, of two samples where the data has ids; and the data with ids, None for any other."""
     if module is None:
         return first_batch(train), None
     module.prepare_data()

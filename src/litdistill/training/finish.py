@@ -1,4 +1,4 @@
-"""What a run leaves: both weights measured on the test set, which nothing has seen before, pictures and the summary."""
+"""The end of a run: measures the best and the last weights on the so far unused test set, and writes figures and summary."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 
 class Run(NamedTuple):
-    """A run whose training has ended."""
+    """A run after its training."""
 
     cfg: DictConfig
     folder: Path
@@ -42,13 +42,13 @@ class Run(NamedTuple):
     task: Task
     distiller: Distiller
     built: Built
-    best: float  # of the metric that chooses the epoch
+    best: float  # value of the metric that selects the epoch
 
 
 def finish(run: Run, times: dict[str, float]) -> None:
-    """Measures the best and the last weights, and writes weights, pictures and, last of all, the summary.
+    """Measures the best and the last weights, and writes the weights, the figures and, last, the summary.
 
-    `times`: in seconds, of the fit, of the teacher in it, of all. The first process alone writes.
+    `times`: seconds of the fit, of the teacher within it, and in total. Only rank 0 writes.
     """
     cfg, trainer, task = run.cfg, run.built.trainer, run.task
     device, kept = trainer.strategy.root_device, evaluations_folder(cfg)
@@ -70,18 +70,18 @@ def finish(run: Run, times: dict[str, float]) -> None:
     show(run, student, teacher, device, kept)
     write_text(
         run.folder / "summary.json", json.dumps(summary, indent=2) + "\n"
-    )  # last: it says that the run is finished
+    )  # last, since this file marks the run as finished
     name = task.monitor[0]
-    taught = f", teacher {shown(name, found['teacher'][name])}" if teacher is not None else ""
+    reference = f", teacher {shown(name, found['teacher'][name])}" if teacher is not None else ""
     log.info(
         "%s: test %s %s (best epoch on validation), %s (last epoch)%s; %s in all. %s",
-        *(cfg.name, name, shown(name, found["student"][name]), shown(name, last[name]), taught),
+        *(cfg.name, name, shown(name, found["student"][name]), shown(name, last[name]), reference),
         *(format_seconds(times["total_s"]), os.path.relpath(run.folder)),
     )
 
 
 def warn_of_chance(task: Task, found: dict[str, Any]) -> None:
-    """Warns of a student that is no better than guessing on the test set."""
+    """Warns if the student is no better than chance on the test set."""
     name, chance = task.monitor[0], found["chance"]
     if chance is not None and not task.better(found["student"][name], chance):
         log.warning(
@@ -92,7 +92,7 @@ def warn_of_chance(task: Task, found: dict[str, Any]) -> None:
 
 
 def show(run: Run, student: nn.Module, teacher: nn.Module | None, device: torch.device, kept: Path | None) -> None:
-    """Hyperparameters, pictures and the config in TensorBoard. A picture that fails is a warning: nothing hangs on it."""
+    """Writes hyperparameters, figures and the config to TensorBoard. A figure that fails only logs a warning."""
     monitor = (run.built.best.monitor or "").replace("/", "_")
     for logger in run.built.trainer.loggers:
         if not isinstance(logger, TensorBoardLogger):
@@ -112,7 +112,7 @@ def show(run: Run, student: nn.Module, teacher: nn.Module | None, device: torch.
 
 
 def _write_int8(folder: Path, student: nn.Module, data: Any, task: Task) -> int | None:
-    """The bytes of the file that is written; None where none can be, for which a trained run is not given up."""
+    """Writes the int8 file and returns its size in bytes; on a `UserError` logs a warning and returns None."""
     try:
         return int(export_student(folder, student, data, precision="int8", task=task)[1]["bytes"])
     except UserError as error:

@@ -1,8 +1,8 @@
-"""Groups of minibatches: where Lightning's own cost a step may be paid once for several, and where it may not.
+"""Groups of minibatches: decides where several minibatches may share one step of Lightning, to save its overhead per step.
 
-Inside a group nothing but this project runs: batch hooks of callbacks see groups, Lightning's counts of batches are counts
-of groups, and its Trainer cannot clip or accumulate. So groups are made only where `train()` makes the Trainer and knows
-all of its callbacks; a `Distiller` in anybody's own Trainer has automatic optimization and one minibatch a step.
+Within a group only this project's code runs: batch hooks of callbacks are called once per group, Lightning counts groups as
+batches, and its Trainer cannot clip or accumulate gradients. So groups are used only where this project creates the Trainer
+and knows all of its callbacks; a `Distiller` in any other Trainer has automatic optimization and one minibatch per step.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from litdistill.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
-GROUP = 16  # minibatches: enough for Lightning's own cost a step to vanish
-BYTES = 2**26  # of inputs that a group may hold at once
-SECONDS = 2.0  # that a group may last: Ctrl-C waits for its end
+GROUP = 16  # minibatches: enough to make Lightning's overhead per step negligible
+BYTES = 2**26  # maximum size of a group's inputs
+SECONDS = 2.0  # maximum duration of a group, since Ctrl-C waits for its end
 PLAIN = ("auto", "ddp", "ddp_find_unused_parameters_true")
-# Callbacks that mean the same by a group as by a batch, but for the monitor of the rate, which the Distiller logs then.
+# Callbacks that work the same with groups, except LearningRateMonitor: with groups the Distiller logs the learning rate.
 FINE = (
     EarlyStopping,
     EpochLogger,
@@ -51,7 +51,7 @@ FINE = (
     ProgressBar,
     TestAccuracyMonitor,
 )
-# They rely on automatic optimization.
+# Callbacks that require automatic optimization.
 NEVER = (BatchSizeFinder, GradientAccumulationScheduler, LearningRateFinder, StochasticWeightAveraging)
 HOOKS = (
     *("on_train_batch_start", "on_train_batch_end", "on_before_backward", "on_after_backward"),
@@ -60,7 +60,7 @@ HOOKS = (
 
 
 def reason_for_single(trainer: Mapping[str, Any], callbacks: Iterable[Callback]) -> str | None:
-    """What needs to see each minibatch, in words; None where groups mean the same."""
+    """Returns the option or callback that needs one minibatch per step, in words; None where groups are equivalent."""
     if (trainer.get("strategy") or "auto") not in PLAIN:
         return "the strategy"
     if (trainer.get("accumulate_grad_batches") or 1) > 1:
@@ -83,7 +83,7 @@ def reason_for_single(trainer: Mapping[str, Any], callbacks: Iterable[Callback])
 
 
 def _is_fine(callback: Callback, hook: str) -> bool:
-    """Whether a callback leaves a hook as it is, or as one of the classes that are known defines it."""
+    """Returns whether a callback's hook is the base class's or that of a class in `FINE`."""
     if hook in vars(callback):  # as a LambdaCallback does
         return False
     known = [getattr(kind, hook) for kind in (Callback, *FINE)]
@@ -91,14 +91,14 @@ def _is_fine(callback: Callback, hook: str) -> bool:
 
 
 def without_rate_monitor(callbacks: Iterable[Callback]) -> list[Callback]:
-    """The callbacks for a run in groups, whose learning rate the Distiller logs."""
+    """Returns the callbacks without LearningRateMonitor, for a run with groups: the Distiller logs the learning rate."""
     return [c for c in callbacks if not isinstance(c, LearningRateMonitor)]
 
 
 def group_size(distiller: Distiller, data: IndexedData, most: int = GROUP) -> int:
-    """How many minibatches a group may hold: as many as fit into `BYTES` and last no longer than `SECONDS`.
+    """Returns the number of minibatches of a group: as many as fit in `BYTES` and `SECONDS`, at least 1 and at most `most`.
 
-    Measured on one minibatch; no weight, no average and no random number changes.
+    Measured on one minibatch, which changes no weight, no batch statistic and no random generator.
     """
     count = min(data.batch_size, len(data.train_ids))
     batch = data.get_batch("train", data.train_ids[:count], None)
@@ -107,13 +107,13 @@ def group_size(distiller: Distiller, data: IndexedData, most: int = GROUP) -> in
     if most == 1 or torch.cuda.is_available():
         return most
     seconds = step_seconds(distiller, batch)
-    if seconds * most > SECONDS:  # a first step sets up more than a later one does
+    if seconds * most > SECONDS:  # the first step includes one-time setup
         seconds = min(seconds, step_seconds(distiller, batch))
     return max(1, min(most, int(SECONDS / max(seconds, 1e-6))))
 
 
 def step_seconds(distiller: Distiller, batch: Batch) -> float:
-    """About what a step takes on this processor: the student there and back in eval mode, and the teacher."""
+    """Returns the approximate seconds of a step: the student's forward and backward in eval mode, the teacher's forward."""
     modes = [(module, module.training) for module in distiller.student.modules()]
     for module, _ in modes:
         module.training = False
@@ -133,9 +133,9 @@ def step_seconds(distiller: Distiller, batch: Batch) -> float:
 
 
 class Layout(NamedTuple):
-    """How an epoch is cut into groups: a run that goes on keeps it, since Lightning counts groups.
+    """How an epoch is divided into groups. A resumed run keeps it, since Lightning's progress counts groups.
 
-    `group`: minibatches of each at most; 0: no groups. `log_every`: steps between two logs.
+    `group`: maximum number of minibatches in a group; 0: no groups. `log_every`: steps between two logs.
     """
 
     group: int
@@ -143,7 +143,7 @@ class Layout(NamedTuple):
 
 
 def layout_of(checkpoint: Mapping[str, Any]) -> Layout | None:
-    """The layout of the run that wrote a checkpoint; None where it says nothing of one. Raises `UserError` for no layout."""
+    """Returns the layout stored in a checkpoint; None without one. Raises `UserError` for an invalid layout."""
     state = checkpoint.get(GroupedData.__name__)
     if not isinstance(state, Mapping):
         return None
@@ -154,23 +154,23 @@ def layout_of(checkpoint: Mapping[str, Any]) -> Layout | None:
 
 
 class GroupedData(LightningDataModule):
-    """The loaders of `data` for a Trainer, its training set in the groups of a layout."""
+    """The loaders of `data` for a Trainer, with the training set divided into groups by `layout`."""
 
     def __init__(self, data: IndexedData, layout: Layout):
         super().__init__()
         self.data, self.layout = data, layout
 
     def setup(self, stage: str) -> None:
-        """Takes the first process's layout: each has measured its own."""
+        """Uses rank 0's layout on all ranks, since each has measured its own."""
         if self.trainer is not None and self.trainer.world_size > 1:
             self.layout = Layout(*self.trainer.strategy.broadcast(tuple(self.layout)))
 
     def state_dict(self) -> dict[str, Any]:
-        """The layout, for checkpoints."""
+        """Returns the layout, for checkpoints."""
         return self.layout._asdict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing: whoever goes on from a checkpoint makes this object with its layout (`layout_of`)."""
+        """Does nothing: a resumed run constructs this object with the checkpoint's layout (`layout_of`)."""
 
     def train_dataloader(self) -> IndexLoader:
         return self.data.train_loader(*self._world(), *self.layout)
@@ -182,7 +182,7 @@ class GroupedData(LightningDataModule):
         return self.data.eval_loader("test", *self._world())
 
     def on_after_batch_transfer(self, batch: Rows, dataloader_idx: int) -> Batch | Group:
-        """Lightning's hook: ids that lie on the device become the batch."""
+        """Lightning's hook; returns the batch or group for the ids, which are on the device."""
         return self.data.make_batch(batch)
 
     def _world(self) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""What keeps a run from losing anything: it is stopped with its state saved, and no two processes train in one folder."""
+"""Preemption: stops a run with its state saved, and locks its folder so that no two processes train in it."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from litdistill.utils.errors import Stopped, UserError
 
 log = logging.getLogger(__name__)
 
-PATIENCE_S = 10  # for a process that was told to end and is still writing its checkpoint
-LOST_RANK = r"(?i)gloo|nccl|c10d|connection (was )?(closed|reset)|broken pipe"  # how torch says that one is gone
+PATIENCE_S = 10  # seconds to wait for a process that received a signal and is still writing its checkpoint
+LOST_RANK = r"(?i)gloo|nccl|c10d|connection (was )?(closed|reset)|broken pipe"  # torch's errors after a rank has died
 
 
 class GracefulStop(Callback):
     """On Ctrl-C, SIGTERM or SIGUSR1: finishes the step, saves `last.ckpt` in the middle of the epoch, and ends.
 
-    A resumed run continues with the next batch, and ends with the weights of a run that was never stopped. A second
-    signal does not wait. Several ranks stop at the same step, whichever of them the signal reached: about once a second
-    they tell each other.
+    A resumed run continues with the next batch, and ends with the same weights as an uninterrupted run. A second signal
+    stops at once. All ranks stop at the same step, whichever of them received the signal: they exchange it about once a
+    second.
 
     Args:
         dirpath: the folder of `last.ckpt`, inside the run's.
-        minutes: saves the state so often without a signal too; None: at the end of each epoch alone.
+        minutes: interval at which the state is saved without a signal too; None: only at the end of each epoch.
     """
 
     signals = tuple(s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGUSR1"))
@@ -46,17 +46,17 @@ class GracefulStop(Callback):
     def __init__(self, dirpath: str | Path, minutes: float | None = None):
         self.path, self.minutes = Path(dirpath) / "last.ckpt", minutes
         self.heard: int | None = None  # the signal that this process has received
-        self.agreed: int | None = None  # the one that all ranks know of
-        self._interval = self._left = 1  # steps between two talks of the ranks, and until the next
+        self.agreed: int | None = None  # the signal that all ranks have agreed on
+        self._interval = self._left = 1  # steps between two exchanges of the ranks, and until the next
         self._before: dict[int, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved = self._talked = time.monotonic()
         try:
             self._before = {s: signal.signal(s, self._receive) for s in self.signals}
-        except ValueError:  # not the main thread: whoever runs us handles signals
+        except ValueError:  # not the main thread, the only one that can set handlers
             self._before = {}
-        if trainer.received_sigterm:  # just before: Lightning had the handler
+        if trainer.received_sigterm:  # received before, by Lightning's handler
             self.heard = signal.SIGTERM
 
     def _receive(self, signum: int, frame: Any) -> None:
@@ -66,7 +66,7 @@ class GracefulStop(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         due = self._agree(trainer)
-        # At an epoch's last batch there is still its validation to do, and then its checkpoint is written anyway.
+        # After an epoch's last batch comes its validation, and then its checkpoint is written in any case.
         if trainer.is_last_batch:
             return
         if due or self.agreed is not None:
@@ -76,7 +76,7 @@ class GracefulStop(Callback):
             self._stop(trainer)
 
     def _agree(self, trainer: Trainer) -> bool:
-        """Sets `agreed` to the signal that any rank has heard, and says whether to save; the same on all ranks."""
+        """Sets `agreed` to the signal that any rank has received, and returns whether to save; the same on all ranks."""
         due = self.minutes is not None and time.monotonic() - self._saved >= 60 * self.minutes
         if trainer.world_size == 1:
             self.agreed = self.heard
@@ -84,9 +84,9 @@ class GracefulStop(Callback):
         self._left -= 1
         if self._left:
             return False
-        told = torch.tensor([self.heard or 0, due, time.monotonic() - self._talked], dtype=torch.float64)
-        told = told.to(trainer.strategy.root_device)
-        signum, any_due, seconds = trainer.strategy.reduce(told, reduce_op="max").tolist()
+        local = torch.tensor([self.heard or 0, due, time.monotonic() - self._talked], dtype=torch.float64)
+        local = local.to(trainer.strategy.root_device)
+        signum, any_due, seconds = trainer.strategy.reduce(local, reduce_op="max").tolist()
         self.agreed = int(signum) or None
         self._interval = self._left = max(1, int(self._interval * min(2, 1 / max(seconds, 1e-9))))
         self._talked = time.monotonic()
@@ -101,7 +101,7 @@ class GracefulStop(Callback):
     def _stop(self, trainer: Trainer) -> None:
         assert self.agreed is not None
         if not trainer.is_global_zero:
-            sys.exit()  # where another rank ends with a failure, Lightning kills the first one on the spot
+            sys.exit()  # without error, since Lightning kills rank 0 at once when another rank fails
         raise Stopped(self.agreed, f"step {trainer.global_step} of epoch {trainer.current_epoch}")
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -125,10 +125,10 @@ class GracefulStop(Callback):
 
 @contextlib.contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
-    """Holds the lock of a run's folder, which the system releases when its process dies, however that comes about.
+    """Holds the lock of a run's folder, which the system releases when the process ends for any reason.
 
-    Raises `UserError` where another process holds it for longer than one that is just ending would, and for a link in the
-    folder that leads out of it.
+    Raises `UserError` if another process holds it for longer than `PATIENCE_S`, and for a symbolic link in the folder that
+    points out of it.
     """
     if not is_first_rank():
         yield
@@ -149,11 +149,11 @@ def run_lock(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def translate_worker_errors() -> Iterator[None]:
-    """Turns what torch raises when another process of the run has died into a `UserError` that says so."""
+    """Raises a `UserError` instead of torch's errors after the death of a data loader worker or another rank."""
     try:
         yield
     except (RuntimeError, OSError, EOFError) as error:
-        # A worker may also be missed while a tensor is handed over.
+        # A worker's death can also show in the transfer of a tensor.
         through = {Path(frame.filename).name for frame in traceback.extract_tb(error.__traceback__)}
         if "DataLoader worker" in str(error) or "resource_sharer.py" in through:
             what = "A process that reads the data has died. If memory ran out, fewer workers or smaller batches help."

@@ -1,4 +1,4 @@
-"""What could fail once a run has been trained is tried before, so that no training is lost at its last line."""
+"""Checks before training of everything that could fail after it, so that no finished training is lost."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def check_values(cfg: DictConfig) -> None:
 
 
 def check_student(cfg: DictConfig, data: Any, task: Task, optimizer: OptimizerFactory, monitor: str) -> None:
-    """Builds a student and its optimizer only to see that they can be built, and `check_monitor` with it."""
+    """Builds a student and its optimizer once, to raise their errors before training, and calls `check_monitor`."""
     node = {k: v for k, v in cfg.student.items() if k != "checkpoint"}
     net = build_net(OmegaConf.create(node), data, "student")
     optimizer(net.parameters())
@@ -44,14 +44,14 @@ def check_student(cfg: DictConfig, data: Any, task: Task, optimizer: OptimizerFa
 
 @torch.no_grad()
 def check_monitor(net: nn.Module, data: Any, task: Task, monitor: str, taught: bool) -> None:
-    """Raises `UserError` for a metric of the validation set, by which the epoch is to be chosen, that is none of the task's.
+    """Raises `UserError` if `monitor` is a validation metric that the task does not compute.
 
-    `taught`: whether there is a teacher, with which the student is compared then. What a task's metrics are called is seen
-    of two samples; where these are too few for it, nothing is refused.
+    `taught`: whether there is a teacher, which adds the metrics of agreement. The names of metrics are read from an
+    evaluation of two samples; if that evaluation fails, the check is skipped.
     """
     split, _, name = monitor.partition("/")
     if split != "val":
-        return  # logged by whoever trains
+        return  # logged by a callback or in training
     batch = task.batch(data.example) if isinstance(data, ForeignData) else example_batch(data)
     modes = [(module, module.training) for module in net.modules()]
     try:
@@ -60,7 +60,7 @@ def check_monitor(net: nn.Module, data: Any, task: Task, monitor: str, taught: b
         metrics.update(outputs, batch.targets)
         names = {str(key) for key in metrics.compute()}
         names |= {*task.agreement(outputs, outputs), f"teacher_{task.monitor[0]}"} if taught else set()
-    except Exception:  # whatever a task of one's own raises where it is given so little
+    except Exception:  # a user's task may raise any type for two samples
         return
     finally:
         for module, training in modes:
@@ -72,9 +72,9 @@ def check_monitor(net: nn.Module, data: Any, task: Task, monitor: str, taught: b
 
 
 def horizon(trainer: DictConfig, data: Any, scale: Scale) -> tuple[int, int]:
-    """The epochs of a run, and its steps of the optimizer, of the config's trainer.
+    """Returns the number of epochs of a run, and of its optimizer steps, under the config's trainer.
 
-    Raises `UserError` for a loader without a length that nothing limits, and for a run that would end before it is validated.
+    Raises `UserError` for a loader without length and without a limit, and for a run that ends before its first validation.
     """
     limit = trainer.get("limit_train_batches")
     if isinstance(data, ForeignData):
@@ -98,7 +98,7 @@ def horizon(trainer: DictConfig, data: Any, scale: Scale) -> tuple[int, int]:
 
 
 def _batches(data: ForeignData, limit: int | float | None) -> int:
-    """The batches of an epoch of a loader that may not know them."""
+    """Returns the number of training batches in an epoch; `limit` for a loader without length."""
     batches = data.batches_of_epoch()
     if batches is not None:
         return batches

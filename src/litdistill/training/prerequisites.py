@@ -1,4 +1,4 @@
-"""The runs that a run starts from: its teacher and its starting point, each trained once and found again by its recipe."""
+"""The prerequisites of a run: its teacher and its starting point, each trained once per recipe and then reused."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ log = logging.getLogger(__name__)
 
 
 class Prerequisites:
-    """Trains what a run starts from by `train`, where nobody has yet; `seconds` is the time that took, waiting included.
+    """Trains the missing prerequisites of a run by `train`; `seconds` is the time spent, waiting for locks included.
 
-    `check` is called before the first training: a student that cannot be built is better known then than after.
+    `check` is called before the teacher is trained, to raise the errors of an invalid student first.
     """
 
     def __init__(self, train: Callable[[DictConfig], float], check: Callable[[], None]):
@@ -35,7 +35,7 @@ class Prerequisites:
         self._train_once(teacher_config(cfg), folder, "teacher")
 
     def starting_point(self, cfg: DictConfig) -> Path | None:
-        """The run that the student starts from where `student.checkpoint` is auto, trained where there is none yet."""
+        """Returns the run folder that the student starts from if `student.checkpoint` is auto, and trains a missing run."""
         if cfg.student.get("checkpoint") != "auto":
             return None
         folder = student_folder(cfg)
@@ -46,7 +46,7 @@ class Prerequisites:
     def _train_once(self, recipe: DictConfig, folder: Path, what: str) -> None:
         begun = time.perf_counter()
         recipe.folder = str(folder)
-        check_foreign(recipe, folder)  # before anything is written: names of its networks are a part of the folder's
+        check_foreign(recipe, folder)  # before anything is written: the folder's name contains names of networks
         with _lock(folder):
             if not broadcast_from_rank0(is_complete(folder)):
                 log.info("No such %s yet: training it once, in %s", what, folder)
@@ -61,11 +61,11 @@ class Prerequisites:
 
 @contextlib.contextmanager
 def _lock(folder: Path) -> Iterator[None]:
-    """Held by the first process of a run only: its other ranks train the teacher together with it."""
+    """Holds the lock of a folder, on rank 0 only: the other ranks of the run train together with it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder.parent / f".{folder.name}.lock")
     while not broadcast_from_rank0(_acquired(lock) if is_first_rank() else True):
-        pass  # the ranks are told once a minute that the first one still waits, as they would give it up
+        pass  # a broadcast every minute, since the waiting ranks would otherwise time out
     try:
         yield
     finally:

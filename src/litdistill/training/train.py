@@ -1,4 +1,4 @@
-"""Trains one run and leaves its folder: config, TensorBoard, checkpoints, student.safetensors, train.log, summary.json."""
+"""Trains one run and writes its folder: config, TensorBoard, checkpoints, student.safetensors, train.log, summary.json."""
 
 from __future__ import annotations
 
@@ -48,19 +48,19 @@ log = logging.getLogger(__name__)
 
 
 def train(cfg: DictConfig, callbacks: Sequence[Callback] = ()) -> float:
-    """Trains as `conf/train.yaml` describes; returns the best value of the metric that chooses the epoch.
+    """Trains as `conf/train.yaml` describes; returns the best value of the metric that selects the epoch.
 
-    `callbacks`: of whoever calls, before the config's own.
+    `callbacks`: the caller's, which run before those of the config.
     """
     folder = Path(cfg.folder)
-    if is_complete(folder):  # a resumed sweep repeats nothing
+    if is_complete(folder):  # a resumed sweep repeats no finished run
         log.info("%s is finished already.", folder)
         return float(json.loads((folder / "summary.json").read_text())["val"]["best"])
     with run_lock(folder), translate_worker_errors():
         started = time.perf_counter()
         admit(cfg, folder)
         prepare_process(cfg.threads)
-        method = build_method(cfg)  # first, so that a wrong option is known before a teacher is trained
+        method = build_method(cfg)  # first, to raise errors in options before a teacher is trained
         data, task = build_data(cfg)
         last, kept = last_state(folder / "checkpoints", cfg.trainer.max_epochs)
         built = build_trainer(cfg, folder, method, task, data, callbacks, kept)
@@ -76,7 +76,7 @@ def train(cfg: DictConfig, callbacks: Sequence[Callback] = ()) -> float:
         sharded = cfg.teacher is not None and isinstance(trainer.strategy, ShardedTeacher)
         teacher = build_teacher(cfg, data, task, before.teacher)
         start = before.starting_point(cfg)
-        torch.manual_seed(cfg.seed)  # the same first weights whatever came before and whatever the method
+        torch.manual_seed(cfg.seed)  # the same initial weights for every method and prerequisite
         student = build_student(cfg, data, teacher, start)
         check_monitor(student, data, task, monitor, teacher is not None)
         indexed = None if isinstance(data, ForeignData) else data
@@ -93,14 +93,14 @@ def train(cfg: DictConfig, callbacks: Sequence[Callback] = ()) -> float:
         run = Run(cfg, folder, data, task, distiller, built, best)
         times = {"fit_s": time.perf_counter() - fit_started, "teacher_s": distiller.teacher_s}
         total_s = time.perf_counter() - started - before.seconds
-        if trainer.is_global_zero or sharded:  # whose teacher all processes run together
+        if trainer.is_global_zero or sharded:  # all ranks run a sharded teacher together
             finish(run, {**times, "total_s": total_s})
         trainer.strategy.barrier()
         return best
 
 
 def admit(cfg: DictConfig, folder: Path) -> None:
-    """Raises `UserError` for a run of another that may not go on here, and for values that no summary can hold."""
+    """Raises `UserError` for an untrusted foreign config, and for values that `summary.json` cannot hold; records the run."""
     check_foreign(cfg, folder)
     check_values(cfg)
     if is_first_rank():
@@ -108,7 +108,7 @@ def admit(cfg: DictConfig, folder: Path) -> None:
 
 
 def prepare_process(threads: int | None) -> None:
-    """What holds for the whole process; and what a run will need at its end is looked up, so that its lack is known now."""
+    """Applies the settings of the whole process, and reads the versions for the summary now to raise their errors early."""
     versions()
     adopt_lightning_logs()
     keep_freed_memory()
@@ -118,7 +118,7 @@ def prepare_process(threads: int | None) -> None:
 
 
 def fit(cfg: DictConfig, built: Built, distiller: Distiller, data: Any, last: Path | None) -> float:
-    """Trains, from a checkpoint where there is one; returns the best value of the metric that chooses the epoch."""
+    """Trains, from the checkpoint `last` if given; returns the best value of the metric that selects the epoch."""
     trainer = built.trainer
     module: LightningDataModule
     if isinstance(data, ForeignData):
@@ -133,7 +133,7 @@ def fit(cfg: DictConfig, built: Built, distiller: Distiller, data: Any, last: Pa
         return untrained(built, distiller, module, Path(cfg.folder) / "checkpoints")
     try:
         trainer.fit(distiller, datamodule=module, ckpt_path=last, weights_only=True)
-    except MisconfigurationException as error:  # a callback that waits for a metric which nobody has logged
+    except MisconfigurationException as error:  # a callback monitors a metric that is not logged
         raise UserError(str(error)) from error
     if built.best.best_model_score is None:
         raise UserError(
@@ -144,7 +144,7 @@ def fit(cfg: DictConfig, built: Built, distiller: Distiller, data: Any, last: Pa
 
 
 def warn_of_padding(count: int | None, processes: int) -> None:
-    """Says where Lightning's distributed sampler repeats samples, so that each process has equally many."""
+    """Warns where Lightning's distributed sampler repeats validation samples to give each process equally many."""
     if count is not None and count % processes:
         log.warning(
             "%d validation samples are divided among %d processes by Lightning, which repeats %d of them: metrics of the "
@@ -154,7 +154,7 @@ def warn_of_padding(count: int | None, processes: int) -> None:
 
 
 def untrained(built: Built, distiller: Distiller, module: LightningDataModule, checkpoints: Path) -> float:
-    """What is monitored, of a student that is taken as it starts; its checkpoints are written nonetheless."""
+    """Validates the student without training and writes its checkpoints; returns the monitored metric."""
     (found,) = built.trainer.validate(distiller, datamodule=module, verbose=False)
     for name in ("best.ckpt", "last.ckpt"):
         built.trainer.save_checkpoint(checkpoints / name)
@@ -162,11 +162,9 @@ def untrained(built: Built, distiller: Distiller, module: LightningDataModule, c
 
 
 def last_state(checkpoints: Path, max_epochs: int | None = None) -> tuple[Path | None, Layout | None]:
-    """The newest checkpoint that can be read, to go on from, and how its epochs are cut; (None, None) for a new run.
+    """Returns the checkpoint to resume from, `last.ckpt` or else `best.ckpt`, and its layout; (None, None) for a new run.
 
-    It is `last.ckpt`, else `best.ckpt`.
-
-    Raises `UserError` where it is of an epoch beyond `max_epochs`.
+    A checkpoint that cannot be read is skipped with a warning. Raises `UserError` if its epoch is beyond `max_epochs`.
     """
     for name in ("last.ckpt", "best.ckpt"):
         if (checkpoints / name).is_file():
@@ -189,22 +187,22 @@ def last_state(checkpoints: Path, max_epochs: int | None = None) -> tuple[Path |
 
 
 def introduce(cfg: DictConfig, data: Any, distiller: Distiller, scale: Scale) -> None:
-    """Says what is about to be trained."""
+    """Logs the sizes of the data, of the student and of the teacher, and the learning rate."""
     count = sum(p.numel() for p in distiller.student.parameters())
-    taught = ""
+    teacher = ""
     if distiller.teacher is not None:
         size = sum(p.numel() for p in distiller.teacher.net.parameters())
-        taught = f", teacher {size:,} parameters ({size / count:.1f}x)"
+        teacher = f", teacher {size:,} parameters ({size / count:.1f}x)"
     sizes = ", ".join(f"{sample_count(data, split) or 'unknown'} to {verb}" for split, verb in VERBS.items())
     shape = "x".join(map(str, data.input_shape or ()))
     about = f"; {data.num_classes} outputs of {shape}" if data.num_classes and shape else ""
     log.info("%s: %s%s.", data.name, sizes, about)
-    log.info("Student %s parameters%s. %s", f"{count:,}", taught, scale)
+    log.info("Student %s parameters%s. %s", f"{count:,}", teacher, scale)
 
 
 VERBS = {"train": "train on", "val": "validate", "test": "test"}
 
 
-if __name__ == "__main__":  # which would otherwise end at once, with nothing done
+if __name__ == "__main__":  # without this the command would exit silently
     print("Training is started by: litdistill train trainer=debug, or python scripts/train.py", file=sys.stderr)
     sys.exit(2)

@@ -1,4 +1,4 @@
-"""From a config to Lightning's Trainer: its callbacks, loggers, strategy and plugins, and what is refused before training."""
+"""Builds Lightning's Trainer from a config: callbacks, loggers, strategy and plugins, with checks before training."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ SPAWNED = ("spawn", "fork", "notebook")
 
 
 class Built(NamedTuple):
-    """A Trainer, and what was decided of it."""
+    """A Trainer, the callback that selects the epoch, the layout of groups, and the monitor of the test set."""
 
     trainer: Trainer
-    best: ModelCheckpoint  # chooses the epoch
-    layout: Layout  # `group` is how many minibatches a step may hold at most
+    best: ModelCheckpoint  # selects the epoch
+    layout: Layout  # `group` is the maximum number of minibatches per step
     watch_test: TestAccuracyMonitor | None
 
 
@@ -51,20 +51,20 @@ def build_trainer(
     callbacks: Sequence[Callback] = (),
     kept: Layout | None = None,
 ) -> Built:
-    """The Trainer of a config. `callbacks`: of whoever calls, before the config's own. `kept`: of the run that goes on.
+    """Returns the Trainer of a config. `callbacks`: the caller's, before the config's. `kept`: layout of a resumed run.
 
-    Raises `UserError` for what would lose a training: a precision or strategy that cannot work here, no epoch that could
-    be validated, a metric to choose by that does not exist.
+    Raises `UserError` for a precision or strategy that is not supported, a run without a validated epoch, and a monitor or
+    mode that is invalid.
     """
     refuse(cfg, method, isinstance(data, ForeignData))
     check_method(method, cfg.teacher, task)
     best, named = named_callbacks(cfg, task)
     loggers: list[Logger] = [instantiate(node, f"logger.{name}") for name, node in (cfg.logger or {}).items()]
-    # The monitor of the rate refuses to have no logger.
+    # LearningRateMonitor raises without a logger.
     named = [c for c in named if loggers or not isinstance(c, LearningRateMonitor)]
     watch = TestAccuracyMonitor(data) if cfg.watch_test else None
     options = cfg.trainer.copy()
-    OmegaConf.set_struct(options, False)  # what a launch or a method needs may be no key of this trainer's file
+    OmegaConf.set_struct(options, False)  # keys for the launch or the method may be absent from the trainer's file
     if isinstance(data, ForeignData):
         options.use_distributed_sampler = True  # our loaders divide samples among processes themselves
         every, most = options.get("log_every_n_steps"), data.batches_of_epoch()
@@ -76,11 +76,13 @@ def build_trainer(
         options.gradient_clip_val, options.log_every_n_steps = None, 1
     fit_to_launch(options)
     own: list[Callback] = [EpochLogger(), *progress_bar(), *([watch] if watch else [])]
-    stop = GracefulStop(folder / "checkpoints", cfg.checkpoint_minutes)  # last: what it saves, all others have seen
+    stop = GracefulStop(
+        folder / "checkpoints", cfg.checkpoint_minutes
+    )  # last, to save the state that all others have updated
     everything = [*callbacks, *own, *named, stop]
     plugins: list[Any] = [AtomicCheckpointIO()]
     if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
-        plugins.append(SLURMEnvironment(auto_requeue=False))  # `GracefulStop` has that signal
+        plugins.append(SLURMEnvironment(auto_requeue=False))  # `GracefulStop` handles that signal
     trainer = instantiate(
         options,
         "trainer",
@@ -95,7 +97,7 @@ def build_trainer(
 
 
 def refuse(cfg: DictConfig, method: Method, foreign: bool = False) -> None:
-    """Raises `UserError` for trainers whose training would be lost or would teach nothing; `foreign`: the data module is."""
+    """Raises `UserError` for trainer options that would lose a training; `foreign`: the data module has no sample ids."""
     trainer = cfg.trainer
     if (precision := str(trainer.get("precision"))) in ("bf16-true", "16-true", "64-true", "64"):
         raise UserError(
@@ -133,9 +135,9 @@ def refuse(cfg: DictConfig, method: Method, foreign: bool = False) -> None:
 
 
 def named_callbacks(cfg: DictConfig, task: Task) -> tuple[ModelCheckpoint, list[Callback]]:
-    """The config's callbacks, of which `best` chooses the epoch, and is first.
+    """Returns the callback `best`, which selects the epoch, and all callbacks of the config, `best` first.
 
-    Where its monitor or mode is null, it is the task's. Raises `UserError` for a mode that contradicts a known metric.
+    A monitor or mode of null is the task's. Raises `UserError` for a mode that contradicts a known metric.
     """
     nodes = {name: node for name, node in (cfg.callbacks or {}).items() if node is not None}
     for name in ("best", "last"):
@@ -150,7 +152,7 @@ def named_callbacks(cfg: DictConfig, task: Task) -> tuple[ModelCheckpoint, list[
 
 
 def _check_kept(name: str, callback: Callback, folder: Path) -> None:
-    """Raises `UserError` for a callback that does not keep the one checkpoint which is read when the run ends."""
+    """Raises `UserError` if the callback does not write exactly the checkpoint `<name>.ckpt`, which the run's end reads."""
     if not isinstance(callback, ModelCheckpoint):
         raise UserError(f"callbacks.{name} must be a ModelCheckpoint: a run ends with the weights that it keeps.")
     place = Path(callback.dirpath or "")
@@ -162,7 +164,7 @@ def _check_kept(name: str, callback: Callback, folder: Path) -> None:
 
 
 def monitored(node: DictConfig, task: Task) -> tuple[str, str]:
-    """The metric that chooses the epoch, as it is logged, and its direction."""
+    """Returns the logged name of the metric that selects the epoch, and its mode, "max" or "min"."""
     own = f"val/{task.monitor[0]}"
     monitor, mode = node.get("monitor") or own, node.get("mode")
     last = monitor.rpartition("/")[2]
@@ -180,7 +182,7 @@ def monitored(node: DictConfig, task: Task) -> tuple[str, str]:
 
 
 def _layout(cfg: DictConfig, callbacks: Sequence[Callback], kept: Layout | None, foreign: bool) -> Layout:
-    """How many minibatches a step may hold, and when is logged; no groups where somebody has to see each, which is said."""
+    """Returns the layout of groups; without groups if an option or callback needs each minibatch, which is then logged."""
     wanted, log_every = cfg.get("group", "auto"), int(cfg.trainer.get("log_every_n_steps") or 0)
     if wanted != "auto" and (type(wanted) is not int or wanted < 1):
         raise UserError(f"group={wanted} is a number of minibatches, at least 1, or auto.")
@@ -201,9 +203,9 @@ def _layout(cfg: DictConfig, callbacks: Sequence[Callback], kept: Layout | None,
 
 
 def _strategy(options: DictConfig, method: Method) -> Any:
-    """The strategy; DDP leaves each process the buffers of its own, as a method's memories are of its own samples.
+    """Returns the strategy. DDP does not broadcast buffers, since each rank's memory bank holds its own samples.
 
-    A method of two phases does not use all parameters in each, which plain DDP would take for a mistake.
+    A method of two phases does not use all parameters in each, which requires `find_unused_parameters`.
     """
     strategy, unused = options.get("strategy") or "auto", method.init_epochs > 0
     if strategy in ("ddp", "ddp_find_unused_parameters_true"):
@@ -215,5 +217,5 @@ def _strategy(options: DictConfig, method: Method) -> Any:
 
 
 def progress_bar() -> list[ProgressBar]:
-    """A live bar where there is a terminal; elsewhere `EpochLogger` is progress enough."""
+    """Returns a progress bar on a terminal, and none elsewhere, where `EpochLogger` suffices."""
     return [RichProgressBar(leave=False)] if sys.stdout.isatty() else []
