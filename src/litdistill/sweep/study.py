@@ -258,7 +258,7 @@ def open_storage(place: str, folder: Path) -> BaseStorage:
 
 
 def sampler(options: DictConfig, number: int) -> optuna.samplers.BaseSampler:
-    """Returns a sampler seeded for one trial, so that its parameters do not depend on interruptions."""
+    """Returns a sampler for one trial: it depends on the seed, the number and earlier trials, not on interruptions."""
     seed = int(np.random.SeedSequence([options.seed, number]).generate_state(1)[0])
     if options.sampler == "tpe":
         return optuna.samplers.TPESampler(seed=seed, constant_liar=True)
