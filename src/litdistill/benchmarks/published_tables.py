@@ -33,10 +33,8 @@ class Table(NamedTuple):
     data: str | None = None  # the data set, if not that of the base
 
 
-FIRST_EPOCHS = {
-    "trainer": {"max_epochs": 270},
-    "scheduler": {"milestones": [180, 210, 240]},
-}  # a first phase of 30, then 240
+# a first phase of 30 epochs, then 240
+FIRST_EPOCHS = {"trainer": {"max_epochs": 270}, "scheduler": {"milestones": [180, 210, 240]}}
 
 CRD = Table(
     source="RepDistiller's README; the rows from dkd on are the methods' own papers', which report the best test epoch",

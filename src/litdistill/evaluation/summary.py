@@ -191,9 +191,8 @@ def hyperparameters(cfg: DictConfig, trainer: Trainer | None = None) -> dict[str
         "student": net_name(cfg.student),
         "teacher": net_name(cfg.teacher) if cfg.teacher is not None else "none",
         "method": method_name(cfg),
-        "train/batch_size": cfg.data.get(
-            "batch_size"
-        ),  # TensorBoard shows the first few keys of the alphabet unless asked
+        # TensorBoard shows only the first few keys in alphabetical order by default.
+        "train/batch_size": cfg.data.get("batch_size"),
         "train/epochs": cfg.trainer.max_epochs,
         "train/optimizer": str(cfg.optimizer["_target_"]).rsplit(".", 1)[-1],
         "train/lr": cfg.optimizer.get("lr"),

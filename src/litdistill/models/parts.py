@@ -67,9 +67,8 @@ def evaluating(net: nn.Module) -> Iterator[None]:
 def check_fits(net: nn.Module, num_classes: int, input_shape: Sequence[int], name: str, remedy: str) -> nn.Module:
     """Returns `net` if a forward on the meta device gives (1, num_classes), else raises `UserError`."""
     state = {k: torch.empty_like(v, device="meta") for k, v in net.state_dict().items()}
-    state |= {
-        k: torch.empty_like(v, device="meta") for k, v in net.named_buffers()
-    }  # includes buffers that are not in the state dict
+    # Some buffers are not in the state dict.
+    state |= {k: torch.empty_like(v, device="meta") for k, v in net.named_buffers()}
     given = "x".join(map(str, input_shape))
     try:
         with evaluating(net):
