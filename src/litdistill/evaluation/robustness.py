@@ -19,7 +19,7 @@ SEVERITIES = (1, 2, 3, 4, 5)
 
 # Hendrycks & Dietterich 2019 (arXiv 1903.12261), section 3, by severity. Constants are those of CIFAR-10-C; the noise is
 # ImageNet-C's, since CIFAR-10-C's hardly affects digits of full contrast. Where the definitions differ:
-#   brightness  is added to the value of HSV, which for grey images is the level itself;
+#   brightness  is added to the value of HSV, which for gray images is the level itself;
 #   pixelate    keeps at least two pixels a side, since images may be 8 pixels wide;
 #   shift       follows MNIST-C's translation instead (Mu & Gilmer 2019, arXiv 1906.02337): by a fraction of the
 #               side in one of four directions, filled with black.

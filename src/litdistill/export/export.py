@@ -123,9 +123,8 @@ def export_student(
     names, shape = names_and_shape(student, data)
     preprocess = preprocess_of(student)
     check_student(student, shape, format, precision, preprocessing)
-    preprocessing = (
-        preprocessing and preprocess is not None and format != "safetensors"
-    )  # safetensors holds weights alone
+    # safetensors holds weights alone
+    preprocessing = preprocessing and preprocess is not None and format != "safetensors"
     about = preprocess.facts() if preprocess is not None else {"mean": [], "std": [], "size": None}
     entry: dict[str, Any] = {
         "format": format,
@@ -309,9 +308,8 @@ def _agreement(logits: Tensor, expected: Tensor, kind: str) -> float:
 
 def _refuse_mismatch(path: Path, found: Mapping[str, Any]) -> None:
     most, least = found["tolerance"]["difference"], found["tolerance"]["agreement"]
-    near = np.isfinite(found["difference"]) and (
-        most is None or found["difference"] <= most
-    )  # NaN is never within tolerance
+    # NaN is never within tolerance
+    near = np.isfinite(found["difference"]) and (most is None or found["difference"] <= most)
     if not near or not found["agreement"] >= least:
         raise UserError(
             f"{path.name} is not the student, so it is not kept: logits differ by up to {found['difference']:.3g} "

@@ -307,9 +307,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(json.dumps(found, indent=2))
         return
     for one in found:
-        name = os.fsencode(one.get("image") or one["row"]).decode(
-            errors="replace"
-        )  # a file name need not be valid UTF-8
+        # A file name need not be valid UTF-8
+        name = os.fsencode(one.get("image") or one["row"]).decode(errors="replace")
         texts = [f"{c['class']} {100 * c['probability']:.1f} %" for c in one.get("top", ())]
         texts += [f"{k} {v:.6g}" for k, v in one.get("values", {}).items()]
         print(f"{name}: " + ", ".join(texts))

@@ -176,9 +176,8 @@ def command(seed: Seed) -> str:
     overrides = seed.folder / ".hydra" / "overrides.yaml"
     if overrides.is_file():
         try:
-            kept: Any = OmegaConf.to_container(
-                OmegaConf.load(overrides), resolve=False
-            )  # interpolations are not resolved
+            # Interpolations are not resolved.
+            kept: Any = OmegaConf.to_container(OmegaConf.load(overrides), resolve=False)
             typed = shlex.join(["python", "scripts/train.py", *map(str, kept)])
         except (OSError, ValueError, TypeError, YAMLError, OmegaConfBaseException) as error:
             return f"# not known: {overrides.name} is damaged ({type(error).__name__})"

@@ -77,9 +77,8 @@ def quality(group: Group, key: str) -> Section:
     rows = []
     for name, row, found in zip(names(group), group.rows, followed, strict=True):
         first, measured = row.seeds[0].summary, [seed.quality for seed in row.seeds]
-        trained = [
-            s.summary for s in row.seeds if s.summary.get("epochs")
-        ]  # without epochs, "last" is the starting point's
+        # Without epochs, "last" is the starting point's
+        trained = [s.summary for s in row.seeds if s.summary.get("epochs")]
         last = [summary["student"]["test"][metric]["last"] for summary in trained]
         begun = (starts_from(first, group.things), counted(first["data"]["train"])) if first else ("", "")
         rows.append(

@@ -103,11 +103,8 @@ def helpers(count: int, overrides: Sequence[str], folder: Path) -> Iterator[list
         return
     threads = max(1, torch.get_num_threads() // (count + 1))
     torch.set_num_threads(threads)
-    own = [
-        "sweep.workers=1",
-        f"hydra.run.dir={folder}",
-        "hydra.output_subdir=null",
-    ]  # the folder has the config already
+    # The folder has the config already
+    own = ["sweep.workers=1", f"hydra.run.dir={folder}", "hydra.output_subdir=null"]
     command = [sys.executable, *command_argv("sweep"), *config_dir_flags(), *overrides, *own]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     others = [subprocess.Popen(command, env=environment) for _ in range(count)]
