@@ -1,4 +1,4 @@
-"""All techniques on the same data, budget and seeds: each an ordinary run, several at a time, and one page of them all."""
+"""Compares all techniques on the same data, budget and seeds: trains ordinary runs in parallel, and writes one page."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 
 class Job(NamedTuple):
-    """One run: the technique's name, what tells it from others of that name, and its overrides."""
+    """One run: the technique's name, its variant, its seed and its overrides."""
 
     technique: str
     variant: str
@@ -46,7 +46,7 @@ class Job(NamedTuple):
 
 
 def compare(cfg: DictConfig) -> list[Group]:
-    """Trains what `conf/compare.yaml` describes and writes the page; gives what was measured."""
+    """Trains the runs of `conf/compare.yaml` and writes the page; returns the measured groups."""
     started = time.perf_counter()
     todo = jobs(cfg)
     folders = run_all(todo, cfg.jobs)
@@ -65,15 +65,15 @@ def compare(cfg: DictConfig) -> list[Group]:
 
 
 def jobs(cfg: DictConfig) -> list[Job]:
-    """Every technique with every seed, seeds of one technique after another."""
+    """Returns one job for each technique and seed; seeds vary fastest."""
     known = sorted(p.stem for p in (CONF / "experiment" / "compare").glob("*.yaml") if not p.stem.startswith("_"))
-    asked = known if cfg.techniques is None else list(cfg.techniques)
-    if unknown := [name for name in asked if name not in known]:
+    chosen = known if cfg.techniques is None else list(cfg.techniques)
+    if unknown := [name for name in chosen if name not in known]:
         raise UserError(f"No such technique: {', '.join(unknown)}. There are {', '.join(known)}.")
     if cfg.seeds < 1 or cfg.jobs < 1:
         raise UserError("seeds and jobs must be at least 1.")
     found = []
-    for name in asked:
+    for name in chosen:
         for widths in list(cfg.family) if name == "family" else [""]:
             for seed in range(cfg.seeds):
                 overrides = [f"experiment=compare/{name}", f"data={cfg.dataset}", f"seed={seed}", f"runs={cfg.runs}"]
@@ -84,7 +84,7 @@ def jobs(cfg: DictConfig) -> list[Job]:
 
 
 def run_all(todo: list[Job], at_once: int) -> list[Path]:
-    """The folders of the finished runs, in the order of the jobs. A run that fails ends all, with its own words."""
+    """Returns the folders of the finished runs, in the order of the jobs. The error of a failed run ends them all."""
     started, done = time.perf_counter(), {}
     for job, folder in _results(todo, at_once):
         done[job] = folder
@@ -105,7 +105,7 @@ def _results(todo: list[Job], at_once: int) -> Iterator[tuple[Job, Path]]:
         for job in todo:
             yield job, run(job)
         return
-    context = multiprocessing.get_context("spawn")  # a fork of a process with threads may wait for ever
+    context = multiprocessing.get_context("spawn")  # the fork of a process with threads may deadlock
     with ProcessPoolExecutor(min(at_once, len(todo)), context, initializer=_quietly) as pool:
         waiting = {pool.submit(run, job): job for job in todo}
         try:
@@ -118,13 +118,13 @@ def _results(todo: list[Job], at_once: int) -> Iterator[tuple[Job, Path]]:
 
 def _quietly() -> None:
     filter_warnings()
-    logging.getLogger().setLevel(logging.INFO)  # to each run's own file
+    logging.getLogger().setLevel(logging.INFO)  # each run logs to its own file
     os.environ.setdefault("RUN_STAMP", "compare")
     threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
 
 
 def end_with(parent: int, pause: float = 15) -> None:
-    """Ends this process when the one that started it is gone: at first so that a run saves its state, then at once."""
+    """Sends SIGTERM to this process when its parent has died: the first one saves the run, a second one ends it."""
     while True:
         time.sleep(pause)
         if os.getppid() != parent:
@@ -132,9 +132,9 @@ def end_with(parent: int, pause: float = 15) -> None:
 
 
 def run(job: Job) -> Path:
-    """Trains one run unless it is finished, and gives its folder.
+    """Trains one run unless it is finished, and returns its folder.
 
-    What decides its weights is in the folder's name, so that a changed config is not answered by an old run.
+    The hash of its recipe is in the folder's name, so a run with another config is trained anew.
     """
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3"):
@@ -146,7 +146,7 @@ def run(job: Job) -> Path:
     write_text(folder / ".hydra" / "overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(list(job.overrides))))
     with logged_to(folder / "train.log"):
         train(cfg)
-    if cfg.student.checkpoint is None:  # what other techniques start from, where their recipe is this run's
+    if cfg.student.checkpoint is None:  # techniques with the same recipe start from this run
         start = starting_point_dir(cfg)
         start.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):
@@ -155,7 +155,7 @@ def run(job: Job) -> Path:
 
 
 def draw(group: Group, path: Path) -> None:
-    """The main picture of the page as a PNG."""
+    """Writes the main figure of the page as a PNG."""
     timed = [(look, row) for look, row in zip(looks(group), group.rows, strict=True) if "cpu" in row.timing]
     costs = [
         ("file (kB)", [row.timing["bytes"] / 1e3 for _, row in timed]),

@@ -1,7 +1,7 @@
-"""The published tables: every cell's experiment, made of a pair of networks and a method, and its published figure.
+"""Published tables: for each cell, the experiment of a pair of networks and a method, and the published value.
 
-`experiment=crd/wrn_40_2_wrn_16_2/kd` is no file: `register` puts it, like all others, into Hydra's store as a diff on
-conf/experiment/crd/base.yaml. The experiments of hinton2015 are files, as no two of them are alike.
+`experiment=crd/wrn_40_2_wrn_16_2/kd` is no file: `register` adds it to Hydra's config store as a diff on
+conf/experiment/crd/base.yaml. The experiments of hinton2015 are files, as they share no base.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from hydra.core.config_store import ConfigStore
 
 
 class Published(NamedTuple):
-    """A figure of a paper. `test`: what of ours it is compared with; `errors`: it counts errors of 10,000 images."""
+    """A published value. `protocol`: the epoch it is reported for; `errors`: it counts errors among 10,000 images."""
 
     value: float  # top-1 accuracy in %, or errors
     source: str
@@ -27,13 +27,14 @@ class Table(NamedTuple):
     source: str
     protocol: str
     base: str  # the experiment that all cells are diffs on
-    pairs: dict[str, tuple[str, str]]  # column: teacher and student
-    figures: str  # a row: the method, and a figure or "-" for each pair
-    methods: dict[str, dict[str, Any]]  # what a row changes, if not the method of its name as it is
-    data: str | None = None  # another data set than that of the base
+    pairs: dict[str, tuple[str, str]]  # teacher and student by column
+    figures: str  # a row: the method, and for each pair a value, "-" (no experiment) or "?" (no value)
+    methods: dict[str, dict[str, Any]]  # the config changes of a row, by method
+    data: str | None = None  # the data set, if not that of the base
 
 
-FIRST_EPOCHS = {"trainer": {"max_epochs": 270}, "scheduler": {"milestones": [180, 210, 240]}}  # 30, and then the 240
+# a first phase of 30 epochs, then 240
+FIRST_EPOCHS = {"trainer": {"max_epochs": 270}, "scheduler": {"milestones": [180, 210, 240]}}
 
 CRD = Table(
     source="RepDistiller's README; the rows from dkd on are the methods' own papers', which report the best test epoch",
@@ -88,8 +89,8 @@ CRD = Table(
     },
 )
 NCKD = dict.fromkeys("FKLIM", 8.0) | dict.fromkeys("CDE", 2.0) | dict.fromkeys("ABGHJ", 6.0)  # DKD's β
-FROM_BEST_EPOCH = ("dkd", "dist", "logit_std", "mlkd")  # rows that give the epoch that was best on the test set
-SMALL_STEPS = ("mobilenet_v2", "shufflenet_v1", "shufflenet_v2")  # learn at 0.01
+FROM_BEST_EPOCH = ("dkd", "dist", "logit_std", "mlkd")  # rows reported for the best epoch on the test set
+SMALL_STEPS = ("mobilenet_v2", "shufflenet_v1", "shufflenet_v2")  # learning rate 0.01
 
 CRD_CIFAR10 = Table(
     source="nobody: there are no published figures",
@@ -156,7 +157,7 @@ ABERHU = Table(
         "kd": {"method": {"hard": 1.0, "soft": 0.1}},
         "logit_mse": {
             "method": {"hard": 1.0, "soft": 0.02}
-        },  # 0.1 of the mean over ten classes, twice one half of the sum
+        },  # 0.1 times the mean over ten classes: 0.02 times half of the sum
         "fitnet": {"method": {"hint": 0.1}},
         "crd": {"method": {"hint": 0.2, "temperature": 0.1}},
     },
@@ -182,7 +183,7 @@ HINTON = {  # section 3; the figures of no_threes_bias and only_7_8_bias are wit
 
 
 def cells(table: Table) -> dict[tuple[str, str], float | None]:
-    """The figure of each (column, method) of a table; None where there is an experiment and no figure."""
+    """Returns the value of each (column, method) of a table; None for an experiment without a published value."""
     head, *rows = (line.split() for line in table.figures.strip().splitlines())
     found = {}
     for method, *figures in rows:
@@ -193,7 +194,7 @@ def cells(table: Table) -> dict[tuple[str, str], float | None]:
 
 
 def experiments() -> dict[str, dict[str, Any]]:
-    """The nodes of all tables' cells by the name that `experiment=` takes: a defaults list and a diff on train.yaml."""
+    """Returns the config nodes of all cells by experiment: a defaults list and a diff on train.yaml."""
     return {
         f"{name}/{'_'.join(table.pairs[column])}/{method}": _node(name, table, column, method)
         for name, table in TABLES.items()
@@ -202,7 +203,7 @@ def experiments() -> dict[str, dict[str, Any]]:
 
 
 def published() -> dict[str, Published]:
-    """The figure of each cell that has one, by its experiment's name."""
+    """Returns the published values by experiment."""
     found = {
         f"hinton2015/{cell}": Published(errors, "Hinton, Vinyals & Dean 2015, section 3", "best", errors=True)
         for cell, errors in HINTON.items()
@@ -238,9 +239,9 @@ def _node(name: str, table: Table, column: str, method: str) -> dict[str, Any]:
 
 
 def register(texts: Iterable[str]) -> None:
-    """Makes every cell that is named in one of the texts, as a command's arguments, an option of Hydra's group `experiment`.
+    """Registers each cell that one of `texts` (a command's arguments) names as an option of Hydra's group `experiment`.
 
-    Not all cells: Hydra copies whatever is stored at every look at a group, a quarter of a second each time for all of them.
+    Only named cells: Hydra copies its store at every lookup of a group, a quarter of a second each time for all cells.
     """
     store, text = ConfigStore.instance(), " ".join(texts)
     for name, node in experiments().items():

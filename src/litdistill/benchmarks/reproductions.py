@@ -28,7 +28,7 @@ from litdistill.utils.units import spread
 RESULTS = Path("docs/results")
 PROTOCOLS = {"last": "last epoch", "best": "best on validation", "best_on_test": "best on test"}
 
-# What a run may be started with and still be a run of its experiment: its seed, and what changes no weight.
+# Overrides that make no variant of an experiment: the seed, and those that do not change the weights.
 NO_VARIANT = (
     *("experiment", "name", "seed", "threads", "watch_test", "runs", "logger", "resume"),
     *("hydra.run.dir", "hydra.sweep.dir"),
@@ -42,29 +42,29 @@ Results = Mapping[str, Sequence[dict[str, Any]]]
 
 
 def cell_of(folder: Path) -> tuple[str, int]:
-    """The experiment that a run belongs to, with what else it was started with, and its seed. Raises `UserError`."""
-    noted: Any = OmegaConf.to_container(OmegaConf.load(folder / ".hydra" / "hydra.yaml"), resolve=False)
-    experiment = noted["hydra"]["runtime"]["choices"].get("experiment")
+    """Returns a run's experiment, with its other overrides, and its seed. Raises `UserError` without an experiment."""
+    hydra_config: Any = OmegaConf.to_container(OmegaConf.load(folder / ".hydra" / "hydra.yaml"), resolve=False)
+    experiment = hydra_config["hydra"]["runtime"]["choices"].get("experiment")
     if experiment is None or not re.fullmatch(r"\w+(/\w+)*", experiment):
         raise UserError(f"{folder} is the run of no experiment.")
     cfg, _ = load_run(folder)
     register([experiment])
     with initialize_config_dir(str(CONF), version_base="1.3"):
         plain = compose("train", [f"experiment={experiment}"])
-    new = (o for o in noted["hydra"]["overrides"]["task"] if o.lstrip("+~").split("=")[0] not in NO_VARIANT)
+    new = (o for o in hydra_config["hydra"]["overrides"]["task"] if o.lstrip("+~").split("=")[0] not in NO_VARIANT)
     variant = sorted(o for o in new if not _is_said_by(plain, o, cfg))
     return "/".join([experiment, *([" ".join(variant)] if variant else [])]), int(cfg.seed)
 
 
 def _is_said_by(plain: DictConfig, override: str, cfg: DictConfig) -> bool:
-    """Whether a run's override gives a key the value that the experiment gives it anyway."""
+    """Returns whether a run's override sets the value that the experiment has already."""
     key = override.partition("=")[0]
     here = OmegaConf.select(cfg, key)
     return key[0] not in "+~" and not OmegaConf.is_config(here) and here == OmegaConf.select(plain, key)
 
 
 def collect(folder: Path, results: Path = RESULTS) -> Path:
-    """Measures a finished run anew, and notes its summary if that is reproduced to the digit; else a `UserError`."""
+    """Evaluates a finished run again, and copies its summary to `results`; raises `UserError` unless all values are equal."""
     cell, seed = cell_of(folder)
     _, summary = load_run(folder)
     if wrong := differences(evaluate(folder, device="cpu"), summary):
@@ -81,7 +81,7 @@ def collect(folder: Path, results: Path = RESULTS) -> Path:
 
 
 def read(results: Path = RESULTS) -> dict[str, list[dict[str, Any]]]:
-    """The summaries of all cells, by the cell's name, in the order of their seeds."""
+    """Returns the summaries of all cells, by the cell's name, in the order of their seeds."""
     found: dict[str, list[dict[str, Any]]] = {}
     for path in sorted(results.glob("*/**/*.json"), key=lambda p: (str(p.parent), int(p.stem))):
         found.setdefault(str(path.parent.relative_to(results)), []).append(json.loads(path.read_text()))
@@ -92,7 +92,7 @@ def read(results: Path = RESULTS) -> dict[str, list[dict[str, Any]]]:
 
 
 def figures(runs: Sequence[dict[str, Any]], protocol: str, errors: bool) -> list[float]:
-    """Ours, one a run: test accuracy in %, or errors of 10,000; empty where a run has no such figure."""
+    """Returns one value per run, test accuracy in % or errors of 10,000; empty where a run lacks the value."""
     found = [run["student"]["test"]["accuracy"].get(protocol) for run in runs]
     return [] if None in found else [_figure(accuracy, errors) for accuracy in found]
 
@@ -102,7 +102,7 @@ def _figure(accuracy: float, errors: bool) -> float:
 
 
 def verdict(ours: Sequence[float], theirs: Published | None) -> str:
-    """reached, within the spread of our seeds, or missed by how much; said of the mean."""
+    """Compares the mean over seeds with the published value: reached, within the spread over seeds, or missed by how much."""
     if theirs is None:
         return "no published figure"
     if not ours:
@@ -116,12 +116,12 @@ def verdict(ours: Sequence[float], theirs: Published | None) -> str:
 
 
 def row(cell: str, runs: Sequence[dict[str, Any]], theirs: Published | None, errors: bool) -> list[str]:
-    """One row of a table of results."""
+    """Returns one row of a table of results."""
     digits = 0 if errors else 2
     ours = {p: figures(runs, p, errors) for p in PROTOCOLS}
     teachers = {run["teacher"]["sha256"]: run["teacher"]["test"]["accuracy"] for run in runs if run["teacher"]}
-    taught = [_figure(accuracy, errors) for accuracy in teachers.values()]
-    shown = [spread(v, 1 if errors and len(v) > 1 else digits) if v else "" for v in (*ours.values(), taught)]
+    teacher_values = [_figure(accuracy, errors) for accuracy in teachers.values()]
+    shown = [spread(v, 1 if errors and len(v) > 1 else digits) if v else "" for v in (*ours.values(), teacher_values)]
     return [
         cell.split("/", 1)[1],
         f"{theirs.value:.{digits}f}" if theirs else "",
@@ -133,7 +133,7 @@ def row(cell: str, runs: Sequence[dict[str, Any]], theirs: Published | None, err
 
 
 def by_class(own: Results) -> str:
-    """Where the errors are: of each class the mean over seeds, of the epoch that was best on validation."""
+    """Returns a table of the errors per class, the mean over seeds, for the best epoch on validation."""
     counts = {
         cell: [statistics.mean(c) for c in zip(*(r["errors_by_class"] for r in own[cell]), strict=True)] for cell in own
     }
@@ -145,24 +145,24 @@ def by_class(own: Results) -> str:
 
 
 def duration(seconds: float) -> str:
-    """In minutes, or in seconds below two of them."""
+    """Returns a text in minutes, or in seconds below two minutes."""
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
 def hardware(runs: Sequence[dict[str, Any]]) -> str:
-    """Of all these runs, each kind once."""
+    """Returns the distinct devices of the runs."""
     kinds = {f"{r['device']['name']} ({r['device']['type']}), {r['device']['threads']} thread(s)" for r in runs}
     return "; ".join(sorted(kinds))
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """A table whose first `left` columns are words."""
+    """Returns a Markdown table whose first `left` columns are left-aligned."""
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * left + "---:|" * (len(head) - left)]
     return "\n".join([*lines, *("| " + " | ".join(r) + " |" for r in rows)])
 
 
 def section(name: str, title: str, results: Results, theirs: Mapping[str, Published], notes: str) -> str:
-    """What was run of one paper: the table, notes, hardware and commands."""
+    """Returns the section of one paper: table, notes, hardware and commands."""
     own = {cell: runs for cell, runs in results.items() if cell.startswith(f"{name}/")}
     parts = [f"## {title}"]
     if own:
@@ -186,7 +186,7 @@ def section(name: str, title: str, results: Results, theirs: Mapping[str, Publis
 
 
 def not_run(table: Table, name: str, results: Results) -> str:
-    """The published figures of the cells that were not run, a row a method and a column a pair; empty if there are none."""
+    """Returns the published values of cells without runs, one row per method, one column per pair; empty if none."""
     missing = {
         key: figure
         for key, figure in cells(table).items()
@@ -229,7 +229,7 @@ that were best on validation.
 
 
 def page(results: Path = RESULTS) -> str:
-    """The whole page, in Markdown."""
+    """Returns the whole page in Markdown."""
     found, theirs, parts = read(results), published(), [INTRODUCTION.strip()]
     for name, title in TITLES.items():
         notes = results / name / "notes.md"

@@ -3,8 +3,8 @@
     python scripts/train.py data=diabetes task=regression net@student=mlp net@teacher=mlp
     python scripts/train.py data=multilabel task=multilabel net@student=mlp net@teacher=mlp
 
-Inputs are (N, F) float32, as they are read, in every epoch: a teacher's outputs are known after one of them. Networks
-standardize them by `mean` and `std` (`litdistill.models.preprocess`): an exported file takes them as they are read, too.
+Inputs are (N, F) float32 and the same in every epoch, so the teacher runs in one epoch only. Networks standardize them by
+`mean` and `std` (`litdistill.models.preprocess`), so an exported file takes raw features, too.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from litdistill.utils.errors import UserError
 from litdistill.utils.hashing import weights_sha256
 
 TEST_SHARE = 0.2
-TEST_SEED, VAL_SEED = -2, -1  # of who is tested and validated on, whatever the run's seed
+TEST_SEED, VAL_SEED = -2, -1  # of the test and validation splits, independent of the run's seed
 
 
 class Arrays(NamedTuple):
@@ -36,20 +36,20 @@ class Arrays(NamedTuple):
 
     inputs: Tensor  # (N, F) float32
     targets: Tensor  # (N, outputs) float32
-    names: tuple[str, ...]  # of the outputs: values or labels
+    names: tuple[str, ...]  # of the outputs (values or labels)
 
 
 def diabetes() -> Arrays:
-    """scikit-learn's 442 patients: ten measurements, and the progression of the disease a year later, 25 to 346.
+    """Returns scikit-learn's 442 patients: ten measurements, and the disease progression a year later, 25 to 346.
 
-    Efron et al. 2004 (arXiv math/0406456). Targets are as published; a task of regression standardizes them itself.
+    Efron et al. 2004 (arXiv math/0406456). Targets are as published; the regression task standardizes them.
     """
     found = load_diabetes(scaled=False)
     return Arrays(_float(found.data), _float(found.target)[:, None], ("disease progression",))
 
 
 def multilabel() -> Arrays:
-    """2,000 drawn samples of 40 features (counts of words) with any number of 10 labels; the same on every machine.
+    """Returns 2,000 synthetic samples of 40 word counts with any number of 10 labels; the same on every machine.
 
     `sklearn.datasets.make_multilabel_classification` with `random_state=0`.
     """
@@ -71,13 +71,13 @@ class ArrayData(LightningDataModule):
 
     Args:
         name: diabetes or multilabel.
-        val_size: how much is held out of the training set, a fraction below 1 or a count; the same samples for every `seed`.
-        fraction: train on that share of the rest.
-        subset_seed: which samples these are; the run's seed unless given.
-        epoch_size: samples of an epoch; all that is trained on, once, where null.
-        batch_size: samples of a training step on each device. eval_batch_size: likewise without gradients.
+        val_size: validation samples, a fraction (below 1) or a number of the training set; the same for every `seed`.
+        fraction: the fraction of the other samples to train on.
+        subset_seed: the seed that selects this fraction; the run's seed unless given.
+        epoch_size: samples of an epoch; null: every training sample once.
+        batch_size: samples per training step on each device. eval_batch_size: the same for evaluation.
         seed: of the order.
-        mean, std: of each feature, by which networks standardize; measured over all that is not held out unless given.
+        mean, std: of each feature, for standardization; computed over all samples that are not held out unless given.
     """
 
     name: str
@@ -111,7 +111,7 @@ class ArrayData(LightningDataModule):
 
     @cached_property
     def arrays(self) -> dict[str, Arrays]:
-        """By split: "train", which the validation set is of, and "test". An id is a place in either."""
+        """Returns the arrays by split, "train" (validation set included) and "test". An id is an index into its split."""
         inputs, targets, names = READERS[self.name]()
         ids = aug.order(TEST_SEED, 0, torch.arange(len(inputs)))
         tested = round(TEST_SHARE * len(ids))
@@ -119,7 +119,7 @@ class ArrayData(LightningDataModule):
         return {split: Arrays(inputs[rows], targets[rows], names) for split, rows in both.items()}
 
     def setup(self, stage: str | None = None) -> None:
-        """Reads the data; the same whatever the stage."""
+        """Reads and splits the data, for any stage."""
         inputs = self.arrays["train"].inputs
         ids = aug.order(VAL_SEED, 0, torch.arange(len(inputs)))
         held = round(self.val_size * len(ids)) if self.val_size < 1 else int(self.val_size)
@@ -139,43 +139,43 @@ class ArrayData(LightningDataModule):
 
     @property
     def task(self) -> str:
-        """The task that these data are for."""
+        """Returns the name of the data's task."""
         return {"diabetes": "regression", "multilabel": "multilabel"}[self.name]
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """The names of the outputs."""
+        """Returns the names of the outputs."""
         return self.arrays["train"].names
 
     @property
     def num_classes(self) -> int:
-        """How many outputs a network has."""
+        """Returns the number of a network's outputs."""
         return len(self.class_names)
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """(F,)."""
+        """Returns (F,)."""
         return tuple(self.arrays["train"].inputs.shape[1:])
 
     @property
     def train_targets(self) -> Tensor:
-        """(M, outputs) the targets of all that is not tested, by id."""
+        """Returns the (M, outputs) targets of the training and validation samples, by id."""
         return self.arrays["train"].targets
 
     # -- IndexedData -------------------------------------------------------------------------------------------------
 
     @property
     def draws_views(self) -> bool:
-        """Nothing is augmented."""
+        """Returns False: there is no augmentation."""
         return False
 
     @property
     def views(self) -> int:
-        """Each sample as it is."""
+        """Returns 1: there is no augmentation."""
         return 1
 
     def count(self, split: str) -> int:
-        """Samples of "train", "val" or "test"."""
+        """Returns the number of samples of "train", "val" or "test"."""
         return len(split_ids(self, split))
 
     def view_count(self, rounds: int) -> int:
@@ -189,12 +189,12 @@ class ArrayData(LightningDataModule):
         return hashlib.sha256(repr((found, names)).encode()).hexdigest()
 
     def get_batch(self, split: str, ids: Tensor, views: Tensor | None = None) -> Batch:
-        """The samples of these ids (N,), on their device."""
+        """Returns the samples of `ids` (N,), on the device of `ids`."""
         arrays, rows = self.arrays["test" if split == "test" else "train"], ids.cpu()
         return Batch(arrays.inputs[rows].to(ids.device), arrays.targets[rows].to(ids.device), ids)
 
     def batches(self, split: str, device: torch.device | str = "cpu") -> Iterator[Batch]:
-        """All of a split in order, without a trainer and on this process alone."""
+        """Yields all batches of a split in order, without a trainer and in this process alone."""
         self.setup()
         for ids in split_ids(self, split).split(self.eval_batch_size):
             yield self.get_batch(split, ids.to(device))
@@ -205,7 +205,7 @@ class ArrayData(LightningDataModule):
         return self.train_loader(*self._world())
 
     def train_loader(self, rank: int = 0, world_size: int = 1, group: int = 0, log_every: int = 0) -> IndexLoader:
-        """The loader of one process; `group`, `log_every`: see `IndexLoader`."""
+        """Returns the training loader of one process; `group`, `log_every`: see `IndexLoader`."""
         count = self.epoch_size or len(self.train_ids)
         return IndexLoader(self._epoch, count, self.batch_size, rank, world_size, True, group, log_every)
 
@@ -219,7 +219,7 @@ class ArrayData(LightningDataModule):
         return self.eval_loader("test", *self._world())
 
     def eval_loader(self, split: str, rank: int = 0, world_size: int = 1) -> IndexLoader:
-        """The loader of one process over "val" or "test", in order; each sample is in one process."""
+        """Returns the loader of one process for "val" or "test", in order; each sample belongs to one process."""
         rows = Rows(split, split_ids(self, split))
         return IndexLoader(lambda _: rows, len(rows.ids), self.eval_batch_size, rank, world_size)
 
@@ -227,11 +227,11 @@ class ArrayData(LightningDataModule):
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
 
     def on_after_batch_transfer(self, batch: Rows, dataloader_idx: int) -> Batch | Group:
-        """Lightning's hook: ids that lie on the device become the batch."""
+        """Lightning's hook: returns the batch of the ids, which are on the device."""
         return self.make_batch(batch)
 
     def make_batch(self, rows: Rows) -> Batch | Group:
-        """The samples of these ids: a batch, or a group of several."""
+        """Returns the samples of `rows`: a `Batch`, or a `Group` of several."""
         batch = self.get_batch(rows.split, rows.ids)
         if rows.sizes is None:
             return batch._replace(weight=rows.weights[0])

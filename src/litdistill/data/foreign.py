@@ -1,4 +1,4 @@
-"""Anybody's LightningDataModule: trained on as it is, and read here for what a run measures and notes of its data."""
+"""Adapter for any LightningDataModule: gives a run the validation and test batches and the facts of its data."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from litdistill.utils.errors import UserError
 
 
 class ForeignData:
-    """What a run reads of a data module that knows neither ids nor views.
+    """The view of a run on a data module without ids and views.
 
     Args:
-        module: prepared and set up for a fit. What it may say of itself, by attributes: `name`, `class_names`, `num_classes`,
-            `input_shape`, `mean` and `std` (of images on the scale 0 to 1; without them inputs reach networks untouched).
-        to_batch: makes a `Batch` of what its loaders yield (`Task.batch`).
+        module: prepared and set up for a fit. Its optional attributes: `name`, `class_names`, `num_classes`, `input_shape`,
+            `mean` and `std` (of images on the scale 0 to 1; without them, networks do not normalize their inputs).
+        to_batch: converts a batch of its loaders to a `Batch` (`Task.batch`).
     """
 
     def __init__(self, module: LightningDataModule, to_batch: Callable[[Any], Batch]):
@@ -51,7 +51,7 @@ class ForeignData:
 
     @property
     def input_shape(self) -> tuple[int, ...] | None:
-        """Of one sample; None where inputs are no single tensor."""
+        """Returns the shape of one input sample; None where inputs are no single tensor."""
         inputs = self.example.inputs
         return getattr(self.module, "input_shape", None) or (
             tuple(inputs.shape[1:]) if isinstance(inputs, Tensor) else None
@@ -59,25 +59,25 @@ class ForeignData:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Of its classes, labels or values, in the order of the network's outputs; empty where it says nothing of them."""
+        """Returns the names of classes, labels or values in the order of the outputs; empty where the module has none."""
         names = getattr(self.module, "class_names", None)
         count = getattr(self.module, "num_classes", None) or 0
         return tuple(map(str, names)) if names is not None else tuple(map(str, range(count)))
 
     @property
     def num_classes(self) -> int | None:
-        """How many outputs a network needs; None where the module says nothing of it."""
+        """Returns the number of outputs of a network; None where the module does not define it."""
         return len(self.class_names) or None
 
     def count(self, split: str) -> int | None:
-        """Samples of "train", "val" or "test", where the loader's data set has a length."""
+        """Returns the number of samples of "train", "val" or "test"; None where the loader's data set has no length."""
         try:
             return len(self._loader(split).dataset)
         except (AttributeError, TypeError):
             return None
 
     def batches(self, split: str, device: torch.device | str = "cpu") -> Iterator[Batch]:
-        """All of "val" or "test" in order."""
+        """Yields all batches of "val" or "test" in order."""
         for raw in self._loader(split):
             yield self.to_batch(transferred(self.module, raw, torch.device(device)))
 
@@ -92,24 +92,24 @@ class ForeignData:
 
 
 def sample_count(data: Any, split: str) -> int | None:
-    """Samples of "train", "val" or "test"; None where nobody can say."""
+    """Returns the number of samples of "train", "val" or "test"; None if unknown."""
     return data.count(split) if isinstance(data, ForeignData) else len(split_ids(data, split))
 
 
 def output_names(data: Any, count: int) -> tuple[str, ...]:
-    """The names of a network's outputs: of classes, labels or values; their numbers where the data say nothing."""
+    """Returns the names of a network's `count` outputs; their indices where the data has no names."""
     return tuple(data.class_names) or tuple(map(str, range(count)))
 
 
 def training_inputs(data: Any, count: int) -> Any:
-    """The inputs of some training samples as they are, by `Batch.inputs`; of foreign data those of one batch."""
+    """Returns `Batch.inputs` of `count` training samples without augmentation; for `ForeignData` those of one batch."""
     if isinstance(data, ForeignData):
         return data.example.inputs
     return data.get_batch("train", aug.order(0, 0, data.train_ids)[:count]).inputs
 
 
 def sample(data: Any, split: str, index: int) -> Tensor | None:
-    """The input of the i-th sample of "val" or "test", in order; None where it is no single tensor."""
+    """Returns the input of the sample at `index` of "val" or "test"; None where it is no single tensor."""
     if not isinstance(data, ForeignData):
         ids = split_ids(data, split)[index : index + 1]
         return data.get_batch("test" if split == "test" else "train", ids).inputs[0]
@@ -121,19 +121,19 @@ def sample(data: Any, split: str, index: int) -> Tensor | None:
 
 
 def offers(module: LightningDataModule, split: str) -> bool:
-    """Whether a data module has a loader of "val" or "test" of its own."""
+    """Returns whether a data module defines its own loader of "val" or "test"."""
     name = f"{split}_dataloader"
     return getattr(type(module), name) is not getattr(LightningDataModule, name)
 
 
 def transferred(module: LightningDataModule, raw: Any, device: torch.device) -> Any:
-    """A batch as a Trainer gives it to its model: on the device, and after all that the data module does to it on the way."""
+    """Returns a batch as a Trainer passes it to its model: on the device, after the data module's transfer hooks."""
     raw = module.on_before_batch_transfer(raw, 0)
     return module.on_after_batch_transfer(module.transfer_batch_to_device(raw, device, 0), 0)
 
 
 def first_batch(loader: Any, module: LightningDataModule | None = None) -> Any:
-    """The first batch of a loader, as `transferred` by its data module. Raises `UserError` where it yields nothing."""
+    """Returns the first batch of a loader, `transferred` by its data module. Raises `UserError` for an empty loader."""
     try:
         raw = next(iter(loader))
     except (StopIteration, TypeError) as error:

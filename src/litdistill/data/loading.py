@@ -1,6 +1,6 @@
-"""The loader of data that know their samples by id: a pure function of its position, which it keeps and restores.
+"""The loader of data with sample ids: its output is a function of its position, which it saves and restores.
 
-It yields `Rows`, which are ids; the data module makes inputs of them where they are needed, on the device.
+It yields `Rows` of ids; the data module creates the inputs from them on the device.
 """
 
 from __future__ import annotations
@@ -14,33 +14,33 @@ from torch import Tensor
 
 
 class Rows(NamedTuple):
-    """What the loader yields: which samples, of which split, and for training in which views."""
+    """The sample ids that the loader yields, their split and, for training, their views."""
 
-    split: str  # "train" or "test": the files
+    split: str  # "train" or "test", the files that the ids refer to
     ids: Tensor  # (N,) int64
-    views: Tensor | None = None  # (N,) int64; None: as they are
-    sizes: tuple[int, ...] | None = None  # of the minibatches that these are, one after the other; None: a single one
+    views: Tensor | None = None  # (N,) int64; None: without augmentation
+    sizes: tuple[int, ...] | None = None  # of the consecutive minibatches in a group; None: a single minibatch
     weights: tuple[float, ...] = (1.0,)  # of each minibatch: see `Batch.weight`
-    first: int = 0  # the place of the first minibatch in its epoch
-    logs: bool = False  # whether something is logged after the last of several
-    images: Tensor | None = None  # (M, C, H, W) uint8, where they were decoded ahead
+    first: int = 0  # the index of the first minibatch in its epoch
+    logs: bool = False  # whether metrics are logged after the last minibatch of the group
+    images: Tensor | None = None  # (M, C, H, W) uint8, if decoded in advance
 
 
 class IndexLoader:
-    """Yields the `Rows` of one minibatch after the other, or of several at once, in the order of `rows_of_epoch(epoch)`.
+    """Yields the `Rows` of single minibatches or of groups of them, in the order of `rows_of_epoch(epoch)`.
 
-    Of every global batch of `batch_size · world_size` samples each process takes its share, so the same samples meet at
-    any number of processes. Where the loader stands is its state, which Lightning keeps in checkpoints: a run goes on in
-    the middle of an epoch with the very minibatch that came next. Lightning tells `sampler` which epoch it is.
+    Each process takes its part of every global batch of `batch_size · world_size` samples, so a global batch holds the same
+    samples for any number of processes. The position is the loader's state, which Lightning saves in checkpoints: a run
+    resumes within an epoch at the next minibatch. Lightning calls `sampler.set_epoch`.
 
     Args:
-        rows_of_epoch: gives all samples of an epoch in order.
-        count: samples of an epoch. batch_size: of a minibatch, in each process.
-        pad: every process gets at least two samples of each minibatch: all must make equally many training steps, and
-            BatchNorm needs two; evaluation must count no sample twice.
-        group: how many minibatches are yielded at once, as a group; 0: one by one. log_every: a group also ends after so many
-            minibatches of an epoch, and at its end; 0: nothing is logged. All epochs have the same groups.
-        fetch: turns an iterator of `Rows` into one of the same `Rows` with what was read ahead.
+        rows_of_epoch: returns all samples of an epoch in order.
+        count: samples of an epoch. batch_size: samples of a minibatch in each process.
+        pad: gives every process at least two samples of each minibatch: all processes must make the same number of training
+            steps, and BatchNorm needs two samples. Off for evaluation, which must count no sample twice.
+        group: minibatches per group; 0: single minibatches. log_every: a group also ends at every multiple of this number of
+            minibatches and at the end of the epoch; 0: nothing is logged. All epochs have the same groups.
+        fetch: maps an iterator of `Rows` to one of the same `Rows` with prefetched images.
     """
 
     def __init__(
@@ -64,17 +64,15 @@ class IndexLoader:
         self.epoch = self.done = 0  # minibatches of the epoch that were yielded
         self.restored: dict[str, int] | None = None
 
-    batch_sampler = None  # which Lightning looks for where there is a sampler
-
     @property
     def sampler(self) -> IndexLoader:
-        """Itself, as Lightning calls `set_epoch` of a loader's sampler."""
+        """Returns the loader itself, since Lightning calls `set_epoch` of a loader's sampler."""
         return self
 
     batch_sampler = None  # Lightning reads it beside `sampler`, to see whether an evaluation is shuffled
 
     def set_epoch(self, epoch: int) -> None:
-        """Called before an epoch is iterated over."""
+        """Sets the epoch; Lightning calls it before the iteration."""
         if epoch != self.epoch:
             self.epoch, self.done = epoch, 0
 
@@ -82,7 +80,7 @@ class IndexLoader:
         return len(self.ends)
 
     def __iter__(self) -> Iterator[Rows]:
-        # Lightning makes an iterator before it tells the epoch: a generator asks when the first batch is drawn.
+        # Lightning creates the iterator before it sets the epoch: a generator reads the epoch at the first batch.
         done = 0
         if self.restored is not None and self.restored["epoch"] == self.epoch:
             done = self.restored["done"]
@@ -95,7 +93,7 @@ class IndexLoader:
     def _rows(self, epoch: int, done: int) -> Iterator[Rows]:
         split, ids, views = self.rows_of_epoch(epoch)[:3]
         chunks = [self._share(chunk) for chunk in torch.arange(self.count).split(self.batch_size * self.world_size)]
-        # Gathered once, for all of the epoch: a batch is a slice then, which costs next to nothing.
+        # Gathered once for the whole epoch, so that a batch is a cheap slice.
         order, sizes = torch.cat(chunks), [len(chunk) for chunk in chunks]
         at, ids = [0, *itertools.accumulate(sizes)], ids[order]
         views = None if views is None else views[order]
@@ -110,34 +108,34 @@ class IndexLoader:
             yield Rows(split, ids[cut], None if views is None else views[cut], parts, weights, first, logs)
 
     def _share(self, chunk: Tensor) -> Tensor:
-        """This process's part of a global batch."""
+        """Returns this process's part of a global batch."""
         if self.world_size == 1:
             return chunk
         mine = chunk.tensor_split(self.world_size)[self.rank]
-        if self.pad and len(mine) < 2:  # twice, which no mean sees; of no share it is to count nothing
+        if self.pad and len(mine) < 2:  # a repeated sample leaves the mean as it is; an empty part has weight 0
             mine = chunk[:1].repeat(2) if len(mine) == 0 else mine.repeat(2)
         return mine
 
     def weight(self, batch: int) -> float:
-        """What this process's mean over its part of a global batch counts in the mean of all processes' means."""
+        """Returns the weight of this process's mean over its part in the mean over processes: 1 for equal parts."""
         whole = self.batch_size * self.world_size
         size = min(whole, self.count - batch * whole)
         mine = size // self.world_size + (self.rank < size % self.world_size)
         return mine * self.world_size / size
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the loader stands: the epoch, and how many of its minibatches were yielded."""
+        """Returns the position: the epoch, and the number of its minibatches already yielded."""
         return self.restored or {"epoch": self.epoch, "done": self.done}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on there when it is next iterated over, if that is in the same epoch."""
+        """Restores the position for the next iteration, if that is in the same epoch."""
         self.restored = {"epoch": int(state["epoch"]), "done": int(state["done"])}
 
 
 def group_ends(count: int, group: int, log_every: int) -> list[int]:
-    """How many of an epoch's `count` minibatches are done at the end of each group of at most `group`.
+    """Returns the cumulative number of minibatches at the end of each group of at most `group` minibatches.
 
-    A group ends wherever something is logged, too, and with the epoch.
+    A group also ends at every multiple of `log_every`, and at the end of the epoch (`count`).
     """
     ends, start = [], 0
     for end in range(1, count + 1):

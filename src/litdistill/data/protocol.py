@@ -1,7 +1,7 @@
-"""What a data module that knows its samples by id offers, and what its knowing them makes possible.
+"""The interface of a data module whose samples have ids.
 
-A teacher's outputs are kept and replayed exactly, and a run goes on in the middle of an epoch, for any `LightningDataModule`
-that has all of these. Any other trains with a live teacher.
+With a `LightningDataModule` that implements it, the teacher's outputs are cached and replayed exactly, and a run resumes
+within an epoch. With any other data module the teacher runs in every step.
 """
 
 from __future__ import annotations
@@ -19,66 +19,66 @@ from litdistill.types import Batch, Group
 class IndexedData(Protocol):
     """Data whose samples have an id and, where they are augmented, numbered views.
 
-    An id is a sample's place in its split's files, whatever subset is trained on; "train" and "val" share their files. The
-    inputs of a sample in a view are the same whenever, wherever and in whatever batch they are asked for.
+    An id is a sample's index in its split's files, for any training subset; "train" and "val" share their files. The inputs of
+    a sample in a view are the same in every epoch, process and batch.
     """
 
     batch_size: int  # of a minibatch in each process
     epoch_size: int | None  # samples of an epoch; None: as many as `train_ids`
-    train_ids: Tensor  # (n,) int64: what is trained on
+    train_ids: Tensor  # (n,) int64: training samples
     val_ids: Tensor
     test_ids: Tensor
 
     @property
     def train_targets(self) -> Tensor:
-        """(M, ...) the target of every sample of the training files, by id."""
+        """Returns the (M, ...) targets of all samples of the training files, by id."""
         ...
 
     @property
     def draws_views(self) -> bool:
-        """Whether training sees anything but the samples as they are."""
+        """Returns whether training samples are augmented."""
         ...
 
     @property
     def views(self) -> int | None:
-        """How many distinct views there are of a sample; None where they are numbered by the round, without an end."""
+        """Returns the number of distinct views of a sample; None where every pass through the data has a new one."""
         ...
 
     def view_count(self, rounds: int) -> int:
-        """How many views of a sample can be seen in so many passes through the training set: they are numbered from 0."""
+        """Returns the number of views of a sample in `rounds` passes through the training set; views count from 0."""
         ...
 
     def identity(self, split: str) -> str:
-        """A hash of all that decides the inputs of "train", "val" or "test" by id and view; equal in every process."""
+        """Returns a hash of all that determines a split's inputs by id and view; equal in every process."""
         ...
 
     def get_batch(self, split: str, ids: Tensor, views: Tensor | None = None) -> Batch:
-        """The samples of these ids (N,) on the device of `ids`, in these views (N,) or as they are."""
+        """Returns the samples of `ids` (N,), on the device of `ids`, in `views` (N,) or without augmentation."""
         ...
 
     def train_loader(self, rank: int = 0, world_size: int = 1, group: int = 0, log_every: int = 0) -> IndexLoader:
-        """The training loader of one process, in groups of minibatches where `group` is above 0."""
+        """Returns the training loader of one process, with groups of minibatches where `group` is above 0."""
         ...
 
     def eval_loader(self, split: str, rank: int = 0, world_size: int = 1) -> IndexLoader:
-        """The loader of one process over "val" or "test", in order."""
+        """Returns the loader of one process for "val" or "test", in order."""
         ...
 
     def make_batch(self, rows: Rows) -> Batch | Group:
-        """What its loaders' rows stand for, on their device."""
+        """Returns the samples of `rows`, on the device of `rows.ids`."""
         ...
 
     def batches(self, split: str, device: torch.device | str = "cpu") -> Iterator[Batch]:
-        """All of a split in order, as it is, without a trainer and on this process alone."""
+        """Yields a split's batches in order, without augmentation or a trainer, in this process alone."""
         ...
 
 
 def as_indexed(module: Any) -> IndexedData | None:
-    """A data module that has all of these, after its setup; None for any other object."""
+    """Returns `module` if it implements `IndexedData`, else None."""
     needed = ("get_batch", "make_batch", "train_loader", "eval_loader", "identity", "view_count", "batches")
     return module if all(callable(getattr(type(module), name, None)) for name in needed) else None
 
 
 def split_ids(data: IndexedData, split: str) -> Tensor:
-    """The ids (n,) of "train", "val" or "test"."""
+    """Returns the ids (n,) of "train", "val" or "test"."""
     return {"train": data.train_ids, "val": data.val_ids, "test": data.test_ids}[split]

@@ -1,1 +1,1 @@
-"""What is measured of a finished run."""
+"""Evaluation of finished runs: metrics, calibration, robustness, latency and `summary.json`."""

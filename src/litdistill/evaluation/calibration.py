@@ -1,4 +1,4 @@
-"""Temperature scaling: one number that makes a classifier's probabilities as sure as they are right."""
+"""Temperature scaling: one scalar that calibrates a classifier's probabilities."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import torch.nn.functional as F
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
-BOUNDS = (0.05, 20.0)  # where every image of the validation set is right, no temperature is small enough
+BOUNDS = (0.05, 20.0)  # the NLL has no minimum where all predictions on the validation set are right
 
 
 def fit_temperature(logits: Tensor, targets: Tensor) -> float:
-    """The T within `BOUNDS` for which the negative log-likelihood of logits / T is least.
+    """Returns the T within `BOUNDS` that minimizes the negative log-likelihood of logits / T.
 
-    Guo et al. 2017 (arXiv 1706.04599), section 4.2. Logits (N, classes) and targets (N,) of the validation set: on the
-    test set it would be a measurement of nothing. The NLL is convex in 1/T, so that there is one minimum only.
+    Guo et al. 2017 (arXiv 1706.04599), section 4.2. Logits (N, classes) and targets (N,) are those of the validation
+    set: a temperature fitted on the test set would bias the test metrics. The NLL is convex in 1/T: it has one minimum.
     """
     logits = logits.double()
     nll = lambda log_t: F.cross_entropy(logits / math.exp(log_t), targets).item()  # noqa: E731

@@ -1,4 +1,4 @@
-"""What a student is worth: both networks over the whole test set, on one device, and all that is measured of it."""
+"""Rebuilds finished runs and evaluates student and teacher on the whole test set, on one device."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ T = TypeVar("T")
 
 
 def load_run(folder: Path, trust: Sequence[str] = ()) -> tuple[DictConfig, dict[str, Any]]:
-    """The config and the summary of a finished run.
+    """Returns the config and the summary of a finished run.
 
-    Raises `UserError` where it is none, and where another has made it and its config names more than this project offers and
-    the packages in `trust` (`litdistill.config.trust`).
+    Raises `UserError` where `folder` is no finished run, and where the run was made elsewhere and its config names classes
+    outside of this project and of the packages in `trust` (`litdistill.config.trust`).
     """
     packages(trust)
     config, summary = folder / ".hydra" / "config.yaml", folder / "summary.json"
@@ -47,13 +47,13 @@ def load_run(folder: Path, trust: Sequence[str] = ()) -> tuple[DictConfig, dict[
         raise UserError(f"{folder} is no finished run: it needs .hydra/config.yaml and summary.json ({have}).")
     cfg, found = _whole(config, lambda path: _read_config(path, folder, trust)), _whole(summary, _read_summary)
     with open_dict(cfg):
-        # The teachers lie beside the run, from wherever this is called.
+        # The teachers lie beside the run, whatever the working directory is.
         cfg.runs = str(next((p for p in folder.resolve().parents if (p / "teachers").is_dir()), cfg.runs))
     return cfg, found
 
 
 def _whole(path: Path, read: Callable[[Path], T]) -> T:
-    """What `read` makes of a file of a run; raises `UserError` where it is damaged."""
+    """Returns `read(path)`; raises `UserError` where the file is damaged."""
     try:
         return read(path)
     except (OSError, ValueError, LookupError, TypeError, RecursionError, YAMLError, OmegaConfBaseException) as error:
@@ -64,7 +64,7 @@ def _whole(path: Path, read: Callable[[Path], T]) -> T:
 
 
 def _read_config(path: Path, folder: Path, trust: Sequence[str]) -> DictConfig:
-    content = path.read_bytes()  # read once: what is checked is what is used
+    content = path.read_bytes()  # read once, so that the bytes checked are the bytes used
     cfg = OmegaConf.load(io.StringIO(content.decode()))
     if not isinstance(cfg, DictConfig):
         raise ValueError("it is no config of a run")
@@ -86,9 +86,9 @@ def _read_summary(path: Path) -> dict[str, Any]:
 
 
 def run_data(cfg: DictConfig, folder: Path) -> tuple[Any, Task]:
-    """The data of a finished run and its task, with the mean and deviation that it was trained with, whatever its place holds.
+    """Returns a finished run's data and task, with the mean and the standard deviation of its training.
 
-    Raises `UserError` where its classes or the shape of its inputs are others than the student was trained for.
+    Raises `UserError` where the data's classes or input shape differ from those that the student was trained on.
     """
     known = {key: read_metadata(folder, f"data_{key}") for key in ("mean", "std")}
     data, task = build_data(cfg, **({} if None in known.values() else known))
@@ -112,10 +112,10 @@ def _some(names: list[str]) -> str:
 
 
 def rebuild(folder: Path, overrides: DictConfig | None = None, trust: Sequence[str] = ()) -> tuple[Any, Distiller]:
-    """The data of a finished run, and its distiller with the best student and the teacher, from the run's own folder.
+    """Returns a finished run's data, and its distiller with the teacher and the best student's weights.
 
     `overrides`: merged into the run's config, for data that has moved. `trust`: see `load_run`. Raises `UserError` where the
-    teacher is gone, or either network is another one than the run had.
+    teacher is missing, or the weights of either network differ from those in summary.json.
     """
     cfg, summary = load_run(folder, trust)
     if overrides is not None:
@@ -131,7 +131,7 @@ def rebuild(folder: Path, overrides: DictConfig | None = None, trust: Sequence[s
                 f"The run's teacher preprocessed images by {summary['teacher']['preprocess']}, and now by {now}."
             )
     with open_dict(cfg):
-        cfg.student.checkpoint = cfg.ema = None  # the weights that it ended with are those of its average
+        cfg.student.checkpoint = cfg.ema = None  # the run's weights file already holds the averaged weights
     torch.manual_seed(cfg.seed)
     student = build_student(cfg, data, teacher, finished=folder)
     foreign = isinstance(data, ForeignData)
@@ -150,11 +150,11 @@ def _gone(cfg: DictConfig, folder: Path) -> None:
 def evaluate(
     folder: str | Path, overrides: DictConfig | None = None, device: str = "auto", trust: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Rebuilds a finished run and measures it anew on the test set; its last weights too where they are kept.
+    """Rebuilds a finished run and returns its metrics on the test set, those of the last checkpoint too if it exists.
 
     `trust`: see `load_run`.
 
-    Raises `UserError` where the student or a file exported from it is not the one that the run left.
+    Raises `UserError` where the student's weights or an exported file have changed since the run.
     """
     folder = Path(folder)
     verify_files(folder, trust)
@@ -169,9 +169,9 @@ def evaluate(
 
 
 def verify_files(folder: Path, trust: Sequence[str] = ()) -> None:
-    """Raises `UserError` for a student other than summary.json's, or an exported file other than its manifest's.
+    """Raises `UserError` where the student differs from summary.json, or an exported file from its manifest.
 
-    By their SHA-256 alone: no model is opened.
+    Only SHA-256 hashes are compared: no model is opened.
     """
     _own_weights(folder, load_run(folder, trust)[1])
     manifest = folder / "export" / MANIFEST
@@ -180,7 +180,7 @@ def verify_files(folder: Path, trust: Sequence[str] = ()) -> None:
 
 
 def _own_weights(folder: Path, summary: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The weights of a run's student. Raises `UserError` where they are others than the summary speaks of."""
+    """Returns the student's weights. Raises `UserError` where their SHA-256 differs from the summary's."""
     weights = load_weights(folder)
     found, expected = weights_sha256(weights), summary["student"]["sha256"]
     if found != expected:
@@ -192,7 +192,7 @@ def _own_weights(folder: Path, summary: dict[str, Any]) -> dict[str, torch.Tenso
 
 
 def load_weights_of(distiller: Distiller, checkpoint: Path) -> nn.Module:
-    """The student that is deployed, with the weights of a checkpoint of its run: the averaged ones where it averages."""
+    """Returns the deployed student with a checkpoint's weights: the averaged weights where the run averages them."""
     state = load_checkpoint(checkpoint)["state_dict"]
     prefix = "average.module." if distiller.average is not None else "student."
     weights = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
@@ -201,23 +201,23 @@ def load_weights_of(distiller: Distiller, checkpoint: Path) -> nn.Module:
 
 
 def measure_last(distiller: Distiller, checkpoint: Path, data: Any, device: torch.device | str) -> dict[str, float]:
-    """The metrics on the test set of the weights that training ended with. The student keeps them."""
+    """Returns the test metrics of the last epoch's weights; `distiller` keeps these weights."""
     return quality(load_weights_of(distiller, checkpoint), data, distiller.task, "test", device)
 
 
 def pick_device(name: str) -> str:
-    """ "auto" is a GPU if there is one, else the CPU. Raises `UserError` for any that is not there."""
+    """Returns the device's name; "auto" selects a GPU if available, else the CPU. Raises `UserError` if unavailable."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(1, device=name).cpu()
-    except (RuntimeError, AssertionError) as error:  # which of them depends on how torch was built
+    except (RuntimeError, AssertionError) as error:  # which one is raised depends on the torch build
         raise UserError(f"device={name} is not there: choose auto, cpu, or a GPU such as cuda:0.") from error
     return name
 
 
 def differences(found: dict[str, Any], summary: dict[str, Any]) -> list[str]:
-    """Where a fresh measurement is not, digit for digit, what the summary says; empty where it is reproduced."""
+    """Returns a line for each value that is not exactly equal in both; empty where the summary is reproduced."""
     test, name = summary["student"]["test"], summary["metric"]["name"]
     pairs = {f"student {name} (best)": (found["student"][name], test[name]["best"])}
     pairs |= {key: (value, test.get(key)) for key, value in found["student"].items() if key != name}

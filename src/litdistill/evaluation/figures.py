@@ -1,4 +1,4 @@
-"""What TensorBoard shows besides curves: the pictures of a task, and which curves stand side by side."""
+"""TensorBoard's figures of a task, and the layout of its Custom Scalars tab."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 def layout(task: Task) -> dict[str, dict[str, list[Any]]]:
-    """TensorBoard's Custom Scalars tab: student and teacher side by side."""
+    """Returns the layout of TensorBoard's Custom Scalars tab, with student and teacher in one chart."""
     name = task.monitor[0]
     return {
         "student and teacher": {
@@ -44,16 +44,16 @@ def show(
     step: int,
     folder: Path | None = None,
 ) -> None:
-    """Draws the task's pictures of the best weights on the validation set; without matplotlib says so and draws none.
+    """Writes the task's figures for the validation set to TensorBoard; without matplotlib logs a warning instead.
 
-    `folder`: where the teacher's outputs may lie already (`litdistill.evaluation.predictions.teacher_outputs`).
+    `folder`: cache of the teacher's outputs (`litdistill.evaluation.predictions.teacher_outputs`).
     """
     if find_spec("matplotlib") is None:
         log.warning("No pictures in TensorBoard: pip install 'litdistill[report]' brings matplotlib.")
         return
     outputs, targets = predict_split(student, data, "val", device, task)
-    taught = teacher_outputs(teacher, data, task, "val", device, folder) if teacher is not None else None
+    expected = teacher_outputs(teacher, data, task, "val", device, folder) if teacher is not None else None
     names = output_names(data, outputs.logits.shape[1])
-    samples = Samples(lambda i: sample(data, "val", i), targets, names, outputs, taught)
+    samples = Samples(lambda i: sample(data, "val", i), targets, names, outputs, expected)
     for name, figure in task.figures(samples).items():
         writer.add_figure(f"validation/{name}", figure, step)

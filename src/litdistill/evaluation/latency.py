@@ -1,9 +1,9 @@
-"""How fast and how heavy models are: latency, throughput, memory and energy, all models in turn in one process.
+"""Latency, throughput, peak memory and energy of models, measured by turns in one process.
 
     python -m litdistill.evaluation.latency student.onnx 64 1
 
-prints the peak memory of a process that runs an ONNX file on 64 images at a time with one thread. That is what
-`peak_memory` starts; it needs neither torch nor Lightning, whose memory would hide that of a small network.
+prints the peak memory of a process that runs an ONNX file on batches of 64 images with one thread. `peak_memory` starts
+this command; it imports neither torch nor Lightning, whose memory would hide that of a small network.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ import numpy as np
 Run = Callable[[np.ndarray], Any]  # (N, C, H, W) uint8 -> logits
 
 ROUNDS = 20
-SLICE_S = 0.02  # how long a model is timed before the next one's turn
-CALLS = 50  # ... and how often at most
+SLICE_S = 0.02  # seconds that a model is timed for before the next model's turn
+CALLS = 50  # maximum number of calls in a slice
 RAPL = Path("/sys/class/powercap")
 NOT_REPORTED = "not reported here"
 
 
 def onnx_run(content: bytes | str, threads: int = 1) -> Run:
-    """What runs an ONNX file, its bytes or its path, on the CPU with so many threads. The file must have been verified."""
+    """Returns a function that runs an ONNX file (bytes or path) on the CPU; the caller has verified the file."""
     session = _session(content, threads)
     (given,) = session.get_inputs()
     return lambda images: session.run(None, {given.name: images})[0]
@@ -45,14 +45,14 @@ def _session(content: bytes | str, threads: int) -> Any:
 
 
 def torch_run(net: Any, device: str) -> Run:
-    """What runs a network that takes uint8 on a device, the way to the device and back included."""
+    """Returns a function that runs a network on uint8 images on a device, both transfers included."""
     import torch
 
     net = net.to(device).eval()
 
     def run(images: np.ndarray) -> Any:
         with torch.inference_mode():
-            return net(torch.from_numpy(images).to(device)).cpu()  # which waits for the device
+            return net(torch.from_numpy(images).to(device)).cpu()  # .cpu() synchronizes
 
     return run
 
@@ -66,15 +66,14 @@ def time_models(
     clock: Callable[[], float] = time.perf_counter,
     work_clock: Callable[[], float] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Latency of each model for this batch: p50 and p95 in ms over all calls, images a second, and ratios to `reference`.
+    """Returns each model's p50 and p95 latency in ms over all calls, images per second, and ratios to `reference`.
 
-    Models take turns: in each of `rounds` every model is timed for `slice_s`, in their order and in the next round in
-    reverse. A machine that slows down meets all of them alike, so that the ratio of a round's medians is steadier than
-    either; given are the quartiles over rounds, of time over the reference's time: below 1 is faster. Before all that
-    each model is warmed up for three slices.
+    Models take turns: each of `rounds` times every model for `slice_s`, in reverse order in every second round. A machine
+    that slows down affects all models equally, so the ratio of a round's medians varies less than either median. `ratio` is
+    the quartiles over rounds of time / reference time: below 1 is faster. First, each model is warmed up for three slices.
 
-    `work_clock`: what ratios are of, where it is not the clock on the wall. The thread's own time (`time.thread_time`)
-    stands still while other processes have the CPU, which falls on long calls and spares short ones.
+    `work_clock`: the clock of the ratios, `clock` by default. The thread's CPU time (`time.thread_time`) does not count
+    the time of other processes on the CPU, which interrupt long calls more often than short ones.
     """
     both = (clock, work_clock or clock)
     calls: dict[str, int] = {}
@@ -101,7 +100,7 @@ def time_models(
 
 
 def _warm_up(run: Run, images: np.ndarray, slice_s: float, clock: Callable[[], float]) -> int:
-    """Runs a model until it is at its speed; gives how many calls make a slice."""
+    """Warms a model up and returns how many calls fill a slice."""
     times: list[float] = []
     while len(times) < 3 or (sum(times) < 3 * slice_s and len(times) < 3 * CALLS):
         times.append(_timed(run, images, (clock,))[0])
@@ -109,7 +108,7 @@ def _warm_up(run: Run, images: np.ndarray, slice_s: float, clock: Callable[[], f
 
 
 def _timed(run: Run, images: np.ndarray, clocks: Sequence[Callable[[], float]]) -> list[float]:
-    """What a call takes by each clock, in seconds."""
+    """Returns the duration of one call by each clock, in seconds."""
     start = [clock() for clock in clocks]
     run(images)
     return [clock() - before for clock, before in zip(clocks, start, strict=True)]
@@ -119,10 +118,10 @@ def _timed(run: Run, images: np.ndarray, clocks: Sequence[Callable[[], float]]) 
 
 
 def peak_memory(path: str | Path, batch: int, threads: int = 1) -> int | None:
-    """Bytes by which a fresh process grows at its peak when it loads an ONNX file and runs it on batches of that size.
+    """Returns the peak memory in bytes that a fresh process needs to load an ONNX file and run it on batches.
 
-    The process has imported numpy and onnxruntime before it starts to count, so that what counts is the model: its
-    weights, its buffers and a batch. None where the system tells no process its peak (it is read from Linux' /proc).
+    The process imports numpy and onnxruntime before it starts to count, so only the model counts: its weights, its
+    buffers and a batch. None where the system does not report a peak (it is read from Linux' /proc).
     """
     command = [sys.executable, "-m", "litdistill.evaluation.latency", str(path), str(batch), str(threads)]
     found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
@@ -147,9 +146,9 @@ def _grow(path: str, batch: int, threads: int) -> int | None:
 
 
 def _high_water(reset: bool = True) -> int | None:
-    """The greatest resident size of this process so far, in bytes; with `reset` from now on.
+    """Returns the peak resident set size of this process in bytes; `reset` restarts the measurement first.
 
-    Not getrusage's: its maximum is inherited from the process that started this one.
+    getrusage does not serve here: its maximum is inherited from the parent process.
     """
     try:
         if reset:
@@ -164,9 +163,9 @@ def _high_water(reset: bool = True) -> int | None:
 
 
 def energy_per_1000(run: Run, images: np.ndarray, device: str = "cpu", seconds: float = 1.0) -> float | None:
-    """Joules that the CPU packages, or the GPU, use while 1,000 images are classified; None where nothing reports it.
+    """Returns the joules that the CPU packages or the GPU use per 1,000 images; None where no counter is available.
 
-    It is what the whole package uses, whatever else it does, and what it uses when idle included.
+    Counters measure the whole package: other processes and idle power are included.
     """
     meter = _rapl if device == "cpu" else _nvidia_smi
     reading = meter(lambda: _loop(run, images, seconds))
@@ -185,7 +184,7 @@ def _loop(run: Run, images: np.ndarray, seconds: float) -> int:
 
 
 def _rapl(work: Callable[[], int]) -> tuple[float, int] | None:
-    """Energy counters of the packages, in microjoules, which start anew at their maximum."""
+    """Returns joules and images from the packages' RAPL counters (microjoules, which wrap around at their maximum)."""
     zones = [z for z in sorted(RAPL.glob("*-rapl:*")) if z.name.count(":") == 1]
     try:
         before = [int((z / "energy_uj").read_text()) for z in zones]
@@ -199,7 +198,7 @@ def _rapl(work: Callable[[], int]) -> tuple[float, int] | None:
 
 
 def _nvidia_smi(work: Callable[[], int]) -> tuple[float, int] | None:
-    """The mean of the first GPU's power readings, ten a second, times the duration."""
+    """Returns joules and images: the mean of the first GPU's power readings (10 Hz) times the duration."""
     if shutil.which("nvidia-smi") is None:
         return None
     command = ["nvidia-smi", "-i", "0", "--query-gpu=power.draw", "--format=csv,noheader,nounits", "-lms", "100"]

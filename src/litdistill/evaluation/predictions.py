@@ -1,4 +1,4 @@
-"""What networks give for a whole split, and what a task measures of that."""
+"""Predictions of a network for a whole split, and the task's metrics of them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from litdistill.types import Outputs
 def predict_split(
     net: nn.Module, data: Any, split: str, device: torch.device | str = "cpu", task: Task | None = None
 ) -> tuple[Outputs, Tensor]:
-    """The heads of `net` in eval mode over all of a split, float32, and the targets, all on the CPU."""
+    """Returns the heads of `net` in eval mode for all of a split, float32, and the targets, all on the CPU."""
     task = task or Classification()
     was_training = net.training
     net.to(device).eval()
@@ -34,7 +34,7 @@ def predict_split(
 
 
 def collect(net: nn.Module, data: Any, split: str, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """The logits (N, outputs) of `net` over a split, and the targets."""
+    """Returns the logits (N, outputs) of `net` for a split, and the targets."""
     outputs, targets = predict_split(net, data, split, device)
     return outputs.logits, targets
 
@@ -42,7 +42,7 @@ def collect(net: nn.Module, data: Any, split: str, device: torch.device | str = 
 def teacher_outputs(
     teacher: nn.Module, data: Any, task: Task, split: str, device: torch.device | str, folder: Path | None
 ) -> Outputs:
-    """`predict_split` of a frozen network: computed once for all runs whose caches lie in `folder`."""
+    """Returns the teacher's outputs for a split; runs with the same cache `folder` compute them once."""
     if folder is None or not hasattr(data, "get_batch"):
         return predict_split(teacher, data, split, device, task)[0]
     compute = lambda: predict_split(teacher, data, split, device, task)[0].logits  # noqa: E731
@@ -50,22 +50,22 @@ def teacher_outputs(
 
 
 def evaluations_folder(cfg: DictConfig) -> Path | None:
-    """Where a teacher's outputs for the validation and test sets are kept for all runs that have it."""
+    """Returns the cache folder of the teacher's validation and test outputs, shared by runs; None without a cache."""
     if cfg.teacher is None or (cfg.teacher.get("cache") or {}).get("mode") in ("off", "memory"):
         return None
     return Path(cfg.runs) / "cache" / "evaluations"
 
 
 def local_metrics(task: Task) -> Metric | MetricCollection:
-    """The task's metrics for this process alone, which waits for no other one when it computes them."""
+    """Returns the task's metrics without synchronization between processes."""
     metrics = task.metrics()
     for metric in metrics.values() if isinstance(metrics, MetricCollection) else [metrics]:
-        metric.distributed_available_fn = lambda: False  # `sync_on_compute` is read by its constructor alone
+        metric.distributed_available_fn = lambda: False  # the constructor alone reads `sync_on_compute`
     return metrics
 
 
 def measured(task: Task, outputs: Outputs, targets: Tensor) -> dict[str, float]:
-    """The task's metrics of outputs for a whole split, by this process alone."""
+    """Returns the task's metrics of outputs for a whole split, computed in this process alone."""
     metrics = local_metrics(task)
     metrics.update(outputs, targets)
     return {name: float(value) for name, value in metrics.compute().items()}
@@ -74,12 +74,12 @@ def measured(task: Task, outputs: Outputs, targets: Tensor) -> dict[str, float]:
 def quality(
     net: nn.Module, data: Any, task: Task, split: str = "test", device: torch.device | str = "cpu"
 ) -> dict[str, float]:
-    """The task's metrics of `net` over a split."""
+    """Returns the task's metrics of `net` for a split."""
     return measured(task, *predict_split(net, data, split, device, task))
 
 
 def agreement(task: Task, student: Outputs, teacher: Outputs) -> dict[str, float]:
-    """How far a student follows its teacher: the means of `Task.agreement` over all samples."""
+    """Returns the means of `Task.agreement` over all samples."""
     return {name: values.double().mean().item() for name, values in task.agreement(student, teacher).items()}
 
 
@@ -92,15 +92,15 @@ def measure(
     device: torch.device | str = "cpu",
     folder: Path | None = None,
 ) -> dict[str, Any]:
-    """The student's metrics, and with a teacher its metrics and how far the student follows it; plain dicts.
+    """Returns the student's metrics and, with a teacher, the teacher's metrics and their agreement, as plain dicts.
 
-    `chance` beside them is the monitored metric of whoever guesses; None where that cannot be said.
+    `chance`: the monitored metric at chance level; None where it is undefined.
 
     `folder`: see `teacher_outputs`.
     """
     outputs, targets = predict_split(student, data, split, device, task)
     found: dict[str, Any] = {"student": measured(task, outputs, targets), "chance": task.chance(targets)}
     if teacher is not None:
-        taught = teacher_outputs(teacher, data, task, split, device, folder)
-        found |= {"teacher": measured(task, taught, targets), "agreement": agreement(task, outputs, taught)}
+        expected = teacher_outputs(teacher, data, task, split, device, folder)
+        found |= {"teacher": measured(task, expected, targets), "agreement": agreement(task, outputs, expected)}
     return found

@@ -1,6 +1,6 @@
-"""What becomes of a classifier's accuracy when its images are spoilt: common corruptions, and attacks by gradient.
+"""A classifier's accuracy under common corruptions and under gradient-based attacks.
 
-All images here are uint8 (N, C, H, W), whole levels from 0 to 255, so that what is measured is what an image file holds.
+All images are uint8 (N, C, H, W) with integer levels from 0 to 255, as an image file stores them.
 """
 
 from __future__ import annotations
@@ -18,34 +18,34 @@ from torchvision.transforms.v2.functional import gaussian_blur
 SEVERITIES = (1, 2, 3, 4, 5)
 
 # Hendrycks & Dietterich 2019 (arXiv 1903.12261), section 3, by severity. Constants are those of CIFAR-10-C; the noise is
-# ImageNet-C's, since CIFAR's is next to nothing for figures of full contrast. Where the definitions differ:
-#   brightness  is added to the value of HSV, which for grey images is the level itself;
+# ImageNet-C's, since CIFAR-10-C's hardly affects digits of full contrast. Where the definitions differ:
+#   brightness  is added to the value of HSV, which for gray images is the level itself;
 #   pixelate    keeps at least two pixels a side, since images may be 8 pixels wide;
-#   shift       is not theirs but after MNIST-C's translation (Mu & Gilmer 2019, arXiv 1906.02337): by a share of the side
-#               in one of four directions, black behind it.
-# Blurs by camera and glass, weather and elastic deformations are left out.
+#   shift       follows MNIST-C's translation instead (Mu & Gilmer 2019, arXiv 1906.02337): by a fraction of the
+#               side in one of four directions, filled with black.
+# Camera and glass blur, weather and elastic deformations are left out.
 NOISE = (0.08, 0.12, 0.18, 0.26, 0.38)  # standard deviation on the scale 0 to 1
 BLUR = (0.4, 0.6, 0.7, 0.8, 1.0)  # sigma in pixels
 CONTRAST = (0.75, 0.5, 0.4, 0.3, 0.15)  # factor around the image's mean
 BRIGHTNESS = (0.05, 0.1, 0.15, 0.2, 0.3)  # on the scale 0 to 1
 JPEG = (80, 65, 58, 50, 40)  # quality
-PIXELATE = (0.95, 0.9, 0.85, 0.75, 0.65)  # share of the side that is kept
-SHIFT = (0.05, 0.1, 0.15, 0.2, 0.25)  # share of the side
+PIXELATE = (0.95, 0.9, 0.85, 0.75, 0.65)  # remaining fraction of the side
+SHIFT = (0.05, 0.1, 0.15, 0.2, 0.25)  # fraction of the side
 
 
 def levels(images: Tensor) -> Tensor:
-    """Floats on the scale 0 to 1 -> uint8, rounded and clipped."""
+    """Returns floats on the scale 0 to 1 as uint8, rounded and clipped."""
     return (images * 255).round().clamp(0, 255).to(torch.uint8)
 
 
 def gaussian_noise(images: Tensor, severity: int) -> Tensor:
-    """The same noise whenever it is asked for."""
+    """Adds Gaussian noise; the severity is the seed, so that every call draws the same noise."""
     noise = np.random.default_rng(severity).standard_normal(images.shape, dtype=np.float32)
     return levels(images / 255 + NOISE[severity - 1] * torch.from_numpy(noise))
 
 
 def blur(images: Tensor, severity: int) -> Tensor:
-    """With a Gaussian that is cut off at four sigmas, or at the image's size; the border is mirrored."""
+    """Blurs with a Gaussian, truncated at four sigmas or at the image's size; the border is mirrored."""
     radius = min(round(4 * BLUR[severity - 1]), min(images.shape[2:]) - 1)
     return levels(gaussian_blur(images / 255, [2 * radius + 1] * 2, [BLUR[severity - 1]] * 2))
 
@@ -60,7 +60,7 @@ def brightness(images: Tensor, severity: int) -> Tensor:
     x = images / 255
     value = x.amax(1, keepdim=True)
     brighter = (value + BRIGHTNESS[severity - 1]).clamp(max=1)
-    return levels(torch.where(value > 0, x / value.clamp(min=1e-9), 1.0) * brighter)  # hue and saturation stay
+    return levels(torch.where(value > 0, x / value.clamp(min=1e-9), 1.0) * brighter)  # keeps hue and saturation
 
 
 def jpeg(images: Tensor, severity: int) -> Tensor:
@@ -81,7 +81,7 @@ def pixelate(images: Tensor, severity: int) -> Tensor:
 
 
 def shift(images: Tensor, severity: int) -> Tensor:
-    """The images of a batch go up, right, down and left by turns, by one pixel at least."""
+    """Shifts the images of a batch by turns up, right, down and left, by one pixel at least."""
     height, width = images.shape[2:]
     moved = torch.zeros_like(images)
     for turn, (up, right) in enumerate(((1, 0), (0, 1), (-1, 0), (0, -1))):
@@ -118,19 +118,19 @@ Logits = Callable[[Tensor], Tensor]  # floats from 0 to 1 (N, C, H, W) -> logits
 
 
 def fgsm(logits_of: Logits, images: Tensor, targets: Tensor, epsilon: int) -> Tensor:
-    """x + ε · sign of the loss's gradient at x (Goodfellow et al. 2015, arXiv 1412.6572, section 4).
+    """Returns x + ε · sign of the loss's gradient at x (Goodfellow et al. 2015, arXiv 1412.6572, section 4).
 
-    `epsilon`: in levels of 255, largest change of any pixel.
+    `epsilon`: the largest change of any pixel, in levels of 255.
     """
     step = epsilon * _gradient(logits_of, images.float(), targets).sign()
     return (images + step).round().clamp(0, 255).to(torch.uint8)
 
 
 def pgd(logits_of: Logits, images: Tensor, targets: Tensor, epsilon: int, steps: int = 10, seed: int = 0) -> Tensor:
-    """Projected gradient ascent of the loss in the ε-ball of the largest norm (Madry et al. 2018, arXiv 1706.06083, 2.1).
+    """Projected gradient ascent of the loss in the L∞ ball of radius ε (Madry et al. 2018, arXiv 1706.06083, 2.1).
 
-    From a random start, with steps of 2.5 ε / steps, so that any point of the ball can be reached from any other; the
-    result is rounded to whole levels, which keeps it in the ball.
+    It starts at a random point and moves by 2.5 ε / steps, so that any point of the ball can be reached from any other. The
+    result is rounded to integer levels, which keeps it in the ball.
     """
     low, high = (images.float() - epsilon).clamp(min=0), (images.float() + epsilon).clamp(max=255)
     noise = torch.rand(images.shape, generator=torch.Generator().manual_seed(seed)).to(images.device)
@@ -144,11 +144,10 @@ ATTACKS = {"FGSM": fgsm, "PGD": pgd}
 
 
 def _gradient(logits_of: Logits, images: Tensor, targets: Tensor) -> Tensor:
-    """At images on the scale 0 to 255, of the logarithm of the odds against the label: m = log Σ exp(other logits) - label's
-    logit.
+    """Returns the gradient of m = log Σ exp(other logits) - label's logit with respect to images on the scale 0 to 255.
 
-    The cross-entropy is log(1 + exp m), so that its gradient is sigmoid(m) times this one: of the same sign, but rounded
-    to zero where a network is sure, which would then seem robust.
+    The cross-entropy is log(1 + exp m), so its gradient is sigmoid(m) times this one: it has the same sign, but underflows
+    to zero for a confident network, which would then appear robust (gradient masking).
     """
     images = images.detach().requires_grad_()
     logits = logits_of(images / 255)
@@ -161,16 +160,16 @@ def _gradient(logits_of: Logits, images: Tensor, targets: Tensor) -> Tensor:
 def attacked(
     attack: Callable[..., Tensor], logits_of: Logits, images: Tensor, targets: Tensor, epsilon: int, batch: int = 500
 ) -> Tensor:
-    """`attack` of any number of images, in batches."""
+    """Returns `attack` of all images, computed in batches."""
     pairs = zip(images.split(batch), targets.split(batch), strict=True)
     return torch.cat([attack(logits_of, x, y, epsilon) for x, y in pairs])
 
 
 def accuracy(run: Callable[[Tensor], Tensor], images: Tensor, targets: Tensor) -> float:
-    """Share of uint8 images (N, C, H, W) that `run`, which gives logits, puts into the right class."""
+    """Returns the fraction of uint8 images (N, C, H, W) whose highest logit of `run` is the target's."""
     return (run(images).argmax(1) == targets).double().mean().item()
 
 
 def corrupted(images: Tensor, severities: Sequence[int] = SEVERITIES) -> dict[str, list[Tensor]]:
-    """All corruptions of the same images: by name, one tensor a severity."""
+    """Returns all corruptions of the images: by name, one tensor per severity."""
     return {name: [corrupt(images, s) for s in severities] for name, corrupt in CORRUPTIONS.items()}

@@ -1,4 +1,4 @@
-"""`summary.json`: all there is to say of a finished run, and all that a report reads."""
+"""`summary.json`: the results and settings of a finished run, which reports read."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def summarize(
     times: dict[str, float],
     trainer: Trainer,
 ) -> dict[str, Any]:
-    """A plain dict for JSON. `found` and `last` are what `evaluate.measure` gave for the best and the last weights."""
+    """Returns a plain dict for JSON. `found`: `predictions.measure` of the best weights; `last`: metrics of the last."""
     samples = trainer.global_step * read_scale(cfg, trainer, data.batch_size).batch
     name, direction = task.monitor
     about, shape = found["student"], data.input_shape
@@ -89,7 +89,7 @@ def summarize(
 
 
 def network_facts(node: DictConfig, net: nn.Module, shape: Sequence[int] | None) -> dict[str, Any]:
-    """Name, hash of the weights, and size of a network."""
+    """Returns a network's name, the hash of its weights, and its size."""
     return {
         "name": net_name(node),
         "sha256": weights_sha256(net.state_dict()),
@@ -100,16 +100,16 @@ def network_facts(node: DictConfig, net: nn.Module, shape: Sequence[int] | None)
 
 
 def macs(net: nn.Module, shape: Sequence[int] | None) -> int | None:
-    """Multiply-adds for one sample of that shape; None where inputs are no single tensor."""
+    """Returns the multiply-accumulates for one sample of that shape; None where inputs are no single tensor."""
     return None if shape is None else count_macs(net, shape)
 
 
 def start_of(cfg: DictConfig) -> dict[str, Any] | None:
-    """What the student started from; None where that is nothing.
+    """Returns what the student was initialized from; None for a random initialization.
 
-    `from`: "teacher", "network" or "published"; `images`: how many the network was trained on, or any before it if more,
-    None where that is not known; `method`: of its run. With `student.checkpoint: auto` also `run`, and what it cost, all
-    before it included.
+    `from`: "teacher", "network" or "published"; `images`: the largest training set among the network and its predecessors,
+    None if unknown; `method`: that of its run. With `student.checkpoint: auto` also `run`, and the cost of that run and its
+    predecessors.
     """
     source = cfg.student.get("checkpoint")
     if source is None:
@@ -132,19 +132,19 @@ def start_of(cfg: DictConfig) -> dict[str, Any] | None:
     return {**start, "run": folder.name, **cost, "total_s": total_s}
 
 
-# What of a recipe makes no other kind of run.
+# Keys of a recipe that do not distinguish kinds of runs.
 NO_SETTING = ("seed", "teacher.allow_chance", "trainer.deterministic", "trainer.strategy")
 
 
 def settings(cfg: DictConfig, teacher_sha256: str | None = None) -> dict[str, Any]:
-    """What decides the weights of a run, but for its seed: by the keys of its config, equal for runs of different seeds.
+    """Returns the config values, by key, that determine a run's weights; equal for runs that differ in the seed alone.
 
-    A teacher and a starting point that are given by a path count by the settings of the run that lies there. Where that
-    has noted none, the teacher counts by its weights, and the starting point by what is known of it (`start_of`).
+    A teacher or a starting point given by a path is represented by a hash of the settings of the run at that path. Where
+    its summary has none, the teacher is represented by the hash of its weights, the starting point by `start_of`.
     """
-    alike = cfg.copy()
-    alike.seed = 0  # and with it all that is interpolated from it
-    kept = recipe(alike)
+    unseeded = cfg.copy()
+    unseeded.seed = 0  # interpolated values change with it
+    kept = recipe(unseeded)
     if (teacher := kept["teacher"]) and teacher.get("checkpoint", "auto") != "auto":
         teacher.pop("recipe", None)
         teacher["checkpoint"] = _settings_at(teacher["checkpoint"]) or (teacher_sha256 or "")[:10]
@@ -157,14 +157,14 @@ def settings(cfg: DictConfig, teacher_sha256: str | None = None) -> dict[str, An
 
 
 def _settings_at(run: str) -> str | None:
-    """The settings of a finished run as ten hex digits, if it has noted them."""
+    """Returns the hash of a finished run's settings, ten hex digits; None where its summary has none."""
     path = Path(run, "summary.json")
-    noted = json.loads(path.read_text()).get("settings") if path.is_file() else None
-    return digest(noted) if noted else None
+    found = json.loads(path.read_text()).get("settings") if path.is_file() else None
+    return digest(found) if found else None
 
 
 def _flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Values that are no dicts and not null, by their keys joined with dots."""
+    """Returns the values that are neither dicts nor null, by their dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in node.items():
         if isinstance(value, dict):
@@ -175,7 +175,7 @@ def _flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def method_name(cfg: DictConfig) -> str:
-    """The short name of the method: `kd`, `fitnet`, …; of a sum those of its parts; of your own its class's name."""
+    """Returns the method's short name (`kd`, `fitnet`, …): for a sum those of its parts, else the class's name."""
     parts = cfg.method.get("methods")
     nodes = [cfg.method] if not parts else parts.values() if OmegaConf.is_dict(parts) else parts
     classes = [str(node["_target_"]).rpartition(".")[2] for node in nodes]
@@ -183,7 +183,7 @@ def method_name(cfg: DictConfig) -> str:
 
 
 def hyperparameters(cfg: DictConfig, trainer: Trainer | None = None, batch_size: int = 1) -> dict[str, Any]:
-    """What TensorBoard's HParams tab shows of a run: flat, plain values; with a trainer, what its processes made of them."""
+    """Returns flat, plain values for TensorBoard's HParams tab; with a trainer also the global batch size and scaled lr."""
     flat: dict[str, Any] = {
         "experiment": cfg.name,
         "seed": cfg.seed,
@@ -191,9 +191,8 @@ def hyperparameters(cfg: DictConfig, trainer: Trainer | None = None, batch_size:
         "student": net_name(cfg.student),
         "teacher": net_name(cfg.teacher) if cfg.teacher is not None else "none",
         "method": method_name(cfg),
-        "train/batch_size": cfg.data.get(
-            "batch_size"
-        ),  # TensorBoard shows the first few keys of the alphabet unless asked
+        # TensorBoard shows only the first few keys in alphabetical order by default.
+        "train/batch_size": cfg.data.get("batch_size"),
         "train/epochs": cfg.trainer.max_epochs,
         "train/optimizer": str(cfg.optimizer["_target_"]).rsplit(".", 1)[-1],
         "train/lr": cfg.optimizer.get("lr"),

@@ -1,1 +1,1 @@
-"""A student as a file that runs without this project."""
+"""Export of students to files that run without this project."""

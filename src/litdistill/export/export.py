@@ -1,7 +1,7 @@
-"""Writes the student of a finished run in a format to ship, and lets nothing stand that does not do what it does.
+"""Exports the student of a finished run, and rejects a file whose outputs differ from the student's.
 
-A file is written under another name, opened again in its own runtime, compared with the student on the whole test set,
-and only then put in its place and into `manifest.json`.
+A file is written under a temporary name, loaded in its own runtime, compared with the student on the whole test set, and
+only then renamed and entered into `manifest.json`.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ PRECISIONS = {
     "safetensors": ("fp32", "fp16"),
     "torchscript": ("fp32",),
 }
-# The largest difference of any logit, as a share of the student's largest logit, and the least agreement.
-# Rounding to 8 bits has no bound of the first kind that would mean anything.
+# The largest difference of any logit, relative to the student's largest absolute logit, and the least agreement.
+# int8 has no useful bound on the difference of logits.
 TOLERANCES = {"fp32": (1e-4, 0.999), "fp16": (2e-2, 0.99), "int8": (float("inf"), 0.95)}
 Limits = tuple[float | None, float | None]
 
@@ -70,12 +70,12 @@ def export(
     overrides: DictConfig | None = None,
     trust: Sequence[str] = (),
 ) -> tuple[Path, dict[str, Any]]:
-    """Writes `<folder>/export/student….<suffix>` and its entry in `manifest.json`; gives the path and what the check found.
+    """Writes `<folder>/export/student….<suffix>` and its entry in `manifest.json`; returns the path and the check.
 
     `limits` replaces `TOLERANCES` where not None. `overrides` are merged into the run's config, for data that has moved.
-    `trust`: packages that the config of a run of somebody else may name.
-    Raises `UserError` for what cannot be exported, and for a file that differs from the student beyond the tolerance;
-    a file of that name that was there before stays as it was.
+    `trust`: packages that the config of a run made elsewhere may name.
+    Raises `UserError` for a student that cannot be exported, and for a file that differs from the student beyond the
+    tolerance; an existing file of that name is then unchanged.
     """
     if precision not in PRECISIONS.get(format, ()):
         offered = "; ".join(f"format={f} with precision={' or '.join(p)}" for f, p in PRECISIONS.items())
@@ -94,7 +94,7 @@ def export(
 
 
 def check_limits(limits: Limits) -> None:
-    """Raises `UserError` for a tolerance that is no number."""
+    """Raises `UserError` for a tolerance that is neither null nor a number of at least 0."""
     for name, value in zip(("difference", "agreement"), limits, strict=True):
         if value is not None and (type(value) not in (int, float) or not value >= 0):
             raise UserError(f"tolerance.{name}={value} must be a number of at least 0, or null for the usual one.")
@@ -112,10 +112,10 @@ def export_student(
     net_options: Mapping[str, Any] | None = None,
     task: Task | None = None,
 ) -> tuple[Path, dict[str, Any]]:
-    """`export` of a student that is at hand; gives the path and the whole entry.
+    """Exports a student in memory; returns the path and the manifest's entry. See `export`.
 
-    `net_options`: what a safetensors file's network is built with. `task`: how its outputs are read, and by whose metric the
-    file is compared with the student; classification where None.
+    `net_options`: the network's builder and options, for safetensors. `task`: gives the kind of outputs and the metric that
+    compares the file with the student; classification where None.
     """
     task = task or Classification()
     check_names(data.class_names)
@@ -123,7 +123,8 @@ def export_student(
     names, shape = names_and_shape(student, data)
     preprocess = preprocess_of(student)
     check_student(student, shape, format, precision, preprocessing)
-    preprocessing = preprocessing and preprocess is not None and format != "safetensors"  # which holds weights alone
+    # safetensors holds weights alone
+    preprocessing = preprocessing and preprocess is not None and format != "safetensors"
     about = preprocess.facts() if preprocess is not None else {"mean": [], "std": [], "size": None}
     entry: dict[str, Any] = {
         "format": format,
@@ -162,9 +163,9 @@ def export_student(
 
 @torch.no_grad()
 def names_and_shape(student: nn.Module, data: Any) -> tuple[list[str], list[int]]:
-    """The names of the student's outputs, and the shape of one sample of its inputs.
+    """Returns the names of the student's outputs, and the shape of one input sample.
 
-    Raises `UserError` for a student that an exported file cannot hold: of several inputs, or of outputs that are no matrix.
+    Raises `UserError` for a student that cannot be exported: with several inputs, or without logits (N, outputs).
     """
     inputs = training_inputs(data, 2)
     if not isinstance(inputs, Tensor):
@@ -179,7 +180,7 @@ def names_and_shape(student: nn.Module, data: Any) -> tuple[list[str], list[int]
 
 
 def described(shape: Sequence[int], preprocessing: bool, normalizes: bool) -> str:
-    """What a file takes, for people."""
+    """Returns a description of a file's inputs for the manifest."""
     if len(shape) == 1:
         return (
             "float32 (N, F), (x - mean) / std" if normalizes and not preprocessing else "float32 (N, F) as in the data"
@@ -194,9 +195,9 @@ def verify(
     trust: Sequence[str] = (),
     allow_code: bool = False,
 ) -> dict[str, dict[str, Any]]:
-    """Checks again every exported file of a run: first its SHA-256, then its logits on the test set.
+    """Checks every exported file of a run: first its SHA-256, then its logits on the test set.
 
-    Raises `UserError` for a changed file, one that only `allow_code` opens, and one that differs beyond the tolerance.
+    Raises `UserError` for a changed file, one that requires `allow_code`, and one that differs beyond the tolerance.
     """
     check_limits(limits)
     if not isinstance(allow_code, bool):
@@ -221,9 +222,9 @@ def verify(
 def student_of_run(
     folder: Path, overrides: DictConfig | None, trust: Sequence[str] = ()
 ) -> tuple[nn.Module, Any, Task, dict[str, Any]]:
-    """The student of a finished run, in eval mode on the CPU, its data, its task, and what its network is built with.
+    """Returns a finished run's student in eval mode on the CPU, its data, its task, and the network's options.
 
-    The teacher is only asked for where it is part of the student (a method that gives the student another head).
+    The teacher is only loaded where the student depends on it (a method that gives the student another head).
     """
     cfg, _ = load_run(folder, trust)
     if overrides is not None:
@@ -241,7 +242,7 @@ def student_of_run(
 
 
 def check_student(student: nn.Module, shape: Sequence[int], format: str, precision: str, preprocessing: bool) -> None:
-    """Raises `UserError` for a student that this format cannot hold, or whose preprocessing it would lose."""
+    """Raises `UserError` where the format cannot represent the student or its preprocessing."""
     if isinstance(bare(student), Int8) and (format, precision) != ("onnx", "int8"):
         raise UserError("This student was trained to compute in int8: export it with format=onnx precision=int8.")
     if structure_of(student) and format == "safetensors":
@@ -264,10 +265,10 @@ def check(
     limits: Limits = (None, None),
     task: Task | None = None,
 ) -> dict[str, Any]:
-    """An exported model beside the student on the whole test set: a plain dict, with the tolerances it must keep to.
+    """Compares an exported model with the student on the whole test set; returns a plain dict with the tolerances.
 
-    `metric`: the task's, whose values are `exported` and `student`. `agreement`: the share of samples for which both decide
-    alike; 1 where outputs are numbers and decide nothing.
+    `metric`: the task's, with the values `exported` and `student`. `agreement`: the fraction of equal decisions; 1 for
+    regression.
     """
     task = task or Classification()
     exported, own, logits, expected = local_metrics(task), local_metrics(task), [], []
@@ -281,7 +282,7 @@ def check(
         expected.append(outputs.logits.double())
     a, b, name = torch.cat(logits), torch.cat(expected), task.monitor[0]
     difference, agreement = (
-        own if asked is None else float(asked) for asked, own in zip(limits, TOLERANCES[precision], strict=True)
+        default if limit is None else float(limit) for limit, default in zip(limits, TOLERANCES[precision], strict=True)
     )
     largest = b.abs().max().item()
     return {
@@ -299,7 +300,7 @@ def check(
 
 
 def _agreement(logits: Tensor, expected: Tensor, kind: str) -> float:
-    """The share of decisions (N, outputs) that are the same: the likeliest class, or whether each label is given."""
+    """Returns the fraction of equal decisions of logits (N, outputs): the most probable class, or each label's sign."""
     if kind == CATEGORICAL:
         return (logits.argmax(1) == expected.argmax(1)).double().mean().item()
     return ((logits > 0) == (expected > 0)).double().mean().item() if kind == BERNOULLI else 1.0
@@ -307,7 +308,8 @@ def _agreement(logits: Tensor, expected: Tensor, kind: str) -> float:
 
 def _refuse_mismatch(path: Path, found: Mapping[str, Any]) -> None:
     most, least = found["tolerance"]["difference"], found["tolerance"]["agreement"]
-    near = np.isfinite(found["difference"]) and (most is None or found["difference"] <= most)  # NaN is never near
+    # NaN is never within tolerance
+    near = np.isfinite(found["difference"]) and (most is None or found["difference"] <= most)
     if not near or not found["agreement"] >= least:
         raise UserError(
             f"{path.name} is not the student, so it is not kept: logits differ by up to {found['difference']:.3g} "
@@ -319,7 +321,7 @@ def _refuse_mismatch(path: Path, found: Mapping[str, Any]) -> None:
 
 
 def check_table(found: Mapping[str, Mapping[str, Any]]) -> Table:
-    """What `export` and `verify` found, for the terminal."""
+    """Returns the checks of `export` and `verify` as a table for the terminal."""
     shown = Table(
         "file", "test samples", "largest difference of logits", "agreement %", "metric", "exported", "student's"
     )

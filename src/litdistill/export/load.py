@@ -1,4 +1,4 @@
-"""A trained student as a network in torch."""
+"""Loads a trained student as a torch module."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from litdistill.export.predict import load_network
 
 
 def load_student(source: str | Path, trust: Sequence[str] = ()) -> nn.Module:
-    """The student of a finished run's folder, or of an exported `.safetensors` file, in eval mode on the CPU.
+    """Returns the student of a finished run's folder or of an exported `.safetensors` file, in eval mode on the CPU.
 
-    It takes inputs as its data gave them (images as uint8 or from 0 to 1): its preprocessing is a part of it. `trust`:
-    packages whose classes the config of a run that another made may name (`litdistill.config.trust`). Raises `UserError` for
-    what is no such folder or file.
+    The module includes its preprocessing: it takes inputs as the data yields them (images as uint8 or from 0 to 1).
+    `trust`: packages whose classes the config of a run made elsewhere may name (`litdistill.config.trust`). Raises
+    `UserError` for any other folder or file.
     """
     path = Path(source)
     return student_of_run(path, None, trust)[0] if path.is_dir() else load_network(path)

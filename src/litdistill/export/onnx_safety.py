@@ -1,13 +1,14 @@
-"""Whether an ONNX file takes tensors from other files, told from its bytes alone.
+"""Detects external tensor data in an ONNX file from its bytes alone.
 
-onnxruntime opens such files on its own while it loads a model, and whoever runs a student need not have onnx's library.
+onnxruntime opens such external files itself while it loads a model, and running a student does not require the onnx
+package.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-# Which fields of a message are messages in turn, as far as tensors can be in them (onnx.proto3).
+# The fields of each message that are messages which can contain tensors (onnx.proto3).
 _FIELDS: dict[str, dict[int, str]] = {
     "Model": {7: "Graph", 20: "Training", 25: "Function"},
     "Training": {1: "Graph", 2: "Graph"},
@@ -21,7 +22,7 @@ _FIELDS: dict[str, dict[int, str]] = {
 
 
 def external_data(message: memoryview, kind: str = "Model", depth: int = 0) -> bool:
-    """Whether any tensor of a serialised ONNX message lies in another file. Raises `ValueError` for no such message."""
+    """Returns whether a serialized ONNX message has external tensor data. Raises `ValueError` for an invalid message."""
     if depth > 100:  # protobuf's own limit
         raise ValueError("nested too deeply")
     for field, value in _wire(message):
@@ -34,7 +35,7 @@ def external_data(message: memoryview, kind: str = "Model", depth: int = 0) -> b
 
 
 def _wire(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
-    """The fields of a message in protobuf's wire format: (number, value)."""
+    """Yields the fields (number, value) of a message in protobuf's wire format."""
     at = 0
     while at < len(message):
         tag, at = _varint(message, at)

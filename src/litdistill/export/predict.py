@@ -4,11 +4,12 @@
     python -m litdistill.export.predict <run>/export/student.onnx --json --top 3 *.png
     python -m litdistill.export.predict <run>/export/student.onnx patients.csv
 
-A student of images takes image files, one of tables (`input_shape` of one number) .npy and .csv files, a sample a row.
+A student of images takes image files; a student of tables (`input_shape` of one number) takes .npy and .csv files with one
+sample per row.
 
-An ONNX file needs numpy, Pillow and onnxruntime. A file is opened only if it is the very one that `manifest.json` beside
-it speaks of, and if opening it can run no code. Formats that torch's own loaders read by unpickling and evaluating
-(.pt2, .pt) are opened with `--trust` alone: use it for what you exported yourself.
+An ONNX file needs numpy, Pillow and onnxruntime. A file is opened only if its SHA-256 is that in `manifest.json` beside it,
+and if its loader cannot run code. Formats that torch's loaders read by unpickling and evaluating (.pt2, .pt) are opened
+with `--trust` only: use it for files that you exported yourself.
 """
 
 from __future__ import annotations
@@ -40,14 +41,14 @@ BATCH = 64
 
 
 class Model(NamedTuple):
-    """An exported file, ready to run."""
+    """A loaded exported file."""
 
     facts: ExportMetadata
     run: Callable[[np.ndarray], np.ndarray]  # (N, C, H, W) uint8 or (N, F) float32 -> logits (N, outputs) float32
 
 
 def load(path: str | Path, trust: bool = False) -> Model:
-    """Opens an exported file after it was verified. Raises `UserError` for a changed, unknown or unsafe file."""
+    """Verifies and opens an exported file. Raises `UserError` for a changed, unknown or unsafe file."""
     path = Path(path)
     content, facts = verified(path)
     if facts.format in CODE and not trust:
@@ -65,11 +66,11 @@ def load(path: str | Path, trust: bool = False) -> Model:
 
 
 def runtime(content: bytes, facts: ExportMetadata, path: Path) -> Callable[[np.ndarray], np.ndarray]:
-    """What runs the bytes of a file of `facts.format` on uint8 images, or on the floats that another network takes.
+    """Returns a function from inputs, uint8 images or float32 rows, to logits, which runs a file of `facts.format`.
 
     `path` is for messages only.
 
-    For "pt2" and "torchscript" the caller vouches for the bytes: their loaders can run code.
+    For "pt2" and "torchscript" the caller is responsible for the bytes: their loaders can run code.
     """
     opened = {"onnx": _onnx, "safetensors": _safetensors, "pt2": _pt2, "torchscript": _torchscript}[facts.format]
     try:
@@ -78,7 +79,7 @@ def runtime(content: bytes, facts: ExportMetadata, path: Path) -> Callable[[np.n
         raise
     except ModuleNotFoundError as error:
         raise UserError(MISSING.format(error.name)) from error
-    except Exception as error:  # each runtime has exceptions of its own for a file that is none of its kind
+    except Exception as error:  # each runtime raises its own exceptions for an invalid file
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path} is damaged or no {facts.format} file: {reason}") from error
     column, levels = [len(facts.mean), *(1 for _ in facts.input_shape[1:])], 255 if len(facts.input_shape) > 1 else 1
@@ -108,7 +109,7 @@ def _onnx(content: bytes, facts: ExportMetadata, path: Path) -> Callable[[np.nda
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.add_session_config_entry("session.load_model_format", "ONNX")  # what was checked, and nothing else
+    options.add_session_config_entry("session.load_model_format", "ONNX")  # the format that was checked
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     (given,) = session.get_inputs()
     return lambda images: session.run(None, {given.name: images})[0]
@@ -119,9 +120,9 @@ def _safetensors(content: bytes, facts: ExportMetadata, path: Path) -> Callable[
 
 
 def load_network(path: Path) -> nn.Module:
-    """The network of an exported safetensors file, in eval mode, which takes images as uint8 or from 0 to 1.
+    """Returns the network of a safetensors file in eval mode; it takes images as uint8 or from 0 to 1.
 
-    Raises `UserError` for any other file, and for one that its manifest does not know.
+    Raises `UserError` for any other file, and for one that its manifest does not list.
     """
     content, facts = verified(path)
     if facts.format != "safetensors":
@@ -167,10 +168,10 @@ def _torch(net: Callable[..., Any]) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def build_net(facts: ExportMetadata) -> nn.Module:
-    """The network that `facts.net` names, for preprocessed images.
+    """Returns the network that `facts.net` names, for preprocessed images.
 
-    Only functions of `litdistill.models`, and only their own named options. Nothing is fetched or read on the way: pretrained
-    weights, and whatever else a library's builder would take, are refused, since the name may come from a stranger.
+    Only functions of `litdistill.models` with their named options are allowed. Pretrained weights and options of a library's
+    builder are refused, so that nothing is downloaded or read: the manifest may come from an untrusted source.
     """
     options = dict(facts.net)
     target = str(options.pop("_target_", ""))
@@ -196,7 +197,7 @@ def build_net(facts: ExportMetadata) -> nn.Module:
 
 
 def read_images(paths: Sequence[str | Path], input_shape: Sequence[int]) -> np.ndarray:
-    """(N, C, H, W) uint8: each image in grey or RGB, resized to cover H x W and its centre cropped, as in training."""
+    """Returns (N, C, H, W) uint8: images in gray or RGB, resized to cover H x W and center-cropped, as in training."""
     if len(input_shape) != 3:
         raise UserError(
             f"The network takes {'x'.join(map(str, input_shape))} numbers and no images: run it from Python."
@@ -211,9 +212,9 @@ def read_images(paths: Sequence[str | Path], input_shape: Sequence[int]) -> np.n
 
 
 def read_table(path: str | Path, columns: int) -> np.ndarray:
-    """(N, columns) float32 of a .npy file, or of a .csv file with or without a line of names.
+    """Returns the (N, columns) float32 array of a .npy file, or of a .csv file with or without a header.
 
-    Raises `UserError` for another file, another number of columns, and for what is no finite number.
+    Raises `UserError` for any other file, another number of columns, and values that are not finite.
     """
     path = Path(path)
     if path.suffix not in (".npy", ".csv"):
@@ -236,7 +237,7 @@ def read_table(path: str | Path, columns: int) -> np.ndarray:
 
 
 def _has_names(lines: Sequence[str]) -> int:
-    """1 where the first line of a .csv file is no row of numbers, else 0."""
+    """Returns 1 where the first line of a .csv file is a header, else 0."""
     try:
         [float(value) for value in lines[0].split(",")] if lines else []
     except ValueError:
@@ -245,10 +246,10 @@ def _has_names(lines: Sequence[str]) -> int:
 
 
 def decoded(logits: np.ndarray, facts: ExportMetadata, top: int) -> list[dict[str, Any]]:
-    """What logits (N, outputs) say of each sample, by the kind of the task.
+    """Returns the prediction of each sample from logits (N, outputs), by the kind of the task.
 
-    One label a sample, and several: `{"top": [{"class", "index", "probability"}]}`, the likeliest first, at most `top` of
-    them. Numbers: `{"values": {name: value}}`, in the targets' units.
+    Classes and labels: `{"top": [{"class", "index", "probability"}]}`, at most `top` entries in descending order of
+    probability. Regression: `{"values": {name: value}}`, in the targets' units.
     """
     x = logits.astype(np.float64)
     if facts.kind == "real":
@@ -269,7 +270,7 @@ def decoded(logits: np.ndarray, facts: ExportMetadata, top: int) -> list[dict[st
 
 
 def predict(model: Model, paths: Sequence[str | Path], top: int = 5) -> list[dict[str, Any]]:
-    """For each image its name and what `decoded` gives, `{"image": …, "top": …}`; of tables for each row `{"row": …, …}`."""
+    """Returns `{"image": …}` with the result of `decoded` for each image, and `{"row": …}` for each row of a table."""
     found, facts = [], model.facts
     if len(facts.input_shape) == 1:
         for path in paths:
@@ -294,22 +295,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--top", type=int, default=5, help="how many classes to name for each sample (5)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
     parser.add_argument("--trust", action="store_true", help="open .pt2 and .pt too, whose loaders can run code")
-    asked = parser.parse_args(arguments)
-    if asked.top < 1:
+    args = parser.parse_args(arguments)
+    if args.top < 1:
         parser.error("--top must be at least 1")
     try:
-        found = predict(load(asked.model, asked.trust), asked.files, asked.top)
+        found = predict(load(args.model, args.trust), args.files, args.top)
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
-    if asked.json:
+    if args.json:
         print(json.dumps(found, indent=2))
         return
     for one in found:
-        name = os.fsencode(one.get("image") or one["row"]).decode(errors="replace")  # which need be no text
-        said = [f"{c['class']} {100 * c['probability']:.1f} %" for c in one.get("top", ())]
-        said += [f"{k} {v:.6g}" for k, v in one.get("values", {}).items()]
-        print(f"{name}: " + ", ".join(said))
+        # A file name need not be valid UTF-8
+        name = os.fsencode(one.get("image") or one["row"]).decode(errors="replace")
+        texts = [f"{c['class']} {100 * c['probability']:.1f} %" for c in one.get("top", ())]
+        texts += [f"{k} {v:.6g}" for k, v in one.get("values", {}).items()]
+        print(f"{name}: " + ", ".join(texts))
 
 
 if __name__ == "__main__":

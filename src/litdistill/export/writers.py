@@ -1,4 +1,4 @@
-"""The writers of the formats that a student is shipped in; what becomes of a file is up to `litdistill.export.export`."""
+"""Writers of the export formats; `litdistill.export.export` checks and moves the files."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from litdistill.utils.manifest import MISSING, ExportMetadata
 
 
 class ExportWrapper(nn.Module):
-    """The network as it is shipped: float32 logits of images as they are, or of normalized ones with `preprocessing` off.
+    """The network to export: returns float32 logits of raw images, or of normalized images without `preprocessing`.
 
-    Its own preprocessing is a part of it; where it is made of networks that each have another, all of them. `half` computes
-    in float16 behind it, so that no caller need know.
+    It includes the network's preprocessing, or those of its members where they differ. With `half` the network computes in
+    float16 after the preprocessing; inputs and outputs keep their types.
     """
 
     def __init__(self, net: nn.Module, preprocessing: bool = True, half: bool = False):
@@ -37,7 +37,7 @@ class ExportWrapper(nn.Module):
         inside = as_plain_modules(net) if preprocessing and own is None else without_preprocessing(net)
         self.net = inside.cpu().eval().requires_grad_(False)
         for tensor in (*self.net.parameters(), *self.net.buffers()):
-            # Weights with their channels last, as a GPU may like them, are traced to needless gathers.
+            # Weights in channels-last memory format are traced to needless gathers.
             tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
         self.preprocess = copy.deepcopy(own).cpu() if preprocessing and own is not None else nn.Identity()
         self.half_precision = half
@@ -52,7 +52,7 @@ class ExportWrapper(nn.Module):
 def write_format(
     student: nn.Module, data: Any, path: Path, entry: dict[str, Any], facts: ExportMetadata, calibration: int
 ) -> None:
-    """Writes the file itself; what it was made with goes into `entry`."""
+    """Writes the file; adds the quantization's settings to `entry`."""
     metadata = {k: json.dumps(v) for k, v in entry.items()}
     model = ExportWrapper(student, facts.preprocessing, half=entry["precision"] == "fp16").eval()
     example = model_inputs(student, data, 2, facts.preprocessing)
@@ -90,19 +90,19 @@ def write_format(
 
 @torch.no_grad()
 def model_inputs(student: nn.Module, data: Any, count: int, preprocessing: bool) -> Tensor:
-    """Training samples as a file takes them: as they are, or preprocessed."""
+    """Returns training samples as inputs of the exported file: raw, or preprocessed."""
     inputs = training_inputs(data, count)
     preprocess = None if preprocessing else preprocess_of(student)
     return (inputs if preprocess is None else preprocess(inputs)).clone(memory_format=torch.contiguous_format)
 
 
 def _traced(model: ExportWrapper, example: Tensor) -> torch.export.ExportedProgram:
-    """The program of a model for batches of any size, without the paths of the source files that it was traced from."""
+    """Returns the exported program for batches of any size, without paths of source files."""
     try:
         program = torch.export.export(
             model, (example,), dynamic_shapes={"images": {0: torch.export.Dim("batch")}}, strict=False
         )
-    except Exception as error:  # whatever the network's code does that torch.export cannot follow
+    except Exception as error:  # torch.export raises many kinds of errors for code that it cannot trace
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"torch.export cannot trace this student; use format=safetensors. {reason}") from error
     for node in program.graph.nodes:
@@ -156,7 +156,7 @@ def _save_onnx(onnx: Any, proto: Any, path: Path, metadata: Mapping[str, str]) -
 def _write_int8(
     model: ExportWrapper, example: Tensor, images: Tensor, path: Path, metadata: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Static quantization by onnxruntime, ranges from training images (N, C, H, W) without augmentation."""
+    """Quantizes statically by onnxruntime, calibrated on training images (N, C, H, W) without augmentation."""
     try:
         import onnx
         from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
@@ -176,8 +176,8 @@ def _write_int8(
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
             per_channel=True,
-            # 7 bits of weight: with 8, sums of U8S8 products overflow 16 bits on CPUs without VNNI, and a file would
-            # give other answers there than where it was checked.
+            # Weights have 7 bits: with 8, sums of U8S8 products overflow 16 bits on CPUs without VNNI, where outputs
+            # would then differ from those that were checked.
             reduce_range=True,
             calibrate_method=CalibrationMethod.MinMax,
             nodes_to_exclude=_preprocessing_nodes(onnx.load(ready)) if isinstance(model.preprocess, Preprocess) else [],
@@ -204,7 +204,7 @@ class _Reader:
 
 
 def _preprocessing_nodes(proto: Any) -> list[str]:
-    """The nodes between the input and the network: casts, resizing, products and sums of the images with constants."""
+    """Returns the names of the preprocessing nodes: casts, resizing, products and sums of the images with constants."""
     reached, names = {i.name for i in proto.graph.input}, []
     constants = {"", *(i.name for i in proto.graph.initializer)}
     for node in proto.graph.node:  # in order of execution

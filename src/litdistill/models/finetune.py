@@ -1,4 +1,4 @@
-"""Transfer learning: a trained network with a new classifier, of which only some layers are trained any further."""
+"""Transfer learning: replaces the classifier of a trained network, and freezes all but some layers."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from torch import Tensor, nn
 from litdistill.features.feature_extractor import resolve_taps
 from litdistill.utils.errors import UserError
 
-ALIASES = {"head": "pooled", "last": "last"}  # what a part may be called on any network, and the tap that ends it
+ALIASES = {"head": "pooled", "last": "last"}  # part names valid for every network, and their taps
 
 
 def head_of(net: nn.Module, example: Tensor) -> str:
-    """The name of the classifier, told from a dry forward of `example` (N, C, H, W)."""
+    """Returns the name of the classifier module, found by a dry forward of `example` (N, C, H, W)."""
     return resolve_taps(net, example, "pooled")[0].partition(":")[0]
 
 
 def with_own_head(net: nn.Module, state: Mapping[str, Tensor], example: Tensor) -> dict[str, Tensor]:
-    """A state dict in which the classifier's weights are those that `net` was built with."""
+    """Returns `state` with the classifier's weights replaced by those of `net`."""
     head = head_of(net, example) + "."
     return {k: v for k, v in state.items() if not k.startswith(head)} | {
         k: v.clone() for k, v in net.state_dict().items() if k.startswith(head)
@@ -26,9 +26,9 @@ def with_own_head(net: nn.Module, state: Mapping[str, Tensor], example: Tensor) 
 
 
 def freeze(net: nn.Module, trainable: Sequence[str], example: Tensor) -> None:
-    """Freezes all of `net`, in place, but for the parts named: modules, "head" (the classifier), "last" (the last stage).
+    """Freezes `net` in place except for `trainable`: module names, "head" (the classifier) or "last" (the last stage).
 
-    A frozen part is in eval mode: batch normalisation normalises as it did and its averages stand, dropout drops nothing.
+    Frozen modules are in eval mode: batch normalization keeps its running statistics, and dropout is off.
     Raises `UserError` for an unknown name.
     """
     modules = dict(net.named_modules())

@@ -1,6 +1,6 @@
-"""What weights carry with them: how their images are preprocessed, and the names of the classes that they were trained on.
+"""Metadata of weights files: the preprocessing, and the names of the classes of the training data.
 
-Classes are those of the same name, whatever their order in the data that the weights meet.
+Classes are matched by name, so the data may have them in another order.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ def student_metadata(
     structure: Sequence[dict[str, Any]] = (),
     units: dict[str, list[float]] | None = None,
 ) -> dict[str, str]:
-    """The metadata of a network's file of weights, as `litdistill.utils.checkpoint.read_metadata` reads them.
+    """Returns the metadata of a network's weights file, for `litdistill.utils.checkpoint.read_metadata`.
 
-    `classes` and `input_shape` of the data that it was trained on, and their `data_mean` and `data_std` where they have some;
-    `mean`, `std` and `size` of its own preprocessing where it has one; its `structure` where it was compressed
+    `classes` and `input_shape` of the training data, and its `data_mean` and `data_std` if it has them; `mean`, `std` and
+    `size` of the network's preprocessing if it has one; the `structure` of a compressed network
     (`litdistill.compress.structure.structure_of`); and the `units` of its outputs (`litdistill.tasks.base.Task.units`).
     """
     shape = data.input_shape
@@ -47,10 +47,9 @@ def student_metadata(
 
 
 def class_order(trained: Sequence[str] | None, names: Sequence[str], source: str | Path, role: str) -> list[int] | None:
-    """For each of the data's class names its index among those that the weights were `trained` on; None where they are the
-    same, or where the weights or the data do not say.
+    """Returns for each class name of the data its index in `trained`, the names of the weights' classes.
 
-    Raises `UserError` that names the classes which only the one or only the other has.
+    None where the two are equal, or where either is unknown. Raises `UserError` where they are not the same set of names.
     """
     if not trained or not names or list(trained) == list(names):
         return None
@@ -65,9 +64,9 @@ def class_order(trained: Sequence[str] | None, names: Sequence[str], source: str
 
 
 def with_class_order(net: nn.Module, order: Sequence[int], example: Tensor, role: str) -> nn.Module:
-    """The network whose i-th output is what output `order[i]` was, changed in its classifier, in place.
+    """Permutes the outputs of `net` in its last layer, in place: the new output i is the old output `order[i]`.
 
-    `example`: a few images (N, C, H, W) that it takes. Raises `UserError` where no one layer gives the outputs.
+    `example`: a few images (N, C, H, W). Raises `UserError` where the outputs are not those of a single layer.
     """
     with evaluating(net):
         before = net(example)[:, list(order)]
@@ -89,10 +88,10 @@ def with_class_order(net: nn.Module, order: Sequence[int], example: Tensor, role
 def _head(net: nn.Module, example: Tensor) -> list[nn.Module]:
     try:
         return list(net.get_submodule(head_of(net, example)).modules())
-    except UserError:  # which shows no classifier, as a traced graph
+    except UserError:  # no classifier is found in a traced graph, for example
         return []
 
 
 def some(names: Sequence[str]) -> str:
-    """A few names for a message."""
+    """Returns up to ten names for a message."""
     return ", ".join(names[:10]) + (", …" if len(names) > 10 else "") or "none"

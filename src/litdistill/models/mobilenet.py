@@ -1,7 +1,7 @@
 """MobileNetV2 for small images. Sandler et al. 2018 (arXiv 1801.04381), table 2.
 
-The form of the distillation tables for CIFAR-100 (RepDistiller, arXiv 1910.10699): half width, ReLU and not ReLU6,
-stride 1 and not 2 where the 24 channels begin, no dropout. A stage ends in a linear bottleneck: it has no activation.
+The variant of the distillation tables for CIFAR-100 (RepDistiller, arXiv 1910.10699): half width, ReLU instead of ReLU6,
+stride 1 instead of 2 for 24 channels, no dropout. A stage ends in a linear bottleneck: it has no activation.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from litdistill.models.parts import he_init
 
-# (channels, repeats, stride) by stage, where a stage is one size of map.
+# (channels, repeats, stride) by stage; a stage has one map size.
 STAGES = (((16, 1, 1), (24, 2, 1)), ((32, 3, 2),), ((64, 4, 2), (96, 3, 1)), ((160, 3, 2), (320, 1, 1)))
 
 

@@ -1,4 +1,4 @@
-"""What several networks share: initialisation, evaluation mode for a while, and the check that an input fits."""
+"""Functions shared by networks: initialization, a context of evaluation mode, and the check of input shapes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from litdistill.utils.errors import UserError
 def he_init(net: nn.Module, linear_std: float | None = None) -> None:
     """Kaiming normal by fan-out for convolutions (He et al. 2015, arXiv 1502.01852), in place.
 
-    `linear_std`: standard deviation of linear weights with zero bias; None leaves PyTorch's own initialisation.
+    `linear_std`: standard deviation of linear weights with zero bias; None keeps PyTorch's default initialization.
     """
     for module in net.modules():
         if isinstance(module, nn.Conv2d):
@@ -28,7 +28,7 @@ def he_init(net: nn.Module, linear_std: float | None = None) -> None:
 
 
 def require_size(name: str, input_shape: Sequence[int], smallest: int) -> None:
-    """Raises `UserError` where an image is so small that a map inside the network would be empty."""
+    """Raises `UserError` where height or width is below `smallest`: a feature map would be empty."""
     _, height, width = input_shape
     if min(height, width) < smallest:
         raise UserError(
@@ -38,7 +38,7 @@ def require_size(name: str, input_shape: Sequence[int], smallest: int) -> None:
 
 
 def keep_inputs(net: nn.Module) -> nn.Module:
-    """Switches off `inplace` wherever a module has it, so that a hooked pre-activation stays what it was."""
+    """Turns `inplace` off in all modules, so that activations do not overwrite hooked pre-activations; returns `net`."""
     for module in net.modules():
         if getattr(module, "inplace", False):
             module.inplace = False  # type: ignore[assignment]
@@ -47,9 +47,9 @@ def keep_inputs(net: nn.Module) -> nn.Module:
 
 @contextmanager
 def evaluating(net: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradient and without fused attention, each module's own mode put back afterwards.
+    """Context of eval mode, without gradients and fused attention; restores each module's mode afterwards.
 
-    Fused attention is one opaque operation: it has no shape rule on the meta device, and no FLOP counter sees into it.
+    Fused attention is one opaque operation: it has no shape rule on the meta device, and FLOP counters do not count it.
     """
     modes = {module: module.training for module in net.modules()}
     fused = torch.backends.mha.get_fastpath_enabled()
@@ -65,14 +65,15 @@ def evaluating(net: nn.Module) -> Iterator[None]:
 
 
 def check_fits(net: nn.Module, num_classes: int, input_shape: Sequence[int], name: str, remedy: str) -> nn.Module:
-    """The network itself, once a forward of shapes alone has given (1, num_classes). Raises `UserError` where not."""
+    """Returns `net` if a forward on the meta device gives (1, num_classes), else raises `UserError`."""
     state = {k: torch.empty_like(v, device="meta") for k, v in net.state_dict().items()}
-    state |= {k: torch.empty_like(v, device="meta") for k, v in net.named_buffers()}  # those not in the state as well
+    # Some buffers are not in the state dict.
+    state |= {k: torch.empty_like(v, device="meta") for k, v in net.named_buffers()}
     given = "x".join(map(str, input_shape))
     try:
         with evaluating(net):
             logits = torch.func.functional_call(net, state, (torch.empty(1, *input_shape, device="meta"),))
-    except Exception as error:  # whatever a foreign network raises at a size that it was not made for
+    except Exception as error:  # networks raise many kinds of errors for unsupported sizes
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{name} cannot take images of {given} ({reason}). {remedy}") from error
     if tuple(logits.shape) != (1, num_classes):
@@ -84,11 +85,11 @@ def check_fits(net: nn.Module, num_classes: int, input_shape: Sequence[int], nam
 
 @contextmanager
 def tensors_only() -> Iterator[None]:
-    """Every `torch.load` inside refuses all but tensors and plain values, also where a library asks for more."""
+    """Context in which every `torch.load` loads tensors and plain values only, whatever its caller requests."""
     name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
     before = os.environ.get(name)
     os.environ[name] = "1"
-    # The opposite switch of the same kind; torch refuses to run with both.
+    # The opposite variable; torch raises an error if both are set.
     opposite = os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
     try:
         yield

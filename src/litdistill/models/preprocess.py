@@ -1,9 +1,9 @@
-"""Preprocessing as a part of the network: images come in as they are, whatever mean, deviation and size it was trained for.
+"""Preprocessing as a part of the network: it takes raw images, and normalizes and resizes them itself.
 
     net = Preprocessed(conv4(10, (1, 28, 28)), Preprocess(mean=[0.13], std=[0.31]))
     logits = net(images)          # uint8 from 0 to 255, or floats from 0 to 1
 
-So a teacher and its student can differ in it, and who has the network has all that it needs.
+So a teacher and its student can preprocess differently, and a network needs no separate preprocessing.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from torch import Tensor, nn
 
 from litdistill.utils.errors import UserError
 
-SLACK = 1e-3  # by which floats may lie outside 0 to 1: rounding of whoever resized or mixed them
+SLACK = 1e-3  # tolerance of floats outside 0 to 1, from rounding in resizing or mixing
 
 
 class Preprocess(nn.Module):
     """Images (N, C, H, W), uint8 or floats from 0 to 1 -> floats, resized and normalized: (x - mean) / std.
 
-    Rows (N, F) of a table, of any scale, are standardized likewise, feature by feature. Without learned or saved state. A
-    single channel is given to each of several means: grey images to a network of colors.
+    Rows (N, F) of a table, of any scale, are standardized in the same way, per feature. There is no learned or saved state. A
+    single channel is broadcast to several means: gray images for a network of color images.
 
     Args:
         mean, std: of each channel, on the scale 0 to 1; of each feature of a table, on its own scale.
-        size: height and width to which images of another size are resized (bilinear, antialiased); a number for both. None:
-            any size is taken as it is.
+        size: height and width, or one number for both, to which images are resized (bilinear, antialiased). None: images
+            are not resized.
     """
 
     shift: Tensor
@@ -66,9 +66,9 @@ class Preprocess(nn.Module):
         return torch.addcmul(shift, images, scale)
 
     def input_shape(self, images: Sequence[int]) -> tuple[int, ...]:
-        """The shape (C, H, W) of what comes out of images of a shape (C, H, W), and (F,) of (F,).
+        """Returns the output shape (C, H, W) for images of shape (C, H, W), and (F,) for (F,).
 
-        Raises `UserError` for other channels.
+        Raises `UserError` where the number of channels or features does not fit.
         """
         if len(images) == 1 and images[0] == len(self.mean):
             return tuple(images)
@@ -80,7 +80,7 @@ class Preprocess(nn.Module):
         return len(self.mean), height, width
 
     def facts(self) -> dict[str, Any]:
-        """Mean, std and size as plain values: what this is made of again."""
+        """Returns mean, std and size as plain values, the constructor's arguments."""
         return {"mean": list(self.mean), "std": list(self.std), "size": None if self.size is None else list(self.size)}
 
     def extra_repr(self) -> str:
@@ -88,7 +88,7 @@ class Preprocess(nn.Module):
 
 
 def _constants(mean: Sequence[float], std: Sequence[float]) -> tuple[list[float], list[float], list[float]]:
-    """-mean / std, 1 / std for floats and 1 / (255 · std) for uint8."""
+    """Returns -mean / std, 1 / std for floats and 1 / (255 · std) for uint8."""
     pairs = list(zip(mean, std, strict=True))
     return [-m / s for m, s in pairs], [1 / s for _, s in pairs], [1 / (255 * s) for _, s in pairs]
 
@@ -102,8 +102,9 @@ def _tables(
     device: torch.device,
     dtype: torch.dtype,
 ) -> tuple[Tensor, ...]:
-    """The constants, each as large as an image (C, H, W), with the channels last in memory or first: where nothing is
-    broadcast inside an image, the arithmetic is vectorized, five times as fast on a CPU."""
+    """Returns the constants expanded to an image's shape (C, H, W), in channels-first or channels-last memory format.
+
+    Without broadcasting inside an image the arithmetic is vectorized, five times as fast on a CPU."""
     found = []
     for values in _constants(mean, std):
         full = torch.tensor(values, dtype=torch.float64).view(-1, 1, 1).expand(-1, *size)
@@ -113,8 +114,8 @@ def _tables(
 
 
 class Preprocessed(nn.Module):
-    """`net` behind its preprocessing. The names of parameters, submodules and the keys of its state are those of `net`
-    alone: a state dict fits the network with and without, and a tap has the same name."""
+    """`net` after its preprocessing. Names of parameters and submodules and keys of the state dict are those of `net`:
+    a state dict fits the network with and without preprocessing, and a tap has the same name."""
 
     def __init__(self, net: nn.Module, preprocess: Preprocess):
         super().__init__()
@@ -129,7 +130,7 @@ class Preprocessed(nn.Module):
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Module]]:
-        """This module and the network share their name, as it is the network's for all who look inside."""
+        """Yields this module and the network under the same name, so that names inside are the network's."""
         memo = set() if memo is None else memo
         if self not in memo:
             if remove_duplicate:
@@ -139,7 +140,7 @@ class Preprocessed(nn.Module):
             yield from self.net.named_modules(memo, prefix, remove_duplicate)
 
     def get_submodule(self, target: str) -> nn.Module:
-        """By its name in the network."""
+        """Returns a submodule by its name in the network."""
         return self if target == "" else self.net.get_submodule(target)
 
 
@@ -154,33 +155,33 @@ def _with_level(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) 
 
 
 def bare(net: nn.Module) -> nn.Module:
-    """The network without its preprocessing, which takes normalized images; `net` itself where it has none."""
+    """Returns the network without its preprocessing, for normalized images; `net` itself where it has none."""
     return net.net if isinstance(net, Preprocessed) else net
 
 
 def wrap(net: nn.Module, preprocess: Preprocess | None) -> nn.Module:
-    """`net` behind that preprocessing, and as it is for None."""
+    """Returns `net` after that preprocessing; `net` itself for None."""
     return net if preprocess is None else Preprocessed(net, preprocess)
 
 
 def preprocess_of(net: nn.Module) -> Preprocess | None:
-    """How images are preprocessed for `net`, or for networks inside of it; None where they are not, or in several ways."""
+    """Returns the preprocessing of `net` or of the networks inside; None where there is none, or they differ."""
     found = [m.preprocess for m in net.modules() if isinstance(m, Preprocessed)]
     return found[0] if found and all(p.facts() == found[0].facts() for p in found) else None
 
 
 def preprocessing(net: nn.Module) -> list[dict[str, Any]]:
-    """How images are preprocessed for each network that `net` is made of, as plain values; empty where they are not."""
+    """Returns the preprocessing of each network inside `net` as plain values; empty where there is none."""
     return [m.preprocess.facts() for m in net.modules() if isinstance(m, Preprocessed)]
 
 
 def without_preprocessing(net: nn.Module) -> nn.Module:
-    """A copy of `net` in which each network that it is made of takes normalized images."""
+    """Returns a copy of `net` without any preprocessing inside, for normalized images."""
     return _replaced(copy.deepcopy(net), lambda module: module.net)
 
 
 def as_plain_modules(net: nn.Module) -> nn.Module:
-    """A copy of `net` without `Preprocessed`, for tools that look for parameters along their names: each is a sequence."""
+    """Returns a copy of `net` with `nn.Sequential` for `Preprocessed`, for tools that find parameters by their names."""
     sequence = lambda m: nn.Sequential(OrderedDict(preprocess=m.preprocess, net=m.net))  # noqa: E731
     return _replaced(copy.deepcopy(net), sequence)
 
@@ -196,7 +197,7 @@ def _replaced(net: nn.Module, by: Any) -> nn.Module:
 
 
 def check_scale(net: nn.Module, inputs: Any) -> None:
-    """Raises `UserError` for images that are no inputs of a network with a `Preprocess`: floats outside of 0 to 1."""
+    """Raises `UserError` for floats outside of 0 to 1 where `net` has a `Preprocess`."""
     if not any(isinstance(m, Preprocess) for m in net.modules()):
         return
     if not isinstance(inputs, Tensor) or not inputs.is_floating_point() or inputs.ndim < 3 or inputs.numel() == 0:

@@ -12,15 +12,15 @@ from litdistill.models.parts import evaluating
 
 
 def count_parameters(net: nn.Module) -> int:
-    """How many numbers are trained; a shared parameter counts once."""
+    """Returns the number of elements of all parameters; a shared parameter counts once."""
     return sum(p.numel() for p in net.parameters())
 
 
 def count_macs(net: nn.Module, input_shape: Sequence[int]) -> int:
-    """Multiply-accumulates of one sample in evaluation mode: convolutions, matrix products and attention.
+    """Returns the multiply-accumulates for one sample in eval mode: convolutions, matrix products and attention.
 
-    `input_shape`: (C, H, W). Additions, normalisation, activations and pooling are not counted, as is usual in papers.
-    The network's mode is put back. Works on the meta device as well, where it computes nothing.
+    `input_shape`: (C, H, W). Additions, normalization, activations and pooling are not counted, as is usual in papers.
+    The network's mode is restored. It works on the meta device too, without computation.
     """
     like = next(net.parameters())
     sample = torch.zeros(1, *input_shape, device=like.device, dtype=like.dtype)
@@ -30,6 +30,6 @@ def count_macs(net: nn.Module, input_shape: Sequence[int]) -> int:
 
 
 def weight_bytes(net: nn.Module) -> int:
-    """Bytes of all tensors in the network's state: parameters and running statistics, a shared tensor counted once."""
+    """Returns the bytes of all tensors in the state dict, parameters and buffers; a shared tensor counts once."""
     tensors = {id(t): t for t in net.state_dict(keep_vars=True).values() if isinstance(t, Tensor)}
     return sum(t.numel() * t.element_size() for t in tensors.values())

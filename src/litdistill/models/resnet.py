@@ -1,7 +1,7 @@
 """Residual networks with a 3x3 stem for small images. He et al. 2016 (arXiv 1512.03385), section 4.2 and table 1.
 
 The published distillation tables for CIFAR-100 use the definition of RepDistiller (arXiv 1910.10699, appendix):
-shortcuts are 1x1 convolutions with batch normalisation where the shape changes, not the paper's zero padding.
+shortcuts are 1x1 convolutions with batch normalization where the shape changes, not the paper's zero padding.
 The ResNet-20 and -110 of the CIFAR-10 tables that train with reflection padding (Knowledge-Distillation-Zoo) are the
 same networks. Every activation is a module of its own, so a hook on `layer2[-1].relu2` reads a stage's pre-activation.
 """
@@ -25,7 +25,7 @@ def conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
 
 
 class PadShortcut(nn.Module):
-    """Option A of the paper: every second pixel, new channels zero; no parameters."""
+    """Option A of the paper: subsamples by the stride and pads new channels with zeros; no parameters."""
 
     def __init__(self, new_channels: int, stride: int):
         super().__init__()

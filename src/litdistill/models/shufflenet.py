@@ -1,7 +1,7 @@
 """ShuffleNet V1 and V2 for small images. Zhang et al. 2017 (arXiv 1707.01083); Ma et al. 2018 (arXiv 1807.11164).
 
-The forms of the distillation tables for CIFAR-100 (RepDistiller, arXiv 1910.10699): a 1x1 stem of 24 channels with
-stride 1 and no max-pooling. V1 has 3 groups, and a ReLU behind the depthwise convolution where the paper has none.
+The variants of the distillation tables for CIFAR-100 (RepDistiller, arXiv 1910.10699): a 1x1 stem of 24 channels with
+stride 1 and no max-pooling. V1 has 3 groups, and a ReLU after the depthwise convolution where the paper has none.
 V2 at width 2 has the paper's 244 channels in its first stage, where RepDistiller has 224.
 """
 
@@ -16,7 +16,7 @@ from litdistill.utils.errors import UserError
 
 
 def shuffle(x: Tensor, groups: int) -> Tensor:
-    """Channel shuffle: (N, g · c, H, W) read as g groups of c channels, written as c groups of g."""
+    """Channel shuffle: transposes (N, g · c, H, W) from g groups of c channels to c groups of g."""
     n, c, h, w = x.shape
     return x.view(n, groups, c // groups, h, w).transpose(1, 2).reshape(n, c, h, w)
 
@@ -33,7 +33,7 @@ class UnitV1(nn.Module):
         super().__init__()
         added = outputs - inputs if stride == 2 else outputs
         middle = added // 4
-        self.groups = 1 if inputs == 24 else groups  # 24 channels are too few to be grouped (section 3.2)
+        self.groups = 1 if inputs == 24 else groups  # no groups for 24 input channels (section 3.2)
         self.conv1, self.relu1 = conv_bn(inputs, middle, groups=self.groups), nn.ReLU()
         self.conv2, self.relu2 = conv_bn(middle, middle, 3, stride, groups=middle), nn.ReLU()
         self.conv3, self.relu3 = conv_bn(middle, added, groups=groups), nn.ReLU()
@@ -46,7 +46,7 @@ class UnitV1(nn.Module):
 
 
 class UnitV2(nn.Module):
-    """Figure 3 (c) of the V2 paper: half of the channels pass by."""
+    """Figure 3 (c) of the V2 paper: half of the channels skip the convolutions."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -62,7 +62,7 @@ class UnitV2(nn.Module):
 
 
 class DownV2(nn.Module):
-    """Figure 3 (d) of the V2 paper: both halves halve the map."""
+    """Figure 3 (d) of the V2 paper: both branches downsample the map by 2."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
@@ -80,7 +80,7 @@ class DownV2(nn.Module):
 
 
 class ShuffleNet(nn.Module):
-    """Stem, three stages, perhaps a last 1x1 convolution, average pooling, `fc`."""
+    """Stem, three stages, an optional 1x1 convolution of `last` channels, average pooling, `fc`."""
 
     def __init__(self, num_classes: int, channels: int, stages: Sequence[nn.Sequential], width: int, last: int | None):
         super().__init__()

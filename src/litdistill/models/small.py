@@ -20,12 +20,12 @@ def conv4(
     widths: Sequence[int] = (16, 32, 64),
     global_pool: bool = True,
 ) -> nn.Module:
-    """Blocks of 3x3 convolution, batch normalisation, ReLU and 2x2 max-pooling, then one linear layer: 4 weight layers.
+    """Blocks of 3x3 convolution, batch normalization, ReLU and 2x2 max-pooling, then one linear layer: 4 weight layers.
 
-    Global average pooling takes the place of the last max-pooling, so any image size will do; a map of one pixel is
-    pooled no further. `widths`: channels of each block. The blocks are `layer1`, `layer2`, …
-    `global_pool=False` keeps the places apart instead: a max-pooling as after the other blocks, and a wider classifier,
-    which centred images such as MNIST's are better told apart by.
+    Global average pooling replaces the last max-pooling, so any image size fits; maps of one pixel are not pooled any
+    further. `widths`: channels of each block. The blocks are `layer1`, `layer2`, …
+    `global_pool=False` keeps spatial positions instead: max-pooling as after the other blocks, and a wider classifier,
+    which is more accurate on centered images such as MNIST's.
     """
     if not widths:
         raise UserError("conv4 needs the channels of one block at least: widths=[16,32,64].")
@@ -59,12 +59,12 @@ def mlp(
     input_dropout: float = 0.0,
     max_norm: float | None = None,
 ) -> nn.Module:
-    """A perceptron with ReLU on the flattened image, or on features (N, F); by default that of arXiv 1503.02531, section 3.
+    """A multilayer perceptron with ReLU on flattened images or features (N, F); by default that of arXiv 1503.02531, section 3.
 
     `widths`: units of each hidden layer ([1200, 1200] for the paper's teacher); the layers are `layer1`, `layer2`, …
     `dropout`, `input_dropout`: probability of dropping a hidden unit or a pixel (.5 and .2 in arXiv 1207.0580).
-    `max_norm`: the L2 norm beyond which the incoming weights of a hidden unit are scaled back, after each training step
-    and before the next (the weight constraint of arXiv 1207.0580; its appendix A.1 caps the squared length at 15).
+    `max_norm`: the maximum L2 norm of the incoming weights of a hidden unit, enforced before each training forward (the
+    weight constraint of arXiv 1207.0580; its appendix A.1 limits the squared length to 15).
     """
     parts: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
     if input_dropout:
@@ -81,7 +81,7 @@ def mlp(
 
 
 def _hold_norm(max_norm: float, layer: nn.Module, _: object) -> None:
-    """Before a forward in training; in evaluation weights are what they are, so that measuring moves nothing."""
+    """Forward pre-hook: limits the weights' norm in training mode; evaluation does not change the weights."""
     if layer.training:
         with torch.no_grad():
             layer.weight.renorm_(2, 0, max_norm)  # type: ignore[operator]
@@ -110,7 +110,7 @@ class LeNet(nn.Module):
 
 
 def lenet(num_classes: int, input_shape: Sequence[int]) -> nn.Module:
-    """LeNet-5 (LeCun et al. 1998, §II.B) as it is used today: ReLU, max-pooling, full connections, a linear classifier.
+    """LeNet-5 (LeCun et al. 1998, §II.B) with today's usual changes: ReLU, max-pooling, full connections, a linear classifier.
 
     Images below 32x32 are padded by 2, as MNIST is in the paper. Raises `UserError` below 12x12.
     """

@@ -18,11 +18,11 @@ REMEDY = "Resize the images, give a transformer a smaller patch_size (4 for 28 o
 def timm_classifier(
     num_classes: int, input_shape: Sequence[int], name: str, pretrained: bool = False, **options: Any
 ) -> nn.Module:
-    """`timm.create_model(name, …)`, fitted to the classes, the channels and, where its size is fixed, the image size.
+    """Returns `timm.create_model(name, …)` for the classes, channels and, where its size is fixed, the image size.
 
-    `options` go to timm's builder (`drop_path_rate`, `patch_size`, …). Activations work out of place. Published weights come
-    with the mean and deviation that they were trained with, where the images have as many channels.
-    Raises `UserError` without timm, for an unknown name, weights that cannot be had, and images it cannot take.
+    `options`: arguments of timm's builder (`drop_path_rate`, `patch_size`, …). Activations are not in place. Published weights
+    come with the mean and std of their training, where the number of channels is the same.
+    Raises `UserError` without timm, for an unknown name, unavailable weights, and unsupported images.
     """
     try:
         import timm
@@ -43,7 +43,7 @@ def timm_classifier(
     try:
         with tensors_only():
             net = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, in_chans=channels, **options)
-    except Exception as error:  # timm asserts, and a download fails in as many ways as there are clients below it
+    except Exception as error:  # timm asserts, and download clients raise many kinds of errors
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if pretrained:
             raise UserError(
@@ -52,7 +52,7 @@ def timm_classifier(
             ) from error
         raise UserError(f"timm cannot build {name} with {options} ({reason}). {REMEDY}") from error
     patch = getattr(getattr(net, "patch_embed", None), "patch_size", None)
-    if patch and (height % patch[0] or width % patch[1]):  # timm would leave out the pixels at the edge without a word
+    if patch and (height % patch[0] or width % patch[1]):  # timm would ignore the pixels at the edge silently
         raise UserError(
             f"{name} cuts {height}x{width} pixels into patches of {patch[0]}x{patch[1]}: some are left. {REMEDY}"
         )

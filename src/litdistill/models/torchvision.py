@@ -1,4 +1,4 @@
-"""Any classification network of torchvision by name, its stem fitted to the images and its head to the classes."""
+"""Any classification network of torchvision by name, with a stem for the images and a head for the classes."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ def torchvision_classifier(
     stem: Literal["auto", "standard", "small"] = "auto",
     **options: Any,
 ) -> nn.Module:
-    """The network `name` of torchvision (`torchvision.models.list_models(module=torchvision.models)`).
+    """Returns the network `name` of torchvision (`torchvision.models.list_models(module=torchvision.models)`).
 
     `weights`: None, or the name of pretrained weights ("DEFAULT", "IMAGENET1K_V2"); a head for another number of
-    classes starts anew, and first kernels are summed over colours where the images have another number of channels.
-    `stem`: "standard" keeps the published geometry; "small" makes the first convolution 3x3 with stride 1 (the centre
-    of a pretrained kernel) and drops the max-pooling behind it; "auto" is small up to 64 pixels. Transformers have no
-    such stem; a ViT is built for the size of the images. `options` go to torchvision's builder.
-    Published weights come with the mean and deviation that they were trained with, for images of three channels.
-    Activations work out of place, auxiliary heads are left out, and files are read as tensors only, never as objects.
+    classes is initialized anew, and first kernels are summed over colors for another number of channels.
+    `stem`: "standard" keeps the published geometry; "small" makes the first convolution 3x3 with stride 1 (the center
+    of a pretrained kernel) and removes the max-pooling after it; "auto" is small up to 64 pixels. Transformers have no
+    such stem; a ViT is built for the size of the images. `options`: arguments of torchvision's builder.
+    Published weights come with the mean and std of their training, for images of three channels.
+    Activations are not in place, auxiliary heads are removed, and files are read as tensors only, never as objects.
 
-    Raises `UserError` for an unknown name, weights that cannot be had, and images that the network cannot take.
+    Raises `UserError` for an unknown name, unavailable weights, and unsupported images.
     """
     channels, height, width = input_shape
     known = list_models(module=zoo)
@@ -95,19 +95,19 @@ def pretrained(name: str, weights: str, options: dict[str, Any]) -> nn.Module:
     if name == "inception_v3":
         net.aux_logits, net.AuxLogits = False, None
     if hasattr(net, "transform_input"):
-        # It would take its three colours from images of one; images are normalized in front of it.
+        # It indexes three channels, which gray images lack; images are normalized before the network.
         net.transform_input = False
     return net
 
 
 def fit_stem(net: nn.Module, name: str, channels: int, small: bool, required: bool, keep: bool) -> None:
-    """Puts another first convolution in place where channels or geometry call for it.
+    """Replaces the first convolution where the channels or the geometry require it.
 
-    `required`: a network without a reducing stem is an error. `keep`: the present kernel is worth keeping.
+    `required`: raises `UserError` for a network without a reducing stem. `keep`: copies the present (pretrained) kernel.
     """
     layers = [(k, m) for k, m in net.named_modules() if isinstance(m, nn.Conv2d | nn.MaxPool2d)]
     at, old = next((k, m) for k, m in layers if isinstance(m, nn.Conv2d))
-    # Transformers are left alone: their first convolution cuts patches that windows and positions are made for.
+    # Not for transformers: windows and position embeddings depend on the patches of their first convolution.
     reducing = max(old.stride) > 1 and not name.startswith(("vit_", "swin", "maxvit"))
     if required and not reducing:
         raise UserError(f"{name} has no stem to make small. Use stem=standard.")
@@ -131,7 +131,7 @@ def fit_stem(net: nn.Module, name: str, channels: int, small: bool, required: bo
         if keep:
             top, left = (tall - kernel[0]) // 2, (wide - kernel[1]) // 2
             weight = old.weight[:, :, top : top + kernel[0], left : left + kernel[1]]
-            if channels != old.in_channels:  # a grey image gives what three equal colours gave
+            if channels != old.in_channels:  # a gray image has the same output as three equal channels
                 weight = weight.sum(1, keepdim=True).expand(-1, channels, -1, -1) / channels
             new.weight.copy_(weight)
             if new.bias is not None and old.bias is not None:
@@ -144,7 +144,7 @@ def fit_stem(net: nn.Module, name: str, channels: int, small: bool, required: bo
 
 
 def fit_head(net: nn.Module, name: str, num_classes: int) -> None:
-    """Puts a new classifier where the last layer gives another number of classes: linear, or a 1x1 convolution."""
+    """Replaces the last layer (linear or 1x1 convolution) where its number of classes differs."""
     at, old = [(k, m) for k, m in net.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)][-1]
     if isinstance(old, nn.Linear):
         if old.out_features != num_classes:

@@ -1,7 +1,7 @@
-"""VGG with batch normalisation and one linear classifier. Simonyan & Zisserman 2014 (arXiv 1409.1556), table 1.
+"""VGG with batch normalization and one linear classifier. Simonyan & Zisserman 2014 (arXiv 1409.1556), table 1.
 
-The form of the distillation tables for CIFAR-100 (RepDistiller, arXiv 1910.10699), for small images: five stages, maps
-halved behind the first three only (behind the fourth as well from 64x64 on), average pooling before `fc`. Depth 8 is
+The variant of the distillation tables for CIFAR-100 (RepDistiller, arXiv 1910.10699), for small images: five stages, maps
+halved after the first three only (after the fourth too from 64x64 on), average pooling before `fc`. Depth 8 is
 RepDistiller's own.
 """
 

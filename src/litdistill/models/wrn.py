@@ -26,7 +26,7 @@ class WideBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         active = self.relu1(self.bn1(x))
         out = self.conv2(self.dropout(self.relu2(self.bn2(self.conv1(active)))))
-        # Where the shape changes, the shortcut starts behind the activation, as in the authors' code.
+        # Where the shape changes, the shortcut starts after the activation, as in the authors' code.
         return out + (x if self.shortcut is None else self.shortcut(active))
 
 

@@ -1,1 +1,1 @@
-"""The report as a page: what is collected from run folders, drawn, and written as HTML and as Markdown."""
+"""The report page: measures the runs of folders, draws figures, and writes HTML and Markdown."""

@@ -1,4 +1,4 @@
-"""What a page is made of, and its two writers: one list of sections becomes index.html and report.md."""
+"""The blocks of a page, and its two writers: one list of sections becomes index.html and report.md."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Code(NamedTuple):
 
 
 class Table(NamedTuple):
-    """Cells are text; the first `labels` columns are left-aligned, and the first stays in sight."""
+    """Cells are text; the first `labels` columns are left-aligned, and the first column is sticky."""
 
     id: str
     head: Sequence[str]
@@ -31,7 +31,7 @@ class Table(NamedTuple):
 
 
 class Picture(NamedTuple):
-    """A drawing; `alt` says in words what it shows."""
+    """An SVG figure and its alternative text."""
 
     name: str
     svg: str
@@ -39,7 +39,7 @@ class Picture(NamedTuple):
 
 
 class Thumb(NamedTuple):
-    """A photograph of a few pixels."""
+    """A small raster image (PNG)."""
 
     name: str
     png: bytes
@@ -51,7 +51,7 @@ class Thumb(NamedTuple):
 
 
 class Grid(NamedTuple):
-    """Small drawings side by side, as many as there is room for."""
+    """Small figures side by side, as many as fit the width."""
 
     pictures: Sequence[Picture]
     wide: bool = False
@@ -98,7 +98,7 @@ def html_page(title: str, facts: Sequence[str], sections: Sequence[Section]) -> 
 
     folder = Path(__file__).parent
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    # Drawings are the one thing that is not escaped: matplotlib wrote them, and escaped what stands in them.
+    # Only SVG figures are not escaped: matplotlib wrote them and escaped their texts.
     environment.filters["kind"] = lambda block: type(block).__name__.lower()
     environment.filters["drawing"] = lambda picture: Markup(_labeled(picture))
     template = environment.from_string((folder / "page.html").read_text(encoding="utf-8"))
@@ -106,12 +106,12 @@ def html_page(title: str, facts: Sequence[str], sections: Sequence[Section]) -> 
 
 
 def _labeled(picture: Picture) -> str:
-    """The drawing with its words for those who cannot see it."""
+    """Returns the SVG with its alternative text for screen readers."""
     return picture.svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(picture.alt)}"', 1)
 
 
 def _on_paper(svg: str) -> str:
-    """As a file of its own, where there is no page to take the ink's colour from."""
+    """Returns the SVG as a standalone file, with its own background and text color."""
     return svg.replace("<svg", '<svg style="background:#fff;color:#1a1a1a"', 1) + "\n"
 
 
@@ -150,6 +150,6 @@ def _markdown(block: Block) -> list[str]:
 
 
 def plain(text: str) -> str:
-    """What stands in the text as such, whatever it means in Markdown or HTML, on one line."""
+    """Returns the text on one line, with Markdown and HTML escaped."""
     text = html.escape(" ".join(text.split()), quote=False)
     return re.sub(r"([\\`*_\[\]|])", r"\\\1", text)

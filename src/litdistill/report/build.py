@@ -1,4 +1,4 @@
-"""`build(places, out)`: the page of all finished runs at or below some folders."""
+"""`build(places, out)`: writes the page of all finished runs at or below the given folders."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from litdistill.utils.versions import versions
 
 
 def build(places: Sequence[str | Path], out: str | Path, title: str, settings: Settings) -> list[Group]:
-    """Measures the runs and writes `out`/index.html and its twin `out`/report.md; gives what was measured.
+    """Measures the runs, writes `out`/index.html and `out`/report.md, and returns the measured groups.
 
-    Raises `UserError` where there is no finished run, or none that can be rebuilt, or a package is missing.
+    Raises `UserError` where there is no finished run, where none can be rebuilt, or where a package is missing.
     """
     _check_packages()
     out = Path(out)
     found = groups(places, out, settings)
     for group in found:
         time_rows(group, settings)
-    told = [problem for group in found for problem in group.problems]
+    problems = [problem for group in found for problem in group.problems]
     found = [group for group in found if group.rows]
     if not found:
-        raise UserError("None of these runs could be measured. " + " ".join(told[:3]))
+        raise UserError("None of these runs could be measured. " + " ".join(problems[:3]))
     shown: list[Section] = []
     for i, group in enumerate(found):
         key = f"{i}-" if len(found) > 1 else ""
         prefix = f"{group.name}: " if len(found) > 1 else ""
         shown += [s._replace(title=prefix + s.title) for s in page_sections(group, f"d{key}" if key else "", settings)]
     shown += _sweeps(places, out)
-    if told:
-        shown.append(Section("problems", "What could not be measured", [Text(problem) for problem in told]))
+    if problems:
+        shown.append(Section("problems", "What could not be measured", [Text(problem) for problem in problems]))
     write(title, _facts(found, settings), shown, out)
     return found
 
@@ -55,7 +55,7 @@ def _check_packages() -> None:
 
 
 def page_sections(group: Group, key: str, settings: Settings) -> list[Section]:
-    """All sections that the data have something for: classes have an accuracy each, images can be shown and spoilt."""
+    """Returns the sections that apply: per-class ones for classification, failures and robustness for images."""
     found = [
         sections.tradeoffs(group, key),
         sections.quality(group, key),
@@ -70,7 +70,7 @@ def page_sections(group: Group, key: str, settings: Settings) -> list[Section]:
 
 
 def test_count(group: Group) -> int:
-    """Samples that students are tested on."""
+    """Returns the number of test samples."""
     return len(group.rows[0].seeds[0].test_targets)
 
 
@@ -94,7 +94,7 @@ def _facts(found: Sequence[Group], settings: Settings) -> list[str]:
 
 
 def _sweeps(places: Sequence[str | Path], out: Path) -> list[Section]:
-    """Links to the reports of sweeps among the runs."""
+    """Returns a section with links to the reports of sweeps in `places`; empty if there are none."""
     reports = sorted({p.resolve() for place in places for p in Path(place).glob("**/sweep.md")})
     if not reports:
         return []

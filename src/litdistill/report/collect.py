@@ -1,6 +1,6 @@
-"""Measures finished runs anew, for the page: each run's student as it ships, and each teacher, on the same samples.
+"""Evaluates finished runs again for the page: each run's deployed student, and each teacher, on the same samples.
 
-Only run folders are read. What takes long (robustness) is kept beside the page, by the hash of what was measured.
+Only run folders are read. Robustness, which takes long, is cached beside the page by the hash of the model.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 
 class Settings(NamedTuple):
-    """What of the page is measured, and how; see conf/report.yaml."""
+    """The options of the measurements; see conf/report.yaml."""
 
     threads: int = 1
     rounds: int = 20
@@ -52,86 +52,88 @@ class Settings(NamedTuple):
 
 @dataclass
 class Seed:
-    """One trained model, measured."""
+    """One trained model and its measurements."""
 
     summary: dict[str, Any]
     folder: Path
     task: Task = field(default_factory=Classification)
-    val: Outputs = field(default_factory=lambda: Outputs({}))  # of all samples of the split, in order
+    val: Outputs = field(default_factory=lambda: Outputs({}))  # outputs for all samples of the split, in order
     val_targets: Tensor = field(default_factory=lambda: torch.empty(0))
     test: Outputs = field(default_factory=lambda: Outputs({}))
     test_targets: Tensor = field(default_factory=lambda: torch.empty(0))
     temperature: float = 1.0  # of a classifier
     robustness: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     sha256: str = ""  # of the weights
-    starts: dict[str, float] = field(default_factory=dict)  # seconds of each run that it started from, by its name
+    starts: dict[str, float] = field(default_factory=dict)  # seconds of each run among its starting points, by name
 
     @property
     def quality(self) -> dict[str, float]:
-        """The task's metrics on the test set."""
+        """Returns the task's metrics on the test set."""
         return measured(self.task, self.test, self.test_targets)
 
     @property
     def score(self) -> float:
-        """The metric that runs are judged by, as it is shown under its heading."""
+        """Returns the monitored metric on the test set, in its display units."""
         name = self.task.monitor[0]
         return factor(name) * self.quality[name]
 
     @property
     def calibrated(self) -> dict[str, float]:
-        """`quality` of logits that are divided by the temperature."""
+        """Returns `quality` of the logits divided by the temperature."""
         return measured(self.task, Outputs.of(self.test.logits / self.temperature), self.test_targets)
 
 
 @dataclass
 class Row:
-    """One line of the tables: a teacher, or runs that differ in their seed alone."""
+    """One row of the tables: a teacher, or runs that differ in the seed alone."""
 
     label: str
     about: dict[str, Any]  # name, params, macs of the network
     seeds: list[Seed] = field(default_factory=list)
     teacher: bool = False
-    checkpoint: str | None = "auto"  # of a teacher: how the config of its first student's run has it
+    checkpoint: str | None = "auto"  # of a teacher: `teacher.checkpoint` in its first student's config
     precision: str = "fp32"
-    file: Path | None = None  # the ONNX file of the first seed, which is timed
-    net: nn.Module | None = None  # the same for the GPU, where it is no int8
+    file: Path | None = None  # the ONNX file of the first seed, for timing
+    net: nn.Module | None = None  # the network, for timing on the GPU; None for int8
     timing: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
 class Group:
-    """All rows on one data set, judged by one metric."""
+    """All rows on one data set with one monitored metric."""
 
     name: str
-    facts: dict[str, Any]  # of its summaries: `FACTS` of the data, and "metric"
+    facts: dict[str, Any]  # `FACTS` of the summaries' data, and "metric"
     rows: list[Row] = field(default_factory=list)
-    inputs: Tensor | None = None  # of the test set as read, (N, ...); None where they are no single tensor
+    inputs: Tensor | None = (
+        None  # of the test set, (N, ...) without preprocessing; None where they are no single tensor
+    )
     classes: tuple[str, ...] | None = None  # of the outputs; None until a run was measured
     problems: list[str] = field(default_factory=list)
 
     @property
     def metric(self) -> str:
-        """By which runs are judged."""
+        """Returns the name of the monitored metric."""
         return str(self.facts["metric"]["name"])
 
     @property
     def less_is_better(self) -> bool:
-        """Whether a smaller value of it is the better one."""
+        """Returns whether a smaller value of the metric is better."""
         return self.facts["metric"]["direction"] == "min"
 
     @property
     def pictured(self) -> bool:
-        """Whether inputs are images: uint8 (N, C, H, W)."""
+        """Returns whether inputs are images: uint8 (N, C, H, W)."""
         return self.inputs is not None and self.inputs.ndim == 4 and self.inputs.dtype == torch.uint8
 
     @property
     def things(self) -> str:
-        """What samples are called."""
+        """Returns the word for samples in texts."""
         return "images" if self.pictured else "samples"
 
     @property
     def one_label(self) -> bool:
-        """Whether each sample has one class, and outputs are logits of classes."""
+        """Returns whether each sample has one class, and outputs are logits of classes."""
         return all(one_label(seed.test, seed.test_targets) for row in self.rows for seed in row.seeds)
 
     @property
@@ -139,18 +141,18 @@ class Group:
         return next((r for r in self.rows if r.teacher), None)
 
 
-BATCH = 512  # samples that are predicted at once
+BATCH = 512  # samples per forward
 FACTS = ("name", "classes", "input_shape", "test")
 
 
 def one_label(outputs: Outputs, targets: Tensor) -> bool:
-    """Whether targets are (N,) classes of logits (N, classes)."""
+    """Returns whether targets are (N,) class indices for logits (N, classes)."""
     classified = targets.ndim == 1 and not targets.is_floating_point()
     return classified and "logits" in outputs.heads and outputs.logits.ndim == 2
 
 
 def groups(places: Sequence[str | Path], out: Path, settings: Settings) -> list[Group]:
-    """All finished runs at or below `places`, measured. A run that cannot be rebuilt is told of in `Group.problems`."""
+    """Returns the measurements of all finished runs at or below `places`; `Group.problems` lists runs that failed."""
     found = report.runs(places)
     by_data: dict[str, list[tuple[Path, dict[str, Any]]]] = {}
     for folder, summary in found:
@@ -161,12 +163,12 @@ def groups(places: Sequence[str | Path], out: Path, settings: Settings) -> list[
 
 def _group(facts: dict[str, Any], runs: Sequence[tuple[Path, dict[str, Any]]], out: Path, settings: Settings) -> Group:
     group = Group(facts["name"], facts)
-    taught = {s["teacher"]["sha256"]: s["teacher"] for _, s in runs if s["teacher"]}
-    teachers = {sha: Row("teacher", t, teacher=True) for sha, t in taught.items()}
+    by_sha = {s["teacher"]["sha256"]: s["teacher"] for _, s in runs if s["teacher"]}
+    teachers = {sha: Row("teacher", t, teacher=True) for sha, t in by_sha.items()}
     students = [(f, s) for f, s in runs if s["student"]["sha256"] not in teachers]
     kinds = report.kinds([s for _, s in students])
     folders = {id(s): f for f, s in students}
-    spoilt: dict[str, list[Tensor]] = {}
+    corrupted: dict[str, list[Tensor]] = {}
     rows = []
     for kind in kinds:
         about = kind[0]["student"]
@@ -174,7 +176,7 @@ def _group(facts: dict[str, Any], runs: Sequence[tuple[Path, dict[str, Any]]], o
         for summary in kind:
             log.info("Measuring %s, seed %s", row.label, summary["seed"])
             try:
-                _measure_run(group, row, folders[id(summary)], summary, teachers, spoilt, out, settings)
+                _measure_run(group, row, folders[id(summary)], summary, teachers, corrupted, out, settings)
             except UserError as error:
                 group.problems.append(f"{folders[id(summary)].name} ({row.label}) was not measured: {error}")
         rows.append(row)
@@ -195,18 +197,18 @@ def _measure_run(
     folder: Path,
     summary: dict[str, Any],
     teachers: dict[str, Row],
-    spoilt: dict[str, list[Tensor]],
+    corrupted: dict[str, list[Tensor]],
     out: Path,
     settings: Settings,
 ) -> None:
     data, distiller = rebuild(folder, trust=settings.trust)
     device, task = pick_device(settings.device), distiller.task
-    _adopt(group, data, spoilt, settings)
+    _adopt(group, data, corrupted, settings)
     exports = group.inputs is not None
     if distiller.teacher is not None and not (teacher := teachers[summary["teacher"]["sha256"]]).seeds:
         sha = summary["teacher"]["sha256"]
         seed = Seed(_own_summary(folder, sha, settings) or {}, folder, task, sha256=sha)
-        _measure(seed, distiller.teacher.net, None, data, device, group, spoilt, out, settings)
+        _measure(seed, distiller.teacher.net, None, data, device, group, corrupted, out, settings)
         teacher.seeds.append(seed)
         teacher.checkpoint = load_run(folder, settings.trust)[0].teacher.checkpoint
         if exports:
@@ -217,20 +219,20 @@ def _measure_run(
     if exports and (row.precision == "int8" or row.file is None):
         path = shipped_file(folder, row.precision, summary, settings.trust)
     seed = Seed(summary, folder, task, sha256=summary["student"]["sha256"], starts=_starts(folder, summary, settings))
-    _measure(seed, net, path if row.precision == "int8" else None, data, device, group, spoilt, out, settings)
+    _measure(seed, net, path if row.precision == "int8" else None, data, device, group, corrupted, out, settings)
     row.seeds.append(seed)
     if row.file is None:
         row.file, row.net = path, None if row.precision == "int8" else ExportWrapper(net)
 
 
-def _adopt(group: Group, data: Any, spoilt: dict[str, list[Tensor]], settings: Settings) -> None:
-    """Takes the test samples from the first run that has them, and spoils some of them once for all models."""
+def _adopt(group: Group, data: Any, corrupted: dict[str, list[Tensor]], settings: Settings) -> None:
+    """Takes the test samples from the first run, and corrupts some of them once for all models."""
     inputs, targets = whole_split(data, "test")
     if group.classes is None:
         group.inputs, group.classes = inputs, tuple(data.class_names)
         if settings.robustness and group.pictured and targets.ndim == 1:
             assert inputs is not None
-            spoilt.update(robustness.corrupted(inputs[spread_out(settings.robustness, len(inputs))]))
+            corrupted.update(robustness.corrupted(inputs[spread_out(settings.robustness, len(inputs))]))
     same = inputs is group.inputs or (
         inputs is not None and group.inputs is not None and torch.equal(inputs, group.inputs)
     )
@@ -239,14 +241,14 @@ def _adopt(group: Group, data: Any, spoilt: dict[str, list[Tensor]], settings: S
 
 
 def whole_split(data: Any, split: str) -> tuple[Tensor | None, Tensor]:
-    """All inputs (N, ...) of "val" or "test" as they were read, None where they are no single tensor, and their targets."""
+    """Returns the inputs (N, ...) of "val" or "test", None where they are no single tensor, and the targets."""
     batches = list(data.batches(split))
     one = all(isinstance(batch.inputs, Tensor) for batch in batches)
     return torch.cat([b.inputs for b in batches]) if one else None, torch.cat([b.targets for b in batches])
 
 
 def _own_summary(folder: Path, sha: str, settings: Settings) -> dict[str, Any] | None:
-    """The summary of the run that trained a teacher, among those that are kept beside a student's run."""
+    """Returns the summary of the run that trained the teacher, from the `teachers` folder; None if it is not there."""
     cfg, _ = load_run(folder, settings.trust)
     for path in Path(cfg.runs, "teachers").glob("*/summary.json"):
         summary = json.loads(path.read_text())
@@ -256,13 +258,13 @@ def _own_summary(folder: Path, sha: str, settings: Settings) -> dict[str, Any] |
 
 
 def _starts(folder: Path, summary: dict[str, Any], settings: Settings) -> dict[str, float]:
-    """Seconds of the run that a run's student started from, of the one before that, and so on, each without the others."""
+    """Returns the seconds of each run among a student's starting points, by name, each without its predecessors."""
     cfg, _ = load_run(folder, settings.trust)
     found: dict[str, float] = {}
     while (start := summary.get("start")) is not None and "run" in start:
         file = Path(cfg.runs, "students", Path(start["run"]).name, "summary.json")
         if not file.is_file():
-            return found | {start["run"]: start["total_s"]}  # which is that of all before it together
+            return found | {start["run"]: start["total_s"]}  # the total, predecessors included
         summary = json.loads(file.read_text())
         found[start["run"]] = summary["time"]["total_s"]
     return found
@@ -275,13 +277,13 @@ def _measure(
     data: Any,
     device: str,
     group: Group,
-    spoilt: dict[str, list[Tensor]],
+    corrupted: dict[str, list[Tensor]],
     out: Path,
     settings: Settings,
 ) -> None:
-    """Fills a seed in. What predicts is the network, or the int8 `file` of it; gradients are the network's.
+    """Fills the fields of `seed`. Predictions are the network's or its int8 `file`'s; gradients are the network's.
 
-    Temperature and robustness are those of classifiers, the latter of images.
+    Only classifiers have a temperature, and only those of images have robustness.
     """
     net.to(device).eval().requires_grad_(False)
     if file is None:
@@ -305,16 +307,18 @@ def _measure(
         chosen = spread_out(settings.robustness, len(group.inputs))
         images, targets = group.inputs[chosen], seed.test_targets[chosen]
         seen = hashlib.sha256(images.contiguous().numpy().tobytes()).hexdigest()
-        how = hashlib.sha256(inspect.getsource(robustness).encode()).hexdigest()  # another definition, another accuracy
+        how = hashlib.sha256(
+            inspect.getsource(robustness).encode()
+        ).hexdigest()  # changes of the code invalidate the cache
         preprocess = preprocess_of(net)
-        asked = [group.facts, seen, settings.epsilons, preprocess.facts() if preprocess is not None else None, how]
+        cache_key = [group.facts, seen, settings.epsilons, preprocess.facts() if preprocess is not None else None, how]
         logits_of = lambda x: run_network(net, x).logits  # noqa: E731
-        compute = lambda: _robustness(predict, logits_of, images, targets, spoilt, settings, device)  # noqa: E731
-        seed.robustness = _cached(out / "cache" / f"robustness-{weights[:16]}.json", asked, compute)
+        compute = lambda: _robustness(predict, logits_of, images, targets, corrupted, settings, device)  # noqa: E731
+        seed.robustness = _cached(out / "cache" / f"robustness-{weights[:16]}.json", cache_key, compute)
 
 
 def spread_out(n: int, of: int) -> Tensor:
-    """Which of the test images are spoilt: `n` evenly spaced ones, since some data sets are sorted by class."""
+    """Returns `n` evenly spaced indices below `of` (some data sets are sorted by class)."""
     return torch.linspace(0, of - 1, min(n, of), dtype=torch.float64).long()
 
 
@@ -334,13 +338,13 @@ def _robustness(
     logits_of: Callable[[Tensor], Tensor],
     images: Tensor,
     targets: Tensor,
-    spoilt: dict[str, list[Tensor]],
+    corrupted: dict[str, list[Tensor]],
     settings: Settings,
     device: str,
 ) -> dict[str, dict[str, list[float]]]:
-    """Accuracy under each corruption by severity, and under each attack by ε (first of which is none)."""
+    """Returns the accuracy under each corruption by severity, and under each attack by ε, from ε = 0."""
     clean = robustness.accuracy(predict, images, targets)
-    found = {name: [robustness.accuracy(predict, x, targets) for x in xs] for name, xs in spoilt.items()}
+    found = {name: [robustness.accuracy(predict, x, targets) for x in xs] for name, xs in corrupted.items()}
     there, labels = images.to(device), targets.to(device)
     attacks = {
         name: [
@@ -356,7 +360,7 @@ def _robustness(
 
 
 def _cached(path: Path, asked: Any, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What `compute` gave when it was last asked for this, from `path` if it is there."""
+    """Returns the result of `compute`, from the file at `path` where its key equals `asked`."""
     asked = json.loads(json.dumps(asked))
     if path.is_file():
         try:

@@ -1,4 +1,4 @@
-"""The ONNX files that are timed: each student's as it ships, and each teacher's, which ships nowhere else."""
+"""The ONNX files for timing: each student's exported file, and each teacher's, which is written for the page only."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from litdistill.utils.manifest import MANIFEST, ExportMetadata, read_manifest, v
 
 
 def shipped_file(folder: Path, precision: str, summary: dict[str, Any], trust: Sequence[str] = ()) -> Path:
-    """The ONNX file of a run, verified; written where there is none of this student yet."""
+    """Returns the verified ONNX file of a run; exports the student where there is none."""
     manifest = folder / "export" / MANIFEST
     files = read_manifest(manifest) if manifest.is_file() else {}
     for name, entry in files.items():
@@ -28,16 +28,16 @@ def shipped_file(folder: Path, precision: str, summary: dict[str, Any], trust: S
         if right and entry.get("student_sha256") == summary["student"]["sha256"]:
             path = manifest.parent / Path(name).name
             content, facts = verified(path)
-            runtime(content, facts, path)  # which refuses weights that lie in other files
+            runtime(content, facts, path)  # raises UserError for external weights
             return path
     return export(folder, "onnx", precision, trust=trust)[0]
 
 
 def write_teacher(net: nn.Module, data: Any, path: Path) -> Path:
-    """The teacher as ONNX, as a student is exported; raises `UserError` where the file does not do what the network does."""
+    """Writes the teacher as ONNX, like an exported student; raises `UserError` where its logits differ from the network's."""
     preprocessing = any(isinstance(m, Preprocessed) for m in net.modules())
     entry = {"format": "onnx", "precision": "fp32", "preprocessing": preprocessing}
-    # Members of an ensemble may preprocess in several ways: the file does, whatever it is.
+    # The file includes the preprocessing, which may differ between members of an ensemble.
     inputs = next(iter(data.batches("test"))).inputs[:64]
     facts = ExportMetadata("onnx", preprocessing, list(data.class_names), [], [], None, list(inputs.shape[1:]), {})
     write_atomically(path, lambda temporary: write_format(net.cpu(), data, temporary, entry, facts, 0))

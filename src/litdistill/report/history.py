@@ -1,4 +1,4 @@
-"""How runs came about: their training curves, what they cost to train, and how to run them again."""
+"""The sections on training: curves, training time, and the commands that rerun each row."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from litdistill.report.sections import capitalized, looks
 from litdistill.utils.errors import UserError
 from litdistill.utils.units import SHARES, axis, factor, named
 
-STARTS = (  # of the commands that run a training
+STARTS = (  # the beginnings of commands that train
     *(["litdistill", verb] for verb in ("train", "sweep", "compare")),
     *(["python", "-m", "litdistill", verb] for verb in ("train", "sweep", "compare")),
 )
 
 
 def curves(group: Group, key: str) -> Section:
-    """The metric on the validation set as TensorBoard has it."""
+    """Returns the section of training curves: the validation metric from TensorBoard's event files."""
     metric = group.metric
     found = [
         (s, r, [c for seed in r.seeds if not r.teacher if (c := curve(seed.folder, metric))]) for s, r in _both(group)
@@ -56,7 +56,7 @@ def _both(group: Group) -> list[tuple[plots.Style, Row]]:
 
 
 def curve(folder: Path, metric: str) -> tuple[list[int], list[float]] | None:
-    """Steps and values, shares in per cent, of a metric on the validation set; None where event files hold no two of them."""
+    """Returns steps and values (fractions in percent) of a validation metric; None for fewer than two values."""
     events = scalars(folder, f"val/{metric}")
     return ([s for s, _ in events], [factor(metric) * v for _, v in events]) if len(events) > 1 else None
 
@@ -74,26 +74,26 @@ def scalars(folder: Path, tag: str) -> list[tuple[int, float]]:
 
 
 def teacher_line(row: Row, metric: str) -> float | None:
-    """The teacher's metric on the validation set, a share in per cent, if the run noted it."""
+    """Returns the teacher's validation metric (fractions in percent); None if the run did not log it."""
     events = scalars(row.seeds[0].folder, f"val/teacher_{metric}")
     return factor(metric) * events[-1][1] if events else None
 
 
 def compute(group: Group, key: str) -> Section:
-    """Where the time went."""
+    """Returns the section on training time."""
     pairs = [(s, r) for s, r in _both(group) if not r.teacher]
     training = {r.seeds[0].sha256: r.seeds[0].summary for r in group.rows if r.teacher}
     head = ["model", "a run, s", "of which teacher, s", "teacher's share %", "before it, s", "epochs", "steps"]
     head += [f"{group.things} seen", "device"]
-    rows, own, asked, begun, total, total_asked = [], [], [], [], 0.0, 0.0
+    rows, own, teacher_s, begun, total, total_teacher = [], [], [], [], 0.0, 0.0
     starts: dict[str, float] = {}
     for style, row in pairs:
         spent = [s.summary["time"]["total_s"] for s in row.seeds]
         teacher = [s.summary["time"]["teacher_s"] for s in row.seeds]
-        total, total_asked = total + sum(spent), total_asked + sum(teacher)
+        total, total_teacher = total + sum(spent), total_teacher + sum(teacher)
         a, b = statistics.mean(spent), statistics.mean(teacher)
         own.append(a - b)
-        asked.append(b)
+        teacher_s.append(b)
         begun.append(statistics.mean(sum(s.starts.values()) for s in row.seeds))
         for seed in row.seeds:
             starts |= seed.starts
@@ -114,11 +114,11 @@ def compute(group: Group, key: str) -> Section:
         rows.insert(0, [f"{style.name} (trained once)", *(cells or ["not known", *[""] * 7])])
     before = sum(starts.values())
     whole = total + sum(once) + before
-    part = 100 * (total_asked + sum(once)) / whole if whole else 0.0
+    part = 100 * (total_teacher + sum(once)) / whole if whole else 0.0
     seconds = f"{whole:,.0f} s in all runs on this page, of which the teacher took {part:.0f} %"
     blocks.append(
         Text(
-            f"{seconds}: {sum(once):,.0f} s to be trained once, and {total_asked:,.1f} s to be asked while its students "
+            f"{seconds}: {sum(once):,.0f} s to be trained once, and {total_teacher:,.1f} s to be asked while its students "
             f"were trained; {before:,.0f} s went to runs that others started from, counted once here, and for each row "
             "that needs them under “before it”. Times are by the wall, evaluation included."
         )
@@ -127,7 +127,7 @@ def compute(group: Group, key: str) -> Section:
     if pairs:
         svg = plots.bars(
             [s.name for s, _ in pairs],
-            [("student", own), ("teacher, asked", asked), ("runs before it", begun)],
+            [("student", own), ("teacher, asked", teacher_s), ("runs before it", begun)],
             "seconds (mean over seeds)",
         )
         blocks.append(Picture(f"{key}compute", svg, f"Seconds a run, by who took them. {seconds}."))
@@ -149,7 +149,7 @@ def device(summary: dict[str, Any]) -> str:
 
 
 def rerun(group: Group, key: str) -> Section:
-    """The command of each row."""
+    """Returns the section with the command of each row."""
     blocks: list[Block] = []
     for style, row in _both(group):
         if row.teacher:
@@ -162,21 +162,22 @@ def rerun(group: Group, key: str) -> Section:
 
 
 def origin(checkpoint: str | None) -> str:
-    """Where a teacher comes from."""
+    """Returns a text on the source of a teacher's weights."""
     if checkpoint == "auto":
         return "is trained by the first run that needs it"
     return "has the weights that it is built with" if checkpoint is None else f"was given, as {checkpoint}"
 
 
 def command(seed: Seed) -> str:
-    """What starts this one run: its own overrides if it was a job of a sweep, else the command as it was typed.
+    """Returns the command that starts this run: its saved overrides if it was a job of a sweep, else the typed command.
 
-    Of a teacher or a starting point, which a run trains that needs it, that is the command of this run.
+    For a teacher or a starting point, it is the command of the run that trained it on demand.
     """
     overrides = seed.folder / ".hydra" / "overrides.yaml"
     if overrides.is_file():
         try:
-            kept: Any = OmegaConf.to_container(OmegaConf.load(overrides), resolve=False)  # nothing is looked up
+            # Interpolations are not resolved.
+            kept: Any = OmegaConf.to_container(OmegaConf.load(overrides), resolve=False)
             typed = shlex.join(["python", "scripts/train.py", *map(str, kept)])
         except (OSError, ValueError, TypeError, YAMLError, OmegaConfBaseException) as error:
             return f"# not known: {overrides.name} is damaged ({type(error).__name__})"
@@ -186,9 +187,9 @@ def command(seed: Seed) -> str:
 
 
 def _harmless(typed: str, folder: Path) -> str:
-    """The command of a run that was not made here, as readers may type it; a comment where it could run another's code.
+    """Returns the command of a run made elsewhere if it is safe to type, else a comment.
 
-    It starts one of this project's verbs with overrides of a run's own keys, none of which names a class.
+    A safe command starts one of this project's verbs with overrides of a run's own keys, none of which names a class.
     """
     try:
         words = shlex.split(typed)

@@ -1,7 +1,7 @@
-"""The page's pictures as SVG: text stays text, and takes the colour of the page around it, be it light or dark.
+"""The page's figures as SVG: text remains text, and has the text color of the page, in light and dark mode.
 
-Rows are told apart by colour (of Okabe & Ito's palette, without its yellow, which white paper swallows), by marker and
-by a number, so that no eye and no printer needs the colours.
+Rows differ in color (Okabe & Ito's palette without yellow, which is hardly visible on white), in marker and in number, so
+that figures are readable without colors.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-MARKERS = "osD^vPX<>"  # with six colours, all pairs differ for 18 rows
+MARKERS = "osD^vPX<>"  # with six colors, all pairs differ for 18 rows
 LINES = ("-", "--", "-.", ":")
-INK = "#010203"  # becomes currentColor: no figure of the data has it
+INK = "#010203"  # replaced by currentColor in the SVG; no other element has this color
 TEACHER = {"color": INK, "marker": "*", "linestyle": "--"}
 
 
@@ -40,7 +40,7 @@ class Style(NamedTuple):
 
 
 def styles(labels: Sequence[str], teachers: Sequence[bool]) -> list[Style]:
-    """How each row looks in all pictures."""
+    """Returns the style of each row, the same in all figures."""
     found, i = [], 0
     for number, (label, teacher) in enumerate(zip(labels, teachers, strict=True), 1):
         look = TEACHER
@@ -52,9 +52,9 @@ def styles(labels: Sequence[str], teachers: Sequence[bool]) -> list[Style]:
 
 
 def pareto(costs: Sequence[float], values: Sequence[float]) -> list[int]:
-    """Indices of the points that no other beats: none costs no more and is worth no less, one of them strictly.
+    """Returns the indices of the Pareto front: points without another of at most their cost and at least their value.
 
-    From the cheapest to the dearest. Of equal points all stand or none.
+    Sorted by cost. Equal points are all on the front, or none is.
     """
     order = sorted(range(len(costs)), key=lambda i: (costs[i], -values[i]))
     front: list[int] = []
@@ -76,7 +76,7 @@ def over_cost(
     ylabel: str,
     less_is_better: bool = False,
 ) -> str:
-    """A mean metric over a cost on a logarithmic axis, the range over seeds as a bar, and the Pareto front."""
+    """Returns an SVG: the mean metric over a cost (log axis), the range over seeds as a bar, and the Pareto front."""
     with _figure(5.4, 3.5 + _legend_height(looks)) as (figure, axes, drawn):
         _draw_over_cost(axes, looks, costs, values, xlabel, ylabel, less_is_better)
         _legend_below(figure, axes)
@@ -91,7 +91,7 @@ def main_picture(
     path: Path,
     less_is_better: bool = False,
 ) -> None:
-    """`over_cost` of several costs side by side, as a PNG on white paper."""
+    """Writes `over_cost` of several costs side by side as a PNG with a white background."""
     from litdistill.tasks.figures import new_figure
 
     with _styled():
@@ -132,7 +132,7 @@ def _draw_over_cost(
     axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,g}"))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set(xlabel=xlabel, ylabel=ylabel)
-    # A control at chance level would press all that is to be compared into one line.
+    # A control at chance level would compress the range of all other rows.
     best = means[front[-1]]
     far = [i for i, mean in enumerate(means) if (mean > 2 * best if less_is_better else mean < best / 2)]
     if far:
@@ -142,7 +142,7 @@ def _draw_over_cost(
         words = ", ".join(f"{looks[i].number} at {means[i]:.4g}" for i in far)
         where, place = ("above", (0.02, 0.95)) if less_is_better else ("below", (0.02, 0.02))
         axes.annotate(f"{where}: {words}", place, xycoords="axes fraction", fontsize=9, color=INK)
-    axes.get_xlim(), axes.get_ylim()  # which settles where points lie on the paper
+    axes.get_xlim(), axes.get_ylim()  # applies autoscaling, so that transData is final
     for near in _together(axes.transData.transform(list(zip(costs, means, strict=True)))):
         if near[0] in far:
             continue
@@ -152,7 +152,7 @@ def _draw_over_cost(
 
 
 def _together(places: np.ndarray, distance: float = 14) -> list[list[int]]:
-    """Indices of points (N, 2) that lie so close to the first of their group that their numbers would cover each other."""
+    """Returns groups of indices of points (N, 2) whose labels would overlap: closer than `distance` to the group's first."""
     groups: list[list[int]] = []
     for i, place in enumerate(places):
         near = next((g for g in groups if np.hypot(*(places[g[0]] - place)) < distance), None)
@@ -170,7 +170,7 @@ def dots(
     line: float | None = None,
     form: str = ".1f",
 ) -> str:
-    """A row a model: a dot a seed, a bar and a number, written as `form`, the mean; `line`: the teacher's value."""
+    """Returns an SVG: one row per model, one dot per seed, the mean as a bar and a number; `line`: the teacher's value."""
     with _figure(5.4, 1.0 + 0.42 * len(looks)) as (_, axes, drawn):
         for row, (look, each) in enumerate(zip(looks, values, strict=True)):
             mean = statistics.mean(each)
@@ -191,7 +191,7 @@ def dots(
 def lines(
     looks: Sequence[Style], x: Sequence[float], values: Sequence[Sequence[float]], xlabel: str, ylabel: str
 ) -> str:
-    """A line a row over common places."""
+    """Returns an SVG with one line per row over common x values."""
     with _figure(5.4, 3.3 + _legend_height(looks)) as (figure, axes, drawn):
         for look, y in zip(looks, values, strict=True):
             axes.plot(x, y, **look.look, markersize=5, linewidth=1.5, label=look.name)
@@ -202,7 +202,7 @@ def lines(
 
 
 def reliability(before: Sequence[Any], after: Sequence[Any], title: str) -> str:
-    """Accuracy over confidence, before and after temperature scaling: (confidence, accuracy, count) of each bin."""
+    """Returns an SVG: accuracy over confidence before and after temperature scaling, from (confidence, accuracy, count)."""
     with _figure(3.4, 3.3) as (_, axes, drawn):
         axes.plot([0, 1], [0, 1], color=INK, linewidth=0.8, linestyle=":", label="as sure as right")
         for bins, label, color, line in (
@@ -224,7 +224,7 @@ def curves(
     ylabel: str,
     limits: tuple[float, float] | None = None,
 ) -> str:
-    """A metric over steps, a line a seed; `line`: the teacher's; `limits`: where the axis begins and ends."""
+    """Returns an SVG: a metric over steps, one line per seed; `line`: the teacher's value; `limits`: of the y axis."""
     with _figure(3.4, 2.9) as (_, axes, drawn):
         for i, (steps, values) in enumerate(series):
             axes.plot(steps, values, color=COLORS[i % 6], linestyle=LINES[i % 4], linewidth=1.3)
@@ -235,7 +235,7 @@ def curves(
 
 
 def bars(labels: Sequence[str], parts: Sequence[tuple[str, Sequence[float]]], xlabel: str) -> str:
-    """A bar a row, of parts that add up."""
+    """Returns an SVG with one stacked bar per row."""
     with _figure(5.4, 1.5 + 0.36 * len(labels)) as (figure, axes, drawn):
         left = np.zeros(len(labels))
         for i, (name, values) in enumerate(parts):
@@ -268,7 +268,7 @@ def _legend_columns(labels: Sequence[str]) -> int:
 
 
 def _legend_height(looks: Sequence[Style]) -> float:
-    """In inches."""
+    """Returns the height of the legend in inches."""
     return 0.2 + 0.19 * len(looks) / _legend_columns([look.name for look in looks])
 
 
@@ -282,7 +282,7 @@ def _legend_below(figure: Figure, axes: Axes) -> None:
 
 @contextmanager
 def _figure(width: float, height: float) -> Iterator[tuple[Figure, Axes, list[str]]]:
-    """A figure of that size in inches, its axes, and a list in which its SVG stands afterwards."""
+    """Yields a figure (size in inches), its axes, and a list that receives its SVG on exit."""
     from litdistill.tasks.figures import new_figure
 
     drawn: list[str] = []
@@ -294,7 +294,7 @@ def _figure(width: float, height: float) -> Iterator[tuple[Figure, Axes, list[st
 
 
 def _styled() -> AbstractContextManager[None]:
-    """The settings that all pictures share."""
+    """Returns the context of matplotlib settings that all figures share."""
     import matplotlib as mpl
 
     ink = ("text.color", "axes.labelcolor", "axes.edgecolor", "axes.titlecolor", "xtick.color", "ytick.color")
@@ -308,11 +308,11 @@ def _styled() -> AbstractContextManager[None]:
 
 
 def _svg(figure: Figure) -> str:
-    """Only the element, without a background, its ids unlike those of any other picture on the page."""
+    """Returns the <svg> element without a background, with ids that are unique on the page."""
     import matplotlib as mpl
 
     file = io.StringIO()
-    with mpl.rc_context({"svg.hashsalt": "litdistill"}):  # the same picture is the same file
+    with mpl.rc_context({"svg.hashsalt": "litdistill"}):  # equal figures give equal files
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     text = file.getvalue()
     own = hashlib.sha256(text.encode()).hexdigest()[:8]

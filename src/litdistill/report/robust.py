@@ -24,8 +24,8 @@ def robust(group: Group, key: str, settings: Settings) -> Section:
     table = []
     for style, row in measured:
         by_kind = [mean(row, "corruptions", k, None) for k in kinds]
-        clean, spoilt = mean(row, "attacks", "FGSM", 0), statistics.mean(by_kind)
-        table.append([style.name, *(f"{v:.1f}" for v in (clean, spoilt, clean - spoilt, *by_kind))])
+        clean, corrupted = mean(row, "attacks", "FGSM", 0), statistics.mean(by_kind)
+        table.append([style.name, *(f"{v:.1f}" for v in (clean, corrupted, clean - corrupted, *by_kind))])
     severity = [[statistics.mean(mean(r, "corruptions", k, i) for k in kinds) for i in range(5)] for r in rows]
     steps = range(len(settings.epsilons) + 1)
     by_epsilon = {a: [[mean(r, "attacks", a, i) for i in steps] for r in rows] for a in robustness.ATTACKS}

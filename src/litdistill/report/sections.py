@@ -1,4 +1,4 @@
-"""The sections of the page, each a pure function of what was collected."""
+"""The sections of the page, pure functions of the measured groups."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from litdistill.report.collect import Group, Row, Seed, Settings
 from litdistill.tasks import metrics
 from litdistill.utils.units import SHARES, axis, factor, heading, named, shown_mean, spread
 
-FAILURES = 8  # images a row
+FAILURES = 8  # images per row
 
 
 def scores(row: Row) -> list[float]:
-    """The metric that runs are judged by, a number a seed, shares in per cent."""
+    """Returns the monitored metric of each seed, fractions in percent."""
     return [seed.score for seed in row.seeds]
 
 
 def capitalized(text: str) -> str:
-    """At the head of a sentence; an abbreviation (mAP) stays as it is."""
+    """Returns the text with a capital first letter; abbreviations (mAP) are unchanged."""
     return text[:1].upper() + text[1:] if text.islower() else text
 
 
 def follows(pairs: Sequence[tuple[Seed, Seed]]) -> list[dict[str, float]]:
-    """How far each run follows the teacher that it is compared with, on the test set."""
+    """Returns the agreement of each run with its teacher on the test set."""
     return [agreement(seed.task, seed.test, teacher.test) for seed, teacher in pairs]
 
 
@@ -46,9 +46,9 @@ def looks(group: Group) -> list[plots.Style]:
 
 
 def taught(row: Row, group: Group) -> list[tuple[Seed, Seed]]:
-    """A row's runs, each with the teacher that it is compared with: its own, else the group's first.
+    """Returns a row's runs, each with its teacher, or with the group's first where it has none.
 
-    None for a teacher, nor where there is no teacher.
+    Empty for a teacher's row, and where the group has no teacher.
     """
     if row.teacher or group.teacher is None:
         return []
@@ -58,7 +58,7 @@ def taught(row: Row, group: Group) -> list[tuple[Seed, Seed]]:
 
 
 def share(values: Sequence[float], of: float) -> str:
-    """Quartiles as `0.31 (0.30–0.33)`."""
+    """Returns quartiles relative to `of` as `0.31 (0.30–0.33)`."""
     low, middle, high = (v / of for v in values)
     return f"{middle:.2f} ({low:.2f}–{high:.2f})"
 
@@ -77,7 +77,8 @@ def quality(group: Group, key: str) -> Section:
     rows = []
     for name, row, found in zip(names(group), group.rows, followed, strict=True):
         first, measured = row.seeds[0].summary, [seed.quality for seed in row.seeds]
-        trained = [s.summary for s in row.seeds if s.summary.get("epochs")]  # else the last epoch is that of its start
+        # Without epochs, "last" is the starting point's
+        trained = [s.summary for s in row.seeds if s.summary.get("epochs")]
         last = [summary["student"]["test"][metric]["last"] for summary in trained]
         begun = (starts_from(first, group.things), counted(first["data"]["train"])) if first else ("", "")
         rows.append(
@@ -93,7 +94,7 @@ def quality(group: Group, key: str) -> Section:
 
 
 def _worth(group: Group, like: Sequence[str]) -> str:
-    """What stands above the table of `quality`."""
+    """Returns the text above the table of `quality`."""
     things, metric = group.things, named(group.metric)
     chosen_on = min(len(s.val_targets) for r in group.rows for s in r.seeds)
     tested = len(group.rows[0].seeds[0].test_targets)
@@ -115,12 +116,12 @@ def _worth(group: Group, like: Sequence[str]) -> str:
 
 
 def counted(number: int | None) -> str:
-    """With commas; nothing where nobody can say."""
+    """Returns the number with thousands separators; empty for None."""
     return "" if number is None else f"{number:,}"
 
 
 def starts_from(summary: Mapping[str, Any], things: str = "images") -> str:
-    """Whose weights a run began with, and how many `things` they had seen."""
+    """Returns a text on a run's initial weights and the number of their training samples."""
     start = summary.get("start")
     if start is None:
         return "nothing"
@@ -201,7 +202,7 @@ def joules(value: float | None) -> str:
 
 
 def tradeoffs(group: Group, key: str) -> Section:
-    """The main picture: what the metric costs."""
+    """Returns the section of the main figure: the metric over file size and latency."""
     timed = [(s, r) for s, r in zip(looks(group), group.rows, strict=True) if "cpu" in r.timing]
     blocks: list[Block] = []
     metric = axis(group.metric)
@@ -248,7 +249,7 @@ def over_seeds(group: Group, key: str) -> Section:
 
 
 def listed(styles: Sequence[plots.Style], group: Group) -> str:
-    """The metric of each row in words."""
+    """Returns the metric of each row as text."""
     found = [[seed.quality[group.metric] for seed in row.seeds] for row in group.rows]
     return "; ".join(f"{s.label} {shown_mean(group.metric, v)}" for s, v in zip(styles, found, strict=True)) + "."
 
@@ -257,7 +258,7 @@ def per_class(group: Group, key: str) -> Section:
     rows, classes = [], class_names(group)
     for name, row in zip(names(group), group.rows, strict=True):
         hits = torch.stack([class_accuracy(s.test.logits, s.test_targets, len(classes)) for s in row.seeds]).mean(0)
-        worst = int(hits.nan_to_num(2.0).argmin())  # a class without test images is none
+        worst = int(hits.nan_to_num(2.0).argmin())  # a class without test images is never the worst
         rows.append([name, classes[worst], *("" if h != h else f"{100 * h:.1f}" for h in hits.tolist())])
     about = f"In per cent of the test {group.things} of that class, the mean over seeds."
     table = Table(f"{key}classes", ["model", "worst class", *classes], rows, 1)
@@ -265,13 +266,13 @@ def per_class(group: Group, key: str) -> Section:
 
 
 def class_names(group: Group) -> Sequence[str]:
-    """Of all outputs; numbers where the data name none."""
+    """Returns the names of all outputs; indices where the data has no names."""
     count = group.rows[0].seeds[0].test.logits.shape[1]
     return group.classes if group.classes else [str(i) for i in range(count)]
 
 
 def class_accuracy(logits: Tensor, targets: Tensor, classes: int) -> Tensor:
-    """(classes,): the share of each class's samples that are right, NaN for a class that has none."""
+    """Returns the accuracy of each class, (classes,); NaN for a class without samples."""
     right = logits.argmax(1) == targets
     return torch.bincount(targets[right], minlength=classes).double() / torch.bincount(targets, minlength=classes)
 
@@ -307,7 +308,7 @@ def calibration(group: Group, key: str) -> Section:
 
 
 def failures(group: Group, key: str) -> Section:
-    """Images that the teacher gets right and the student of the first seed does not."""
+    """Returns the section of images that the teacher classifies correctly and the first seed's student does not."""
     assert group.inputs is not None
     inputs, classes = group.inputs, class_names(group)
     blocks: list[Block] = [
@@ -335,7 +336,7 @@ def failures(group: Group, key: str) -> Section:
 
 
 def failed(student: Tensor, teacher: Tensor, targets: Tensor) -> tuple[list[int], list[int]]:
-    """Rows that only the teacher has right, those first of which the student is surest, and rows that only the student has."""
+    """Returns the samples that only the teacher has right, by the student's confidence, and those only the student has."""
     own, other = student.argmax(1) == targets, teacher.argmax(1) == targets
     confidence = student.double().softmax(1).amax(1)
     lost = torch.nonzero(~own & other)[:, 0]
@@ -344,7 +345,7 @@ def failed(student: Tensor, teacher: Tensor, targets: Tensor) -> tuple[list[int]
 
 
 def png(image: Tensor) -> bytes:
-    """(C, H, W) uint8 as a file."""
+    """Returns a (C, H, W) uint8 image as the bytes of a PNG file."""
     file = io.BytesIO()
     pixels = image.permute(1, 2, 0).numpy()
     Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(file, "PNG")

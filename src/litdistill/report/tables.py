@@ -1,4 +1,4 @@
-"""Tables over run folders. Only `summary.json` is read."""
+"""Tables of run folders, from `summary.json` alone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from litdistill.utils.errors import UserError
 from litdistill.utils.text import printable_values
 from litdistill.utils.units import SHARES, axis, decimals, factor, heading, named, shown_mean
 
-LABELS = ("experiment", "model", "method")  # columns of words
+LABELS = ("experiment", "model", "method")  # left-aligned columns
 NETWORK = (
     "name",
     "sha256",
@@ -24,12 +24,12 @@ NETWORK = (
     "bytes",
     "precision",
     "test",
-)  # of a student; all else says how it follows
-HIDDEN = ("brier", "kl")  # of what is measured, for the lack of room
+)  # keys of a student; all others measure its agreement with the teacher
+HIDDEN = ("brier", "kl")  # measured, but not shown for lack of space
 
 
 def runs(places: Iterable[str | Path]) -> list[tuple[Path, dict[str, Any]]]:
-    """Folder and summary of all finished runs at or below the given folders, in the order of their paths.
+    """Returns folder and summary of all finished runs at or below the given folders, sorted by path.
 
     Raises `UserError` if there is none.
     """
@@ -46,7 +46,7 @@ def runs(places: Iterable[str | Path]) -> list[tuple[Path, dict[str, Any]]]:
 
 
 def _summary(path: Path) -> dict[str, Any]:
-    """One summary, without what controls a terminal. Raises `UserError` for a damaged one."""
+    """Returns a summary without terminal control characters. Raises `UserError` for a damaged file."""
     try:
         found = printable_values(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, RecursionError) as error:
@@ -57,14 +57,14 @@ def _summary(path: Path) -> dict[str, Any]:
 
 
 def summaries(places: Iterable[str | Path]) -> list[dict[str, Any]]:
-    """The summaries of `runs`."""
+    """Returns the summaries of `runs`."""
     return [summary for _, summary in runs(places)]
 
 
 def kinds(found: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Summaries that differ in their seed alone, together; a run that was repeated to the bit counts once.
+    """Groups summaries that differ in the seed alone; runs with identical weights count once.
 
-    Summaries of earlier versions have no "settings": of those, only what stands in "options" tells kinds apart.
+    Summaries of earlier versions have no "settings": only their "options" distinguish kinds.
     """
     by_kind: dict[str, dict[str, dict[str, Any]]] = {}
     for run in found:
@@ -74,7 +74,7 @@ def kinds(found: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 
 
 def by_metric(found: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Summaries of runs that are judged by the same metric, together: a table each."""
+    """Groups summaries by their monitored metric: one table each."""
     apart: dict[str, list[dict[str, Any]]] = {}
     for run in found:
         apart.setdefault(run["metric"]["name"], []).append(run)
@@ -82,33 +82,33 @@ def by_metric(found: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 
 
 def rows(found: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
-    """One row for each teacher and for each kind of student; runs that differ in their seed alone are one row.
+    """Returns one row for each teacher and each kind of student; runs that differ in the seed alone share a row.
 
-    All are judged by one metric (`by_metric`), and a row holds the cells by the name of their column.
+    All runs have one monitored metric (`by_metric`). A row maps column names to cells.
     """
     teachers = {run["teacher"]["sha256"]: run for run in found if run["teacher"]}
     own = {run["student"]["sha256"] for run in found}
-    alike, measured = kinds(found), _measured(found)
+    grouped, measured = kinds(found), _measured(found)
     table = [_teacher_row(run, *measured) for sha, run in teachers.items() if sha not in own]
-    return table + [_row(runs, _differing(runs[0], [k[0] for k in alike]), *measured) for runs in alike]
+    return table + [_row(runs, _differing(runs[0], [k[0] for k in grouped]), *measured) for runs in grouped]
 
 
 def _measured(found: Sequence[dict[str, Any]]) -> tuple[list[str], list[str]]:
-    """Which other metrics than the one that is judged by some run has, and in which it follows its teacher."""
-    judged = {run["metric"]["name"] for run in found}
+    """Returns the names of the other metrics of the runs, and of their measures of agreement with the teacher."""
+    monitored = {run["metric"]["name"] for run in found}
     students = [run["student"] for run in found]
-    others = dict.fromkeys(k for s in students for k in s["test"] if k not in judged and k not in HIDDEN)
+    others = dict.fromkeys(k for s in students for k in s["test"] if k not in monitored and k not in HIDDEN)
     follows = dict.fromkeys(k for s in students for k, v in s.items() if k not in (*NETWORK, *HIDDEN) and v is not None)
     return list(others), list(follows)
 
 
 def things(data: dict[str, Any]) -> str:
-    """What the samples of a summary's `data` are called."""
+    """Returns the word for the samples of a summary's `data`."""
     return "images" if len(data.get("input_shape") or ()) == 3 else "samples"
 
 
 def label(run: dict[str, Any], alike: Sequence[Sequence[dict[str, Any]]]) -> str:
-    """What a kind of run is called where space is short: its technique, or its method and how many samples it saw."""
+    """Returns a short label for a kind of run: its technique, or its method and the number of training samples."""
     differing = _differing(run, [k[0] for k in alike])
     count = run["data"]["train"]
     seen = f", {count:,} {things(run['data'])}" if count is not None else ""
@@ -117,7 +117,7 @@ def label(run: dict[str, Any], alike: Sequence[Sequence[dict[str, Any]]]) -> str
 
 
 def tell_apart(labels: Sequence[str], names: Sequence[str]) -> list[str]:
-    """Labels that stand twice get their network's name, and a number where even that is not enough."""
+    """Returns unique labels: repeated ones get their network's name, then a number."""
     found = list(labels)
     for more in (names, [str(i + 1) for i in range(len(found))]):
         found = [f"{one}, {added}" if found.count(one) > 1 else one for one, added in zip(found, more, strict=True)]
@@ -125,29 +125,29 @@ def tell_apart(labels: Sequence[str], names: Sequence[str]) -> list[str]:
 
 
 def _differing(run: dict[str, Any], others: Sequence[dict[str, Any]]) -> str:
-    """In what a run differs from those that share its experiment, technique, model, method and data, as text.
+    """Returns as text how a run differs from others of the same experiment, technique, model, method and data.
 
-    First its options; then, from those whose options are the same, its settings.
+    It lists the differing options, and the settings that differ from runs with the same options.
     """
     name = lambda r: (r["experiment"], r.get("technique"), r["student"]["name"], r["method"], r["data"]["train"])  # noqa: E731
     others = [r for r in others if name(r) == name(run)]
-    told = [f"{k.rsplit('/', 1)[-1]} {run['options'][k]}" for k in _own(run, others, "options")]
-    alike = [r for r in others if r["options"] == run["options"]]
+    differing = [f"{k.rsplit('/', 1)[-1]} {run['options'][k]}" for k in _own(run, others, "options")]
+    same_options = [r for r in others if r["options"] == run["options"]]
     if "settings" in run:
-        told += [_setting(k, run["settings"][k]) for k in _own(run, alike, "settings")]
-    elif any("settings" in r for r in alike):
-        told.append("settings not noted")
-    return ", ".join(told)
+        differing += [_setting(k, run["settings"][k]) for k in _own(run, same_options, "settings")]
+    elif any("settings" in r for r in same_options):
+        differing.append("settings not noted")
+    return ", ".join(differing)
 
 
 def _own(run: dict[str, Any], others: Sequence[dict[str, Any]], what: str) -> list[str]:
-    """The keys of `what` that another run which has noted that gives another value."""
-    noted = [r[what] for r in others if what in r]
-    return [k for k, v in run[what].items() if any(o.get(k) != v for o in noted)]
+    """Returns the keys of `what` whose value differs in another run that has `what`."""
+    theirs = [r[what] for r in others if what in r]
+    return [k for k, v in run[what].items() if any(o.get(k) != v for o in theirs)]
 
 
 def _setting(key: str, value: Any) -> str:
-    """`optimizer.weight_decay` is called weight_decay, `scheduler._target_` scheduler; of a network the whole key."""
+    """Returns key and value as text: weight_decay for `optimizer.weight_decay`, the full key for a network's options."""
     if key.endswith("._target_"):
         return f"{key.removesuffix('._target_')} {str(value).rsplit('.', 1)[-1]}"
     return f"{key if key.startswith(('student.', 'teacher.')) else key.split('.', 1)[-1]} {value}"
@@ -162,7 +162,7 @@ def _cells(
     seeds: str = "",
     time: str = "",
 ) -> dict[str, str]:
-    """A row; `measured` starts with the best and the last epoch."""
+    """Returns a row; the first two entries of `measured` are the best and the last epoch."""
     (best, last), others = list(measured.values())[:2], list(measured.items())[2:]
     return {
         **dict(zip(LABELS, words, strict=True)),
@@ -205,9 +205,9 @@ def _row(
 
 
 def picture(found: Sequence[dict[str, Any]], path: str | Path) -> None:
-    """Draws the test metric of every run as a dot, a row for each kind of student, and the teacher as a line.
+    """Draws the test metric of every run as a dot, one row per kind of student, and each teacher as a line.
 
-    Raises `UserError` where the runs are judged by several metrics.
+    Raises `UserError` where the runs have several monitored metrics.
     """
     from litdistill.tasks.figures import STUDENT_COLOR, TEACHER_COLOR, new_figure
 
@@ -215,12 +215,12 @@ def picture(found: Sequence[dict[str, Any]], path: str | Path) -> None:
     if len(metrics) > 1:
         raise UserError(f"These runs are judged by {', '.join(map(named, metrics))}: draw a picture of those of one.")
     ((metric, direction),) = metrics.items()
-    alike, by, form = kinds(found), factor(metric), ".1f" if metric in SHARES else ".4g"
-    names = tell_apart([label(k[0], alike) for k in alike], [k[0]["student"]["name"] for k in alike])
+    grouped, by, form = kinds(found), factor(metric), ".1f" if metric in SHARES else ".4g"
+    names = tell_apart([label(k[0], grouped) for k in grouped], [k[0]["student"]["name"] for k in grouped])
     teachers = {r["teacher"]["name"]: by * r["teacher"]["test"][metric] for r in found if r["teacher"]}
-    figure = new_figure(7.2, 1.1 + 0.5 * len(alike))
+    figure = new_figure(7.2, 1.1 + 0.5 * len(grouped))
     axes = figure.subplots()
-    for row, runs in enumerate(alike):
+    for row, runs in enumerate(grouped):
         values = [by * run["student"]["test"][metric]["best"] for run in runs]
         axes.plot(values, [row] * len(values), "o", color=STUDENT_COLOR, alpha=0.6)
         mean = statistics.mean(values)
@@ -228,7 +228,7 @@ def picture(found: Sequence[dict[str, Any]], path: str | Path) -> None:
         axes.annotate(f"{mean:{form}}", (mean, row - 0.32), ha="center", va="bottom", fontsize=9, color=STUDENT_COLOR)
     for name, value in teachers.items():
         axes.axvline(value, color=TEACHER_COLOR, linestyle="--", label=f"teacher {name}: {value:{form}}")
-    axes.set_yticks(range(len(names)), names, parse_math=False)  # a name is no formula
+    axes.set_yticks(range(len(names)), names, parse_math=False)  # names are not parsed as math
     axes.set_ylim(len(names) - 0.4, -0.7)
     better = ", less is better" if direction == "min" else ""
     axes.set_xlabel(f"test {axis(metric)}{better}, a dot a seed, a bar the mean")
@@ -240,17 +240,17 @@ def picture(found: Sequence[dict[str, Any]], path: str | Path) -> None:
 
 
 def table(rows: Sequence[dict[str, str]]) -> Table:
-    """For the terminal."""
+    """Returns the rows as a table for the terminal."""
     shown = Table()
     for column in rows[0]:
         shown.add_column(Text(column), justify="left" if column in LABELS else "right")
     for row in rows:
-        shown.add_row(*map(Text, row.values()))  # in which brackets are no markup
+        shown.add_row(*map(Text, row.values()))  # Text does not parse markup
     return shown
 
 
 def markdown(rows: Sequence[dict[str, str]]) -> str:
-    """For a README."""
+    """Returns the rows as a Markdown table."""
     head = list(rows[0])
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(LABELS) + "---:|" * (len(head) - len(LABELS))]
     lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row.values()) + " |" for row in rows]
@@ -258,7 +258,7 @@ def markdown(rows: Sequence[dict[str, str]]) -> str:
 
 
 def evaluation_table(found: dict[str, Any]) -> Table:
-    """What `evaluate` found of one run."""
+    """Returns the result of `evaluate` as a table for the terminal."""
     measured, follows = list(found["student"]), list(found.get("agreement", {}))
     shown = Table("on the test set", *map(heading, (*measured, *follows)))
     names = {"teacher": "teacher", "student": "student (best epoch on validation)", "last": "student (last epoch)"}

@@ -1,4 +1,4 @@
-"""Times all rows of a group in turn, in one process and one runtime, and weighs their files."""
+"""Times all rows of a group by turns, in one process and one runtime, and measures file size and peak memory."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ BATCHES = (1, 64)
 
 
 def time_rows(group: Group, settings: Settings) -> None:
-    """Fills `Row.timing`: "bytes", "memory" (bytes or None), for "cpu" and "cuda" each batch's times and "energy", and
-    "cpu_share": how many CPUs this process had meanwhile. Where it is below its threads, others were in the way.
+    """Fills `Row.timing`: "bytes", "memory" (bytes or None), the times of each batch size and "energy" for "cpu" and "cuda",
+    and "cpu_share": the mean number of CPUs this process used. Below its threads, other processes competed for the CPU.
 
-    On the CPU all models are their ONNX files in onnxruntime, the teacher too; on the GPU their networks in torch, and
-    int8 is left out. Ratios are to the group's first teacher, or to its first row where there is none.
+    On the CPU all models, teachers included, are ONNX files in onnxruntime; on the GPU they are networks in torch, without
+    int8. Ratios are to the group's first teacher, or to its first row where there is none.
     """
     rows = [r for r in group.rows if r.file is not None]
     if not rows or group.inputs is None:
@@ -68,7 +68,7 @@ def _on(
 
 
 def machine() -> dict[str, Any]:
-    """What the times were taken on."""
+    """Returns the CPU, the number of its cores, the system and the GPU of this machine."""
     facts = {"cpu": _cpu_name(), "cores": os.cpu_count(), "system": platform.system()}
     return facts | ({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})
 

@@ -1,1 +1,1 @@
-"""Searches for hyperparameters."""
+"""Hyperparameter search."""

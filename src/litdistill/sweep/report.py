@@ -1,4 +1,4 @@
-"""What a sweep leaves beside its runs: `sweep.md`, a table for people, and `best.yaml`, an experiment that reruns the best."""
+"""The report of a sweep: `sweep.md`, tables of its trials, and `best.yaml`, an experiment that reruns the best."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 def write_report(
     study: optuna.Study, folder: Path, overrides: Sequence[str], names: Sequence[str], seeds: Sequence[int]
 ) -> None:
-    """Writes both files. `overrides`: common to all trials. `names`: of the objectives. `seeds`: of each trial, if any."""
+    """Writes both files. `overrides`: common to all trials. `names`: of the objectives. `seeds`: those of each trial."""
     write_text(folder / "sweep.md", markdown(study, overrides, names, seeds))
     if (best := best_trial(study)) is not None:
         write_text(folder / "best.yaml", experiment(best, names, seeds))
@@ -34,7 +34,7 @@ def write_report(
 
 
 def best_trial(study: optuna.Study) -> FrozenTrial | None:
-    """The best finished trial: of several objectives, the one of the Pareto front that is best by the first."""
+    """Returns the best finished trial; with several objectives, the trial of the Pareto front that is best by the first."""
     if not study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
         return None
     sign = 1 if study.directions[0] == optuna.study.StudyDirection.MAXIMIZE else -1
@@ -42,7 +42,7 @@ def best_trial(study: optuna.Study) -> FrozenTrial | None:
 
 
 def markdown(study: optuna.Study, overrides: Sequence[str], names: Sequence[str], seeds: Sequence[int]) -> str:
-    """All trials, the importance of each parameter, and with several objectives the Pareto front."""
+    """Returns Markdown with all trials, parameter importances and, for several objectives, the Pareto front."""
     trials = study.get_trials(deepcopy=False)
     params = list(dict.fromkeys(key for t in trials for key in t.params))
     counts = {s: sum(t.state == s for t in trials) for s in TrialState}
@@ -79,7 +79,7 @@ def markdown(study: optuna.Study, overrides: Sequence[str], names: Sequence[str]
 
 
 def ranked(study: optuna.Study) -> list[FrozenTrial]:
-    """Finished trials first, best first by the first objective; then the others in their order."""
+    """Returns the finished trials, sorted from the best by the first objective, then the others in their order."""
     sign = -1 if study.directions[0] == optuna.study.StudyDirection.MAXIMIZE else 1
     done = lambda t: t.state == TrialState.COMPLETE  # noqa: E731
     key = lambda t: (not done(t), sign * t.values[0] if done(t) else 0, t.number)  # noqa: E731
@@ -104,7 +104,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def importances(study: optuna.Study, i: int) -> dict[str, float]:
-    """Of each parameter for objective `i`, which sum to 1 (Hutter et al. 2014, fANOVA); empty where nothing can be said."""
+    """Returns the importance of each parameter for objective `i`, sum 1 (Hutter et al. 2014, fANOVA); empty if undefined."""
     done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     if len({t.values[i] for t in done}) < 2 or all(t.params == done[0].params for t in done):
         return {}
@@ -113,7 +113,7 @@ def importances(study: optuna.Study, i: int) -> dict[str, float]:
 
 
 def experiment(trial: FrozenTrial, names: Sequence[str], seeds: Sequence[int]) -> str:
-    """A file for conf/experiment that composes to the trial's config."""
+    """Returns the yaml of an experiment (for conf/experiment) that composes to the trial's config."""
     parsed = OverridesParser.create().parse_overrides(trial.user_attrs["overrides"])
     groups = [o for o in parsed if is_group(o) and not o.is_delete()]
     deletes = [str(o.input_line) for o in parsed if o.is_delete()]
@@ -142,6 +142,6 @@ def experiment(trial: FrozenTrial, names: Sequence[str], seeds: Sequence[int]) -
 
 
 def is_group(override: Override) -> bool:
-    """Whether an override chooses a file of a config group, rather than a value."""
+    """Returns whether an override selects an option of a config group rather than a value."""
     loader = GlobalHydra.instance().config_loader()
     return bool(loader.get_group_options(override.key_or_group.split("@")[0]))

@@ -1,7 +1,7 @@
-"""What a sweep searches: any keys of the training config, with a list of choices or a range for each.
+"""The search space of a sweep: keys of the training config, each with a list of choices or a range.
 
 A space is shaped like the config, `{method: {temperature: {low: 1.0, high: 16.0, log: true}}, student: {widths: [[8], [16]]}}`,
-or has whole override keys, `{"method.temperature": …}`.
+or has full override keys, `{"method.temperature": …}`.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from litdistill.config.recipes import teacher_config
 from litdistill.utils.command_line import literal
 from litdistill.utils.errors import UserError
 
-# What a teacher's recipe takes over from its student's config: where it is searched, the teacher keeps its own.
+# Keys that the teacher's recipe inherits from the student's config: where they are searched, the teacher's are fixed.
 SHARED = ("optimizer", "scheduler", "trainer", "data.batch_size", "data.epoch_size", "data.augment")
 
 
 def read_space(node: Any, prefix: str = "") -> dict[str, BaseDistribution]:
-    """The distribution of each override key. Choices are texts, as they stand behind the `=` of an override."""
+    """Returns the distribution of each override key. Choices are strings, as they follow the `=` of an override."""
     space: dict[str, BaseDistribution] = {}
     for key, value in node.items():
         name = f"{prefix}{key}"
@@ -50,7 +50,7 @@ def first(distribution: BaseDistribution) -> Any:
 
 
 def grid(space: Mapping[str, BaseDistribution]) -> list[dict[str, Any]]:
-    """Every combination, the last key fastest. Raises `UserError` for a range without a step."""
+    """Returns all combinations; the last key varies fastest. Raises `UserError` for a range without a step."""
     axes: list[Sequence[Any]] = []
     for key, d in space.items():
         if isinstance(d, CategoricalDistribution):
@@ -74,7 +74,7 @@ def suggest(trial: Trial, name: str, d: BaseDistribution) -> Any:
 
 
 def pinned(base: DictConfig, space: Mapping[str, BaseDistribution]) -> list[str]:
-    """Overrides that hold the automatic teacher's recipe still, so that it is trained once and not for every trial."""
+    """Returns overrides that fix the automatic teacher's recipe, so that it is trained once and not for every trial."""
     if base.teacher is None or base.teacher.checkpoint != "auto":
         return []
     teacher = teacher_config(base)
@@ -83,5 +83,5 @@ def pinned(base: DictConfig, space: Mapping[str, BaseDistribution]) -> list[str]
 
 
 def plain(node: Any) -> Any:
-    """A config as dicts and lists."""
+    """Returns a config as dicts and lists."""
     return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node

@@ -1,8 +1,8 @@
-"""A search for hyperparameters: an Optuna study whose trials are ordinary runs, composed by Hydra.
+"""Hyperparameter search: an Optuna study whose trials are ordinary runs, composed by Hydra.
 
 Several processes may work on one sweep's folder. A trial belongs to the process that holds its lock, which the operating
-system releases when that process dies: whoever finds a trial that is running and not locked goes on with it, from its
-last checkpoint. So a killed sweep ends with exactly the trials that it would have had, and none is repeated.
+system releases when that process dies: a process that finds a running trial without a lock resumes it from its last
+checkpoint. So a sweep that was killed and resumed has the same trials as one without interruption, and repeats none.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ log = logging.getLogger(__name__)
 
 
 def sweep(cfg: DictConfig, overrides: Sequence[str], folder: Path) -> optuna.Study:
-    """Runs the trials that are still to do, and writes `sweep.md` and `best.yaml`.
+    """Runs the remaining trials, and writes `sweep.md` and `best.yaml`.
 
-    `cfg`: `conf/sweep.yaml`, composed. `overrides`: those it was composed with; what is not about the sweep itself is
-    given to every trial. `folder`: where all goes; one that has trials already is continued.
+    `cfg`: `conf/sweep.yaml`, composed. `overrides`: those of its composition; all but the sweep's own are passed to every
+    trial. `folder`: the output folder; a sweep that exists there is resumed.
     """
     if (launch := launched()) is not None and launch.nodes * launch.tasks > 1:
         raise UserError("A sweep is started as one process. Each trial starts its own ranks: trainer=ddp.")
@@ -68,7 +68,7 @@ def sweep(cfg: DictConfig, overrides: Sequence[str], folder: Path) -> optuna.Stu
             work(plan)
             for other in others:
                 other.wait()
-            work(plan)  # on what one that died has left
+            work(plan)  # resumes trials of workers that died
     finally:
         write_report(plan.study, plan.folder, plan.overrides, plan.names, plan.seeds)
     trials = plan.study.get_trials(deepcopy=False)
@@ -78,13 +78,13 @@ def sweep(cfg: DictConfig, overrides: Sequence[str], folder: Path) -> optuna.Stu
 
 
 def work(plan: Plan) -> None:
-    """Runs trials until none is left that no other process is running."""
+    """Runs trials until none is left to claim."""
     while run_next(plan):
         pass
 
 
 def run_next(plan: Plan) -> bool:
-    """Claims a trial and runs it; False where none is left."""
+    """Claims a trial and runs it; returns False where none is left."""
     if (claimed := claim(plan)) is None:
         return False
     trial, lock = claimed
@@ -97,13 +97,14 @@ def run_next(plan: Plan) -> bool:
 
 @contextlib.contextmanager
 def helpers(count: int, overrides: Sequence[str], folder: Path) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """So many more processes at work on the sweep in `folder`, which share this one's threads and are stopped with it."""
+    """Starts `count` more worker processes for the sweep in `folder`; all share the CPU threads, and end with this process."""
     if count == 0:
         yield []
         return
     threads = max(1, torch.get_num_threads() // (count + 1))
     torch.set_num_threads(threads)
-    own = ["sweep.workers=1", f"hydra.run.dir={folder}", "hydra.output_subdir=null"]  # whose config is there already
+    # The folder has the config already
+    own = ["sweep.workers=1", f"hydra.run.dir={folder}", "hydra.output_subdir=null"]
     command = [sys.executable, *command_argv("sweep"), *config_dir_flags(), *overrides, *own]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     others = [subprocess.Popen(command, env=environment) for _ in range(count)]
@@ -117,7 +118,7 @@ def helpers(count: int, overrides: Sequence[str], folder: Path) -> Iterator[list
 
 
 def make_plan(cfg: DictConfig, overrides: Sequence[str], folder: Path) -> Plan:
-    """Checks all that can be known before the first trial, and opens the study. Raises `UserError`."""
+    """Validates the options and opens the study. Raises `UserError` for an invalid option."""
     options = cfg.sweep
     check_options(options)
     if wrong := [o for o in options.objectives if o not in OBJECTIVES]:
@@ -157,20 +158,20 @@ def make_plan(cfg: DictConfig, overrides: Sequence[str], folder: Path) -> Plan:
             "objectives": options.objectives,
             "seeds": options.seeds,
             "monitored metric": monitor,
-            "training options common to all trials": recipe_hash(base),  # which paths, devices and the like are not
+            "training options common to all trials": recipe_hash(base),  # paths and devices excluded
         },
         default=plain,
     )
-    # One that was begun by an earlier version has not noted all of it.
-    asked, before = json.loads(question), json.loads(study.user_attrs.get("question", "{}"))
-    if other := [key for key in asked if key in before and before[key] != asked[key]]:
+    # The study of an earlier version lacks some of these keys.
+    current, before = json.loads(question), json.loads(study.user_attrs.get("question", "{}"))
+    if other := [key for key in current if key in before and before[key] != current[key]]:
         raise UserError(f"The sweep in {folder} has another {', another '.join(other)}. Start a new one.")
     study.set_user_attr("question", question)
     return Plan(options, folder, common, space, study, storage, count, monitor)
 
 
 def bare_task(node: DictConfig) -> Task:
-    """The task of a config without the numbers that are measured on its data, for what it is judged by."""
+    """Returns the config's task without statistics of its data; it serves to read the monitored metric."""
     task: Task = instantiate({k: v for k, v in node.items() if v is not None})
     return task
 
@@ -179,7 +180,7 @@ LEAST = {"trials": 1, "seed": 0, "workers": 1, "attempts": 1, "prune.startup": 0
 
 
 def check_options(options: DictConfig) -> None:
-    """Raises `UserError` for a number of a sweep's options that is none, or too small, and for what is to be a list."""
+    """Raises `UserError` for a sweep's option that is not an integer of at least its minimum, or not the required list."""
     for key, least in LEAST.items():
         value = OmegaConf.select(options, key)
         if value is None and (key == "trials" or (key.startswith("prune.") and options.prune is None)):
@@ -197,7 +198,7 @@ def check_options(options: DictConfig) -> None:
 
 
 def check_foreign_sweep(options: DictConfig, space: Mapping[str, BaseDistribution], folder: Path) -> None:
-    """Raises `UserError` for a sweep of somebody else that would set more than a run's own keys, or ask another database."""
+    """Raises `UserError` for a sweep made elsewhere that would set other keys than a run's own, or open another database."""
     if options.storage not in ("sqlite", "journal"):
         raise UserError(
             f"sweep.storage={options.storage} is refused: {folder} was not made here. Use sqlite or journal."
@@ -210,7 +211,7 @@ def check_foreign_sweep(options: DictConfig, space: Mapping[str, BaseDistributio
 
 
 def training_overrides(overrides: Sequence[str]) -> list[str]:
-    """Those of a sweep's overrides that are about its runs."""
+    """Returns the overrides of a sweep that apply to its runs."""
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     own = ("sweep", "hydra", "resume", "folder")
     return [str(o.input_line) for o in parsed if o.key_or_group.split(".")[0].split("/")[0] not in own]
@@ -222,14 +223,14 @@ def training_overrides(overrides: Sequence[str]) -> list[str]:
 def open_study(
     options: DictConfig, folder: Path, directions: Sequence[StudyDirection]
 ) -> tuple[optuna.Study, BaseStorage]:
-    """The study of a folder, new or as it was left, and where it is stored."""
+    """Returns the folder's study, new or resumed, and its storage."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     place = str(options.storage)
     pruner: optuna.pruners.BasePruner = optuna.pruners.NopPruner()
     if options.prune is not None:
         pruner = optuna.pruners.MedianPruner(options.prune.startup, options.prune.warmup)
-    name = f"{folder.parent.name}/{folder.name}" if "://" in place else "sweep"  # a database may hold many
-    with FileLock(folder / ".sweep.lock"):  # tables are made once
+    name = f"{folder.parent.name}/{folder.name}" if "://" in place else "sweep"  # a database may hold several studies
+    with FileLock(folder / ".sweep.lock"):  # only one process creates the tables
         storage = open_storage(place, folder)
         study = optuna.create_study(
             storage=storage, study_name=name, directions=list(directions), load_if_exists=True, pruner=pruner
@@ -238,7 +239,7 @@ def open_study(
 
 
 def open_storage(place: str, folder: Path) -> BaseStorage:
-    """`place`: sqlite or journal, a file in `folder`; or a database's URL. Raises `UserError` where it does not open."""
+    """Opens `place`: sqlite or journal, a file in `folder`, or a database's URL. Raises `UserError` where it cannot."""
     try:
         if place == "journal":
             return optuna.storages.JournalStorage(JournalFileBackend(str(folder / "study.log")))
@@ -246,7 +247,7 @@ def open_storage(place: str, folder: Path) -> BaseStorage:
             url = f"sqlite:///{folder / 'study.db'}"
             return optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 60}})
         return optuna.storages.RDBStorage(place)
-    except Exception as error:  # each database has its own; its text may hold the URL's password
+    except Exception as error:  # each database raises its own errors, whose text may contain the URL's password
         raise UserError(
             f"sweep.storage cannot be opened ({type(error).__name__}). It is sqlite, journal, or the URL of a database "
             "that runs and whose driver is installed."
@@ -254,7 +255,7 @@ def open_storage(place: str, folder: Path) -> BaseStorage:
 
 
 def sampler(options: DictConfig, number: int) -> optuna.samplers.BaseSampler:
-    """A trial's own, so that what it draws depends on the seed, its number and the trials before, and on no interruption."""
+    """Returns a sampler for one trial: it depends on the seed, the number and earlier trials, not on interruptions."""
     seed = int(np.random.SeedSequence([options.seed, number]).generate_state(1)[0])
     if options.sampler == "tpe":
         return optuna.samplers.TPESampler(seed=seed, constant_liar=True)
@@ -262,7 +263,7 @@ def sampler(options: DictConfig, number: int) -> optuna.samplers.BaseSampler:
 
 
 def claim(plan: Plan) -> tuple[optuna.Trial, FileLock] | None:
-    """A trial to work on and its lock, held: first one whose process died, then a new one; None where none is left."""
+    """Returns a trial and its acquired lock: first a trial whose process died, then a new one; None if none is left."""
     study = plan.study
     with FileLock(plan.folder / ".sweep.lock"):
         trials = study.get_trials(deepcopy=False)
@@ -282,7 +283,7 @@ def claim(plan: Plan) -> tuple[optuna.Trial, FileLock] | None:
         study.sampler = sampler(plan.options, min(waiting, default=len(trials)))
         trial = study.ask()
         lock = _lock(plan, trial.number)
-        assert lock is not None  # nobody else knows of it yet
+        assert lock is not None  # the trial is new, and the sweep's lock is held
         return trial, lock
 
 
@@ -299,7 +300,7 @@ def _lock(plan: Plan, number: int) -> FileLock | None:
 
 
 def attempt(plan: Plan, trial: optuna.Trial) -> None:
-    """Runs a trial and tells the study how it ended; what goes wrong in it is its own end only."""
+    """Runs a trial and reports its state to the study; an error in it fails this trial only."""
     study, starts = plan.study, trial.user_attrs.get("starts", 0) + 1
     if starts > plan.options.attempts:
         trial.set_user_attr("reason", f"its process died {starts - 1} times")
@@ -313,7 +314,7 @@ def attempt(plan: Plan, trial: optuna.Trial) -> None:
         study.tell(trial, state=TrialState.PRUNED)
         log.info("Trial %d is pruned: %s", trial.number, end)
     except Stopped:
-        trial.set_user_attr("starts", starts - 1)  # it is the sweep that was stopped
+        trial.set_user_attr("starts", starts - 1)  # the sweep was stopped: this start does not count
         raise
     except Exception as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]

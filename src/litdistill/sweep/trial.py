@@ -1,4 +1,4 @@
-"""One trial of a sweep: an ordinary run, or one for each seed, and what of it the study is told."""
+"""One trial of a sweep: one run, or one run per seed, and the values that the study receives."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from litdistill.utils.command_line import as_command, command_argv, config_dir_f
 from litdistill.utils.errors import UserError
 from litdistill.utils.logging import logged_to
 
-# What a trial may be judged by, and where its summary has it: nothing that was measured on the test set.
+# The objectives and their keys in summary.json. None of them is measured on the test set.
 OBJECTIVES = {
     "val": ("val", "best"),
     "params": ("student", "params"),
@@ -41,11 +41,11 @@ OBJECTIVES = {
 
 @dataclass(frozen=True)
 class Plan:
-    """All that stays the same from trial to trial."""
+    """The settings that all trials share."""
 
     options: DictConfig  # conf/sweep
     folder: Path
-    overrides: list[str]  # of conf/train.yaml, common to all trials
+    overrides: list[str]  # of conf/train.yaml, for all trials
     space: dict[str, BaseDistribution]
     study: optuna.Study
     storage: optuna.storages.BaseStorage  # of the study
@@ -54,7 +54,7 @@ class Plan:
 
     @property
     def names(self) -> list[str]:
-        """Of the objectives, for people."""
+        """Returns the display names of the objectives."""
         return [self.monitor if o == "val" else o for o in self.options.objectives]
 
     @property
@@ -67,7 +67,7 @@ class Plan:
 
 
 def run_trial(plan: Plan, trial: optuna.Trial) -> list[float]:
-    """The trial's objectives: those of its run, or their means over its seeds."""
+    """Returns the trial's objective values: those of its run, or their means over its seeds."""
     values = {name: suggest(trial, name, d) for name, d in plan.space.items()}
     place = plan.folder / str(trial.number)
     overrides = [*plan.overrides, *(f"{name}={value}" for name, value in values.items())]
@@ -82,12 +82,12 @@ def run_trial(plan: Plan, trial: optuna.Trial) -> list[float]:
 
 
 def run_one(plan: Plan, trial: optuna.Trial, overrides: list[str], folder: Path, judged: bool) -> list[float]:
-    """One run in its own folder, as `scripts/train.py` would have left it."""
+    """Trains one run in its own folder, as `scripts/train.py` does, and returns its objective values."""
     inside = folder.is_relative_to(Path.cwd())
     whole = [*overrides, f"folder={literal(str(folder.relative_to(Path.cwd()) if inside else folder))}"]
     cfg = compose("train", whole)
     if cfg.teacher is not None:
-        cfg.teacher.cache.shared = True  # trials to come have the same teacher
+        cfg.teacher.cache.shared = True  # all trials have the same teacher
     write_text(folder / ".hydra" / "config.yaml", OmegaConf.to_yaml(cfg))
     write_text(folder / ".hydra" / "overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(overrides)))
     callbacks = [OptunaPruningCallback(trial, plan.monitor, hyperparameters(cfg))] if judged else []
@@ -100,7 +100,7 @@ def run_one(plan: Plan, trial: optuna.Trial, overrides: list[str], folder: Path,
 
 
 def objective(name: str, folder: Path) -> float:
-    """One of `OBJECTIVES` of a finished run. Raises `UserError` where it has none."""
+    """Returns one of `OBJECTIVES` of a finished run. Raises `UserError` where its value is null."""
     path = OBJECTIVES[name]
     if path is None:
         return latency_ms(folder)
@@ -115,7 +115,7 @@ def objective(name: str, folder: Path) -> float:
 
 @torch.inference_mode()
 def latency_ms(folder: Path, repeats: int = 50) -> float:
-    """Milliseconds of a finished run's student for one sample, on the CPU: the median."""
+    """Returns the median latency of a finished run's student for one sample on the CPU, in milliseconds."""
     data, distiller = rebuild(folder)
     if data.input_shape is None:
         raise UserError("sweep.objectives=[latency_ms] needs data whose inputs are one tensor: use macs or params.")
@@ -128,10 +128,10 @@ def latency_ms(folder: Path, repeats: int = 50) -> float:
 
 
 class OptunaPruningCallback(Callback):
-    """Reports each epoch's metric to the study, and ends the run where its pruner says so.
+    """Reports each epoch's metric to the study, and raises `optuna.TrialPruned` where the study's pruner decides so.
 
-    A pruned run is logged as what it has come to, so that TensorBoard's HParams tab shows it too. Under several ranks
-    nothing is pruned: the others would wait for this one.
+    A pruned run logs its last metric, so that TensorBoard's HParams tab shows it too. With several ranks nothing is pruned:
+    the others would wait for this one.
     """
 
     def __init__(self, trial: optuna.Trial, monitor: str, shown: dict[str, Any]):
@@ -140,7 +140,7 @@ class OptunaPruningCallback(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         epoch, value = trainer.current_epoch, float(trainer.callback_metrics[self.monitor])
-        if trainer.sanity_checking or epoch in self.reported:  # a run that goes on may see an epoch's end again
+        if trainer.sanity_checking or epoch in self.reported:  # a resumed run may repeat an epoch's end
             return
         self.trial.report(value, epoch)
         last = epoch + 1 == trainer.max_epochs
