@@ -20,8 +20,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from litdistill.config.instantiate import instantiate
-from litdistill.config.recipes import NETWORK_META_KEYS
+from litdistill.config.instantiate import NETWORK_META_KEYS, instantiate
 from litdistill.data.augment import Crop, Flip
 from litdistill.data.datamodule import ImageData
 from litdistill.data.sources import Source, Split

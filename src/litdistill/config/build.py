@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from litdistill.compress.quantize import Int8
 from litdistill.compress.restore import restore
 from litdistill.compress.structure import load_structure, structure_of
-from litdistill.config.instantiate import instantiate, locate
-from litdistill.config.recipes import NETWORK_META_KEYS, is_complete, teacher_folder
+from litdistill.config.instantiate import NETWORK_META_KEYS, instantiate, locate
+from litdistill.config.recipes import is_complete, teacher_folder
 from litdistill.data.foreign import ForeignData, training_inputs
 from litdistill.data.protocol import as_indexed
 from litdistill.distillation.teacher import Ensemble

@@ -22,6 +22,20 @@ from omegaconf import OmegaConf
 
 from litdistill.utils.errors import UserError
 
+# Keys of a network's node that are not options of the network.
+NETWORK_META_KEYS = (
+    "checkpoint",
+    "head",
+    "preprocess",
+    "trainable",
+    "allow_chance",
+    "recipe",
+    "ensemble",
+    "generations",
+    "cache",
+    "tabulate",
+)
+
 _FOLDERS: list[str] = []  # where `locate` searches packages that are not on `sys.path`
 
 

@@ -7,23 +7,10 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from litdistill.config.instantiate import NETWORK_META_KEYS
 from litdistill.config.origin import PLACES
 from litdistill.utils.checkpoint import STUDENT
 from litdistill.utils.hashing import digest
-
-# Keys of a network's node that are not options of the network.
-NETWORK_META_KEYS = (
-    "checkpoint",
-    "head",
-    "preprocess",
-    "trainable",
-    "allow_chance",
-    "recipe",
-    "ensemble",
-    "generations",
-    "cache",
-    "tabulate",
-)
 
 # Keys of a config that decide the final weights of a run; their hash identifies a teacher.
 RECIPE = (

@@ -28,7 +28,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from litdistill.config.instantiate import locate
+from litdistill.config.instantiate import NETWORK_META_KEYS, locate
 from litdistill.utils.errors import UserError
 
 PLAIN = re.compile(r"\$\{\.*\w+(\.\w+|\[\d+\])*\}")  # an interpolation of another key
@@ -223,10 +223,6 @@ def _of_package(target: str, package: str) -> bool:
 
 def _check_options(key: str, node: dict[str, Any], folder: Path) -> None:
     """Raises `UserError` for options by which an allowed class could write elsewhere, send data, or load a file."""
-    from litdistill.config.recipes import (
-        NETWORK_META_KEYS,  # imports torch, which is slow, so only when needed
-    )
-
     target = str(node["_target_"])
     options = {str(k): v for k, v in node.items() if k not in ("_target_", "_args_", *SWITCHES)}
     if target.startswith(("litdistill.models.", "torchvision.")):

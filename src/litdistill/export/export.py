@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from litdistill.compress.quantize import Int8
 from litdistill.compress.structure import structure_of
 from litdistill.config.build import build_net
+from litdistill.config.instantiate import NETWORK_META_KEYS
 from litdistill.config.origin import check_links
-from litdistill.config.recipes import NETWORK_META_KEYS
 from litdistill.data.foreign import output_names, training_inputs
 from litdistill.evaluation.evaluate import load_run, rebuild, run_data
 from litdistill.evaluation.predictions import local_metrics
