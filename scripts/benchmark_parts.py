@@ -282,11 +282,11 @@ def project(bench: Bench, kind: str, minibatches: int = GROUP) -> float:
     return watch.seconds
 
 
-def losses(student: nn.Module, taught: Outputs, batch: Batch, method: KD) -> Tensor:
+def losses(student: nn.Module, teacher_outputs: Outputs, batch: Batch, method: KD) -> Tensor:
     """What a step of KD goes down on."""
     outputs = Outputs.of(student(batch.inputs))
     hard = Classification().loss(student, outputs, batch)["hard"]
-    return method.hard * hard + method(outputs, taught, batch)["soft"]
+    return method.hard * hard + method(outputs, teacher_outputs, batch)["soft"]
 
 
 def floor(bench: Bench) -> Callable[[], float]:
@@ -294,7 +294,7 @@ def floor(bench: Bench) -> Callable[[], float]:
     student, _ = bench.preprocessed()
     data, method, optimizer = bench.data, KD(hard=0.1, soft=0.9, temperature=4), bench.fused(student.parameters())
     views = data.views or 1
-    taught = torch.randn(views, len(data.train_targets), bench.classes, device=bench.device)
+    teacher_outputs = torch.randn(views, len(data.train_targets), bench.classes, device=bench.device)
     generator = torch.Generator().manual_seed(0)
     autocast = functools.partial(torch.autocast, bench.device.type, torch.bfloat16, enabled=bench.device.type == "cuda")
 
@@ -307,7 +307,7 @@ def floor(bench: Bench) -> Callable[[], float]:
             view = torch.randint(views, (bench.pair.batch,), generator=generator).to(bench.device)
             batch = data.get_batch("train", ids, view if data.augment else None)
             with autocast():
-                loss = losses(student, Outputs.of(taught[view, ids]), batch, method)
+                loss = losses(student, Outputs.of(teacher_outputs[view, ids]), batch, method)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -333,8 +333,8 @@ def budget(bench: Bench, rounds: int) -> dict[str, float]:
 
     for _ in range(rounds + 1):
         batch = timed("images", lambda: data.get_batch("train", ids, views))
-        taught = timed("teacher", lambda: frozen(batch))  # noqa: B023
-        loss = timed("forward", lambda: losses(student, taught, batch, method))  # noqa: B023
+        teacher_outputs = timed("teacher", lambda: frozen(batch))  # noqa: B023
+        loss = timed("forward", lambda: losses(student, teacher_outputs, batch, method))  # noqa: B023
         optimizer.zero_grad()
         timed("backward", loss.backward)
         timed("optimizer", optimizer.step)

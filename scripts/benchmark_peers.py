@@ -56,9 +56,9 @@ def peers(bench: Bench, workers: int = 0) -> Callable[[], float]:
         for _ in range(bench.pair.steps):
             images, targets = (x.to(bench.device) for x in next(batches))
             with torch.no_grad():
-                taught = teacher(images)
+                teacher_logits = teacher(images)
             logits = student(images)
-            soft = F.kl_div(F.log_softmax(logits / 4, 1), F.softmax(taught / 4, 1), reduction="batchmean") * 16
+            soft = F.kl_div(F.log_softmax(logits / 4, 1), F.softmax(teacher_logits / 4, 1), reduction="batchmean") * 16
             loss = 0.1 * F.cross_entropy(logits, targets) + 0.9 * soft
             optimizer.zero_grad()
             loss.backward()

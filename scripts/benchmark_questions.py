@@ -158,9 +158,9 @@ def share_of_peak(bench: Bench, teacher_s: float, step_s: float) -> dict[str, fl
 
     student, teacher = bench.networks()
     images = torch.randn(bench.pair.batch, *bench.pair.shape, device=bench.device)
-    with FlopCounterMode(display=False) as taught, torch.no_grad():
+    with FlopCounterMode(display=False) as teacher_counter, torch.no_grad():
         teacher(images)
-    with FlopCounterMode(display=False) as learnt:
+    with FlopCounterMode(display=False) as student_counter:
         student(images).sum().backward()
     cpu = bench.device.type == "cpu"
     side, times = (2048, 10) if cpu else (8192, 20)
@@ -171,8 +171,8 @@ def share_of_peak(bench: Bench, teacher_s: float, step_s: float) -> dict[str, fl
         a @ a
         seconds.append(bench.clock() - start)
     peak = 2 * side**3 / min(seconds)
-    of_teacher = taught.get_total_flops()
-    flops = of_teacher + learnt.get_total_flops()
+    of_teacher = teacher_counter.get_total_flops()
+    flops = of_teacher + student_counter.get_total_flops()
     return {
         "peak_flops_per_s": peak,
         "teacher_flops": of_teacher,

@@ -139,9 +139,9 @@ class Step:
         self.batch = Batch(self.images, targets, torch.randperm(SAMPLES)[:BATCH])
         example, teacher = self.images[:2], resnet(CLASSES, SHAPE, 20).eval().requires_grad_(False)
         student = method.prepare(resnet(CLASSES, SHAPE, 8), teacher, example)
-        asked = method.taps()
-        self.method, self.student = method, FeatureExtractor(student, resolve_taps(student, example, asked.student))
-        self.teacher = FeatureExtractor(teacher, resolve_taps(teacher, example, asked.teacher))
+        taps = method.taps()
+        self.method, self.student = method, FeatureExtractor(student, resolve_taps(student, example, taps.student))
+        self.teacher = FeatureExtractor(teacher, resolve_taps(teacher, example, taps.teacher))
         student.eval()
         with torch.no_grad():
             method.build(self.student(example), self.teacher(example), torch.arange(SAMPLES) % CLASSES)
@@ -243,7 +243,7 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 def head(cfg: DictConfig, summary: Mapping[str, Any], teacher: float, seeds: int, rounds: int) -> str:
     """What the table is, from the runs themselves."""
-    data, student, taught = summary["data"], summary["student"], summary["teacher"]
+    data, student, large = summary["data"], summary["student"], summary["teacher"]
     used = ", ".join(f"{k} {v}" for k, v in versions().items())
     return f"""# Methods
 
@@ -251,7 +251,7 @@ Written by `python scripts/methods_table.py out=docs/methods.md seeds={seeds}`; 
 
 **A sanity check, not a ranking.** Every method trains the same small student ({student["name"]}, {student["params"]:,}
 parameters) on {data["train"]} labelled {data["name"]} of {"x".join(map(str, data["input_shape"]))}, {summary["steps"]} steps,
-beside the same teacher ({taught["name"]}, {taught["params"]:,} parameters, {teacher:.2f} % on the test set). Weights and
+beside the same teacher ({large["name"]}, {large["params"]:,} parameters, {teacher:.2f} % on the test set). Weights and
 temperatures are the published ones, most of which were tuned for CIFAR-100 or ImageNet, and none was tuned here: a method
 below the control may need nothing but another weight. The test set ({data["test"]} images) was used to choose nothing:
 the accuracy is that of the last epoch.
@@ -273,8 +273,8 @@ Made with {used}.
 
 def main() -> None:
     filter_warnings()
-    asked = OmegaConf.merge(DEFAULTS, OmegaConf.from_cli())
-    if set(asked) != set(DEFAULTS) or min(asked.seeds, asked.rounds) < 1:
+    choices = OmegaConf.merge(DEFAULTS, OmegaConf.from_cli())
+    if set(choices) != set(DEFAULTS) or min(choices.seeds, choices.rounds) < 1:
         raise UserError(
             f"Give {', '.join(f'{k}={v}' for k, v in DEFAULTS.items())} or other values, at least 1 of each."
         )
@@ -282,7 +282,7 @@ def main() -> None:
     paths = {p.stem: p for p in sorted((CONF / "method").glob("*.yaml"))}
     results = {}
     for name in (n for n, path in paths.items() if CATEGORICAL in instantiate(options(path)).kinds):
-        results[name] = [run(name, seed, asked.runs) for seed in range(asked.seeds)]
+        results[name] = [run(name, seed, choices.runs) for seed in range(choices.seeds)]
         print(f"{name}: {spread(accuracies([s for _, s in results[name]]))} %", flush=True)
 
     scores = {name: accuracies([s for _, s in found]) for name, found in results.items()}
@@ -294,14 +294,14 @@ def main() -> None:
         rows.append(
             (
                 *(f"`{name}`", paper(paths[name], node["_target_"]), reads(step.method, step.uses_logits())),
-                *(defaults(node), f"{cost(step, kd, asked.rounds):.2f}", *measured),
+                *(defaults(node), f"{cost(step, kd, choices.rounds):.2f}", *measured),
             )
         )
         print(f"{name}: cost {rows[-1][4]}", flush=True)
     cfg, summary = results[CONTROL][0]
     teacher = 100 * summary["teacher"]["test"]["accuracy"]
-    write_text(asked.out, head(cfg, summary, teacher, asked.seeds, asked.rounds) + table(rows))
-    print(f"Written to {asked.out}")
+    write_text(choices.out, head(cfg, summary, teacher, choices.seeds, choices.rounds) + table(rows))
+    print(f"Written to {choices.out}")
 
 
 if __name__ == "__main__":

@@ -112,7 +112,7 @@ def test_the_losses_with_the_cache_are_those_of_the_live_teacher(tmp_path, where
     views = {"none": 1, "flip": 2}.get(_id(augment))
     if views == 1:
         assert distiller.cache.computed == 120  # each image once, instead of in each of 4 epochs
-    assert distiller.cache.asked == 4 * 120
+    assert distiller.cache.requested == 4 * 120
     again, again_images, _, second = run(tmp_path, options, augment, method())
     if where == "disk":
         assert second.cache.computed == 0  # nothing is left to compute for a run that comes after

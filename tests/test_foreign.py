@@ -292,7 +292,7 @@ def test_data_that_know_their_samples_bring_groups_and_a_cache(tmp_path, name):
     assert not found.automatic_optimization
     assert found.clip == (0.5, "norm")
     assert found.cache is not None
-    assert found.cache.computed < found.cache.asked
+    assert found.cache.computed < found.cache.requested
     assert found.trainer.global_step == 3 * -(-len(data.train_ids) // data.batch_size)
     assert found.trainer.fit_loop.epoch_progress.current.completed == 3
 

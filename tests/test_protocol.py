@@ -58,7 +58,7 @@ def test_the_heads_of_any_teacher_on_any_data_with_ids_are_kept(tmp_path, folder
         assert [*kept.heads] == ["cls", "box"]
         assert all(torch.equal(kept.heads[k], v) for k, v in live.heads.items())
         assert torch.equal(kept.features["layer"], live.features["layer"])
-    assert (cache.computed, cache.asked) == (3, 6)
+    assert (cache.computed, cache.requested) == (3, 6)
     assert cache.bytes() == 10 * (4 * (3 + 6 + 3) + 8)
 
 

@@ -314,10 +314,12 @@ class Distiller(LightningModule):
         step_plateau(self)
 
     def on_train_end(self) -> None:
-        if self.cache is not None and self.cache.asked:
-            known = self.cache.asked - self.cache.computed
+        if self.cache is not None and self.cache.requested:
+            known = self.cache.requested - self.cache.computed
             log.info(
-                "Of %d outputs of the teacher %.0f %% were known.", self.cache.asked, 100 * known / self.cache.asked
+                "Of %d outputs of the teacher %.0f %% were known.",
+                self.cache.requested,
+                100 * known / self.cache.requested,
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -78,7 +78,7 @@ class TeacherCache:
     ):
         self.teacher, self.data, self.device, self.dtype, self.rounds = teacher, data, device, dtype, rounds
         self.folder = folder / cache_key(teacher, data, device, dtype, precision) if folder is not None else None
-        self.computed = self.asked = 0
+        self.computed = self.requested = 0
         self._shapes: tuple[dict[str, torch.Size], dict[str, torch.Size]] | None = None  # of heads, of features
 
     def outputs(self, batch: Batch) -> Outputs:
@@ -87,7 +87,7 @@ class TeacherCache:
         store = self.store
         index = batch.ids if batch.views is None else batch.views * len(self.data.train_targets) + batch.ids
         values, valid = store.get(index)
-        self.asked += len(index)
+        self.requested += len(index)
         if not bool(valid.all()):
             missing = (~valid).nonzero().flatten()
             missing = missing[~store.refresh(index[missing])]

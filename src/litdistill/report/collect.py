@@ -359,16 +359,16 @@ def _robustness(
     return {"corruptions": found, "attacks": attacks}
 
 
-def _cached(path: Path, asked: Any, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Returns the result of `compute`, from the file at `path` where its key equals `asked`."""
-    asked = json.loads(json.dumps(asked))
+def _cached(path: Path, question: Any, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Returns the result of `compute`, from the file at `path` where its key equals `question`."""
+    question = json.loads(json.dumps(question))
     if path.is_file():
         try:
             kept = json.loads(path.read_text())
-            if kept["asked"] == asked:
+            if kept["question"] == question:
                 return dict(kept["found"])
         except (ValueError, KeyError, TypeError):
             log.warning("%s is damaged, and written anew.", path)
     found = compute()
-    write_text(path, json.dumps({"asked": asked, "found": found}) + "\n")
+    write_text(path, json.dumps({"question": question, "found": found}) + "\n")
     return found

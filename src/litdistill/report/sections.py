@@ -45,7 +45,7 @@ def looks(group: Group) -> list[plots.Style]:
     return plots.styles([r.label for r in group.rows], [r.teacher for r in group.rows])
 
 
-def taught(row: Row, group: Group) -> list[tuple[Seed, Seed]]:
+def with_teachers(row: Row, group: Group) -> list[tuple[Seed, Seed]]:
     """Returns a row's runs, each with its teacher, or with the group's first where it has none.
 
     Empty for a teacher's row, and where the group has no teacher.
@@ -68,7 +68,7 @@ def share(values: Sequence[float], of: float) -> str:
 
 def quality(group: Group, key: str) -> Section:
     metric = group.metric
-    followed = [follows(taught(row, group)) for row in group.rows]
+    followed = [follows(with_teachers(row, group)) for row in group.rows]
     others = list(dict.fromkeys(k for row in group.rows for k in row.seeds[0].quality if k not in (metric, "brier")))
     like = list(dict.fromkeys(k for found in followed for one in found for k in one))
     last_epoch = "last epoch" + (" %" if metric in SHARES else "")
@@ -233,7 +233,7 @@ def over_seeds(group: Group, key: str) -> Section:
     about = f"A mark a seed, a bar and a number their mean; dashed, the teacher's {named(metric)}."
     svg = plots.dots(styles, values, f"test {axis(metric)}", teacher, form)
     pictures = [Picture(f"{key}{metric}", svg, f"Test {named(metric)} of each seed: " + listed(styles, group))]
-    pairs = [(s, follows(t)) for s, r in zip(styles, group.rows, strict=True) if (t := taught(r, group))]
+    pairs = [(s, follows(t)) for s, r in zip(styles, group.rows, strict=True) if (t := with_teachers(r, group))]
     between = ""
     for name in dict.fromkeys(k for _, found in pairs for one in found for k in one if k != "kl"):
         found = [[one[name] for one in found] for _, found in pairs]
@@ -318,7 +318,7 @@ def failures(group: Group, key: str) -> Section:
         )
     ]
     for style, row in zip(looks(group), group.rows, strict=True):
-        if not (pairs := taught(row, group)):
+        if not (pairs := with_teachers(row, group)):
             continue
         seed, teacher = pairs[0]
         lost, won = failed(seed.test.logits, teacher.test.logits, seed.test_targets)

@@ -43,10 +43,10 @@ def check_student(cfg: DictConfig, data: Any, task: Task, optimizer: OptimizerFa
 
 
 @torch.no_grad()
-def check_monitor(net: nn.Module, data: Any, task: Task, monitor: str, taught: bool) -> None:
+def check_monitor(net: nn.Module, data: Any, task: Task, monitor: str, has_teacher: bool) -> None:
     """Raises `UserError` if `monitor` is a validation metric that the task does not compute.
 
-    `taught`: whether there is a teacher, which adds the metrics of agreement. The names of metrics are read from an
+    `has_teacher`: whether there is a teacher, which adds the metrics of agreement. The names of metrics are read from an
     evaluation of two samples; if that evaluation fails, the check is skipped.
     """
     split, _, name = monitor.partition("/")
@@ -59,7 +59,7 @@ def check_monitor(net: nn.Module, data: Any, task: Task, monitor: str, taught: b
         metrics = task.metrics()
         metrics.update(outputs, batch.targets)
         names = {str(key) for key in metrics.compute()}
-        names |= {*task.agreement(outputs, outputs), f"teacher_{task.monitor[0]}"} if taught else set()
+        names |= {*task.agreement(outputs, outputs), f"teacher_{task.monitor[0]}"} if has_teacher else set()
     except Exception:  # a user's task may raise any type for two samples
         return
     finally:
