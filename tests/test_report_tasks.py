@@ -19,7 +19,7 @@ from litdistill.report.collect import Settings
 from litdistill.training.train import train
 from litdistill.utils.checkpoint import write_text
 from litdistill.utils.errors import UserError
-from litdistill.utils.units import shown, shown_mean
+from litdistill.utils.units import quantity, shown, shown_mean
 from tests.conftest import compose_config
 from tests.pages import group
 
@@ -199,3 +199,10 @@ def test_a_sweep_goes_down_on_an_error_and_up_on_a_precision(tmp_path, monkeypat
         study = start(tmp_path / data, *options, space=space)
         assert study.best_value == best
         assert f"val/{metric} ({way})" in (tmp_path / data / "sweep.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("number", "noun", "text"), [(1, "output", "1 output"), (10, "class", "10 classes"), (1200, "run", "1,200 runs")]
+)
+def test_a_count_agrees_with_its_noun(number, noun, text):
+    assert quantity(number, noun) == text

@@ -14,6 +14,7 @@ from litdistill.report.collect import Group, Settings, groups
 from litdistill.report.robust import robust
 from litdistill.report.timing import machine, time_rows
 from litdistill.utils.errors import UserError
+from litdistill.utils.units import quantity
 from litdistill.utils.versions import versions
 
 
@@ -78,15 +79,19 @@ def _facts(found: Sequence[Group], settings: Settings) -> list[str]:
     facts = []
     for group in found:
         shape = "x".join(map(str, group.facts["input_shape"] or ()))
+        of_shape = f" of {shape}" if shape else ""
         runs = sum(len(r.seeds) for r in group.rows if not r.teacher)
         kinds = sum(not r.teacher for r in group.rows)
-        outputs = f"{group.facts['classes'] or 'unknown'} {'classes' if group.one_label else 'outputs'}"
+        noun = "class" if group.one_label else "output"
+        classes = group.facts["classes"]
+        outputs = quantity(classes, noun) if classes else "unknown classes" if group.one_label else "unknown outputs"
         facts.append(
-            f"{group.name}: {kinds} kinds of student in {runs} runs; {outputs}{f' of {shape}' if shape else ''}, "
+            f"{group.name}: {quantity(kinds, 'student')} in {quantity(runs, 'run')}; {outputs}{of_shape}, "
             f"{test_count(group):,} test {group.things}"
         )
     here = machine()
-    timed = f"Timed on {here['cpu']}, {here['cores']} cores, {settings.threads} thread(s), {here['system']}"
+    cores, threads = quantity(here["cores"], "core"), quantity(settings.threads, "thread")
+    timed = f"Timed on {here['cpu']}, {cores}, {threads}, {here['system']}"
     facts.append(timed + (f", and on {here['gpu']}" if "gpu" in here else "; no GPU"))
     used = versions()
     facts.append(", ".join(f"{k} {v}" for k, v in used.items()) + time.strftime("; %Y-%m-%d %H:%M"))

@@ -18,7 +18,7 @@ from litdistill.report.blocks import Block, Code, Grid, Picture, Section, Table,
 from litdistill.report.collect import Group, Row, Seed
 from litdistill.report.sections import capitalized, looks
 from litdistill.utils.errors import UserError
-from litdistill.utils.units import SHARES, axis, factor, named
+from litdistill.utils.units import SHARES, axis, factor, named, quantity
 
 STARTS = (  # the beginnings of commands that train
     *(["litdistill", verb] for verb in ("train", "sweep", "compare")),
@@ -118,7 +118,7 @@ def compute(group: Group, key: str) -> Section:
     seconds = f"{whole:,.0f} s in all runs on this page, of which the teacher took {part:.0f} %"
     blocks.append(
         Text(
-            f"{seconds}: {sum(once):,.0f} s to be trained once, and {total_teacher:,.1f} s to be asked while its students "
+            f"{seconds}: {sum(once):,.0f} s to be trained once, and {total_teacher:,.1f} s to be run while its students "
             f"were trained; {before:,.0f} s went to runs that others started from, counted once here, and for each row "
             "that needs them under “before it”. Times are by the wall, evaluation included."
         )
@@ -127,7 +127,7 @@ def compute(group: Group, key: str) -> Section:
     if pairs:
         svg = plots.bars(
             [s.name for s, _ in pairs],
-            [("student", own), ("teacher, asked", teacher_s), ("runs before it", begun)],
+            [("student", own), ("teacher", teacher_s), ("runs before it", begun)],
             "seconds (mean over seeds)",
         )
         blocks.append(Picture(f"{key}compute", svg, f"Seconds a run, by who took them. {seconds}."))
@@ -145,7 +145,7 @@ def images_seen(seed: Seed) -> str:
 
 def device(summary: dict[str, Any]) -> str:
     d = summary["device"]
-    return f"{d['world_size']} × {d['type']}, {d['threads']} thread(s)"
+    return f"{d['world_size']} × {d['type']}, {quantity(d['threads'], 'thread')}"
 
 
 def rerun(group: Group, key: str) -> Section:

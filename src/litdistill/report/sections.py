@@ -17,7 +17,7 @@ from litdistill.report import plots
 from litdistill.report.blocks import Block, Grid, Picture, Section, Table, Text, Thumb, Thumbs
 from litdistill.report.collect import Group, Row, Seed, Settings
 from litdistill.tasks import metrics
-from litdistill.utils.units import SHARES, axis, factor, heading, named, shown_mean, spread
+from litdistill.utils.units import SHARES, axis, factor, heading, named, quantity, shown_mean, spread
 
 FAILURES = 8  # images per row
 
@@ -157,8 +157,8 @@ def cost(group: Group, key: str, settings: Settings) -> Section:
     inputs = "uint8 images" if group.pictured else "samples as they are read"
     about = (
         f"All models, the teacher too, are ONNX files that take {inputs}, each that of its row's first seed, run by "
-        f"onnxruntime on {settings.threads} CPU thread(s). They are warmed up and timed in turn: {settings.rounds} rounds "
-        "through all of them, every other one backwards, and a ratio is that of a round's medians"
+        f"onnxruntime on {quantity(settings.threads, 'CPU thread')}. They are warmed up and timed in turn: "
+        f"{settings.rounds} rounds through all of them, every other one backwards, and a ratio is that of a round's medians"
         f"{', of the time that the thread had the CPU' if settings.threads == 1 else ''} (median and quartiles over "
         "rounds; below 1 is faster than the teacher). Peak memory: by how much a fresh process grows that has "
         f"onnxruntime loaded, loads the file and runs it on 64 {things}. Energy: of the whole CPU package, whatever else it "

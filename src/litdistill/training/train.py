@@ -42,6 +42,7 @@ from litdistill.utils.checkpoint import load_checkpoint
 from litdistill.utils.distributed import init_process_group_early, is_first_rank
 from litdistill.utils.errors import UserError
 from litdistill.utils.logging import adopt_lightning_logs
+from litdistill.utils.units import quantity
 from litdistill.utils.versions import versions
 
 log = logging.getLogger(__name__)
@@ -195,7 +196,7 @@ def introduce(cfg: DictConfig, data: Any, distiller: Distiller, scale: Scale) ->
         teacher = f", teacher {size:,} parameters ({size / count:.1f}x)"
     sizes = ", ".join(f"{sample_count(data, split) or 'unknown'} to {verb}" for split, verb in VERBS.items())
     shape = "x".join(map(str, data.input_shape or ()))
-    about = f"; {data.num_classes} outputs of {shape}" if data.num_classes and shape else ""
+    about = f"; {quantity(data.num_classes, 'output')} of {shape}" if data.num_classes and shape else ""
     log.info("%s: %s%s.", data.name, sizes, about)
     log.info("Student %s parameters%s. %s", f"{count:,}", teacher, scale)
 

@@ -1,4 +1,4 @@
-"""How metrics are written for people: shares in per cent with two digits, other numbers with four that count."""
+"""How counts and metrics are written for people: shares in per cent with two digits, other numbers with four that count."""
 
 from __future__ import annotations
 
@@ -19,6 +19,12 @@ NAMES = {
     "mae": "MAE",
 }
 NAMES |= {"r2": "R²"}
+
+
+def quantity(number: int, noun: str) -> str:
+    """Returns a count with its noun: `1 output`, `10 classes`, `1,200 runs`."""
+    plural = "es" if noun.endswith("s") else "s"
+    return f"{number:,} {noun}{'' if number == 1 else plural}"
 
 
 def named(name: str) -> str:
