@@ -163,5 +163,17 @@ def test_a_name_is_no_markup_and_splits_no_column():
     assert "| one\\|two |" in report.markdown(rows)
 
 
+@pytest.mark.parametrize(("width", "hidden"), [(250, False), (90, True)])
+def test_a_narrow_terminal_breaks_no_cell_and_shows_the_test_metric(width, hidden):
+    rows, shown = report.rows([run()]), io.StringIO()
+    console = Console(file=shown, width=width)
+    kept = report.fitting(rows, console)
+    console.print(report.table(kept))
+    assert ("time" not in kept[0]) == hidden
+    assert {"experiment", "model", "method", "test accuracy %"} <= set(kept[0])
+    assert "…" not in shown.getvalue()
+    assert all(cell in shown.getvalue() for row in kept for cell in row.values())
+
+
 def test_what_is_not_a_number_is_shown_as_such():
     assert spread([1.0, math.nan]) == "nan ± nan"

@@ -76,8 +76,12 @@ def report(cfg: DictConfig) -> None:
     folders = list(cfg.runs) if isinstance(cfg.runs, ListConfig) else [cfg.runs]
     summaries = tables.summaries(folders)
     by_metric = [tables.rows(runs) for runs in tables.by_metric(summaries)]
+    console = _console(170)
     for rows in by_metric:
-        _console(170).print(tables.table(rows))
+        shown = tables.fitting(rows, console)
+        console.print(tables.table(shown))
+        if hidden := [name for name in rows[0] if name not in shown[0]]:
+            print(f"A wider terminal, or out=table.md, also shows: {', '.join(hidden)}.")
     if cfg.out is not None and cfg.out.endswith(".md"):
         write_text(cfg.out, "\n".join(map(tables.markdown, by_metric)))
         print(f"Written to {cfg.out}")

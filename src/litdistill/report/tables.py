@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -247,6 +248,20 @@ def table(rows: Sequence[dict[str, str]]) -> Table:
     for row in rows:
         shown.add_row(*map(Text, row.values()))  # Text does not parse markup
     return shown
+
+
+def fitting(rows: Sequence[dict[str, str]], console: Console) -> list[dict[str, str]]:
+    """Returns the rows with as many columns as the console has room for, unbroken.
+
+    Columns are left out from the right; what names a row and the test metric stay.
+    """
+    kept, unlimited = [dict(row) for row in rows], console.options.update(width=10_000)
+    for column in reversed(list(rows[0])):
+        if console.measure(table(kept), options=unlimited).maximum <= console.width:
+            break
+        if column not in LABELS and not column.startswith("test "):
+            kept = [{name: cell for name, cell in row.items() if name != column} for row in kept]
+    return kept
 
 
 def markdown(rows: Sequence[dict[str, str]]) -> str:
