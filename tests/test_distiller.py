@@ -182,6 +182,32 @@ def test_terms_are_scaled_between_the_points_of_their_schedule(tmp_path):
     assert logged == [(2.5, 3.5), (5.0, 6.0), (7.5, 8.5)]
 
 
+def test_the_labels_loss_is_weighted_by_the_method_and_by_its_factor_of_the_epoch(tmp_path):
+    class Late(Method):
+        needs_teacher = False
+
+        def hard_factor(self, epoch):
+            return (0.0, 0.25, 1.0)[epoch]
+
+        def forward(self, student, teacher, batch):
+            return {"hint": student.logits.sum() * 0 + 3}
+
+    data, shares = digits(), []
+    batch = example(data)
+
+    class Spy(Distiller):
+        def on_train_epoch_end(self):
+            super().on_train_epoch_end()
+            self.student.eval()
+            with torch.no_grad():
+                labels = torch.nn.functional.cross_entropy(self.student(batch.inputs), batch.targets)
+                shares.append(float((self.loss(batch) - 3) / labels))
+            self.student.train()
+
+    fit(Spy(net(), Late(hard=0.8)), data, tmp_path, max_epochs=3)
+    assert shares == pytest.approx([0.0, 0.2, 0.8], abs=1e-5)
+
+
 def test_a_schedule_of_a_term_that_does_not_exist_is_refused(tmp_path):
     with pytest.raises(UserError, match="schedule names sof, but the terms of this method are hard"):
         fit(Distiller(net(), Supervised(), schedule={"sof": [(0, 0), (4, 1)]}), digits(), tmp_path)
