@@ -17,6 +17,7 @@ from litdistill.methods.kd import KD
 from litdistill.methods.supervised import Supervised
 from litdistill.models.preprocess import bare
 from litdistill.tasks.classification import Classification
+from litdistill.types import Outputs
 from litdistill.utils.errors import UserError
 from litdistill.utils.hashing import weights_sha256
 from tests.fits import digits, example, fit, net, same
@@ -206,6 +207,22 @@ def test_the_labels_loss_is_weighted_by_the_method_and_by_its_factor_of_the_epoc
 
     fit(Spy(net(), Late(hard=0.8)), data, tmp_path, max_epochs=3)
     assert shares == pytest.approx([0.0, 0.2, 0.8], abs=1e-5)
+
+
+def test_the_labels_loss_of_companions_is_added():
+    class Paired(Method):
+        needs_teacher = False
+
+        def companions(self, student):
+            return [Outputs.of(3 * student.logits), Outputs.of(-student.logits)]
+
+        def forward(self, student, teacher, batch):
+            return {}
+
+    batch, distiller = example(digits()), Distiller(net(), Paired(hard=0.5))
+    logits = distiller.eval().student(batch.inputs)
+    expected = sum(torch.nn.functional.cross_entropy(k * logits, batch.targets) for k in (1, 3, -1)) / 2
+    assert torch.allclose(distiller.loss(batch), expected)
 
 
 def test_a_schedule_of_a_term_that_does_not_exist_is_refused(tmp_path):

@@ -131,6 +131,7 @@ class Distiller(LightningModule):
         self.cache: TeacherCache | None = None  # opened on the training device when training starts
         self.automatic_optimization, self.clip = not group, clip
         self.means = RunningMeans(self.task)
+        self._factors: dict[str, float] = {}  # of the terms, set anew each epoch
         self.teacher_s = 0.0  # seconds spent in the teacher since the fit began
         self.val_metrics, self.test_metrics = self.task.metrics(), self.task.metrics()
         self.on_validation = TeacherOnValidation(teacher_on_validation, data)
