@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from litdistill.methods.base import Method
     from litdistill.tasks import Classification, MultiLabel, Regression, Task
     from litdistill.training.distill import distill
+    from litdistill.training.run import run
     from litdistill.types import Batch, Outputs, Taps
 
     __version__: str
@@ -115,11 +116,13 @@ __all__ = [
     "__version__",
     "distill",
     "load_student",
+    "run",
 ]
 
 # Where each name comes from; all others are methods.
 _MODULES = {
     "distill": "litdistill.training.distill",
+    "run": "litdistill.training.run",
     "load_student": "litdistill.export.load",
     "Distiller": "litdistill.distillation.distiller",
     "FrozenTeacher": "litdistill.distillation.teacher",

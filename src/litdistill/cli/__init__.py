@@ -36,6 +36,7 @@ VERBS = {
     "report": Verb("litdistill.cli.commands:report", "compare finished runs: a table, or a page with curves", "report"),
     "compare": Verb("litdistill.cli.commands:compare", "train every technique on the same data and compare", "compare"),
     "fetch": Verb("litdistill.cli.commands:fetch", "download and verify a data set ahead of time", "fetch"),
+    "new": Verb("litdistill.cli.new:main", "write a research project of your own that imports litdistill"),
     "nets": Verb("litdistill.cli.nets:main", "list all networks with parameters and multiply-accumulates"),
     "reproductions": Verb("litdistill.cli.commands:reproductions", "list published figures and note what runs gave"),
 }
