@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
+from litdistill.data.decode import extensions
 from litdistill.data.folder import read_split
 from litdistill.export.predict import read_images
 from litdistill.utils.errors import UserError
@@ -25,7 +26,7 @@ RAMP = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
 @PLACES
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("size", [(8, 8), (40, 25), (25, 40), (5, 7), (300, 8), (19, 8)])
-@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P"])
+@pytest.mark.parametrize("mode", ["L", "RGB", "P"])
 def test_images_are_brought_to_size_as_torchvision_does(tmp_path, read, channels, size, mode):
     noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 4), np.uint8)
     Image.fromarray(noise).convert("RGB").convert(mode).save(tmp_path / "a.png")
@@ -75,3 +76,115 @@ def test_an_image_that_is_all_length_is_refused_before_it_fills_the_memory(tmp_p
     with pytest.raises(UserError, match=r"long\.png cannot be read .*2001 x 10 pixels: crop it"):
         read(tmp_path / "long.png")
     assert (read(tmp_path / "shorter.png") == 7).all()
+
+
+# -- transparency ------------------------------------------------------------------------------------------------------
+
+DISK = np.asarray([[0, 0, 0, 0], [0, 255, 255, 0], [0, 255, 128, 0], [0, 0, 0, 0]], np.uint8)  # opacity
+ON_WHITE = [[255] * 4, [255, 0, 0, 255], [255, 0, 127, 255], [255] * 4]  # black ink of that opacity
+
+
+def transparent(kind: str, path) -> list[list[int]]:
+    """Saves black ink on a transparent ground that is black beneath; returns the gray values that a viewer shows."""
+    opaque = np.where(DISK > 0, 0, 255).tolist()  # where there is all or nothing
+    ink = Image.fromarray(np.where(DISK > 0, 0, 40).astype(np.uint8))
+    if kind in ("RGBA", "LA"):
+        black = Image.new(kind[:-1], (4, 4))
+        black.putalpha(Image.fromarray(DISK))
+        black.save(path)
+        return ON_WHITE
+    if kind == "P with a value for each color":  # a palette of black and black
+        picture = Image.fromarray((DISK // 64).astype(np.uint8), "P")
+        picture.putpalette([0] * 768)
+        picture.save(path, transparency=bytes([0, 0, 128, 255]))
+        return ON_WHITE
+    if kind == "P":
+        picture = Image.fromarray((DISK > 0).astype(np.uint8), "P")
+        picture.putpalette([0] * 768)
+        picture.save(path, transparency=0)
+    elif kind == "I;16":
+        Image.fromarray(np.where(DISK > 0, 0, 4000).astype(np.uint16)).save(path, transparency=4000)
+    elif kind == "1":
+        Image.fromarray(DISK > 0).convert("1").point(lambda v: 255 - v).save(path, transparency=255)
+    else:
+        ink.convert(kind).save(path, transparency=40 if kind == "L" else (40, 40, 40))
+    return opaque
+
+
+@PLACES
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("kind", ["RGBA", "LA", "P", "P with a value for each color", "L", "RGB", "I;16", "1"])
+def test_transparent_pictures_are_laid_on_white(tmp_path, read, kind, channels):
+    shown = transparent(kind, tmp_path / "a.png")
+    np.testing.assert_array_equal(read(tmp_path / "a.png", channels, 4), np.broadcast_to(shown, (1, channels, 4, 4)))
+
+
+@PLACES
+def test_a_transparent_gif_is_laid_on_white_and_its_first_frame_is_read(tmp_path, read):
+    frames = [Image.fromarray(np.full((4, 4), i, np.uint8), "P") for i in (1, 2)]
+    frames[0].putpixel((0, 0), 0)
+    for frame in frames:
+        frame.putpalette([0, 0, 0, 200, 0, 0, 0, 200, 0] + [0] * 759)
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:], transparency=0, disposal=2)
+    (image,) = read(tmp_path / "a.gif", 3, 4)
+    assert image[:, 0, 0].tolist() == [255, 255, 255]
+    assert image[:, 1, 1].tolist() == [200, 0, 0]
+
+
+# -- orientation -------------------------------------------------------------------------------------------------------
+
+
+@PLACES
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.tif", "a.webp"])
+def test_pictures_are_turned_upright_by_their_exif_orientation(tmp_path, read, name, orientation):
+    """The reference is Pillow's own `exif_transpose`, saved without any tag."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    noise = np.random.default_rng(0).integers(0, 256, (6, 9, 3), np.uint8)
+    Image.fromarray(noise).resize((18, 12)).save(tmp_path / name, exif=exif, quality=95)
+    with Image.open(tmp_path / name) as image:
+        image.load()
+        ImageOps.exif_transpose(image).save(tmp_path / "upright.bmp")
+    np.testing.assert_array_equal(read(tmp_path / name, 3), read(tmp_path / "upright.bmp", 3))
+    with Image.open(tmp_path / "upright.bmp") as upright:
+        assert upright.size == ((12, 18) if orientation > 4 else (18, 12))
+
+
+@PLACES
+def test_a_damaged_exif_block_and_an_unknown_orientation_leave_a_picture_as_it_is(tmp_path, read):
+    Image.new("RGB", (9, 6), (0, 0, 200)).save(tmp_path / "plain.png")
+    for number, exif in enumerate((b"Exif\0\0MM\0*\0\0\0\x08\0", b"no exif")):
+        Image.new("RGB", (9, 6), (0, 0, 200)).save(tmp_path / f"{number}.png", exif=exif)
+        np.testing.assert_array_equal(read(tmp_path / f"{number}.png", 3), read(tmp_path / "plain.png", 3))
+    unknown = Image.Exif()
+    unknown[0x0112] = 9
+    Image.new("RGB", (9, 6), (0, 0, 200)).save(tmp_path / "9.png", exif=unknown)
+    np.testing.assert_array_equal(read(tmp_path / "9.png", 3), read(tmp_path / "plain.png", 3))
+
+
+# -- what else may lie there -------------------------------------------------------------------------------------------
+
+
+@PLACES
+def test_no_program_is_run_for_a_picture(tmp_path, read, monkeypatch):
+    """Pillow runs Ghostscript for PostScript, whatever a file's name."""
+    Image.new("RGB", (9, 6)).save(tmp_path / "a.eps")
+    (tmp_path / "a.eps").rename(tmp_path / "a.png")
+    monkeypatch.setattr("subprocess.check_call", lambda *_, **__: pytest.fail("a program ran"))
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_, **__: pytest.fail("a program ran"))
+    with pytest.raises(UserError, match=r"a\.png cannot be read \(it is no image of a format that is read here\)"):
+        read(tmp_path / "a.png")
+
+
+@PLACES
+def test_whatever_a_reader_raises_names_the_file(tmp_path, read, monkeypatch):
+    Image.new("RGB", (9, 6)).save(tmp_path / "a\n\x1b[31m.png")
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", lambda _: {}["a"])
+    with pytest.raises(UserError, match=r"a\?\?\[31m\.png cannot be read \('a'\)"):
+        read(tmp_path / "a\n\x1b[31m.png")
+
+
+def test_common_formats_are_read():
+    assert {".jpg", ".jfif", ".png", ".gif", ".webp", ".avif", ".bmp", ".tif", ".tga", ".ico", ".jp2"} <= extensions()
+    assert not extensions() & {".eps", ".ps", ".pdf", ".h5", ".wmf", ".mpg", ".txt"}

@@ -2,32 +2,77 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from pathlib import Path
 from typing import IO
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from litdistill.utils.errors import UserError
+from litdistill.utils.text import one_line
 
 MAX_ASPECT_RATIO = 200  # an image is resized before it is cropped, which bounds the memory that this takes
+GROUND = (255, 255, 255)  # transparent pictures are laid on white, as browsers and viewers show them
+
+# Raster formats by Pillow's names, those that it has loaded from the start first. Pillow reads others too, and some by running
+# programs: it hands PostScript to Ghostscript, whatever the file is called.
+FORMATS = (
+    "JPEG PNG GIF BMP PPM TIFF WEBP AVIF HEIF JPEG2000 DIB ICO CUR ICNS TGA PCX SGI SUN QOI DDS PSD XBM XPM MSP"
+).split()
+
+# What turns a picture upright, by its EXIF orientation (tag 0x0112); 1 is upright. EXIF 2.32, 4.6.4.
+ORIENTATION = 0x0112
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+@functools.cache
+def formats() -> tuple[str, ...]:
+    """Returns those of `FORMATS` that are read here; HEIF (.heic) is, where pillow-heif is installed."""
+    with contextlib.suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+@functools.cache
+def extensions() -> frozenset[str]:
+    """Returns the extensions of image files that are read here, in lower case with their dot."""
+    read = {*formats(), "MPO"}  # several JPEGs in one file, opened by the reader of JPEG
+    return frozenset(extension for extension, name in Image.registered_extensions().items() if name in read)
 
 
 def decode(file: str | Path | IO[bytes], name: str | Path, channels: int, height: int, width: int) -> np.ndarray:
     """Returns (C, H, W) uint8: gray or RGB (`channels` 1 or 3), resized to just cover H x W and center-cropped.
 
-    For a square this equals torchvision's Resize and CenterCrop. Pixels of 16 bits are scaled to 8. Raises `UserError` with
-    `name` for an image that cannot be read, that has 32-bit pixels (of unknown range), or whose sides differ more than
-    `MAX_ASPECT_RATIO` times.
+    The image is turned upright by its EXIF orientation, laid on white where it is transparent, and pixels of 16 bits are
+    scaled to 8; of an animation the first frame is taken. For a square the rest equals torchvision's Resize and CenterCrop.
+    Raises `UserError` with `name` for an image that cannot be read, that has 32-bit pixels (of unknown range), or whose sides
+    differ more than `MAX_ASPECT_RATIO` times.
     """
     try:
-        with Image.open(file) as opened:
+        with Image.open(file, formats=formats()) as opened:
             wide, tall = opened.size
             if max(wide, tall) > MAX_ASPECT_RATIO * min(wide, tall):
                 raise ValueError(f"it is {wide} x {tall} pixels: crop it to the part of interest")
-            image = _in_8_bits(opened).convert("RGB" if channels == 3 else "L")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # all raised by Pillow
-        raise UserError(f"The image {name} cannot be read ({error}). Replace it, or leave it out.") from error
+            opened.load()
+            image = _upright(_on_white(_in_8_bits(opened)).convert("RGB" if channels == 3 else "L"), opened)
+    except Exception as error:  # Pillow's readers raise many kinds for a damaged file
+        raise UserError(
+            f"The image {one_line(name)} cannot be read ({_reason(error)}). Replace it, or leave it out."
+        ) from error
+    wide, tall = image.size
     fitting = (
         (width, wide) if width * tall >= height * wide else (height, tall)
     )  # target and source length of the side that fits
@@ -38,11 +83,41 @@ def decode(file: str | Path | IO[bytes], name: str | Path, channels: int, height
     return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
 
 
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):  # its message names a buffer, not the file
+        return "it is no image of a format that is read here"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _upright(image: Image.Image, opened: Image.Image) -> Image.Image:
+    """Turns the image by the EXIF orientation of the file that it comes from; a damaged EXIF block is left alone, as viewers do.
+
+    Pillow's TIFF reader turns the image itself and drops the tag, so this comes after `load`.
+    """
+    turn = None
+    with contextlib.suppress(Exception):
+        turn = UPRIGHT.get(opened.getexif().get(ORIENTATION, 1))
+    return image if turn is None else image.transpose(turn)
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """Lays an image with transparency, by an alpha channel or by one color (PNG's tRNS, GIF), on white."""
+    if not image.has_transparency_data:
+        return image
+    layer = image.convert("RGBA")
+    ground = Image.new("RGB", image.size, GROUND)
+    ground.paste(layer, mask=layer)
+    return ground
+
+
 def _in_8_bits(image: Image.Image) -> Image.Image:
     """Scales gray images of 16 bits to 8 bits, which Pillow's `convert` would clip at 255; returns others unchanged."""
     # Pillow before 11 opens a 16-bit PNG in mode "I", and every version a 16-bit PGM.
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
-        return Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
+        levels = np.asarray(image).astype(np.uint32)
+        gray = ((levels + 128) // 257).astype(np.uint8)
+        clear = image.info.get("transparency")  # the one level that is transparent
+        return Image.fromarray(gray if clear is None else np.where(levels == clear, np.uint8(GROUND[0]), gray))
     if image.mode in ("I", "F"):
         raise ValueError("its pixels are numbers of 32 bits, of unknown range: save it in 8 or 16 bits")
     return image

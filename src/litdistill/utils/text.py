@@ -14,6 +14,11 @@ def printable(text: str) -> str:
     return CONTROL_CHARACTERS.sub(lambda found: found[0] if found[0] in "\n\t" else "?", text)
 
 
+def one_line(name: object) -> str:
+    """Returns a file's name or path with each control character, newlines and tabs too, replaced by a question mark."""
+    return CONTROL_CHARACTERS.sub("?", str(name))
+
+
 def printable_values(node: Any) -> Any:
     """Returns plain values, as JSON has them, with `printable` applied to every text and key."""
     if isinstance(node, dict):
