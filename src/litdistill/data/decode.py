@@ -19,8 +19,9 @@ GROUND = (255, 255, 255)  # transparent pictures are laid on white, as browsers 
 # Raster formats by Pillow's names, those that it has loaded from the start first. Pillow reads others too, and some by running
 # programs: it hands PostScript to Ghostscript, whatever the file is called.
 FORMATS = (
-    "JPEG PNG GIF BMP PPM TIFF WEBP AVIF HEIF JPEG2000 DIB ICO CUR ICNS TGA PCX SGI SUN QOI DDS PSD XBM XPM MSP"
-).split()
+    *("JPEG", "PNG", "GIF", "BMP", "PPM", "TIFF", "WEBP", "AVIF", "HEIF", "JPEG2000", "DIB", "ICO", "CUR", "ICNS"),
+    *("TGA", "PCX", "SGI", "SUN", "QOI", "DDS", "PSD", "XBM", "XPM", "MSP"),
+)
 
 # What turns a picture upright, by its EXIF orientation (tag 0x0112); 1 is upright. EXIF 2.32, 4.6.4.
 ORIENTATION = 0x0112
@@ -90,7 +91,7 @@ def _reason(error: Exception) -> str:
 
 
 def _upright(image: Image.Image, opened: Image.Image) -> Image.Image:
-    """Turns the image by the EXIF orientation of the file that it comes from; a damaged EXIF block is left alone, as viewers do.
+    """Turns the image by the EXIF orientation of its file; a damaged EXIF block turns nothing, as in viewers.
 
     Pillow's TIFF reader turns the image itself and drops the tag, so this comes after `load`.
     """
