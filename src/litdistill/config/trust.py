@@ -57,7 +57,10 @@ LIGHTNING = (
     "lightning.pytorch.loggers.TensorBoardLogger",
     "lightning.pytorch.loggers.CSVLogger",
 )
-DATA = ("augment.Crop", "augment.Flip", "augment.Cutout", "randaugment.RandAugment", "mixing.Mixup", "mixing.CutMix")
+DATA = (
+    *("augment.Crop", "augment.Flip", "augment.Cutout", "randaugment.RandAugment", "mixing.Mixup", "mixing.CutMix"),
+    *("crops.RandomResizedCrop", "crops.RandomErasing", "colors.ColorJitter"),
+)
 OWN = (
     "litdistill.data.datamodule.ImageData",
     "litdistill.data.arrays.ArrayData",

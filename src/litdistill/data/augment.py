@@ -72,6 +72,11 @@ def random_bits(seed: int, round: int | Tensor, ids: Tensor, stream: int) -> Ten
     return _shift_right(splitmix64(splitmix64(ids + state.to(ids.device)) + GOLDEN), 1)
 
 
+def further_bits(bits: Tensor, number: int) -> Tensor:
+    """Returns further 63 random bits for each of those of `random_bits` (N,), independent for each `number` from 0."""
+    return _shift_right(splitmix64(splitmix64(bits + (2 * number + 1) * GOLDEN % 2**63)), 1)
+
+
 def _word(number: int) -> Tensor:
     return torch.tensor(number, dtype=torch.int64)
 

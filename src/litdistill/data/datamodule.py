@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from torch import Tensor
 from litdistill.data import augment as aug
 from litdistill.data import mixing, splits
 from litdistill.data.loading import IndexLoader, Rows
+from litdistill.data.named import augmentations
 from litdistill.data.protocol import split_ids
 from litdistill.data.sources import STREAMED, Source, Split, fingerprint, load
 from litdistill.data.streaming import Encoded, Prefetched
@@ -45,7 +46,7 @@ class ImageData(LightningDataModule):
         subset_seed: seed of the choice of the subset; the run's seed unless given.
         epoch_size: samples of an epoch, so that a small training set has as many steps as a large one; null: one round.
         batch_size: samples of a training step on each device. eval_batch_size: likewise without gradients.
-        augment: augmentations of `litdistill.data.augment`, applied in this order.
+        augment: augmentations, objects or names (`litdistill.data.named`), applied in this order.
         mix: mixing of images and labels in pairs, after the augmentations (`litdistill.data.mixing`).
         mean, std: per channel on the scale 0 to 1, for networks without a preprocessing of their own; null: computed from the
             training set.
@@ -74,7 +75,7 @@ class ImageData(LightningDataModule):
         epoch_size: int | None = None,
         batch_size: int = 64,
         eval_batch_size: int = 512,
-        augment: Sequence[aug.Augmentation] = (),
+        augment: Sequence[aug.Augmentation | str | Mapping[str, Any]] = (),
         mix: mixing.Mixing | None = None,
         fixed_views: int | None = None,
         mean: Sequence[float] | None = None,
@@ -94,7 +95,7 @@ class ImageData(LightningDataModule):
         self.val_size, self.fraction, self.per_class = val_size, fraction, per_class
         self.subset_seed = seed if subset_seed is None else subset_seed
         self.epoch_size, self.batch_size, self.eval_batch_size = epoch_size, batch_size, eval_batch_size
-        self.augment, self.mix, self.mean, self.std = list(augment), mix, mean, std
+        self.augment, self.mix, self.mean, self.std = augmentations(augment), mix, mean, std
         self.seed, self.view_seed = seed, seed if view_seed is None else view_seed
         self.memory, self.workers = splits.budget(resident, memory_gb), workers
         self.omit, self.fixed_views = list(omit or ()), fixed_views
