@@ -24,6 +24,7 @@ from litdistill.config.recipes import is_complete, teacher_folder
 from litdistill.data.foreign import ForeignData, training_inputs
 from litdistill.data.protocol import as_indexed
 from litdistill.distillation.teacher import Ensemble
+from litdistill.models.adaptations import adaptations_of
 from litdistill.models.finetune import freeze, with_own_head
 from litdistill.models.metadata import class_order, with_class_order
 from litdistill.models.preprocess import Preprocess, bare, preprocess_of, wrap
@@ -77,47 +78,67 @@ def build_task(node: DictConfig, data: Any) -> Task:
     return task
 
 
-def _known(target: str, data: Any, shape: Any) -> dict[str, Any]:
-    """Returns the facts of the data that a network's function takes. Raises `UserError` if a required one is unknown."""
+def _known(target: str, data: Any, shape: Any, **more: Any) -> dict[str, Any]:
+    """Returns the facts of the data that a network's function takes, and those of `more` that it names.
+
+    Raises `UserError` if a required one is unknown.
+    """
     facts = {"num_classes": data.num_classes, "input_shape": shape}
     takes = inspect.signature(locate(target)).parameters
+    named = {k: v for k, v in more.items() if k in takes and v is not None}
     if any(p.kind is p.VAR_KEYWORD for p in takes.values()):
-        return {k: v for k, v in facts.items() if v is not None}
+        return {k: v for k, v in facts.items() if v is not None} | named
     for name, value in facts.items():
         if name in takes and value is None and takes[name].default is inspect.Parameter.empty:
             raise UserError(
                 f"{target} needs {name}, and {data.name} does not say it: give the data module that attribute, or set it "
                 "beside the network's _target_."
             )
-    return {k: v for k, v in facts.items() if k in takes and v is not None}
+    return {k: v for k, v in facts.items() if k in takes and v is not None} | named
 
 
-def build_net(node: DictConfig, data: Any, role: str, source: str | Path | nn.Module | None = None) -> nn.Module:
+def build_net(
+    node: DictConfig,
+    data: Any,
+    role: str,
+    source: str | Path | nn.Module | None = None,
+    fetch: bool = True,
+    say: bool = True,
+) -> nn.Module:
     """Returns a network for the shapes of `data`, with the weights of `source` or of the node's `checkpoint`.
 
-    Weights of a compressed network restore its structure too. Preprocessing is that of the node's `preprocess`, else of the
-    weights' metadata, else of the network's builder, else the mean and standard deviation of the data.
+    Weights of a compressed network restore its structure too. Each of mean, std and size of the preprocessing is that of the
+    node's `preprocess`, else of the weights' metadata, else of the network's builder (published weights), else of the data.
+    `fetch`: False where the caller loads weights itself, so that published ones need not be there. `say`: log in a line what
+    was changed in a published network.
     """
     if source is None:
         source = node.get("checkpoint")
-    explicit = _preprocessing(node, data, source, role)
-    shape = explicit.input_shape(data.input_shape) if explicit is not None else data.input_shape
+    wanted = _preprocessing(node, source, role)
+    shape = _shape(wanted, data)
     options = {k: v for k, v in node.items() if k not in NETWORK_META_KEYS}
-    facts = _known(str(node["_target_"]), data, shape)
+    facts = _known(
+        str(node["_target_"]), data, shape, size=wanted.get("size"), fetch=None if fetch and source is None else False
+    )
     net: nn.Module = instantiate(options, role, **{k: v for k, v in facts.items() if k not in options})
-    preprocess = explicit or preprocess_of(net) or _of_data(data)
+    changes = adaptations_of(net)
+    preprocess = _merged(preprocess_of(net), wanted, data, role)
+    if say and source is None and fetch and changes:
+        own = wanted.keys() & {"mean", "std"}
+        set_here = f" {role}.preprocess sets {' and '.join(sorted(own))} in place of the weights' own." if own else ""
+        log.info("The %s is %s%s", role, changes, set_here)
     net = bare(net)
     if source is not None:
-        net = _with_weights(net, node, data, role, source, torch.zeros(2, *(shape or ())))
+        final = preprocess.input_shape(data.input_shape) if preprocess is not None else shape
+        net = _with_weights(net, node, data, role, source, torch.zeros(2, *(final or ())))
     return wrap(net, preprocess)
 
 
-def _preprocessing(node: DictConfig, data: Any, source: str | Path | nn.Module | None, role: str) -> Preprocess | None:
-    """Returns the preprocessing of the config, else of the weights' metadata; None if neither defines one."""
+def _preprocessing(node: DictConfig, source: str | Path | nn.Module | None, role: str) -> dict[str, Any]:
+    """Returns what the config says of mean, std and size, else the metadata of the weights in `source`; no null values."""
     given = OmegaConf.to_container(node["preprocess"], resolve=True) if node.get("preprocess") is not None else {}
     if not isinstance(given, dict) or not given.keys() <= {"mean", "std", "size"}:
         raise UserError(f"{role}.preprocess={given} must be null, or hold mean, std and size.")
-    given = {k: v for k, v in given.items() if v is not None}
     if isinstance(source, nn.Module):
         known = preprocess_of(source)
         facts = known.facts() if known is not None else {}
@@ -125,14 +146,35 @@ def _preprocessing(node: DictConfig, data: Any, source: str | Path | nn.Module |
         facts = {k: read_metadata(source, k) for k in ("mean", "std", "size")}
     else:
         facts = {}
-    facts = {k: v for k, v in facts.items() if v is not None}
-    if not given and not (facts.get("mean") and facts.get("std")):
-        return None
+    return {k: v for k, v in (*facts.items(), *given.items()) if v is not None}
+
+
+def _shape(wanted: dict[str, Any], data: Any) -> Any:
+    """Returns the shape of the data's inputs after the wanted resizing and means."""
+    if not wanted or data.input_shape is None:
+        return data.input_shape
     default = _of_data(data)
-    merged = (default.facts() if default is not None else {}) | facts | given
-    if merged.get("mean") is None or merged.get("std") is None:
+    channels = data.input_shape[0]
+    facts = {"mean": [0.0] * channels, "std": [1.0] * channels} | (default.facts() if default is not None else {})
+    facts |= wanted
+    count = max(len(facts["mean"]), len(facts["std"]))
+    mean, std = (list(facts[k]) * count if len(facts[k]) == 1 else facts[k] for k in ("mean", "std"))
+    return Preprocess(mean, std, facts.get("size")).input_shape(data.input_shape)
+
+
+def _merged(own: Preprocess | None, wanted: dict[str, Any], data: Any, role: str) -> Preprocess | None:
+    """Returns the preprocessing of the wanted values, else those of the network's builder (`own`), else those of the data."""
+    default = _of_data(data)
+    known = own.facts() if own is not None else default.facts() if default is not None else {}
+    facts = known | wanted
+    if not facts:
+        return None
+    if facts.get("mean") is None or facts.get("std") is None:
         raise UserError(f"{role}.preprocess needs mean and std, as these data have none of their own.")
-    return Preprocess(merged["mean"], merged["std"], merged.get("size"))
+    mean, std = list(facts["mean"]), list(facts["std"])
+    if own is not None:  # one value for a network of several channels
+        mean, std = (v * len(own.mean) if len(v) == 1 else v for v in (mean, std))
+    return Preprocess(mean, std, facts.get("size"))
 
 
 def _of_data(data: Any) -> Preprocess | None:
@@ -207,7 +249,7 @@ def _rebuilt_student(node: DictConfig, data: Any, finished: Path) -> nn.Module:
         node.checkpoint = None
         if facts["mean"] is not None and facts["std"] is not None:
             node.preprocess = facts
-    net = build_net(node, data, "student")
+    net = build_net(node, data, "student", fetch=False)
     preprocess = preprocess_of(net)
     shape = preprocess.input_shape(data.input_shape) if preprocess is not None else data.input_shape
     return wrap(restore(bare(net), load_structure(finished), torch.zeros(2, *(shape or ()))), preprocess)

@@ -37,7 +37,7 @@ def check_values(cfg: DictConfig) -> None:
 def check_student(cfg: DictConfig, data: Any, task: Task, optimizer: OptimizerFactory, monitor: str) -> None:
     """Builds a student and its optimizer once, to raise their errors before training, and calls `check_monitor`."""
     node = {k: v for k, v in cfg.student.items() if k != "checkpoint"}
-    net = build_net(OmegaConf.create(node), data, "student")
+    net = build_net(OmegaConf.create(node), data, "student", say=False)
     optimizer(net.parameters())
     check_monitor(net, data, task, monitor, cfg.teacher is not None)
 
