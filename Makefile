@@ -1,6 +1,7 @@
 # make distill   a teacher, a student and the table that compares them, on bundled digits; sets itself up in .venv first
 # make compare   what distillation competes with, on one page; make compare DATA=mnist
 # make test      style, types, the order of the rooms, and the tests that need nothing but this process
+# make docs      the documentation site, in runs/site
 # make test-processes      the tests that need fresh processes, an environment or a terminal
 
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
@@ -8,7 +9,7 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 BIN := .venv/bin
 SETUP := .venv/.ready
 
-.PHONY: distill compare test test-processes zoo setup requirements clean
+.PHONY: distill compare docs test test-processes zoo setup requirements clean
 .DEFAULT_GOAL := distill
 
 distill: $(SETUP)
@@ -37,6 +38,10 @@ test-processes: $(SETUP)
 # Every method and scheme trained, logged, stopped, resumed and shipped.
 zoo: $(SETUP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m zoo
+
+docs: $(SETUP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "Written to runs/site/index.html"
 
 setup: $(SETUP)
 

@@ -213,9 +213,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--only", nargs="*", choices=QUESTIONS, default=None)
     parser.add_argument("--json", type=Path, default=Path("benchmark.json"), help="where the figures go")
-    parser.add_argument(
-        "--into", type=Path, default=None, help="a page whose part <!-- benchmark --> is written anew, as is README's"
-    )
+    parser.add_argument("--into", type=Path, default=None, help="a page whose part <!-- benchmark --> is written anew")
     args = parser.parse_args()
     quiet()
     device = torch.device(args.device)
@@ -249,8 +247,6 @@ def main() -> None:
         print("memory:", json.dumps(results["memory"]), flush=True)
     if args.into is not None:
         fill(args.into, "benchmark", page(results))
-        if "pairs" in results:
-            fill(Path(__file__).parents[1] / "README.md", "speed", table(results["pairs"]))
 
 
 if __name__ == "__main__":

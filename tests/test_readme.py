@@ -1,4 +1,4 @@
-"""Every command of the README runs, and its own network and method are added as it says: one .py and one .yaml each."""
+"""Every command of the README and of the pages runs, and a network and a method are added as docs/own.md says."""
 
 import re
 import shlex
@@ -22,13 +22,17 @@ from tests.conftest import compose_config
 from tests.test_configs import SHAPES, STEP, generated
 
 ROOT = CONF.parent
+PAGES = ("first_hour", "your_photos", "own", "compare_and_ship", "cluster", "logs")
 README = (ROOT / "README.md").read_text()
-COMMANDS = [
-    line.split("   #")[0].strip()
-    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
-    for line in block.splitlines()
-    if line.strip() and not line.startswith("#")
-]
+TEXT = "\n".join([README, *((ROOT / "docs" / f"{page}.md").read_text() for page in PAGES)])
+COMMANDS = list(
+    dict.fromkeys(
+        line.split("   #")[0].strip()
+        for block in re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL)
+        for line in block.splitlines()
+        if line.strip() and not line.startswith("#")
+    )
+)
 # Those that need processes of their own are in test_cli.py, test_ddp.py, test_scale.py, test_launch.py and test_slurm.py, and
 # those that need other runs in test_techniques.py.
 ELSEWHERE = ("resume=auto", "trainer=ddp", "trainer=fsdp", "hydra/launcher", "experiment=compare/")
@@ -37,8 +41,8 @@ TRAINS = [c for c in COMMANDS if c.startswith("litdistill train") and not any(e 
 
 @pytest.fixture
 def readme_files(tmp_path, monkeypatch):
-    """Writes the README's files where it says, in a folder of their own that Python and Hydra search too."""
-    written = re.findall(r"```(?:python|yaml)\n# (\S+)\n(.*?)```", README, re.DOTALL)
+    """Writes the pages' files where they say, in a folder of their own that Python and Hydra search too."""
+    written = re.findall(r"```(?:python|yaml)\n# (\S+)\n(.*?)```", TEXT, re.DOTALL)
     assert {Path(name).suffix for name, _ in written} == {".py", ".yaml"}
     for name, text in written:
         path = tmp_path / name
@@ -123,14 +127,15 @@ def test_the_readme_names_only_what_exists():
             assert first in ("git", "tensorboard", "torchrun", "sbatch", "eval"), command
             for script in re.findall(r"scripts/[\w/.]+", command):
                 assert (ROOT / script).is_file(), command
-    for path in re.findall(r"`((?:conf|src|scripts|docs)/[\w/.]+\.\w+)`", README):
-        assert (ROOT / path).exists() or path in README.split("```python\n# ")[1], path
+    for path in re.findall(r"`((?:conf|src|scripts|docs)/[\w/.]+\.\w+)`", TEXT):
+        assert (ROOT / path).exists(), path
     for path in re.findall(r"\]\(([\w/.]+)\)", README):
         assert (ROOT / path).exists(), path
 
 
-def test_the_readme_names_every_method():
-    methods = {p.stem for p in (CONF / "method").glob("*.yaml")}
-    named = set(re.findall(r"`(\w+)`", README.split("## Methods")[1].split("\n## ")[0]))
-    assert methods <= named, methods - named
-    assert f"`method=` names one of {len(methods)}" in README
+def test_the_readme_is_short_and_counts_the_methods():
+    assert len(README.splitlines()) <= 150
+    methods = [p.stem for p in (CONF / "method").glob("*.yaml")]
+    assert f"**{len(methods)} methods**" in README
+    listed = set(re.findall(r"`(\w+)`", (ROOT / "docs" / "compare_and_ship.md").read_text().split("## Methods")[1]))
+    assert set(methods) <= listed, set(methods) - listed
