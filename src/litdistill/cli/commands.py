@@ -11,6 +11,8 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from rich.console import Console
 from rich.markup import escape
 
+from litdistill.utils.errors import UserError
+
 
 def train(cfg: DictConfig) -> float:
     """Trains a student, and its teacher where there is none yet; returns the monitored metric."""
@@ -101,8 +103,22 @@ def report(cfg: DictConfig) -> None:
 
 
 def fetch(cfg: DictConfig) -> None:
-    """Downloads and verifies a data set ahead of time, for example for a machine without network."""
+    """Downloads and verifies a data set or published weights ahead of time, for example for a machine without network."""
+    if cfg.weights is not None:
+        print(f"{cfg.weights}: digest verified, in {published_weights(cfg.weights)}")
+        return
     print("\n".join(describe(cfg.data.name, cfg.data.root, cfg.data.image_size)))
+
+
+def published_weights(name: str) -> Path:
+    """Returns the file of published weights, downloaded if it is missing. Raises `UserError` for an unknown name."""
+    from litdistill.data.weights import PUBLISHED, obtain_weights
+
+    if name not in PUBLISHED:
+        raise UserError(
+            f"weights={name}: there is {', '.join(PUBLISHED)}. torchvision and timm fetch theirs on first use."
+        )
+    return obtain_weights(name)
 
 
 def describe(name: str, root: str | Path, image_size: int | None = None) -> list[str]:

