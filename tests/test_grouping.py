@@ -291,7 +291,7 @@ def test_a_run_says_why_its_steps_are_single(tmp_path, caplog, overrides, group,
 
 
 def build(tmp_path, overrides, kept=None):
-    cfg = compose_config(tmp_path / "run", "trainer=cpu", *overrides)
+    cfg = compose_config(tmp_path / "run", "trainer=cpu", "trainer.log_every_n_steps=50", *overrides)
     distiller = Distiller(net(), Supervised())
     return build_trainer(cfg, tmp_path / "run", Supervised(), distiller.task, digits(), (), kept)
 
@@ -376,7 +376,8 @@ def test_distill_trains_in_groups_and_a_callback_that_needs_each_minibatch_gets_
     students = []
     for callbacks in ([Counts()], [CountsEach()]):
         data = digits(per_class=23, batch_size=20)
-        found = distill(net(), net(16, 1), data, max_epochs=1, callbacks=callbacks, out=tmp_path, allow_chance=True)
+        options = {"callbacks": callbacks, "trainer": {"log_every_n_steps": 6}, "allow_chance": True}
+        found = distill(net(), net(16, 1), data, max_epochs=1, out=tmp_path, **options)
         students.append(found.deployed_student)
     assert seen[0][0] is False
     assert seen[0][1] < 12

@@ -56,6 +56,7 @@ def test_a_training_on_a_terminal_moves_a_bar_and_shows_no_traceback(tmp_path, n
     assert status == 0, plain[-4000:]
     assert "Traceback" not in plain
     assert "Exception in thread" not in plain
-    bars = re.findall(r"Epoch (\d+)/\d+ +[━╸╺ ]+ *(\d+)/(\d+)", plain)
+    bars = re.findall(r"Student: epoch (\d+)/12 +[━╸╺ ]+ *(\d+)/(\d+) steps", plain)
     assert len({epoch for epoch, _, _ in bars}) > 3, plain[-4000:]
+    assert not re.search(r"Epoch \d", plain)  # Lightning's own count, from 0
     assert any(0 < int(done) < int(whole) for _, done, whole in bars)  # in the middle of an epoch too

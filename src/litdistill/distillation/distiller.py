@@ -246,6 +246,7 @@ class Distiller(LightningModule):
             self._open_cache()
 
     def on_train_epoch_start(self) -> None:
+        self.means.start_epoch()
         self.method.set_epoch(self.current_epoch)
         self._factors = {k: interpolate(points, self.current_epoch + 1) for k, points in self.schedule.items()}
 

@@ -14,11 +14,15 @@ AT_ONCE = 16  # minibatches summed together: a dozen small operations for each w
 
 
 class RunningMeans:
-    """Means since the last log: of the loss and its terms over minibatches, of scores and agreement over samples."""
+    """Means since the last log: of the loss and its terms over minibatches, of scores and agreement over samples.
+
+    The mean loss of an epoch is kept beside them, since an epoch may have no log or several.
+    """
 
     def __init__(self, task: Task):
         self.task = task
         self.reset()
+        self.start_epoch()
 
     def reset(self) -> None:
         """Clears all sums and restarts the timer."""
@@ -28,6 +32,17 @@ class RunningMeans:
         self._noted: list[tuple[dict[str, Tensor], Outputs, Outputs | None, Tensor]] = []
         self._sums: dict[str, Tensor] = {}
         self._by_sample: set[str] = set()
+
+    def start_epoch(self) -> None:
+        """Clears the mean loss of an epoch, which `reset` keeps."""
+        self._epoch_sum: Tensor | None = None
+        self._epoch_steps = 0
+
+    def epoch_loss(self) -> Tensor | None:
+        """Returns the mean loss of the minibatches since `start_epoch`, a scalar on the device; None without any."""
+        if self._noted:
+            self._sum()
+        return None if self._epoch_sum is None else self._epoch_sum / self._epoch_steps
 
     @property
     def elapsed(self) -> float:
@@ -47,7 +62,10 @@ class RunningMeans:
     def _sum(self) -> None:
         noted, self._noted = self._noted, []
         for name in dict.fromkeys(name for terms, *_ in noted for name in terms):
-            self._add(name, torch.stack([terms[name].float() for terms, *_ in noted if name in terms]).sum())
+            value = torch.stack([terms[name].float() for terms, *_ in noted if name in terms]).sum()
+            self._add(name, value)
+            self._epoch_sum = value if self._epoch_sum is None else self._epoch_sum + value
+        self._epoch_steps += len(noted)
         student, targets = _joined([s for _, s, _, _ in noted]), torch.cat([t for *_, t in noted])
         by_sample = self.task.scores(student, targets)
         teacher = [t for _, _, t, _ in noted if t is not None]

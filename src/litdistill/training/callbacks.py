@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from litdistill.distillation.distiller import Distiller
 from litdistill.evaluation.predictions import collect, quality
+from litdistill.training.progress import epochs_in_all
 from litdistill.utils.errors import UserError
 from litdistill.utils.logging import format_seconds
 
@@ -22,30 +22,47 @@ log = logging.getLogger(__name__)
 
 
 class EpochLogger(Callback):
-    """Logs a line per epoch, to the console and the run's log file: losses, metrics, and the time left."""
+    """Logs a line per epoch, to the console and the run's log file: who is trained, the epoch's loss, metrics, the time left.
 
-    def __init__(self) -> None:
-        self._last = 0.0
+    `train/loss` is the mean over the epoch's minibatches, on all ranks; metrics are those of a validation in this epoch.
+    `role`: who is trained, "Student" or "Teacher".
+    """
+
+    def __init__(self, role: str = "Student") -> None:
+        self.role = role
+        self._last, self._validated = 0.0, -1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._start, self._first = time.perf_counter(), trainer.current_epoch
 
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._validated = -1 if trainer.sanity_checking else trainer.current_epoch
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        done, total = trainer.current_epoch + 1, trainer.max_epochs or -1
-        if total < 0 and trainer.max_steps > 0:  # max_steps ends the run
-            total = max(done, math.ceil(trainer.max_steps * done / max(1, trainer.global_step)))
-        now = time.perf_counter()
-        left = (now - self._start) / (done - self._first) * (total - done)
+        loss = epoch_loss(trainer, pl_module)  # on all ranks, whatever each of them logs
+        done = trainer.current_epoch + 1
+        total, now = epochs_in_all(trainer, done), time.perf_counter()
         # At most one line per second for short epochs; the last epoch is always logged.
-        if now - self._last < 1 and done < total:
+        if not trainer.is_global_zero or (now - self._last < 1 and done != total):
             return
         self._last = now
-        shown = {k: float(v) for k, v in trainer.callback_metrics.items() if not k.startswith("speed/")}
         metric = pl_module.task.monitor[0] if isinstance(pl_module, Distiller) else "accuracy"
-        keys = ("train/loss", f"val/{metric}", "val/agreement", "val/distance")
-        text = "  ".join(f"{k} {shown[k]:.4f}" for k in keys if k in shown)
-        if trainer.is_global_zero:
-            log.info("epoch %*d/%d  %s  %s left", len(str(total)), done, total, text, format_seconds(left))
+        keys = (f"val/{metric}", "val/agreement", "val/distance") if self._validated == trainer.current_epoch else ()
+        shown = {k: float(trainer.callback_metrics[k]) for k in keys if k in trainer.callback_metrics}
+        shown = {"train/loss": loss, **shown} if loss is not None else shown
+        words = [f"{self.role}: epoch {done:>{len(str(total))}}/{total}" if total > 0 else f"{self.role}: epoch {done}"]
+        words += [f"{k} {v:.4f}" for k, v in shown.items()]
+        if 0 < done < total:
+            words.append(f"{format_seconds((now - self._start) / (done - self._first) * (total - done))} left")
+        log.info("%s", "  ".join(words))
+
+
+def epoch_loss(trainer: Trainer, module: LightningModule) -> float | None:
+    """Returns the mean loss of the minibatches of the current epoch over all ranks, which call this together."""
+    mean = module.means.epoch_loss() if isinstance(module, Distiller) else None
+    if mean is not None and trainer.world_size > 1:
+        mean = trainer.strategy.reduce(mean, reduce_op="mean")
+    return None if mean is None else float(mean)
 
 
 class TestAccuracyMonitor(Callback):

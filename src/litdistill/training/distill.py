@@ -22,7 +22,15 @@ from litdistill.methods.supervised import Supervised
 from litdistill.tasks import named_task
 from litdistill.tasks.base import Task
 from litdistill.training.callbacks import EpochLogger
-from litdistill.training.grouping import GROUP, GroupedData, Layout, group_size, reason_for_single, without_rate_monitor
+from litdistill.training.grouping import (
+    GROUP,
+    GroupedData,
+    Layout,
+    group_size,
+    log_interval,
+    reason_for_single,
+    without_rate_monitor,
+)
 from litdistill.training.trainer import progress_bar
 from litdistill.utils.checkpoint import AtomicCheckpointIO
 from litdistill.utils.errors import UserError
@@ -62,7 +70,8 @@ def distill(
         if net is not None:
             net.cpu()  # the device of the example; the Trainer moves the networks
     example, data = prepared(train, module)
-    arguments = {"accelerator": "auto", "devices": 1, "log_every_n_steps": 50, **(trainer or {})}
+    every = log_interval(max_epochs, max_epochs * batches_of_epoch(train, data))
+    arguments = {"accelerator": "auto", "devices": 1, "log_every_n_steps": every, **(trainer or {})}
     layout = Layout(0, arguments["log_every_n_steps"])
     if data is not None:
         options = {"data": data, "train_targets": train_labels(data), "seed": 0, **options}
@@ -119,6 +128,16 @@ def check_arguments(train: Any, val: Any, trainer: dict[str, Any]) -> None:
     own = {"max_epochs": "max_epochs", "callbacks": "callbacks", "default_root_dir": "out"}
     for name in own.keys() & trainer.keys():
         raise UserError(f"trainer={{{name!r}: …}}: give distill({own[name]}=…) instead.")
+
+
+def batches_of_epoch(train: Any, data: IndexedData | None) -> int:
+    """Returns the number of minibatches of an epoch in one process; 1000 where the loader does not say."""
+    if data is not None:
+        return -(-(data.epoch_size or len(data.train_ids)) // data.batch_size)
+    try:
+        return len(train)
+    except TypeError:  # a data module, or a loader without length
+        return 1000
 
 
 def prepared(train: Any, module: LightningDataModule | None) -> tuple[Any, IndexedData | None]:

@@ -142,6 +142,15 @@ class Layout(NamedTuple):
     log_every: int
 
 
+def log_interval(epochs: int, steps: int) -> int:
+    """Returns the steps between two logs for a run of `steps` in all: at least two logs an epoch, and twenty in all.
+
+    At most 50. A log ends a group of minibatches, so that more of them would cost time.
+    """
+    per_epoch = max(1, steps // max(1, epochs))
+    return max(1, min(50, per_epoch // max(2, -(-20 // max(1, epochs)))))
+
+
 def layout_of(checkpoint: Mapping[str, Any]) -> Layout | None:
     """Returns the layout stored in a checkpoint; None without one. Raises `UserError` for an invalid layout."""
     state = checkpoint.get(GroupedData.__name__)

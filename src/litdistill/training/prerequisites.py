@@ -23,11 +23,14 @@ log = logging.getLogger(__name__)
 class Prerequisites:
     """Trains the missing prerequisites of a run by `train`; `seconds` is the time spent, waiting for locks included.
 
-    `check` is called before the teacher is trained, to raise the errors of an invalid student first.
+    `train` is called with the config and the role of what is trained: "Teacher" for a student, "Teacher's teacher" for a
+    teacher. `check` is called before the teacher is trained, to raise the errors of an invalid student first. `role`: that of
+    the run itself.
     """
 
-    def __init__(self, train: Callable[[DictConfig], float], check: Callable[[], None]):
+    def __init__(self, train: Callable[..., float], check: Callable[[], None], role: str = "Student"):
         self.train, self.check, self.seconds = train, check, 0.0
+        self.owner = "" if role == "Student" else f"{role}'s "
 
     def teacher(self, cfg: DictConfig, folder: Path) -> None:
         """Trains the teacher of `cfg` in `folder`."""
@@ -54,7 +57,7 @@ class Prerequisites:
                 if is_first_rank():
                     write_text(folder / ".hydra" / "config.yaml", OmegaConf.to_yaml(recipe))
                 with logged_to(folder / "train.log"):
-                    self.train(recipe)
+                    self.train(recipe, role=f"{self.owner}{what}".capitalize())
                 log.info("The %s is trained.", what)
         self.seconds += time.perf_counter() - begun
 

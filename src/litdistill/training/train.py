@@ -32,7 +32,7 @@ from litdistill.distillation.distiller import Distiller
 from litdistill.distillation.sharding import ShardedTeacher
 from litdistill.evaluation.predictions import evaluations_folder, teacher_outputs
 from litdistill.training.finish import Run, finish
-from litdistill.training.grouping import GroupedData, Layout, group_size, layout_of
+from litdistill.training.grouping import GroupedData, Layout, group_size, layout_of, log_interval
 from litdistill.training.preemption import run_lock, translate_worker_errors
 from litdistill.training.preflight import check_monitor, check_student, check_values, horizon
 from litdistill.training.prerequisites import Prerequisites
@@ -48,10 +48,10 @@ from litdistill.utils.versions import versions
 log = logging.getLogger(__name__)
 
 
-def train(cfg: DictConfig, callbacks: Sequence[Callback] = ()) -> float:
+def train(cfg: DictConfig, callbacks: Sequence[Callback] = (), role: str = "Student") -> float:
     """Trains as `conf/train.yaml` describes; returns the best value of the metric that selects the epoch.
 
-    `callbacks`: the caller's, which run before those of the config.
+    `callbacks`: the caller's, which run before those of the config. `role`: who is trained, for the lines on the console.
     """
     folder = Path(cfg.folder)
     if is_complete(folder):  # a resumed sweep repeats no finished run
@@ -64,16 +64,17 @@ def train(cfg: DictConfig, callbacks: Sequence[Callback] = ()) -> float:
         method = build_method(cfg)  # first, to raise errors in options before a teacher is trained
         data, task = build_data(cfg)
         last, kept = last_state(folder / "checkpoints", cfg.trainer.max_epochs)
-        built = build_trainer(cfg, folder, method, task, data, callbacks, kept)
+        built = build_trainer(cfg, folder, method, task, data, callbacks, kept, role)
         trainer = built.trainer
         init_process_group_early(trainer)
         scale = read_scale(cfg, trainer, data.batch_size)
         optimizer = build_optimizer(cfg.optimizer, scale.lr)
-        scheduler = build_scheduler(
-            cfg.scheduler, *horizon(cfg.trainer, data, scale), built.best.monitor, built.best.mode
-        )
+        epochs, steps = horizon(cfg.trainer, data, scale)
+        if cfg.trainer.get("log_every_n_steps") is None and not (kept and kept.group):
+            built = built.logging_every(log_interval(epochs, steps))
+        scheduler = build_scheduler(cfg.scheduler, epochs, steps, built.best.monitor, built.best.mode)
         monitor = str(built.best.monitor)
-        before = Prerequisites(train, lambda: check_student(cfg, data, task, optimizer, monitor))
+        before = Prerequisites(train, lambda: check_student(cfg, data, task, optimizer, monitor), role)
         sharded = cfg.teacher is not None and isinstance(trainer.strategy, ShardedTeacher)
         teacher = build_teacher(cfg, data, task, before.teacher)
         start = before.starting_point(cfg)

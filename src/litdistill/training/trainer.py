@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from lightning import Trainer
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
-from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, ProgressBar, RichProgressBar
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, ProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy
 from omegaconf import DictConfig, OmegaConf
@@ -23,6 +23,7 @@ from litdistill.tasks.base import Task
 from litdistill.training.callbacks import EpochLogger, TestAccuracyMonitor
 from litdistill.training.grouping import GROUP, Layout, reason_for_single, without_rate_monitor
 from litdistill.training.preemption import GracefulStop
+from litdistill.training.progress import EpochBar
 from litdistill.utils.checkpoint import AtomicCheckpointIO
 from litdistill.utils.distributed import fit_to_launch
 from litdistill.utils.errors import UserError
@@ -41,6 +42,12 @@ class Built(NamedTuple):
     layout: Layout  # `group` is the maximum number of minibatches per step
     watch_test: TestAccuracyMonitor | None
 
+    def logging_every(self, steps: int) -> Built:
+        """Returns the same with `steps` between two logs: of the Trainer's steps, or of the minibatches in groups."""
+        if not self.layout.group:
+            self.trainer.log_every_n_steps = steps  # type: ignore[attr-defined]
+        return self._replace(layout=self.layout._replace(log_every=steps))
+
 
 def build_trainer(
     cfg: DictConfig,
@@ -50,8 +57,11 @@ def build_trainer(
     data: Any,
     callbacks: Sequence[Callback] = (),
     kept: Layout | None = None,
+    role: str = "Student",
 ) -> Built:
     """Returns the Trainer of a config. `callbacks`: the caller's, before the config's. `kept`: layout of a resumed run.
+
+    `role`: who is trained, for the console.
 
     Raises `UserError` for a precision or strategy that is not supported, a run without a validated epoch, and a monitor or
     mode that is invalid.
@@ -75,7 +85,7 @@ def build_trainer(
         named, callbacks = without_rate_monitor(named), without_rate_monitor(callbacks)
         options.gradient_clip_val, options.log_every_n_steps = None, 1
     fit_to_launch(options)
-    own: list[Callback] = [EpochLogger(), *progress_bar(), *([watch] if watch else [])]
+    own: list[Callback] = [EpochLogger(role), *progress_bar(role), *([watch] if watch else [])]
     stop = GracefulStop(
         folder / "checkpoints", cfg.checkpoint_minutes
     )  # last, to save the state that all others have updated
@@ -216,6 +226,6 @@ def _strategy(options: DictConfig, method: Method) -> Any:
     return strategy
 
 
-def progress_bar() -> list[ProgressBar]:
+def progress_bar(role: str = "Student") -> list[ProgressBar]:
     """Returns a progress bar on a terminal, and none elsewhere, where `EpochLogger` suffices."""
-    return [RichProgressBar(leave=False)] if sys.stdout.isatty() else []
+    return [EpochBar(role)] if sys.stdout.isatty() else []
