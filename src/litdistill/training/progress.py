@@ -41,11 +41,12 @@ class EpochBar(ProgressBar):
         if not self.enabled:
             return
         self._start, self._shown, self._begun = time.perf_counter(), 0.0, float("nan")
-        text = {"table_column": Column(no_wrap=True)}
         self._bar = Progress(
-            TextColumn("{task.description}", **text),
+            TextColumn("{task.description}", table_column=Column(no_wrap=True)),
             BarColumn(table_column=Column(ratio=1)),
-            TextColumn("{task.completed:.0f}/{task.total:.0f} steps{task.fields[left]}", **text),
+            TextColumn(
+                "{task.completed:.0f}/{task.total:.0f} steps{task.fields[left]}", table_column=Column(no_wrap=True)
+            ),
             console=get_console(),
             transient=True,
             expand=True,

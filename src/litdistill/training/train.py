@@ -32,7 +32,7 @@ from litdistill.distillation.distiller import Distiller
 from litdistill.distillation.sharding import ShardedTeacher
 from litdistill.evaluation.predictions import evaluations_folder, teacher_outputs
 from litdistill.training.finish import Run, finish
-from litdistill.training.grouping import GroupedData, Layout, group_size, layout_of, log_interval
+from litdistill.training.grouping import GroupedData, Layout, group_size, layout_of
 from litdistill.training.preemption import run_lock, translate_worker_errors
 from litdistill.training.preflight import check_monitor, check_student, check_values, horizon
 from litdistill.training.prerequisites import Prerequisites
@@ -69,10 +69,9 @@ def train(cfg: DictConfig, callbacks: Sequence[Callback] = (), role: str = "Stud
         init_process_group_early(trainer)
         scale = read_scale(cfg, trainer, data.batch_size)
         optimizer = build_optimizer(cfg.optimizer, scale.lr)
-        epochs, steps = horizon(cfg.trainer, data, scale)
-        if cfg.trainer.get("log_every_n_steps") is None and not (kept and kept.group):
-            built = built.logging_every(log_interval(epochs, steps))
-        scheduler = build_scheduler(cfg.scheduler, epochs, steps, built.best.monitor, built.best.mode)
+        scheduler = build_scheduler(
+            cfg.scheduler, *horizon(cfg.trainer, data, scale), built.best.monitor, built.best.mode
+        )
         monitor = str(built.best.monitor)
         before = Prerequisites(train, lambda: check_student(cfg, data, task, optimizer, monitor), role)
         sharded = cfg.teacher is not None and isinstance(trainer.strategy, ShardedTeacher)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from lightning import Trainer
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, ProgressBar
@@ -16,13 +17,15 @@ from lightning.pytorch.strategies import DDPStrategy
 from omegaconf import DictConfig, OmegaConf
 
 from litdistill.config.instantiate import instantiate
+from litdistill.config.lr_scaling import Scale
 from litdistill.data.foreign import ForeignData
 from litdistill.distillation.checks import check_method
 from litdistill.methods.base import Method
 from litdistill.tasks.base import Task
 from litdistill.training.callbacks import EpochLogger, TestAccuracyMonitor
-from litdistill.training.grouping import GROUP, Layout, reason_for_single, without_rate_monitor
+from litdistill.training.grouping import GROUP, Layout, log_interval, reason_for_single, without_rate_monitor
 from litdistill.training.preemption import GracefulStop
+from litdistill.training.preflight import horizon
 from litdistill.training.progress import EpochBar
 from litdistill.utils.checkpoint import AtomicCheckpointIO
 from litdistill.utils.distributed import fit_to_launch
@@ -41,12 +44,6 @@ class Built(NamedTuple):
     best: ModelCheckpoint  # selects the epoch
     layout: Layout  # `group` is the maximum number of minibatches per step
     watch_test: TestAccuracyMonitor | None
-
-    def logging_every(self, steps: int) -> Built:
-        """Returns the same with `steps` between two logs: of the Trainer's steps, or of the minibatches in groups."""
-        if not self.layout.group:
-            self.trainer.log_every_n_steps = steps  # type: ignore[attr-defined]
-        return self._replace(layout=self.layout._replace(log_every=steps))
 
 
 def build_trainer(
@@ -75,16 +72,14 @@ def build_trainer(
     watch = TestAccuracyMonitor(data) if cfg.watch_test else None
     options = cfg.trainer.copy()
     OmegaConf.set_struct(options, False)  # keys for the launch or the method may be absent from the trainer's file
+    fit_to_launch(options)
+    options.log_every_n_steps = log_every(options, data)
     if isinstance(data, ForeignData):
         options.use_distributed_sampler = True  # our loaders divide samples among processes themselves
-        every, most = options.get("log_every_n_steps"), data.batches_of_epoch()
-        if every and most:
-            options.log_every_n_steps = min(every, most)  # each epoch is in the curves
-    layout = _layout(cfg, [*callbacks, *named], kept, isinstance(data, ForeignData))
+    layout = _layout(cfg, options.log_every_n_steps, [*callbacks, *named], kept, isinstance(data, ForeignData))
     if layout.group:  # the Distiller clips and logs
         named, callbacks = without_rate_monitor(named), without_rate_monitor(callbacks)
         options.gradient_clip_val, options.log_every_n_steps = None, 1
-    fit_to_launch(options)
     own: list[Callback] = [EpochLogger(role), *progress_bar(role), *([watch] if watch else [])]
     stop = GracefulStop(
         folder / "checkpoints", cfg.checkpoint_minutes
@@ -191,9 +186,25 @@ def monitored(node: DictConfig, task: Task) -> tuple[str, str]:
     return monitor, mode or known or "max"
 
 
-def _layout(cfg: DictConfig, callbacks: Sequence[Callback], kept: Layout | None, foreign: bool) -> Layout:
+def log_every(options: DictConfig, data: Any) -> int:
+    """Returns the steps between two logs: the option, or for null an interval that fits the epoch."""
+    every = options.get("log_every_n_steps")
+    if isinstance(data, ForeignData) and every and (most := data.batches_of_epoch()):
+        return int(min(every, most))  # each epoch is in the curves
+    if every is not None:
+        return int(every)
+    devices, nodes = options.get("devices", 1), options.get("num_nodes") or 1
+    count = devices if type(devices) is int and devices > 0 else torch.cuda.device_count()
+    accumulated = options.get("accumulate_grad_batches") or 1
+    scale = Scale(data.batch_size, max(1, count) * nodes, accumulated, None, "linear", None)
+    return log_interval(*horizon(options, data, scale))
+
+
+def _layout(
+    cfg: DictConfig, log_every: int, callbacks: Sequence[Callback], kept: Layout | None, foreign: bool
+) -> Layout:
     """Returns the layout of groups; without groups if an option or callback needs each minibatch, which is then logged."""
-    wanted, log_every = cfg.get("group", "auto"), int(cfg.trainer.get("log_every_n_steps") or 0)
+    wanted = cfg.get("group", "auto")
     if wanted != "auto" and (type(wanted) is not int or wanted < 1):
         raise UserError(f"group={wanted} is a number of minibatches, at least 1, or auto.")
     if foreign or wanted == 1 or (kept is not None and not kept.group):
