@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from litdistill.data.protocol import IndexedData
+from litdistill.distillation.batch_statistics import LaggingStatistics
 from litdistill.distillation.checks import (
     check_finite,
     check_images,
@@ -130,7 +131,7 @@ class Distiller(LightningModule):
         self.data, self.cache_options = data, cache or CacheOptions()
         self.cache: TeacherCache | None = None  # opened on the training device when training starts
         self.automatic_optimization, self.clip = not group, clip
-        self.means = RunningMeans(self.task)
+        self.means, self.statistics = RunningMeans(self.task), LaggingStatistics()
         self._factors: dict[str, float] = {}  # of the terms, set anew each epoch
         self.teacher_s = 0.0  # seconds spent in the teacher since the fit began
         self.val_metrics, self.test_metrics = self.task.metrics(), self.task.metrics()
@@ -248,12 +249,14 @@ class Distiller(LightningModule):
     def on_train_epoch_start(self) -> None:
         self.means.start_epoch()
         self.method.set_epoch(self.current_epoch)
+        self.statistics.batches.clear()
         self._factors = {k: interpolate(points, self.current_epoch + 1) for k, points in self.schedule.items()}
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         if isinstance(batch, Group):
             return train_group(self, batch)
         batch = self.task.batch(batch)
+        self.statistics.remember(self, batch)
         self.seed_step(batch_idx)
         loss = self.loss(batch)
         return loss if batch.weight == 1 else loss * batch.weight
@@ -314,6 +317,7 @@ class Distiller(LightningModule):
 
     def on_train_epoch_end(self) -> None:
         step_plateau(self)
+        self.statistics.refresh(self)  # of an epoch without validation
 
     def on_train_end(self) -> None:
         if self.cache is not None and self.cache.requested:
@@ -338,10 +342,11 @@ class Distiller(LightningModule):
 
     # -- validation, test, prediction --------------------------------------------------------------------------------
 
+    def on_validation_model_eval(self) -> None:
+        self.statistics.refresh(self)
+        super().on_validation_model_eval()
+
     def on_validation_epoch_start(self) -> None:
-        if self.trainer.world_size > 1:
-            for buffer in self.evaluated.buffers():  # ranks have batch statistics of different batches
-                torch.distributed.broadcast(buffer, 0)
         if not self.trainer.sanity_checking:  # before a checkpoint of non-finite weights is written
             check_finite(self, self.means.means(), weights=True)
 
