@@ -210,7 +210,7 @@ def test_the_average_of_the_weights_is_that_of_lightning(tmp_path, group):
     ours, _ = run(tmp_path / "b", group, ema=0.9)
     expected, now = theirs.student.state_dict(), ours.student.state_dict()
     for name, value in ours.average.module.state_dict().items():
-        if value.is_floating_point():
+        if value.is_floating_point() and "running" not in name:  # statistics are those of the averaged weights here
             torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
             assert not torch.allclose(value, now[name], rtol=1e-3)
 

@@ -256,7 +256,6 @@ class Distiller(LightningModule):
         if isinstance(batch, Group):
             return train_group(self, batch)
         batch = self.task.batch(batch)
-        self.statistics.remember(self, batch)
         self.seed_step(batch_idx)
         loss = self.loss(batch)
         return loss if batch.weight == 1 else loss * batch.weight
@@ -268,6 +267,7 @@ class Distiller(LightningModule):
 
     def loss(self, batch: Batch, teacher: Outputs | None = None) -> Tensor:
         """Returns the loss of one minibatch, a scalar; `teacher`: its outputs, if already computed."""
+        self.statistics.remember(self, batch)
         if teacher is None and self.needs_teacher_outputs:
             teacher = self.teacher_outputs(batch)
         student = self.extractor.run(lambda net: self.task.forward(net, batch, True))._replace(ids=batch.ids)
