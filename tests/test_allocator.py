@@ -15,6 +15,7 @@ if sys.argv[1] == "kept":
     assert keep_freed_memory()
 def step():
     a = [torch.ones(200_000) for _ in range(8)]                     # 800 kB each, as activations of a small network are
+    b = torch.ones(10_000_000)                                      # 40 MB, as a batch of photographs is
 step(); step()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(20):

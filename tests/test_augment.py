@@ -111,7 +111,7 @@ def test_each_sample_can_have_a_round_of_its_own():
     assert found.tolist() == [int(aug.random_bits(1, int(r), i[None], 1)) for r, i in zip(rounds, ids, strict=True)]
 
 
-@pytest.mark.parametrize("limit", ["TABLE", "OUTSIDE"])
+@pytest.mark.parametrize("limit", ["TABLE", "CACHED"])
 def test_steps_in_a_row_are_one_gather_however_it_is_done(limit, monkeypatch):
     """By a table of pixels, without one, and in parts: the same as NumPy's pad, slice, mirror, pad and slice."""
     steps = [aug.Crop(1), aug.Flip(), aug.Crop(2, "reflect"), aug.Cutout(3, (7, 6)), aug.Flip()]
@@ -129,7 +129,7 @@ def test_steps_in_a_row_are_one_gather_however_it_is_done(limit, monkeypatch):
         x[:, max(top, 0) : top + 3, max(left, 0) : left + 3] = 0
         x = x[:, :, ::-1] if last else x
         assert (found[n].numpy() == x).all()
-    # Without a table each batch works out its pixels; a batch of too many pixels for 32 bits is halved until it fits.
+    # Without a table each batch works out its pixels; a batch of too many pixels is moved in parts.
     monkeypatch.setattr(aug, limit, 0 if limit == "TABLE" else 3 * 7 * 6 * 20)
     aug._table.cache_clear()
     assert torch.equal(aug.apply_views(steps, images, views), found)

@@ -237,6 +237,7 @@ def _step_groups(augment: tuple[Any, ...]) -> list[tuple[tuple[Any, ...], int, i
 
 
 OUTSIDE = 2**29  # an index beyond every pixel of a batch
+CACHED = 2**20  # pixels gathered at once on a CPU, so that their indices stay in its cache
 TABLE = 2**22  # largest number of entries of a table of pixel indices by view: 16 MiB
 
 
@@ -246,9 +247,9 @@ def _move(steps: tuple[Any, ...], images: Tensor, code: Tensor) -> Tensor:
     """
     n, c, h, w = images.shape
     size = c * h * w
-    if n * size >= OUTSIDE:
-        half = (n + 1) // 2
-        return torch.cat([_move(steps, *part) for part in zip(images.split(half), code.split(half), strict=True)])
+    part = max(1, (CACHED if images.device.type == "cpu" else OUTSIDE) // (size + 1))
+    if n > part:
+        return torch.cat([_move(steps, *pair) for pair in zip(images.split(part), code.split(part), strict=True)])
     if math.prod(step.views for step in steps) * size <= TABLE:
         index = _table(steps, c, h, w, images.device).index_select(0, code)
     else:

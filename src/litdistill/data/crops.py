@@ -121,11 +121,11 @@ def resized_crops(
         product = rows[:, None] @ images.float() @ cols[:, None].transpose(2, 3)
         return product.round().clamp(0, 255).to(torch.uint8).contiguous(memory_format=torch.channels_last)
     # ATen's kernel for bytes takes one size of box at a time, and is 10 to 30 times as fast as a product or `grid_sample`.
-    images = images.contiguous(memory_format=torch.channels_last)
-    found = images.new_empty((len(images), images.shape[1], *size)).to(memory_format=torch.channels_last)
+    shape = (len(images), images.shape[1], *size)
+    found = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
     boxes = torch.stack([top, left, top + height, left + width], 1).tolist()
     for i, (up, first, down, last) in enumerate(boxes):
-        crop = images[i : i + 1, :, up:down, first:last]
+        crop = images[i : i + 1, :, up:down, first:last].contiguous(memory_format=torch.channels_last)
         found[i] = F.interpolate(crop, tuple(size), mode="bilinear", antialias=True)[0]
     return found
 
