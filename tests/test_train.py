@@ -319,9 +319,9 @@ def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(small, monkeypat
 @pytest.mark.parametrize("content", [b"", b"no checkpoint", bytes(1000)])
 def test_a_last_checkpoint_that_is_none_falls_back_to_the_one_before(tmp_path, content):
     (tmp_path / "last.ckpt").write_bytes(content)
-    assert train_module.last_state(tmp_path) == (None, None)
+    assert train_module.last_state(tmp_path) == (None, None, None)
     torch.save({"epoch": 0}, tmp_path / "best.ckpt")
-    assert train_module.last_state(tmp_path) == (tmp_path / "best.ckpt", None)
+    assert train_module.last_state(tmp_path) == (tmp_path / "best.ckpt", None, None)
 
 
 def test_a_teacher_with_another_class_count_is_refused(small):

@@ -16,6 +16,7 @@ from torch import nn
 from yaml import YAMLError
 
 from litdistill.config.build import build_data, build_student, build_teacher
+from litdistill.config.changes import as_started
 from litdistill.config.distiller import build_distiller, build_method, example_batch
 from litdistill.config.origin import made_here
 from litdistill.config.trust import check_trusted, packages
@@ -121,7 +122,7 @@ def rebuild(folder: Path, overrides: DictConfig | None = None, trust: Sequence[s
     if overrides is not None:
         cfg = OmegaConf.merge(cfg, overrides)  # type: ignore[assignment]
     data, task = run_data(cfg, folder)
-    teacher = build_teacher(cfg, data, task, _gone)
+    teacher = build_teacher(as_started(cfg, summary.get("changes")), data, task, _gone)
     if teacher is not None:
         found, then = weights_sha256(teacher.state_dict()), summary["teacher"]["sha256"]
         if found != then:

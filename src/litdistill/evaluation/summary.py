@@ -14,6 +14,7 @@ from lightning import Trainer
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from litdistill.config.changes import flat
 from litdistill.config.lr_scaling import read_scale
 from litdistill.config.recipes import data_name, net_name, recipe, student_folder, teacher_folder
 from litdistill.data.foreign import sample_count
@@ -153,7 +154,7 @@ def settings(cfg: DictConfig, teacher_sha256: str | None = None) -> dict[str, An
         known = start_of(cfg) or {}
         nature = "/".join(str(known[k]) for k in ("from", "method", "images") if known.get(k) is not None)
         kept["student"]["checkpoint"] = _settings_at(kept["student"]["checkpoint"]) or nature
-    return {k: v for k, v in _flat(kept).items() if not k.startswith(NO_SETTING)}
+    return {k: v for k, v in flat(kept).items() if not k.startswith(NO_SETTING)}
 
 
 def _settings_at(run: str) -> str | None:
@@ -161,17 +162,6 @@ def _settings_at(run: str) -> str | None:
     path = Path(run, "summary.json")
     found = json.loads(path.read_text()).get("settings") if path.is_file() else None
     return digest(found) if found else None
-
-
-def _flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns the values that are neither dicts nor null, by their dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in node.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        elif value is not None:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def method_name(cfg: DictConfig) -> str:

@@ -15,11 +15,12 @@ from torch import nn
 
 from litdistill.compress.quantize import Int8
 from litdistill.compress.structure import structure_of
+from litdistill.config.changes import as_started
 from litdistill.distillation.distiller import Distiller
 from litdistill.evaluation import figures
 from litdistill.evaluation.evaluate import load_weights_of, measure_last
 from litdistill.evaluation.predictions import evaluations_folder, measure
-from litdistill.evaluation.summary import hyperparameters, summarize
+from litdistill.evaluation.summary import hyperparameters, start_of, summarize
 from litdistill.export.export import export_student
 from litdistill.models.metadata import student_metadata
 from litdistill.models.preprocess import bare
@@ -43,6 +44,7 @@ class Run(NamedTuple):
     distiller: Distiller
     built: Built
     best: float  # value of the metric that selects the epoch
+    changes: list[dict[str, Any]]  # of options, each where the run was resumed with others
 
 
 def finish(run: Run, times: dict[str, float]) -> None:
@@ -58,6 +60,9 @@ def finish(run: Run, times: dict[str, float]) -> None:
     student = load_weights_of(run.distiller, checkpoints / "best.ckpt")
     found = measure(student, teacher, run.data, task, "test", device, kept)
     summary = summarize(cfg, run.data, task, student, teacher, found, last, run.best, times, trainer)
+    if run.changes:  # no run that kept its options is averaged with this one, and its teacher is the one it began with
+        summary |= {"changes": run.changes, "start": start_of(as_started(cfg, run.changes))}
+        summary["settings"]["changes"] = json.dumps(run.changes)
     if run.built.watch_test is not None:
         summary["student"]["test"][task.monitor[0]]["best_on_test"] = run.built.watch_test.best
     if not trainer.is_global_zero:

@@ -76,14 +76,7 @@ def horizon(trainer: DictConfig, data: Any, scale: Scale) -> tuple[int, int]:
 
     Raises `UserError` for a loader without length and without a limit, and for a run that ends before its first validation.
     """
-    limit = trainer.get("limit_train_batches")
-    if isinstance(data, ForeignData):
-        batches = _batches(data, limit)
-    else:
-        batches = math.ceil((data.epoch_size or len(data.train_ids)) / (scale.batch // scale.accumulated))
-    if limit is not None:
-        batches = min(batches, limit if isinstance(limit, int) else max(1, int(batches * limit)))
-    per_epoch, most = math.ceil(batches / scale.accumulated), trainer.get("max_steps") or -1
+    per_epoch, most = steps_per_epoch(trainer, data, scale), trainer.get("max_steps") or -1
     validated = per_epoch * (trainer.get("check_val_every_n_epoch") or 1)
     if 0 < most < validated and trainer.get("val_check_interval") in (None, 1.0):
         raise UserError(
@@ -95,6 +88,18 @@ def horizon(trainer: DictConfig, data: Any, scale: Scale) -> tuple[int, int]:
         epochs = math.ceil(most / per_epoch) if most > 0 else 1
     steps = epochs * per_epoch
     return max(1, epochs), max(1, min(steps, most) if most > 0 else steps)
+
+
+def steps_per_epoch(trainer: DictConfig, data: Any, scale: Scale) -> int:
+    """Returns the number of optimizer steps in an epoch. Raises `UserError` for a loader without length and without a limit."""
+    limit = trainer.get("limit_train_batches")
+    if isinstance(data, ForeignData):
+        batches = _batches(data, limit)
+    else:
+        batches = math.ceil((data.epoch_size or len(data.train_ids)) / (scale.batch // scale.accumulated))
+    if limit is not None:
+        batches = min(batches, limit if isinstance(limit, int) else max(1, int(batches * limit)))
+    return math.ceil(batches / scale.accumulated)
 
 
 def _batches(data: ForeignData, limit: int | float | None) -> int:

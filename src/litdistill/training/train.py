@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 
 from litdistill.config.build import build_data, build_student, build_teacher
+from litdistill.config.changes import as_started
 from litdistill.config.distiller import (
     build_distiller,
     build_method,
@@ -32,13 +33,13 @@ from litdistill.distillation.distiller import Distiller
 from litdistill.distillation.sharding import ShardedTeacher
 from litdistill.evaluation.predictions import evaluations_folder, teacher_outputs
 from litdistill.training.finish import Run, finish
-from litdistill.training.grouping import GroupedData, Layout, group_size, layout_of
+from litdistill.training.grouping import GroupedData, group_size
 from litdistill.training.preemption import run_lock, translate_worker_errors
-from litdistill.training.preflight import check_monitor, check_student, check_values, horizon
+from litdistill.training.preflight import check_monitor, check_student, check_values, horizon, steps_per_epoch
 from litdistill.training.prerequisites import Prerequisites
+from litdistill.training.resume import RunOptions, check_unchanged, last_state, run_options
 from litdistill.training.trainer import Built, build_trainer
 from litdistill.utils.allocator import keep_freed_memory
-from litdistill.utils.checkpoint import load_checkpoint
 from litdistill.utils.distributed import init_process_group_early, is_first_rank
 from litdistill.utils.errors import UserError
 from litdistill.utils.logging import adopt_lightning_logs
@@ -55,6 +56,7 @@ def train(cfg: DictConfig, callbacks: Sequence[Callback] = (), role: str = "Stud
     """
     folder = Path(cfg.folder)
     if is_complete(folder):  # a resumed sweep repeats no finished run
+        check_unchanged(cfg, folder)
         log.info("%s is finished already.", folder)
         return float(json.loads((folder / "summary.json").read_text())["val"]["best"])
     with run_lock(folder), translate_worker_errors():
@@ -63,11 +65,14 @@ def train(cfg: DictConfig, callbacks: Sequence[Callback] = (), role: str = "Stud
         prepare_process(cfg.threads)
         method = build_method(cfg)  # first, to raise errors in options before a teacher is trained
         data, task = build_data(cfg)
-        last, kept = last_state(folder / "checkpoints", cfg.trainer.max_epochs)
-        built = build_trainer(cfg, folder, method, task, data, callbacks, kept, role)
+        last = last_state(folder / "checkpoints", cfg.trainer.max_epochs)
+        built = build_trainer(cfg, folder, method, task, data, callbacks, last.layout, role)
         trainer = built.trainer
         init_process_group_early(trainer)
         scale = read_scale(cfg, trainer, data.batch_size)
+        options = RunOptions(run_options(cfg, built.best), folder, last.kept, steps_per_epoch(cfg.trainer, data, scale))
+        trainer.callbacks.insert(0, options)  # type: ignore[attr-defined]
+        first = as_started(cfg, options.all_changes)  # its teacher is the one that it began with
         optimizer = build_optimizer(cfg.optimizer, scale.lr)
         scheduler = build_scheduler(
             cfg.scheduler, *horizon(cfg.trainer, data, scale), built.best.monitor, built.best.mode
@@ -75,8 +80,8 @@ def train(cfg: DictConfig, callbacks: Sequence[Callback] = (), role: str = "Stud
         monitor = str(built.best.monitor)
         before = Prerequisites(train, lambda: check_student(cfg, data, task, optimizer, monitor), role)
         sharded = cfg.teacher is not None and isinstance(trainer.strategy, ShardedTeacher)
-        teacher = build_teacher(cfg, data, task, before.teacher)
-        start = before.starting_point(cfg)
+        teacher = build_teacher(first, data, task, before.teacher)
+        start = before.starting_point(first)
         torch.manual_seed(cfg.seed)  # the same initial weights for every method and prerequisite
         student = build_student(cfg, data, teacher, start)
         check_monitor(student, data, task, monitor, teacher is not None)
@@ -90,8 +95,8 @@ def train(cfg: DictConfig, callbacks: Sequence[Callback] = (), role: str = "Stud
         )  # fmt: skip
         introduce(cfg, data, distiller, scale)
         fit_started = time.perf_counter()
-        best = fit(cfg, built, distiller, data, last)
-        run = Run(cfg, folder, data, task, distiller, built, best)
+        best = fit(cfg, built, distiller, data, last.path)
+        run = Run(cfg, folder, data, task, distiller, built, best, options.history)
         times = {"fit_s": time.perf_counter() - fit_started, "teacher_s": distiller.teacher_s}
         total_s = time.perf_counter() - started - before.seconds
         if trainer.is_global_zero or sharded:  # all ranks run a sharded teacher together
@@ -160,31 +165,6 @@ def untrained(built: Built, distiller: Distiller, module: LightningDataModule, c
     for name in ("best.ckpt", "last.ckpt"):
         built.trainer.save_checkpoint(checkpoints / name)
     return found[str(built.best.monitor)]
-
-
-def last_state(checkpoints: Path, max_epochs: int | None = None) -> tuple[Path | None, Layout | None]:
-    """Returns the checkpoint to resume from, `last.ckpt` or else `best.ckpt`, and its layout; (None, None) for a new run.
-
-    A checkpoint that cannot be read is skipped with a warning. Raises `UserError` if its epoch is beyond `max_epochs`.
-    """
-    for name in ("last.ckpt", "best.ckpt"):
-        if (checkpoints / name).is_file():
-            try:
-                state = load_checkpoint(checkpoints / name)
-                layout = layout_of(state)
-                if type(state.get("epoch")) is not int:
-                    raise UserError(f"{checkpoints / name} is no checkpoint of a training: it counts no epochs.")
-            except UserError as error:
-                log.warning("%s Trying the one before.", error)
-                continue
-            if max_epochs is not None and 0 <= max_epochs <= state["epoch"]:
-                raise UserError(
-                    f"{checkpoints / name} is of epoch {state['epoch'] + 1}, and trainer.max_epochs={max_epochs}. Set that "
-                    "higher to go on, or start a new run without resume."
-                )
-            log.info("Going on from %s", checkpoints / name)
-            return checkpoints / name, layout
-    return None, None
 
 
 def introduce(cfg: DictConfig, data: Any, distiller: Distiller, scale: Scale) -> None:
