@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -97,17 +97,18 @@ class RunOptions(Callback):
     Args:
         options: of the run, by `run_options`. folder: the run's folder, for messages.
         kept: the state of this callback in the checkpoint that is resumed; None for a new run.
-        steps_per_epoch: of the optimizer, for the position in a schedule where the number of processes has changed.
+        steps: returns the optimizer's steps in an epoch under a Trainer, for the position in a schedule where the number of
+            processes has changed.
 
     Raises `UserError` for a changed option that is not applied.
     """
 
-    def __init__(self, options: Options, folder: Path, kept: dict[str, Any] | None = None, steps_per_epoch: int = 0):
-        self.options, self.folder, self.kept = options, folder, kept
+    def __init__(self, options: Options, folder: Path, kept: dict[str, Any] | None, steps: Callable[[Trainer], int]):
+        self.options, self.folder, self.kept, self.steps = options, folder, kept, steps
         self.changes: Changes = differences(kept["options"], self.options) if kept is not None else {}
         check_changes(self.changes, folder)
         self.history: list[dict[str, Any]] = list(kept["history"]) if kept is not None else []
-        self.steps_per_epoch = steps_per_epoch
+        self.steps_per_epoch = 0
         self.rates: list[float] = []  # the learning rate of each parameter group at the first step
         self.teacher: str | None = None
         self._patience: dict[EarlyStopping, int] = {}
@@ -145,6 +146,7 @@ class RunOptions(Callback):
         for callback, patience in self._patience.items():
             callback.patience = patience
         assert isinstance(pl_module, Distiller)
+        self.steps_per_epoch = self.steps(trainer)
         fresh = pl_module.optimizer([p for g in trainer.optimizers[0].param_groups for p in g["params"]])
         self.rates = [float(group["lr"]) for group in fresh.param_groups]
         if self.kept is None:

@@ -35,9 +35,9 @@ from litdistill.evaluation.predictions import evaluations_folder, teacher_output
 from litdistill.training.finish import Run, finish
 from litdistill.training.grouping import GroupedData, group_size
 from litdistill.training.preemption import run_lock, translate_worker_errors
-from litdistill.training.preflight import check_monitor, check_student, check_values, horizon, steps_per_epoch
+from litdistill.training.preflight import check_monitor, check_student, check_values, horizon
 from litdistill.training.prerequisites import Prerequisites
-from litdistill.training.resume import RunOptions, check_unchanged, last_state, run_options
+from litdistill.training.resume import check_unchanged, last_state
 from litdistill.training.trainer import Built, build_trainer
 from litdistill.utils.allocator import keep_freed_memory
 from litdistill.utils.distributed import init_process_group_early, is_first_rank
@@ -66,13 +66,11 @@ def train(cfg: DictConfig, callbacks: Sequence[Callback] = (), role: str = "Stud
         method = build_method(cfg)  # first, to raise errors in options before a teacher is trained
         data, task = build_data(cfg)
         last = last_state(folder / "checkpoints", cfg.trainer.max_epochs)
-        built = build_trainer(cfg, folder, method, task, data, callbacks, last.layout, role)
+        built = build_trainer(cfg, folder, method, task, data, callbacks, last, role)
         trainer = built.trainer
         init_process_group_early(trainer)
         scale = read_scale(cfg, trainer, data.batch_size)
-        options = RunOptions(run_options(cfg, built.best), folder, last.kept, steps_per_epoch(cfg.trainer, data, scale))
-        trainer.callbacks.insert(0, options)  # type: ignore[attr-defined]
-        first = as_started(cfg, options.all_changes)  # its teacher is the one that it began with
+        first = as_started(cfg, built.options.all_changes)  # its teacher is the one that it began with
         optimizer = build_optimizer(cfg.optimizer, scale.lr)
         scheduler = build_scheduler(
             cfg.scheduler, *horizon(cfg.trainer, data, scale), built.best.monitor, built.best.mode
@@ -96,7 +94,7 @@ def train(cfg: DictConfig, callbacks: Sequence[Callback] = (), role: str = "Stud
         introduce(cfg, data, distiller, scale)
         fit_started = time.perf_counter()
         best = fit(cfg, built, distiller, data, last.path)
-        run = Run(cfg, folder, data, task, distiller, built, best, options.history)
+        run = Run(cfg, folder, data, task, distiller, built, best, built.options.history)
         times = {"fit_s": time.perf_counter() - fit_started, "teacher_s": distiller.teacher_s}
         total_s = time.perf_counter() - started - before.seconds
         if trainer.is_global_zero or sharded:  # all ranks run a sharded teacher together

@@ -17,7 +17,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from omegaconf import DictConfig, OmegaConf
 
 from litdistill.config.instantiate import instantiate
-from litdistill.config.lr_scaling import Scale
+from litdistill.config.lr_scaling import Scale, read_scale
 from litdistill.data.foreign import ForeignData
 from litdistill.distillation.checks import check_method
 from litdistill.methods.base import Method
@@ -25,8 +25,9 @@ from litdistill.tasks.base import Task
 from litdistill.training.callbacks import EpochLogger, TestAccuracyMonitor
 from litdistill.training.grouping import GROUP, Layout, log_interval, reason_for_single, without_rate_monitor
 from litdistill.training.preemption import GracefulStop
-from litdistill.training.preflight import horizon
+from litdistill.training.preflight import horizon, steps_per_epoch
 from litdistill.training.progress import EpochBar
+from litdistill.training.resume import LastState, RunOptions, run_options
 from litdistill.utils.checkpoint import AtomicCheckpointIO
 from litdistill.utils.distributed import fit_to_launch
 from litdistill.utils.errors import UserError
@@ -38,12 +39,13 @@ SPAWNED = ("spawn", "fork", "notebook")
 
 
 class Built(NamedTuple):
-    """A Trainer, the callback that selects the epoch, the layout of groups, and the monitor of the test set."""
+    """A Trainer, and those of its callbacks and settings that a run asks for its results."""
 
     trainer: Trainer
     best: ModelCheckpoint  # selects the epoch
     layout: Layout  # `group` is the maximum number of minibatches per step
     watch_test: TestAccuracyMonitor | None
+    options: RunOptions
 
 
 def build_trainer(
@@ -53,15 +55,15 @@ def build_trainer(
     task: Task,
     data: Any,
     callbacks: Sequence[Callback] = (),
-    kept: Layout | None = None,
+    last: LastState = LastState(),  # noqa: B008
     role: str = "Student",
 ) -> Built:
-    """Returns the Trainer of a config. `callbacks`: the caller's, before the config's. `kept`: layout of a resumed run.
+    """Returns the Trainer of a config. `callbacks`: the caller's, before the config's. `last`: what a run is resumed from.
 
     `role`: who is trained, for the console.
 
-    Raises `UserError` for a precision or strategy that is not supported, a run without a validated epoch, and a monitor or
-    mode that is invalid.
+    Raises `UserError` for a precision or strategy that is not supported, a run without a validated epoch, a monitor or mode
+    that is invalid, and a resumed run's option that may not change.
     """
     refuse(cfg, method, isinstance(data, ForeignData))
     check_method(method, cfg.teacher, task)
@@ -76,7 +78,7 @@ def build_trainer(
     options.log_every_n_steps = log_every(options, data)
     if isinstance(data, ForeignData):
         options.use_distributed_sampler = True  # our loaders divide samples among processes themselves
-    layout = _layout(cfg, options.log_every_n_steps, [*callbacks, *named], kept, isinstance(data, ForeignData))
+    layout = _layout(cfg, options.log_every_n_steps, [*callbacks, *named], last.layout, isinstance(data, ForeignData))
     if layout.group:  # the Distiller clips and logs
         named, callbacks = without_rate_monitor(named), without_rate_monitor(callbacks)
         options.gradient_clip_val, options.log_every_n_steps = None, 1
@@ -84,7 +86,13 @@ def build_trainer(
     stop = GracefulStop(
         folder / "checkpoints", cfg.checkpoint_minutes
     )  # last, to save the state that all others have updated
-    everything = [*callbacks, *own, *named, stop]
+    kept = RunOptions(
+        run_options(cfg, best),
+        folder,
+        last.kept,
+        lambda trainer: steps_per_epoch(cfg.trainer, data, read_scale(cfg, trainer, data.batch_size)),
+    )
+    everything = [kept, *callbacks, *own, *named, stop]
     plugins: list[Any] = [AtomicCheckpointIO()]
     if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
         plugins.append(SLURMEnvironment(auto_requeue=False))  # `GracefulStop` handles that signal
@@ -98,7 +106,7 @@ def build_trainer(
         enable_progress_bar=any(isinstance(c, ProgressBar) for c in everything),
         plugins=plugins,
     )
-    return Built(trainer, best, layout, watch)
+    return Built(trainer, best, layout, watch, kept)
 
 
 def refuse(cfg: DictConfig, method: Method, foreign: bool = False) -> None:
