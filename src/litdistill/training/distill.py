@@ -34,8 +34,10 @@ from litdistill.training.grouping import (
 from litdistill.training.trainer import progress_bar
 from litdistill.utils.checkpoint import AtomicCheckpointIO
 from litdistill.utils.errors import UserError
+from litdistill.utils.logging import without_notes
 
 
+@without_notes()
 def distill(
     student: nn.Module,
     teacher: nn.Module | None,

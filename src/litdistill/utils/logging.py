@@ -53,6 +53,21 @@ def adopt_lightning_logs() -> None:
         logging.getLogger().setLevel(logging.WARNING)  # rank 0 logs for all ranks
 
 
+@contextlib.contextmanager
+def without_notes() -> Iterator[None]:
+    """Hides, inside the context, Lightning's notes on devices and products and the warnings of `filter_warnings`."""
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    with warnings.catch_warnings():
+        filter_warnings()
+        before = list(logger.filters)
+        logger.addFilter(_is_no_tip)
+        try:
+            yield
+        finally:
+            if _is_no_tip not in before:
+                logger.removeFilter(_is_no_tip)
+
+
 def _is_no_tip(record: logging.LogRecord) -> bool:
     return not re.search(r"Tip:|litlogger|litmodels|GPU available|TPU available|HPU available", record.getMessage())
 
