@@ -60,7 +60,7 @@ def small_folder(root: Path) -> Path:
             for i in range(6):
                 path = root / split / label / f"{i}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
-                Image.new("RGB", (40, 36), (10 * i, 90 if label == "cats" else 10, 0)).save(path)
+                Image.new("RGB", (40, 36), (10 * i, 90 if label == "cats" else 10, len(split))).save(path)
     return root
 
 

@@ -18,7 +18,6 @@ from torchvision.datasets.mnist import read_sn3_pascalvincent_tensor
 
 from litdistill.cli.commands import describe
 from litdistill.data import fetch
-from litdistill.data.folder import train_and_test
 from litdistill.data.sources import CIFAR100, Split, fingerprint, load, read_folder, read_idx
 from litdistill.utils.errors import UserError
 from tests.published import RNG, TINY, check_tiny, cifar_record, idx, publish, put
@@ -160,11 +159,10 @@ def paint(root: Path, layout: dict[str, int], size=(20, 14)) -> None:
             Image.fromarray(pixels).save(root / name / f"{i}.png")
 
 
-@pytest.mark.parametrize("test_name", ["test", "val"])
 @pytest.mark.parametrize(("channels", "mode"), [(3, "RGB"), (1, "L")])
 @pytest.mark.parametrize("size", [(20, 14), (13, 30), (9, 9)])
-def test_a_folder_is_read_as_torchvision_reads_it(tmp_path, test_name, channels, mode, size):
-    paint(tmp_path, {"train/cat": 2, "train/ant": 3, f"{test_name}/cat": 1, f"{test_name}/ant": 2}, size)
+def test_a_folder_is_read_as_torchvision_reads_it(tmp_path, channels, mode, size):
+    paint(tmp_path, {"train/cat": 2, "train/ant": 3, "test/cat": 1, "test/ant": 2}, size)
     (tmp_path / "train" / "cat" / "notes.txt").write_text("no image")
     view = transforms.Compose(
         [
@@ -176,7 +174,7 @@ def test_a_folder_is_read_as_torchvision_reads_it(tmp_path, test_name, channels,
     )
     source = read_folder(tmp_path, 8, channels)
     assert source.classes == ("ant", "cat")
-    for split, folder in ((source.train, "train"), (source.test, test_name)):
+    for split, folder in ((source.train, "train"), (source.test, "test")):
         expected = datasets.ImageFolder(tmp_path / folder, view)
         assert split.images.shape == (len(expected), channels, 8, 8)
         assert torch.equal(split.images, torch.stack([image for image, _ in expected]))
@@ -233,17 +231,6 @@ def test_names_of_files_need_be_no_text_and_those_of_classes_do(tmp_path):
 
 
 # -- the rest ----------------------------------------------------------------------------------------------------------
-
-
-def test_a_folder_that_is_not_read_is_named(tmp_path, caplog):
-    for split in ("train", "test", "val"):
-        for name in "ab":
-            (tmp_path / split / name).mkdir(parents=True)
-            Image.new("L", (4, 4)).save(tmp_path / split / name / "0.png")
-    _, train, test = train_and_test(tmp_path)
-    assert {path.parent.parent.name for path, _ in train} == {"train"}
-    assert {path.parent.parent.name for path, _ in test} == {"test"}
-    assert f"{tmp_path / 'val'} is not read" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["folder", "shards"])

@@ -345,7 +345,7 @@ def test_shards_of_a_stranger_unpickle_nothing(sharded, tmp_path, monkeypatch):
 def test_even_an_index_that_changes_after_the_check_unpickles_nothing(sharded, tmp_path, monkeypatch):
     trace = tmp_path / "evil"
     monkeypatch.setenv("EVIL", str(trace))
-    opened = shards.ShardFiles(sharded, "train", 60)._open()
+    opened = shards.ShardFiles(sharded, "train", ["a"] * 60)._open()
     for name, serializer in opened.serializers.items():
         if name != "bytes":
             with pytest.raises(UserError, match="plain bytes"):
@@ -377,3 +377,56 @@ def test_the_command_that_writes_shards(root, tmp_path):
     assert torch.equal(load("shards", tmp_path / "out", 9).test.images, load("folder", root, 9).test.images)
     with pytest.raises(SystemExit):
         shards.main([str(root), str(tmp_path / "out")])
+
+
+def test_a_broken_image_is_refused_where_shards_are_written(root, tmp_path):
+    pytest.importorskip("litdata")
+    copy = tmp_path / "copy"
+    shutil.copytree(root, copy)
+    broken = copy / "train" / "b" / "07.jpg"
+    broken.write_bytes(broken.read_bytes()[:100])
+    with pytest.raises(UserError, match=r"train/b/07\.jpg cannot be read .*(?i:truncated)"):
+        shards.write(copy, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    Image.new("RGB", (12, 12), (9, 9, 9)).save(broken)
+    shards.write(copy, tmp_path / "out")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_record_that_is_no_image_is_named_by_its_file(sharded, tmp_path, workers):
+    copy = tmp_path / "copy"
+    shutil.copytree(sharded, copy)
+    chunk = copy / "test" / "chunk-0-0.bin"
+    content = chunk.read_bytes()
+    chunk.write_bytes(content[:1000] + bytes(len(content) - 1000))
+    found = data(copy, False, "shards", mean=[0.5] * 3, std=[0.5] * 3, workers=workers)
+    with pytest.raises(UserError, match=rf"The image test/[abc]/0\d\.(png|jpg) of {copy}/test cannot be read"):
+        list(found.batches("test"))
+
+
+@pytest.mark.parametrize(("keep", "state"), [(None, "is missing"), (100, r"has 100 bytes of [\d,]+")])
+def test_a_missing_and_a_halved_file_of_shards_are_one_line(sharded, tmp_path, keep, state):
+    copy = tmp_path / "copy"
+    shutil.copytree(sharded, copy)
+    chunk = sorted((copy / "train").glob("*.bin"))[1]
+    content = chunk.read_bytes()
+    chunk.unlink()
+    if keep:
+        chunk.write_bytes(content[:keep])
+    with pytest.raises(UserError, match=rf"{chunk.name} {state}: the shards are incomplete. Copy them again") as error:
+        load("shards", copy, 9)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_of_shards_that_vanishes_in_a_run_names_the_image(sharded, tmp_path, monkeypatch):
+    copy = tmp_path / "copy"
+    shutil.copytree(sharded, copy)
+    files = shards.ShardFiles(copy, "test", [f"test/{i}.png" for i in range(15)])
+
+    class Gone:
+        def __getitem__(self, index):
+            raise FileNotFoundError("chunk-0-0.bin\nwas not found")
+
+    files._opened = (os.getpid(), Gone())
+    with pytest.raises(UserError, match=r"The image test/3\.png of .* cannot be read \(chunk-0-0\.bin was not found\)"):
+        files[3]

@@ -128,9 +128,8 @@ class ImageData(LightningDataModule):
                 splits.only(test, self.only),
                 splits.names(names, self.only),
             )
-        self._source = Source(train, test, names)
-        labeled = torch.arange(len(train.targets))[train.targets >= 0]
-        self.val_ids, rest = splits.hold_out(labeled, train.targets, self.val_size)
+        self._source = Source(train, test, names, source.validation)
+        self.val_ids, rest = splits.validation(train.targets, source.validation, self.val_size)
         kept = splits.without(rest, train.targets, self.omit, len(names))
         self.train_ids = splits.subset(kept, train.targets, self.fraction, self.per_class, self.subset_seed)
         self.test_ids = torch.arange(len(test.targets))[test.targets >= 0]

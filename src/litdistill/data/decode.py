@@ -84,6 +84,15 @@ def decode(file: str | Path | IO[bytes], name: str | Path, channels: int, height
     return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
 
 
+def sides(file: str | Path) -> tuple[int, int] | None:
+    """Returns an image's sides in pixels, of its head alone; None where it cannot be read."""
+    try:
+        with Image.open(file, formats=formats()) as opened:
+            return opened.size
+    except Exception:  # as in `decode`, which reports them
+        return None
+
+
 def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):  # its message names a buffer, not the file
         return "it is no image of a format that is read here"

@@ -1,62 +1,75 @@
-"""Image folders with one subfolder per class: listing the files and reading their bytes."""
+"""Image folders with one subfolder per class: which files are trained on, validated and tested, and reading their bytes."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from litdistill.data.decode import sides
+from litdistill.data.duplicates import copies
+from litdistill.data.layout import Layout, find_splits, subfolders_with_images
+from litdistill.data.listing import ImageFile, class_folders, describe_kinds, describe_skipped, list_images
 from litdistill.data.streaming import Encoded
+from litdistill.utils.distributed import is_first_rank
 from litdistill.utils.errors import UserError
+from litdistill.utils.text import one_line
 
 log = logging.getLogger(__name__)
 
-Labeled = list[tuple[Path, int]]  # image files with their class index
+Labeled = list[tuple[ImageFile, int]]  # image files with their class index
+ByClass = dict[str, list[ImageFile]]
 TEST_SHARE = 0.2  # fraction of each class, for a folder without a test set
+FEW = 10  # classes that are named
+LOOKED_AT = 100  # images whose size is looked at
 
 
-def train_and_test(root: Path) -> tuple[tuple[str, ...], Labeled, Labeled]:
-    """Returns the class names and the files of both splits; `sources.read_folder` documents the layout. Raises `UserError`."""
+class Images(NamedTuple):
+    """The files of a data set. `val` is empty where the validation set is to be drawn from `train`."""
+
+    classes: tuple[str, ...]
+    train: Labeled
+    val: Labeled
+    test: Labeled
+
+
+def read_splits(root: Path) -> Images:
+    """Lists the images of a user's data set, and logs in three lines what is read, what is skipped, and how it is split.
+
+    `sources.read_folder` documents the layout. Where one class of the training set holds several files of the same bytes, the
+    first is kept; files of the same bytes in two classes are left out of both. Raises `UserError` for a folder that is no data
+    set, for splits of different classes, and for a test or validation set that lies in the training set as a whole.
+    """
     if not root.is_dir():
         raise UserError(f"There is no folder {root}. Set data.root to the folder that holds train/ or the classes.")
-    train = root / "train" if (root / "train").is_dir() else root
-    test = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
-    if test is not None and train == root:
-        raise UserError(
-            f"{root} has a folder {test.name} but none called train. Add it, or move the classes up to {root}."
-        )
-    unused = [
-        name for name in ("val", "valid", "validation") if (root / name).is_dir() and root / name not in (train, test)
-    ]
-    if train != root and unused:
-        log.warning(
-            "%s is not read: validation images are a part of %s (data.val_size), and test images lie in %s.",
-            *(root / unused[0], train, test or f"{root / 'test'}, or are a fifth of {train}"),
-        )
-    files = _by_class(train)
-    classes = tuple(files)
-    if test is not None:
-        test_files = _by_class(test)
-        if files.keys() != test_files.keys():
+    layout = find_splits(root)
+    skipped = layout.skipped
+    train = _without_copies(_by_class(layout.train, skipped), skipped)
+    val, test = (_by_class(path, skipped) if path else {} for path in (layout.val, layout.test))
+    for path, found in ((layout.val, val), (layout.test, test)):
+        if path and found.keys() != train.keys():
             raise UserError(
-                f"The classes in {train} and {test} differ: only in {train.name} {_only(files, test_files)}, "
-                f"only in {test.name} {_only(test_files, files)}. Make both hold the same class folders."
+                f"The classes in {layout.train} and {path} differ: only in {layout.train.name} {_only(train, found)}, "
+                f"only in {path.name} {_only(found, train)}. Make both hold the same class folders."
             )
-        return classes, _flat(files), _flat(test_files)
-    kept, held_out = {}, {}
-    for name, paths in files.items():
-        if len(paths) < 2:
-            raise UserError(f"{train / name} holds one image; with no test folder a class needs two or more. Add some.")
-        names = {path: os.fsencode(path.relative_to(train).as_posix()) for path in paths}
-        ranked = sorted(paths, key=lambda path: hashlib.sha256(names[path]).digest())
-        count = max(1, round(TEST_SHARE * len(paths)))
-        held_out[name], kept[name] = sorted(ranked[:count]), sorted(ranked[count:])
-    return classes, _flat(kept), _flat(held_out)
+    for name, members in train.items():
+        if not members:
+            raise UserError(
+                f"All images of {layout.train / name} lie in other classes too, byte by byte. Sort them out."
+            )
+    _refuse_leaks(layout, train, val, test)
+    lines = _introduction(root, layout, train, val, test)
+    if not layout.test:
+        train, test = _hold_out(layout.train, train)
+    lines += [f"Splits: {_describe_splits(layout, train, val, test)}."]
+    _say(lines, describe_skipped(skipped))
+    return Images(tuple(train), _flat(train), _flat(val), _flat(test))
 
 
 class FolderFiles:
@@ -72,7 +85,7 @@ class FolderFiles:
         try:
             return self.paths[index], Path(self.paths[index]).read_bytes()
         except OSError as error:
-            raise UserError(f"The image {self.paths[index]} cannot be read: {error}") from error
+            raise UserError(f"The image {one_line(self.paths[index])} cannot be read: {error.strerror}.") from error
 
 
 def read_split(paths: Sequence[Path], size: int, channels: int) -> Tensor:
@@ -83,33 +96,150 @@ def read_split(paths: Sequence[Path], size: int, channels: int) -> Tensor:
 def encoded(root: Path, files: Labeled, size: int, channels: int) -> Encoded:
     """Returns the images of one split, encoded. Their hash covers names, sizes in bytes and modification times."""
     digest = hashlib.sha256(f"{size} {channels}".encode())
-    for path, _ in files:
-        stat = path.stat()
-        digest.update(os.fsencode(f"{path.relative_to(root).as_posix()} {stat.st_size} {stat.st_mtime_ns}\n"))
-    return Encoded(FolderFiles([path for path, _ in files]), size, channels, digest.hexdigest())
+    for file, _ in files:
+        digest.update(os.fsencode(f"{file.path.relative_to(root).as_posix()} {file.size} {file.time_ns}\n"))
+    return Encoded(FolderFiles([file.path for file, _ in files]), size, channels, digest.hexdigest())
 
 
-def _by_class(folder: Path) -> dict[str, list[Path]]:
-    names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    if len(names) < 2:
-        raise UserError(f"{folder} has {len(names)} class folders; it needs two or more, each named after its class.")
-    files = {}
-    for name in names:
-        if name != os.fsencode(name).decode(errors="replace"):  # class names are printed, file names are not
-            raise UserError(f"The name of the class folder {name!r} in {folder} is not UTF-8. Rename it.")
-        files[name] = sorted(
-            path
-            for path in (folder / name).rglob("*")
-            if path.suffix.lower() in IMG_EXTENSIONS and path.is_file() and not path.name.startswith(".")
+def _by_class(folder: Path, skipped: Counter[str]) -> ByClass:
+    """Returns the images of each class folder, and counts in `skipped` what is left out."""
+    folders, beside = class_folders(folder)
+    skipped.update(beside)
+    if len(folders) < 2:
+        inner = [path for path in folders if len(subfolders_with_images(path)) > 1]
+        remedy = f" Or is {inner[0]} the data set? Then set data.root to it." if inner else ""
+        raise UserError(
+            f"{folder} has {len(folders)} class folders; it needs two or more, each named after its class.{remedy}"
         )
-        if not files[name]:
-            raise UserError(f"{folder / name} holds no image ({', '.join(IMG_EXTENSIONS)}). Add some, or remove it.")
+    files: ByClass = {}
+    for path in folders:
+        if path.name != os.fsencode(path.name).decode(errors="replace"):  # class names are written as text
+            raise UserError(f"The name of the class folder {path.name!r} in {folder} is not UTF-8. Rename it.")
+        found = list_images(path)
+        if not found.files:
+            what = describe_skipped(found.skipped)
+            raise UserError(
+                f"{one_line(path)} holds no image{f' ({what})' if what else ''}. Add some, or remove the folder."
+            )
+        files[path.name] = found.files
+        skipped.update(found.skipped)
     return files
 
 
-def _flat(files: dict[str, list[Path]]) -> Labeled:
-    return [(path, label) for label, paths in enumerate(files.values()) for path in paths]
+def _without_copies(files: ByClass, skipped: Counter[str]) -> ByClass:
+    """Leaves out copies: all but the first of each class, and all of them where they lie in several classes."""
+    class_of = {file: name for name, members in files.items() for file in members}
+    left_out = set()
+    for group in copies(class_of):
+        if len({class_of[file] for file in group}) > 1:
+            skipped["that lie in two classes with the same bytes"] += len(group)
+            left_out.update(group)
+        else:
+            skipped["copies of other images"] += len(group) - 1
+            left_out.update(group[1:])
+    return {name: [file for file in members if file not in left_out] for name, members in files.items()}
 
 
-def _only(one: dict[str, list[Path]], other: dict[str, list[Path]]) -> str:
-    return ", ".join(sorted(one.keys() - other.keys())) or "none"
+def _hold_out(folder: Path, files: ByClass) -> tuple[ByClass, ByClass]:
+    """Splits each class into training and test images by the hash of their names."""
+    kept, held_out = {}, {}
+    for name, members in files.items():
+        if len(members) < 2:
+            raise UserError(
+                f"{folder / name} holds one image; with no test folder a class needs two or more. Add some."
+            )
+        names = {file: os.fsencode(file.path.relative_to(folder).as_posix()) for file in members}
+        ranked = sorted(members, key=lambda file: hashlib.sha256(names[file]).digest())
+        count = max(1, round(TEST_SHARE * len(members)))
+        held_out[name], kept[name] = sorted(ranked[:count]), sorted(ranked[count:])
+    return kept, held_out
+
+
+def _refuse_leaks(layout: Layout, train: ByClass, val: ByClass, test: ByClass) -> None:
+    """Warns of files of the same bytes in two splits. Raises `UserError` where a whole split lies in the training set."""
+    folders = {"train": layout.train, "val": layout.val, "test": layout.test}
+    splits = {"train": train, "val": val, "test": test}
+    given = [name for name, path in folders.items() if path]
+    if len(given) < 2:  # all is drawn from files without copies
+        return
+    split_of = {file: name for name in splits for members in splits[name].values() for file in members}
+    groups = copies(split_of)
+    for one, other in (("train", "test"), ("train", "val"), ("val", "test")):
+        shared = []  # a file of each of the two splits
+        inside = 0
+        for group in groups:
+            first, second = ([file for file in group if split_of[file] == name] for name in (one, other))
+            if first and second:
+                shared.append(f"{one_line(second[0].path)} is {one_line(first[0].path)}")
+                inside += len(second)
+        count = sum(map(len, splits[other].values()))
+        if one == "train" and inside == count > 0:
+            raise UserError(
+                f"All {count} images of {folders[other]} lie in {folders[one]} too, byte by byte: what is measured on them "
+                "would be no more than memory. Give other images, or remove that folder, for a part of the training images to "
+                "be held out."
+            )
+        if shared:
+            log.warning(
+                "%d of %d %s images are %s images too, byte by byte: %s. What is measured on them is too good to be true; "
+                "remove them from one of the two.",
+                *(inside, count, WORDS[other], WORDS[one], ", ".join(shared[:2])),
+            )
+
+
+WORDS = {"train": "training", "val": "validation", "test": "test"}
+
+
+# -- what is said ------------------------------------------------------------------------------------------------------
+
+_SAID: set[str] = set()  # a run reads its data again for its teacher, which nobody needs to hear of twice
+
+
+def _say(lines: list[str], skipped: str) -> None:
+    told = "\n".join([*lines, skipped])
+    if told in _SAID or not is_first_rank():
+        return
+    _SAID.add(told)
+    log.info("%s", lines[0])
+    if skipped:
+        log.warning("%s.", skipped)
+    for line in lines[1:]:
+        log.info("%s", line)
+
+
+def _introduction(root: Path, layout: Layout, *splits: ByClass) -> list[str]:
+    files = [file for split in splits for members in split.values() for file in members]
+    looked_at = files[:: -(-len(files) // LOOKED_AT)]
+    found = [side for file in looked_at for side in sides(file.path) or ()]
+    size = f"sides of {min(found)} to {max(found)} pixels" if found else "sizes unknown"
+    if found and len(looked_at) < len(files):
+        size += f" ({len(looked_at)} looked at)"
+    counts = Counter({name: sum(len(split.get(name, ())) for split in splits) for name in splits[0]})
+    named = ", ".join(f"{one_line(name)} {count:,}" for name, count in list(counts.items())[:FEW])
+    more = f" and {len(counts) - FEW} more, of {min(counts.values()):,} to {max(counts.values()):,}"
+    return [
+        f"Read {one_line(root)}: {len(files):,} images ({describe_kinds(files)}; {size}), {len(counts)} classes: "
+        f"{named}{more if len(counts) > FEW else ''}."
+    ]
+
+
+def _describe_splits(layout: Layout, train: ByClass, val: ByClass, test: ByClass) -> str:
+    def part(files: ByClass, folder: Path) -> str:
+        return f"{sum(map(len, files.values())):,} of {one_line(folder.name or folder)}"
+
+    texts = [f"{part(train, layout.train)} to train {'on' if layout.val else 'on and validate (data.val_size)'}"]
+    if layout.val:
+        texts.append(f"{part(val, layout.val)} to validate (data.val_size is not used)")
+    if layout.test:
+        texts.append(f"{part(test, layout.test)} to test")
+    else:
+        texts.append(f"{part(test, layout.train)} to test ({TEST_SHARE:.0%} of each class: there is no test folder)")
+    return ", ".join(texts)
+
+
+def _flat(files: ByClass) -> Labeled:
+    return [(file, label) for label, members in enumerate(files.values()) for file in members]
+
+
+def _only(one: Iterable[str], other: Iterable[str]) -> str:
+    return ", ".join(one_line(name) for name in sorted(set(one) - set(other))) or "none"

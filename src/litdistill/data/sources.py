@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from torchvision.datasets import FashionMNIST
 
 from litdistill.data import shards
 from litdistill.data.fetch import DATASETS, obtain
-from litdistill.data.folder import Labeled, encoded, train_and_test
+from litdistill.data.folder import Labeled, encoded, read_splits
 from litdistill.data.streaming import Encoded
 from litdistill.utils.errors import UserError
 
@@ -54,6 +55,7 @@ class Source(NamedTuple):
     train: Split
     test: Split
     classes: tuple[str, ...]  # class names, in order of index
+    validation: int = 0  # how many of the last training images the user set aside to validate on; 0: none
 
 
 def load(
@@ -105,32 +107,34 @@ def fingerprint(split: Split) -> str:
 
 
 def read_folder(root: str | Path, image_size: int, channels: int = 3, memory: float = math.inf) -> Source:
-    """Reads a user's images: `root/train/<class>/…` and `root/test/<class>/…` (or `val` where there is no `test`).
+    """Reads a user's images: `root/train/<class>/…`, `root/test/<class>/…` and, where there is one, `root/val/<class>/…`.
 
-    With only `root/<class>/…` or `root/train/<class>/…`, 20 % of each class are the test set: those whose relative names
-    have the lowest SHA-256, so that a file added later moves at most one other. The shorter side is resized to `image_size`
-    pixels and the image center-cropped; `channels`: 3 for RGB, 1 for gray. Files are sorted by name.
-    Raises `UserError` for a missing folder, classes that differ between the two, or an image that cannot be read.
+    Splits are known in any case and as "training_set", "valid" and the like (`layout.find_splits`). Without a test folder, 20 %
+    of each class of `train`, or of `root/<class>/…`, are the test set: those whose relative names have the lowest SHA-256, so
+    that a file added later moves at most one other. The images of `val` are the last of the training split. The shorter side is
+    resized to `image_size` pixels and the image center-cropped; `channels`: 3 for RGB, 1 for gray. Files are sorted by name.
+    Raises `UserError` for a missing folder, classes that differ between splits, or an image that cannot be read.
     """
     _check_shape(image_size, channels)
     root = Path(root)
-    classes, train, test = train_and_test(root)
+    images = read_splits(root)
 
     def split(files: Labeled) -> Split:
         return Split(encoded(root, files, image_size, channels), torch.tensor([label for _, label in files]))
 
-    return _in_memory(Source(split(train), split(test), classes), memory)
+    source = Source(split(images.train + images.val), split(images.test), images.classes, len(images.val))
+    return _in_memory(source, memory)
 
 
 def read_shards(root: str | Path, image_size: int, channels: int = 3, memory: float = math.inf) -> Source:
     """Reads shards that `litdistill.data.shards` wrote; arguments as of `read_folder`."""
     _check_shape(image_size, channels)
-    classes, labels = shards.read_labels(root)
-    splits = [
-        Split(shards.encoded(root, name, len(labels[name]), image_size, channels), torch.tensor(labels[name]))
+    facts = shards.read_facts(root)
+    train, test = (
+        Split(shards.encoded(root, name, facts.names[name], image_size, channels), torch.tensor(facts.labels[name]))
         for name in ("train", "test")
-    ]
-    return _in_memory(Source(splits[0], splits[1], classes), memory)
+    )
+    return _in_memory(Source(train, test, facts.classes, facts.validation), memory)
 
 
 def _check_shape(image_size: int, channels: int) -> None:
@@ -142,14 +146,21 @@ def _in_memory(source: Source, memory: float) -> Source:
     """Decodes the source's images if they take at most `memory` bytes, else returns it unchanged."""
     if sum(split.images.shape.numel() for split in source[:2]) > memory:
         return source
-    train, test = (
-        Split(
-            s.images.decode(range(len(s.images)), progress=True) if isinstance(s.images, Encoded) else s.images,
-            s.targets,
-        )
-        for s in source[:2]
-    )
-    return Source(train, test, source.classes)
+    train, test = (Split(_decoded(split.images), split.targets) for split in source[:2])
+    return source._replace(train=train, test=test)
+
+
+# Decoded images in use, by their hash: a teacher that is trained for a run sees the images of its student.
+_DECODED: WeakValueDictionary[str, Tensor] = WeakValueDictionary()
+
+
+def _decoded(images: Tensor | Encoded) -> Tensor:
+    if isinstance(images, Tensor):
+        return images
+    found = _DECODED.get(images.sha256)
+    if found is None:
+        found = _DECODED[images.sha256] = images.decode(range(len(images)), progress=True)
+    return found
 
 
 def _digits() -> Source:

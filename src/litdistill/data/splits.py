@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Sequence
 
@@ -11,6 +12,8 @@ from torch import Tensor
 from litdistill.data import augment as aug
 from litdistill.data.sources import Split
 from litdistill.utils.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 def budget(resident: bool | str, memory_gb: float) -> float:
@@ -66,16 +69,46 @@ def _shuffled_classes(ids: Tensor, targets: Tensor, seed: int) -> list[Tensor]:
     return [ids[targets[ids] == c] for c in targets[ids].unique()]
 
 
+def validation(targets: Tensor, given: int, val_size: float) -> tuple[Tensor, Tensor]:
+    """Splits the ids of the training files with a target of 0 or above into (validation, rest); sorted.
+
+    The last `given` files are the validation set, or, where `given` is 0, as many as `val_size` says (`hold_out`).
+    """
+    labeled = torch.arange(len(targets))[targets >= 0]
+    if not given:
+        return hold_out(labeled, targets, val_size)
+    is_held = labeled >= len(targets) - given
+    return labeled[is_held], labeled[~is_held]
+
+
 def hold_out(ids: Tensor, targets: Tensor, val_size: float) -> tuple[Tensor, Tensor]:
-    """Splits ids into (held out, rest), stratified, sorted, and independent of the run's seed. Raises `UserError` if empty."""
+    """Splits ids into (held out, rest), stratified, sorted, and independent of the run's seed. Raises `UserError` if empty.
+
+    Of each class with two images or more at least one is held out, however small `val_size` is, which is logged.
+    """
     share = val_size if val_size < 1 else val_size / len(ids)
     classes = _shuffled_classes(ids, targets, seed=-1)
-    counts = [round(len(c) * share) for c in classes]
+    asked = [round(len(c) * share) for c in classes]
+    counts = [max(n, 1) if len(c) > 1 else 0 for c, n in zip(classes, asked, strict=True)]
     held, rest = (torch.cat(parts).sort().values for parts in _cut(classes, counts))
-    if len(rest) == 0 or len(held) == 0 or min(len(c) - n for c, n in zip(classes, counts, strict=True)) == 0:
+    splittable = [len(c) for c in classes if len(c) > 1]
+    if not splittable:
+        raise UserError(
+            f"Each of the {len(classes)} classes has one training image, so that none can be kept to validate on."
+        )
+    if any(n >= len(c) for c, n in zip(classes, counts, strict=True)):
+        most = math.floor(100 * (min(splittable) - 1) / min(splittable)) / 100
         raise UserError(
             f"data.val_size={val_size} of {len(ids)} training images leaves {len(rest)} to train on and {len(held)} to "
-            "validate on, and each class needs at least one on either side. Choose another size, such as 0.1."
+            f"validate on, and each class needs at least one on either side. Set it to {most} at most, or to "
+            f"{len(splittable)}, one image of each class."
+        )
+    if counts != asked:
+        log.info(
+            "data.val_size=%s is less than one image for %d of %d classes: %d of %d training images validate, at least one of "
+            "each class%s.",
+            *(val_size, sum(n != a for n, a in zip(counts, asked, strict=True)), len(classes), len(held), len(ids)),
+            "" if len(splittable) == len(classes) else " that has two",
         )
     return held, rest
 

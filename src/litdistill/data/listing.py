@@ -1,0 +1,146 @@
+"""Which files of a folder are images that are read, and what is left out and why."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from litdistill.data.decode import extensions
+from litdistill.utils.errors import UserError
+from litdistill.utils.text import one_line
+
+# What systems and tools put beside pictures, by name in lower case: thumbnails, copies, deleted files.
+SERVICE_FOLDERS = {
+    *("@eadir", "__macosx", ".ipynb_checkpoints", "lost+found", "$recycle.bin", "system volume information"),
+    *("#recycle", "@recycle", "#snapshot", "__pycache__"),
+}
+SERVICE_FILES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "folder.htt"}  # nobody needs to hear of these
+REMEDY = dict.fromkeys((".heic", ".heif", ".hif"), " (pip install pillow-heif)")  # of files that a package would read
+
+
+class ImageFile(NamedTuple):
+    """An image file as it was when its folder was listed."""
+
+    path: Path
+    size: int  # bytes
+    time_ns: int  # of its last modification
+
+
+class Listing(NamedTuple):
+    """The images of a folder and of those below it, sorted by path; and what is left out: how many files by reason."""
+
+    files: list[ImageFile]
+    skipped: Counter[str]
+
+
+def list_images(folder: Path) -> Listing:
+    """Lists the images in and below a folder, through links to files and folders, each file once.
+
+    Left out are other kinds of files, hidden files and folders (a name with a leading dot), service folders, broken links and
+    whatever is no regular file. Raises `UserError` if the folder itself cannot be opened.
+    """
+    files: list[ImageFile] = []
+    skipped: Counter[str] = Counter()
+    seen: set[tuple[int, int]] = set()  # device and number of all that was met, so that links run in no circle
+    links: list[tuple[Path, str]] = []
+    waiting = [(folder, "")]  # folders, and why their images are left out
+    while waiting or links:
+        # Links come last: a file that lies here and is linked to as well is listed where it lies.
+        path, reason = waiting.pop() if waiting else links.pop(0)
+        linked = path.is_symlink() and path != folder
+        try:
+            found = path.stat()
+        except OSError:  # it leads nowhere, or in a circle
+            skipped["broken links"] += not reason
+            continue
+        if found.st_ino and (found.st_dev, found.st_ino) in seen:  # some file systems number all files 0
+            skipped["links to what is read already"] += not reason and (linked or path.suffix.lower() in extensions())
+            continue
+        seen.add((found.st_dev, found.st_ino))
+        if not stat.S_ISDIR(found.st_mode):
+            _sort_in(path, found, reason, files, skipped)
+            continue
+        try:
+            entries = sorted(os.scandir(path), key=lambda entry: entry.name)
+        except OSError as error:
+            if path == folder:
+                raise UserError(f"The folder {one_line(path)} cannot be opened: {error.strerror}.") from error
+            skipped["folders that cannot be opened"] += 1
+            continue
+        for entry in reversed(entries):
+            linked = entry.is_symlink()
+            is_folder = (
+                Path(entry.path).is_dir() if linked else entry.is_dir()
+            )  # the latter raises for a link in a circle
+            why = reason or (_hidden(entry.name) if is_folder else "")
+            (links if linked else waiting).append((Path(entry.path), why))
+    return Listing(sorted(files), skipped)
+
+
+def _hidden(name: str) -> str:
+    """Returns why the images in a folder of this name are left out; "" where they are read."""
+    return f"in {one_line(name)}" if name.startswith(".") or name.lower() in SERVICE_FOLDERS else ""
+
+
+def class_folders(folder: Path) -> tuple[list[Path], Counter[str]]:
+    """Returns the folders directly in `folder` that may be classes or splits, sorted, and what else lies there, by reason."""
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+        raise UserError(f"The folder {one_line(folder)} cannot be opened: {error.strerror}.") from error
+    skipped: Counter[str] = Counter()
+    kept = []
+    for entry in entries:
+        path = Path(entry.path)
+        if entry.is_dir():
+            if not (why := _hidden(entry.name)):
+                kept.append(path)
+            elif entry.name.lower() in SERVICE_FOLDERS:
+                skipped[why] += len(list_images(path).files)
+        elif entry.is_symlink() and not path.exists():
+            skipped["broken links"] += 1
+        elif path.suffix.lower() in extensions() and not entry.name.startswith("."):
+            skipped["images beside the class folders"] += 1
+    return kept, skipped
+
+
+def _sort_in(path: Path, found: os.stat_result, reason: str, files: list[ImageFile], skipped: Counter[str]) -> None:
+    """Adds a file to `files`, or counts it in `skipped`."""
+    extension = path.suffix.lower()
+    is_image = extension in extensions()
+    if path.name.startswith("."):
+        reason = reason or "hidden"
+        if not is_image:  # .DS_Store and its like
+            return
+    if reason:
+        skipped[reason] += is_image  # of a hidden folder, the images count alone
+    elif path.name.lower() in SERVICE_FILES:
+        return
+    elif not stat.S_ISREG(found.st_mode):
+        skipped["neither files nor folders"] += 1
+    elif is_image:
+        files.append(ImageFile(path, found.st_size, found.st_mtime_ns))
+    else:
+        skipped[one_line(extension) or "without an extension"] += 1
+
+
+def describe_skipped(skipped: Counter[str], most: int = 8) -> str:
+    """Returns "80 files are skipped: 80 .txt", reasons in descending order of their counts; "" where nothing is."""
+    counted = [(reason, count) for reason, count in skipped.most_common() if count > 0]
+    if not counted:
+        return ""
+    total = sum(count for _, count in counted)
+    parts = [f"{count:,} {reason}{REMEDY.get(reason, '')}" for reason, count in counted[:most]]
+    if len(counted) > most:
+        parts.append(f"{sum(count for _, count in counted[most:]):,} of {len(counted) - most} other kinds")
+    return f"{total:,} {'file is' if total == 1 else 'files are'} skipped: {', '.join(parts)}"
+
+
+def describe_kinds(files: Iterable[ImageFile]) -> str:
+    """Returns "200 .jpg, 30 .png"."""
+    kinds = Counter(file.path.suffix.lower() for file in files)
+    return ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
