@@ -1,4 +1,4 @@
-"""docs/article.md: each of the article's words is a command that composes to what the row says, with the figure of its file."""
+"""docs/in_words.md: what an introduction to distillation speaks of is a command that composes to what the row says, with the figure of its file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from litdistill.config.recipes import teacher_config
 from litdistill.utils.paths import CONF
 from tests.conftest import compose_config
 
-PAGE = (CONF.parent / "docs" / "article.md").read_text()
+PAGE = (CONF.parent / "docs" / "in_words.md").read_text()
 ROWS = {
     row[0]: row[1:] for row in re.findall(r"^\| ([^|]+) \| `(litdistill [^`]+)` \| ([^|]+) \|$", PAGE, re.MULTILINE)
 }
