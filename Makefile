@@ -1,4 +1,5 @@
-# make distill   a teacher, a student and the table that compares them, on bundled digits; sets itself up in .venv first
+# make distill   a teacher, a student and the table that compares them, on bundled digits; sets itself up in .venv first;
+#                PICTURE=docs/digits.png draws the table's picture too
 # make compare   what distillation competes with, on one page; make compare DATA=mnist
 # make test      style, types, the order of the rooms, and the tests that need nothing but this process
 # make docs      the documentation site, in runs/site
@@ -16,7 +17,8 @@ distill: $(SETUP)
 	@stamp=$$(date +%Y-%m-%d_%H-%M-%S)_$$$$; export RUN_STAMP=$$stamp; \
 	$(BIN)/python scripts/train.py --multirun seed=0,1,2 \
 		experiment=digits/few_labels,digits/same_images,digits/distilled && \
-	$(BIN)/python scripts/report.py runs=runs/digits/$$stamp out=runs/digits/$$stamp/table.md && \
+	$(BIN)/python scripts/report.py runs=runs/digits/$$stamp out=runs/digits/$$stamp/table.md \
+		$(if $(PICTURE),picture=$(PICTURE)) && \
 	echo "Curves and pictures: $(BIN)/tensorboard --logdir runs"
 
 # Every technique on the same data, budget and seeds, and one page of them all: runs/compare/$(DATA)/report/index.html.

@@ -16,7 +16,8 @@ import pytest
 from litdistill import cli
 from litdistill.cli.hydra_main import run_task
 from litdistill.cli.resume import resumed
-from litdistill.report.tables import markdown, rows, summaries
+from litdistill.report.tables import rows, summaries
+from litdistill.report.writers import markdown
 from litdistill.utils.errors import UserError
 from litdistill.utils.units import spread
 

@@ -6,10 +6,14 @@ import json
 import math
 
 import pytest
+from PIL import Image
 from rich.console import Console
 
 from litdistill.evaluation.summary import settings
 from litdistill.report import tables as report
+from litdistill.report.picture import draw, picture
+from litdistill.report.writers import fitting, markdown, table
+from litdistill.tasks.figures import STUDENT_COLOR
 from litdistill.utils.checkpoint import write_text
 from litdistill.utils.units import spread
 
@@ -132,21 +136,37 @@ def test_summaries_without_settings_are_grouped_by_their_options():
     assert methods([*old[:2], run(2)]) == [("kd (settings not noted)", "2"), ("kd", "1")]
 
 
-def test_a_picture_has_a_row_for_each_kind(tmp_path, monkeypatch):
-    from litdistill.tasks import figures as pictures
-
-    made = []
-    figure = pictures.new_figure
-    monkeypatch.setattr(pictures, "new_figure", lambda *size: made.append(figure(*size)) or made[0])
+def test_a_picture_shows_a_row_for_each_kind_in_the_words_of_the_table(tmp_path):
     found = [
         run(0),
         run(1),
         run(0, **{"optimizer.lr": 0.2}),
         run(0) | {"experiment": "f", "student": run(7)["student"]},
     ]
-    report.picture(found, tmp_path / "p.png")
-    names = [label.get_text() for label in made[0].axes[0].get_yticklabels()]
-    assert names == ["kd, 1,000 images (lr 0.1)", "kd, 1,000 images (lr 0.2)", "kd, 1,000 images"]
+    drawn = [text.get_text() for text in draw([found]).axes[0].texts]
+    assert drawn[0::2] == ["teacher big", "kd, 1,000 images (lr 0.1)", "kd, 1,000 images (lr 0.2)", "kd, 1,000 images"]
+    assert drawn[1::2] == [row["test accuracy %"] for row in report.rows(found)]
+    picture(found, tmp_path / "p.png")
+    with Image.open(tmp_path / "p.png") as image:
+        (shown,) = json.loads(image.text["Description"]).values()
+    assert list(shown.items()) == list(zip(drawn[0::2], drawn[1::2], strict=True))
+
+
+def test_the_words_of_a_picture_lie_on_nothing_and_what_was_distilled_stands_out():
+    long = run(3, **{"optimizer.lr": 0.2}) | {"method": "supervised"}
+    figure = draw([[run(0), run(1), run(2), long]])
+    figure.draw_without_rendering()
+    axes = figure.axes[0]
+    boxes = [text.get_window_extent() for text in axes.texts]
+    for i, one in enumerate(boxes):
+        assert not any(one.overlaps(other) for other in boxes[i + 1 :])
+    marks = [m for m in axes.lines if len(m.get_xdata()) and m.get_linestyle() == "None"]
+    for points in (axes.transData.transform(m.get_xydata()) for m in marks):
+        assert not any(box.contains(x, y) for box in boxes for x, y in points)
+    styles = {text.get_text(): (text.get_color(), text.get_weight()) for text in axes.texts}
+    assert styles["kd, 1,000 images"] == (STUDENT_COLOR, "bold")
+    assert styles["supervised, 1,000 images"][1] == "normal"
+    assert len({m.get_color() for m in marks}) == 3  # the teacher's, what was distilled, and what was not
 
 
 # -- names and figures -------------------------------------------------------------------------------------------------
@@ -158,17 +178,17 @@ def test_a_name_is_no_markup_and_splits_no_column():
         one["student"] = one["student"] | {"sha256": str(i)}
     rows = report.rows(found)
     shown = io.StringIO()
-    Console(file=shown, width=250).print(report.table(rows))
+    Console(file=shown, width=250).print(table(rows))
     assert all(name in shown.getvalue() for name in ("x[b]", "a[/b]", "one|two"))
-    assert "| one\\|two |" in report.markdown(rows)
+    assert "| one\\|two |" in markdown(rows)
 
 
 @pytest.mark.parametrize(("width", "hidden"), [(250, False), (90, True)])
 def test_a_narrow_terminal_breaks_no_cell_and_shows_the_test_metric(width, hidden):
     rows, shown = report.rows([run()]), io.StringIO()
     console = Console(file=shown, width=width)
-    kept = report.fitting(rows, console)
-    console.print(report.table(kept))
+    kept = fitting(rows, console)
+    console.print(table(kept))
     assert ("time" not in kept[0]) == hidden
     assert {"experiment", "model", "method", "test accuracy %"} <= set(kept[0])
     assert "…" not in shown.getvalue()

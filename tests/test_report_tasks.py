@@ -16,9 +16,9 @@ from litdistill.report import plots, sections
 from litdistill.report import tables as report
 from litdistill.report.build import build
 from litdistill.report.collect import Settings
+from litdistill.report.picture import draw
 from litdistill.training.train import train
 from litdistill.utils.checkpoint import write_text
-from litdistill.utils.errors import UserError
 from litdistill.utils.units import quantity, shown, shown_mean
 from tests.conftest import compose_config
 from tests.pages import group
@@ -80,7 +80,7 @@ def made(teachers, tmp_path_factory):
 
 def test_each_metric_has_a_table_with_its_own_columns(made):
     folder, regression, labels = made
-    first, second = sorted(report.by_metric(report.summaries([folder])), key=lambda runs: len(runs))
+    first, second = sorted(report.by_data(report.summaries([folder])), key=lambda runs: len(runs))
     (teacher, row) = report.rows(second)
     tests = [run["student"]["test"] for run in regression]
     rmse = [test["rmse"]["best"] for test in tests]
@@ -96,12 +96,12 @@ def test_each_metric_has_a_table_with_its_own_columns(made):
     assert "ECE" not in row
 
 
-def test_a_picture_is_of_one_metric(made, tmp_path):
+def test_a_picture_has_a_panel_for_each_data_set(made):
     _, regression, labels = made
-    report.picture(regression, tmp_path / "r.png")
-    assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(UserError, match="RMSE, mAP"):
-        report.picture([*regression, labels], tmp_path / "both.png")
+    panels = draw([regression, [labels]]).axes
+    assert [axes.get_title("left") for axes in panels] == ["diabetes", "multilabel"]
+    assert "test RMSE, less is better" in panels[0].get_xlabel()
+    assert "test mAP (%)" in panels[1].get_xlabel()
 
 
 def test_a_page_holds_what_its_data_have(made, tmp_path):

@@ -23,7 +23,8 @@ from litdistill.evaluation.evaluate import evaluate, rebuild
 from litdistill.export.export import check_table, export
 from litdistill.export.load import load_student
 from litdistill.report.history import command
-from litdistill.report.tables import markdown, rows, runs
+from litdistill.report.tables import rows, runs
+from litdistill.report.writers import markdown
 from litdistill.training.grouping import GroupedData, layout_of
 from litdistill.training.train import last_state, train
 from litdistill.utils.checkpoint import STUDENT, read_metadata, write_text

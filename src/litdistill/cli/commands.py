@@ -41,7 +41,7 @@ def evaluate(cfg: DictConfig) -> None:
     from rich import print as show
 
     from litdistill.evaluation.evaluate import differences, evaluate, load_run
-    from litdistill.report.tables import evaluation_table
+    from litdistill.report.writers import evaluation_table
 
     results = evaluate(cfg.run, OmegaConf.create({"data": cfg.data}), cfg.device, cfg.trust)
     show(evaluation_table(results))
@@ -71,21 +71,25 @@ def export(cfg: DictConfig) -> None:
 
 
 def report(cfg: DictConfig) -> None:
-    """Compares finished runs: as a table in the terminal or in Markdown, or as a page."""
-    from litdistill.report import tables
+    """Compares finished runs: as tables in the terminal or in a file, as a page, or as a picture."""
+    from litdistill.report import tables, writers
+    from litdistill.report.picture import picture
+    from litdistill.report.pivot import pivot
     from litdistill.utils.checkpoint import write_text
 
+    ending = writers.ending(cfg.out)
     folders = list(cfg.runs) if isinstance(cfg.runs, ListConfig) else [cfg.runs]
     summaries = tables.summaries(folders)
-    by_metric = [tables.rows(runs) for runs in tables.by_metric(summaries)]
+    laid_out = pivot if cfg.pivot else tables.records
+    made = [(tables.data_title(runs), laid_out(runs)) for runs in tables.by_data(summaries)]
     console = _console(170)
-    for rows in by_metric:
-        shown = tables.fitting(rows, console)
-        console.print(tables.table(shown))
+    for title, rows in made:
+        shown = writers.fitting(rows, console)
+        console.print(writers.table(shown, title))
         if hidden := [name for name in rows[0] if name not in shown[0]]:
             print(f"A wider terminal, or out=table.md, also shows: {', '.join(hidden)}.")
-    if cfg.out is not None and cfg.out.endswith(".md"):
-        write_text(cfg.out, "\n".join(map(tables.markdown, by_metric)))
+    if ending in writers.FORMATS:
+        write_text(cfg.out, writers.FORMATS[ending](made))
         print(f"Written to {cfg.out}")
     elif cfg.out is not None:
         from litdistill.config.trust import packages
@@ -96,9 +100,9 @@ def report(cfg: DictConfig) -> None:
             cfg.threads, cfg.rounds, cfg.robustness, tuple(cfg.epsilons), cfg.device, packages(cfg.trust)
         )
         build(folders, cfg.out, cfg.title, settings)
-        print(f"Written to {cfg.out.rstrip('/')}/index.html and report.md")
+        print(f"Written to {cfg.out}" if ending else f"Written to {cfg.out.rstrip('/')}/index.html and report.md")
     if cfg.picture is not None:
-        tables.picture(summaries, cfg.picture)
+        picture(summaries, cfg.picture)
         print(f"Drawn to {cfg.picture}")
 
 

@@ -1,4 +1,4 @@
-"""Tables of run folders, from `summary.json` alone."""
+"""The rows of tables over run folders, from `summary.json` alone; `writers.py` writes them."""
 
 from __future__ import annotations
 
@@ -8,13 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
 from litdistill.utils.errors import UserError
 from litdistill.utils.text import printable_values
-from litdistill.utils.units import SHARES, axis, decimals, factor, heading, named, shown_mean
+from litdistill.utils.units import SHARES, Number, heading, measured, quantity
 
 LABELS = ("experiment", "model", "method")  # left-aligned columns
 NETWORK = (
@@ -27,6 +23,9 @@ NETWORK = (
     "test",
 )  # keys of a student; all others measure its agreement with the teacher
 HIDDEN = ("brier", "kl")  # measured, but not shown for lack of space
+FACTS = ("name", "classes", "input_shape", "test")  # of a summary's `data`: runs that share them share a table
+
+Cell = str | Number
 
 
 def runs(places: Iterable[str | Path]) -> list[tuple[Path, dict[str, Any]]]:
@@ -74,24 +73,57 @@ def kinds(found: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     return [list(by_weights.values()) for by_weights in by_kind.values()]
 
 
-def by_metric(found: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Groups summaries by their monitored metric: one table each."""
+def by_data(found: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Groups summaries by what was tested: data set, classes, shape, test samples and monitored metric; one table each."""
     apart: dict[str, list[dict[str, Any]]] = {}
     for run in found:
-        apart.setdefault(run["metric"]["name"], []).append(run)
+        apart.setdefault(json.dumps(facts(run)), []).append(run)
     return list(apart.values())
 
 
-def rows(found: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+def facts(run: dict[str, Any]) -> dict[str, Any]:
+    """Returns what runs of one table have in common: `FACTS` of their data, and "metric"."""
+    return {k: run["data"].get(k) for k in FACTS} | {"metric": run["metric"]}
+
+
+def data_title(found: Sequence[dict[str, Any]]) -> str:
+    """Returns the title of a table of summaries: its data set and how large that is."""
+    data, of = found[0]["data"], things(found[0]["data"])
+    counts = sorted({run["data"]["train"] for run in found if run["data"].get("train") is not None})
+    size = []
+    if counts:
+        span = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
+        size.append(f"trained on {span} {of}")
+    if data.get("test") is not None:
+        size.append(f"tested on {data['test']:,}" + ("" if counts else f" {of}"))
+    if data.get("classes") is not None:
+        noun = {"MultiLabel": "label", "Regression": "value"}.get(str(found[0].get("task")), "class")
+        size.append(quantity(data["classes"], noun) + (" to predict" if noun == "value" else ""))
+    if shape := data.get("input_shape"):
+        image = len(shape) == 3
+        channels = {1: " in gray", 3: " in color"}.get(shape[0], f", {quantity(shape[0], 'channel')}")
+        size.append(f"{shape[1]}x{shape[2]} pixels{channels}" if image else f"inputs of {'x'.join(map(str, shape))}")
+    return str(data.get("name") or "data") + (f": {', '.join(size)}" if size else "")
+
+
+def records(found: Sequence[dict[str, Any]]) -> list[dict[str, Cell]]:
     """Returns one row for each teacher and each kind of student; runs that differ in the seed alone share a row.
 
-    All runs have one monitored metric (`by_metric`). A row maps column names to cells.
+    All runs are of one table (`by_data`). A row maps column names to cells. Rows of one student follow one another.
     """
     teachers = {run["teacher"]["sha256"]: run for run in found if run["teacher"]}
     own = {run["student"]["sha256"] for run in found}
-    grouped, measured = kinds(found), _measured(found)
-    table = [_teacher_row(run, *measured) for sha, run in teachers.items() if sha not in own]
-    return table + [_row(runs, _differing(runs[0], [k[0] for k in grouped]), *measured) for runs in grouped]
+    grouped, measures = kinds(found), _measured(found)
+    table = [_teacher_row(run, *measures) for sha, run in teachers.items() if sha not in own]
+    models = list(dict.fromkeys(runs[0]["student"]["name"] for runs in grouped))
+    for runs in sorted(grouped, key=lambda runs: models.index(runs[0]["student"]["name"])):
+        table.append(_row(runs, differing(runs[0], [k[0] for k in grouped]), *measures))
+    return table
+
+
+def rows(found: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+    """Returns `records` as text."""
+    return [{name: str(cell) for name, cell in row.items()} for row in records(found)]
 
 
 def _measured(found: Sequence[dict[str, Any]]) -> tuple[list[str], list[str]]:
@@ -110,11 +142,11 @@ def things(data: dict[str, Any]) -> str:
 
 def label(run: dict[str, Any], alike: Sequence[Sequence[dict[str, Any]]]) -> str:
     """Returns a short label for a kind of run: its technique, or its method and the number of training samples."""
-    differing = _differing(run, [k[0] for k in alike])
+    apart = differing(run, [k[0] for k in alike])
     count = run["data"]["train"]
     seen = f", {count:,} {things(run['data'])}" if count is not None else ""
     name = str(run.get("technique") or "").replace("_", " ") or run["method"] + seen
-    return name + (f" ({differing})" if differing else "")
+    return name + (f" ({apart})" if apart else "")
 
 
 def tell_apart(labels: Sequence[str], names: Sequence[str]) -> list[str]:
@@ -125,7 +157,7 @@ def tell_apart(labels: Sequence[str], names: Sequence[str]) -> list[str]:
     return found
 
 
-def _differing(run: dict[str, Any], others: Sequence[dict[str, Any]]) -> str:
+def differing(run: dict[str, Any], others: Sequence[dict[str, Any]]) -> str:
     """Returns as text how a run differs from others of the same experiment, technique, model, method and data.
 
     It lists the differing options, and the settings that differ from runs with the same options.
@@ -157,17 +189,17 @@ def _setting(key: str, value: Any) -> str:
 def _cells(
     name: str,
     words: Sequence[str],
-    train: str,
+    train: Cell,
     params: int,
-    measured: Mapping[str, str],
-    seeds: str = "",
-    time: str = "",
-) -> dict[str, str]:
-    """Returns a row; the first two entries of `measured` are the best and the last epoch."""
-    (best, last), others = list(measured.values())[:2], list(measured.items())[2:]
+    measures: Mapping[str, Cell],
+    seeds: Cell = "",
+    time: Cell = "",
+) -> dict[str, Cell]:
+    """Returns a row; the first two entries of `measures` are the best and the last epoch."""
+    (best, last), others = list(measures.values())[:2], list(measures.items())[2:]
     return {
         **dict(zip(LABELS, words, strict=True)),
-        **{"trained on": train, "parameters": f"{params:,}"},
+        **{"trained on": train, "parameters": Number(params)},
         f"test {heading(name)}": best,
         "last epoch" + (" %" if name in SHARES else ""): last,
         **{heading(k): v for k, v in others},
@@ -175,117 +207,31 @@ def _cells(
     }
 
 
-def _teacher_row(run: dict[str, Any], others: Sequence[str], follows: Sequence[str]) -> dict[str, str]:
+def _teacher_row(run: dict[str, Any], others: Sequence[str], follows: Sequence[str]) -> dict[str, Cell]:
     teacher, name = run["teacher"], run["metric"]["name"]
     test = teacher["test"]
-    measured = {"best": shown_mean(name, [test[name]]), "last": ""}
-    measured |= {k: shown_mean(k, [test[k]]) if k in test else "" for k in others} | dict.fromkeys(follows, "")
-    return _cells(name, (run["experiment"], teacher["name"], "teacher"), "", teacher["params"], measured)
+    measures: dict[str, Cell] = {"best": measured(name, [test[name]]), "last": ""}
+    measures |= {k: measured(k, [test[k]]) if k in test else "" for k in others} | dict.fromkeys(follows, "")
+    return _cells(name, (run["experiment"], teacher["name"], "teacher"), "", teacher["params"], measures)
 
 
 def _row(
-    runs: Sequence[dict[str, Any]], differing: str, others: Sequence[str], follows: Sequence[str]
-) -> dict[str, str]:
+    runs: Sequence[dict[str, Any]], apart: str, others: Sequence[str], follows: Sequence[str]
+) -> dict[str, Cell]:
     first, name = runs[0], runs[0]["metric"]["name"]
     students, tests = [r["student"] for r in runs], [r["student"]["test"] for r in runs]
-    measured = {when: shown_mean(name, [t[name][when] for t in tests]) for when in ("best", "last")}
+    measures: dict[str, Cell] = {when: measured(name, [t[name][when] for t in tests]) for when in ("best", "last")}
     for key, found in [*((k, tests) for k in others), *((k, students) for k in follows)]:
         values = [one[key] for one in found if one.get(key) is not None]
-        measured[key] = shown_mean(key, values) if values else ""
-    method = (first.get("technique") or first["method"]) + (f" ({differing})" if differing else "")
+        measures[key] = measured(key, values) if values else ""
+    method = (first.get("technique") or first["method"]) + (f" ({apart})" if apart else "")
     count = first["data"]["train"]
     return _cells(
         name,
         (first["experiment"], first["student"]["name"], method),
-        "" if count is None else f"{count:,}",
+        "" if count is None else Number(count),
         students[0]["params"],
-        measured,
-        str(len({r["seed"] for r in runs})),
-        f"{statistics.mean(r['time']['total_s'] for r in runs):.0f} s",
+        measures,
+        Number(len({r["seed"] for r in runs})),
+        Number(statistics.mean(r["time"]["total_s"] for r in runs), unit="s"),
     )
-
-
-def picture(found: Sequence[dict[str, Any]], path: str | Path) -> None:
-    """Draws the test metric of every run as a dot, one row per kind of student, and each teacher as a line.
-
-    Raises `UserError` where the runs have several monitored metrics.
-    """
-    from litdistill.tasks.figures import STUDENT_COLOR, TEACHER_COLOR, new_figure
-
-    metrics = {run["metric"]["name"]: run["metric"]["direction"] for run in found}
-    if len(metrics) > 1:
-        raise UserError(f"These runs are judged by {', '.join(map(named, metrics))}: draw a picture of those of one.")
-    ((metric, direction),) = metrics.items()
-    grouped, by, form = kinds(found), factor(metric), ".1f" if metric in SHARES else ".4g"
-    names = tell_apart([label(k[0], grouped) for k in grouped], [k[0]["student"]["name"] for k in grouped])
-    teachers = {r["teacher"]["name"]: by * r["teacher"]["test"][metric] for r in found if r["teacher"]}
-    figure = new_figure(7.2, 1.1 + 0.5 * len(grouped))
-    axes = figure.subplots()
-    for row, runs in enumerate(grouped):
-        values = [by * run["student"]["test"][metric]["best"] for run in runs]
-        axes.plot(values, [row] * len(values), "o", color=STUDENT_COLOR, alpha=0.6)
-        mean = statistics.mean(values)
-        axes.plot([mean, mean], [row - 0.28, row + 0.28], color=STUDENT_COLOR, linewidth=3)
-        axes.annotate(f"{mean:{form}}", (mean, row - 0.32), ha="center", va="bottom", fontsize=9, color=STUDENT_COLOR)
-    for name, value in teachers.items():
-        axes.axvline(value, color=TEACHER_COLOR, linestyle="--", label=f"teacher {name}: {value:{form}}")
-    axes.set_yticks(range(len(names)), names, parse_math=False)  # names are not parsed as math
-    axes.set_ylim(len(names) - 0.4, -0.7)
-    better = ", less is better" if direction == "min" else ""
-    axes.set_xlabel(f"test {axis(metric)}{better}, a dot a seed, a bar the mean")
-    axes.spines[["top", "right"]].set_visible(False)
-    if teachers:
-        axes.legend(frameon=False, loc="lower left", fontsize=8)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-
-
-def table(rows: Sequence[dict[str, str]]) -> Table:
-    """Returns the rows as a table for the terminal."""
-    shown = Table()
-    for column in rows[0]:
-        shown.add_column(Text(column), justify="left" if column in LABELS else "right")
-    for row in rows:
-        shown.add_row(*map(Text, row.values()))  # Text does not parse markup
-    return shown
-
-
-def fitting(rows: Sequence[dict[str, str]], console: Console) -> list[dict[str, str]]:
-    """Returns the rows with as many columns as the console has room for, unbroken.
-
-    Columns are left out from the right; what names a row and the test metric stay.
-    """
-    kept, unlimited = [dict(row) for row in rows], console.options.update(width=10_000)
-    for column in reversed(list(rows[0])):
-        if console.measure(table(kept), options=unlimited).maximum <= console.width:
-            break
-        if column not in LABELS and not column.startswith("test "):
-            kept = [{name: cell for name, cell in row.items() if name != column} for row in kept]
-    return kept
-
-
-def markdown(rows: Sequence[dict[str, str]]) -> str:
-    """Returns the rows as a Markdown table."""
-    head = list(rows[0])
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(LABELS) + "---:|" * (len(head) - len(LABELS))]
-    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row.values()) + " |" for row in rows]
-    return "\n".join(lines) + "\n"
-
-
-def evaluation_table(found: dict[str, Any]) -> Table:
-    """Returns the result of `evaluate` as a table for the terminal."""
-    measured, follows = list(found["student"]), list(found.get("agreement", {}))
-    shown = Table("on the test set", *map(heading, (*measured, *follows)))
-    names = {"teacher": "teacher", "student": "student (best epoch on validation)", "last": "student (last epoch)"}
-    for key, name in names.items():
-        if key in found:
-            cells = [_precise(k, found[key].get(k)) for k in measured]
-            like = found.get("agreement", {}) if key == "student" else {}
-            shown.add_row(name, *cells, *(_precise(k, like.get(k)) for k in follows))
-    return shown
-
-
-def _precise(name: str, value: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{factor(name) * value:.{2 if name in SHARES else max(4, decimals(name, value))}f}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
+from typing import NamedTuple
 
 SHARES = ("accuracy", "map", "f1", "agreement")  # from 0 to 1, shown in per cent
 THOUSANDTHS = ("nll", "ece", "brier", "kl", "r2")  # shown with three digits
@@ -61,16 +62,41 @@ def decimals(name: str, value: float) -> int:
     return max(0, 3 - math.floor(math.log10(abs(value))))
 
 
-def shown_mean(name: str, values: Sequence[float]) -> str:
-    """Mean ± standard deviation over seeds of a metric's values, under its heading."""
+class Number(NamedTuple):
+    """A figure as tables hold it: a mean, its standard deviation over seeds, and how many digits are shown."""
+
+    mean: float
+    deviation: float | None = None
+    digits: int = 0
+    unit: str = ""
+    signed: bool = False
+
+    def __str__(self) -> str:
+        """The figure for people: `91.27 ± 2.30`, `24,058`, `+3.40`, `12 s`."""
+        text = f"{self.mean:{'+' if self.signed else ''},.{self.digits}f}".replace("-", "−" if self.signed else "-")
+        text += "" if self.deviation is None else f" ± {self.deviation:,.{self.digits}f}"
+        return text + (f" {self.unit}" if self.unit else "")
+
+
+def measured(name: str, values: Sequence[float], signed: bool = False) -> Number:
+    """Mean and standard deviation over seeds (the sample's, n - 1) of a metric's values, under its heading."""
     scaled = [factor(name) * v for v in values]
-    return spread(scaled, decimals(name, statistics.mean(scaled)))
+    digits = decimals(name, statistics.mean(scaled))
+    return Number(statistics.mean(scaled), deviation(scaled), digits, signed=signed)
+
+
+def deviation(values: Sequence[float]) -> float | None:
+    """The sample's standard deviation (n - 1); None for one value, NaN where a value is not finite."""
+    if len(values) == 1:
+        return None
+    return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
+
+
+def shown_mean(name: str, values: Sequence[float]) -> str:
+    """`measured` as text."""
+    return str(measured(name, values))
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:
     """Mean ± standard deviation over seeds (the sample's, n - 1), or the value alone where there is one."""
-    if len(values) == 1:
-        return f"{values[0]:.{digits}f}"
-    finite = all(map(math.isfinite, values))  # of others stdev makes an error
-    deviation = statistics.stdev(values) if finite else math.nan
-    return f"{statistics.mean(values):.{digits}f} ± {deviation:.{digits}f}"
+    return str(Number(statistics.mean(values), deviation(values), digits))
