@@ -1,5 +1,6 @@
 """Every command of the README and of the pages runs, and a network and a method are added as docs/own.md says."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -139,3 +140,14 @@ def test_the_readme_is_short_and_counts_the_methods():
     assert f"**{len(methods)} methods**" in README
     listed = set(re.findall(r"`(\w+)`", (ROOT / "docs" / "compare_and_ship.md").read_text().split("## Methods")[1]))
     assert set(methods) <= listed, set(methods) - listed
+
+
+def test_the_picture_shows_the_figures_of_the_table():
+    """`make distill PICTURE=docs/digits.png` writes both; the picture's description is what it shows."""
+    lines = README.split("<!-- make distill -->")[1].split("<!-- end -->")[0].strip().splitlines()
+    head, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+    figures = [row[head.index("test accuracy %")] for row in rows]
+    with Image.open(ROOT / "docs" / "digits.png") as picture:
+        (shown,) = json.loads(picture.text["Description"]).values()
+    assert list(shown.values()) == figures
+    assert len(figures) == 4

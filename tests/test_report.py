@@ -153,8 +153,8 @@ def test_a_picture_shows_a_row_for_each_kind_in_the_words_of_the_table(tmp_path)
 
 
 def test_the_words_of_a_picture_lie_on_nothing_and_what_was_distilled_stands_out():
-    long = run(3, **{"optimizer.lr": 0.2}) | {"method": "supervised"}
-    figure = draw([[run(0), run(1), run(2), long]])
+    long = run(3, **{"optimizer.lr": 0.2}) | {"method": "supervised", "technique": "a_technique_of_many_words " * 3}
+    figure = draw([[run(0), run(1), run(2), long, run(5) | {"method": "supervised", "experiment": "f"}]])
     figure.draw_without_rendering()
     axes = figure.axes[0]
     boxes = [text.get_window_extent() for text in axes.texts]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+LABEL = 36  # characters on a line of a label: beside it stands the mean
 INK, QUIET = "#1d2127", "#6b7280"  # of what is not distilled
 
 
@@ -60,7 +62,7 @@ def draw(tables: Sequence[Sequence[dict[str, Any]]]) -> Figure:
     from litdistill.tasks.figures import new_figure
 
     rows = [lines(runs) for runs in tables]
-    heights = [0.75 + 0.46 * len(panel) + (0.3 if len(tables) > 1 else 0) for panel in rows]
+    heights = [0.75 + 0.46 * _places(panel)[-1] + 0.46 + (0.3 if len(tables) > 1 else 0) for panel in rows]
     figure = new_figure(4.8, sum(heights))
     panels = figure.subplots(len(tables), 1, squeeze=False, height_ratios=heights)[:, 0]
     for axes, runs, panel in zip(panels, tables, rows, strict=True):
@@ -69,8 +71,18 @@ def draw(tables: Sequence[Sequence[dict[str, Any]]]) -> Figure:
         better = ", less is better" if metric["direction"] == "min" else ""
         axes.set_xlabel(f"test {axis(metric['name'])}{better}; a dot a run, a bar the mean", fontsize=9)
         if len(tables) > 1:
-            axes.set_title(str(runs[0]["data"]["name"]), fontsize=10, loc="left", parse_math=False)
+            axes.set_title(str(runs[0]["data"].get("name") or "data"), fontsize=10, loc="left", parse_math=False)
     return figure
+
+
+def _wrapped(label: str) -> str:
+    return "\n".join(textwrap.wrap(label, LABEL)) or label
+
+
+def _places(rows: Sequence[Line]) -> list[float]:
+    """Returns the height of each row's dots, from 0 downwards; a label of several lines needs more room."""
+    more = [0.42 * _wrapped(row.label).count("\n") for row in rows]
+    return [i + sum(more[: i + 1]) for i in range(len(rows))]
 
 
 def _panel(axes: Axes, rows: Sequence[Line]) -> None:
@@ -78,7 +90,8 @@ def _panel(axes: Axes, rows: Sequence[Line]) -> None:
 
     colors = {"teacher": TEACHER_COLOR, "control": QUIET, "distilled": STUDENT_COLOR}
     paper = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # a line behind the words does not cross them
-    for y, row in enumerate(rows):
+    places = _places(rows)
+    for y, row in zip(places, rows, strict=True):
         values, color = [v for v in row.values if math.isfinite(v)], colors[row.kind]
         if row.kind == "teacher":
             axes.plot(values, [y] * len(values), "*", color=color, markersize=11, zorder=3)
@@ -90,12 +103,12 @@ def _panel(axes: Axes, rows: Sequence[Line]) -> None:
             axes.plot([mean, mean], [y - 0.17, y + 0.17], color=color, linewidth=3, zorder=4)
         bold = {"fontsize": 10, "va": "bottom", "bbox": paper, "parse_math": False, "zorder": 5}
         bold |= {"color": color, "weight": "bold"} if row.kind == "distilled" else {"color": INK}
-        axes.text(0.0, y - 0.24, row.label, ha="left", transform=axes.get_yaxis_transform(), **bold)
+        axes.text(0.0, y - 0.24, _wrapped(row.label), ha="left", transform=axes.get_yaxis_transform(), **bold)
         axes.text(1.0, y - 0.24, row.text, ha="right", transform=axes.get_yaxis_transform(), **bold)
     finite = [v for row in rows for v in row.values if math.isfinite(v)]
     low, high = min(finite, default=0.0), max(finite, default=1.0)
     margin = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
     axes.set_xlim(low - margin, high + margin)
-    axes.set_ylim(len(rows) - 0.6, -0.75)
+    axes.set_ylim(places[-1] + 0.4, places[0] - 0.42 * _wrapped(rows[0].label).count("\n") - 0.75)
     axes.set_yticks([])
     axes.spines[["top", "right", "left"]].set_visible(False)
