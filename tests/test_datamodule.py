@@ -11,6 +11,7 @@ from litdistill.data import sources
 from litdistill.data.augment import Crop, Flip
 from litdistill.data.datamodule import ImageData
 from litdistill.data.loading import IndexLoader, Rows, group_ends
+from litdistill.data.splits import class_indices, hold_out
 from litdistill.utils.errors import UserError
 
 
@@ -51,6 +52,47 @@ def test_classes_are_renumbered_and_ids_stay():
     assert torch.equal(two.source.train.images[ids], full.source.train.images[ids])
 
 
+def test_classes_are_taken_by_name_too():
+    """Quoted digits are names; of the classes that are chosen, those to omit are numbered anew."""
+    for classes, omit in (([7, 1], [0]), (["7", "1"], ["7"]), (["7", "1"], [0]), ([7, 1], "7"), ([7, 1], 0)):
+        data = digits(classes=classes, omit=omit)
+        assert data.class_names == ("7", "1")
+        assert torch.equal(data.train_ids, digits(classes=[7, 1], omit=[0]).train_ids)
+        assert set(data.train_targets[data.train_ids].tolist()) == {1}
+    assert torch.equal(digits(omit=["3", "5"]).train_ids, digits(omit=[3, 5]).train_ids)
+
+
+def test_a_class_that_is_misspelled_is_corrected():
+    with pytest.raises(UserError, match=r"data\.classes: there is no class katze; did you mean katzen\?"):
+        class_indices("data.classes", ["katze", "hund"], ("hund", "katzen"))
+
+
+def test_of_few_images_each_class_validates_one(caplog):
+    caplog.set_level("INFO")
+    targets = torch.tensor([0] * 4 + [1] * 4 + [2] * 30 + [3])
+    held, rest = hold_out(torch.arange(39), targets, 0.1)
+    assert targets[held].bincount(minlength=4).tolist() == [1, 1, 3, 0]  # one image is needed to train on
+    assert targets[rest].bincount().tolist() == [3, 3, 27, 1]
+    assert (
+        "data.val_size=0.1 is less than one image for 2 of 4 classes: 5 of 39 training images validate" in caplog.text
+    )
+    caplog.clear()
+    hold_out(torch.arange(38), targets[:38], 0.2)
+    assert not caplog.text  # nothing was adapted
+
+
+@pytest.mark.parametrize("size", [0.9, 16])
+def test_the_size_that_an_error_names_works(size):
+    targets = torch.arange(4).repeat_interleave(4)
+    with pytest.raises(UserError, match=r"Set it to 0\.75 at most, or to 4, one image of each class") as error:
+        hold_out(torch.arange(16), targets, size)
+    assert "leaves 0 to train on and 16 to validate on" in str(error.value)
+    assert len(hold_out(torch.arange(16), targets, 0.75)[1]) == 4
+    assert len(hold_out(torch.arange(16), targets, 4)[0]) == 4
+    with pytest.raises(UserError, match="Each of the 3 classes has one training image"):
+        hold_out(torch.arange(3), torch.arange(3), 0.1)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -64,6 +106,16 @@ def test_classes_are_renumbered_and_ids_stay():
         ({"classes": [0, 12]}, "0 to 9"),
         ({"classes": [3]}, "at least two"),
         ({"batch_size": 0}, "batch_size"),
+        ({"classes": [3, "5"]}, "data.classes takes either names of classes or numbers: 3, '5'"),
+        ({"classes": [True, False]}, "takes either names of classes or numbers: True, False"),
+        ({"classes": [3.0, 5.0]}, "takes either names of classes or numbers: 3.0, 5.0"),
+        ({"classes": ["3", "x"]}, "data.classes: there is no class x; the classes are 0, 1, 2"),
+        ({"classes": ["3", "3"]}, "names a class twice: 3, 3"),
+        ({"classes": "3"}, "at least two"),
+        ({"omit": [10]}, "data.omit has the number 10, and the classes are 0 to 9"),
+        ({"omit": ["3", 3]}, "data.omit takes either"),
+        ({"omit": list(range(10))}, "names all classes"),
+        ({"omit": list("0123456789")}, "names all classes"),
     ],
 )
 def test_impossible_options_are_refused_with_words(options, words):

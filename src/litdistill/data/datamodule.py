@@ -26,6 +26,7 @@ from litdistill.data.protocol import split_ids
 from litdistill.data.sources import STREAMED, Source, Split, fingerprint, load
 from litdistill.data.streaming import Encoded, Prefetched
 from litdistill.types import Batch, Group
+from litdistill.utils.errors import UserError
 from litdistill.utils.hashing import stable_repr, weights_sha256
 
 log = logging.getLogger(__name__)
@@ -38,11 +39,11 @@ class ImageData(LightningDataModule):
         name: digits, mnist, fashion_mnist, cifar10, cifar100, folder or shards.
         root: the folder of the files, downloaded or to be downloaded; for `folder` and `shards` the data set's own path.
         image_size: side in pixels to which the images of a folder or of shards are resized and cropped.
-        classes: use these classes only, renumbered from 0.
+        classes: use these classes only, by number or by name, renumbered from 0 in this order.
         val_size: size of the validation split, a fraction below 1 or a count; stratified, and the same for every `seed`, so
             that no student is validated on samples that its teacher was trained on.
         fraction, per_class: train on this fraction, or on this many images of each class (at most one of the two).
-        omit: classes whose images are not trained on; the network, validation and test keep them.
+        omit: classes, by number or by name, whose images are not trained on; the network, validation and test keep them.
         subset_seed: seed of the choice of the subset; the run's seed unless given.
         epoch_size: samples of an epoch, so that a small training set has as many steps as a large one; null: one round.
         batch_size: samples of a training step on each device. eval_batch_size: likewise without gradients.
@@ -66,11 +67,11 @@ class ImageData(LightningDataModule):
         name: str,
         root: str | Path | None = "data_files",
         image_size: int | None = None,
-        classes: Sequence[int] | None = None,
+        classes: Sequence[int | str] | None = None,
         val_size: float = 0.1,
         fraction: float | None = None,
         per_class: int | None = None,
-        omit: Sequence[int] | None = None,
+        omit: Sequence[int | str] | None = None,
         subset_seed: int | None = None,
         epoch_size: int | None = None,
         batch_size: int = 64,
@@ -98,8 +99,8 @@ class ImageData(LightningDataModule):
         self.augment, self.mix, self.mean, self.std = augmentations(augment), mix, mean, std
         self.seed, self.view_seed = seed, seed if view_seed is None else view_seed
         self.memory, self.workers = splits.budget(resident, memory_gb), workers
-        self.omit, self.fixed_views = list(omit or ()), fixed_views
-        self.only = list(classes) if classes is not None else None
+        self.omit, self.fixed_views = () if omit is None else omit, fixed_views
+        self.only = classes
         self._source: Source | None = None
         self._resident: dict[tuple[str, torch.device], Split] = {}
         self._train_ids_by_device: dict[torch.device, Tensor] = {}
@@ -123,14 +124,15 @@ class ImageData(LightningDataModule):
         names = source.classes
         train, test = source.train, source.test
         if self.only is not None:
-            train, test, names = (
-                splits.only(train, self.only),
-                splits.only(test, self.only),
-                splits.names(names, self.only),
-            )
+            chosen = splits.class_indices("data.classes", self.only, names)
+            if len(chosen) < 2:
+                raise UserError(f"data.classes={self.only} has {len(chosen)} class and must name at least two.")
+            train, test = splits.only(train, chosen), splits.only(test, chosen)
+            names = tuple(names[c] for c in chosen)
         self._source = Source(train, test, names, source.validation)
         self.val_ids, rest = splits.validation(train.targets, source.validation, self.val_size)
-        kept = splits.without(rest, train.targets, self.omit, len(names))
+        omitted = splits.class_indices("data.omit", self.omit, names)
+        kept = splits.without(rest, train.targets, omitted, len(names))
         self.train_ids = splits.subset(kept, train.targets, self.fraction, self.per_class, self.subset_seed)
         self.test_ids = torch.arange(len(test.targets))[test.targets >= 0]
         if self.mean is None or self.std is None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,14 +55,37 @@ def only(split: Split, classes: Sequence[int]) -> Split:
     return Split(split.images, new[split.targets])
 
 
-def names(names: Sequence[str], classes: Sequence[int]) -> tuple[str, ...]:
-    """Returns the names of `classes`. Raises `UserError` for unknown, repeated or fewer than two classes."""
-    unknown = [c for c in classes if not 0 <= c < len(names)]
-    if unknown or len(set(classes)) != len(classes) or len(classes) < 2:
+def class_indices(option: str, chosen: str | int | Sequence[int | str], names: Sequence[str]) -> list[int]:
+    """Returns the indices of classes that `option` gives by number, counted from 0, or by name; text is always a name.
+
+    Raises `UserError` for a list of both, and for an unknown or repeated class.
+    """
+    given: list[Any] = [chosen] if isinstance(chosen, (str, int)) else list(chosen)
+    kinds = {type(c) for c in given}
+    if not kinds <= {int} and not kinds <= {str}:
+        shown = ", ".join(repr(c) for c in given)
+        raise UserError(f"{option} takes either names of classes or numbers: {shown}. Quote a name of digits: '\"3\"'.")
+    if kinds == {str}:
+        place = {name: i for i, name in enumerate(names)}
+        for name in given:
+            if name not in place:
+                near = get_close_matches(str(name), names, 1)
+                known = f"did you mean {near[0]}?" if near else f"the classes are {_some(names)}."
+                raise UserError(f"{option}: there is no class {name}; {known}")
+        given = [place[name] for name in given]
+    unknown = [c for c in given if not 0 <= c < len(names)]
+    if unknown:
         raise UserError(
-            f"data.classes={list(classes)} must name at least two different classes out of 0 to {len(names) - 1}."
+            f"{option} has the number {unknown[0]}, and the classes are 0 to {len(names) - 1}: {_some(names)}. "
+            "A name of digits is quoted: '\"3\"'."
         )
-    return tuple(names[c] for c in classes)
+    if len(set(given)) != len(given):
+        raise UserError(f"{option} names a class twice: {', '.join(names[c] for c in given)}.")
+    return given
+
+
+def _some(names: Sequence[str], most: int = 10) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _shuffled_classes(ids: Tensor, targets: Tensor, seed: int) -> list[Tensor]:
@@ -129,9 +154,11 @@ def subset(ids: Tensor, targets: Tensor, fraction: float | None, per_class: int 
 
 
 def without(ids: Tensor, targets: Tensor, omit: Sequence[int], count: int) -> Tensor:
-    """Returns the ids whose class is not in `omit`; `count`: the number of classes. Raises `UserError` for unknown classes."""
-    if not set(omit) < set(range(count)):
-        raise UserError(f"data.omit={list(omit)} must name some, but not all, of the classes 0 to {count - 1}.")
+    """Returns the ids whose class is not in `omit`; `count`: the number of classes. Raises `UserError` if none is left."""
+    if len(omit) == count:
+        raise UserError(
+            "data.omit names all classes, so that nothing is left to train on: leave some of them out of it."
+        )
     return ids[~torch.isin(targets[ids], torch.tensor(omit, dtype=targets.dtype))]
 
 
