@@ -56,7 +56,7 @@ def test_what_a_teacher_adds_is_the_mean_over_pairs_of_one_seed():
     (row,) = [r for r in pivot(FOUND) if r["method"] == "kd" and str(r["trained on"]) == "1,000"]
     pairs = [94.0 - 90.0, 86.0 - 80.0]  # the control has no third seed
     assert str(row[f"{PAIR}over labels alone"]) == f"+{statistics.mean(pairs):.2f} ± {statistics.stdev(pairs):.2f}"
-    assert [r for r in pivot(FOUND) if str(r["trained on"]) == "5,000"][0][f"{PAIR}over labels alone"] == ""
+    assert next(r for r in pivot(FOUND) if str(r["trained on"]) == "5,000")[f"{PAIR}over labels alone"] == ""
     assert difference({0: 1.0, 1: 3.0}, {5: 1.0}) == (1.0, None, 0)
 
 
@@ -134,7 +134,15 @@ def test_latex_sets_pairs_above_their_columns():
 
 @pytest.mark.parametrize(
     ("out", "found"),
-    [("a.md", ".md"), ("a.csv", ".csv"), ("a.tex", ".tex"), ("a.html", ".html"), ("report/", ""), ("a", ""), (None, "")],
+    [
+        ("a.md", ".md"),
+        ("a.csv", ".csv"),
+        ("a.tex", ".tex"),
+        ("a.html", ".html"),
+        ("report/", ""),
+        ("a", ""),
+        (None, ""),
+    ],
 )
 def test_the_ending_of_a_file_says_what_is_written(out, found):
     assert ending(out) == found
@@ -142,7 +150,7 @@ def test_the_ending_of_a_file_says_what_is_written(out, found):
 
 
 def test_another_ending_is_refused_before_anything_is_read():
-    with pytest.raises(UserError, match="table.xlsx.*Tables end in .md, .csv, .tex"):
+    with pytest.raises(UserError, match=r"table\.xlsx.*Tables end in \.md, \.csv, \.tex"):
         ending("table.xlsx")
 
 

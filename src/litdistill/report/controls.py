@@ -35,9 +35,7 @@ def control_of(run: Mapping[str, Any], kinds: Sequence[Sequence[Mapping[str, Any
     if run["method"] == LABELS_ALONE:
         return None
     wanted = _conditions(run)
-    found = [
-        i for i, kind in enumerate(kinds) if kind[0]["method"] == LABELS_ALONE and _conditions(kind[0]) == wanted
-    ]
+    found = [i for i, kind in enumerate(kinds) if kind[0]["method"] == LABELS_ALONE and _conditions(kind[0]) == wanted]
     sign = -1 if run["metric"]["direction"] == "min" else 1
     return max(found, key=lambda i: sign * _validated(kinds[i]), default=None)
 

@@ -41,17 +41,13 @@ def lines(found: Sequence[dict[str, Any]]) -> list[Line]:
     for name, runs in zip(names, grouped, strict=True):
         values = [run["student"]["test"][metric]["best"] for run in runs]
         made.append((name, values, "distilled" if is_distilled(runs[0]) else "control"))
-    return [
-        Line(name, [by * v for v in values], str(measured(metric, values)), kind) for name, values, kind in made
-    ]
+    return [Line(name, [by * v for v in values], str(measured(metric, values)), kind) for name, values, kind in made]
 
 
 def picture(found: Sequence[dict[str, Any]], path: str | Path) -> None:
     """Writes the picture of these summaries as a PNG. Its description, a text in the file, is what it shows as JSON."""
     tables = by_data(found)
-    shown = {
-        data_title(runs): {line.label: line.text for line in lines(runs)} for runs in tables
-    }
+    shown = {data_title(runs): {line.label: line.text for line in lines(runs)} for runs in tables}
     figure = draw(tables)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=200, metadata={"Description": json.dumps(shown)})
@@ -101,7 +97,7 @@ def _panel(axes: Axes, rows: Sequence[Line]) -> None:
             mean = sum(values) / len(values)
             axes.plot(values, [y] * len(values), "o", color=color, alpha=0.6, markersize=6, zorder=3)
             axes.plot([mean, mean], [y - 0.17, y + 0.17], color=color, linewidth=3, zorder=4)
-        bold = {"fontsize": 10, "va": "bottom", "bbox": paper, "parse_math": False, "zorder": 5}
+        bold: dict[str, Any] = {"fontsize": 10, "va": "bottom", "bbox": paper, "parse_math": False, "zorder": 5}
         bold |= {"color": color, "weight": "bold"} if row.kind == "distilled" else {"color": INK}
         axes.text(0.0, y - 0.24, _wrapped(row.label), ha="left", transform=axes.get_yaxis_transform(), **bold)
         axes.text(1.0, y - 0.24, row.text, ha="right", transform=axes.get_yaxis_transform(), **bold)

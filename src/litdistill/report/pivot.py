@@ -31,7 +31,9 @@ def pivot(found: Runs) -> list[dict[str, Cell]]:
         table["teacher", -1] = {"method": "teacher", "trained on": ""}
         for teacher, student in pairs:
             if teacher:
-                table["teacher", -1][_column(teacher, student, metric)] = measured(metric, list(teachers[teacher].values()))
+                table["teacher", -1][_column(teacher, student, metric)] = measured(
+                    metric, list(teachers[teacher].values())
+                )
     for kind in _ordered(grouped):
         count = kind[0]["data"]["train"]
         for pair in _pairs(kind[0], grouped):

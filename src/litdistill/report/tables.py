@@ -215,9 +215,7 @@ def _teacher_row(run: dict[str, Any], others: Sequence[str], follows: Sequence[s
     return _cells(name, (run["experiment"], teacher["name"], "teacher"), "", teacher["params"], measures)
 
 
-def _row(
-    runs: Sequence[dict[str, Any]], apart: str, others: Sequence[str], follows: Sequence[str]
-) -> dict[str, Cell]:
+def _row(runs: Sequence[dict[str, Any]], apart: str, others: Sequence[str], follows: Sequence[str]) -> dict[str, Cell]:
     first, name = runs[0], runs[0]["metric"]["name"]
     students, tests = [r["student"] for r in runs], [r["student"]["test"] for r in runs]
     measures: dict[str, Cell] = {when: measured(name, [t[name][when] for t in tests]) for when in ("best", "last")}
