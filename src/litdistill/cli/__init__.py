@@ -14,30 +14,47 @@ import importlib
 import sys
 from typing import NamedTuple
 
+from litdistill.cli import starting
 from litdistill.utils.errors import UserError
+
+TORCH = "torch and Lightning"
 
 
 class Verb(NamedTuple):
-    """`function`: module:name, called with the config of conf/`config`.yaml, or without one with the list of arguments."""
+    """`function`: module:name, called with the config of conf/`config`.yaml, or without one with the list of arguments.
+
+    `loads`: the libraries that take seconds to import, named on the screen meanwhile.
+    """
 
     function: str
     help: str
     config: str | None = None
+    loads: str = ""
 
 
 VERBS = {
-    "train": Verb("litdistill.cli.commands:train", "train a student, and its teacher where there is none yet", "train"),
-    "sweep": Verb("litdistill.cli.commands:sweep", "search for the best hyperparameters, with Optuna", "sweep"),
-    "evaluate": Verb("litdistill.cli.commands:evaluate", "measure a finished run anew from its folder", "evaluate"),
-    "export": Verb("litdistill.cli.commands:export", "write a run's student as ONNX, .pt2 or safetensors", "export"),
+    "train": Verb(
+        "litdistill.cli.commands:train", "train a student, and its teacher where there is none yet", "train", TORCH
+    ),
+    "sweep": Verb("litdistill.cli.commands:sweep", "search for the best hyperparameters, with Optuna", "sweep", TORCH),
+    "evaluate": Verb(
+        "litdistill.cli.commands:evaluate", "measure a finished run anew from its folder", "evaluate", TORCH
+    ),
+    "export": Verb(
+        "litdistill.cli.commands:export", "write a run's student as ONNX, .pt2 or safetensors", "export", TORCH
+    ),
     "predict": Verb(
         "litdistill.export.predict:main", "predict with an exported student, for image files or rows of a table"
     ),
     "report": Verb("litdistill.cli.commands:report", "compare finished runs: a table, or a page with curves", "report"),
-    "compare": Verb("litdistill.cli.commands:compare", "train every technique on the same data and compare", "compare"),
-    "fetch": Verb("litdistill.cli.commands:fetch", "download and verify a data set ahead of time", "fetch"),
+    "compare": Verb(
+        "litdistill.cli.commands:compare", "train every technique on the same data and compare", "compare", TORCH
+    ),
+    "fetch": Verb("litdistill.cli.commands:fetch", "download and verify a data set ahead of time", "fetch", "torch"),
     "new": Verb("litdistill.cli.new:main", "write a research project of your own that imports litdistill"),
-    "nets": Verb("litdistill.cli.nets:main", "list all networks with parameters and multiply-accumulates"),
+    "nets": Verb(
+        "litdistill.cli.nets:main", "list all networks with parameters and multiply-accumulates", None, "torch"
+    ),
     "reproductions": Verb("litdistill.cli.commands:reproductions", "list published figures and note what runs gave"),
 }
 
@@ -87,15 +104,24 @@ def main() -> None:
 
 def run(name: str, named: bool = False) -> None:
     """Runs one verb on the arguments in `sys.argv`. `named`: whether the verb itself is among them, unlike for a script."""
-    verb = VERBS[name]
+    verb, arguments = VERBS[name], sys.argv[2 if named else 1 :]
     module, _, function = verb.function.partition(":")
-    if verb.config is not None:
-        from litdistill.cli.hydra_main import run_task
-
-        run_task(getattr(importlib.import_module(module), function), verb.config, name if named else None)
-        return
+    starting.show(name, verb.loads, arguments)
     try:
-        getattr(importlib.import_module(module), function)(sys.argv[2 if named else 1 :])
+        task = getattr(importlib.import_module(module), function)
+        if verb.config is not None:
+            from litdistill.cli.hydra_main import run_task
+
+            run_task(task, verb.config, name if named else None)
+        else:
+            starting.end(loaded=bool(verb.loads))
+            task(arguments)
     except UserError as error:
         print(f"\n{error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        starting.end()
+        print("\nInterrupted.", file=sys.stderr)
+        sys.exit(130)
+    finally:
+        starting.end()

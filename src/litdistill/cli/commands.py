@@ -11,6 +11,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from rich.console import Console
 from rich.markup import escape
 
+from litdistill.cli import starting
 from litdistill.utils.errors import UserError
 
 
@@ -18,6 +19,7 @@ def train(cfg: DictConfig) -> float:
     """Trains a student, and its teacher where there is none yet; returns the monitored metric."""
     from litdistill.training.train import train
 
+    starting.end(loaded=True)
     return train(cfg)
 
 
@@ -25,6 +27,7 @@ def sweep(cfg: DictConfig) -> None:
     """Searches for the best hyperparameters with repeated distillation runs."""
     from litdistill.sweep.study import sweep
 
+    starting.end(loaded=True)
     hydra_config = HydraConfig.get()
     sweep(cfg, list(hydra_config.overrides.task), Path(hydra_config.runtime.output_dir))
 
@@ -33,6 +36,7 @@ def compare(cfg: DictConfig) -> None:
     """Trains every technique of conf/experiment/compare, and writes a page of comparison."""
     from litdistill.benchmarks.compare import compare
 
+    starting.end(loaded=True)
     compare(cfg)
 
 
@@ -43,6 +47,7 @@ def evaluate(cfg: DictConfig) -> None:
     from litdistill.evaluation.evaluate import differences, evaluate, load_run
     from litdistill.report.writers import evaluation_table
 
+    starting.end(loaded=True)
     results = evaluate(cfg.run, OmegaConf.create({"data": cfg.data}), cfg.device, cfg.trust)
     show(evaluation_table(results))
     changed = differences(results, load_run(Path(cfg.run), cfg.trust)[1])
@@ -56,6 +61,7 @@ def export(cfg: DictConfig) -> None:
     """Exports the student of a finished run, or verifies its exported files."""
     from litdistill.export.export import check_table, export, verify
 
+    starting.end(loaded=True)
     console = _console(140)
     data = OmegaConf.create({"data": cfg.data})
     limits = (cfg.tolerance.difference, cfg.tolerance.agreement)
@@ -75,8 +81,8 @@ def report(cfg: DictConfig) -> None:
     from litdistill.report import tables, writers
     from litdistill.report.picture import picture
     from litdistill.report.pivot import pivot
-    from litdistill.utils.checkpoint import write_text
 
+    starting.end()
     ending = writers.ending(cfg.out)
     folders = list(cfg.runs) if isinstance(cfg.runs, ListConfig) else [cfg.runs]
     summaries = tables.summaries(folders)
@@ -89,6 +95,8 @@ def report(cfg: DictConfig) -> None:
         if hidden := [name for name in rows[0] if name not in shown[0]]:
             print(f"A wider terminal, or out=table.md, also shows: {', '.join(hidden)}.")
     if ending in writers.FORMATS:
+        from litdistill.utils.checkpoint import write_text  # imports torch, which a table does without
+
         write_text(cfg.out, writers.FORMATS[ending](made))
         print(f"Written to {cfg.out}")
     elif cfg.out is not None:
@@ -130,6 +138,7 @@ def describe(name: str, root: str | Path, image_size: int | None = None) -> list
     from litdistill.data.fetch import DATASETS, obtain
     from litdistill.data.sources import fingerprint, load
 
+    starting.end(loaded=True)
     source = load(name, root, image_size)
     if name in DATASETS:
         where = f"digests verified, in {obtain(name, root).folder}"

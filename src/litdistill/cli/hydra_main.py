@@ -22,6 +22,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from litdistill.benchmarks import published_tables
+from litdistill.cli import starting
 from litdistill.cli.resume import resumed
 from litdistill.cli.suggestions import suggestions
 from litdistill.config.instantiate import import_classes_from
@@ -47,6 +48,14 @@ HYDRA_HINTS = (
 )
 
 
+class Refused(BaseException):
+    """Carries a task's `UserError` past Hydra, which would print the overrides of a failed job in front of the message."""
+
+    def __init__(self, error: UserError):
+        super().__init__(str(error))
+        self.error = error
+
+
 class Job:
     """The task as a picklable callable for Hydra and its launchers.
 
@@ -65,7 +74,10 @@ class Job:
             resolve_paths(cfg, start)
         if hydra_config.mode != RunMode.MULTIRUN:
             sys.argv = [*self.command, *self.arguments]
-            return self.task(cfg)
+            try:
+                return self.task(cfg)
+            except UserError as error:
+                raise Refused(error) from error
         output = Path(hydra_config.runtime.output_dir)
         inside = output.is_relative_to(start)
         own = [f"folder={literal(str(output.relative_to(start) if inside else output))}"] if "folder" in cfg else []
@@ -91,11 +103,15 @@ def run_task(task: Callable[[DictConfig], Any], config_name: str, verb: str | No
         published_tables.register(arguments)
         entry = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)
         with _environment(HYDRA_FULL_ERROR="1"):  # errors are raised here instead of printed by Hydra
+            if starting.prints(arguments):
+                starting.end()
             entry(Job(task, command, arguments))()
     except KeyboardInterrupt:
         _exit("Interrupted.", 130)
     except Stopped as stop:
         _exit(str(stop), stop.status)
+    except Refused as refused:
+        _exit_or_raise(refused.error, arguments, config_name)
     except Exception as error:
         _exit_or_raise(error, arguments, config_name)
 
@@ -144,6 +160,7 @@ def _first_lines(error: BaseException) -> str:
 
 def _exit(message: str, status: int) -> NoReturn:
     log.debug("%s", message)
+    starting.end()
     print(f"\n{printable(message)}", file=sys.stderr)
     sys.exit(status)
 

@@ -6,6 +6,7 @@ import contextlib
 import os
 from pathlib import Path
 
+from litdistill.cli import starting
 from litdistill.config.origin import (
     StartRecord,
     begin_foreign,
@@ -38,12 +39,14 @@ def resumed(arguments: list[str], config_name: str = "train") -> list[str]:
     if target == "auto":
         folder = _newest(overrides, sweep, config_name)
         if folder is None:
+            starting.end()
             print("resume=auto: no unfinished run was started with this command; starting one.")
             return [*flags, *overrides]
     else:
         folder = Path(target)
         overrides = [*_replayed(folder, config_name, config_dir_of(flags)), *overrides]
     check_links(folder)
+    starting.end()
     print(f"Resuming {folder}")
     file, backup = _record_files(folder, sweep)
     if read_record(file):  # Hydra rewrites the record: a kill during that must not lose it
