@@ -89,8 +89,8 @@ def test_a_metric_that_nobody_logs_is_one_line(small):
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("technique=[a,b]", "technique=['a', 'b'] must be one name."),
-        ("seed=1.5", "seed=1.5 must be a whole number."),
+        ("technique=[a,b]", "technique=[a,b]: a text, or a whole number, or a number, or null."),
+        ("seed=1.5", "seed=1.5: a whole number from 0 to 2³² − 1. Did you mean 2?"),
         ("~callbacks.best", "callbacks.best is missing"),
         ("callbacks.last=null", "callbacks.last is missing"),
         ("callbacks.last.dirpath=elsewhere", "callbacks.last must keep one checkpoint"),

@@ -167,7 +167,7 @@ def test_averaging_by_lightning_gives_the_same_weights_whatever_the_group(small,
         (["+trainer.strategy=ddp_notebook"], r"choose trainer=ddp"),
         (["trainer.precision=bf16-true"], r"Use 32-true"),
         (["scheduler=plateau", "scheduler.interval=step"], r"interval is epoch"),
-        (["scheduler=cosine", "scheduler.interval=batch"], r"choose epoch or step"),
+        (["scheduler=cosine", "scheduler.interval=batch"], r"epoch, step or null"),
         (["scheduler=plateau", "scheduler.monitor=val/acuracy"], r"waits for val/acuracy.*val/accuracy"),
     ],
 )

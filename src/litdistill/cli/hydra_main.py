@@ -27,6 +27,7 @@ from litdistill.cli.resume import resumed
 from litdistill.cli.suggestions import suggestions
 from litdistill.config.instantiate import import_classes_from
 from litdistill.config.origin import check_foreign
+from litdistill.config.schema import check
 from litdistill.utils.command_line import as_command, config_dir_flags, literal
 from litdistill.utils.distributed import run_stamp
 from litdistill.utils.errors import Stopped, UserError
@@ -72,6 +73,7 @@ class Job:
         import_classes_from(str(start))  # here too, for the process of a launcher
         if hydra_config.job.chdir:
             resolve_paths(cfg, start)
+        check(cfg, str(hydra_config.job.config_name))
         if hydra_config.mode != RunMode.MULTIRUN:
             sys.argv = [*self.command, *self.arguments]
             try:

@@ -21,12 +21,6 @@ from litdistill.utils.errors import UserError
 
 def check_values(cfg: DictConfig) -> None:
     """Raises `UserError` for values of a config that `summary.json` cannot hold."""
-    for key in ("name", "technique"):
-        value = cfg.get(key)
-        if value is not None and not isinstance(value, (str, int, float)):
-            raise UserError(f"{key}={value} must be one name.")
-    if type(cfg.seed) is not int:
-        raise UserError(f"seed={cfg.seed} must be a whole number.")
     for name in map(str, cfg):
         try:
             json.dumps(OmegaConf.to_container(cfg[name], resolve=True) if OmegaConf.is_config(cfg[name]) else cfg[name])

@@ -27,7 +27,8 @@ from litdistill.config.distiller import (
 )
 from litdistill.config.lr_scaling import Scale, read_scale
 from litdistill.config.origin import check_foreign, remember
-from litdistill.config.recipes import is_complete
+from litdistill.config.recipes import is_complete, teacher_config
+from litdistill.config.schema import check
 from litdistill.data.foreign import ForeignData, sample_count
 from litdistill.distillation.distiller import Distiller
 from litdistill.distillation.sharding import ShardedTeacher
@@ -104,9 +105,12 @@ def train(cfg: DictConfig, callbacks: Sequence[Callback] = (), role: str = "Stud
 
 
 def admit(cfg: DictConfig, folder: Path) -> None:
-    """Raises `UserError` for an untrusted foreign config, and for values that `summary.json` cannot hold; records the run."""
+    """Raises `UserError` for an untrusted foreign config, for options without sense, the teacher's too; records the run."""
     check_foreign(cfg, folder)
     check_values(cfg)
+    check(cfg)
+    if cfg.teacher is not None and cfg.teacher.get("checkpoint") == "auto" and not cfg.teacher.get("ensemble"):
+        check(teacher_config(cfg), of="In the teacher's training (teacher.recipe):\n")
     if is_first_rank():
         remember(folder, cfg)
 

@@ -1,0 +1,87 @@
+"""The options of data: those of `ImageData` and of `ArrayData`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from litdistill.config.schema.fields import (
+    Count,
+    CountFromZero,
+    Deviations,
+    Node,
+    NotNegative,
+    Numbers,
+    Object,
+    Part,
+    Pixels,
+    Seed,
+    Share,
+    Text,
+    option,
+)
+
+HeldOut = Part | Annotated[int, Field(ge=2)]
+Classes = Annotated[list[CountFromZero], Field(min_length=2)]
+
+
+class ImageData(Node):
+    """`data` of images: conf/data/base.yaml."""
+
+    target: str = Field(alias="_target_", description="the data module: any LightningDataModule")
+    name: Text = option("which data set: digits, mnist, fashion_mnist, cifar10, cifar100, folder or shards")
+    root: Text | None = option("the folder of its files")
+    image_size: Count | None = option("side to which the images of a folder are resized and cropped")
+    classes: Classes | None = option("[0, 1] makes a two-class problem of any data set")
+    val_size: HeldOut = option("held out of the training set: a fraction below 1, or a number of images", usual=0.1)
+    fraction: Share | None = option("train on this share of the rest ...")
+    per_class: Count | None = option("... or on so many images of each class")
+    omit: list[CountFromZero] | None = option(
+        "classes whose images are not trained on; [3] and the network still has a 3 to say"
+    )
+    subset_seed: Seed | None = option("which images these are")
+    epoch_size: Count | None = option("samples of an epoch, where it is not the whole training set once")
+    batch_size: Count = option("images of a step of training, in each process")
+    eval_batch_size: Count = option("images of a step without gradients")
+    augment: list[Object] | None = option(
+        "what is done to the images of each training batch, in this order",
+        usual="[{_target_: litdistill.data.augment.Flip}]",
+    )
+    mix: Object | None = option(
+        "with whom each image and its label are mixed after that",
+        usual="{_target_: litdistill.data.mixing.Mixup, alpha: 0.2}",
+    )
+    fixed_views: Count | None = option(
+        "see each image in so many of its views only, over and over, so that a teacher's outputs can be kept"
+    )
+    mean: Pixels | None = option("of each channel, on the scale 0 to 1; null: measured on the training set")
+    std: Deviations | None = option("likewise; both are given, or neither")
+    seed: Seed = option("of order and augmentation")
+    view_seed: Seed | None = option(
+        "of augmentation alone; a number where the teacher is to be asked once for runs of several seeds"
+    )
+    download: bool = option("fetch files that are missing")
+    resident: bool | Literal["auto"] = option(
+        "true: decoded once, and kept in memory; false: decoded by workers ahead of each use; auto: as they fit"
+    )
+    memory_gb: NotNegative = option("what auto lets them take, 10^9 bytes: images · channels · image_size²")
+    workers: CountFromZero = option("processes that decode, where they are not resident; leave a core for training")
+
+
+class ArrayData(Node):
+    """`data` of features in memory: conf/data/diabetes.yaml."""
+
+    target: str = Field(alias="_target_", description="the data module: any LightningDataModule")
+    name: Text = option("which data set: diabetes or multilabel")
+    val_size: HeldOut = option("held out of the training set: a fraction below 1, or a number of samples", usual=0.1)
+    fraction: Share | None = option("train on this share of the rest")
+    subset_seed: Seed | None = option("which samples these are")
+    epoch_size: Count | None = option("samples of an epoch, where it is not the whole training set once")
+    batch_size: Count = option("samples of a step of training, in each process")
+    eval_batch_size: Count = option("samples of a step without gradients")
+    seed: Seed = option("of the order")
+    mean: Numbers | None = option(
+        "of each feature, by which networks standardize; null: measured on what is not held out"
+    )
+    std: Deviations | None = option("likewise; both are given, or neither")

@@ -1,0 +1,105 @@
+"""The options of the commands that work on finished runs, and of `fetch` and `compare`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from litdistill.config.schema.fields import (
+    Count,
+    CountFromZero,
+    Device,
+    Node,
+    NotNegative,
+    Object,
+    Seed,
+    Text,
+    Texts,
+    Unit,
+    option,
+)
+
+TRUST = "packages that a run which was not made here may name classes of: trust=[my_package]"
+CHANGED = "what has changed about the data since: +data.root=elsewhere"
+Levels = Annotated[list[Annotated[float, Field(gt=0, le=255)]], Field(min_length=1)]
+
+
+class Evaluate(Node):
+    """conf/evaluate.yaml."""
+
+    run: Text = option("the run's folder")
+    device: Device = option("cpu, cuda, or auto: a GPU if there is one")
+    trust: list[Text] | None = option(TRUST)
+    data: dict[str, Any] | None = option(CHANGED)
+
+
+class Tolerance(Node):
+    """`tolerance` of an export."""
+
+    difference: NotNegative | None = option(
+        "of any logit, as a share of the largest logit; null: fp32 0.0001, fp16 0.02, int8 any"
+    )
+    agreement: Unit | None = option("least share of equal predictions; null: fp32 0.999, fp16 0.99, int8 0.95")
+
+
+class Export(Node):
+    """conf/export.yaml."""
+
+    run: Text = option("the run's folder")
+    format: Literal["onnx", "pt2", "safetensors", "torchscript"] = option(
+        "onnx, pt2 (torch.export), safetensors (weights alone) or torchscript (deprecated by PyTorch)"
+    )
+    precision: Literal["fp32", "fp16", "int8"] = option("fp32; fp16 (not torchscript); int8 (onnx only)")
+    preprocessing: bool = option(
+        "the file takes uint8 images and normalises them itself; false: it takes normalised floats"
+    )
+    calibration: Count = option("how many training images decide the ranges of int8")
+    tolerance: Tolerance = option("what the file may differ from the student, on the whole test set")
+    verify: bool = option("true: write nothing, check again what is in <run>/export/")
+    trust: list[Text] | None = option(TRUST)
+    allow_code: bool = option("with verify: open .pt2 and .pt files too, whose loaders can run code")
+    data: dict[str, Any] | None = option(CHANGED)
+
+
+class Report(Node):
+    """conf/report.yaml."""
+
+    runs: Text | Texts = option("a folder that is searched for runs, a run, or a list of either")
+    out: Text | None = option("a .md file to write the table to; or a folder for the page, index.html and report.md")
+    picture: Text | None = option("a .png file to draw the test metric of every run to")
+    title: Text = option("of the page")
+    threads: Count = option("CPU threads that models are timed with")
+    rounds: Count = option("how often each model has its turn to be timed")
+    robustness: CountFromZero = option("test images to spoil and to attack, of classifiers; 0: none")
+    epsilons: Levels = option("of the attacks, in levels of 255")
+    device: Device = option("where students are evaluated: cpu, cuda, or auto; they are timed on both")
+    trust: list[Text] | None = option(TRUST)
+
+
+class Compare(Node):
+    """conf/compare.yaml."""
+
+    dataset: Text = option("any of conf/data")
+    seeds: Count = option("runs of each technique")
+    techniques: Texts | None = option("[distilled, int8]: only these; null: all")
+    family: Annotated[list[Text | list[Count]], Field(min_length=1)] = option("widths of the students of `family`")
+    jobs: Count = option("runs at a time; models are timed afterwards, one at a time")
+    overrides: list[Text] = option(
+        "of every run, as for litdistill train, each in quotes: \"overrides=['trainer.max_epochs=5']\""
+    )
+    runs: Text = option("finished runs of the same config are not repeated")
+    out: Text = option("where the page goes")
+    picture: Text | None = option("a .png file for the main picture")
+    threads: Count = option("CPU threads that models are timed with")
+    rounds: Count = option("how often each model has its turn to be timed")
+    robustness: CountFromZero = option("test images to spoil and to attack, of classifiers; 0: none")
+    epsilons: Levels = option("of the attacks, in levels of 255")
+    device: Device = option("where students are evaluated: cpu, cuda, or auto; they are timed on both")
+
+
+class Fetch(Node):
+    """conf/fetch.yaml."""
+
+    data: Object = option("which data set: one of conf/data")
+    seed: Seed = option("of no meaning here: conf/data refers to it")
