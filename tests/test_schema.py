@@ -173,10 +173,10 @@ SENSELESS = [
         "student.preprocess.mean=[0.5] alone: set student.preprocess.std too, to as many numbers, or both to null.",
     ),
     (
-        "data.augment=[RandomHorizontalFlip]",
-        "data.augment=[RandomHorizontalFlip]: a list of objects {_target_: my_package.MyClass, …} or null. Usual is "
-        "[{_target_: litdistill.data.augment.Flip}].",
+        "data.augment=Flip",
+        "data.augment=Flip: a list of augmentations, [Flip,{Crop:{pad:4}}] or null. Did you mean [Flip]?",
     ),
+    ("data.augment=[3]", "data.augment=[3]: a list of augmentations, [Flip,{Crop:{pad:4}}] or null."),
     ("+data.batchsize=3", "data.batchsize is no option: did you mean batch_size or eval_batch_size?"),
     ("+callbacks.mine=3", "callbacks.mine=3: an object {_target_: my_package.MyClass, …} or null."),
     ("compress=prune compress.budget=2", "compress.budget=2: a number above 0 and at most 1."),

@@ -76,7 +76,7 @@ class ImageData(LightningDataModule):
         epoch_size: int | None = None,
         batch_size: int = 64,
         eval_batch_size: int = 512,
-        augment: Sequence[aug.Augmentation | str | Mapping[str, Any]] = (),
+        augment: Sequence[aug.Augmentation | str | Mapping[str, Any]] | None = (),
         mix: mixing.Mixing | None = None,
         fixed_views: int | None = None,
         mean: Sequence[float] | None = None,
@@ -96,7 +96,7 @@ class ImageData(LightningDataModule):
         self.val_size, self.fraction, self.per_class = val_size, fraction, per_class
         self.subset_seed = seed if subset_seed is None else subset_seed
         self.epoch_size, self.batch_size, self.eval_batch_size = epoch_size, batch_size, eval_batch_size
-        self.augment, self.mix, self.mean, self.std = augmentations(augment), mix, mean, std
+        self.augment, self.mix, self.mean, self.std = augmentations(() if augment is None else augment), mix, mean, std
         self.seed, self.view_seed = seed, seed if view_seed is None else view_seed
         self.memory, self.workers = splits.budget(resident, memory_gb), workers
         self.omit, self.fixed_views = () if omit is None else omit, fixed_views

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -16,6 +16,7 @@ from litdistill.config.schema.fields import (
     Object,
     Part,
     Pixels,
+    Said,
     Seed,
     Share,
     Text,
@@ -24,6 +25,8 @@ from litdistill.config.schema.fields import (
 
 HeldOut = Part | Annotated[int, Field(ge=2)]
 Classes = Annotated[list[CountFromZero], Field(min_length=2)]
+
+Augmentations = Annotated[list[Text | dict[str, Any]], Said("a list of augmentations, [Flip,{Crop:{pad:4}}]")]
 
 
 class ImageData(Node):
@@ -44,10 +47,7 @@ class ImageData(Node):
     epoch_size: Count | None = option("samples of an epoch, where it is not the whole training set once")
     batch_size: Count = option("images of a step of training, in each process")
     eval_batch_size: Count = option("images of a step without gradients")
-    augment: list[Object] | None = option(
-        "what is done to the images of each training batch, in this order",
-        usual="[{_target_: litdistill.data.augment.Flip}]",
-    )
+    augment: Augmentations | None = option("what is done to the images of each training batch, in this order")
     mix: Object | None = option(
         "with whom each image and its label are mixed after that",
         usual="{_target_: litdistill.data.mixing.Mixup, alpha: 0.2}",
