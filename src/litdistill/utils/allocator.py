@@ -19,7 +19,8 @@ def keep_freed_memory() -> bool:
     unchanged, up to fragmentation, and so are all results.
 
     Returns False, and changes nothing, where the C library is not glibc, where the environment sets the thresholds
-    (`MALLOC_TRIM_THRESHOLD_`, `MALLOC_MMAP_THRESHOLD_`, `MALLOC_MMAP_MAX_`, `GLIBC_TUNABLES`), or where it loads another allocator (`LD_PRELOAD`).
+    (`MALLOC_TRIM_THRESHOLD_`, `MALLOC_MMAP_THRESHOLD_`, `MALLOC_MMAP_MAX_`, `GLIBC_TUNABLES`), or where it loads another
+    allocator (`LD_PRELOAD`).
     """
     thresholds = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_")
     user_settings = (*thresholds, "GLIBC_TUNABLES", "LD_PRELOAD")
