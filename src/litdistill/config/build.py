@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from litdistill.compress.quantize import Int8
 from litdistill.compress.restore import restore
 from litdistill.compress.structure import load_structure, structure_of
+from litdistill.config.distiller import train_labels
 from litdistill.config.instantiate import NETWORK_META_KEYS, instantiate, locate
 from litdistill.config.recipes import is_complete, teacher_folder
 from litdistill.data.foreign import ForeignData, training_inputs
@@ -30,6 +31,7 @@ from litdistill.models.metadata import class_order, with_class_order
 from litdistill.models.preprocess import Preprocess, bare, preprocess_of, wrap
 from litdistill.tasks import TASKS
 from litdistill.tasks.base import Task
+from litdistill.tasks.classification import balanced_weights
 from litdistill.utils.checkpoint import load_state_dict_checked, load_weights, read_metadata
 from litdistill.utils.distributed import broadcast_from_rank0
 from litdistill.utils.errors import UserError
@@ -59,6 +61,7 @@ def build_data(cfg: DictConfig, **facts: Any) -> tuple[Any, Task]:
 def build_task(node: DictConfig, data: Any) -> Task:
     """Returns the task of a config. A `mean` and `std` of null are measured on the targets of all samples outside of the
     validation set, whatever share is trained on, so that the outputs of teacher and student are on the same scale.
+    `class_weights` of "balanced" are those of the labels that are trained on.
 
     Raises `UserError` if the data module's `task` attribute names another task.
     """
@@ -74,6 +77,14 @@ def build_task(node: DictConfig, data: Any) -> Task:
         targets = data.train_targets[rest].double()
         targets = targets[:, None] if targets.ndim == 1 else targets
         facts = {"mean": targets.mean(0).tolist(), "std": targets.std(0).clamp(min=1e-12).tolist()}
+    if node.get("class_weights") == "balanced":
+        labels = None if as_indexed(data) is None else train_labels(data)
+        if labels is None:
+            raise UserError(
+                "task.class_weights=balanced counts the labels, and these data do not show them by id: give the weights, "
+                "[1, 3], one for each class."
+            )
+        facts = {"class_weights": balanced_weights(labels[labels >= 0], data.num_classes)}
     task: Task = instantiate(node, "task", **facts)
     return task
 

@@ -32,6 +32,9 @@ from torch import Tensor
 from litdistill.utils.errors import UserError
 
 GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed number, the increment of splitmix64
+CLASS_STREAM = (
+    -3
+)  # of the order of classes in `balanced_epoch`; `mixing` has -1 and -2, those of augmentations count from 1
 _MIX1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _MIX2 = -7723592293110705685  # 0x94D049BB133111EB
 
@@ -93,7 +96,34 @@ def epoch_order(seed: int, epoch: int, ids: Tensor, size: int | None = None) -> 
     Without `size` an epoch is one round. With it, epochs are consecutive pieces of that size of an endless series of rounds.
     """
     size = size or len(ids)
+    return _cut_from_rounds(seed, ids, epoch * size, (epoch + 1) * size)
+
+
+def balanced_epoch(
+    seed: int, epoch: int, ids: Tensor, labels: Tensor, size: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Returns the samples of an epoch, of each class as many, and the round of each: two tensors (size,).
+
+    `labels` (N,): the class of each of the `ids`. Epochs are consecutive pieces of an endless series of blocks, each of one
+    sample of every class in an order of its own. The samples of a class follow each other as in `epoch_order`, so that a round
+    is one pass through the images of that class; the samples of a small class have more rounds than those of a large one.
+    """
+    size, classes = size or len(ids), labels.unique()
     start, stop = epoch * size, (epoch + 1) * size
+    first, last = start // len(classes), -(-stop // len(classes))
+    of_classes = [_cut_from_rounds(seed, ids[labels == c], first, last) for c in classes]
+    blocks = torch.arange(first, last)
+    by_block = torch.stack(
+        [random_bits(seed, blocks, torch.full_like(blocks, int(c)), CLASS_STREAM) for c in classes], 1
+    )
+    place = by_block.sort(dim=1, stable=True).indices
+    cut = slice(start - first * len(classes), stop - first * len(classes))
+    samples, rounds = (torch.stack(x, 1).gather(1, place).flatten()[cut] for x in zip(*of_classes, strict=True))
+    return samples, rounds
+
+
+def _cut_from_rounds(seed: int, ids: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    """Returns the samples from `start` to `stop` of the endless series of rounds of `ids`, and the round of each."""
     first, last = start // len(ids), -(-stop // len(ids))
     series = torch.cat([order(seed, round, ids) for round in range(first, last)])
     rounds = torch.arange(first, last).repeat_interleave(len(ids))

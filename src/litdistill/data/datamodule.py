@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -46,6 +47,8 @@ class ImageData(LightningDataModule):
         omit: classes, by number or by name, whose images are not trained on; the network, validation and test keep them.
         subset_seed: seed of the choice of the subset; the run's seed unless given.
         epoch_size: samples of an epoch, so that a small training set has as many steps as a large one; null: one round.
+        balanced: whether each class is drawn equally often: an epoch has as many samples of each, whatever their numbers of
+            images, and `epoch_size` samples in all.
         batch_size: samples of a training step on each device. eval_batch_size: likewise without gradients.
         augment: augmentations, objects or names (`litdistill.data.named`), applied in this order.
         mix: mixing of images and labels in pairs, after the augmentations (`litdistill.data.mixing`).
@@ -74,6 +77,7 @@ class ImageData(LightningDataModule):
         omit: Sequence[int | str] | None = None,
         subset_seed: int | None = None,
         epoch_size: int | None = None,
+        balanced: bool = False,
         batch_size: int = 64,
         eval_batch_size: int = 512,
         augment: Sequence[aug.Augmentation | str | Mapping[str, Any]] | None = (),
@@ -94,6 +98,7 @@ class ImageData(LightningDataModule):
         )
         self.name, self.root, self.image_size, self.download = name, root, image_size, download
         self.val_size, self.fraction, self.per_class = val_size, fraction, per_class
+        self.balanced = balanced
         self.subset_seed = seed if subset_seed is None else subset_seed
         self.epoch_size, self.batch_size, self.eval_batch_size = epoch_size, batch_size, eval_batch_size
         self.augment, self.mix, self.mean, self.std = augmentations(() if augment is None else augment), mix, mean, std
@@ -192,6 +197,9 @@ class ImageData(LightningDataModule):
 
     def view_count(self, rounds: int) -> int:
         """See `litdistill.data.protocol.IndexedData`."""
+        if self.balanced:  # `rounds` times as many samples as there are, which show a small class more often
+            counts = self.train_targets[self.train_ids].unique(return_counts=True)[1]
+            rounds = 1 + math.ceil(rounds * len(self.train_ids) / len(counts) / int(counts.min()))
         return self.views or min(rounds, self.fixed_views or rounds)
 
     @cached_property
@@ -231,7 +239,11 @@ class ImageData(LightningDataModule):
 
     def _epoch(self, epoch: int) -> Rows:
         """Returns all samples of an epoch in order, with their views, which are drawn once for all batches."""
-        ids, rounds = aug.epoch_order(self.seed, epoch, self.train_ids, self.epoch_size)
+        if self.balanced:
+            labels = self.train_targets[self.train_ids]
+            ids, rounds = aug.balanced_epoch(self.seed, epoch, self.train_ids, labels, self.epoch_size)
+        else:
+            ids, rounds = aug.epoch_order(self.seed, epoch, self.train_ids, self.epoch_size)
         if self.fixed_views is not None:
             rounds = rounds % self.fixed_views
         if not self.draws_views:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -23,29 +24,55 @@ class Classification(Task):
     Args:
         label_smoothing: the share of a label's probability that is spread evenly over all classes (Szegedy et al. 2016,
             arXiv 1512.00567, section 7).
+        class_weights: the weight of each class in the labels' loss; `balanced_weights` gives those of scikit-learn's
+            "balanced", which a config writes as `task.class_weights=balanced`. None: 1 each.
     """
 
     kind = CATEGORICAL
     monitor: tuple[str, Literal["max", "min"]] = ("accuracy", "max")
 
-    def __init__(self, label_smoothing: float = 0.0):
+    def __init__(self, label_smoothing: float = 0.0, class_weights: Sequence[float] | None = None):
         if not 0 <= label_smoothing < 1:
             raise UserError(f"label_smoothing={label_smoothing} must be at least 0 and below 1; 0.1 is common.")
+        if isinstance(class_weights, str) or not all(0 <= w < math.inf for w in class_weights or ()):
+            raise UserError(
+                f"class_weights={class_weights} must be one number for each class, none negative, or balanced in a config; "
+                "in Python balanced_weights(targets, classes) gives these."
+            )
         self.label_smoothing = label_smoothing
+        self.class_weights = None if class_weights is None else torch.tensor(list(class_weights), dtype=torch.float32)
 
     def loss(self, net: nn.Module, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         """Returns `hard`: cross-entropy in nats, computed in float32 also under autocast.
+
+        With class weights it is the mean over the batch of each sample's, times its class's weight. torch's own mean divides by
+        the batch's sum of weights, which would make a sample's weight depend on its batch, and the loss on its size.
 
         Raises `UserError` for targets that are neither classes nor probabilities.
         """
         logits, targets = outputs.logits.float(), _classes(outputs.logits, batch.targets)
         try:
-            return {"hard": F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)}
+            if self.class_weights is None:
+                return {"hard": F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)}
+            weight, smoothing = self._weights_for(logits), self.label_smoothing
+            loss = F.cross_entropy(logits, targets, weight, label_smoothing=smoothing, reduction="sum")
+            return {"hard": loss / len(logits)}
         except IndexError as error:  # raised on a CPU only; a check on a GPU would need a synchronization
             raise UserError(
                 f"Labels go from {int(targets.min())} to {int(targets.max())}, and the network gives {logits.shape[1]} logits: "
                 "it needs one for each class, and classes are counted from 0."
             ) from error
+
+    def _weights_for(self, logits: Tensor) -> Tensor:
+        assert self.class_weights is not None
+        if len(self.class_weights) != logits.shape[1]:
+            raise UserError(
+                f"class_weights={self.class_weights.tolist()} are {len(self.class_weights)}, and the network gives "
+                f"{logits.shape[1]} logits: give one for each class."
+            )
+        if self.class_weights.device != logits.device:
+            self.class_weights = self.class_weights.to(logits.device)
+        return self.class_weights
 
     def decode(self, outputs: Outputs) -> dict[str, Tensor]:
         probabilities = outputs.logits.float().softmax(1)
@@ -74,6 +101,16 @@ class Classification(Task):
         from litdistill.tasks.figures import classification_figures
 
         return classification_figures(samples)
+
+
+def balanced_weights(targets: Tensor, classes: int) -> list[float]:
+    """Returns a weight for each class, samples / (classes · samples of the class): their mean over the samples is 1.
+
+    `targets`: (N,) int64. Classes without a sample have the weight 1 and are not counted as classes.
+    """
+    counts = torch.bincount(targets, minlength=classes).double()
+    weights = len(targets) / ((counts > 0).sum() * counts.clamp(min=1))
+    return torch.where(counts > 0, weights, 1.0).tolist()
 
 
 def _classes(logits: Tensor, targets: Any) -> Tensor:
