@@ -88,6 +88,11 @@ def after_epoch(number: int, act: Callable[[Path], object]) -> None:
     _after(number, act, "on_train_epoch_end")
 
 
+def at_hook(hook: str, number: int, act: Callable[[Path], object]) -> None:
+    """The same at another hook of a callback."""
+    _after(number, act, hook)
+
+
 def _after(number: int, act: Callable[[Path], object], hook: str) -> None:
     no_pictures()
     count = 0

@@ -13,7 +13,7 @@ import pytest
 import torch
 from filelock import FileLock
 
-from tests.forked import ROOT, TINY, at_batch, call, finish, finished, no_pictures, same, start, weights
+from tests.forked import ROOT, TINY, at_batch, at_hook, call, finish, finished, no_pictures, same, start, weights
 
 pytestmark = pytest.mark.process
 
@@ -59,6 +59,43 @@ def test_a_second_signal_does_not_wait(tmp_path):
         signal.raise_signal(signal.SIGUSR1)
 
     assert call("train", TINY, tmp_path, partial(at_batch, 3, hear_twice))[0] == -signal.SIGUSR1
+
+
+def twice(signum: int, _: Path) -> None:
+    signal.raise_signal(signum)
+    signal.raise_signal(signum)
+
+
+SUPERVISED = [*TINY, "method=supervised", "teacher=null"]
+
+
+def test_two_terminations_in_a_validation_are_no_success(tmp_path):
+    """`&&`, make and SLURM would take status 0 for a finished run."""
+    stop = partial(at_hook, "on_validation_epoch_start", 2, partial(twice, signal.SIGTERM))
+    assert call("train", SUPERVISED, tmp_path, stop)[0] == -signal.SIGTERM  # 143 in a shell
+    assert finished(tmp_path) == []
+    assert call("train", [*SUPERVISED, "resume=auto"], tmp_path, no_pictures)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("hook", "number", "act", "state"),
+    [
+        ("on_train_batch_start", 1, twice, "there was no checkpoint yet"),
+        ("on_train_batch_start", 3, twice, "the last checkpoint is kept"),
+        ("on_validation_epoch_start", 2, twice, "the last checkpoint is kept"),
+        ("on_fit_end", 1, hear, "the last checkpoint is kept"),
+    ],
+)
+def test_a_ctrl_c_at_any_moment_has_its_status_and_says_how_to_go_on(tmp_path, hook, number, act, state):
+    stop = partial(at_hook, hook, number, partial(act, signal.SIGINT))
+    status, printed = call("train", SUPERVISED, tmp_path, stop)
+    assert status == 130
+    assert printed.rstrip().splitlines()[-1] == (
+        f"Stopped by SIGINT at once; {state}. The same command with resume=auto goes on."
+    )
+    assert "Traceback" not in printed
+    assert call("train", [*SUPERVISED, "resume=auto"], tmp_path, no_pictures)[0] == 0
+    assert len(finished(tmp_path)) == 1
 
 
 @pytest.mark.parametrize("script", ["train", "sweep"])

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from omegaconf import OmegaConf
 
+from litdistill.cli.resume import resumed
 from litdistill.config.changes import as_started, is_applied
 from litdistill.evaluation.evaluate import rebuild
 from litdistill.training.resume import moved
@@ -299,3 +300,28 @@ def test_a_best_checkpoint_that_is_missing_is_forgotten(tmp_path, caplog):
     assert found["best_model_score"] == 1.0
     assert found["best_k_models"] == {str(tmp_path / "best.ckpt"): 1.0}
     assert found["dirpath"] == str(tmp_path)
+
+
+# -- what a resume replays -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("typed", "kept"),
+    [
+        (["trainer=cpu"], ["data=digits", "trainer=ddp", "trainer.max_epochs=7"]),
+        (["trainer=cpu", "trainer.devices=3"], ["data=digits", "trainer=ddp", "trainer.max_epochs=7"]),
+        (
+            ["threads=1"],
+            ["data=digits", "trainer=ddp", "trainer.devices=2", "trainer.max_epochs=7", "+trainer.num_nodes=1"],
+        ),
+    ],
+)
+def test_another_trainer_brings_its_own_devices(tmp_path, capsys, typed, kept):
+    """A run of two ranks that goes on with `trainer=cpu` has one."""
+    began = ["data=digits", "trainer=ddp", "trainer.devices=2", "trainer.max_epochs=7", "+trainer.num_nodes=1"]
+    note = {"hydra": {"job": {"config_name": "train"}, "overrides": {"task": began}, "runtime": {"config_sources": []}}}
+    (tmp_path / ".hydra").mkdir()
+    OmegaConf.save(OmegaConf.create(note), tmp_path / ".hydra" / "hydra.yaml")
+    found = resumed([f"resume={tmp_path}", *typed])
+    assert found == [*kept, *typed, f"hydra.run.dir={tmp_path}"]
+    assert ("Not replayed, since another trainer is chosen" in capsys.readouterr().out) is (typed[0] == "trainer=cpu")

@@ -20,6 +20,9 @@ from litdistill.config.origin import (
 from litdistill.utils.command_line import config_dir_of, split_flags
 from litdistill.utils.errors import UserError
 
+# Options of a trainer that say on which devices it runs.
+LAUNCH = ("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.sync_batchnorm")
+
 
 def resumed(arguments: list[str], config_name: str = "train") -> list[str]:
     """Replaces `resume=<run folder>` or `resume=auto` by the overrides that continue that run in its own folder.
@@ -44,7 +47,8 @@ def resumed(arguments: list[str], config_name: str = "train") -> list[str]:
             return [*flags, *overrides]
     else:
         folder = Path(target)
-        overrides = [*_replayed(folder, config_name, config_dir_of(flags)), *overrides]
+        replayed = _replayed(folder, config_name, config_dir_of(flags))
+        overrides = [*_without_launch(replayed, overrides), *overrides]
     check_links(folder)
     starting.end()
     print(f"Resuming {folder}")
@@ -84,6 +88,19 @@ def _replayed(folder: Path, config_name: str, config_dir: Path | None) -> list[s
             f"If you trust it, add --config-dir {record.config_dir}"
         )
     return found
+
+
+def _without_launch(replayed: list[str], typed: list[str]) -> list[str]:
+    """Returns the replayed overrides without those of the launch where another trainer is typed: they belong to the old one.
+
+    A run of two ranks that goes on with `trainer=cpu` has one device, as that file says.
+    """
+    if not any(override.startswith("trainer=") for override in typed):
+        return replayed
+    dropped = [o for o in replayed if o.lstrip("+~").split("=")[0] in LAUNCH]
+    if dropped:
+        print(f"Not replayed, since another trainer is chosen: {', '.join(dropped)}")
+    return [o for o in replayed if o not in dropped]
 
 
 def _same_overrides(one: list[str], other: list[str]) -> bool:

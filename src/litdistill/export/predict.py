@@ -31,7 +31,9 @@ import numpy as np
 from litdistill.data.decode import decode
 from litdistill.export.onnx_safety import external_data
 from litdistill.utils.errors import UserError
-from litdistill.utils.manifest import MISSING, SUFFIXES, ExportMetadata, verified
+from litdistill.utils.manifest import MANIFEST, MISSING, SUFFIXES, ExportMetadata, verified
+from litdistill.utils.text import CONTROL_CHARACTERS
+from litdistill.utils.units import quantity
 
 if TYPE_CHECKING:
     from torch import nn
@@ -88,7 +90,18 @@ def runtime(content: bytes, facts: ExportMetadata, path: Path) -> Callable[[np.n
     as_they_are = facts.preprocessing or facts.format == "safetensors" or not facts.mean
 
     def run(images: np.ndarray) -> np.ndarray:
-        logits = net(images if as_they_are else images * scale + shift)
+        try:
+            logits = np.asarray(net(images if as_they_are else images * scale + shift))
+        except UserError:
+            raise
+        except (
+            Exception
+        ) as error:  # of a runtime, for inputs that the file does not take, or for memory that is not there
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(
+                f"{path} cannot be run on inputs of {'x'.join(map(str, images.shape[1:]))}, which {MANIFEST} states "
+                f"(input_shape, preprocessing): {reason}. Export the run again, or fetch both files anew."
+            ) from error
         if logits.shape != (len(images), len(facts.classes)):
             raise UserError(f"{path} gives {logits.shape} for {len(images)} samples and {len(facts.classes)} outputs.")
         return logits
@@ -110,6 +123,7 @@ def _onnx(content: bytes, facts: ExportMetadata, path: Path) -> Callable[[np.nda
 
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("session.load_model_format", "ONNX")  # the format that was checked
+    options.log_severity_level = 4  # what it says of a file that it refuses is in its exception
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     (given,) = session.get_inputs()
     return lambda images: session.run(None, {given.name: images})[0]
@@ -272,16 +286,26 @@ def decoded(logits: np.ndarray, facts: ExportMetadata, top: int) -> list[dict[st
 def predict(model: Model, paths: Sequence[str | Path], top: int = 5) -> list[dict[str, Any]]:
     """Returns `{"image": …}` with the result of `decoded` for each image, and `{"row": …}` for each row of a table."""
     found, facts = [], model.facts
+
+    def run(inputs: np.ndarray) -> np.ndarray:
+        logits = model.run(inputs)
+        if (bad := ~np.isfinite(logits).all(1)).any():
+            raise UserError(
+                f"The student's outputs for {quantity(int(bad.sum()), 'sample')} of {len(bad)} are no finite numbers, so that "
+                "it predicts nothing. Its weights are damaged, or its training diverged: export another run."
+            )
+        return logits
+
     if len(facts.input_shape) == 1:
         for path in paths:
             rows = read_table(path, facts.input_shape[0])
             for start in range(0, len(rows), BATCH):
-                chunk = decoded(model.run(rows[start : start + BATCH]), facts, top)
+                chunk = decoded(run(rows[start : start + BATCH]), facts, top)
                 found += [{"row": f"{path}:{start + i}", **one} for i, one in enumerate(chunk)]
         return found
     for start in range(0, len(paths), BATCH):
         some = paths[start : start + BATCH]
-        given = decoded(model.run(read_images(some, facts.input_shape)), facts, top)
+        given = decoded(run(read_images(some, facts.input_shape)), facts, top)
         found += [{"image": str(path), **one} for path, one in zip(some, given, strict=True)]
     return found
 
@@ -307,8 +331,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(json.dumps(found, indent=2))
         return
     for one in found:
-        # A file name need not be valid UTF-8
-        name = os.fsencode(one.get("image") or one["row"]).decode(errors="replace")
+        # A file name need not be valid UTF-8, and may hold characters that control a terminal.
+        name = CONTROL_CHARACTERS.sub("?", os.fsencode(one.get("image") or one["row"]).decode(errors="replace"))
         texts = [f"{c['class']} {100 * c['probability']:.1f} %" for c in one.get("top", ())]
         texts += [f"{k} {v:.6g}" for k, v in one.get("values", {}).items()]
         print(f"{name}: " + ", ".join(texts))

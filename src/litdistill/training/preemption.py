@@ -17,6 +17,7 @@ import torch
 from filelock import FileLock, Timeout
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from litdistill.config.origin import check_links
 from litdistill.utils.checkpoint import remove_parts
@@ -61,7 +62,8 @@ class GracefulStop(Callback):
 
     def _receive(self, signum: int, frame: Any) -> None:
         self.heard = signum
-        signal.signal(signum, self._before.get(signum, signal.SIG_DFL))
+        # Not the handler before: Lightning's would end a validation with status 0 at a second SIGTERM.
+        signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
         log.warning("%s: stopping after this step. Again to stop at once.", signal.Signals(signum).name)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -121,6 +123,23 @@ class GracefulStop(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._restore()
+
+
+@contextlib.contextmanager
+def translate_interrupts(folder: Path) -> Iterator[None]:
+    """Raises `Stopped`, whose message says how to go on, for a Ctrl-C or SIGTERM that `GracefulStop` did not handle.
+
+    Lightning turns a Ctrl-C into an exit with status 1, and a SIGTERM into one with status 0. `folder`: the run's.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit) as error:
+        pressed = isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt)
+        if not pressed and not isinstance(error, SIGTERMException):
+            raise  # another rank's own end
+        kept = (folder / "checkpoints" / "last.ckpt").is_file()
+        state = "the last checkpoint is kept" if kept else "there was no checkpoint yet"
+        raise Stopped(signal.SIGINT if pressed else signal.SIGTERM, "once", state) from error
 
 
 @contextlib.contextmanager

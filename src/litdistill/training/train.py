@@ -35,7 +35,7 @@ from litdistill.distillation.sharding import ShardedTeacher
 from litdistill.evaluation.predictions import evaluations_folder, teacher_outputs
 from litdistill.training.finish import Run, finish
 from litdistill.training.grouping import GroupedData, group_size
-from litdistill.training.preemption import run_lock, translate_worker_errors
+from litdistill.training.preemption import run_lock, translate_interrupts, translate_worker_errors
 from litdistill.training.preflight import check_monitor, check_student, check_values, horizon
 from litdistill.training.prerequisites import Prerequisites
 from litdistill.training.resume import check_unchanged, last_state
@@ -60,7 +60,7 @@ def train(cfg: DictConfig, callbacks: Sequence[Callback] = (), role: str = "Stud
         check_unchanged(cfg, folder)
         log.info("%s is finished already.", folder)
         return float(json.loads((folder / "summary.json").read_text())["val"]["best"])
-    with run_lock(folder), translate_worker_errors():
+    with run_lock(folder), translate_worker_errors(), translate_interrupts(folder):
         started = time.perf_counter()
         admit(cfg, folder)
         prepare_process(cfg.threads)

@@ -18,17 +18,15 @@ class UserError(Exception):
 
 
 class Stopped(BaseException):
-    """Training was interrupted by a signal after its state was saved.
+    """Training was interrupted by a signal. `state`: what is left of it, its whole state by default.
 
     It derives from `BaseException`, so that loops which continue after a failed job (Hydra's multirun, a sweep) stop too.
     """
 
-    def __init__(self, signum: int, where: str):
+    def __init__(self, signum: int, where: str, state: str = "the state is saved"):
         name = signal.Signals(signum).name
-        super().__init__(
-            f"Stopped by {name} at {where}; the state is saved. The same command with resume=auto goes on."
-        )
-        self.signum, self.where, self.status = signum, where, 128 + signum
+        super().__init__(f"Stopped by {name} at {where}; {state}. The same command with resume=auto goes on.")
+        self.signum, self.where, self.state, self.status = signum, where, state, 128 + signum
 
-    def __reduce__(self) -> tuple[type[Stopped], tuple[int, str]]:
-        return type(self), (self.signum, self.where)  # pickling, for a worker process of a pool
+    def __reduce__(self) -> tuple[type[Stopped], tuple[int, str, str]]:
+        return type(self), (self.signum, self.where, self.state)  # pickling, for a worker process of a pool
