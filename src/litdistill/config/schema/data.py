@@ -45,6 +45,7 @@ class ImageData(Node):
     )
     subset_seed: Seed | None = option("which images these are")
     epoch_size: Count | None = option("samples of an epoch, where it is not the whole training set once")
+    balanced: bool = option("true: each class is drawn equally often, however few its images are")
     batch_size: Count = option("images of a step of training, in each process")
     eval_batch_size: Count = option("images of a step without gradients")
     augment: Augmentations | None = option("what is done to the images of each training batch, in this order")

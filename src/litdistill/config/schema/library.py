@@ -102,6 +102,9 @@ class Classification(Node):
 
     target: str = Field(alias="_target_", description="the task")
     label_smoothing: Decay = option("the share of a label's probability that is spread over all classes")
+    class_weights: Literal["balanced"] | list[NotNegative] | None = option(
+        "of each class in the labels' loss, [1, 3]; balanced: the mean number of images of a class ÷ its own"
+    )
 
 
 class MultiLabel(Node):
