@@ -145,9 +145,11 @@ SENSELESS = [
     ("data.batch_size=32.0", f"data.batch_size=32.0: {WHOLE}. Did you mean 32?"),
     ("data.per_class=2.5", f"data.per_class=2.5: {WHOLE}, or null. Did you mean 2?"),
     (
-        "data.classes=['0','1']",
-        "data.classes=['0','1']: a list of 2 or more whole numbers of 0 or more, or null. Did you mean [0,1]?",
+        "data.classes=[1.5,2]",
+        "data.classes=[1.5,2]: a list of 2 or more classes, by number or name, or null. Did you mean [2,2]?",
     ),
+    ("data.classes=[1]", "data.classes=[1]: a list of 2 or more classes, by number or name, or null."),
+    ("data.classes=[cat,cat]", "data.classes=[cat,cat]: a class stands there twice."),
     ("data.fixed_views=0", f"data.fixed_views=0: {WHOLE}, or null. Did you mean null?"),
     ("data.std=[0]", "data.std=[0]: a list of one or more numbers above 0, or null."),
     ("seed=abc", "seed=abc: a whole number from 0 to 2³² − 1."),

@@ -28,7 +28,7 @@ from litdistill.cli.suggestions import suggestions
 from litdistill.config.instantiate import import_classes_from
 from litdistill.config.origin import check_foreign
 from litdistill.config.schema import check
-from litdistill.utils.command_line import as_command, config_dir_flags, literal
+from litdistill.utils.command_line import as_command, config_dir_flags, literal, without_null
 from litdistill.utils.distributed import run_stamp
 from litdistill.utils.errors import Stopped, UserError
 from litdistill.utils.logging import filter_warnings
@@ -96,7 +96,7 @@ def run_task(task: Callable[[DictConfig], Any], config_name: str, verb: str | No
     import_classes_from(os.getcwd())
     filter_warnings()
     logging.raiseExceptions = False  # on a full disk the run reports its own failed write in one line
-    arguments = sys.argv[1 if verb is None else 2 :]
+    arguments = without_null(sys.argv[1 if verb is None else 2 :])
     command = [sys.argv[0], *([verb] if verb is not None else [])]
     try:
         if "RUN_STAMP" not in os.environ:  # inherited by all ranks, which share one folder

@@ -122,13 +122,13 @@ def recipe(cfg: DictConfig) -> dict[str, Any]:
         kept[key] = value
     if kept["data"].get("fraction") is None and kept["data"].get("per_class") is None:
         kept["data"]["subset_seed"] = cfg.seed  # without a subset its seed changes nothing
-    if any(k not in OWN_CALLBACKS for k in cfg.get("callbacks") or {}):
+    if any(k not in OWN_CALLBACKS and v is not None for k, v in (cfg.get("callbacks") or {}).items()):
         nowhere = cfg.copy()
         OmegaConf.update(
             nowhere, "folder", "", force_add=True
         )  # the folder that callbacks write to does not change the weights
         found: Any = OmegaConf.to_container(nowhere.callbacks, resolve=True)
-        kept["callbacks"] = {k: v for k, v in found.items() if k not in OWN_CALLBACKS}
+        kept["callbacks"] = {k: v for k, v in found.items() if k not in OWN_CALLBACKS and v is not None}
     if (scale := cfg.get("scale")) and scale.reference_batch is not None:
         kept["scale"] = OmegaConf.to_container(scale)
     return short_names(kept)

@@ -14,7 +14,7 @@ from litdistill.distillation.distiller import Distiller
 from litdistill.evaluation.evaluate import rebuild
 from litdistill.training.train import train
 from litdistill.utils.checkpoint import write_text
-from litdistill.utils.command_line import literal
+from litdistill.utils.command_line import literal, without_null
 from litdistill.utils.distributed import run_stamp
 from litdistill.utils.logging import filter_warnings
 from litdistill.utils.paths import CONF
@@ -37,7 +37,7 @@ def run(
     import_classes_from(os.getcwd())
     path = [f"hydra.searchpath=[{literal(f'file://{Path(config_dir).resolve()}')}]"] if config_dir is not None else []
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("train", [*path, *overrides, "folder=null"])
+        cfg = compose("train", [*path, *without_null(overrides), "folder=null"])
     place = Path(cfg.runs) / cfg.name / run_stamp() if folder is None else Path(folder)
     cfg.folder = str(place)
     if not (place / "summary.json").is_file():

@@ -68,7 +68,9 @@ def build_trainer(
     refuse(cfg, method, isinstance(data, ForeignData))
     check_method(method, cfg.teacher, task)
     best, named = named_callbacks(cfg, task)
-    loggers: list[Logger] = [instantiate(node, f"logger.{name}") for name, node in (cfg.logger or {}).items()]
+    loggers: list[Logger] = [
+        instantiate(node, f"logger.{name}") for name, node in (cfg.logger or {}).items() if node is not None
+    ]
     # LearningRateMonitor raises without a logger.
     named = [c for c in named if loggers or not isinstance(c, LearningRateMonitor)]
     watch = TestAccuracyMonitor(data) if cfg.watch_test else None

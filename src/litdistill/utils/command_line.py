@@ -37,6 +37,12 @@ def split_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return flags, overrides
 
 
+def without_null(arguments: Sequence[str]) -> list[str]:
+    """Returns the arguments with `logger=null` and its like in Hydra's words: it takes no null for a file of a group."""
+    words = {f"{group}=null": f"{group}=none" for group in ("callbacks", "logger", "scheduler")}
+    return [{**words, "compress=null": "~compress"}.get(argument, argument) for argument in arguments]
+
+
 def config_dir_of(arguments: Sequence[str]) -> Path | None:
     """Returns the folder that the arguments give with `--config-dir`; None without the flag."""
     found = None

@@ -24,7 +24,8 @@ from litdistill.config.schema.fields import (
 )
 
 HeldOut = Part | Annotated[int, Field(ge=2)]
-Classes = Annotated[list[CountFromZero], Field(min_length=2)]
+Class = Annotated[CountFromZero | Text, Said("a class, by number or name")]
+Classes = Annotated[list[Class], Field(min_length=2)]
 
 Augmentations = Annotated[list[Text | dict[str, Any]], Said("a list of augmentations, [Flip,{Crop:{pad:4}}]")]
 
@@ -36,12 +37,12 @@ class ImageData(Node):
     name: Text = option("which data set: digits, mnist, fashion_mnist, cifar10, cifar100, folder or shards")
     root: Text | None = option("the folder of its files")
     image_size: Count | None = option("side to which the images of a folder are resized and cropped")
-    classes: Classes | None = option("[0, 1] makes a two-class problem of any data set")
+    classes: Classes | None = option("[0, 1] or [cat, dog] makes a two-class problem of any data set")
     val_size: HeldOut = option("held out of the training set: a fraction below 1, or a number of images", usual=0.1)
     fraction: Share | None = option("train on this share of the rest ...")
     per_class: Count | None = option("... or on so many images of each class")
-    omit: list[CountFromZero] | None = option(
-        "classes whose images are not trained on; [3] and the network still has a 3 to say"
+    omit: list[Class] | None = option(
+        "classes whose images are not trained on: [3], or [cat]; the network keeps its outputs for them"
     )
     subset_seed: Seed | None = option("which images these are")
     epoch_size: Count | None = option("samples of an epoch, where it is not the whole training set once")

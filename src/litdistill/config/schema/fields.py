@@ -111,9 +111,9 @@ def _kinds(annotation: Any, metadata: tuple[Any, ...]) -> Iterator[str | tuple[A
 
 
 def _plural(phrase: str) -> str:
-    for one in ("a whole number", "a number", "a text", "a list", "an object", "a mapping"):
+    for one in ("a whole number", "a number", "a text", "a list", "an object", "a mapping", "a class"):
         if phrase.startswith(one):
-            return one.partition(" ")[2] + "s" + phrase.removeprefix(one)
+            return one.partition(" ")[2] + ("es" if one.endswith("s") else "s") + phrase.removeprefix(one)
     return f"of {phrase}"
 
 

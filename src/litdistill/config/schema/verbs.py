@@ -66,8 +66,13 @@ class Report(Node):
     """conf/report.yaml."""
 
     runs: Text | Texts = option("a folder that is searched for runs, a run, or a list of either")
-    out: Text | None = option("a .md file to write the table to; or a folder for the page, index.html and report.md")
-    picture: Text | None = option("a .png file to draw the test metric of every run to")
+    out: Text | None = option(
+        "a file for the tables, .md, .csv or .tex; an .html file for the page, or a folder for it and report.md"
+    )
+    pivot: bool = option(
+        "true: a row a method, columns a pair of teacher and student, with what it adds to labels alone"
+    )
+    picture: Text | None = option("a .png file to draw the test metric of every run to, with the means of the table")
     title: Text = option("of the page")
     threads: Count = option("CPU threads that models are timed with")
     rounds: Count = option("how often each model has its turn to be timed")

@@ -1,0 +1,34 @@
+"""`null` for a group or for one of its entries leaves it out."""
+
+from pathlib import Path
+
+import pytest
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+
+from litdistill.methods import Supervised
+from litdistill.tasks import Classification
+from litdistill.training.trainer import build_trainer, named_callbacks
+from litdistill.training.train import train
+from litdistill.utils.command_line import without_null
+
+
+@pytest.mark.parametrize("override", ["callbacks=null", "callbacks.learning_rate=null"])
+def test_callbacks_of_null_are_the_two_that_a_run_ends_with(small, override):
+    cfg = small(*without_null([override]))
+    _, found = named_callbacks(cfg, Classification())
+    assert [type(callback) for callback in found] == [ModelCheckpoint, ModelCheckpoint]
+    _, usual = named_callbacks(small(), Classification())
+    assert LearningRateMonitor in [type(callback) for callback in usual]
+
+
+@pytest.mark.parametrize("override", ["logger=null", "logger.tensorboard=null"])
+def test_a_logger_of_null_is_none(small, override):
+    cfg = small("teacher=null", "method=supervised", *without_null([override]))
+    trainer = build_trainer(cfg, Path(cfg.folder), Supervised(), Classification(), object()).trainer
+    assert trainer.loggers == []
+
+
+def test_a_run_of_nulls_ends(small):
+    nulls = ["callbacks=null", "logger=null", "scheduler=null", "compress=null", "data.augment=null", "teacher=null"]
+    cfg = small(*without_null(nulls), "+callbacks.mine=null", "method=supervised", "trainer.max_epochs=1")
+    assert 0 < train(cfg) < 1
