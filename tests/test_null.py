@@ -7,8 +7,8 @@ from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 
 from litdistill.methods import Supervised
 from litdistill.tasks import Classification
-from litdistill.training.trainer import build_trainer, named_callbacks
 from litdistill.training.train import train
+from litdistill.training.trainer import build_trainer, named_callbacks
 from litdistill.utils.command_line import without_null
 
 
