@@ -68,9 +68,7 @@ def build_trainer(
     refuse(cfg, method, isinstance(data, ForeignData))
     check_method(method, cfg.teacher, task)
     best, named = named_callbacks(cfg, task)
-    loggers: list[Logger] = [
-        instantiate(node, f"logger.{name}") for name, node in (cfg.logger or {}).items() if node is not None
-    ]
+    loggers: list[Logger] = [instantiate(node, f"logger.{name}") for name, node in _given(cfg.logger).items()]
     # LearningRateMonitor raises without a logger.
     named = [c for c in named if loggers or not isinstance(c, LearningRateMonitor)]
     watch = TestAccuracyMonitor(data) if cfg.watch_test else None
@@ -154,7 +152,7 @@ def named_callbacks(cfg: DictConfig, task: Task) -> tuple[ModelCheckpoint, list[
 
     A monitor or mode of null is the task's. Raises `UserError` for a mode that contradicts a known metric.
     """
-    nodes = {name: node for name, node in (cfg.callbacks or {}).items() if node is not None}
+    nodes = _given(cfg.callbacks)
     for name in ("best", "last"):
         if name not in nodes:
             raise UserError(f"callbacks.{name} is missing: a run ends with the weights that it keeps. Leave it in.")
@@ -164,6 +162,11 @@ def named_callbacks(cfg: DictConfig, task: Task) -> tuple[ModelCheckpoint, list[
     for name, callback in (("best", best), ("last", others["last"])):
         _check_kept(name, callback, Path(cfg.folder) / "checkpoints")
     return best, [best, *others.values()]
+
+
+def _given(nodes: DictConfig | None) -> dict[str, DictConfig]:
+    """Returns the nodes of a group by their names, without those that null has dropped."""
+    return {str(name): node for name, node in (nodes or {}).items() if node is not None}
 
 
 def _check_kept(name: str, callback: Callback, folder: Path) -> None:
