@@ -75,8 +75,12 @@ def test_frozen_layers_and_exact_means_stay_as_they_are(tmp_path):
     frozen.training, exact.momentum = False, None
     before = [x.clone() for x in (frozen.running_mean, frozen.running_var)]
     fit(Distiller(net, data=data), data, tmp_path)
-    assert torch.equal(frozen.running_mean, before[0]) and torch.equal(frozen.running_var, before[1])
-    assert not frozen.training and exact.momentum is None and exact.training and last.training
+    assert torch.equal(frozen.running_mean, before[0])
+    assert torch.equal(frozen.running_var, before[1])
+    assert not frozen.training
+    assert exact.momentum is None
+    assert exact.training
+    assert last.training
     expected = statistics(reference(net, data))
     name = next(k for k, m in net.named_modules() if m is exact) + ".running_mean"
     assert not torch.allclose(statistics(net)[name], expected[name], rtol=1e-3)
@@ -113,7 +117,8 @@ def test_a_resumed_run_of_slow_statistics_is_the_same_to_the_bit(tmp_path, group
     whole = run(4)
     run(2)
     resumed = run(4, tmp_path / "2.ckpt")
-    assert same(whole.student, resumed.student) and same(whole.evaluated, resumed.evaluated)
+    assert same(whole.student, resumed.student)
+    assert same(whole.evaluated, resumed.evaluated)
 
 
 def test_any_loader_will_do(tmp_path):
