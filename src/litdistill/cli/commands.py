@@ -46,6 +46,7 @@ def evaluate(cfg: DictConfig) -> None:
 
     from litdistill.evaluation.evaluate import differences, evaluate, load_run
     from litdistill.report.writers import evaluation_table
+    from litdistill.tasks.findings import report_findings
 
     starting.end(loaded=True)
     results = evaluate(cfg.run, OmegaConf.create({"data": cfg.data}), cfg.device, cfg.trust)
@@ -55,6 +56,7 @@ def evaluate(cfg: DictConfig) -> None:
         show("[bold yellow]The run's summary differs:[/]\n  " + "\n  ".join(map(escape, changed)))
     else:
         show("The run's summary is reproduced to the digit.")
+    report_findings(results["findings"])
 
 
 def export(cfg: DictConfig) -> None:

@@ -22,6 +22,7 @@ from litdistill.config.origin import made_here
 from litdistill.config.trust import check_trusted, packages
 from litdistill.data.foreign import ForeignData
 from litdistill.distillation.distiller import Distiller
+from litdistill.evaluation.findings import judge_gap
 from litdistill.evaluation.predictions import measure, quality
 from litdistill.models.preprocess import preprocessing
 from litdistill.tasks.base import Task
@@ -153,7 +154,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Rebuilds a finished run and returns its metrics on the test set, those of the last checkpoint too if it exists.
 
-    `trust`: see `load_run`.
+    `findings`: what is wrong with the student, by sentences. `trust`: see `load_run`.
 
     Raises `UserError` where the student's weights or an exported file have changed since the run.
     """
@@ -163,6 +164,7 @@ def evaluate(
     device = pick_device(device)
     teacher = distiller.teacher.net if distiller.teacher is not None else None
     found = measure(distiller.deployed_student, teacher, data, distiller.task, "test", device)
+    found["findings"] |= judge_gap(distiller.deployed_student, data, distiller.task, device)
     last = folder / "checkpoints" / "last.ckpt"
     if last.is_file():
         found["last"] = measure_last(distiller, last, data, device)

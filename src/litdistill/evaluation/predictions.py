@@ -13,6 +13,7 @@ from torchmetrics import Metric, MetricCollection
 from litdistill.distillation.teacher_cache import cached_logits
 from litdistill.tasks.base import Task
 from litdistill.tasks.classification import Classification
+from litdistill.tasks.findings import judge
 from litdistill.types import Outputs
 
 
@@ -94,12 +95,14 @@ def measure(
 ) -> dict[str, Any]:
     """Returns the student's metrics and, with a teacher, the teacher's metrics and their agreement, as plain dicts.
 
-    `chance`: the monitored metric at chance level; None where it is undefined.
+    `chance`: the monitored metric at chance level; None where it is undefined. `findings`: what is wrong with the student
+    (`litdistill.tasks.findings.judge`).
 
     `folder`: see `teacher_outputs`.
     """
     outputs, targets = predict_split(student, data, split, device, task)
     found: dict[str, Any] = {"student": measured(task, outputs, targets), "chance": task.chance(targets)}
+    found["findings"] = judge(task, outputs, targets, found["student"].get(task.monitor[0]), split)
     if teacher is not None:
         expected = teacher_outputs(teacher, data, task, split, device, folder)
         found |= {"teacher": measured(task, expected, targets), "agreement": agreement(task, outputs, expected)}
