@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
@@ -46,7 +46,6 @@ def evaluate(cfg: DictConfig) -> None:
 
     from litdistill.evaluation.evaluate import differences, evaluate, load_run
     from litdistill.report.writers import evaluation_table
-    from litdistill.tasks.findings import report_findings
 
     starting.end(loaded=True)
     results = evaluate(cfg.run, OmegaConf.create({"data": cfg.data}), cfg.device, cfg.trust)
@@ -56,7 +55,7 @@ def evaluate(cfg: DictConfig) -> None:
         show("[bold yellow]The run's summary differs:[/]\n  " + "\n  ".join(map(escape, changed)))
     else:
         show("The run's summary is reproduced to the digit.")
-    report_findings(results["findings"])
+    _warn(results["findings"])
 
 
 def export(cfg: DictConfig) -> None:
@@ -68,7 +67,9 @@ def export(cfg: DictConfig) -> None:
     data = OmegaConf.create({"data": cfg.data})
     limits = (cfg.tolerance.difference, cfg.tolerance.agreement)
     if cfg.verify:
-        console.print(check_table(verify(cfg.run, data, limits, cfg.trust, cfg.allow_code)))
+        checks = verify(cfg.run, data, limits, cfg.trust, cfg.allow_code)
+        console.print(check_table(checks))
+        _warn({name: text for check in checks.values() for name, text in check["findings"].items()})
         return
     options = (cfg.format, cfg.precision, cfg.preprocessing, cfg.calibration)
     path, check = export(cfg.run, *options, limits, data, cfg.trust)
@@ -76,6 +77,7 @@ def export(cfg: DictConfig) -> None:
     if cfg.format == "safetensors" and cfg.preprocessing:
         print("safetensors has weights alone: the normalization is in its metadata, and predict applies it.")
     print(f"Written to {path}")
+    _warn(check["findings"])
 
 
 def report(cfg: DictConfig) -> None:
@@ -181,6 +183,12 @@ def reproductions(arguments: Sequence[str]) -> None:
     else:
         write_text("docs/reproductions.md", figures.page())
         print("Written to docs/reproductions.md")
+
+
+def _warn(findings: Mapping[str, str]) -> None:
+    """Prints what is wrong with a student, as the last lines of a command."""
+    for text in findings.values():
+        _console(140).print(f"[bold yellow]Warning:[/] {escape(text)}", highlight=False)
 
 
 def _console(width: int) -> Console:

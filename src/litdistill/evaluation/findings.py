@@ -36,10 +36,7 @@ def judge_gap(student: nn.Module, data: Any, task: Task, device: torch.device | 
     trained = predict_split(student, _Some(data, len(targets)), "train", device, task)
     name = task.monitor[0]
     val, train = (measured(task, *pair)[name] for pair in ((outputs, targets), trained))
-    if name in SHARES or name == "r2":
-        far = train - val > GAP
-    else:
-        far = task.monitor[1] == "min" and val > TIMES * train
+    far = train - val > GAP if name in SHARES or name == "r2" else task.monitor[1] == "min" and val > TIMES * train
     if not far:
         return {}
     count = quantity(len(trained[1]), "training sample")

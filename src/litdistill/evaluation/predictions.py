@@ -102,7 +102,7 @@ def measure(
     """
     outputs, targets = predict_split(student, data, split, device, task)
     found: dict[str, Any] = {"student": measured(task, outputs, targets), "chance": task.chance(targets)}
-    found["findings"] = judge(task, outputs, targets, found["student"].get(task.monitor[0]), split)
+    found["findings"] = judge(task, outputs, targets, found["student"].get(task.monitor[0]), split, data.class_names)
     if teacher is not None:
         expected = teacher_outputs(teacher, data, task, split, device, folder)
         found |= {"teacher": measured(task, expected, targets), "agreement": agreement(task, outputs, expected)}

@@ -35,6 +35,7 @@ from litdistill.methods.base import BERNOULLI, CATEGORICAL, REAL
 from litdistill.models.preprocess import Preprocessed, bare, preprocess_of
 from litdistill.tasks.base import Task
 from litdistill.tasks.classification import Classification
+from litdistill.tasks.findings import judge
 from litdistill.types import Outputs
 from litdistill.utils.checkpoint import write_atomically, write_text
 from litdistill.utils.errors import UserError
@@ -268,10 +269,10 @@ def check(
     """Compares an exported model with the student on the whole test set; returns a plain dict with the tolerances.
 
     `metric`: the task's, with the values `exported` and `student`. `agreement`: the fraction of equal decisions; 1 for
-    regression.
+    regression. `findings`: what is wrong with the exported model's predictions (`litdistill.tasks.findings.judge`).
     """
     task = task or Classification()
-    exported, own, logits, expected = local_metrics(task), local_metrics(task), [], []
+    exported, own, logits, expected, targets = local_metrics(task), local_metrics(task), [], [], []
     student.eval()
     for batch in data.batches("test"):
         found = torch.from_numpy(run(batch.inputs.numpy()))
@@ -280,11 +281,12 @@ def check(
         own.update(outputs, batch.targets)
         logits.append(found.double())
         expected.append(outputs.logits.double())
+        targets.append(batch.targets)
     a, b, name = torch.cat(logits), torch.cat(expected), task.monitor[0]
     difference, agreement = (
         default if limit is None else float(limit) for limit, default in zip(limits, TOLERANCES[precision], strict=True)
     )
-    largest = b.abs().max().item()
+    largest, value = b.abs().max().item(), float(exported.compute()[name])
     return {
         "difference": (a - b).abs().max().item(),
         "tolerance": {
@@ -293,9 +295,10 @@ def check(
         },
         "agreement": _agreement(a, b, task.kind),
         "metric": name,
-        "exported": float(exported.compute()[name]),
+        "exported": value,
         "student": float(own.compute()[name]),
         "samples": len(a),
+        "findings": judge(task, Outputs.of(a), torch.cat(targets), value, names=data.class_names),
     }
 
 

@@ -7,7 +7,7 @@ pages.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -30,16 +30,22 @@ CONSTANT_REMEDY = (
     "Do not use it. Look at the loss of its training, at its learning rate, at how many samples each class has, and at "
     "statistics of batch normalization (student.preprocess, too few steps)."
 )
-Findings = dict[str, str]  # from "chance", "constant" or "gap" (litdistill.evaluation.findings) to a sentence with the remedy
+Findings = dict[
+    str, str
+]  # from "chance", "constant" or "gap" (litdistill.evaluation.findings) to a sentence with the remedy
 
 
-def judge(task: Task, outputs: Outputs, targets: Tensor, value: float | None, where: str = "test") -> Findings:
+def judge(
+    task: Task, outputs: Outputs, targets: Tensor, value: float | None, where: str = "test", names: Sequence[str] = ()
+) -> Findings:
     """Returns what is wrong with predictions for all samples of a split; empty if nothing is.
 
-    `value`: the monitored metric of these predictions. `where`: the split, as it is called in the sentences.
+    `value`: the monitored metric of these predictions. `where`: the split, as it is called in the sentences. `names`: of
+    the classes.
     """
     found: Findings = {}
-    said = constant(task, outputs, targets)
+    where = {"val": "validation", "train": "training"}.get(where, where)
+    said = constant(task, outputs, targets, names)
     if said is not None:
         found["constant"] = f"The student is a constant: {said} of the {where} set. {CONSTANT_REMEDY}"
     name, chance = task.monitor[0], task.chance(targets)
@@ -51,7 +57,7 @@ def judge(task: Task, outputs: Outputs, targets: Tensor, value: float | None, wh
     return found
 
 
-def constant(task: Task, outputs: Outputs, targets: Tensor) -> str | None:
+def constant(task: Task, outputs: Outputs, targets: Tensor, names: Sequence[str] = ()) -> str | None:
     """Returns in words what a network predicts whatever its input is; None if predictions differ, or the targets do not."""
     logits = outputs.heads.get("logits")
     if logits is None or logits.ndim != 2 or len(logits) < 2 or not isinstance(targets, Tensor):
@@ -61,11 +67,12 @@ def constant(task: Task, outputs: Outputs, targets: Tensor) -> str | None:
         if logits.shape[1] < 2:
             return None
         labels = targets if targets.ndim == 1 else targets.argmax(1)
-        predicted, label = (torch.bincount(x.cpu()).max().item() / len(x) for x in (logits.argmax(1), labels.long()))
-        most = int(torch.bincount(logits.argmax(1).cpu()).argmax())
-        if predicted < CONSTANT or label >= CONSTANT or predicted <= label:
+        counts = torch.bincount(logits.argmax(1).cpu())
+        most, predicted = int(counts.argmax()), counts.max().item() / len(logits)
+        label = torch.bincount(labels.long().cpu()).max().item() / len(labels)
+        if predicted < CONSTANT or label >= CONSTANT:
             return None
-        return f"it predicts class {most} (counted from 0) for {100 * predicted:.1f} %"
+        return f"it predicts {names[most] if most < len(names) else f'class {most}'} for {100 * predicted:.1f} %"
     truth = (targets if targets.ndim == 2 else targets[:, None]).double()
     spread, spread_of_targets = (x.std(0, correction=0) for x in (logits, truth))
     if not bool((spread_of_targets > 0).any()):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,17 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
 from torch import nn
 
 from litdistill.config.distiller import example_batch, train_labels
-from litdistill.data.foreign import first_batch, offers
+from litdistill.data.foreign import first_batch, offers, transferred
 from litdistill.data.protocol import IndexedData, as_indexed
 from litdistill.distillation.distiller import Clip, Distiller, OptimizerFactory
 from litdistill.evaluation.evaluate import load_weights_of
+from litdistill.evaluation.predictions import measure
 from litdistill.methods.base import Method
 from litdistill.methods.kd import KD
 from litdistill.methods.supervised import Supervised
 from litdistill.tasks import named_task
 from litdistill.tasks.base import Task
+from litdistill.tasks.findings import report_findings
 from litdistill.training.callbacks import EpochLogger
 from litdistill.training.grouping import (
     GROUP,
@@ -32,9 +35,12 @@ from litdistill.training.grouping import (
     without_rate_monitor,
 )
 from litdistill.training.trainer import progress_bar
+from litdistill.types import Batch
 from litdistill.utils.checkpoint import AtomicCheckpointIO
 from litdistill.utils.errors import UserError
 from litdistill.utils.logging import without_notes
+
+log = logging.getLogger(__name__)
 
 
 @without_notes()
@@ -97,7 +103,34 @@ def distill(
         fitted.fit(distiller, train, val)
     if best.best_model_path:
         load_weights_of(distiller, Path(best.best_model_path))
-    return distiller.eval()
+    if validated:
+        warn(distiller, data or Validation(val, module, task), fitted.strategy.root_device)
+    return distiller.eval().cpu()
+
+
+class Validation:
+    """The validation batches of a loader, or of a data module without sample ids, as `predict_split` reads them."""
+
+    class_names = ()
+
+    def __init__(self, loader: Any, module: LightningDataModule | None, task: Task):
+        self.loader, self.module, self.task = loader, module, task
+
+    def batches(self, split: str, device: torch.device | str = "cpu") -> Iterator[Batch]:
+        """Yields the batches, on the device."""
+        module = self.module or LightningDataModule()
+        for raw in self.loader if self.module is None else module.val_dataloader():
+            yield self.task.batch(transferred(module, raw, torch.device(device)))
+
+
+def warn(distiller: Distiller, data: Any, device: torch.device) -> None:
+    """Logs a warning for all that `judge` finds in the student's predictions for the validation set."""
+    try:
+        found = measure(distiller.deployed_student, None, data, distiller.task, "val", device)["findings"]
+    except Exception as error:  # a task without logits, a loader that is read once: the training is finished
+        log.warning("The student is not judged: %s: %s", type(error).__name__, error)
+    else:
+        report_findings(found)
 
 
 def make_trainer(

@@ -19,12 +19,14 @@ from litdistill.config.changes import as_started
 from litdistill.distillation.distiller import Distiller
 from litdistill.evaluation import figures
 from litdistill.evaluation.evaluate import load_weights_of, measure_last
+from litdistill.evaluation.findings import judge_gap
 from litdistill.evaluation.predictions import evaluations_folder, measure
 from litdistill.evaluation.summary import hyperparameters, start_of, summarize
 from litdistill.export.export import export_student
 from litdistill.models.metadata import student_metadata
 from litdistill.models.preprocess import bare
 from litdistill.tasks.base import Task
+from litdistill.tasks.findings import Findings, report_findings
 from litdistill.training.trainer import Built
 from litdistill.utils.checkpoint import STUDENT, save_student, write_text
 from litdistill.utils.errors import UserError
@@ -67,12 +69,12 @@ def finish(run: Run, times: dict[str, float]) -> None:
         summary["student"]["test"][task.monitor[0]]["best_on_test"] = run.built.watch_test.best
     if not trainer.is_global_zero:
         return
-    warn_of_chance(task, found)
     metadata = student_metadata(student, run.data, structure_of(student), task.units())
     save_student(student, run.folder / STUDENT, metadata)
     if isinstance(bare(student), Int8):
         summary["student"] |= {"precision": "int8", "bytes": _write_int8(run.folder, student, run.data, task)}
     show(run, student, teacher, device, kept)
+    summary["findings"] = judge_student(student, run, found["findings"], device)
     write_text(
         run.folder / "summary.json", json.dumps(summary, indent=2) + "\n"
     )  # last, since this file marks the run as finished
@@ -83,17 +85,16 @@ def finish(run: Run, times: dict[str, float]) -> None:
         *(cfg.name, name, shown(name, found["student"][name]), shown(name, last[name]), reference),
         *(format_seconds(times["total_s"]), os.path.relpath(run.folder)),
     )
+    report_findings(summary["findings"])
 
 
-def warn_of_chance(task: Task, found: dict[str, Any]) -> None:
-    """Warns if the student is no better than chance on the test set."""
-    name, chance = task.monitor[0], found["chance"]
-    if chance is not None and not task.better(found["student"][name], chance):
-        log.warning(
-            "The student is at chance level: its %s on the test set is %s, and guessing gives up to %s. It has learnt nothing: "
-            "train it for longer, look at its learning rate, and at statistics of batch normalization that lag behind.",
-            *(name, shown(name, found["student"][name]), shown(name, chance)),
-        )
+def judge_student(student: nn.Module, run: Run, found: Findings, device: torch.device) -> Findings:
+    """Returns `found` and whether the student is far better on its training samples; a failure there logs a warning."""
+    try:
+        return found | judge_gap(student, run.data, run.task, device)
+    except Exception as error:  # a stranger's loader, memory: nothing of a finished training is lost for this
+        log.warning("The student is not compared on training samples: %s: %s", type(error).__name__, error)
+        return found
 
 
 def show(run: Run, student: nn.Module, teacher: nn.Module | None, device: torch.device, kept: Path | None) -> None:
