@@ -1,7 +1,6 @@
 """The guard for the student: chance level, one prediction for all, training samples learned by heart."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +22,7 @@ from litdistill.training.train import train
 from litdistill.types import Outputs
 from litdistill.utils.paths import CONF
 from tests.fits import digits, net
+from tests.test_train import run
 
 ALONE = ["method=supervised", "teacher=null"]
 
@@ -112,8 +112,7 @@ class Constant(Callback):
 
 def test_a_constant_is_told_at_the_end_of_training_by_evaluate_by_export_and_in_the_summary(small, caplog, capsys):
     cfg = small(*ALONE, "optimizer.lr=1e-12")
-    train(cfg, [Constant()])
-    folder = Path(cfg.folder)
+    folder = run(cfg, Constant())
     last = caplog.records[-1].getMessage()
     said = "The student is a constant: it predicts 3 for 100.0 % of the test set."
     warned = [r.getMessage() for r in caplog.records[-2:] if r.levelname == "WARNING"]

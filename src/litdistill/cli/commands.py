@@ -116,6 +116,10 @@ def report(cfg: DictConfig) -> None:
     if cfg.picture is not None:
         picture(summaries, cfg.picture)
         print(f"Drawn to {cfg.picture}")
+    for run in summaries:
+        _warn(
+            {key: f"{run['experiment']}, seed {run['seed']}: {text}" for key, text in run.get("findings", {}).items()}
+        )
 
 
 def fetch(cfg: DictConfig) -> None:

@@ -17,6 +17,7 @@ from litdistill.report import plots
 from litdistill.report.blocks import Block, Grid, Picture, Section, Table, Text, Thumb, Thumbs
 from litdistill.report.collect import Group, Row, Seed, Settings
 from litdistill.tasks import metrics
+from litdistill.tasks.findings import judge
 from litdistill.utils.units import SHARES, axis, factor, heading, named, quantity, shown_mean, spread
 
 FAILURES = 8  # images per row
@@ -89,8 +90,21 @@ def quality(group: Group, key: str) -> Section:
                 *(shown_mean(k, [one[k] for one in found]) if found else "" for k in like),
             ]
         )
-    blocks: list[Block] = [Text(_worth(group, like)), Table(f"{key}quality", head, rows, 3)]
+    blocks: list[Block] = [Text(_worth(group, like)), *warnings(group), Table(f"{key}quality", head, rows, 3)]
     return Section(f"{key}worth", "What each is worth", blocks)
+
+
+def warnings(group: Group) -> list[Text]:
+    """Returns what is wrong with students: a constant, at chance level, or good on their training samples alone."""
+    found: dict[str, None] = {}  # in order, each once
+    for name, row in zip(names(group), group.rows, strict=True):
+        for seed in row.seeds if not row.teacher else ():
+            value = seed.quality[group.metric]
+            said = judge(seed.task, seed.test, seed.test_targets, value, names=class_names(group))
+            gap = (seed.summary.get("findings") or {}).get("gap")
+            for text in (*said.values(), *([gap] if gap else [])):
+                found[f"Warning, {name}, seed {seed.summary.get('seed')}: {text}"] = None
+    return [Text(text) for text in found]
 
 
 def _worth(group: Group, like: Sequence[str]) -> str:
