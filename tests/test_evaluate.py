@@ -48,9 +48,11 @@ def own(images, tmp_path) -> Path:
 
 def test_a_run_is_normalized_as_it_was_trained_though_its_folder_has_grown(own, images):
     before = evaluate(own, device="cpu")
+    del before["findings"]  # those on training images, of which there are more
     for i in range(40):
         Image.new("RGB", (8, 8), (250, 250, 200 + i)).save(images / "train" / "east" / f"new{i}.png")
-    assert evaluate(own, device="cpu") == before
+    after = evaluate(own, device="cpu")
+    assert {k: v for k, v in after.items() if k != "findings"} == before
     pytest.importorskip("onnxruntime")
     path, check = export(own)
     trained = json.loads((own / "summary.json").read_text())["student"]["test"]["accuracy"]["best"]

@@ -197,7 +197,8 @@ def _own_weights(folder: Path, summary: dict[str, Any]) -> dict[str, torch.Tenso
 def load_weights_of(distiller: Distiller, checkpoint: Path) -> nn.Module:
     """Returns the deployed student with a checkpoint's weights: the averaged weights where the run averages them."""
     state = load_checkpoint(checkpoint)["state_dict"]
-    prefix = "average.module." if distiller.average is not None else "student."
+    # A finished run is rebuilt without its average, and its last checkpoint holds one.
+    prefix = "average.module." if any(k.startswith("average.module.") for k in state) else "student."
     weights = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     load_state_dict_checked(distiller.evaluated, weights, checkpoint, "student")
     return distiller.deployed_student
