@@ -74,9 +74,8 @@ def distill(
     """
     task, module = named_task(task), train if isinstance(train, LightningDataModule) else None
     check_arguments(train, val, trainer or {})
-    for net in (student, teacher):
-        if net is not None:
-            net.cpu()  # the device of the example; the Trainer moves the networks
+    for net in filter(None, (student, teacher)):
+        net.cpu()  # the device of the example; the Trainer moves the networks
     example, data = prepared(train, module)
     every = log_interval(max_epochs, max_epochs * batches_of_epoch(train, data))
     arguments = {"accelerator": "auto", "devices": 1, "log_every_n_steps": every, **(trainer or {})}
@@ -103,8 +102,7 @@ def distill(
         fitted.fit(distiller, train, val)
     if best.best_model_path:
         load_weights_of(distiller, Path(best.best_model_path))
-    if validated:
-        warn(distiller, data or Validation(val, module, task), fitted.strategy.root_device)
+    warn(distiller, (data or Validation(val, module, task)) if validated else None, fitted.strategy.root_device)
     return distiller.eval().cpu()
 
 
@@ -124,7 +122,9 @@ class Validation:
 
 
 def warn(distiller: Distiller, data: Any, device: torch.device) -> None:
-    """Logs a warning for all that `judge` finds in the student's predictions for the validation set."""
+    """Logs a warning for all that `judge` finds in the student's predictions for the validation set; None without one."""
+    if data is None:
+        return
     try:
         found = measure(distiller.deployed_student, None, data, distiller.task, "val", device)["findings"]
     except Exception as error:  # a task without logits, a loader that is read once: the training is finished
