@@ -8,6 +8,7 @@ import zipfile
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from litdistill.models.small import conv4, mlp
 from litdistill.utils.checkpoint import (
@@ -216,3 +217,33 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         write_text(tmp_path / "file" / "summary.json", "x")
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (
+            RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 832 vs 726"),
+            "the disk is full, or a quota",
+        ),
+        (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), "No space left"),
+    ],
+)
+def test_a_disk_that_fills_while_others_write_is_one_line(tmp_path, error, reason):
+    """torch says neither the system's error nor its number."""
+
+    def write(temporary):
+        temporary.write_text("half")
+        raise error
+
+    with pytest.raises(UserError, match=rf"last.ckpt cannot be written: .*{reason}.*Free some space"):
+        write_atomically(tmp_path / "last.ckpt", write)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_defect_of_a_writer_stays_a_defect(tmp_path):
+    def write(temporary):
+        raise RuntimeError("a defect")
+
+    with pytest.raises(RuntimeError, match="a defect"):
+        write_atomically(tmp_path / "last.ckpt", write)

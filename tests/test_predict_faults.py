@@ -1,4 +1,4 @@
-"""`predict` on files that fit neither their manifest nor a machine: one line and status 2, and nothing that acts on a terminal."""
+"""`predict` on files that do not fit their manifest or any machine: one line, status 2, nothing that acts on a terminal."""
 
 import json
 from pathlib import Path

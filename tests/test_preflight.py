@@ -10,12 +10,17 @@ import pytest
 from omegaconf import OmegaConf
 from PIL import Image
 
+from litdistill.config.recipes import is_complete, teacher_config
+from litdistill.data.datamodule import ImageData
+from litdistill.evaluation.evaluate import draw
 from litdistill.tasks import Classification, Regression
 from litdistill.training import finish
 from litdistill.training import train as train_module
+from litdistill.training.monitors import monitored
 from litdistill.training.train import train
-from litdistill.training.trainer import monitored
-from litdistill.utils.errors import UserError
+from litdistill.training.trainer import named_callbacks
+from litdistill.utils.checkpoint import write_text
+from litdistill.utils.errors import Stopped, UserError
 from tests.conftest import compose_config
 
 ALONE = ("method=supervised", "teacher=null", "logger=none")
@@ -51,6 +56,10 @@ def untrained(small, monkeypatch, tmp_path):
         ("train/loss", None, ("train/loss", "min")),
         ("val/agreement", None, ("val/agreement", "max")),
         ("val/mine", "min", ("val/mine", "min")),
+        *((f"val/{name}", None, (f"val/{name}", "min")) for name in ("brier", "ece", "rmse", "mae", "distance")),
+        *((f"val/{name}", None, (f"val/{name}", "max")) for name in ("map", "f1", "r2", "teacher_accuracy")),
+        ("train/accuracy", None, ("train/accuracy", "max")),
+        ("train/soft", None, ("train/soft", "min")),
     ],
 )
 def test_the_direction_is_the_metrics_own(monitor, mode, expected):
@@ -76,6 +85,53 @@ def test_a_metric_that_is_not_measured_is_known_before_a_teacher_is_trained(untr
     assert "val/teacher_accuracy" in text
     text = untrained(*ALONE, "callbacks.best.monitor=val/agreement")  # with nobody to agree
     assert text.endswith("There is val/accuracy, val/brier, val/ece, val/nll.")
+
+
+STOP = "+callbacks.stop={_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: %s}"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            ["callbacks.best.monitor=train/lss"],
+            "callbacks.best.monitor=train/lss is not measured here. There is train/accuracy",
+        ),
+        ([*ALONE, "callbacks.best.monitor=train/soft"], "callbacks.best.monitor=train/soft is not measured here"),
+        (
+            ["callbacks.best.monitor=train/loss", "callbacks.best.mode=max"],
+            "callbacks.best.monitor=train/loss with mode=max",
+        ),
+        ([STOP % "val/acc"], "callbacks.stop.monitor=val/acc is not measured here. There is val/accuracy"),
+        ([STOP % "val/accuracy", "+callbacks.stop.mode=min"], "callbacks.stop.monitor=val/accuracy with mode=min"),
+    ],
+)
+def test_a_monitor_in_training_and_of_any_callback_is_checked_too(small, monkeypatch, options, words):
+    monkeypatch.setattr(
+        train_module, "fit", lambda cfg, *_: pytest.fail("it is trained") if cfg.name == "train" else 0.0
+    )
+    cfg = small(*options)
+    if "train/lss" in words or "val/acc " in words:
+        monkeypatch.undo()  # the teacher, which may be trained first, is trained
+    with pytest.raises(UserError) as error:
+        train(cfg)
+    assert str(error.value).startswith(words)
+
+
+def test_a_callback_follows_its_metric(small):
+    """EarlyStopping's own mode is min, with which it would stop where the accuracy rises."""
+    cfg = small(*ALONE, STOP % "val/accuracy")
+    _, named = named_callbacks(cfg, Classification())
+    assert named["stop"].mode == "max"
+    _, named = named_callbacks(small(*ALONE, STOP % "val/nll", "+callbacks.stop.mode=null"), Classification())
+    assert named["stop"].mode == "min"
+
+
+def test_a_teachers_epoch_is_chosen_by_its_tasks_metric(small):
+    cfg = small("callbacks.best.monitor=val/agreement")  # a teacher has nobody to agree with
+    train(cfg)
+    assert teacher_config(cfg).callbacks.best.monitor is None
+    assert (Path(cfg.folder) / "summary.json").is_file()
 
 
 def test_a_metric_that_nobody_logs_is_one_line(small):
@@ -137,17 +193,46 @@ def test_a_class_whose_name_no_picture_takes_costs_the_picture_alone(tmp_path, c
     )
     train(cfg)
     assert (tmp_path / "run" / "summary.json").is_file()
+    assert "left out" not in caplog.text  # and it is drawn as it is
 
 
-def test_a_picture_that_fails_is_a_warning(small, monkeypatch, caplog):
+@pytest.mark.parametrize("name", ["a\nb", "x" * 201, "\x1b[2J"])
+def test_a_class_whose_name_no_export_may_hold_is_known_before_training(small, monkeypatch, name):
+    monkeypatch.setattr(train_module, "fit", lambda *_: pytest.fail("it is trained"))
+    monkeypatch.setattr(ImageData, "class_names", property(lambda self: (name, *map(str, range(9)))))
+    with pytest.raises(UserError, match="cannot be exported: its name is longer than 200 characters or has one that"):
+        train(small(*ALONE))
+
+
+@pytest.mark.parametrize("place", ["show", "experiment"])
+def test_a_picture_that_fails_is_a_warning_with_the_command_that_draws_it(small, monkeypatch, caplog, place):
     def fail(*_):
         raise ValueError("no room for a legend")
 
-    monkeypatch.setattr(finish.figures, "show", fail)
+    monkeypatch.setattr(finish.figures, {"show": "show", "experiment": "layout"}[place], fail)
     cfg = small("method=supervised", "teacher=null", "trainer.max_epochs=1")
+    folder = Path(cfg.folder)
+    write_text(folder / ".hydra" / "config.yaml", OmegaConf.to_yaml(cfg))
     train(cfg)
     assert "The pictures in TensorBoard are left out: ValueError: no room for a legend" in caplog.text
-    assert (Path(cfg.folder) / "summary.json").is_file()
+    assert "litdistill evaluate run=" in caplog.text
+    assert (folder / "summary.json").is_file()
+    monkeypatch.undo()
+    before = set(folder.glob("events.*"))
+    draw(folder)
+    (new,) = set(folder.glob("events.*")) - before
+    assert b"validation/confusion" in new.read_bytes()
+
+
+def test_the_summary_is_there_before_the_first_picture(small, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(finish.figures, "show", killed)
+    cfg = small("method=supervised", "teacher=null", "trainer.max_epochs=1")
+    with pytest.raises(Stopped):
+        train(cfg)
+    assert is_complete(Path(cfg.folder))
 
 
 # -- ways to start ---------------------------------------------------------------------------------------------------------

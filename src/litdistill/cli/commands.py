@@ -44,11 +44,16 @@ def evaluate(cfg: DictConfig) -> None:
     """Evaluates a finished run again, and prints the differences from its summary."""
     from rich import print as show
 
-    from litdistill.evaluation.evaluate import differences, evaluate, load_run
+    from litdistill.evaluation.evaluate import differences, draw, evaluate, load_run
     from litdistill.report.writers import evaluation_table
 
     starting.end(loaded=True)
-    results = evaluate(cfg.run, OmegaConf.create({"data": cfg.data}), cfg.device, cfg.trust)
+    data = OmegaConf.create({"data": cfg.data})
+    if cfg.pictures:
+        draw(cfg.run, data, cfg.device, cfg.trust)
+        print(f"Drawn: tensorboard --logdir {cfg.run} shows the pictures.")
+        return
+    results = evaluate(cfg.run, data, cfg.device, cfg.trust)
     show(evaluation_table(results))
     changed = differences(results, load_run(Path(cfg.run), cfg.trust)[1])
     if changed:

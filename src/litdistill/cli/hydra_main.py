@@ -7,6 +7,7 @@ import errno
 import logging
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -95,7 +96,9 @@ def run_task(task: Callable[[DictConfig], Any], config_name: str, verb: str | No
     """
     import_classes_from(os.getcwd())
     filter_warnings()
-    logging.raiseExceptions = False  # on a full disk the run reports its own failed write in one line
+    # On a full disk the run reports its own failed write in one line.
+    logging.raiseExceptions = False
+    threading.excepthook = _quiet_writer
     arguments = without_null(sys.argv[1 if verb is None else 2 :])
     command = [sys.argv[0], *([verb] if verb is not None else [])]
     try:
@@ -116,6 +119,12 @@ def run_task(task: Callable[[DictConfig], Any], config_name: str, verb: str | No
         _exit_or_raise(refused.error, arguments, config_name)
     except Exception as error:
         _exit_or_raise(error, arguments, config_name)
+
+
+def _quiet_writer(failed: threading.ExceptHookArgs) -> None:
+    """Drops the traceback of a thread that cannot write (TensorBoard's): its next write raises in the main thread."""
+    if not (isinstance(failed.exc_value, OSError) and failed.exc_value.errno in UNWRITABLE):
+        threading.__excepthook__(failed)
 
 
 def _exit_or_raise(error: Exception, arguments: list[str], config_name: str) -> NoReturn:

@@ -19,6 +19,7 @@ from litdistill.config.origin import (
 )
 from litdistill.utils.command_line import config_dir_of, split_flags
 from litdistill.utils.errors import UserError
+from litdistill.utils.text import printable
 
 # Options of a trainer that say on which devices it runs.
 LAUNCH = ("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.sync_batchnorm")
@@ -99,7 +100,7 @@ def _without_launch(replayed: list[str], typed: list[str]) -> list[str]:
         return replayed
     dropped = [o for o in replayed if o.lstrip("+~").split("=")[0] in LAUNCH]
     if dropped:
-        print(f"Not replayed, since another trainer is chosen: {', '.join(dropped)}")
+        print(f"Not replayed, since another trainer is chosen: {printable(', '.join(dropped))}")
     return [o for o in replayed if o not in dropped]
 
 

@@ -86,8 +86,13 @@ def _fitting(recipe: dict[str, Any], cfg: DictConfig) -> dict[str, Any]:
 
 
 def _drop_callbacks(cfg: DictConfig) -> None:
-    """Removes callbacks beyond `OWN_CALLBACKS`, which the user added for the student; a recipe can name its own."""
+    """Removes callbacks beyond `OWN_CALLBACKS`, which the user added for the student; a recipe can name its own.
+
+    The epoch is chosen by the task's own metric: the student's may need a teacher (val/agreement), and is not in the hash.
+    """
     cfg.callbacks = {k: v for k, v in (cfg.get("callbacks") or {}).items() if k in OWN_CALLBACKS}
+    if (best := cfg.callbacks.get("best")) is not None:
+        best.monitor = best.mode = None
 
 
 def student_folder(cfg: DictConfig) -> Path:

@@ -18,10 +18,11 @@ from yaml import YAMLError
 from litdistill.config.build import build_data, build_student, build_teacher
 from litdistill.config.changes import as_started
 from litdistill.config.distiller import build_distiller, build_method, example_batch
-from litdistill.config.origin import made_here
+from litdistill.config.origin import check_links, made_here
 from litdistill.config.trust import check_trusted, packages
 from litdistill.data.foreign import ForeignData
 from litdistill.distillation.distiller import Distiller
+from litdistill.evaluation import figures
 from litdistill.evaluation.findings import judge_gap
 from litdistill.evaluation.predictions import measure, quality
 from litdistill.models.preprocess import preprocessing
@@ -169,6 +170,21 @@ def evaluate(
     if last.is_file():
         found["last"] = measure_last(distiller, last, data, device)
     return found
+
+
+def draw(
+    folder: str | Path, overrides: DictConfig | None = None, device: str = "auto", trust: Sequence[str] = ()
+) -> None:
+    """Writes the pictures of a finished run to TensorBoard's files in its folder anew. `trust`: see `load_run`."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    folder = Path(folder)
+    data, distiller = rebuild(folder, overrides, trust)
+    check_links(folder)
+    teacher = distiller.teacher.net if distiller.teacher is not None else None
+    step = int(load_run(folder, trust)[1]["steps"])
+    with SummaryWriter(str(folder)) as writer:
+        figures.show(writer, distiller.deployed_student, teacher, data, distiller.task, pick_device(device), step)
 
 
 def verify_files(folder: Path, trust: Sequence[str] = ()) -> None:

@@ -55,5 +55,8 @@ def show(
     expected = teacher_outputs(teacher, data, task, "val", device, folder) if teacher is not None else None
     names = output_names(data, outputs.logits.shape[1])
     samples = Samples(lambda i: sample(data, "val", i), targets, names, outputs, expected)
-    for name, figure in task.figures(samples).items():
-        writer.add_figure(f"validation/{name}", figure, step)
+    from matplotlib import rc_context
+
+    with rc_context({"text.parse_math": False}):  # a class's name is no formula
+        for name, figure in task.figures(samples).items():
+            writer.add_figure(f"validation/{name}", figure, step)

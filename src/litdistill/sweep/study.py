@@ -29,7 +29,7 @@ from litdistill.config.instantiate import instantiate
 from litdistill.config.origin import is_foreign, remember, replayable
 from litdistill.config.recipes import recipe_hash
 from litdistill.tasks import Task
-from litdistill.training.trainer import monitored
+from litdistill.training.monitors import monitored
 from litdistill.utils.command_line import command_argv, config_dir_flags
 from litdistill.utils.distributed import launched
 from litdistill.utils.errors import Stopped, UserError

@@ -73,11 +73,9 @@ def finish(run: Run, times: dict[str, float]) -> None:
     save_student(student, run.folder / STUDENT, metadata)
     if isinstance(bare(student), Int8):
         summary["student"] |= {"precision": "int8", "bytes": _write_int8(run.folder, student, run.data, task)}
-    show(run, student, teacher, device, kept)
     summary["findings"] = judge_student(student, run, found["findings"], device)
-    write_text(
-        run.folder / "summary.json", json.dumps(summary, indent=2) + "\n"
-    )  # last, since this file marks the run as finished
+    # This file marks the run as finished: pictures come after it, and none can lose it.
+    write_text(run.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     name = task.monitor[0]
     reference = f", teacher {shown(name, found['teacher'][name])}" if teacher is not None else ""
     log.info(
@@ -86,6 +84,7 @@ def finish(run: Run, times: dict[str, float]) -> None:
         *(format_seconds(times["total_s"]), os.path.relpath(run.folder)),
     )
     report_findings(summary["findings"])
+    show(run, student, teacher, device, kept)
 
 
 def judge_student(student: nn.Module, run: Run, found: Findings, device: torch.device) -> Findings:
@@ -98,23 +97,27 @@ def judge_student(student: nn.Module, run: Run, found: Findings, device: torch.d
 
 
 def show(run: Run, student: nn.Module, teacher: nn.Module | None, device: torch.device, kept: Path | None) -> None:
-    """Writes hyperparameters, figures and the config to TensorBoard. A figure that fails only logs a warning."""
+    """Writes hyperparameters, the config and figures to TensorBoard. What fails only logs a warning."""
     monitor = (run.built.best.monitor or "").replace("/", "_")
     for logger in run.built.trainer.loggers:
         if not isinstance(logger, TensorBoardLogger):
             continue
-        logger.log_hyperparams(
-            hyperparameters(run.cfg, run.built.trainer, run.data.batch_size), {f"best/{monitor}": run.best}
-        )
         try:
+            logger.log_hyperparams(
+                hyperparameters(run.cfg, run.built.trainer, run.data.batch_size), {f"best/{monitor}": run.best}
+            )
+            logger.experiment.add_text("config", "```yaml\n" + OmegaConf.to_yaml(run.cfg) + "```", 0)
+            logger.experiment.add_custom_scalars(figures.layout(run.task))
             figures.show(
                 logger.experiment, student, teacher, run.data, run.task, device, run.built.trainer.global_step, kept
             )
-        except Exception as error:  # matplotlib reads names as formulas, runs out of memory, …
-            log.warning("The pictures in TensorBoard are left out: %s: %s", type(error).__name__, error)
-        logger.experiment.add_text("config", "```yaml\n" + OmegaConf.to_yaml(run.cfg) + "```", 0)
-        logger.experiment.add_custom_scalars(figures.layout(run.task))
-        logger.experiment.flush()
+            logger.experiment.flush()
+        except Exception as error:  # matplotlib reads names as formulas, runs out of memory, the disk is full, …
+            log.warning(
+                "The pictures in TensorBoard are left out: %s: %s. The run is finished without them. To draw them later: "
+                "litdistill evaluate run=%s pictures=true",
+                *(type(error).__name__, error, os.path.relpath(run.folder)),
+            )
 
 
 def _write_int8(folder: Path, student: nn.Module, data: Any, task: Task) -> int | None:

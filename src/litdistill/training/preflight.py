@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
 
 from litdistill.config.build import build_net
-from litdistill.config.distiller import example_batch
 from litdistill.config.lr_scaling import Scale
-from litdistill.data.foreign import ForeignData
+from litdistill.data.foreign import ForeignData, sample_count
 from litdistill.distillation.distiller import OptimizerFactory
 from litdistill.tasks.base import Task
+from litdistill.training.monitors import check_monitors
 from litdistill.utils.errors import UserError
+from litdistill.utils.manifest import check_names
 
 
 def check_values(cfg: DictConfig) -> None:
@@ -28,41 +28,21 @@ def check_values(cfg: DictConfig) -> None:
             raise UserError(f"{name}: {error}. A config holds numbers, texts, lists and mappings of them.") from error
 
 
-def check_student(cfg: DictConfig, data: Any, task: Task, optimizer: OptimizerFactory, monitor: str) -> None:
-    """Builds a student and its optimizer once, to raise their errors before training, and calls `check_monitor`."""
+def check_data(data: Any) -> None:
+    """Raises `UserError` for data with which a run could not end: a class name that no export may hold, or no test set."""
+    check_names(data.class_names)
+    if sample_count(data, "test") == 0:
+        raise UserError(f"{data.name} has no test samples, on which a run is measured at its end: hold some out.")
+
+
+def check_student(
+    cfg: DictConfig, data: Any, task: Task, optimizer: OptimizerFactory, monitors: Mapping[str, str]
+) -> None:
+    """Builds a student and its optimizer once, to raise their errors before training, and calls `check_monitors`."""
     node = {k: v for k, v in cfg.student.items() if k != "checkpoint"}
     net = build_net(OmegaConf.create(node), data, "student", say=False)
     optimizer(net.parameters())
-    check_monitor(net, data, task, monitor, cfg.teacher is not None)
-
-
-@torch.no_grad()
-def check_monitor(net: nn.Module, data: Any, task: Task, monitor: str, has_teacher: bool) -> None:
-    """Raises `UserError` if `monitor` is a validation metric that the task does not compute.
-
-    `has_teacher`: whether there is a teacher, which adds the metrics of agreement. The names of metrics are read from an
-    evaluation of two samples; if that evaluation fails, the check is skipped.
-    """
-    split, _, name = monitor.partition("/")
-    if split != "val":
-        return  # logged by a callback or in training
-    batch = task.batch(data.example) if isinstance(data, ForeignData) else example_batch(data)
-    modes = [(module, module.training) for module in net.modules()]
-    try:
-        outputs = task.forward(net.eval(), batch, False)
-        metrics = task.metrics()
-        metrics.update(outputs, batch.targets)
-        names = {str(key) for key in metrics.compute()}
-        names |= {*task.agreement(outputs, outputs), f"teacher_{task.monitor[0]}"} if has_teacher else set()
-    except Exception:  # a user's task may raise any type for two samples
-        return
-    finally:
-        for module, training in modes:
-            module.training = training
-    if name not in names:
-        raise UserError(
-            f"callbacks.best.monitor={monitor} is not measured here. There is {', '.join(f'val/{n}' for n in sorted(names))}."
-        )
+    check_monitors(net, data, task, monitors, cfg.teacher is not None)
 
 
 def horizon(trainer: DictConfig, data: Any, scale: Scale) -> tuple[int, int]:

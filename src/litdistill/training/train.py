@@ -35,8 +35,9 @@ from litdistill.distillation.sharding import ShardedTeacher
 from litdistill.evaluation.predictions import evaluations_folder, teacher_outputs
 from litdistill.training.finish import Run, finish
 from litdistill.training.grouping import GroupedData, group_size
+from litdistill.training.monitors import check_monitors, check_train_monitors
 from litdistill.training.preemption import run_lock, translate_interrupts, translate_worker_errors
-from litdistill.training.preflight import check_monitor, check_student, check_values, horizon
+from litdistill.training.preflight import check_data, check_student, check_values, horizon
 from litdistill.training.prerequisites import Prerequisites
 from litdistill.training.resume import check_unchanged, last_state
 from litdistill.training.trainer import Built, build_trainer
@@ -66,6 +67,7 @@ def train(cfg: DictConfig, callbacks: Sequence[Callback] = (), role: str = "Stud
         prepare_process(cfg.threads)
         method = build_method(cfg)  # first, to raise errors in options before a teacher is trained
         data, task = build_data(cfg)
+        check_data(data)
         last = last_state(folder / "checkpoints", cfg.trainer.max_epochs)
         built = build_trainer(cfg, folder, method, task, data, callbacks, last, role)
         trainer = built.trainer
@@ -76,22 +78,22 @@ def train(cfg: DictConfig, callbacks: Sequence[Callback] = (), role: str = "Stud
         scheduler = build_scheduler(
             cfg.scheduler, *horizon(cfg.trainer, data, scale), built.best.monitor, built.best.mode
         )
-        monitor = str(built.best.monitor)
-        before = Prerequisites(train, lambda: check_student(cfg, data, task, optimizer, monitor), role)
+        before = Prerequisites(train, lambda: check_student(cfg, data, task, optimizer, built.monitors), role)
         sharded = cfg.teacher is not None and isinstance(trainer.strategy, ShardedTeacher)
         teacher = build_teacher(first, data, task, before.teacher)
         start = before.starting_point(first)
         torch.manual_seed(cfg.seed)  # the same initial weights for every method and prerequisite
         student = build_student(cfg, data, teacher, start)
-        check_monitor(student, data, task, monitor, teacher is not None)
+        check_monitors(student, data, task, built.monitors, teacher is not None)
         indexed = None if isinstance(data, ForeignData) else data
+        example = data.example if indexed is None else example_batch(data)
         known = None
         if teacher is not None and indexed is not None and not sharded:
             known = teacher_outputs(teacher, data, task, "val", trainer.strategy.root_device, evaluations_folder(cfg))
         distiller = build_distiller(
-            cfg, student, method, teacher, task, data.example if indexed is None else example_batch(data), indexed,
-            optimizer, scheduler, known, built.layout.group, sharded,
+            cfg, student, method, teacher, task, example, indexed, optimizer, scheduler, known, built.layout.group, sharded,
         )  # fmt: skip
+        check_train_monitors(distiller, example, built.monitors)
         introduce(cfg, data, distiller, scale)
         fit_started = time.perf_counter()
         best = fit(cfg, built, distiller, data, last.path)

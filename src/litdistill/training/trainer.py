@@ -24,6 +24,7 @@ from litdistill.methods.base import Method
 from litdistill.tasks.base import Task
 from litdistill.training.callbacks import EpochLogger, TestAccuracyMonitor
 from litdistill.training.grouping import GROUP, Layout, log_interval, reason_for_single, without_rate_monitor
+from litdistill.training.monitors import mode_of, monitored
 from litdistill.training.preemption import GracefulStop
 from litdistill.training.preflight import horizon, steps_per_epoch
 from litdistill.training.progress import EpochBar
@@ -34,7 +35,6 @@ from litdistill.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
-LOWER_IS_BETTER = ("nll", "brier", "ece", "kl", "loss", "rmse", "mae", "mse", "error", "distance")
 SPAWNED = ("spawn", "fork", "notebook")
 
 
@@ -46,6 +46,7 @@ class Built(NamedTuple):
     layout: Layout  # `group` is the maximum number of minibatches per step
     watch_test: TestAccuracyMonitor | None
     options: RunOptions
+    monitors: dict[str, str]  # the metric of each callback that has one, by the key of the config
 
 
 def build_trainer(
@@ -67,10 +68,13 @@ def build_trainer(
     """
     refuse(cfg, method, isinstance(data, ForeignData))
     check_method(method, cfg.teacher, task)
-    best, named = named_callbacks(cfg, task)
+    best, by_name = named_callbacks(cfg, task)
+    monitors = {
+        f"callbacks.{k}.monitor": v for k, c in by_name.items() if isinstance(v := getattr(c, "monitor", None), str)
+    }
     loggers: list[Logger] = [instantiate(node, f"logger.{name}") for name, node in _given(cfg.logger).items()]
     # LearningRateMonitor raises without a logger.
-    named = [c for c in named if loggers or not isinstance(c, LearningRateMonitor)]
+    named = [c for c in by_name.values() if loggers or not isinstance(c, LearningRateMonitor)]
     watch = TestAccuracyMonitor(data) if cfg.watch_test else None
     options = cfg.trainer.copy()
     OmegaConf.set_struct(options, False)  # keys for the launch or the method may be absent from the trainer's file
@@ -106,7 +110,7 @@ def build_trainer(
         enable_progress_bar=any(isinstance(c, ProgressBar) for c in everything),
         plugins=plugins,
     )
-    return Built(trainer, best, layout, watch, kept)
+    return Built(trainer, best, layout, watch, kept, monitors)
 
 
 def refuse(cfg: DictConfig, method: Method, foreign: bool = False) -> None:
@@ -147,8 +151,8 @@ def refuse(cfg: DictConfig, method: Method, foreign: bool = False) -> None:
         )
 
 
-def named_callbacks(cfg: DictConfig, task: Task) -> tuple[ModelCheckpoint, list[Callback]]:
-    """Returns the callback `best`, which selects the epoch, and all callbacks of the config, `best` first.
+def named_callbacks(cfg: DictConfig, task: Task) -> tuple[ModelCheckpoint, dict[str, Callback]]:
+    """Returns the callback `best`, which selects the epoch, and all callbacks of the config by name, `best` first.
 
     A monitor or mode of null is the task's. Raises `UserError` for a mode that contradicts a known metric.
     """
@@ -158,10 +162,10 @@ def named_callbacks(cfg: DictConfig, task: Task) -> tuple[ModelCheckpoint, list[
             raise UserError(f"callbacks.{name} is missing: a run ends with the weights that it keeps. Leave it in.")
     monitor, mode = monitored(nodes["best"], task)
     best = instantiate(nodes.pop("best"), "callbacks.best", monitor=monitor, mode=mode)
-    others = {name: instantiate(node, f"callbacks.{name}") for name, node in nodes.items()}
+    others = {n: instantiate(node, f"callbacks.{n}", **mode_of(n, node, task)) for n, node in nodes.items()}
     for name, callback in (("best", best), ("last", others["last"])):
         _check_kept(name, callback, Path(cfg.folder) / "checkpoints")
-    return best, [best, *others.values()]
+    return best, {"best": best, **others}
 
 
 def _given(nodes: DictConfig | None) -> dict[str, DictConfig]:
@@ -179,24 +183,6 @@ def _check_kept(name: str, callback: Callback, folder: Path) -> None:
             f"callbacks.{name} must keep one checkpoint, {folder / name}.ckpt, with which the run ends: leave its dirpath, "
             "filename and save_top_k as they are. A callback of another name may keep more."
         )
-
-
-def monitored(node: DictConfig, task: Task) -> tuple[str, str]:
-    """Returns the logged name of the metric that selects the epoch, and its mode, "max" or "min"."""
-    own = f"val/{task.monitor[0]}"
-    monitor, mode = node.get("monitor") or own, node.get("mode")
-    last = monitor.rpartition("/")[2]
-    known = task.monitor[1] if monitor == own else "min" if last in LOWER_IS_BETTER else None
-    if known is None and last in ("accuracy", "agreement", "teacher_accuracy", "map", "f1", "r2"):
-        known = "max"
-    if mode is not None and known is not None and mode != known:
-        raise UserError(
-            f"callbacks.best.monitor={monitor} with mode={mode} would keep the worst epoch: its mode is {known}. Leave "
-            "callbacks.best.mode at null, which follows the metric."
-        )
-    if (mode or known) is None:
-        raise UserError(f"callbacks.best.monitor={monitor}: say with callbacks.best.mode=max or min which is better.")
-    return monitor, mode or known or "max"
 
 
 def log_every(options: DictConfig, data: Any) -> int:

@@ -37,8 +37,15 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error}. Free some space, or choose another folder.") from error
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if not isinstance(error, OSError) and not re.search(UNWRITTEN, str(error)):
+            raise
+        reason = "the disk is full, or a quota is reached" if isinstance(error, RuntimeError) else error
+        raise UserError(f"{path} cannot be written: {reason}. Free some space, or choose another folder.") from error
+
+
+# What torch and safetensors raise for a write that the system refused, with neither its error nor its number.
+UNWRITTEN = r"inline_container|PytorchStreamWriter|unexpected pos|basic_ios|iostream|I/O error"
 
 
 def write_text(path: str | Path, text: str) -> None:
