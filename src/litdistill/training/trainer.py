@@ -97,9 +97,6 @@ def build_trainer(
         lambda trainer: steps_per_epoch(cfg.trainer, data, read_scale(cfg, trainer, data.batch_size)),
     )
     everything = [kept, *callbacks, *own, *named, stop]
-    plugins: list[Any] = [AtomicCheckpointIO()]
-    if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
-        plugins.append(SLURMEnvironment(auto_requeue=False))  # `GracefulStop` handles that signal
     trainer = instantiate(
         options,
         "trainer",
@@ -108,9 +105,16 @@ def build_trainer(
         callbacks=everything,
         logger=loggers or False,
         enable_progress_bar=any(isinstance(c, ProgressBar) for c in everything),
-        plugins=plugins,
+        plugins=plugins(),
     )
     return Built(trainer, best, layout, watch, kept, monitors)
+
+
+def plugins() -> list[Any]:
+    """Returns Lightning's plugins of every run: whole checkpoints, and under SLURM no requeueing of its own."""
+    if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
+        return [AtomicCheckpointIO(), SLURMEnvironment(auto_requeue=False)]  # `GracefulStop` handles that signal
+    return [AtomicCheckpointIO()]
 
 
 def refuse(cfg: DictConfig, method: Method, foreign: bool = False) -> None:
