@@ -81,6 +81,7 @@ class ArrayData(LightningDataModule):
     """
 
     name: str
+    smallest_batch = 1  # samples of each process in a training step: a run sets 2 for networks that need them
 
     def __init__(
         self,
@@ -207,7 +208,8 @@ class ArrayData(LightningDataModule):
     def train_loader(self, rank: int = 0, world_size: int = 1, group: int = 0, log_every: int = 0) -> IndexLoader:
         """Returns the training loader of one process; `group`, `log_every`: see `IndexLoader`."""
         count = self.epoch_size or len(self.train_ids)
-        return IndexLoader(self._epoch, count, self.batch_size, rank, world_size, True, group, log_every)
+        shares = (rank, world_size, True, group, log_every)
+        return IndexLoader(self._epoch, count, self.batch_size, *shares, self.smallest_batch)
 
     def _epoch(self, epoch: int) -> Rows:
         return Rows("train", aug.epoch_order(self.seed, epoch, self.train_ids, self.epoch_size)[0])

@@ -64,6 +64,7 @@ class ImageData(LightningDataModule):
     """
 
     name: str
+    smallest_batch = 1  # samples of each process in a training step: a run sets 2 for networks that need them
 
     def __init__(
         self,
@@ -235,7 +236,7 @@ class ImageData(LightningDataModule):
         """Returns the training loader of one process; `group`, `log_every`: see `IndexLoader`."""
         count, fetch = self.epoch_size or len(self.train_ids), self._prefetcher("train", keep=True)
         shares = (rank, world_size, True, group, log_every)
-        return IndexLoader(self._epoch, count, self.batch_size, *shares, fetch=fetch)
+        return IndexLoader(self._epoch, count, self.batch_size, *shares, self.smallest_batch, fetch)
 
     def _epoch(self, epoch: int) -> Rows:
         """Returns all samples of an epoch in order, with their views, which are drawn once for all batches."""

@@ -40,6 +40,7 @@ class IndexLoader:
             steps, and BatchNorm needs two samples. Off for evaluation, which must count no sample twice.
         group: minibatches per group; 0: single minibatches. log_every: a group also ends at every multiple of this number of
             minibatches and at the end of the epoch; 0: nothing is logged. All epochs have the same groups.
+        smallest: 2 leaves the last minibatch out of an epoch where it has fewer than two samples for some process.
         fetch: maps an iterator of `Rows` to one of the same `Rows` with prefetched images.
     """
 
@@ -53,9 +54,11 @@ class IndexLoader:
         pad: bool = False,
         group: int = 0,
         log_every: int = 0,
+        smallest: int = 1,
         fetch: Callable[[Iterable[Rows]], Iterator[Rows]] | None = None,
     ):
-        self.rows_of_epoch, self.count, self.batch_size = rows_of_epoch, count, batch_size
+        self.rows_of_epoch, self.batch_size = rows_of_epoch, batch_size
+        self.count = count = trained_samples(count, batch_size, world_size, smallest)
         self.rank, self.world_size, self.pad = rank, world_size, pad
         self.group, self.fetch = group, fetch
         self.minibatches = -(-count // (batch_size * world_size))
@@ -130,6 +133,13 @@ class IndexLoader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores the position for the next iteration, if that is in the same epoch."""
         self.restored = {"epoch": int(state["epoch"]), "done": int(state["done"])}
+
+
+def trained_samples(count: int, batch_size: int, world_size: int, smallest: int) -> int:
+    """Returns how many of an epoch's `count` samples are trained on: without a last minibatch that has fewer than `smallest`
+    samples for some process, where `smallest` is above 1."""
+    last = count % (batch_size * world_size)
+    return count - last if smallest > 1 and last < smallest * world_size else count
 
 
 def group_ends(count: int, group: int, log_every: int) -> list[int]:

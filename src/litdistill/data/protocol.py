@@ -25,6 +25,7 @@ class IndexedData(Protocol):
 
     batch_size: int  # of a minibatch in each process
     epoch_size: int | None  # samples of an epoch; None: as many as `train_ids`
+    smallest_batch: int  # samples of each process in a training step: see `IndexLoader`; a run sets it
     train_ids: Tensor  # (n,) int64: training samples
     val_ids: Tensor
     test_ids: Tensor

@@ -34,6 +34,11 @@ from litdistill.training.grouping import (
     reason_for_single,
     without_rate_monitor,
 )
+from litdistill.training.last_batch import (
+    refuse_single,
+    require_two_samples,
+    say_what_is_left_out,
+)
 from litdistill.training.trainer import progress_bar
 from litdistill.types import Batch
 from litdistill.utils.checkpoint import AtomicCheckpointIO
@@ -77,6 +82,7 @@ def distill(
     for net in filter(None, (student, teacher)):
         net.cpu()  # the device of the example; the Trainer moves the networks
     example, data = prepared(train, module)
+    check_last_batch(student, train, data, task, example, trainer or {})
     every = log_interval(max_epochs, max_epochs * batches_of_epoch(train, data))
     arguments = {"accelerator": "auto", "devices": 1, "log_every_n_steps": every, **(trainer or {})}
     layout = Layout(0, arguments["log_every_n_steps"])
@@ -94,12 +100,10 @@ def distill(
     shown = [EpochLogger(), *progress_bar(), *([best] if validated else []), *callbacks]
     fitted = make_trainer(shown, max_epochs, out, validated, data is None, arguments)
     if data is not None:
+        say_what_is_left_out(data, chosen, fitted.world_size)
         grouped = layout._replace(group=group_size(distiller, data, layout.group)) if layout.group else layout
-        fitted.fit(distiller, datamodule=GroupedData(data, grouped))
-    elif module is not None:
-        fitted.fit(distiller, datamodule=module)
-    else:
-        fitted.fit(distiller, train, val)
+        module = GroupedData(data, grouped)
+    fitted.fit(distiller, train if module is None else None, val, module)
     if best.best_model_path:
         load_weights_of(distiller, Path(best.best_model_path))
     warn(distiller, (data or Validation(val, module, task)) if validated else None, fitted.strategy.root_device)
@@ -163,6 +167,17 @@ def check_arguments(train: Any, val: Any, trainer: dict[str, Any]) -> None:
     own = {"max_epochs": "max_epochs", "callbacks": "callbacks", "default_root_dir": "out"}
     for name in own.keys() & trainer.keys():
         raise UserError(f"trainer={{{name!r}: …}}: give distill({own[name]}=…) instead.")
+
+
+def check_last_batch(
+    student: nn.Module, train: Any, data: IndexedData | None, task: Task, example: Any, trainer: dict[str, Any]
+) -> None:
+    """Has a last minibatch of one sample left out, or refuses it, where the student cannot be trained on it."""
+    if data is not None:
+        require_two_samples(lambda: student, data, task, trainer.get("devices", 1) != 1)
+    else:
+        loader = train.train_dataloader() if isinstance(train, LightningDataModule) else train
+        refuse_single(lambda: student, loader, task.batch(example), task)
 
 
 def batches_of_epoch(train: Any, data: IndexedData | None) -> int:

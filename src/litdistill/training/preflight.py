@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Mapping
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 from litdistill.config.build import build_net
 from litdistill.config.lr_scaling import Scale
 from litdistill.data.foreign import ForeignData, sample_count
+from litdistill.data.loading import trained_samples
 from litdistill.distillation.distiller import OptimizerFactory
 from litdistill.tasks.base import Task
+from litdistill.training.last_batch import refuse_single, require_two_samples
 from litdistill.training.monitors import check_monitors
 from litdistill.utils.errors import UserError
 from litdistill.utils.manifest import check_names
@@ -28,21 +32,38 @@ def check_values(cfg: DictConfig) -> None:
             raise UserError(f"{name}: {error}. A config holds numbers, texts, lists and mappings of them.") from error
 
 
-def check_data(data: Any) -> None:
-    """Raises `UserError` for data with which a run could not end: a class name that no export may hold, or no test set."""
+def check_data(cfg: DictConfig, data: Any, task: Task) -> None:
+    """Raises `UserError` for data with which a run could not end: a class name that no export may hold, no test set, or a last
+    minibatch that its student cannot be trained on. Must be called before anything counts the steps of an epoch."""
     check_names(data.class_names)
     if sample_count(data, "test") == 0:
         raise UserError(f"{data.name} has no test samples, on which a run is measured at its end: hold some out.")
+    check_last_batch(cfg, data, task)
 
 
 def check_student(
     cfg: DictConfig, data: Any, task: Task, optimizer: OptimizerFactory, monitors: Mapping[str, str]
 ) -> None:
     """Builds a student and its optimizer once, to raise their errors before training, and calls `check_monitors`."""
-    node = {k: v for k, v in cfg.student.items() if k != "checkpoint"}
-    net = build_net(OmegaConf.create(node), data, "student", say=False)
+    net = trial_student(cfg, data)
     optimizer(net.parameters())
     check_monitors(net, data, task, monitors, cfg.teacher is not None)
+
+
+def trial_student(cfg: DictConfig, data: Any) -> nn.Module:
+    """Returns a student of the config to try something with, and not the weights that it starts from."""
+    node = {k: v for k, v in cfg.student.items() if k != "checkpoint"}
+    return build_net(OmegaConf.create(node), data, "student", say=False)
+
+
+def check_last_batch(cfg: DictConfig, data: Any, task: Task) -> None:
+    """Has a last minibatch of one sample left out, or refuses it, where the student cannot be trained on it."""
+    build = functools.partial(trial_student, cfg, data)
+    if isinstance(data, ForeignData):
+        refuse_single(build, data.module.train_dataloader(), data.example, task)
+    else:
+        several = (cfg.trainer.get("num_nodes") or 1) > 1 or cfg.trainer.get("devices") not in (None, 1, "1")
+        require_two_samples(build, data, task, several)
 
 
 def horizon(trainer: DictConfig, data: Any, scale: Scale) -> tuple[int, int]:
@@ -70,7 +91,10 @@ def steps_per_epoch(trainer: DictConfig, data: Any, scale: Scale) -> int:
     if isinstance(data, ForeignData):
         batches = _batches(data, limit)
     else:
-        batches = math.ceil((data.epoch_size or len(data.train_ids)) / (scale.batch // scale.accumulated))
+        whole = scale.batch // scale.accumulated  # of all processes
+        count = data.epoch_size or len(data.train_ids)
+        count = trained_samples(count, data.batch_size, whole // data.batch_size, getattr(data, "smallest_batch", 1))
+        batches = math.ceil(count / whole)
     if limit is not None:
         batches = min(batches, limit if isinstance(limit, int) else max(1, int(batches * limit)))
     return math.ceil(batches / scale.accumulated)

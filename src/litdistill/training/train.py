@@ -35,6 +35,7 @@ from litdistill.distillation.sharding import ShardedTeacher
 from litdistill.evaluation.predictions import evaluations_folder, teacher_outputs
 from litdistill.training.finish import Run, finish
 from litdistill.training.grouping import GroupedData, group_size
+from litdistill.training.last_batch import say_what_is_left_out
 from litdistill.training.monitors import check_monitors, check_train_monitors
 from litdistill.training.preemption import run_lock, translate_interrupts, translate_worker_errors
 from litdistill.training.preflight import check_data, check_student, check_values, horizon
@@ -67,7 +68,7 @@ def train(cfg: DictConfig, callbacks: Sequence[Callback] = (), role: str = "Stud
         prepare_process(cfg.threads)
         method = build_method(cfg)  # first, to raise errors in options before a teacher is trained
         data, task = build_data(cfg)
-        check_data(data)
+        check_data(cfg, data, task)
         last = last_state(folder / "checkpoints", cfg.trainer.max_epochs)
         built = build_trainer(cfg, folder, method, task, data, callbacks, last, role)
         trainer = built.trainer
@@ -173,6 +174,8 @@ def untrained(built: Built, distiller: Distiller, module: LightningDataModule, c
 
 def introduce(cfg: DictConfig, data: Any, distiller: Distiller, scale: Scale) -> None:
     """Logs the sizes of the data, of the student and of the teacher, and the learning rate."""
+    if not isinstance(data, ForeignData):
+        say_what_is_left_out(data, distiller.method, scale.processes)
     count = sum(p.numel() for p in distiller.student.parameters())
     teacher = ""
     if distiller.teacher is not None:
