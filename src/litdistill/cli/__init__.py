@@ -9,9 +9,13 @@ so that the overview, typos and config errors are reported at once.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
+import os
+import select
 import sys
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from litdistill.cli import starting
@@ -81,6 +85,22 @@ def overview() -> str:
     ) + ("\n" + EXAMPLES)
 
 
+@contextlib.contextmanager
+def closed_pipe_ends() -> Iterator[None]:
+    """Ends the process, with the status of SIGPIPE, where the reader of its output has gone: `litdistill … | head`."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        output = select.poll()
+        output.register(sys.stdout.fileno(), 0)
+        if not output.poll(0):  # another pipe is broken
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+        sys.exit(128 + 13)
+
+
+@closed_pipe_ends()
 def main() -> None:
     """Runs the verb in `sys.argv`; exits with status 2 for an unknown one."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
@@ -102,6 +122,7 @@ def main() -> None:
         sys.exit(2)
 
 
+@closed_pipe_ends()
 def run(name: str, named: bool = False) -> None:
     """Runs one verb on the arguments in `sys.argv`. `named`: whether the verb itself is among them, unlike for a script."""
     verb, arguments = VERBS[name], sys.argv[2 if named else 1 :]

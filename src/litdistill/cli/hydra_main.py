@@ -24,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from litdistill.benchmarks import published_tables
 from litdistill.cli import starting
+from litdistill.cli.help import help_text
 from litdistill.cli.resume import resumed
 from litdistill.cli.suggestions import suggestions
 from litdistill.config.instantiate import import_classes_from
@@ -106,6 +107,10 @@ def run_task(task: Callable[[DictConfig], Any], config_name: str, verb: str | No
             os.environ["RUN_STAMP"] = run_stamp()
         sys.argv[1:] = arguments = resumed(arguments, config_name)
         published_tables.register(arguments)
+        if {"-h", "--help"} & set(arguments):
+            starting.end()
+            print(help_text(config_name, [a for a in arguments if a not in ("-h", "--help")]), end="")
+            return
         entry = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)
         with _environment(HYDRA_FULL_ERROR="1"):  # errors are raised here instead of printed by Hydra
             if starting.prints(arguments):

@@ -65,6 +65,11 @@ def _known_names(config_name: str, config_dir: Path | None) -> tuple[set[str], d
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose(config_name)
+    return set(_keys(OmegaConf.to_container(cfg), "")), options_of_groups(config_dir)
+
+
+def options_of_groups(config_dir: Path | None = None) -> dict[str, list[str]]:
+    """Returns the options of each group of `conf/`, including those of the user's own folder."""
     files = {Path("experiment", name) for name in published_tables.experiments()}
     for folder in [CONF, *([config_dir] if config_dir is not None else [])]:
         files |= {p.relative_to(folder).with_suffix("") for p in folder.rglob("*.yaml") if p.parent != folder}
@@ -72,7 +77,7 @@ def _known_names(config_name: str, config_dir: Path | None) -> tuple[set[str], d
     for file in sorted(files):
         for depth in range(1, len(file.parts)):
             groups.setdefault("/".join(file.parts[:depth]), []).append("/".join(file.parts[depth:]))
-    return set(_keys(OmegaConf.to_container(cfg), "")), groups
+    return groups
 
 
 def _keys(node: Any, prefix: str) -> Iterator[str]:

@@ -117,7 +117,7 @@ def _line(loc: tuple[Any, ...], kind: str, node: Any, schema: type[Node], prefix
         if found is not None:  # an entry of a mapping
             yield fault(f"{key}.{found}", value[found], FieldInfo.from_annotation(values))
             return
-    inner = _nested(field)
+    inner = nested(field)
     if inner is not None and isinstance(value, dict) and len(loc) > 1:
         rest = loc[1:]
         while rest and _field(inner, str(rest[0])) is None and rest[0] not in value:  # a branch of a union
@@ -159,7 +159,7 @@ def _field(schema: type[Node], name: str) -> FieldInfo | None:
     return found
 
 
-def _nested(field: FieldInfo) -> type[Node] | None:
+def nested(field: FieldInfo) -> type[Node] | None:
     """Returns the schema that a field's type has for a node; None for a plain value."""
     for kind in (field.annotation, *get_args(field.annotation)):
         if isinstance(kind, type) and issubclass(kind, BaseModel):

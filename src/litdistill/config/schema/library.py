@@ -45,7 +45,9 @@ class Trainer(Node):
     gradient_clip_val: NotNegative | None = option("to which gradients are clipped; null: they are not")
     gradient_clip_algorithm: Literal["norm", "value"] | None = option("norm or value")
     accumulate_grad_batches: Count | None = option("minibatches whose gradients make one step")
-    log_every_n_steps: CountFromZero | None = option("steps between two points of a curve")
+    log_every_n_steps: CountFromZero | None = option(
+        "steps between two logs; null: fits the epoch, at least two logs an epoch and at most 50 steps between two"
+    )
     check_val_every_n_epoch: Count | None = option("epochs between two validations")
     val_check_interval: Batches | None = option("batches, or share of an epoch, between two validations")
     limit_train_batches: Batches | None = option("batches of an epoch, or a share of them; null: all")

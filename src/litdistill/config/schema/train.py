@@ -96,9 +96,9 @@ class Scale(Node):
 class Compile(Node):
     """`compile`."""
 
-    student: COMPILE | None = option("null: not compiled")
+    student: COMPILE | None = option("its mode of torch.compile; null: not compiled")
     teacher: COMPILE | Literal["prepacked"] | None = option(
-        "one more: prepacked lays weights out once, on CPUs; last bits then depend on the place in a batch"
+        "likewise, and one more: prepacked lays weights out once, on CPUs; last bits then depend on the place in a batch"
     )
 
 
@@ -113,7 +113,9 @@ class Train(Node):
     data: Object = option("what is learnt from: one of conf/data, or a LightningDataModule of yours")
     task: Object = option("what the network is trained for: one of conf/task, or a Task of yours")
     student: Student = option("the network that is trained: one of conf/net, or a function of yours")
-    teacher: Teacher | None = option("teacher=null: none")
+    teacher: Teacher | None = option(
+        "what the student learns from: one of conf/net, or a function of yours; teacher=null: none"
+    )
     method: Object = option("what is learnt from the teacher: one of conf/method, or a Method of yours")
     compress: Object | None = option("low_rank, prune or int8: makes the student smaller before it is trained on")
     optimizer: Object = option("one of conf/optimizer, or any of torch.optim")
