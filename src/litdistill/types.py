@@ -18,6 +18,11 @@ class Batch(NamedTuple):
     views: Tensor | None = None  # (N,) int64, which augmented view of its sample each input is; None: as it is
     weight: float = 1.0  # of this process's mean among those of all processes, where their parts are unequal
 
+    def rows(self, index: Tensor) -> Batch:
+        """Some of the samples, whose inputs are one tensor."""
+        ids, views = (None if x is None else x[index] for x in (self.ids, self.views))
+        return Batch(self.inputs[index], self.targets[index], ids, views, self.weight)
+
 
 class Group(NamedTuple):
     """Several minibatches that one step of Lightning trains on, one after the other."""

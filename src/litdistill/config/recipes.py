@@ -42,6 +42,8 @@ def teacher_config(cfg: DictConfig) -> DictConfig:
         teacher.student = {k: v for k, v in cfg.teacher.items() if k not in NETWORK_META_KEYS}
         teacher.student.checkpoint, teacher.student.preprocess = None, cfg.teacher.get("preprocess")
         teacher.compress = teacher.technique = None
+        for key in {"unlabelled", "labelled"} & teacher.data.keys():  # it is trained on labels alone
+            teacher.data[key] = None
         _drop_callbacks(teacher)
         if cfg.teacher.get("generations", 1) > 1:  # born-again: a teacher distilled from a teacher like it
             teacher.teacher.generations -= 1

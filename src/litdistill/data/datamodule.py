@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning import LightningDataModule
@@ -41,6 +41,10 @@ class ImageData(LightningDataModule):
         root: the folder of the files, downloaded or to be downloaded; for `folder` and `shards` the data set's own path.
         image_size: side in pixels to which the images of a folder or of shards are resized and cropped.
         classes: use these classes only, by number or by name, renumbered from 0 in this order.
+        unlabelled: a folder of images without labels, at any depth: after those with labels they are trained on too, with a
+            target of -1. The labels' loss leaves them out, and only a teacher says what they are. Validation and test are of
+            labeled images.
+        labelled: whether images with labels are trained on; False: those without alone.
         val_size: size of the validation split, a fraction below 1 or a count; stratified, and the same for every `seed`, so
             that no student is validated on samples that its teacher was trained on.
         fraction, per_class: train on this fraction, or on this many images of each class (at most one of the two).
@@ -78,7 +82,7 @@ class ImageData(LightningDataModule):
         omit: Sequence[int | str] | None = None,
         subset_seed: int | None = None,
         epoch_size: int | None = None,
-        balanced: bool = False,
+        balanced: bool | None = None,
         batch_size: int = 64,
         eval_batch_size: int = 512,
         augment: Sequence[aug.Augmentation | str | Mapping[str, Any]] | None = (),
@@ -92,14 +96,17 @@ class ImageData(LightningDataModule):
         resident: bool | str = "auto",
         memory_gb: float = 4.0,
         workers: int = 2,
+        unlabelled: str | Path | None = None,
+        labelled: bool | None = None,
     ):
         super().__init__()
+        splits.check_unlabelled(unlabelled, labelled, mixed=mix is not None, balanced=bool(balanced))
         splits.check_options(
             val_size, fraction, per_class, min(batch_size, eval_batch_size, epoch_size or 1, fixed_views or 1)
         )
         self.name, self.root, self.image_size, self.download = name, root, image_size, download
         self.val_size, self.fraction, self.per_class = val_size, fraction, per_class
-        self.balanced = balanced
+        self.balanced, self.unlabelled, self.labelled = bool(balanced), unlabelled, labelled is not False
         self.subset_seed = seed if subset_seed is None else subset_seed
         self.epoch_size, self.batch_size, self.eval_batch_size = epoch_size, batch_size, eval_batch_size
         self.augment, self.mix, self.mean, self.std = augmentations(() if augment is None else augment), mix, mean, std
@@ -119,8 +126,8 @@ class ImageData(LightningDataModule):
             self._load()
 
     def _load(self) -> Source:
-        arguments = (self.name, self.root, self.image_size, self.download)
-        return load(*arguments, memory=self.memory) if self.name in STREAMED else load(*arguments)
+        place = (self.name, self.root, self.image_size, self.download)
+        return load(*place, memory=self.memory, unlabelled=self.unlabelled)
 
     def setup(self, stage: str | None = None) -> None:
         """Reads the files and draws the splits, which are the same for every stage."""
@@ -135,11 +142,15 @@ class ImageData(LightningDataModule):
                 raise UserError(f"data.classes={self.only} has {len(chosen)} class and must name at least two.")
             train, test = splits.only(train, chosen), splits.only(test, chosen)
             names = tuple(names[c] for c in chosen)
-        self._source = Source(train, test, names, source.validation)
-        self.val_ids, rest = splits.validation(train.targets, source.validation, self.val_size)
+        self._source = source._replace(train=train, test=test, classes=names)
+        count = len(train.targets) - source.unlabelled  # of images with labels
+        self.val_ids, rest = splits.validation(train.targets[:count], source.validation, self.val_size)
         omitted = splits.class_indices("data.omit", self.omit, names)
         kept = splits.without(rest, train.targets, omitted, len(names))
         self.train_ids = splits.subset(kept, train.targets, self.fraction, self.per_class, self.subset_seed)
+        if source.unlabelled:
+            without = torch.arange(count, len(train.targets))
+            self.train_ids = torch.cat([self.train_ids, without]) if self.labelled else without
         self.test_ids = torch.arange(len(test.targets))[test.targets >= 0]
         if self.mean is None or self.std is None:
             self.mean, self.std = self._mean_std(rest)
@@ -161,7 +172,7 @@ class ImageData(LightningDataModule):
 
     @property
     def source(self) -> Source:
-        """Images and targets of the files; target -1 for classes that `classes` leaves out."""
+        """Images and targets of the files; target -1 for classes that `classes` leaves out, and without a label."""
         self.setup()
         assert self._source is not None
         return self._source
@@ -173,6 +184,11 @@ class ImageData(LightningDataModule):
     @property
     def num_classes(self) -> int:
         return len(self.source.classes)
+
+    @property
+    def train_labels(self) -> Literal["all", "some", "none"]:
+        """Which of the samples that are trained on have labels; the others have a target of -1."""
+        return "all" if not self.source.unlabelled else "some" if self.labelled else "none"
 
     @property
     def input_shape(self) -> tuple[int, int, int]:

@@ -68,7 +68,7 @@ def read_splits(root: Path) -> Images:
     if not layout.test:
         train, test = _hold_out(layout.train, train)
     lines += [f"Splits: {_describe_splits(layout, train, val, test)}."]
-    _say(lines, describe_skipped(skipped))
+    say(lines, describe_skipped(skipped))
     return Images(tuple(train), _flat(train), _flat(val), _flat(test))
 
 
@@ -195,7 +195,8 @@ WORDS = {"train": "training", "val": "validation", "test": "test"}
 _SAID: set[str] = set()  # a run reads its data again for its teacher, which nobody needs to hear of twice
 
 
-def _say(lines: list[str], skipped: str) -> None:
+def say(lines: list[str], skipped: str) -> None:
+    """Logs `lines`, with a warning of what is `skipped` after the first, once in a process."""
     told = "\n".join([*lines, skipped])
     if told in _SAID or not is_first_rank():
         return

@@ -7,7 +7,7 @@ within an epoch. With any other data module the teacher runs in every step.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -83,3 +83,9 @@ def as_indexed(module: Any) -> IndexedData | None:
 def split_ids(data: IndexedData, split: str) -> Tensor:
     """Returns the ids (n,) of "train", "val" or "test"."""
     return {"train": data.train_ids, "val": data.val_ids, "test": data.test_ids}[split]
+
+
+def training_labels(data: Any) -> Literal["all", "some", "none"]:
+    """Returns which of the samples that are trained on have labels; all, where the data do not say."""
+    found: Literal["all", "some", "none"] = getattr(data, "train_labels", "all")
+    return found

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 from weakref import WeakValueDictionary
@@ -21,7 +21,9 @@ from torchvision.datasets import FashionMNIST
 from litdistill.data import shards
 from litdistill.data.fetch import DATASETS, obtain
 from litdistill.data.folder import Labeled, encoded, read_splits
+from litdistill.data.listing import ImageFile
 from litdistill.data.streaming import Encoded
+from litdistill.data.unlabelled import appended, read_unlabelled
 from litdistill.utils.errors import UserError
 
 STREAMED = ("folder", "shards")  # sources that may be larger than memory
@@ -55,7 +57,8 @@ class Source(NamedTuple):
     train: Split
     test: Split
     classes: tuple[str, ...]  # class names, in order of index
-    validation: int = 0  # how many of the last training images the user set aside to validate on; 0: none
+    validation: int = 0  # how many of the last labeled training images the user set aside to validate on; 0: none
+    unlabelled: int = 0  # how many of the last training images have no label: their targets are -1
 
 
 def load(
@@ -65,22 +68,25 @@ def load(
     download: bool = True,
     channels: int = 3,
     memory: float = math.inf,
+    unlabelled: str | Path | None = None,
 ) -> Source:
     """Returns the data set `name` (one of `NAMES`), whose verified files are in, or are downloaded to, `root/name`.
 
     For `folder` and `shards`, `root` is the data set's own path, images are resized to `image_size` (pixels) and converted
     to `channels`, and if they take more than `memory` bytes they are decoded on access (`streaming.Encoded`). Every other
-    data set has a fixed image size, and is read into memory.
+    data set has a fixed image size, and is read into memory. The images of the folder `unlabelled`, of the same size, are the
+    last of the training split.
     Raises `UserError` for an unknown name, unavailable files, or a damaged image.
     """
     if name in STREAMED:
         if root is None:
-            raise UserError(f"data={name} needs a folder: data.root=<folder>.")
+            alone = ": images with labels are validated and tested on; data.labelled=false trains on the others alone"
+            raise UserError(f"data={name} needs a folder: data.root=<folder>{alone if unlabelled else ''}.")
         if image_size is None:
             raise UserError(
                 f"data={name} needs a size that all images are resized to: set data.image_size, for example 64."
             )
-        return (read_folder if name == "folder" else read_shards)(root, image_size, channels, memory)
+        return (read_folder if name == "folder" else read_shards)(root, image_size, channels, memory, unlabelled)
     if name not in NAMES:
         raise UserError(f"data.name={name} is unknown. Choose one of {', '.join(NAMES)}.")
     source = _digits() if name == "digits" else _READERS[name](obtain(name, root or "data_files", download).content)
@@ -90,7 +96,7 @@ def load(
             f"data={name} has images of {size}x{size} and data.image_size={image_size} cannot change that. "
             "Leave data.image_size out; only data=folder and data=shards read it."
         )
-    return source
+    return _with_unlabelled(source, unlabelled)
 
 
 def fingerprint(split: Split) -> str:
@@ -106,7 +112,13 @@ def fingerprint(split: Split) -> str:
     return sha.hexdigest()
 
 
-def read_folder(root: str | Path, image_size: int, channels: int = 3, memory: float = math.inf) -> Source:
+def read_folder(
+    root: str | Path,
+    image_size: int,
+    channels: int = 3,
+    memory: float = math.inf,
+    unlabelled: str | Path | None = None,
+) -> Source:
     """Reads a user's images: `root/train/<class>/…`, `root/test/<class>/…` and, where there is one, `root/val/<class>/…`.
 
     Splits are known in any case and as "training_set", "valid" and the like (`layout.find_splits`). Without a test folder, 20 %
@@ -123,10 +135,17 @@ def read_folder(root: str | Path, image_size: int, channels: int = 3, memory: fl
         return Split(encoded(root, files, image_size, channels), torch.tensor([label for _, label in files]))
 
     source = Source(split(images.train + images.val), split(images.test), images.classes, len(images.val))
-    return _in_memory(source, memory)
+    known = [file for file, _ in images.train + images.val + images.test]
+    return _in_memory(_with_unlabelled(source, unlabelled, known), memory)
 
 
-def read_shards(root: str | Path, image_size: int, channels: int = 3, memory: float = math.inf) -> Source:
+def read_shards(
+    root: str | Path,
+    image_size: int,
+    channels: int = 3,
+    memory: float = math.inf,
+    unlabelled: str | Path | None = None,
+) -> Source:
     """Reads shards that `litdistill.data.shards` wrote; arguments as of `read_folder`."""
     _check_shape(image_size, channels)
     facts = shards.read_facts(root)
@@ -134,7 +153,18 @@ def read_shards(root: str | Path, image_size: int, channels: int = 3, memory: fl
         Split(shards.encoded(root, name, facts.names[name], image_size, channels), torch.tensor(facts.labels[name]))
         for name in ("train", "test")
     )
-    return _in_memory(Source(train, test, facts.classes, facts.validation), memory)
+    source = Source(train, test, facts.classes, facts.validation)
+    return _in_memory(_with_unlabelled(source, unlabelled), memory)
+
+
+def _with_unlabelled(source: Source, folder: str | Path | None, known: Sequence[ImageFile] = ()) -> Source:
+    """Appends the images of a folder to the training split; `known`: labeled images, whose copies are left out."""
+    if folder is None:
+        return source
+    images, targets = source.train
+    more = read_unlabelled(folder, known, images.shape[-1], images.shape[1])
+    train = Split(appended(images, more), torch.cat([targets, torch.full((len(more),), -1)]))
+    return source._replace(train=train, unlabelled=len(more))
 
 
 def _check_shape(image_size: int, channels: int) -> None:

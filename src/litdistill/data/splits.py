@@ -46,11 +46,22 @@ def check_options(val_size: float, fraction: float | None, per_class: int | None
         raise UserError("data.batch_size, data.eval_batch_size and data.epoch_size must be at least 1.")
 
 
+def check_unlabelled(folder: object, labelled: bool | None, mixed: bool, balanced: bool) -> None:
+    """Raises `UserError` for options that images without labels contradict."""
+    if folder is None and labelled is False:
+        raise UserError(
+            "data.labelled=false leaves nothing to train on: give images without labels by data.unlabelled=<folder>."
+        )
+    if folder is not None and (mixed or balanced):
+        option, what = ("data.mix", "mixes labels") if mixed else ("data.balanced=true", "draws by labels")
+        raise UserError(f"{option} {what}, and images of data.unlabelled have none: leave out one of them.")
+
+
 def only(split: Split, classes: Sequence[int]) -> Split:
     """Renumbers targets in the order of `classes`, -1 for the others; images, and so ids, are unchanged."""
-    new = torch.full((int(split.targets.max()) + 1,), -1, dtype=torch.int64)
+    new = torch.full((int(split.targets.max()) + 2,), -1, dtype=torch.int64)  # the last: of -1
     for i, c in enumerate(classes):
-        if 0 <= c < len(new):
+        if 0 <= c < len(new) - 1:
             new[c] = i
     return Split(split.images, new[split.targets])
 

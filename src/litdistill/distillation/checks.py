@@ -36,10 +36,13 @@ def check_method(method: Method, teacher: object, task: Task) -> None:
         )
 
 
-def check_pairing(method: Method, student: nn.Module, teacher: nn.Module | None, task: Task, example: Any) -> None:
-    """Raises `UserError` if the method lacks the teacher, the kind of logits or the example that it needs, or if student and
-    teacher share parameters."""
+def check_pairing(
+    method: Method, student: nn.Module, teacher: nn.Module | None, task: Task, example: Any, labels: str = "all"
+) -> None:
+    """Raises `UserError` if the method lacks the teacher, the kind of logits, the labels or the example that it needs, or if
+    student and teacher share parameters."""
     check_method(method, teacher, task)
+    check_labels(method, labels)
     name = type(method).__name__
     if teacher is not None and {id(p) for p in student.parameters()} & {id(p) for p in teacher.parameters()}:
         raise UserError(
@@ -52,6 +55,24 @@ def check_pairing(method: Method, student: nn.Module, teacher: nn.Module | None,
         raise UserError(
             f"{name} reads features or makes layers of its own: give Distiller(example=…), a batch of a few samples as the "
             "loader yields it, from which they are found."
+        )
+
+
+def check_labels(method: Method, labels: str) -> None:
+    """Raises `UserError` if the method cannot learn from data of which "some" or "none" have labels ("all": it can)."""
+    if labels == "all":
+        return
+    readers = sorted({type(m).__name__ for m in method.modules() if isinstance(m, Method) and m.reads_targets})
+    if readers:
+        raise UserError(
+            f"{' and '.join(readers)} compares the labels of all samples, and the images of data.unlabelled have none: use "
+            "method=kd or another that reads the teacher alone, or leave data.unlabelled out."
+        )
+    if labels == "none" and (not method.needs_teacher or method.needs_hard):
+        what = "needs the labels' loss" if method.needs_hard else "has no teacher to learn from"
+        raise UserError(
+            f"{type(method).__name__} {what}, and no image has a label (data.labelled=false): use method=kd with a teacher, or "
+            "train on the labeled images too."
         )
 
 

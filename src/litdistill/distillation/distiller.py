@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from litdistill.data.protocol import IndexedData
+from litdistill.data.protocol import IndexedData, training_labels
 from litdistill.distillation.batch_statistics import LaggingStatistics
 from litdistill.distillation.checks import (
     check_finite,
@@ -31,7 +31,7 @@ from litdistill.distillation.examine import TeacherOnValidation, check_teacher
 from litdistill.distillation.logs import log_group, log_step
 from litdistill.distillation.running_means import RunningMeans
 from litdistill.distillation.schedules import average_of, interpolate, step_plateau
-from litdistill.distillation.step import seed_step, timed_outputs, train_group
+from litdistill.distillation.step import labels_loss, seed_step, timed_outputs, train_group
 from litdistill.distillation.teacher import FrozenTeacher
 from litdistill.distillation.teacher_cache import CacheOptions, TeacherCache, open_cache
 from litdistill.features.feature_extractor import FeatureExtractor, resolve_taps
@@ -113,7 +113,8 @@ class Distiller(LightningModule):
     ):
         super().__init__()
         self.task, self.method = named_task(task), method or Supervised()
-        check_pairing(self.method, student, teacher, self.task, example)
+        self.labels = training_labels(data)
+        check_pairing(self.method, student, teacher, self.task, example, self.labels)
         batch = None if example is None else self._example(example)
         frozen = teacher if isinstance(teacher, FrozenTeacher) else None
         network = frozen.net if frozen is not None else teacher
@@ -131,7 +132,7 @@ class Distiller(LightningModule):
         self.data, self.cache_options = data, cache or CacheOptions()
         self.cache: TeacherCache | None = None  # opened on the training device when training starts
         self.automatic_optimization, self.clip = not group, clip
-        self.means, self.statistics = RunningMeans(self.task), LaggingStatistics()
+        self.means, self.statistics = RunningMeans(self.task, self.labels), LaggingStatistics()
         self._factors: dict[str, float] = {}  # of the terms, set anew each epoch
         self.teacher_s = 0.0  # seconds spent in the teacher since the fit began
         self.val_metrics, self.test_metrics = self.task.metrics(), self.task.metrics()
@@ -284,11 +285,11 @@ class Distiller(LightningModule):
     def _label_terms(self, student: Outputs, batch: Batch) -> dict[str, Tensor]:
         """Returns the terms of the labels' loss, summed over student and companions and weighted by the method's `hard`."""
         weight = self.method.hard * self.method.hard_factor(self.current_epoch)
-        if not weight:
+        if not weight or self.labels == "none":
             return {}
-        terms = dict(self.task.loss(self.student, student, batch))
+        terms = dict(labels_loss(self, student, batch))
         for companion in self.method.companions(student):
-            for name, value in self.task.loss(self.student, companion, batch).items():
+            for name, value in labels_loss(self, companion, batch).items():
                 terms[name] = terms[name] + value
         return {name: weight * value for name, value in terms.items()}
 

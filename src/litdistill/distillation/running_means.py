@@ -19,8 +19,11 @@ class RunningMeans:
     The mean loss of an epoch is kept beside them, since an epoch may have no log or several.
     """
 
-    def __init__(self, task: Task):
-        self.task = task
+    def __init__(self, task: Task, labels: str = "all"):
+        self.task, self.labels = (
+            task,
+            labels,
+        )  # "all", "some" or "none": which samples have a label, a target of -1 being none
         self.reset()
         self.start_epoch()
 
@@ -32,6 +35,8 @@ class RunningMeans:
         self._noted: list[tuple[dict[str, Tensor], Outputs, Outputs | None, Tensor]] = []
         self._sums: dict[str, Tensor] = {}
         self._by_sample: set[str] = set()
+        self._labeled: Tensor | int = 0  # samples with a label
+        self._of_labels: set[str] = set()  # scores, of samples with a label alone
 
     def start_epoch(self) -> None:
         """Clears the mean loss of an epoch, which `reset` keeps."""
@@ -67,7 +72,7 @@ class RunningMeans:
             self._epoch_sum = value if self._epoch_sum is None else self._epoch_sum + value
         self._epoch_steps += len(noted)
         student, targets = _joined([s for _, s, _, _ in noted]), torch.cat([t for *_, t in noted])
-        by_sample = self.task.scores(student, targets)
+        by_sample = self._scores(student, targets)
         teacher = [t for _, _, t, _ in noted if t is not None]
         if len(teacher) == len(noted):
             by_sample |= self.task.agreement(student, _joined(teacher))
@@ -75,14 +80,28 @@ class RunningMeans:
             self._by_sample.add(name)
             self._add(name, values.float().sum())
 
+    def _scores(self, student: Outputs, targets: Tensor) -> dict[str, Tensor]:
+        if self.labels != "some":
+            return self.task.scores(student, targets) if self.labels == "all" else {}
+        labeled = targets >= 0
+        self._labeled = self._labeled + labeled.sum()
+        scores = self.task.scores(student, targets)
+        self._of_labels.update(scores)
+        return {name: values * labeled for name, values in scores.items()}
+
     def _add(self, name: str, value: Tensor) -> None:
         self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def _count(self, name: str) -> Tensor | int:
+        if name in self._of_labels:
+            return self._labeled
+        return self.samples if name in self._by_sample else self.steps
 
     def means(self) -> dict[str, Tensor]:
         """Returns the means by name, scalars on the device; `loss` is the sum of the terms. Empty without minibatches."""
         if self._noted:
             self._sum()
-        found = {k: v / (self.samples if k in self._by_sample else self.steps) for k, v in self._sums.items()}
+        found = {k: v / self._count(k) for k, v in self._sums.items()}
         terms = [v for k, v in found.items() if k not in self._by_sample]
         return {"loss": torch.stack(terms).sum(), **found} if terms else found
 

@@ -58,6 +58,18 @@ def teacher_ahead(distiller: Distiller, group: Group) -> Sequence[Outputs] | Non
     return distiller.teacher_outputs(group.batch).split(group.sizes)
 
 
+def labels_loss(distiller: Distiller, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
+    """Returns the task's loss over the samples with a label, a target of -1 being none; 0 where no sample has one."""
+    task, student = distiller.task, distiller.student
+    if distiller.labels == "all":
+        return task.loss(student, outputs, batch)
+    rows = (batch.targets >= 0).nonzero().squeeze(1)
+    if len(rows) == 0:
+        whole = task.loss(student, outputs, batch._replace(targets=torch.zeros_like(batch.targets)))
+        return {name: 0 * value for name, value in whole.items()}
+    return task.loss(student, outputs.rows(rows), batch.rows(rows))
+
+
 def step_schedulers(distiller: Distiller, interval: str) -> None:
     """Steps the schedulers of `interval`, except ReduceLROnPlateau (see `schedules.step_plateau`)."""
     for config in distiller.trainer.lr_scheduler_configs:

@@ -44,6 +44,7 @@ class CRD(VectorMethod):
     (`broadcast_buffers=False`), which would overwrite them with the first process's.
     """
 
+    reads_targets = True
     kinds = (CATEGORICAL,)
 
     memory_student: Tensor

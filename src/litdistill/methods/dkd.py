@@ -41,6 +41,7 @@ class DKD(Method):
     For mixed labels, the class with the largest share is the target of both terms.
     """
 
+    reads_targets = True
     kinds = (CATEGORICAL,)
 
     def __init__(self, hard: float = 1.0, tckd: float = 1.0, nckd: float = 8.0, temperature: float = 4.0):

@@ -30,6 +30,8 @@ class Shuffled(Method):
     class in the batch keeps its own outputs.
     """
 
+    reads_targets = True
+
     def __init__(self, method: Method):
         super().__init__(method.hard)
         self.method = method

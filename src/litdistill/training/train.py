@@ -30,6 +30,7 @@ from litdistill.config.origin import check_foreign, remember
 from litdistill.config.recipes import is_complete, teacher_config
 from litdistill.config.schema import check
 from litdistill.data.foreign import ForeignData, sample_count
+from litdistill.data.protocol import training_labels
 from litdistill.distillation.distiller import Distiller
 from litdistill.distillation.sharding import ShardedTeacher
 from litdistill.evaluation.predictions import evaluations_folder, teacher_outputs
@@ -181,7 +182,8 @@ def introduce(cfg: DictConfig, data: Any, distiller: Distiller, scale: Scale) ->
     if distiller.teacher is not None:
         size = sum(p.numel() for p in distiller.teacher.net.parameters())
         teacher = f", teacher {size:,} parameters ({size / count:.1f}x)"
-    sizes = ", ".join(f"{sample_count(data, split) or 'unknown'} to {verb}" for split, verb in VERBS.items())
+    verbs = VERBS | {"train": VERBS["train"] + WITHOUT_LABELS[training_labels(data)]}
+    sizes = ", ".join(f"{sample_count(data, split) or 'unknown'} to {verb}" for split, verb in verbs.items())
     shape = "x".join(map(str, data.input_shape or ()))
     about = f"; {quantity(data.num_classes, 'output')} of {shape}" if data.num_classes and shape else ""
     log.info("%s: %s%s.", data.name, sizes, about)
@@ -189,6 +191,7 @@ def introduce(cfg: DictConfig, data: Any, distiller: Distiller, scale: Scale) ->
 
 
 VERBS = {"train": "train on", "val": "validate", "test": "test"}
+WITHOUT_LABELS = {"all": "", "some": " (some of them without labels)", "none": " (all without labels)"}
 
 
 if __name__ == "__main__":  # without this the command would exit silently

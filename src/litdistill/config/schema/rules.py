@@ -14,6 +14,7 @@ WEIGHTS = (
     "angle",
 )
 WITHOUT_TEACHER = ("Supervised", "Mutual", "Online", "TeacherFree")  # methods of this project
+READ_LABELS = ("CRD", "DKD", "Shuffled", "TeacherFree")  # whose own terms read the label of every sample
 OWN_CALLBACKS = {"best", "last", "learning_rate"}  # those of conf/callbacks, which change no weight
 
 
@@ -27,12 +28,33 @@ def data(cfg: Mapping[str, Any]) -> Iterator[str]:
     node = cfg.get("data")
     if not isinstance(node, dict):
         return
+    yield from _unlabelled(node, cfg.get("method"))
     if node.get("fraction") is not None and node.get("per_class") is not None:
         yield "data.fraction and data.per_class both choose a subset: set one of them, and the other to null."
     for key in ("classes", "omit"):
         values = node.get(key) or []
         if isinstance(values, list) and len({str(value) for value in values}) < len(values):
             yield f"data.{key}={literal(values)}: a class stands there twice."
+
+
+def _unlabelled(node: Mapping[str, Any], method: Any) -> Iterator[str]:
+    """Images without labels, and what needs labels. `Distiller` checks methods again, those inside others too."""
+    if node.get("unlabelled") is None:
+        if node.get("labelled") is False:
+            yield "data.labelled=false leaves nothing to train on: give other images, data.unlabelled=<folder>."
+        return
+    for key, what in (("mix", "mixes labels"), ("balanced", "draws by labels")):
+        if node.get(key):
+            yield f"data.{key} {what}, and images of data.unlabelled have none: leave out one of them."
+    name = _name(method)
+    parts = (method.get("methods") or {}).values() if isinstance(method, dict) and name == "Sum" else [method]
+    for read in sorted({str(_name(part)) for part in parts} & set(READ_LABELS)):
+        yield (
+            f"{read} compares the labels of all samples, and the images of data.unlabelled have none: use method=kd or another "
+            "that reads the teacher alone, or leave data.unlabelled out."
+        )
+    if node.get("labelled") is False and name in WITHOUT_TEACHER and name not in READ_LABELS:
+        yield f"{name} learns from labels, and no image has one (data.labelled=false): use method=kd with a teacher."
 
 
 def statistics(cfg: Mapping[str, Any]) -> Iterator[str]:
