@@ -28,7 +28,7 @@ from litdistill.cli.help import help_text
 from litdistill.cli.resume import resumed
 from litdistill.cli.suggestions import suggestions
 from litdistill.config.instantiate import import_classes_from
-from litdistill.config.origin import check_foreign
+from litdistill.config.origin import check_foreign, restore_record
 from litdistill.config.schema import check
 from litdistill.utils.command_line import as_command, config_dir_flags, literal, without_null
 from litdistill.utils.distributed import run_stamp
@@ -134,6 +134,9 @@ def _quiet_writer(failed: threading.ExceptHookArgs) -> None:
 
 def _exit_or_raise(error: Exception, arguments: list[str], config_name: str) -> NoReturn:
     """Exits with a message for an error that the user can fix; raises a defect."""
+    for argument in arguments:
+        if argument.startswith("hydra.run.dir="):  # of a resume: one that is refused leaves the run's record as it was
+            restore_record(Path(argument.partition("=")[2]))
     full = os.environ.get("HYDRA_FULL_ERROR") == "1"
     if isinstance(error, OSError) and error.errno in UNWRITABLE and not full:
         _exit(f"Nothing can be written: {error}. Free some space, or choose another folder with runs=…", 2)

@@ -14,7 +14,9 @@ from litdistill.config.origin import (
     made_here,
     read_record,
     replayable,
+    restore_record,
     run_records,
+    save_record,
     start_record,
 )
 from litdistill.utils.command_line import config_dir_of, split_flags
@@ -48,11 +50,15 @@ def resumed(arguments: list[str], config_name: str = "train") -> list[str]:
             return [*flags, *overrides]
     else:
         folder = Path(target)
+        check_links(folder)
+        restore_record(folder)  # of a resume that was killed before it was accepted
         replayed = _replayed(folder, config_name, config_dir_of(flags))
         overrides = [*_without_launch(replayed, overrides), *overrides]
     check_links(folder)
     starting.end()
     print(f"Resuming {folder}")
+    if (folder / ".hydra").is_dir() and not sweep:
+        save_record(folder)
     file, backup = _record_files(folder, sweep)
     if read_record(file):  # Hydra rewrites the record: a kill during that must not lose it
         with contextlib.suppress(FileNotFoundError):  # another rank or worker has moved it already

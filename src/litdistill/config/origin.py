@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import re
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -79,6 +80,39 @@ def read_record(file: Path) -> StartRecord | None:
 def run_records(folder: Path) -> tuple[Path, Path]:
     """Returns the path of Hydra's record of a run, and that of its backup for the time that Hydra rewrites it."""
     return folder / ".hydra" / "hydra.yaml", folder / ".hydra" / "hydra.before.yaml"
+
+
+RECORD = ("config.yaml", "hydra.yaml", "overrides.yaml")  # what Hydra writes anew at each start
+
+
+def save_record(folder: Path) -> None:
+    """Copies Hydra's record of a run, which a resume overwrites, for `restore_record`."""
+    kept, before = folder / ".hydra", folder / ".hydra" / BEFORE
+    part = kept / f"{BEFORE}.part"
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
+    for name in RECORD:
+        with contextlib.suppress(FileNotFoundError):
+            shutil.copyfile(kept / name, part / name)
+    with contextlib.suppress(OSError):  # another rank has done so, or a resume that was killed before it was accepted
+        part.rename(before)
+
+
+def restore_record(folder: Path) -> None:
+    """Puts back the record of a run that could not be resumed: its config is what it was trained with, still."""
+    before = folder / ".hydra" / BEFORE
+    for name in RECORD if before.is_dir() else ():
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(before / name, folder / ".hydra" / name)
+    accept_record(folder)
+
+
+def accept_record(folder: Path) -> None:
+    """Deletes the copy of `save_record`: the run goes on with the config of the resume."""
+    shutil.rmtree(folder / ".hydra" / BEFORE, ignore_errors=True)
+
+
+BEFORE = "before"
 
 
 def run_digest(folder: Path, config: bytes | None = None) -> str | None:

@@ -22,6 +22,7 @@ from litdistill.config.changes import (
     compared_options,
     differences,
 )
+from litdistill.config.origin import accept_record
 from litdistill.distillation.distiller import Distiller
 from litdistill.training.grouping import Layout, layout_of
 from litdistill.utils.checkpoint import load_checkpoint
@@ -146,6 +147,8 @@ class RunOptions(Callback):
         for callback, patience in self._patience.items():
             callback.patience = patience
         assert isinstance(pl_module, Distiller)
+        if trainer.is_global_zero:
+            accept_record(self.folder)
         self.steps_per_epoch = self.steps(trainer)
         fresh = pl_module.optimizer([p for g in trainer.optimizers[0].param_groups for p in g["params"]])
         self.rates = [float(group["lr"]) for group in fresh.param_groups]

@@ -26,7 +26,7 @@ from litdistill.config.distiller import (
     example_batch,
 )
 from litdistill.config.lr_scaling import Scale, read_scale
-from litdistill.config.origin import check_foreign, remember
+from litdistill.config.origin import accept_record, check_foreign, remember
 from litdistill.config.recipes import is_complete, teacher_config
 from litdistill.config.schema import check
 from litdistill.data.foreign import ForeignData, sample_count
@@ -61,6 +61,7 @@ def train(cfg: DictConfig, callbacks: Sequence[Callback] = (), role: str = "Stud
     folder = Path(cfg.folder)
     if is_complete(folder):  # a resumed sweep repeats no finished run
         check_unchanged(cfg, folder)
+        accept_record(folder)
         log.info("%s is finished already.", folder)
         return float(json.loads((folder / "summary.json").read_text())["val"]["best"])
     with run_lock(folder), translate_worker_errors(), translate_interrupts(folder):
