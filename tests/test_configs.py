@@ -19,6 +19,7 @@ SHAPES = {
     "fashion_mnist": ((1, 28, 28), DIGITS),
     "cifar10": ((3, 32, 32), CIFAR10),
     "cifar100": ((3, 32, 32), CIFAR100),
+    "folder": ((3, 32, 32), ("cat", "dog", "owl")),
 }
 # What makes any run a matter of seconds: one step, a handful of images, a teacher of the same.
 STEP = [
@@ -36,7 +37,9 @@ def options(group: str) -> list[str]:
     return sorted(str(p.relative_to(CONF / group).with_suffix("")) for p in (CONF / group).rglob("*.yaml"))
 
 
-def generated(name: str, root: str | Path, image_size: int | None = None, download: bool = True) -> Source:
+def generated(
+    name: str, root: str | Path, image_size: int | None = None, download: bool = True, **options: object
+) -> Source:
     """Random images in the data set's own shape and classes, a few of each class."""
     shape, classes = SHAPES[name]
     n = 4 * len(classes)
@@ -89,6 +92,9 @@ def test_every_experiment_trains_a_step(experiment, tmp_path, monkeypatch):
         cfg.teacher.allow_chance, cfg.teacher.checkpoint, cfg.teacher.ensemble = True, None, None
     for key in {"per_class", "fraction"} & cfg.data.keys():
         cfg.data[key] = None
+    for net in (cfg.student, cfg.teacher or {}):
+        if net.get("weights") == "imagenet":
+            net.weights = None  # nothing is downloaded
     if OmegaConf.is_missing(cfg.student, "checkpoint"):  # an experiment on a student that the user names
         cfg.student.checkpoint = None
     assert cfg.name.startswith(tuple(experiment.split("/")))

@@ -279,6 +279,31 @@ def test_chance_is_the_most_frequent_label():
         check_teacher(task, {"accuracy": math.nan}, targets)
 
 
+def test_a_teacher_is_not_refused_on_too_few_images(caplog):
+    """Five of seven right: a teacher that is right nine times in ten has that or less in every sixth validation set."""
+    task, seven = Classification(), torch.tensor([0] * 4 + [1] * 3)
+    check_teacher(task, {"accuracy": 5 / 7}, seven)
+    assert "cannot be judged on 7 samples" in caplog.text
+    with pytest.raises(UserError, match="chance"):  # a hundred times as many tell
+        check_teacher(task, {"accuracy": 5 / 7 - 0.15}, seven.repeat(100))
+    with pytest.raises(UserError, match="chance"):  # and so do seven, where fewer are right than by chance
+        check_teacher(task, {"accuracy": 1 / 7}, seven)
+
+
+@pytest.mark.parametrize(("right", "count"), [(5, 7), (81, 100), (0, 10), (90, 100), (7, 10)])
+def test_the_interval_is_wilsons(right, count):
+    """Its upper end p solves (p - x)² = z² p (1 - p) / n, here with z = 2, by a solver of equations."""
+    from scipy.optimize import brentq
+
+    x = right / count
+    found = brentq(lambda p: (p - x) ** 2 - 4 * p * (1 - p) / count, x + 1e-9, 1)
+    for share in (0.5, 0.8, 0.9):
+        frequent = round(1000 * share)
+        targets = torch.tensor([0] * frequent + [1] * (1000 - frequent))[torch.linspace(0, 999, count).long()]
+        actual = (torch.bincount(targets).max() / count).item()
+        assert Classification().can_judge(x, targets) == (found < (1 + actual) / 2)
+
+
 def test_a_method_that_needs_a_teacher_says_so():
     with pytest.raises(UserError, match="learns from a teacher"):
         Distiller(net(), KD())

@@ -174,9 +174,9 @@ def test_every_adaptation_is_said_in_one_line():
             adaptations_of(torchvision_classifier(10, (3, 28, 28), "resnet18")),
         ]
     assert lines == [
-        "mobilenet_v3_small with weights DEFAULT: standard stem; head new, 1000 to 3 classes; images resized from 64x64 to "
-        "224x224; gray images shown as 3 equal channels; the weights' own mean [0.485, 0.456, 0.406] and std [0.229, 0.224, "
-        "0.225]; left out of the weights' transform: center crop of 0.875.",
+        "mobilenet_v3_small with weights DEFAULT: standard stem; head new and zero, 1000 to 3 classes; images resized from "
+        "64x64 to 224x224; gray images shown as 3 equal channels; the weights' own mean [0.485, 0.456, 0.406] and std [0.229, "
+        "0.224, 0.225]; left out of the weights' transform: center crop of 0.875.",
         "resnet18: stem made small, 3x3 with stride 1 and no max-pooling.",
     ]
 
@@ -192,9 +192,10 @@ class Images:
         self.mean, self.std = self.mean[:channels], self.std[:channels]
 
 
-def built(channels=3, weights="DEFAULT", source=None, **preprocess):
+def built(channels=3, weights="DEFAULT", source=None, statistics=None, **preprocess):
     target = "litdistill.models.torchvision.torchvision_classifier"
     node = {"_target_": target, "name": "resnet18", "weights": weights, "preprocess": preprocess or None}
+    node["statistics"] = statistics
     return build_net(OmegaConf.create(node), Images(channels), "student", source)
 
 
@@ -235,6 +236,34 @@ def test_pretrained_head_is_fitted(name, hub):
     as_downloaded(name, hub)
     net = torchvision_classifier(6, (1, 28, 28), name, weights="DEFAULT")
     assert net(torch.randn(3, 1, 28, 28)).shape == (3, 6)
+
+
+def test_pretrained_networks_are_fine_tuned_with_fixed_statistics_and_a_head_of_zeros(hub):
+    """As published weights bring them, unless the config says otherwise; scale and bias of the layers are trained."""
+    as_downloaded("resnet18", hub)
+    net, head = built(), bare(built()).fc
+    norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert len(norms) == 20
+    assert net.training
+    assert not any(m.training for m in norms)
+    assert all(p.requires_grad for m in norms for p in m.parameters())
+    assert not any(p.any() for p in head.parameters())
+    before = [m.running_mean.clone() for m in norms]
+    nn.functional.cross_entropy(net(torch.rand(4, 3, 64, 64)), torch.tensor([0, 1, 2, 0])).backward()
+    assert all(torch.equal(m.running_mean, mean) for m, mean in zip(norms, before, strict=True))
+    assert bare(net).fc.weight.grad.any()
+
+    def fixed(**options):
+        found = [m.training for m in built(**options).modules() if isinstance(m, nn.BatchNorm2d)]
+        assert len(set(found)) == 1
+        return not found[0]
+
+    assert not fixed(weights=None)
+    assert not fixed(statistics="learned")
+    assert fixed(weights=None, statistics="fixed")
+    assert not fixed(source=net)  # a starting point of one's own
+    with pytest.raises(UserError, match=r"student\.statistics=kept"):
+        built(statistics="kept")
 
 
 def test_weights_that_cannot_be_had(hub):

@@ -10,6 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 from PIL import Image
 
+from litdistill.config.build import build_data
 from litdistill.config.recipes import is_complete, teacher_config
 from litdistill.data.datamodule import ImageData
 from litdistill.evaluation.evaluate import draw
@@ -17,6 +18,7 @@ from litdistill.tasks import Classification, Regression
 from litdistill.training import finish
 from litdistill.training import train as train_module
 from litdistill.training.monitors import monitored
+from litdistill.training.preflight import with_min_steps
 from litdistill.training.train import train
 from litdistill.training.trainer import named_callbacks
 from litdistill.utils.checkpoint import write_text
@@ -269,3 +271,44 @@ def test_a_student_at_chance_level_is_warned_of(small, caplog, lr, learnt):
     cfg = small(*ALONE, f"optimizer.lr={lr}", "trainer.max_epochs=4")
     train(cfg)
     assert ("The student is at chance level" in caplog.text) is not learnt
+
+
+# -- few samples have more epochs ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "epochs"),
+    [
+        (["min_steps=null"], 2),
+        (["min_steps=8"], 2),  # 120 samples in batches of 32 are 4 steps an epoch
+        (["min_steps=9"], 3),
+        (["min_steps=50"], 13),
+        (["min_steps=50", "+trainer.accumulate_grad_batches=2"], 25),
+        (["min_steps=50", "data.epoch_size=320"], 5),
+        (["min_steps=50", "+trainer.max_steps=6"], 2),
+        (["min_steps=50", "trainer.limit_train_batches=1"], 2),
+        (["min_steps=50", "trainer.max_epochs=0"], 0),
+    ],
+)
+def test_min_steps_raises_the_epochs_and_never_lowers_them(small, caplog, overrides, epochs):
+    caplog.set_level("INFO")
+    cfg = small(*ALONE, *overrides)
+    data, _ = build_data(cfg)
+    before = cfg.copy()
+    found = with_min_steps(cfg, data).trainer.max_epochs
+    assert found == epochs
+    assert cfg == before  # by which teachers and caches are found again
+    assert caplog.text.count("min_steps") == (found > cfg.trainer.max_epochs)
+
+
+def test_a_run_has_at_least_min_steps(small, caplog):
+    caplog.set_level("INFO")
+    cfg = small(*ALONE, "min_steps=10", "scheduler=warmup_cosine")
+    train(cfg)
+    summary = json.loads((Path(cfg.folder) / "summary.json").read_text())
+    assert summary["epochs"] == 3
+    assert (
+        "3 epochs instead of trainer.max_epochs=2: an epoch of 120 samples has 4 steps, and min_steps=10" in caplog.text
+    )
+    with pytest.raises(UserError, match="min_steps=0"):
+        train(small(*ALONE, "min_steps=0", name="none"))

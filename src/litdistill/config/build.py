@@ -25,8 +25,8 @@ from litdistill.config.recipes import is_complete, teacher_folder
 from litdistill.data.foreign import ForeignData, training_inputs
 from litdistill.data.protocol import as_indexed
 from litdistill.distillation.teacher import Ensemble
-from litdistill.models.adaptations import adaptations_of
-from litdistill.models.finetune import freeze, with_own_head
+from litdistill.models.adaptations import adaptations_of, has_published_weights
+from litdistill.models.finetune import fix_statistics, freeze, with_own_head
 from litdistill.models.metadata import class_order, with_class_order
 from litdistill.models.preprocess import Preprocess, bare, preprocess_of, wrap
 from litdistill.tasks import TASKS
@@ -133,16 +133,28 @@ def build_net(
     )
     net: nn.Module = instantiate(options, role, **{k: v for k, v in facts.items() if k not in options})
     changes = adaptations_of(net)
+    fixed = _fix_statistics(net, node, role, published=source is None and fetch and has_published_weights(net))
     preprocess = _merged(preprocess_of(net), wanted, data, role)
     if say and source is None and fetch and changes:
         own = wanted.keys() & {"mean", "std"}
         set_here = f" {role}.preprocess sets {' and '.join(sorted(own))} in place of the weights' own." if own else ""
-        log.info("The %s is %s%s", role, changes, set_here)
+        log.info(
+            "The %s is %s%s%s", role, changes, " Its statistics of batch normalization are fixed." * fixed, set_here
+        )
     net = bare(net)
     if source is not None:
         final = preprocess.input_shape(data.input_shape) if preprocess is not None else shape
         net = _with_weights(net, node, data, role, source, torch.zeros(2, *(final or ())))
     return wrap(net, preprocess)
+
+
+def _fix_statistics(net: nn.Module, node: DictConfig, role: str, published: bool) -> bool:
+    """Fixes the statistics of batch normalization where the config says so, by default for published weights; returns whether
+    there are any."""
+    wanted = node.get("statistics")
+    if wanted not in (None, "fixed", "learned"):
+        raise UserError(f"{role}.statistics={wanted}: choose fixed or learned, or null.")
+    return (wanted == "fixed" or (wanted is None and published)) and fix_statistics(net) > 0
 
 
 def _preprocessing(node: DictConfig, source: str | Path | nn.Module | None, role: str) -> dict[str, Any]:

@@ -33,7 +33,15 @@ FREE = {  # options of these that are free: places, speed, and what only reports
 }
 # Used from the resumed step on. Learning rate and schedule are then those of a run that has them from its first step.
 APPLIED = (
-    *("optimizer.", "scheduler.", "scale.", "trainer.max_epochs", "trainer.max_steps", "trainer.min_epochs"),
+    *(
+        "optimizer.",
+        "scheduler.",
+        "scale.",
+        "trainer.max_epochs",
+        "min_steps",
+        "trainer.max_steps",
+        "trainer.min_epochs",
+    ),
     *("trainer.min_steps", "trainer.max_time", "trainer.gradient_clip_val", "trainer.gradient_clip_algorithm"),
     "trainer.check_val_every_n_epoch",
 )

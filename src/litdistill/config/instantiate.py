@@ -28,6 +28,7 @@ NETWORK_META_KEYS = (
     "head",
     "preprocess",
     "trainable",
+    "statistics",
     "allow_chance",
     "recipe",
     "ensemble",

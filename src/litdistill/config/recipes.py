@@ -15,7 +15,7 @@ from litdistill.utils.hashing import digest
 # Keys of a config that decide the final weights of a run; their hash identifies a teacher.
 RECIPE = (
     *("data", "student", "compress", "teacher", "task", "method", "optimizer", "scheduler", "schedule", "ema", "seed"),
-    "trainer",
+    *("trainer", "min_steps"),
 )
 NO_RECIPE = {  # options of these that change only paths and speed
     "teacher": ("cache",),
@@ -120,7 +120,7 @@ def recipe(cfg: DictConfig) -> dict[str, Any]:
     kept: dict[str, Any] = {}
     for key in RECIPE:
         node = cfg.get(key)
-        if node is None and key == "compress":
+        if node is None and key in ("compress", "min_steps"):
             continue
         value = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
         if isinstance(value, dict):

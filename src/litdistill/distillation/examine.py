@@ -15,6 +15,7 @@ from litdistill.features.outputs import first_tensor
 from litdistill.tasks.base import Task
 from litdistill.types import Batch, Outputs
 from litdistill.utils.errors import UserError
+from litdistill.utils.units import quantity
 
 if TYPE_CHECKING:
     from litdistill.distillation.distiller import Distiller
@@ -111,7 +112,8 @@ def warn_of_probabilities(outputs: list[Outputs]) -> None:
 
 
 def check_teacher(task: Task, metrics: Mapping[str, float], targets: Tensor | None, allow_chance: bool = False) -> None:
-    """Raises `UserError` for a teacher whose monitored metric is NaN or no better than chance."""
+    """Raises `UserError` for a teacher whose monitored metric is NaN or no better than chance; warns where the validation set
+    is too small to tell."""
     name, _ = task.monitor
     value = metrics.get(name)
     if value is None:
@@ -119,7 +121,15 @@ def check_teacher(task: Task, metrics: Mapping[str, float], targets: Tensor | No
     if value != value:
         raise UserError(f"The teacher's {name} is not a number. Its weights are damaged or of another network.")
     chance = task.chance(targets) if targets is not None else None
-    if chance is not None and not task.better(value, chance) and not allow_chance:
+    if targets is None or chance is None or task.better(value, chance) or allow_chance:
+        return
+    if not task.can_judge(value, targets):
+        log.warning(
+            "The teacher cannot be judged on %s for validation: its %s is %.4g, guessing gives up to %.4g, and a good teacher "
+            "may have as little on so few. A larger data.val_size tells.",
+            *(quantity(len(targets), "sample"), name, value, chance),
+        )
+    else:
         raise UserError(
             f"The teacher is at chance level: its {name} on the validation set is {value:.4g}, and guessing gives up to "
             f"{chance:.4g}. A student would learn noise from it. Train the teacher, for longer if it was, name one that "

@@ -183,7 +183,7 @@ def hyperparameters(cfg: DictConfig, trainer: Trainer | None = None, batch_size:
         "method": method_name(cfg),
         # TensorBoard shows only the first few keys in alphabetical order by default.
         "train/batch_size": cfg.data.get("batch_size"),
-        "train/epochs": cfg.trainer.max_epochs,
+        "train/epochs": cfg.trainer.max_epochs if trainer is None else trainer.max_epochs,
         "train/optimizer": str(cfg.optimizer["_target_"]).rsplit(".", 1)[-1],
         "train/lr": cfg.optimizer.get("lr"),
     }

@@ -29,12 +29,20 @@ class Adaptations(NamedTuple):
 
     name: str
     changes: tuple[str, ...]
+    published: bool = False  # whether published weights were loaded
 
 
-def adapted(net: nn.Module, name: str, changes: Sequence[str]) -> nn.Module:
-    """Returns `net` with the changes noted under `name`."""
-    net.adaptations = Adaptations(name, tuple(changes))  # type: ignore[assignment]
+def adapted(net: nn.Module, name: str, changes: Sequence[str], weights: str | None = None) -> nn.Module:
+    """Returns `net` with the changes noted under `name`, and under that of its published weights."""
+    shown = f"{name} with weights {weights}" if weights else name
+    net.adaptations = Adaptations(shown, tuple(changes), bool(weights))  # type: ignore[assignment]
     return net
+
+
+def has_published_weights(net: nn.Module) -> bool:
+    """Returns whether the builder of `net` gave it published weights."""
+    found: Any = getattr(net, "adaptations", None)
+    return isinstance(found, Adaptations) and found.published
 
 
 def changes_of(net: nn.Module) -> tuple[str, ...]:
@@ -51,7 +59,7 @@ def adaptations_of(net: nn.Module) -> str:
 
 def head_change(published: int, num_classes: int) -> list[str]:
     """Returns the change of the classifier, none where the classes are as many as published."""
-    return [f"head new, {published} to {num_classes} classes"] if published != num_classes else []
+    return [f"head new and zero, {published} to {num_classes} classes"] if published != num_classes else []
 
 
 def preprocess_changes(images: Sequence[int], preprocess: Preprocess, published: Published) -> list[str]:

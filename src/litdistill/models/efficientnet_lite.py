@@ -42,7 +42,7 @@ def efficientnet_lite0(
         return net
     if fetch and torch.get_default_device().type != "meta":
         load_published(bare(net), num_classes)
-    return adapted(net, "efficientnet_lite0 with weights imagenet", changes_of(net))
+    return adapted(net, "efficientnet_lite0", changes_of(net), weights)
 
 
 def load_published(net: nn.Module, num_classes: int) -> None:

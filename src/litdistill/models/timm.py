@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from litdistill.models.adaptations import Published, adapted, head_change, preprocess_changes
+from litdistill.models.finetune import zero_head
 from litdistill.models.parts import check_fits, keep_inputs, tensors_only
 from litdistill.models.preprocess import Preprocess, Preprocessed
 from litdistill.utils.errors import UserError
@@ -64,13 +65,22 @@ def timm_classifier(
     check_fits(keep_inputs(net), num_classes, shape, name, REMEDY)
     if not pretrained:
         return net
+    if own["num_classes"] != num_classes:
+        fill_heads_with_zeros(net)
     changes = ["standard stem", *head_change(own["num_classes"], num_classes)]
     if preprocess is None:
         changes.append(f"first kernels adapted from {len(own['mean'])} to {shape[0]} channels")
-        return adapted(net, f"{name} with timm's weights", changes)
+        return adapted(net, name, changes, "of timm")
     facts = Published(tuple(own["input_size"][1:]), own["interpolation"], own["crop_pct"])
     changes += preprocess_changes(input_shape, preprocess, facts)
-    return adapted(Preprocessed(net, preprocess), f"{name} with timm's weights", changes)
+    return adapted(Preprocessed(net, preprocess), name, changes, "of timm")
+
+
+def fill_heads_with_zeros(net: Any) -> None:
+    """Sets the new classifier of a network of timm to zero; of a distilled transformer both of them."""
+    found = net.get_classifier()
+    for layer in found if isinstance(found, tuple) else (found,):
+        zero_head(layer)
 
 
 def library() -> ModuleType:

@@ -13,6 +13,7 @@ from torch import nn
 from torchvision.models import WeightsEnum, get_model, get_model_weights, list_models
 
 from litdistill.models.adaptations import Published, adapted, head_change, preprocess_changes
+from litdistill.models.finetune import zero_head
 from litdistill.models.parts import check_fits, keep_inputs, tensors_only
 from litdistill.models.preprocess import Preprocess, Preprocessed
 from litdistill.utils.errors import UserError
@@ -35,7 +36,7 @@ def torchvision_classifier(
 
     `weights`: None, or the name of pretrained weights ("DEFAULT", "IMAGENET1K_V2"). Their own transform comes with them, for
     images of one or three channels: mean, std and size, with gray images shown as three equal channels. What it says beyond
-    that, the interpolation and the crop, is listed as left out. A head for another number of classes is initialized anew; for
+    that, the interpolation and the crop, is listed as left out. A head for another number of classes begins at zero; for
     other numbers of channels the first kernels are summed over colors, and images keep their size and the data's mean and std.
     `stem`: "standard" keeps the published geometry; "small" makes the first convolution 3x3 with stride 1 (the center of a
     pretrained kernel) and removes the max-pooling after it; "auto" is small up to 32 pixels without weights, and standard
@@ -77,9 +78,9 @@ def torchvision_classifier(
     if not any("stem" in change for change in changes):
         changes.insert(0, "standard stem")
     if preprocess is None:
-        return adapted(net, f"{name} with weights {weights}", changes)
+        return adapted(net, name, changes, weights)
     changes += preprocess_changes(input_shape, preprocess, published)
-    return adapted(Preprocessed(net, preprocess), f"{name} with weights {weights}", changes)
+    return adapted(Preprocessed(net, preprocess), name, changes, weights)
 
 
 def check_names(name: str, stem: str) -> None:
@@ -195,10 +196,12 @@ def fit_stem(net: nn.Module, name: str, channels: int, small: bool, required: bo
 
 
 def fit_head(net: nn.Module, num_classes: int) -> None:
-    """Replaces the last layer (linear or 1x1 convolution) where its number of classes differs."""
+    """Replaces the last layer (linear or 1x1 convolution) where its number of classes differs, by one of zeros."""
     at, old = [(k, m) for k, m in net.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)][-1]
     if isinstance(old, nn.Linear):
         if old.out_features != num_classes:
             net.set_submodule(at, nn.Linear(old.in_features, num_classes, bias=old.bias is not None))
+            zero_head(net.get_submodule(at))
     elif old.out_channels != num_classes:
         net.set_submodule(at, nn.Conv2d(old.in_channels, num_classes, 1))
+        zero_head(net.get_submodule(at))

@@ -73,6 +73,11 @@ class Task:
         """
         return None
 
+    def can_judge(self, value: float, targets: Tensor) -> bool:
+        """Returns whether these samples are enough to call a network with this value of the monitored metric no better than
+        chance. False where a good network, too, may have such a value on so few."""
+        return True
+
     def units(self) -> dict[str, list[float]] | None:
         """Returns `mean` and `std` of each output: logits · std + mean are in the units of the targets. None: logits are not
         standardized. They are stored with the weights, whose outputs cannot be interpreted without them."""

@@ -97,6 +97,13 @@ class Classification(Task):
         share = (torch.bincount(targets).max() / len(targets)).item()
         return share + min(3 * math.sqrt(share * (1 - share) / len(targets)), (1 - share) / 2)
 
+    def can_judge(self, value: float, targets: Tensor) -> bool:
+        """Returns whether an accuracy on N samples rules out that the true one is in the upper half between the share s of the
+        most frequent label and 1: whether Wilson's interval of two standard deviations ends below (1 + s) / 2."""
+        share, n, z = (torch.bincount(targets).max() / len(targets)).item(), len(targets), 2
+        spread = z * math.sqrt(value * (1 - value) / n + z**2 / (4 * n**2))
+        return (value + z**2 / (2 * n) + spread) / (1 + z**2 / n) < (1 + share) / 2
+
     def figures(self, samples: Samples) -> dict[str, Any]:
         from litdistill.tasks.figures import classification_figures
 

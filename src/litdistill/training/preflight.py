@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -21,6 +22,9 @@ from litdistill.training.last_batch import refuse_single, require_two_samples
 from litdistill.training.monitors import check_monitors
 from litdistill.utils.errors import UserError
 from litdistill.utils.manifest import check_names
+from litdistill.utils.units import quantity
+
+log = logging.getLogger(__name__)
 
 
 def check_values(cfg: DictConfig) -> None:
@@ -64,6 +68,35 @@ def check_last_batch(cfg: DictConfig, data: Any, task: Task) -> None:
     else:
         several = (cfg.trainer.get("num_nodes") or 1) > 1 or cfg.trainer.get("devices") not in (None, 1, "1")
         require_two_samples(build, data, task, several)
+
+
+def with_min_steps(cfg: DictConfig, data: Any) -> DictConfig:
+    """Returns `cfg`, or a copy with more epochs where the run would have fewer optimizer steps than `min_steps`; says so.
+
+    Steps are counted as one process takes them, so that a run has as many epochs on any number of devices. A run that
+    trainer.max_steps or trainer.limit_train_batches cuts short keeps its epochs, and so do data of unknown length.
+    Raises `UserError` for a `min_steps` that is no number of steps.
+    """
+    least, trainer = cfg.get("min_steps"), cfg.trainer
+    if least is None:
+        return cfg
+    if type(least) is not int or least < 1:
+        raise UserError(f"min_steps={least} must be a number of optimizer steps, or null for none.")
+    count = data.count("train") if isinstance(data, ForeignData) else data.epoch_size or len(data.train_ids)
+    cut = (trainer.get("max_steps") or -1) > 0 or trainer.get("limit_train_batches") is not None
+    if cut or count is None or (trainer.get("max_epochs") or 0) < 1:
+        return cfg
+    per_epoch = math.ceil(math.ceil(count / data.batch_size) / (trainer.get("accumulate_grad_batches") or 1))
+    epochs = math.ceil(least / per_epoch)
+    if epochs <= trainer.max_epochs:
+        return cfg
+    log.info(
+        "%d epochs instead of trainer.max_epochs=%d: an epoch of %s has %s, and min_steps=%d.",
+        *(epochs, trainer.max_epochs, quantity(count, "sample"), quantity(per_epoch, "step"), least),
+    )
+    longer = cfg.copy()
+    OmegaConf.update(longer, "trainer.max_epochs", epochs)
+    return longer
 
 
 def horizon(trainer: DictConfig, data: Any, scale: Scale) -> tuple[int, int]:

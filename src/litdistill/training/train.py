@@ -39,7 +39,7 @@ from litdistill.training.grouping import GroupedData, group_size
 from litdistill.training.last_batch import say_what_is_left_out
 from litdistill.training.monitors import check_monitors, check_train_monitors
 from litdistill.training.preemption import run_lock, translate_interrupts, translate_worker_errors
-from litdistill.training.preflight import check_data, check_student, check_values, horizon
+from litdistill.training.preflight import check_data, check_student, check_values, horizon, with_min_steps
 from litdistill.training.prerequisites import Prerequisites
 from litdistill.training.resume import check_unchanged, last_state
 from litdistill.training.trainer import Built, build_trainer
@@ -71,15 +71,16 @@ def train(cfg: DictConfig, callbacks: Sequence[Callback] = (), role: str = "Stud
         method = build_method(cfg)  # first, to raise errors in options before a teacher is trained
         data, task = build_data(cfg)
         check_data(cfg, data, task)
-        last = last_state(folder / "checkpoints", cfg.trainer.max_epochs)
-        built = build_trainer(cfg, folder, method, task, data, callbacks, last, role)
+        longer = with_min_steps(cfg, data)
+        last = last_state(folder / "checkpoints", longer.trainer.max_epochs)
+        built = build_trainer(longer, folder, method, task, data, callbacks, last, role)
         trainer = built.trainer
         init_process_group_early(trainer)
         scale = read_scale(cfg, trainer, data.batch_size)
         first = as_started(cfg, built.options.all_changes)  # its teacher is the one that it began with
         optimizer = build_optimizer(cfg.optimizer, scale.lr)
         scheduler = build_scheduler(
-            cfg.scheduler, *horizon(cfg.trainer, data, scale), built.best.monitor, built.best.mode
+            cfg.scheduler, *horizon(longer.trainer, data, scale), built.best.monitor, built.best.mode
         )
         before = Prerequisites(train, lambda: check_student(cfg, data, task, optimizer, built.monitors), role)
         sharded = cfg.teacher is not None and isinstance(trainer.strategy, ShardedTeacher)

@@ -50,6 +50,9 @@ class Student(Object):
         "{mean: [0.5], std: [0.2], size: 64}: how it normalizes (0 to 1) and resizes; null: as its weights say, else the data"
     )
     trainable: Texts | None = option("train these parts alone: [head], [last, head], or names of modules; null: all")
+    statistics: Literal["fixed", "learned"] | None = option(
+        "of batch normalization: fixed, as the weights bring them, or learned; null: fixed for published weights"
+    )
 
 
 class Cache(Node):
@@ -128,6 +131,9 @@ class Train(Node):
         "any Lightning logger by a name of your choice; null drops one, logger=null all"
     )
     scale: Scale | None = option("data.batch_size is that of each process: the global batch is batch_size x processes")
+    min_steps: Count | None = option(
+        "at least so many optimizer steps: a small training set has more epochs than trainer.max_epochs"
+    )
     schedule: dict[str, Points] | None = option(
         "scale a term of the loss over epochs: {soft: [[0, 0], [20, 1]]} warms `soft` up for 20 epochs"
     )
