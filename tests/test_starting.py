@@ -119,6 +119,18 @@ def test_nothing_heavy_is_imported_before_it():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
 
 
+def test_a_table_of_runs_needs_no_torch():
+    modules = (
+        "litdistill.report.tables",
+        "litdistill.report.writers",
+        "litdistill.report.pivot",
+        "litdistill.report.picture",
+    )
+    code = f"import sys; import {', '.join(modules)}; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "False\n", done.stderr
+
+
 def test_a_users_error_within_a_task_is_told_without_hydras_line(tmp_path, monkeypatch, capfd):
     def task(cfg):
         raise UserError("no such thing")

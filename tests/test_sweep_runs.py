@@ -28,7 +28,7 @@ def real(teachers, tmp_path_factory):
     before = set(teachers.glob("teachers/*/student.safetensors"))
     prune = ("sweep.prune.startup=1", "sweep.prune.warmup=0")
     options = [*SMALL, f"runs={teachers}", "trainer.max_epochs=3", "sweep=grid", "sweep.storage=sqlite", *prune]
-    study = start(folder, *options, space={"optimizer.lr": [0.01, 0.0, 0.02]})
+    study = start(folder, *options, space={"optimizer.lr": [0.01, 1e-9, 0.02]})
     return study, folder, set(teachers.glob("teachers/*/student.safetensors")) - before
 
 

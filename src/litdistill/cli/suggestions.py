@@ -39,8 +39,9 @@ def _check_override(argument: str, keys: set[str], groups: dict[str, list[str]])
     adds = override.is_add() or override.is_force_add()
     if group in groups and not override.is_delete():
         value = override.value()
-        if isinstance(value, str) and value not in groups[group]:
-            return _suggest(f"{override.get_key_element()}={value}", value, groups[group], f"Options of {group}")
+        for option in value if isinstance(value, list) else [value]:
+            if isinstance(option, str) and option not in groups[group]:
+                return _suggest(f"{override.get_key_element()}={option}", option, groups[group], f"Options of {group}")
         return None
     if key in keys or adds or key.startswith("hydra"):
         return None

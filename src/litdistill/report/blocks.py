@@ -10,8 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from litdistill.utils.checkpoint import write_atomically, write_text
-
 
 class Text(NamedTuple):
     text: str
@@ -78,6 +76,8 @@ class Section(NamedTuple):
 
 def write(title: str, facts: Sequence[str], sections: Sequence[Section], out: Path) -> None:
     """Writes `out`/index.html, which needs no other file, and `out`/report.md with its pictures in `out`/pictures."""
+    from litdistill.utils.checkpoint import write_atomically, write_text  # imports torch, which a table does without
+
     write_text(out / "index.html", html_page(title, facts, sections))
     write_text(out / "report.md", markdown_page(title, facts, sections))
     for section in sections:

@@ -15,13 +15,13 @@ import torch
 from hydra import compose
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import DictConfig, OmegaConf
 from optuna.distributions import BaseDistribution
 
 from litdistill.evaluation.evaluate import rebuild
 from litdistill.evaluation.summary import hyperparameters
 from litdistill.sweep.space import suggest
+from litdistill.training.loggers import guarded, note_results
 from litdistill.training.train import train
 from litdistill.utils.checkpoint import write_text
 from litdistill.utils.command_line import as_command, command_argv, config_dir_flags, literal
@@ -130,8 +130,8 @@ def latency_ms(folder: Path, repeats: int = 50) -> float:
 class OptunaPruningCallback(Callback):
     """Reports each epoch's metric to the study, and raises `optuna.TrialPruned` where the study's pruner decides so.
 
-    A pruned run logs its last metric, so that TensorBoard's HParams tab shows it too. With several ranks nothing is pruned:
-    the others would wait for this one.
+    A pruned run logs its last metric, so that TensorBoard's HParams tab and other loggers show it too. With several ranks
+    nothing is pruned: the others would wait for this one.
     """
 
     def __init__(self, trial: optuna.Trial, monitor: str, shown: dict[str, Any]):
@@ -147,7 +147,6 @@ class OptunaPruningCallback(Callback):
         if last or trainer.world_size > 1 or not self.trial.should_prune():
             return
         for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.log_hyperparams(self.shown, {f"best/{self.monitor.replace('/', '_')}": value})
-                logger.experiment.flush()
+            with guarded(f"The results in {type(logger).__name__}"):
+                note_results(logger, self.shown, {f"best/{self.monitor.replace('/', '_')}": value}, trainer.global_step)
         raise optuna.TrialPruned(f"{self.monitor} {value:.4g} in epoch {epoch + 1} of {trainer.max_epochs}")

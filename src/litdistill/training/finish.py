@@ -27,6 +27,7 @@ from litdistill.models.metadata import student_metadata
 from litdistill.models.preprocess import bare
 from litdistill.tasks.base import Task
 from litdistill.tasks.findings import Findings, report_findings
+from litdistill.training.loggers import guarded, note_results, picture_writer
 from litdistill.training.trainer import Built
 from litdistill.utils.checkpoint import STUDENT, save_student, write_text
 from litdistill.utils.errors import UserError
@@ -84,7 +85,7 @@ def finish(run: Run, times: dict[str, float]) -> None:
         *(format_seconds(times["total_s"]), os.path.relpath(run.folder)),
     )
     report_findings(summary["findings"])
-    show(run, student, teacher, device, kept)
+    show(run, student, teacher, device, kept, summary)
 
 
 def judge_student(student: nn.Module, run: Run, found: Findings, device: torch.device) -> Findings:
@@ -96,28 +97,45 @@ def judge_student(student: nn.Module, run: Run, found: Findings, device: torch.d
         return found
 
 
-def show(run: Run, student: nn.Module, teacher: nn.Module | None, device: torch.device, kept: Path | None) -> None:
-    """Writes hyperparameters, the config and figures to TensorBoard. What fails only logs a warning."""
-    monitor = (run.built.best.monitor or "").replace("/", "_")
-    for logger in run.built.trainer.loggers:
-        if not isinstance(logger, TensorBoardLogger):
-            continue
-        try:
-            logger.log_hyperparams(
-                hyperparameters(run.cfg, run.built.trainer, run.data.batch_size), {f"best/{monitor}": run.best}
-            )
-            logger.experiment.add_text("config", "```yaml\n" + OmegaConf.to_yaml(run.cfg) + "```", 0)
-            logger.experiment.add_custom_scalars(figures.layout(run.task))
-            figures.show(
-                logger.experiment, student, teacher, run.data, run.task, device, run.built.trainer.global_step, kept
-            )
-            logger.experiment.flush()
-        except Exception as error:  # matplotlib reads names as formulas, runs out of memory, the disk is full, …
-            log.warning(
-                "The pictures in TensorBoard are left out: %s: %s. The run is finished without them. To draw them later: "
-                "litdistill evaluate run=%s pictures=true",
-                *(type(error).__name__, error, os.path.relpath(run.folder)),
-            )
+def show(
+    run: Run,
+    student: nn.Module,
+    teacher: nn.Module | None,
+    device: torch.device,
+    kept: Path | None,
+    summary: dict[str, Any],
+) -> None:
+    """Writes hyperparameters, results and figures to all loggers, as far as each takes them. What fails only logs a warning."""
+    trainer = run.built.trainer
+    options = hyperparameters(run.cfg, trainer, run.data.batch_size)
+    later = f" To draw them later: litdistill evaluate run={os.path.relpath(run.folder)} pictures=true"
+    for logger in trainer.loggers:
+        tensorboard = isinstance(logger, TensorBoardLogger)
+        name = "TensorBoard" if tensorboard else type(logger).__name__
+        with guarded(f"The results in {name}"):
+            best = {f"best/{(run.built.best.monitor or '').replace('/', '_')}": run.best}
+            note_results(logger, options, best if tensorboard else best | results(summary), trainer.global_step)
+        with guarded(f"The pictures in {name}", later if tensorboard else ""):
+            writer = picture_writer(logger)
+            if tensorboard:
+                writer.add_text("config", "```yaml\n" + OmegaConf.to_yaml(run.cfg) + "```", 0)
+                writer.add_custom_scalars(figures.layout(run.task))
+            if writer is not None:
+                figures.show(writer, student, teacher, run.data, run.task, device, trainer.global_step, kept)
+            if tensorboard:
+                writer.flush()
+        with guarded(f"The results in {name}"):
+            logger.finalize("success")
+
+
+def results(summary: dict[str, Any]) -> dict[str, float]:
+    """Returns the numbers of a summary that loggers show of a run: what the test set gives, the student's size, the time."""
+    student = summary["student"]
+    test = {f"test/{k}": v for k, v in student["test"].items() if isinstance(v, (int, float))}
+    kept = student["test"][summary["metric"]["name"]]
+    test |= {f"test/{summary['metric']['name']}": kept["best"], f"test/{summary['metric']['name']}_last": kept["last"]}
+    cost = {f"student/{k}": student[k] for k in ("params", "macs", "bytes") if isinstance(student.get(k), (int, float))}
+    return {**test, **cost, "time/fit_s": summary["time"]["fit_s"]}
 
 
 def _write_int8(folder: Path, student: nn.Module, data: Any, task: Task) -> int | None:

@@ -37,6 +37,7 @@ from litdistill.evaluation.predictions import evaluations_folder, teacher_output
 from litdistill.training.finish import Run, finish
 from litdistill.training.grouping import GroupedData, group_size
 from litdistill.training.last_batch import say_what_is_left_out
+from litdistill.training.loggers import wandb_finished
 from litdistill.training.monitors import check_monitors, check_train_monitors
 from litdistill.training.preemption import run_lock, translate_interrupts, translate_worker_errors
 from litdistill.training.preflight import check_data, check_student, check_values, horizon, with_min_steps
@@ -64,7 +65,7 @@ def train(cfg: DictConfig, callbacks: Sequence[Callback] = (), role: str = "Stud
         accept_record(folder)
         log.info("%s is finished already.", folder)
         return float(json.loads((folder / "summary.json").read_text())["val"]["best"])
-    with run_lock(folder), translate_worker_errors(), translate_interrupts(folder):
+    with run_lock(folder), translate_worker_errors(), translate_interrupts(folder), wandb_finished():
         started = time.perf_counter()
         admit(cfg, folder)
         prepare_process(cfg.threads)

@@ -12,7 +12,6 @@ import torch
 from lightning import Trainer
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, ProgressBar
-from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy
 from omegaconf import DictConfig, OmegaConf
 
@@ -24,6 +23,7 @@ from litdistill.methods.base import Method
 from litdistill.tasks.base import Task
 from litdistill.training.callbacks import EpochLogger, TestAccuracyMonitor
 from litdistill.training.grouping import GROUP, Layout, log_interval, reason_for_single, without_rate_monitor
+from litdistill.training.loggers import build_loggers
 from litdistill.training.monitors import mode_of, monitored
 from litdistill.training.preemption import GracefulStop
 from litdistill.training.preflight import horizon, steps_per_epoch
@@ -72,7 +72,7 @@ def build_trainer(
     monitors = {
         f"callbacks.{k}.monitor": v for k, c in by_name.items() if isinstance(v := getattr(c, "monitor", None), str)
     }
-    loggers: list[Logger] = [instantiate(node, f"logger.{name}") for name, node in _given(cfg.logger).items()]
+    loggers = build_loggers(cfg.logger)
     # LearningRateMonitor raises without a logger.
     named = [c for c in by_name.values() if loggers or not isinstance(c, LearningRateMonitor)]
     watch = TestAccuracyMonitor(data) if cfg.watch_test else None
