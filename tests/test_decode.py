@@ -2,10 +2,13 @@
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageOps
+from sklearn.datasets import load_sample_image
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
-from litdistill.data.decode import extensions
+from litdistill.data.datamodule import ImageData
+from litdistill.data.decode import decode, extensions
 from litdistill.data.folder import read_split
 from litdistill.export.predict import read_images
 from litdistill.utils.errors import UserError
@@ -188,3 +191,30 @@ def test_whatever_a_reader_raises_names_the_file(tmp_path, read, monkeypatch):
 def test_common_formats_are_read():
     assert {".jpg", ".jfif", ".png", ".gif", ".webp", ".avif", ".bmp", ".tif", ".tga", ".ico", ".jp2"} <= extensions()
     assert not extensions() & {".eps", ".ps", ".pdf", ".h5", ".wmf", ".mpg", ".txt"}
+
+
+def test_a_scaled_decode_is_near_the_exact_one_and_of_large_jpegs_alone(tmp_path):
+    picture = Image.fromarray(load_sample_image("china.jpg"))
+    for size, suffix, same in (((640, 427), "jpg", False), ((110, 90), "jpg", True), ((640, 427), "png", True)):
+        path = tmp_path / f"{size[0]}.{suffix}"
+        picture.resize(size).save(path, **({"quality": 95} if suffix == "jpg" else {}))
+        exact, scaled = (decode(path, path, 3, 64, 64, flag).astype(int) for flag in (False, True))
+        assert (exact == scaled).all() == same
+        assert abs(exact - scaled).mean() < 4
+
+
+def test_a_scaled_decode_is_of_training_images_and_not_of_test_images(tmp_path):
+    picture = Image.fromarray(load_sample_image("flower.jpg"))
+    for split in ("train", "test"):
+        for name in ("a", "b"):
+            for i in range(2):
+                path = tmp_path / split / name / f"{i}.jpg"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                picture.crop((90 * i, 0, 400 + 90 * i + 9 * (name == "a"), 400 - (split == "test"))).save(path)
+    for resident in (True, False):
+        options = {"image_size": 48, "val_size": 2, "resident": resident, "workers": 0}
+        exact, scaled = (ImageData("folder", tmp_path, decode=how, **options) for how in (None, "scaled"))
+        ids = torch.arange(4)
+        assert not torch.equal(exact.get_batch("train", ids).inputs, scaled.get_batch("train", ids).inputs)
+        assert torch.equal(exact.get_batch("test", ids).inputs, scaled.get_batch("test", ids).inputs)
+        assert exact.identity("train") != scaled.identity("train")

@@ -65,6 +65,8 @@ class ImageData(LightningDataModule):
             whatever the number of views.
         resident: whether the images of a folder or of shards are decoded once and kept in memory; "auto": if they take at most
             `memory_gb` (10⁹ bytes). If not, `workers` processes decode them ahead of every use.
+        decode: "scaled": JPEGs of twice the size or more to train and validate on are decoded at a fraction of it, which is
+            faster and changes pixels a little; None, "exact": as `predict` decodes them, and as test images always are.
     """
 
     name: str
@@ -98,6 +100,7 @@ class ImageData(LightningDataModule):
         workers: int = 2,
         unlabelled: str | Path | None = None,
         labelled: bool | None = None,
+        decode: Literal["exact", "scaled"] | None = None,
     ):
         super().__init__()
         splits.check_unlabelled(unlabelled, labelled, mixed=mix is not None, balanced=bool(balanced))
@@ -111,6 +114,9 @@ class ImageData(LightningDataModule):
         self.epoch_size, self.batch_size, self.eval_batch_size = epoch_size, batch_size, eval_batch_size
         self.augment, self.mix, self.mean, self.std = augmentations(() if augment is None else augment), mix, mean, std
         self.seed, self.view_seed = seed, seed if view_seed is None else view_seed
+        if decode not in (None, "exact", "scaled"):
+            raise UserError(f"data.decode={decode} must be exact or scaled.")
+        self.scaled = decode == "scaled"
         self.memory, self.workers = splits.budget(resident, memory_gb), workers
         self.omit, self.fixed_views = () if omit is None else omit, fixed_views
         self.only = classes
@@ -127,7 +133,7 @@ class ImageData(LightningDataModule):
 
     def _load(self) -> Source:
         place = (self.name, self.root, self.image_size, self.download)
-        return load(*place, memory=self.memory, unlabelled=self.unlabelled)
+        return load(*place, memory=self.memory, unlabelled=self.unlabelled, scaled=self.scaled)
 
     def setup(self, stage: str | None = None) -> None:
         """Reads the files and draws the splits, which are the same for every stage."""

@@ -69,13 +69,14 @@ def load(
     channels: int = 3,
     memory: float = math.inf,
     unlabelled: str | Path | None = None,
+    scaled: bool = False,
 ) -> Source:
     """Returns the data set `name` (one of `NAMES`), whose verified files are in, or are downloaded to, `root/name`.
 
     For `folder` and `shards`, `root` is the data set's own path, images are resized to `image_size` (pixels) and converted
     to `channels`, and if they take more than `memory` bytes they are decoded on access (`streaming.Encoded`). Every other
     data set has a fixed image size, and is read into memory. The images of the folder `unlabelled`, of the same size, are the
-    last of the training split.
+    last of the training split. `scaled`: the JPEGs of the training split are decoded at a fraction of their size (`decode`).
     Raises `UserError` for an unknown name, unavailable files, or a damaged image.
     """
     if name in STREAMED:
@@ -86,7 +87,9 @@ def load(
             raise UserError(
                 f"data={name} needs a size that all images are resized to: set data.image_size, for example 64."
             )
-        return (read_folder if name == "folder" else read_shards)(root, image_size, channels, memory, unlabelled)
+        return (read_folder if name == "folder" else read_shards)(
+            root, image_size, channels, memory, unlabelled, scaled
+        )
     if name not in NAMES:
         raise UserError(f"data.name={name} is unknown. Choose one of {', '.join(NAMES)}.")
     source = _digits() if name == "digits" else _READERS[name](obtain(name, root or "data_files", download).content)
@@ -118,6 +121,7 @@ def read_folder(
     channels: int = 3,
     memory: float = math.inf,
     unlabelled: str | Path | None = None,
+    scaled: bool = False,
 ) -> Source:
     """Reads a user's images: `root/train/<class>/…`, `root/test/<class>/…` and, where there is one, `root/val/<class>/…`.
 
@@ -136,7 +140,7 @@ def read_folder(
 
     source = Source(split(images.train + images.val), split(images.test), images.classes, len(images.val))
     known = [file for file, _ in images.train + images.val + images.test]
-    return _in_memory(_with_unlabelled(source, unlabelled, known), memory)
+    return _in_memory(_with_unlabelled(_scaled(source, scaled), unlabelled, known), memory)
 
 
 def read_shards(
@@ -145,6 +149,7 @@ def read_shards(
     channels: int = 3,
     memory: float = math.inf,
     unlabelled: str | Path | None = None,
+    scaled: bool = False,
 ) -> Source:
     """Reads shards that `litdistill.data.shards` wrote; arguments as of `read_folder`."""
     _check_shape(image_size, channels)
@@ -154,7 +159,16 @@ def read_shards(
         for name in ("train", "test")
     )
     source = Source(train, test, facts.classes, facts.validation)
-    return _in_memory(_with_unlabelled(source, unlabelled), memory)
+    return _in_memory(_with_unlabelled(_scaled(source, scaled), unlabelled), memory)
+
+
+def _scaled(source: Source, scaled: bool) -> Source:
+    """Returns a source whose training files are decoded at a fraction of their size; those of the test never are."""
+    images = source.train.images
+    if not scaled or isinstance(images, Tensor):
+        return source
+    images = Encoded(images.files, images.size, images.channels, images.sha256, scaled=True)
+    return source._replace(train=Split(images, source.train.targets))
 
 
 def _with_unlabelled(source: Source, folder: str | Path | None, known: Sequence[ImageFile] = ()) -> Source:

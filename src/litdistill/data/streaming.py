@@ -39,12 +39,14 @@ class Encoded:
     """N images that are decoded on access; indexed by ids like a uint8 tensor (N, `channels`, `size`, `size`).
 
     The shorter side is resized to `size`, and the image center-cropped. `sha256`: hash that identifies the images.
+    `scaled`: see `decode`.
     """
 
     dtype = torch.uint8
 
-    def __init__(self, files: Files, size: int, channels: int, sha256: str):
-        self.files, self.size, self.channels, self.sha256 = files, size, channels, sha256
+    def __init__(self, files: Files, size: int, channels: int, sha256: str, scaled: bool = False):
+        self.files, self.size, self.channels, self.scaled = files, size, channels, scaled
+        self.sha256 = f"{sha256} scaled" if scaled else sha256
         self.shape = torch.Size((len(files), channels, size, size))
 
     def __len__(self) -> int:
@@ -60,7 +62,7 @@ class Encoded:
 
         def fill(index: int) -> None:
             name, content = self.files[ids[index]]
-            images[index] = decode(io.BytesIO(content), name, self.channels, self.size, self.size)
+            images[index] = decode(io.BytesIO(content), name, self.channels, self.size, self.size, self.scaled)
 
         if get_worker_info() is not None:
             for index in range(len(ids)):

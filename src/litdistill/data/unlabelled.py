@@ -49,7 +49,7 @@ def appended(images: Tensor | Encoded, more: Encoded) -> Tensor | Encoded:
     if isinstance(images, Tensor):
         return torch.cat([images, more.decode(range(len(more)), progress=True)])
     digest = hashlib.sha256(f"{images.sha256} {more.sha256}".encode()).hexdigest()
-    return Encoded(_Joined(images.files, more.files), images.size, images.channels, digest)
+    return Encoded(_Joined(images.files, more.files), images.size, images.channels, digest, images.scaled)
 
 
 class _Joined:
