@@ -9,13 +9,14 @@ from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resiz
 
 from litdistill.data.datamodule import ImageData
 from litdistill.data.decode import decode, extensions
-from litdistill.data.folder import read_split
+from litdistill.data.folder import FolderFiles
+from litdistill.data.streaming import Encoded
 from litdistill.export.predict import read_images
 from litdistill.utils.errors import UserError
 
 
 def train(path, channels=1, size=8):
-    return read_split([path], size, channels).numpy()
+    return Encoded(FolderFiles([path]), size, channels, "").decode([0]).numpy()
 
 
 def use(path, channels=1, size=8):

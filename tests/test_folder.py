@@ -315,3 +315,15 @@ def test_a_split_that_is_a_copy_of_the_training_set_is_refused(tmp_path, split):
     (tmp_path / split).symlink_to(tmp_path / "train")
     with pytest.raises(UserError, match=rf"All 6 images of {tmp_path}/{split} lie in {tmp_path}/train too"):
         read_splits(tmp_path)
+
+
+def test_images_are_read_under_one_bar(tmp_path, capsys, monkeypatch):
+    paint(tmp_path, {"a": 5, "b": 5})
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setattr("rich.console.Console.is_terminal", True)
+    first = load("folder", tmp_path, 6)
+    shown = capsys.readouterr().err
+    assert len([line for line in shown.split("\n") if "Reading images" in line and "100%" in line]) == 1
+    load("folder", tmp_path, 6)  # a teacher's: nothing is read, so nothing is shown
+    assert "Reading" not in capsys.readouterr().err
+    del first

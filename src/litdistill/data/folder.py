@@ -10,8 +10,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from torch import Tensor
-
 from litdistill.data.decode import sides
 from litdistill.data.duplicates import copies
 from litdistill.data.layout import Layout, find_splits, subfolders_with_images
@@ -86,11 +84,6 @@ class FolderFiles:
             return self.paths[index], Path(self.paths[index]).read_bytes()
         except OSError as error:
             raise UserError(f"The image {one_line(self.paths[index])} cannot be read: {error.strerror}.") from error
-
-
-def read_split(paths: Sequence[Path], size: int, channels: int) -> Tensor:
-    """Decodes N image files to (N, `channels`, `size`, `size`) uint8."""
-    return Encoded(FolderFiles(paths), size, channels, "").decode(range(len(paths)), progress=True)
 
 
 def encoded(root: Path, files: Labeled, size: int, channels: int) -> Encoded:
@@ -212,7 +205,8 @@ def _introduction(root: Path, layout: Layout, *splits: ByClass) -> list[str]:
     files = [file for split in splits for members in split.values() for file in members]
     looked_at = files[:: -(-len(files) // LOOKED_AT)]
     found = [side for file in looked_at for side in sides(file.path) or ()]
-    size = f"sides of {min(found)} to {max(found)} pixels" if found else "sizes unknown"
+    sides_of = str(min(found)) if min(found, default=0) == max(found, default=0) else f"{min(found)} to {max(found)}"
+    size = f"sides of {sides_of} pixels" if found else "sizes unknown"
     if found and len(looked_at) < len(files):
         size += f" ({len(looked_at)} looked at)"
     counts = Counter({name: sum(len(split.get(name, ())) for split in splits) for name in splits[0]})

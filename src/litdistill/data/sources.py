@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 from weakref import WeakValueDictionary
@@ -22,7 +23,7 @@ from litdistill.data import shards
 from litdistill.data.fetch import DATASETS, obtain
 from litdistill.data.folder import Labeled, encoded, read_splits
 from litdistill.data.listing import ImageFile
-from litdistill.data.streaming import Encoded
+from litdistill.data.streaming import Encoded, reading_bar
 from litdistill.data.unlabelled import appended, read_unlabelled
 from litdistill.utils.errors import UserError
 
@@ -190,7 +191,10 @@ def _in_memory(source: Source, memory: float) -> Source:
     """Decodes the source's images if they take at most `memory` bytes, else returns it unchanged."""
     if sum(split.images.shape.numel() for split in source[:2]) > memory:
         return source
-    train, test = (Split(_decoded(split.images), split.targets) for split in source[:2])
+    files = [split.images for split in source[:2] if isinstance(split.images, Encoded)]
+    count = sum(len(images) for images in files if images.sha256 not in _DECODED)
+    with reading_bar(count) if count else contextlib.nullcontext(lambda: None) as advance:
+        train, test = (Split(_decoded(split.images, advance), split.targets) for split in source[:2])
     return source._replace(train=train, test=test)
 
 
@@ -198,12 +202,12 @@ def _in_memory(source: Source, memory: float) -> Source:
 _DECODED: WeakValueDictionary[str, Tensor] = WeakValueDictionary()
 
 
-def _decoded(images: Tensor | Encoded) -> Tensor:
+def _decoded(images: Tensor | Encoded, advance: Callable[[], object]) -> Tensor:
     if isinstance(images, Tensor):
         return images
     found = _DECODED.get(images.sha256)
     if found is None:
-        found = _DECODED[images.sha256] = images.decode(range(len(images)), progress=True)
+        found = _DECODED[images.sha256] = images.decode(range(len(images)), advance)
     return found
 
 

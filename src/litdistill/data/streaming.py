@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
@@ -56,8 +56,8 @@ class Encoded:
         """Returns the decoded images of `ids`. Raises `UserError` with the file's name if one cannot be read."""
         return self.decode(torch.arange(len(self))[ids].tolist())
 
-    def decode(self, ids: Sequence[int], progress: bool = False) -> Tensor:
-        """Decodes (n, C, S, S) with several threads, or one in a worker process; `progress`: shows a bar on a terminal."""
+    def decode(self, ids: Sequence[int], advance: Callable[[], object] = lambda: None) -> Tensor:
+        """Decodes (n, C, S, S) with several threads, or one in a worker process; `advance` is called after each image."""
         images = np.empty((len(ids), *self.shape[1:]), np.uint8)
 
         def fill(index: int) -> None:
@@ -68,15 +68,22 @@ class Encoded:
             for index in range(len(ids)):
                 fill(index)
             return torch.from_numpy(images)
-        console, pool = Console(stderr=True), ThreadPoolExecutor()
+        pool = ThreadPoolExecutor()
         try:
-            done = pool.map(fill, range(len(ids)))
-            quiet = not (progress and console.is_terminal)
-            for _ in track(done, "Reading images", len(ids), console=console, disable=quiet):
-                pass
+            for _ in pool.map(fill, range(len(ids))):
+                advance()
         finally:
             pool.shutdown(cancel_futures=True)
         return torch.from_numpy(images)
+
+
+@contextlib.contextmanager
+def reading_bar(count: int) -> Iterator[Callable[[], None]]:
+    """Shows a bar of `count` images on a terminal; gives the function that advances it by one."""
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("Reading images", total=count)
+        yield lambda: bar.advance(task)
 
 
 class _Decoder:

@@ -47,7 +47,7 @@ def read_unlabelled(folder: str | Path, known: Iterable[ImageFile], size: int, c
 def appended(images: Tensor | Encoded, more: Encoded) -> Tensor | Encoded:
     """Returns the images with `more` behind them; decoded, where `images` are."""
     if isinstance(images, Tensor):
-        return torch.cat([images, more.decode(range(len(more)), progress=True)])
+        return torch.cat([images, more.decode(range(len(more)))])
     digest = hashlib.sha256(f"{images.sha256} {more.sha256}".encode()).hexdigest()
     return Encoded(_Joined(images.files, more.files), images.size, images.channels, digest, images.scaled)
 
