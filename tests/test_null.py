@@ -16,9 +16,9 @@ from litdistill.utils.command_line import without_null
 def test_callbacks_of_null_are_the_two_that_a_run_ends_with(small, override):
     cfg = small(*without_null([override]))
     _, found = named_callbacks(cfg, Classification())
-    assert [type(callback) for callback in found] == [ModelCheckpoint, ModelCheckpoint]
+    assert [type(callback) for callback in found.values()] == [ModelCheckpoint, ModelCheckpoint]
     _, usual = named_callbacks(small(), Classification())
-    assert LearningRateMonitor in [type(callback) for callback in usual]
+    assert LearningRateMonitor in [type(callback) for callback in usual.values()]
 
 
 @pytest.mark.parametrize("override", ["logger=null", "logger.tensorboard=null"])

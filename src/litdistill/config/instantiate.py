@@ -12,9 +12,9 @@ import inspect
 import pkgutil
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from types import ModuleType
-from typing import Any
+from typing import Any, get_type_hints
 
 import hydra.utils
 from hydra.errors import InstantiationException
@@ -58,7 +58,8 @@ def instantiate(node: Any, key: str = "", **facts: Any) -> Any:
     Raises `UserError` for a target that cannot be imported and for an option that is not in its signature, each with the
     nearest names, and for the few functions that Hydra itself blocks.
     """
-    check_targets(resolved(node))
+    given = resolved(node)
+    check_targets({k: v for k, v in given.items() if k not in facts} if isinstance(given, dict) else given, key)
     try:
         return hydra.utils.instantiate(node, **facts, _convert_="all")
     except InstantiationException as error:
@@ -66,7 +67,18 @@ def instantiate(node: Any, key: str = "", **facts: Any) -> Any:
             raise with_key(error.__cause__, node, key) from None
         if error.__cause__ is None and "blocklisted" in str(error):
             raise UserError(str(error)) from error
+        if (said := refused_by_library(node, error.__cause__)) is not None:
+            raise UserError(f"{key}: {said}") from error
         raise
+
+
+def refused_by_library(node: Any, error: BaseException | None) -> str | None:
+    """Returns the words in which a class of torch or Lightning refuses its options; None for another error or class."""
+    target = str(node.get("_target_")) if hasattr(node, "get") else ""
+    if error is None or not target.startswith(("torch.", "lightning.")):
+        return None
+    refusal = isinstance(error, (ValueError, TypeError)) or type(error).__name__ == "MisconfigurationException"
+    return f"{target.rpartition('.')[2]} refuses its options: {error}" if refusal else None
 
 
 def with_key(error: UserError, node: Any, key: str) -> UserError:
@@ -98,12 +110,46 @@ def resolved(node: Any) -> Any:
     return node
 
 
-def check_targets(node: Any) -> None:
-    """Raises `UserError` if a `_target_` anywhere in plain values cannot be imported or does not take its options."""
-    for value in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
-        check_targets(value)
+def check_objects(cfg: Mapping[str, Any]) -> None:
+    """Raises `UserError` for an option of any object of a config that its class or function does not take.
+
+    A value of null may be one that is known only at run time, and is not checked here.
+    """
+    apart = {"student": NETWORK_META_KEYS, "teacher": NETWORK_META_KEYS, "scheduler": ("interval", "monitor")}
+    for key in ("data", "task", "method", "student", "teacher", "compress", "optimizer", "scheduler", "trainer"):
+        node = resolved(cfg.get(key))
+        if isinstance(node, dict):
+            check_targets({k: v for k, v in node.items() if k not in apart.get(key, ()) and v is not None}, key)
+    for key in ("callbacks", "logger"):
+        check_targets(resolved(cfg.get(key)), key)
+
+
+def check_targets(node: Any, key: str = "") -> None:
+    """Raises `UserError` if a `_target_` anywhere in plain values cannot be imported or does not take its options.
+
+    `key`: that of the node, for the message.
+    """
+    for name, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
+        check_targets(value, f"{key}.{name}")
     if isinstance(node, dict) and isinstance(node.get("_target_"), str):
-        check_options(node["_target_"], [str(k) for k in node if not str(k).startswith("_")])
+        options = {str(k): v for k, v in node.items() if not str(k).startswith("_")}
+        check_options(node["_target_"], options)
+        if node["_target_"].startswith("litdistill."):
+            check_types(node["_target_"], options, key)
+
+
+def check_types(target: str, options: Mapping[str, Any], key: str) -> None:
+    """Raises `UserError` for a plain value of another type than the parameter's annotation of a class of this project."""
+    from litdistill.config.schema.check import typed  # brings pydantic, which what needs no config goes without
+
+    found = locate(target)
+    try:
+        hints = get_type_hints(found.__init__ if inspect.isclass(found) else found)
+    except NameError:  # a type that is imported for checkers alone
+        return
+    for name, value in options.items():
+        if name in hints and (line := typed(f"{key}.{name}", value, hints[name])) is not None:
+            raise UserError(line)
 
 
 def check_options(target: str, names: Iterable[str]) -> None:

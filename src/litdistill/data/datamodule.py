@@ -160,6 +160,7 @@ class ImageData(LightningDataModule):
         self.test_ids = torch.arange(len(test.targets))[test.targets >= 0]
         if self.mean is None or self.std is None:
             self.mean, self.std = self._mean_std(rest)
+        splits.check_statistics(self.mean, self.std, train.images.shape[1])
 
     def _mean_std(self, ids: Tensor) -> tuple[list[float], list[float]]:
         """Returns mean and standard deviation of each channel over these training images."""

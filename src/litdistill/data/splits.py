@@ -57,6 +57,15 @@ def check_unlabelled(folder: object, labelled: bool | None, mixed: bool, balance
         raise UserError(f"{option} {what}, and images of data.unlabelled have none: leave out one of them.")
 
 
+def check_statistics(mean: Sequence[float], std: Sequence[float], channels: int) -> None:
+    """Raises `UserError` unless there is a mean and a standard deviation of each channel."""
+    if not len(mean) == len(std) == channels:
+        raise UserError(
+            f"data.mean={list(mean)} and data.std={list(std)}: these images have {channels} channel{'s' * (channels > 1)}, and "
+            "each has a number. A network that takes more channels has its own: student.preprocess={mean: …, std: …}."
+        )
+
+
 def only(split: Split, classes: Sequence[int]) -> Split:
     """Renumbers targets in the order of `classes`, -1 for the others; images, and so ids, are unchanged."""
     new = torch.full((int(split.targets.max()) + 2,), -1, dtype=torch.int64)  # the last: of -1

@@ -128,8 +128,13 @@ def steps_per_epoch(trainer: DictConfig, data: Any, scale: Scale) -> int:
         count = data.epoch_size or len(data.train_ids)
         count = trained_samples(count, data.batch_size, whole // data.batch_size, getattr(data, "smallest_batch", 1))
         batches = math.ceil(count / whole)
+    if isinstance(limit, float) and int(batches * limit) < 1:
+        raise UserError(
+            f"trainer.limit_train_batches={limit} of {batches} batches is none: give {1 / batches:.2g} or more, or a number of "
+            "batches, 1."
+        )
     if limit is not None:
-        batches = min(batches, limit if isinstance(limit, int) else max(1, int(batches * limit)))
+        batches = min(batches, limit if isinstance(limit, int) else int(batches * limit))
     return math.ceil(batches / scale.accumulated)
 
 

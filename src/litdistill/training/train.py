@@ -25,6 +25,7 @@ from litdistill.config.distiller import (
     build_scheduler,
     example_batch,
 )
+from litdistill.config.instantiate import check_objects
 from litdistill.config.lr_scaling import Scale, read_scale
 from litdistill.config.origin import accept_record, check_foreign, remember
 from litdistill.config.recipes import is_complete, teacher_config
@@ -116,6 +117,7 @@ def admit(cfg: DictConfig, folder: Path) -> None:
     check_foreign(cfg, folder)
     check_values(cfg)
     check(cfg)
+    check_objects(cfg)
     if cfg.teacher is not None and cfg.teacher.get("checkpoint") == "auto" and not cfg.teacher.get("ensemble"):
         check(teacher_config(cfg), of="In the teacher's training (teacher.recipe):\n")
     if is_first_rank():

@@ -9,13 +9,21 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import json
 import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, get_args, get_origin
 
 from omegaconf import DictConfig, OmegaConf
-from pydantic import BaseModel, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    PydanticSchemaGenerationError,
+    PydanticUserError,
+    TypeAdapter,
+    ValidationError,
+)
 from pydantic.fields import FieldInfo
 
 from litdistill.config.schema import data, library, rules, train, verbs
@@ -138,6 +146,34 @@ def fault(key: str, value: Any, field: FieldInfo) -> str:
     with contextlib.suppress(LookupError):
         hint = f" Did you mean {literal(nearest(value, annotation))}?"
     return f"{key}={literal(value)}: {what}.{hint}"
+
+
+def typed(key: str, value: Any, annotation: Any) -> str | None:
+    """Returns the line of a value that is not of a parameter's type; None where it is, or where the type is no plain one."""
+    if holds_object(value):
+        return None
+    try:
+        adapter = TypeAdapter(annotation, config=ConfigDict(allow_inf_nan=False))
+        adapter.validate_json(
+            json.dumps(value), strict=True
+        )  # in JSON's words a list is a tuple too, and a text a path
+    except (PydanticUserError, PydanticSchemaGenerationError):
+        return None
+    except ValidationError:
+        hint = ""
+        with contextlib.suppress(LookupError, PydanticUserError):
+            hint = f" Did you mean {literal(nearest(value, annotation))}?"
+        return f"{key}={literal(value)}: {takes(annotation)}.{hint}"
+    return None
+
+
+def holds_object(value: Any) -> bool:
+    """Returns whether plain values hold an object, which is known only once it is made, or something that is no plain value."""
+    if isinstance(value, dict):
+        return "_target_" in value or any(map(holds_object, value.values()))
+    if isinstance(value, (list, tuple)):
+        return any(map(holds_object, value))
+    return not isinstance(value, (str, int, float, type(None)))
 
 
 def annotated(field: FieldInfo) -> Any:
