@@ -72,7 +72,7 @@ def test_boxes_are_distributed_as_torchvisions(options):
     top, left, height, width = found
     for start, length, whole in ((top, height, 120), (left, width, 160)):
         assert int(start.min()) == 0
-        assert int((start + length).max()) == whole
+        assert int((start + length)[length < whole].max()) == whole
 
 
 def test_a_box_that_never_fits_is_the_middle_as_in_torchvision():
