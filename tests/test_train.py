@@ -18,6 +18,7 @@ from litdistill.evaluation.evaluate import differences, evaluate, load_run
 from litdistill.export.export import export
 from litdistill.training import train as train_module
 from litdistill.training.callbacks import EpochLogger
+from litdistill.training.resume import NEEDED
 from litdistill.training.train import train
 from litdistill.utils.checkpoint import write_text
 from litdistill.utils.errors import Stopped, UserError
@@ -320,7 +321,9 @@ def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(small, monkeypat
 def test_a_last_checkpoint_that_is_none_falls_back_to_the_one_before(tmp_path, content):
     (tmp_path / "last.ckpt").write_bytes(content)
     assert train_module.last_state(tmp_path) == (None, None, None)
-    torch.save({"epoch": 0}, tmp_path / "best.ckpt")
+    torch.save({"epoch": 0}, tmp_path / "best.ckpt")  # of no training, or of an old version of Lightning
+    assert train_module.last_state(tmp_path) == (None, None, None)
+    torch.save({"epoch": 0, **dict.fromkeys(NEEDED)}, tmp_path / "best.ckpt")
     assert train_module.last_state(tmp_path) == (tmp_path / "best.ckpt", None, None)
 
 

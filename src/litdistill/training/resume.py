@@ -32,6 +32,10 @@ from litdistill.utils.hashing import weights_sha256
 log = logging.getLogger(__name__)
 
 
+# What Lightning restores a training from.
+NEEDED = {"state_dict", "optimizer_states", "lr_schedulers", "loops", "callbacks", "global_step"}
+
+
 class LastState(NamedTuple):
     """The checkpoint that a run is resumed from; all None for a new run."""
 
@@ -50,8 +54,11 @@ def last_state(checkpoints: Path, max_epochs: int | None = None) -> LastState:
             try:
                 state = load_checkpoint(checkpoints / name)
                 layout = layout_of(state)
-                if type(state.get("epoch")) is not int:
-                    raise UserError(f"{checkpoints / name} is no checkpoint of a training: it counts no epochs.")
+                if type(state.get("epoch")) is not int or not state.keys() >= NEEDED:
+                    raise UserError(
+                        f"{checkpoints / name} is no checkpoint that a training goes on from, or of an old version of "
+                        f"Lightning: it lacks {', '.join(sorted({'epoch', *NEEDED} - state.keys())) or 'a count of epochs'}."
+                    )
             except UserError as error:
                 log.warning("%s Trying the one before.", error)
                 continue

@@ -27,7 +27,7 @@ from litdistill.config.distiller import (
 )
 from litdistill.config.instantiate import check_objects
 from litdistill.config.lr_scaling import Scale, read_scale
-from litdistill.config.origin import accept_record, check_foreign, remember
+from litdistill.config.origin import accept_record, check_foreign, is_foreign, remember
 from litdistill.config.recipes import is_complete, teacher_config
 from litdistill.config.schema import check
 from litdistill.data.foreign import ForeignData, sample_count
@@ -115,6 +115,8 @@ def train(cfg: DictConfig, callbacks: Sequence[Callback] = (), role: str = "Stud
 def admit(cfg: DictConfig, folder: Path) -> None:
     """Raises `UserError` for an untrusted foreign config, for options without sense, the teacher's too; records the run."""
     check_foreign(cfg, folder)
+    if is_foreign() and (root := cfg.data.get("root")) is not None:
+        log.info("This run was made elsewhere, and names the place of its data: they are read from data.root=%s.", root)
     check_values(cfg)
     check(cfg)
     check_objects(cfg)
