@@ -18,9 +18,11 @@ SETTINGS = Settings(epsilons=(4, 16))
 def summary(seed: int, train: int = 1000) -> dict:
     return {
         "seed": seed,
+        "method": "kd",
+        "options": {"train/epochs": 5},
         "metric": {"name": "accuracy", "direction": "max"},
-        "data": {"train": train},
-        "student": {"test": {"accuracy": {"best": 0.9, "last": 0.8}}},
+        "data": {"name": "digits", "train": train, "test": 60, "classes": 10, "input_shape": [1, 8, 8]},
+        "student": {"name": "conv4-16x32x64", "test": {"accuracy": {"best": 0.9, "last": 0.8}}},
         "teacher": {"sha256": "t"},
         "time": {"total_s": 10.0 + seed, "teacher_s": 2.0, "fit_s": 8.0, "samples_per_s": 100.0},
         "epochs": 5,
@@ -69,8 +71,8 @@ def group(rows: int = 12, seeds: int = 2, classes: int = 10, name: str = HOSTILE
 def write_page(out: Path, made: Group | None = None) -> Group:
     """The page of a made-up group, in `out`."""
     from litdistill.report.blocks import write
-    from litdistill.report.build import page_sections
+    from litdistill.report.build import chapter
 
     made = made or group()
-    write(f"Students {HOSTILE}", [f"a fact {HOSTILE}"], page_sections(made, "", SETTINGS), out)
+    write(f"Students {HOSTILE}", [f"a fact {HOSTILE}"], chapter(made, "", SETTINGS), out)
     return made

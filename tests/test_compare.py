@@ -129,7 +129,7 @@ def test_the_main_picture_marks_every_model(tmp_path):
     with Image.open(tmp_path / "docs" / "main.png") as image:
         width, height = image.size
         colors = {c for _, c in image.convert("RGB").getcolors(1 << 24)}
-    assert width > 1000 < height * 4
+    assert height > width > 900  # one panel below the other: legible on a narrow screen
     wanted = [(0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00), (0x00, 0x9E, 0x73), (0xCC, 0x79, 0xA7), (0xE6, 0x9F, 0x00)]
     assert set(wanted) <= colors
     assert all(len(scores(r)) == len(r.seeds) for r in made.rows)

@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from litdistill.report import history, plots, sections
-from litdistill.report.blocks import Section, Table, Text
+from litdistill.report import history, sections
+from litdistill.report.blocks import Fold, Section, Table, Text
 from litdistill.report.build import build
 from litdistill.report.collect import Row, Settings, _cached, _tell_apart
+from litdistill.report.points import pareto
 from litdistill.report.robust import robust
 from litdistill.training.train import train
 from litdistill.utils.checkpoint import write_text
@@ -39,7 +40,7 @@ def test_the_pareto_front_is_that_of_comparing_all_pairs(pairs):
         any(c <= costs[i] and v >= values[i] and (c < costs[i] or v > values[i]) for c, v in pairs)
         for i in range(len(pairs))
     ]
-    front = plots.pareto(costs, values)
+    front = pareto(costs, values)
     assert sorted(front) == [i for i in range(len(pairs)) if not beaten[i]]
     assert [costs[i] for i in front] == sorted(costs[i] for i in front)
 
@@ -93,7 +94,7 @@ def test_what_a_row_starts_from_and_how_its_epoch_was_chosen_is_told():
     starts = [cell(shown, i, "starts from") for i in range(4)]
     assert starts == ["", "the teacher (1,168 images)", "nothing", "a network of 50,000 images (label_smoothing)"]
     assert [cell(shown, i, "last epoch %") for i in range(4)] == ["", "80.00 ± 0.00", "80.00 ± 0.00", ""]
-    assert "validation set has 60 images, of which one is 1.7 points" in section.blocks[0].text
+    assert "validation set has 60 images, of which one is 1.7 points" in prose(section)
 
 
 def test_each_run_is_compared_with_its_own_teacher():
@@ -158,11 +159,9 @@ def test_the_tables_hold_what_was_measured():
     assert cell(spoilt, 1, "Gaussian noise") == f"{statistics.mean(noise):.1f}"
     attacks = table(robust(made, "", SETTINGS), "attacks")
     assert attacks.rows[1][1:] == ["50.0", "10.0", "50.0", "10.0"]
-    words = " ".join(b.text for b in robust(made, "", SETTINGS).blocks if isinstance(b, Text))
+    words = prose(robust(made, "", SETTINGS))
     assert "straight through each rounding" in words  # said only where there is such a row
-    assert "straight" not in " ".join(
-        b.text for b in robust(float_only(made), "", SETTINGS).blocks if isinstance(b, Text)
-    )
+    assert "straight" not in prose(robust(float_only(made), "", SETTINGS))
 
 
 def test_compute_is_the_sum_of_all_runs_and_shared_starts_count_once():
@@ -172,7 +171,7 @@ def test_compute_is_the_sum_of_all_runs_and_shared_starts_count_once():
             seed.starts = {"common": 30.0}
     made.rows[0].seeds[0].summary = made.rows[1].seeds[0].summary | {"time": {**TIME, "total_s": 7.0}}
     section = history.compute(made, "")
-    words = section.blocks[0].text
+    words = prose(section)
     runs = 2 * (10.0 + 11.0)
     assert f"{runs + 7 + 30:,.0f} s in all runs" in words
     assert f"teacher took {100 * (7 + 8) / (runs + 7 + 30):.0f} %" in words
@@ -191,6 +190,12 @@ def table(section: Section, id: str) -> Table:
 
 def cell(shown: Table, row: int, column: str) -> str:
     return shown.rows[row][list(shown.head).index(column)]
+
+
+def prose(section: Section) -> str:
+    """All texts of a section, also those that are folded away."""
+    folded = [text for b in section.blocks if isinstance(b, Fold) for text in b.texts]
+    return " ".join([*(b.text for b in section.blocks if isinstance(b, Text)), *folded])
 
 
 def float_only(made):

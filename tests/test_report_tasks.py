@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from torch import nn
 from torch.utils.data import DataLoader
 
-from litdistill.report import plots, sections
+from litdistill.report import plots, points, sections
 from litdistill.report import tables as report
 from litdistill.report.build import build
 from litdistill.report.collect import Settings
@@ -134,7 +134,7 @@ def test_a_page_of_data_that_say_nothing_of_themselves_has_no_times(teachers, tm
     (made,) = build([tmp_path / "run"], tmp_path / "page", "Pairs", Settings(device="cpu", trust=("tests",)))
     assert made.rows[0].seeds[0].quality["accuracy"] == summary["student"]["test"]["accuracy"]["best"]
     text = (tmp_path / "page" / "report.md").read_text()
-    assert "unknown classes, 20 test samples" in text
+    assert "# Pairs: trained on 80 samples, tested on 20\n" in text
     assert "Not timed" in text
     assert "Accuracy of each class" in text
 
@@ -155,11 +155,13 @@ def test_where_less_is_better_the_front_holds_the_least():
     }
 
 
-def test_a_value_that_is_far_too_large_is_left_out_of_the_picture_where_less_is_better():
-    looks = plots.styles(list("abc"), [False] * 3)
-    values = [[1.0], [1.2], [90.0]]
-    assert "above: 3 at 90" in plots.over_cost(looks, [1.0, 2.0, 3.0], values, "kB", "RMSE", less_is_better=True)
-    assert "below: 1 at 1, 2 at 1.2" in plots.over_cost(looks, [1.0, 2.0, 3.0], values, "kB", "accuracy")
+def test_a_value_that_is_far_off_stands_at_the_edge_with_its_value():
+    looks, costs = plots.styles(list("abcd"), [False] * 4), [1.0, 2.0, 3.0, 4.0]
+    values = [[1.0], [1.2], [1.3], [90.0]]
+    assert ">4 at 90<" in points.over_cost(points.Plane(looks, costs, values, True), "kB", "RMSE")
+    values = [[50.0], [48.0], [45.0], [1.0]]
+    svg = points.over_cost(points.Plane(looks, costs, values), "kB", "accuracy")
+    assert ">4 at 1<" in svg
 
 
 @pytest.mark.parametrize(

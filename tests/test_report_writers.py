@@ -7,8 +7,8 @@ import xml.etree.ElementTree as ET
 
 import torch
 
-from litdistill.report import plots
-from litdistill.report.blocks import Code, Section, Table, Text, html_page, markdown_page, plain
+from litdistill.report import plots, points
+from litdistill.report.blocks import Card, Code, Fold, Section, Table, Text, Warn, html_page, markdown_page, plain
 from litdistill.tasks import metrics
 from tests.pages import HOSTILE, write_page
 
@@ -26,7 +26,8 @@ def test_no_two_rows_look_alike_nor_depend_on_color_alone():
 
 def test_points_that_lie_together_share_a_label():
     looks = plots.styles(list("abcd"), [False] * 4)
-    svg = plots.over_cost(looks, [10.0, 10.01, 500.0, 10.0], [[90.0], [90.0], [90.0], [50.0]], "kB", "accuracy")
+    values = [[90.0], [90.0], [90.0], [50.0]]
+    svg = points.over_cost(points.Plane(looks, [10.0, 10.01, 500.0, 10.0], values), "kB", "accuracy")
     assert ">1, 2<" in svg
     assert ">3<" in svg
     assert ">4<" in svg
@@ -36,8 +37,8 @@ def test_a_picture_is_a_drawing_whose_ids_are_its_own():
     looks = plots.styles(["teacher", HOSTILE, "$x$ & y"], [True, False, False])
     values = [[99.0], [90.0, 92.0], [80.0]]
     drawn = [
-        plots.over_cost(looks, [1000.0, 10.0, 30.0], values, "kB", "accuracy"),
-        plots.over_cost(looks, [1000.0, 11.0, 30.0], values, "kB", "accuracy"),
+        points.over_cost(points.Plane(looks, [1000.0, 10.0, 30.0], values), "kB", "accuracy"),
+        points.over_cost(points.Plane(looks, [1000.0, 11.0, 30.0], values), "kB", "accuracy"),
         plots.dots(looks, values, "accuracy", 99.0),
         plots.lines(looks, [1, 2], [[1.0, 2.0]] * 3, "x", "y"),
         plots.bars(["a", HOSTILE], [("b", [1.0, 2.0]), ("c", [3.0, 4.0])], "s"),
@@ -119,7 +120,7 @@ def test_the_page_needs_nothing_but_itself_and_is_small(tmp_path):
 def test_both_writers_say_the_same(tmp_path):
     made = write_page(tmp_path)
     page, report = Parsed((tmp_path / "index.html").read_text()), (tmp_path / "report.md").read_text()
-    assert page.tags.count("table") == len(re.findall(r"^\|(---\|)+(---:\|)*$", report, re.MULTILINE)) == 7
+    assert page.tags.count("table") == len(re.findall(r"^\|(---:?\|)+$", report, re.MULTILINE)) == 7
     tables = [t for t in report.split("\n\n") if t.startswith("|")]
     assert all(t.count("\n") == 1 + len(made.rows) for t in tables[:-1])
     for row in re.findall(r"^\| \d+ .*\|$", report, re.MULTILINE):
@@ -142,7 +143,10 @@ def test_markdown_stays_within_its_cells():
 
 def test_html_escapes_every_kind_of_block():
     bad = '"><img src=x onerror=alert(1)>'
-    blocks = [Text(bad), Code(bad), Table("t", [bad, bad], [[bad, bad]])]
+    blocks = [Text(bad), Code(bad), Table("t", [bad, bad], [[bad, bad]]), Warn(bad)]
+    blocks += [Fold(bad, [bad]), Card(bad, [(bad, bad)], bad)]
     page = Parsed(html_page(bad, [bad], [Section("s", bad, blocks)]))
     assert "img" not in page.tags
-    assert page.text.count(bad) == 11  # title, h1, fact, link, h2, text, code, four cells
+    assert (
+        page.text.count(bad) == 17
+    )  # title, h1, fact, h3, text, code, four cells, warning, two of a fold, four of a card

@@ -21,9 +21,10 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
 from litdistill.config.recipes import recipe_hash, starting_point_dir
-from litdistill.report import plots
+from litdistill.report import points
 from litdistill.report.build import build
 from litdistill.report.collect import Group, Settings
+from litdistill.report.headline import chosen
 from litdistill.report.sections import looks, scores
 from litdistill.training.train import train
 from litdistill.utils.checkpoint import write_text
@@ -157,9 +158,12 @@ def run(job: Job) -> Path:
 def draw(group: Group, path: Path) -> None:
     """Writes the main figure of the page as a PNG."""
     timed = [(look, row) for look, row in zip(looks(group), group.rows, strict=True) if "cpu" in row.timing]
+    styles, rows = [look for look, _ in timed], [row for _, row in timed]
+    row, values = chosen(group), [scores(row) for row in rows]
+    index = rows.index(row) if row in rows else None
     costs = [
-        ("file (kB)", [row.timing["bytes"] / 1e3 for _, row in timed]),
-        (f"latency, p50 of one {group.things[:-1]} (ms)", [row.timing["cpu"][1]["p50_ms"] for _, row in timed]),
+        ("file (kB)", [row.timing["bytes"] / 1e3 for row in rows]),
+        (f"latency, p50 of one {group.things[:-1]} (ms)", [row.timing["cpu"][1]["p50_ms"] for row in rows]),
     ]
-    values, label = [scores(row) for _, row in timed], f"test {axis(group.metric)}"
-    plots.main_picture([look for look, _ in timed], costs, values, label, path, group.less_is_better)
+    planes = [(label, points.Plane(styles, cost, values, group.less_is_better, index)) for label, cost in costs]
+    points.main_picture(planes, f"test {axis(group.metric)}", path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+import itertools
 import re
 from collections.abc import Sequence
 from functools import partial
@@ -20,12 +21,13 @@ class Code(NamedTuple):
 
 
 class Table(NamedTuple):
-    """Cells are text; the first `labels` columns are left-aligned, and the first column is sticky."""
+    """Cells are text; the columns `left` are left-aligned, and the first column is sticky. `marked`: rows to warn of."""
 
     id: str
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
-    labels: int = 1
+    left: Sequence[int] = (0,)
+    marked: Sequence[int] = ()
 
 
 class Picture(NamedTuple):
@@ -65,19 +67,49 @@ class Link(NamedTuple):
     href: str
 
 
-Block = Text | Code | Table | Picture | Grid | Thumbs | Link
+class Fold(NamedTuple):
+    """Texts that are folded away on a screen until somebody opens them, and open on paper."""
+
+    title: str
+    texts: Sequence[str]
+
+
+class Card(NamedTuple):
+    """What a reader sees first: whom it is about, and figures with a few words for each."""
+
+    title: str
+    figures: Sequence[tuple[str, str]]
+    note: str
+
+
+class Warn(NamedTuple):
+    """A finding that makes figures doubtful."""
+
+    text: str
+
+
+Block = Text | Code | Table | Picture | Grid | Thumbs | Link | Fold | Card | Warn
 
 
 class Section(NamedTuple):
+    """A part of the page; a `chapter` opens a data set, and the sections up to the next one belong to it."""
+
     id: str
     title: str
     blocks: Sequence[Block]
+    chapter: bool = False
 
 
 def write(title: str, facts: Sequence[str], sections: Sequence[Section], out: Path) -> None:
-    """Writes `out`/index.html, which needs no other file, and `out`/report.md with its pictures in `out`/pictures."""
+    """Writes `out`/index.html, which needs no other file, and `out`/report.md with its pictures in `out`/pictures.
+
+    Where `out` ends in .html, it is the page, and nothing else is written.
+    """
     from litdistill.utils.checkpoint import write_atomically, write_text  # imports torch, which a table does without
 
+    if out.suffix == ".html":
+        write_text(out, html_page(title, facts, sections))
+        return
     write_text(out / "index.html", html_page(title, facts, sections))
     write_text(out / "report.md", markdown_page(title, facts, sections))
     for section in sections:
@@ -101,8 +133,15 @@ def html_page(title: str, facts: Sequence[str], sections: Sequence[Section]) -> 
     # Only SVG figures are not escaped: matplotlib wrote them and escaped their texts.
     environment.filters["kind"] = lambda block: type(block).__name__.lower()
     environment.filters["drawing"] = lambda picture: Markup(_labeled(picture))
+    environment.filters["parts"] = _parts
     template = environment.from_string((folder / "page.html").read_text(encoding="utf-8"))
     return template.render(title=title, facts=facts, sections=sections) + "\n"
+
+
+def _parts(sections: Sequence[Section], section: Section) -> list[Section]:
+    """Returns the sections of a chapter."""
+    after = list(sections)[list(sections).index(section) + 1 :]
+    return list(itertools.takewhile(lambda s: not s.chapter, after))
 
 
 def _labeled(picture: Picture) -> str:
@@ -125,7 +164,7 @@ def _pictures(block: Block) -> Sequence[Picture]:
 def markdown_page(title: str, facts: Sequence[str], sections: Sequence[Section]) -> str:
     lines = [f"# {plain(title)}", "", *(f"- {plain(fact)}" for fact in facts), ""]
     for section in sections:
-        lines += [f"## {plain(section.title)}", ""]
+        lines += [f"{'#' if section.chapter else '##'} {plain(section.title)}", ""]
         for block in section.blocks:
             lines += [*_markdown(block), ""]
     return "\n".join(lines).rstrip() + "\n"
@@ -136,7 +175,7 @@ def _markdown(block: Block) -> list[str]:
         fence = "`" * max(3, *(len(ticks) + 1 for ticks in re.findall("`+", block.text)), 3)
         return [f"{fence}bash", *block.text.splitlines(), fence]
     if isinstance(block, Table):
-        line = "|" + "---|" * block.labels + "---:|" * (len(block.head) - block.labels)
+        line = "|" + "".join("---|" if i in block.left else "---:|" for i in range(len(block.head)))
         row = lambda cells: "| " + " | ".join(plain(c) for c in cells) + " |"  # noqa: E731
         return [row(block.head), line, *map(row, block.rows)]
     if isinstance(block, (Picture, Grid)):
@@ -146,7 +185,12 @@ def _markdown(block: Block) -> list[str]:
         return [f"**{plain(block.title)}**", "", "; ".join(shown)]
     if isinstance(block, Link):
         return [f"[{plain(block.text)}]({block.href})"]
-    return [plain(block.text)]
+    if isinstance(block, Fold):
+        return [line for text in block.texts for line in (plain(text), "")][:-1]
+    if isinstance(block, Card):
+        figures = ", ".join(f"**{plain(figure)}** {plain(words)}" for figure, words in block.figures)
+        return [f"{plain(block.title)}: {figures}.", "", plain(block.note)]
+    return [f"**{plain(block.text)}**" if isinstance(block, Warn) else plain(block.text)]
 
 
 def plain(text: str) -> str:

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import quote
 
-from litdistill.report import history, sections
-from litdistill.report.blocks import Block, Link, Section, Text, write
+from litdistill.report import headline, history, sections
+from litdistill.report.blocks import Block, Link, Section, Warn, write
 from litdistill.report.collect import Group, Settings, groups
 from litdistill.report.robust import robust
+from litdistill.report.tables import data_title
 from litdistill.report.timing import machine, time_rows
 from litdistill.utils.errors import UserError
 from litdistill.utils.units import quantity
@@ -19,13 +20,14 @@ from litdistill.utils.versions import versions
 
 
 def build(places: Sequence[str | Path], out: str | Path, title: str, settings: Settings) -> list[Group]:
-    """Measures the runs, writes `out`/index.html and `out`/report.md, and returns the measured groups.
+    """Measures the runs, writes `out`/index.html and `out`/report.md, or an `out` that ends in .html; returns the groups.
 
     Raises `UserError` where there is no finished run, where none can be rebuilt, or where a package is missing.
     """
     _check_packages()
     out = Path(out)
-    found = groups(places, out, settings)
+    # What takes long is kept for the next page; beside a single file, in a folder that says what it belongs to.
+    found = groups(places, out.with_name(f"{out.stem}_files") if out.suffix == ".html" else out, settings)
     for group in found:
         time_rows(group, settings)
     problems = [problem for group in found for problem in group.problems]
@@ -34,12 +36,11 @@ def build(places: Sequence[str | Path], out: str | Path, title: str, settings: S
         raise UserError("None of these runs could be measured. " + " ".join(problems[:3]))
     shown: list[Section] = []
     for i, group in enumerate(found):
-        key = f"{i}-" if len(found) > 1 else ""
-        prefix = f"{group.name}: " if len(found) > 1 else ""
-        shown += [s._replace(title=prefix + s.title) for s in page_sections(group, f"d{key}" if key else "", settings)]
-    shown += _sweeps(places, out)
+        shown += chapter(group, f"d{i}-" if len(found) > 1 else "", settings)
+    if more := _sweeps(places, out):
+        shown += [Section("more", "Beside these runs", [], chapter=True), *more]
     if problems:
-        shown.append(Section("problems", "What could not be measured", [Text(problem) for problem in problems]))
+        shown.insert(0, Section("problems", "What could not be measured", list(map(Warn, problems)), chapter=True))
     write(title, _facts(found, settings), shown, out)
     return found
 
@@ -55,11 +56,19 @@ def _check_packages() -> None:
             ) from error
 
 
+def chapter(group: Group, key: str, settings: Settings) -> list[Section]:
+    """Returns all that is shown of one data set: the card and what was found wrong, then the sections."""
+    seeds = [seed.summary for row in group.rows if not row.teacher for seed in row.seeds]
+    top: list[Block] = [*([card] if (card := headline.card(group)) else []), *headline.warnings(group)]
+    opening = Section(f"{key}top", data_title(seeds), top, chapter=True)
+    return [opening, *page_sections(group, key, settings)]
+
+
 def page_sections(group: Group, key: str, settings: Settings) -> list[Section]:
     """Returns the sections that apply: per-class ones for classification, failures and robustness for images."""
     found = [
-        sections.tradeoffs(group, key),
         sections.quality(group, key),
+        sections.tradeoffs(group, key),
         sections.cost(group, key, settings),
         sections.over_seeds(group, key),
     ]
@@ -70,25 +79,11 @@ def page_sections(group: Group, key: str, settings: Settings) -> list[Section]:
     return [*found, history.curves(group, key), history.compute(group, key), history.rerun(group, key)]
 
 
-def test_count(group: Group) -> int:
-    """Returns the number of test samples."""
-    return len(group.rows[0].seeds[0].test_targets)
-
-
 def _facts(found: Sequence[Group], settings: Settings) -> list[str]:
     facts = []
-    for group in found:
-        shape = "x".join(map(str, group.facts["input_shape"] or ()))
-        of_shape = f" of {shape}" if shape else ""
-        runs = sum(len(r.seeds) for r in group.rows if not r.teacher)
-        kinds = sum(not r.teacher for r in group.rows)
-        noun = "class" if group.one_label else "output"
-        classes = group.facts["classes"]
-        outputs = quantity(classes, noun) if classes else "unknown classes" if group.one_label else "unknown outputs"
-        facts.append(
-            f"{group.name}: {quantity(kinds, 'student')} in {quantity(runs, 'run')}; {outputs}{of_shape}, "
-            f"{test_count(group):,} test {group.things}"
-        )
+    runs = sum(len(r.seeds) for g in found for r in g.rows if not r.teacher)
+    kinds = sum(not r.teacher for g in found for r in g.rows)
+    facts.append(f"{quantity(kinds, 'student')} in {quantity(runs, 'run')}")
     here = machine()
     cores, threads = quantity(here["cores"], "core"), quantity(settings.threads, "thread")
     timed = f"Timed on {here['cpu']}, {cores}, {threads}, {here['system']}"
@@ -103,7 +98,8 @@ def _sweeps(places: Sequence[str | Path], out: Path) -> list[Section]:
     reports = sorted({p.resolve() for place in places for p in Path(place).glob("**/sweep.md")})
     if not reports:
         return []
-    relative = [os.path.relpath(p, out.resolve()) for p in reports]
+    base = out.resolve().parent if out.suffix == ".html" else out.resolve()
+    relative = [os.path.relpath(p, base) for p in reports]
     blocks: list[Block] = [
         Link(f"Trials, importances and Pareto front of {Path(r).parent.name}", quote(r)) for r in relative
     ]

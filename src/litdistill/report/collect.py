@@ -103,7 +103,7 @@ class Group:
     """All rows on one data set with one monitored metric."""
 
     name: str
-    facts: dict[str, Any]  # `FACTS` of the summaries' data, and "metric"
+    facts: dict[str, Any]  # `tables.facts` of the summaries
     rows: list[Row] = field(default_factory=list)
     inputs: Tensor | None = (
         None  # of the test set, (N, ...) without preprocessing; None where they are no single tensor
@@ -142,7 +142,6 @@ class Group:
 
 
 BATCH = 512  # samples per forward
-FACTS = ("name", "classes", "input_shape", "test")
 
 
 def one_label(outputs: Outputs, targets: Tensor) -> bool:
@@ -156,8 +155,7 @@ def groups(places: Sequence[str | Path], out: Path, settings: Settings) -> list[
     found = report.runs(places)
     by_data: dict[str, list[tuple[Path, dict[str, Any]]]] = {}
     for folder, summary in found:
-        known = {k: summary["data"].get(k) for k in FACTS} | {"metric": summary["metric"]}
-        by_data.setdefault(json.dumps(known), []).append((folder, summary))
+        by_data.setdefault(json.dumps(report.facts(summary)), []).append((folder, summary))
     return [_group(json.loads(key), runs, out, settings) for key, runs in by_data.items()]
 
 

@@ -14,9 +14,9 @@ from yaml import YAMLError
 
 from litdistill.config.origin import made_here, replayable
 from litdistill.report import plots
-from litdistill.report.blocks import Block, Code, Grid, Picture, Section, Table, Text
+from litdistill.report.blocks import Block, Code, Fold, Grid, Picture, Section, Table, Text
 from litdistill.report.collect import Group, Row, Seed
-from litdistill.report.sections import capitalized, looks
+from litdistill.report.sections import MEASURED, capitalized, looks
 from litdistill.utils.errors import UserError
 from litdistill.utils.units import SHARES, axis, factor, named, quantity
 
@@ -47,7 +47,9 @@ def curves(group: Group, key: str) -> Section:
         f"{capitalized(named(metric))} on the validation set, a line a seed; dotted, the teacher's. A row without epochs of "
         "its own has none."
     )
-    blocks: list[Block] = [Text(about), Grid(pictures)] if pictures else [Text("These runs wrote no event files.")]
+    blocks: list[Block] = (
+        [Grid(pictures), Fold(MEASURED, [about])] if pictures else [Text("These runs wrote no event files.")]
+    )
     return Section(f"{key}curves", "Training curves", blocks)
 
 
@@ -116,14 +118,12 @@ def compute(group: Group, key: str) -> Section:
     whole = total + sum(once) + before
     part = 100 * (total_teacher + sum(once)) / whole if whole else 0.0
     seconds = f"{whole:,.0f} s in all runs on this page, of which the teacher took {part:.0f} %"
-    blocks.append(
-        Text(
-            f"{seconds}: {sum(once):,.0f} s to be trained once, and {total_teacher:,.1f} s to be run while its students "
-            f"were trained; {before:,.0f} s went to runs that others started from, counted once here, and for each row "
-            "that needs them under “before it”. Times are by the wall, evaluation included."
-        )
+    about = (
+        f"{seconds}: {sum(once):,.0f} s to be trained once, and {total_teacher:,.1f} s to be run while its students "
+        f"were trained; {before:,.0f} s went to runs that others started from, counted once here, and for each row "
+        "that needs them under “before it”. Times are by the wall, evaluation included."
     )
-    blocks.append(Table(f"{key}time", head, rows))
+    blocks += [Table(f"{key}time", head, rows), Fold(MEASURED, [about])]
     if pairs:
         svg = plots.bars(
             [s.name for s, _ in pairs],

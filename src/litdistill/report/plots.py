@@ -13,7 +13,6 @@ import statistics
 import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -51,116 +50,7 @@ def styles(labels: Sequence[str], teachers: Sequence[bool]) -> list[Style]:
     return found
 
 
-def pareto(costs: Sequence[float], values: Sequence[float]) -> list[int]:
-    """Returns the indices of the Pareto front: points without another of at most their cost and at least their value.
-
-    Sorted by cost. Equal points are all on the front, or none is.
-    """
-    order = sorted(range(len(costs)), key=lambda i: (costs[i], -values[i]))
-    front: list[int] = []
-    for i in order:
-        best = front[-1] if front else None
-        if best is None or values[i] > values[best] or (costs[i], values[i]) == (costs[best], values[best]):
-            front.append(i)
-    return front
-
-
 # -- the figures -------------------------------------------------------------------------------------------------------
-
-
-def over_cost(
-    looks: Sequence[Style],
-    costs: Sequence[float],
-    values: Sequence[Sequence[float]],
-    xlabel: str,
-    ylabel: str,
-    less_is_better: bool = False,
-) -> str:
-    """Returns an SVG: the mean metric over a cost (log axis), the range over seeds as a bar, and the Pareto front."""
-    with _figure(5.4, 3.5 + _legend_height(looks)) as (figure, axes, drawn):
-        _draw_over_cost(axes, looks, costs, values, xlabel, ylabel, less_is_better)
-        _legend_below(figure, axes)
-    return drawn[0]
-
-
-def main_picture(
-    looks: Sequence[Style],
-    costs: Sequence[tuple[str, Sequence[float]]],
-    values: Sequence[Sequence[float]],
-    ylabel: str,
-    path: Path,
-    less_is_better: bool = False,
-) -> None:
-    """Writes `over_cost` of several costs side by side as a PNG with a white background."""
-    from litdistill.tasks.figures import new_figure
-
-    with _styled():
-        figure = new_figure(5.0 * len(costs), 3.9 + 0.19 * len(looks) / 3)
-        both = figure.subplots(1, len(costs), sharey=True)
-        for axes, (xlabel, cost) in zip(both, costs, strict=True):
-            _draw_over_cost(axes, looks, cost, values, xlabel, ylabel if axes is both[0] else "", less_is_better)
-        handles, labels = both[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150)
-
-
-def _draw_over_cost(
-    axes: Axes,
-    looks: Sequence[Style],
-    costs: Sequence[float],
-    values: Sequence[Sequence[float]],
-    xlabel: str,
-    ylabel: str,
-    less_is_better: bool,
-) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-
-    means = [statistics.mean(v) for v in values]
-    front = pareto(costs, [-m for m in means] if less_is_better else means)
-    axes.step(
-        [costs[i] for i in front] + [max(costs) * 1.6], [means[i] for i in front] + [means[front[-1]]],
-        where="post", color=INK, alpha=0.45, linewidth=1.2, label="Pareto front of the means", zorder=1,
-    )  # fmt: skip
-    for look, cost, mean, each in zip(looks, costs, means, values, strict=True):
-        axes.errorbar(
-            cost, mean, [[mean - min(each)], [max(each) - mean]], **_point(look), markersize=8,
-            elinewidth=1, capsize=2, label=look.name,
-        )  # fmt: skip
-    axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,g}"))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set(xlabel=xlabel, ylabel=ylabel)
-    # A control at chance level would compress the range of all other rows.
-    best = means[front[-1]]
-    far = [i for i, mean in enumerate(means) if (mean > 2 * best if less_is_better else mean < best / 2)]
-    if far:
-        low, high = min(min(v) for i, v in enumerate(values) if i not in far), max(map(max, values))
-        if high > low:
-            axes.set_ylim(low - 0.12 * (high - low), high + 0.08 * (high - low))
-        words = ", ".join(f"{looks[i].number} at {means[i]:.4g}" for i in far)
-        where, place = ("above", (0.02, 0.95)) if less_is_better else ("below", (0.02, 0.02))
-        axes.annotate(f"{where}: {words}", place, xycoords="axes fraction", fontsize=9, color=INK)
-    axes.get_xlim(), axes.get_ylim()  # applies autoscaling, so that transData is final
-    for near in _together(axes.transData.transform(list(zip(costs, means, strict=True)))):
-        if near[0] in far:
-            continue
-        numbers = ", ".join(str(looks[i].number) for i in near)
-        point = (costs[near[0]], means[near[0]])
-        axes.annotate(numbers, point, (6, 5), textcoords="offset points", fontsize=9, color=INK)
-
-
-def _together(places: np.ndarray, distance: float = 14) -> list[list[int]]:
-    """Returns groups of indices of points (N, 2) whose labels would overlap: closer than `distance` to the group's first."""
-    groups: list[list[int]] = []
-    for i, place in enumerate(places):
-        near = next((g for g in groups if np.hypot(*(places[g[0]] - place)) < distance), None)
-        if near is None:
-            groups.append([i])
-        else:
-            near.append(i)
-    return groups
 
 
 def dots(
@@ -171,10 +61,10 @@ def dots(
     form: str = ".1f",
 ) -> str:
     """Returns an SVG: one row per model, one dot per seed, the mean as a bar and a number; `line`: the teacher's value."""
-    with _figure(5.4, 1.0 + 0.42 * len(looks)) as (_, axes, drawn):
+    with figure_as_svg(5.4, 1.0 + 0.42 * len(looks)) as (_, axes, drawn):
         for row, (look, each) in enumerate(zip(looks, values, strict=True)):
             mean = statistics.mean(each)
-            axes.plot(each, [row] * len(each), **_point(look), markersize=6, alpha=0.7)
+            axes.plot(each, [row] * len(each), **point(look), markersize=6, alpha=0.7)
             axes.plot([mean, mean], [row - 0.26, row + 0.26], color=look.look["color"], linewidth=2.5)
             axes.annotate(
                 f"{mean:{form}}", (1.01, row), xycoords=("axes fraction", "data"), va="center", fontsize=9, color=INK
@@ -192,18 +82,18 @@ def lines(
     looks: Sequence[Style], x: Sequence[float], values: Sequence[Sequence[float]], xlabel: str, ylabel: str
 ) -> str:
     """Returns an SVG with one line per row over common x values."""
-    with _figure(5.4, 3.3 + _legend_height(looks)) as (figure, axes, drawn):
+    with figure_as_svg(5.4, 3.3 + legend_height(looks)) as (figure, axes, drawn):
         for look, y in zip(looks, values, strict=True):
             axes.plot(x, y, **look.look, markersize=5, linewidth=1.5, label=look.name)
         axes.set_xticks(list(x))
         axes.set(xlabel=xlabel, ylabel=ylabel)
-        _legend_below(figure, axes)
+        legend_below(figure, axes)
     return drawn[0]
 
 
 def reliability(before: Sequence[Any], after: Sequence[Any], title: str) -> str:
     """Returns an SVG: accuracy over confidence before and after temperature scaling, from (confidence, accuracy, count)."""
-    with _figure(3.4, 3.3) as (_, axes, drawn):
+    with figure_as_svg(3.4, 3.3) as (_, axes, drawn):
         axes.plot([0, 1], [0, 1], color=INK, linewidth=0.8, linestyle=":", label="as sure as right")
         for bins, label, color, line in (
             (before, "as trained", COLORS[1], "s--"),
@@ -225,7 +115,7 @@ def curves(
     limits: tuple[float, float] | None = None,
 ) -> str:
     """Returns an SVG: a metric over steps, one line per seed; `line`: the teacher's value; `limits`: of the y axis."""
-    with _figure(3.4, 2.9) as (_, axes, drawn):
+    with figure_as_svg(3.4, 2.9) as (_, axes, drawn):
         for i, (steps, values) in enumerate(series):
             axes.plot(steps, values, color=COLORS[i % 6], linestyle=LINES[i % 4], linewidth=1.3)
         if line is not None:
@@ -236,7 +126,7 @@ def curves(
 
 def bars(labels: Sequence[str], parts: Sequence[tuple[str, Sequence[float]]], xlabel: str) -> str:
     """Returns an SVG with one stacked bar per row."""
-    with _figure(5.4, 1.5 + 0.36 * len(labels)) as (figure, axes, drawn):
+    with figure_as_svg(5.4, 1.5 + 0.36 * len(labels)) as (figure, axes, drawn):
         left = np.zeros(len(labels))
         for i, (name, values) in enumerate(parts):
             axes.barh(
@@ -248,7 +138,7 @@ def bars(labels: Sequence[str], parts: Sequence[tuple[str, Sequence[float]]], xl
         axes.invert_yaxis()
         axes.set_xlabel(xlabel)
         axes.grid(axis="y", visible=False)
-        _legend_below(figure, axes)
+        legend_below(figure, axes)
     return drawn[0]
 
 
@@ -259,7 +149,7 @@ def _wrapped(label: str) -> str:
     return "\n".join(textwrap.wrap(label, 24))
 
 
-def _point(look: Style) -> dict[str, Any]:
+def point(look: Style) -> dict[str, Any]:
     return {**look.look, "linestyle": "none"}
 
 
@@ -267,12 +157,12 @@ def _legend_columns(labels: Sequence[str]) -> int:
     return 2 if max(map(len, labels)) <= 28 else 1
 
 
-def _legend_height(looks: Sequence[Style]) -> float:
+def legend_height(looks: Sequence[Style]) -> float:
     """Returns the height of the legend in inches."""
     return 0.2 + 0.19 * len(looks) / _legend_columns([look.name for look in looks])
 
 
-def _legend_below(figure: Figure, axes: Axes) -> None:
+def legend_below(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(
         handles, labels, loc="outside lower left", ncols=_legend_columns(labels), frameon=False, fontsize=8.5,
@@ -281,19 +171,19 @@ def _legend_below(figure: Figure, axes: Axes) -> None:
 
 
 @contextmanager
-def _figure(width: float, height: float) -> Iterator[tuple[Figure, Axes, list[str]]]:
+def figure_as_svg(width: float, height: float) -> Iterator[tuple[Figure, Axes, list[str]]]:
     """Yields a figure (size in inches), its axes, and a list that receives its SVG on exit."""
     from litdistill.tasks.figures import new_figure
 
     drawn: list[str] = []
-    with _styled():
+    with styled():
         figure = new_figure(width, height)
         axes = figure.subplots()
         yield figure, axes, drawn
         drawn.append(_svg(figure))
 
 
-def _styled() -> AbstractContextManager[None]:
+def styled() -> AbstractContextManager[None]:
     """Returns the context of matplotlib settings that all figures share."""
     import matplotlib as mpl
 

@@ -6,9 +6,9 @@ import statistics
 
 from litdistill.evaluation import robustness
 from litdistill.report import plots
-from litdistill.report.blocks import Block, Grid, Picture, Section, Table, Text
+from litdistill.report.blocks import Block, Fold, Grid, Picture, Section, Table, Text
 from litdistill.report.collect import Group, Settings
-from litdistill.report.sections import looks
+from litdistill.report.sections import MEASURED, looks
 
 
 def robust(group: Group, key: str, settings: Settings) -> Section:
@@ -66,8 +66,9 @@ def robust(group: Group, key: str, settings: Settings) -> Section:
         ),
     ]
     blocks: list[Block] = [
-        *(Text(about), Table(f"{key}corruptions", head, table)),
-        *(Text(attacks), Table(f"{key}attacks", attack_head, attack_rows)),
+        Table(f"{key}corruptions", head, table),
+        Table(f"{key}attacks", attack_head, attack_rows),
+        Fold(MEASURED, [about, attacks]),
         Grid(pictures, wide=True),
     ]
     return Section(id, title, blocks)

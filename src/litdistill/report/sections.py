@@ -13,14 +13,14 @@ from torch import Tensor
 
 from litdistill.evaluation.latency import NOT_REPORTED
 from litdistill.evaluation.predictions import agreement
-from litdistill.report import plots
-from litdistill.report.blocks import Block, Grid, Picture, Section, Table, Text, Thumb, Thumbs
+from litdistill.report import headline, plots, points
+from litdistill.report.blocks import Block, Fold, Grid, Picture, Section, Table, Text, Thumb, Thumbs
 from litdistill.report.collect import Group, Row, Seed, Settings
 from litdistill.tasks import metrics
-from litdistill.tasks.findings import judge
 from litdistill.utils.units import SHARES, axis, factor, heading, named, quantity, shown_mean, spread
 
 FAILURES = 8  # images per row
+MEASURED = "How this was measured"
 
 
 def scores(row: Row) -> list[float]:
@@ -68,43 +68,41 @@ def share(values: Sequence[float], of: float) -> str:
 
 
 def quality(group: Group, key: str) -> Section:
+    """Returns the section of the main table: the metric comes first, and what it is compared with."""
     metric = group.metric
     followed = [follows(with_teachers(row, group)) for row in group.rows]
     others = list(dict.fromkeys(k for row in group.rows for k in row.seeds[0].quality if k not in (metric, "brier")))
     like = list(dict.fromkeys(k for found in followed for one in found for k in one))
-    last_epoch = "last epoch" + (" %" if metric in SHARES else "")
-    head = ["model", "network", "starts from", "trained on", "seeds", heading(metric), last_epoch]
-    head += map(heading, (*others, *like))
-    rows = []
-    for name, row, found in zip(names(group), group.rows, followed, strict=True):
-        first, measured = row.seeds[0].summary, [seed.quality for seed in row.seeds]
+    agreed = [k for k in like if k in SHARES]
+    columns: dict[str, list[str]] = {}
+    add = lambda name, cell: columns.setdefault(name, []).append(cell)  # noqa: E731
+    marked = [i for i, row in enumerate(group.rows) if any(headline.findings(seed, group) for seed in row.seeds)]
+    for i, (name, row, found) in enumerate(zip(names(group), group.rows, followed, strict=True)):
+        first, measures = row.seeds[0].summary, [seed.quality for seed in row.seeds]
         # Without epochs, "last" is the starting point's
-        trained = [s.summary for s in row.seeds if s.summary.get("epochs")]
-        last = [summary["student"]["test"][metric]["last"] for summary in trained]
-        begun = (starts_from(first, group.things), counted(first["data"]["train"])) if first else ("", "")
-        rows.append(
-            [
-                *(name, row.about["name"], *begun, str(len({s.summary.get("seed") for s in row.seeds}))),
-                *(shown_mean(metric, [q[metric] for q in measured]), shown_mean(metric, last) if last else ""),
-                *(shown_mean(k, [q[k] for q in measured]) for k in others),
-                *(shown_mean(k, [one[k] for one in found]) if found else "" for k in like),
-            ]
+        last = [s.summary["student"]["test"][metric]["last"] for s in row.seeds if s.summary.get("epochs")]
+        add("model", f"{name} [!]" if i in marked else name)
+        add(heading(metric), shown_mean(metric, [q[metric] for q in measures]))
+        add(
+            "against its teacher",
+            headline.signed(group, headline.against(row, group, headline.teacher_row(row, group))),
         )
-    blocks: list[Block] = [Text(_worth(group, like)), *warnings(group), Table(f"{key}quality", head, rows, 3)]
-    return Section(f"{key}worth", "What each is worth", blocks)
-
-
-def warnings(group: Group) -> list[Text]:
-    """Returns what is wrong with students: a constant, at chance level, or good on their training samples alone."""
-    found: dict[str, None] = {}  # in order, each once
-    for name, row in zip(names(group), group.rows, strict=True):
-        for seed in row.seeds if not row.teacher else ():
-            value = seed.quality[group.metric]
-            said = judge(seed.task, seed.test, seed.test_targets, value, names=class_names(group))
-            gap = (seed.summary.get("findings") or {}).get("gap")
-            for text in (*said.values(), *([gap] if gap else [])):
-                found[f"Warning, {name}, seed {seed.summary.get('seed')}: {text}"] = None
-    return [Text(text) for text in found]
+        add("over labels alone", headline.signed(group, headline.against(row, group, headline.control(row, group))))
+        add("last epoch" + (" %" if metric in SHARES else ""), shown_mean(metric, last) if last else "")
+        for k in agreed:
+            add(heading(k), shown_mean(k, [one[k] for one in found]) if found else "")
+        add("seeds", str(len({s.summary.get("seed") for s in row.seeds})))
+        add("trained on", counted(first["data"]["train"]) if first else "")
+        for k in others:
+            add(heading(k), shown_mean(k, [q[k] for q in measures]))
+        for k in (k for k in like if k not in agreed):
+            add(heading(k), shown_mean(k, [one[k] for one in found]) if found else "")
+        add("network", row.about["name"])
+        add("starts from", starts_from(first, group.things) if first else "")
+    columns = {name: cells for name, cells in columns.items() if any(cells)}
+    left = [i for i, name in enumerate(columns) if name in ("model", "network", "starts from")]
+    table = Table(f"{key}quality", list(columns), list(zip(*columns.values(), strict=True)), left, marked)
+    return Section(f"{key}worth", "What each is worth", [table, Fold(MEASURED, [_worth(group, like)])])
 
 
 def _worth(group: Group, like: Sequence[str]) -> str:
@@ -119,7 +117,9 @@ def _worth(group: Group, like: Sequence[str]) -> str:
         f"validation set has {chosen_on:,} {things}{one}: the epoch that is best on "
         "so few is partly drawn by lot, and what it has before others there may be noise. So the last epoch, which nothing "
         f"chose, stands beside it; a row that was only converted has none. {capitalized(things)} are those of the row's own "
-        "training: what it starts from may have seen more. Mean ± standard deviation over seeds."
+        "training: what it starts from may have seen more. Mean ± standard deviation over seeds. Over labels alone: the "
+        f"difference from the same network trained on the same {things} at the same budget without a teacher, in pairs of one "
+        "seed; it stands where there is such a run, and of several that is the best on the validation set."
     )
     if group.less_is_better:
         text += f" Of {metric} less is better."
@@ -183,8 +183,8 @@ def cost(group: Group, key: str, settings: Settings) -> Section:
     )
     if timed:
         about += f" While it timed, this process had {timed[0][1].timing['cpu_share']:.2f} CPUs."
-    blocks: list[Block] = [Text(about), Table(f"{key}cost", head, rows, 2)]
-    blocks += _on_gpu(timed, reference, key, things)
+    blocks: list[Block] = [Table(f"{key}cost", head, rows, (0, 1)), *_on_gpu(timed, reference, key, things)]
+    blocks.append(Fold(MEASURED, [about]))
     return Section(f"{key}costs", "What each costs", blocks)
 
 
@@ -223,17 +223,20 @@ def tradeoffs(group: Group, key: str) -> Section:
     if timed:
         styles, rows, pictures = [s for s, _ in timed], [r for _, r in timed], []
         values = [scores(r) for r in rows]
-        sign = -1 if group.less_is_better else 1
+        row = headline.chosen(group)
+        chosen = rows.index(row) if row in rows else None
         for name, xlabel, costs in (
             ("bytes", "file (kB)", [r.timing["bytes"] / 1e3 for r in rows]),
             ("latency", f"latency, p50 of one {group.things[:-1]} (ms)", [r.timing["cpu"][1]["p50_ms"] for r in rows]),
         ):
-            front = plots.pareto(costs, [sign * statistics.mean(v) for v in values])
-            svg = plots.over_cost(styles, costs, values, xlabel, f"test {metric}", group.less_is_better)
-            best = "; ".join(styles[i].name for i in front)
+            plane = points.Plane(styles, costs, values, group.less_is_better, chosen)
+            svg = points.over_cost(plane, xlabel, f"test {metric}")
+            best = "; ".join(styles[i].name for i in plane.front)
             alt = f"Test {named(group.metric)} over {xlabel}. On the Pareto front: {best}."
             pictures.append(Picture(f"{key}{group.metric}-over-{name}", svg, alt))
         blocks += [Grid(pictures, wide=True), *(Text(p.alt) for p in pictures)]
+        if chosen is not None:
+            blocks.append(Text(f"Ringed: {styles[chosen].name}, of the card above."))
     else:
         blocks.append(Text("Not timed: these students cannot be exported."))
     return Section(f"{key}tradeoffs", f"{capitalized(named(group.metric))} over bytes and over latency", blocks)
@@ -275,8 +278,8 @@ def per_class(group: Group, key: str) -> Section:
         worst = int(hits.nan_to_num(2.0).argmin())  # a class without test images is never the worst
         rows.append([name, classes[worst], *("" if h != h else f"{100 * h:.1f}" for h in hits.tolist())])
     about = f"In per cent of the test {group.things} of that class, the mean over seeds."
-    table = Table(f"{key}classes", ["model", "worst class", *classes], rows, 1)
-    return Section(f"{key}per-class", "Accuracy of each class", [Text(about), table])
+    table = Table(f"{key}classes", ["model", "worst class", *classes], rows)
+    return Section(f"{key}per-class", "Accuracy of each class", [table, Fold(MEASURED, [about])])
 
 
 def class_names(group: Group) -> Sequence[str]:
@@ -318,7 +321,9 @@ def calibration(group: Group, key: str) -> Section:
         "negative log-likelihood least on the validation set (Guo et al. 2017), and what is shown is its effect on the "
         f"test set. A temperature above 1: the model was too sure. Diagrams hold the test {group.things} of all seeds."
     )
-    return Section(f"{key}calibration", "Calibration", [Text(about), Table(f"{key}ece", head, rows), Grid(pictures)])
+    return Section(
+        f"{key}calibration", "Calibration", [Table(f"{key}ece", head, rows), Fold(MEASURED, [about]), Grid(pictures)]
+    )
 
 
 def failures(group: Group, key: str) -> Section:
