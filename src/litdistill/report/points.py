@@ -79,7 +79,7 @@ def pareto(costs: Sequence[float], values: Sequence[float]) -> list[int]:
 def over_cost(plane: Plane, xlabel: str, ylabel: str) -> str:
     """Returns an SVG: the mean metric over a cost (log axis), the range over seeds as a bar, and the Pareto front."""
     with figure_as_svg(5.4, 3.5 + legend_height(plane.looks)) as (figure, axes, drawn):
-        _draw(axes, plane, xlabel, ylabel)
+        draw_points(axes, plane, xlabel, ylabel)
         legend_below(figure, axes)
         figure.draw_without_rendering()  # the layout, by which labels are placed
         place_labels(axes, plane)
@@ -101,7 +101,7 @@ def main_picture(planes: Sequence[tuple[str, Plane]], ylabel: str, path: Path) -
         figure = new_figure(5.2, 3.5 * len(planes) + 0.4 + 0.2 * math.ceil(lines))
         panels = figure.subplots(len(planes), 1, squeeze=False)[:, 0]
         for axes, (xlabel, plane) in zip(panels, planes, strict=True):
-            _draw(axes, plane, xlabel, ylabel)
+            draw_points(axes, plane, xlabel, ylabel)
         handles, labels = panels[0].get_legend_handles_labels()
         wrapped = [textwrap.fill(label, 54) for label in labels]
         legend = figure.legend(handles, wrapped, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
@@ -116,7 +116,8 @@ def main_picture(planes: Sequence[tuple[str, Plane]], ylabel: str, path: Path) -
         figure.savefig(path, dpi=180, metadata={"Description": json.dumps(shown)})
 
 
-def _draw(axes: Axes, plane: Plane, xlabel: str, ylabel: str) -> None:
+def draw_points(axes: Axes, plane: Plane, xlabel: str, ylabel: str) -> None:
+    """Draws the points, their bars and the front, within limits that hold all of them."""
     means, costs, front, far = plane.means, plane.costs, plane.front, plane.far
     axes.set_xscale("log")
     axes.set(xlabel=xlabel, ylabel=ylabel)
@@ -137,7 +138,7 @@ def _draw(axes: Axes, plane: Plane, xlabel: str, ylabel: str) -> None:
     axes.set_ylim(bottom - below * room, top + above * room)
     for i in plane.drawn:
         look, each = plane.looks[i], plane.values[i]
-        y = _height(axes, plane, i)
+        y = height(axes, plane, i)
         bars = [[0.0], [0.0]] if i in far else [[means[i] - min(each)], [max(each) - means[i]]]
         axes.errorbar(
             costs[i], y, bars, **point(look), markersize=8, elinewidth=1, capsize=2, label=look.name, zorder=3,
@@ -165,6 +166,7 @@ def _tick(axes: Axes) -> None:
         ticks = [d * 10.0**k for k in decades for d in digits if low <= d * 10.0**k <= high]
         if len(ticks) <= 7:
             break
+    ticks = ticks[:: -(-len(ticks) // 7) or 1]
     if len(ticks) < 3:
         ticks = [t for t in MaxNLocator(5).tick_values(low, high) if low <= t <= high]
     axes.xaxis.set_major_locator(FixedLocator(ticks))
@@ -175,7 +177,7 @@ def _tick(axes: Axes) -> None:
 def place_labels(axes: Axes, plane: Plane) -> list[Text]:
     """Writes the number of each point beside it, on no other label, point or bar where there is room; final layout only."""
     rows, means, far = plane.drawn, plane.means, plane.far
-    y = {i: _height(axes, plane, i) for i in rows}
+    y = {i: height(axes, plane, i) for i in rows}
     pixels = axes.transData.transform([(plane.costs[i], y[i]) for i in rows]) if rows else np.empty((0, 2))
     taken = [_around(x, y, 6) for x, y in pixels]
     taken += [_bar(axes, plane.costs[i], plane.values[i]) for i in rows if i not in far and len(plane.values[i]) > 1]
@@ -196,7 +198,7 @@ def place_labels(axes: Axes, plane: Plane) -> list[Text]:
     return made
 
 
-def _height(axes: Axes, plane: Plane, i: int) -> float:
+def height(axes: Axes, plane: Plane, i: int) -> float:
     """Returns the y at which a row is drawn: its mean, or the edge."""
     if i not in plane.far:
         return plane.means[i]
