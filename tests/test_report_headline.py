@@ -99,7 +99,7 @@ def test_accuracy_stands_first_and_the_prose_is_folded():
 
 def test_a_finding_is_loud_and_its_row_is_marked():
     made = with_control()
-    made.rows[1].seeds[1].summary["findings"] = {"constant": "The student is a constant <b>."}
+    made.rows[1].seeds[1].summary["findings"] = {"gap": "The student is a constant <b>."}
     opening = chapter(made, "", SETTINGS)[0]
     assert isinstance(opening.blocks[0], Card)
     (warned,) = (b for b in opening.blocks if isinstance(b, Warn))
@@ -160,7 +160,7 @@ def test_every_point_is_within_the_axes_with_a_number_and_nothing_warns(costs, v
 
 def test_labels_of_a_crowd_do_not_overprint():
     costs = [100.0, 104.0, 108.0, 100.0, 104.0, 300.0, 310.0, 100.0]
-    axes, _, labels = drawn(costs, [[90.0], [90.2], [89.8], [91.0], [89.0], [90.0], [90.1], [90.0]])
+    _, _, labels = drawn(costs, [[90.0], [90.2], [89.8], [91.0], [89.0], [90.0], [90.1], [90.0]])
     boxes = [text.get_window_extent() for text in labels]
     for i, one in enumerate(boxes):
         assert not any(one.overlaps(other) for other in boxes[i + 1 :])
