@@ -65,10 +65,6 @@ def robust(group: Group, key: str, settings: Settings) -> Section:
             "Accuracy under PGD over ε, whose numbers are in the table above.",
         ),
     ]
-    blocks: list[Block] = [
-        Table(f"{key}corruptions", head, table),
-        Table(f"{key}attacks", attack_head, attack_rows),
-        Fold(MEASURED, [about, attacks]),
-        Grid(pictures, wide=True),
-    ]
+    tables = [Table(f"{key}corruptions", head, table), Table(f"{key}attacks", attack_head, attack_rows)]
+    blocks: list[Block] = [*tables, Fold(MEASURED, [about, attacks]), Grid(pictures, wide=True)]
     return Section(id, title, blocks)
