@@ -39,19 +39,19 @@ def test_a_sweep_its_report_and_an_evaluation(tmp_path):
     done = call("train", "-m", *FAST, "name=try", "seed=0,1", "method=supervised,kd", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (sweep,) = (tmp_path / "runs" / "try").iterdir()
-    assert sorted(p.name for p in sweep.iterdir() if p.is_dir()) == ["0", "1", "2", "3"]
+    assert sorted(p.name for p in sweep.iterdir() if p.is_dir()) == ["kd-s0", "kd-s1", "supervised-s0", "supervised-s1"]
     assert len(list((tmp_path / "runs" / "teachers").glob("conv4*/summary.json"))) == 1
-    log = (sweep / "0" / "train.log").read_text()
+    log = (sweep / "supervised-s0" / "train.log").read_text()
     assert "`Trainer.fit` stopped" in log  # Lightning's own line ...
     assert log.count("`Trainer.fit` stopped: `max_epochs=2` reached") == 1  # ... and once
     assert "epoch 2/2" in log
-    command = json.loads((sweep / "3" / "summary.json").read_text())["command"]  # of this job alone
+    command = json.loads((sweep / "kd-s1" / "summary.json").read_text())["command"]  # of this job alone
     assert command == shlex.join(["python", "scripts/train.py", *FAST, "name=try", "seed=1", "method=kd"])
 
     shown = call("report", f"runs={sweep}", "out=table.md", cwd=tmp_path)
     assert shown.returncode == 0, shown.stderr
     assert "±" in (tmp_path / "table.md").read_text()
-    again = call("evaluate", f"run={sweep}/3", "device=cpu", cwd=tmp_path)
+    again = call("evaluate", f"run={sweep}/kd-s1", "device=cpu", cwd=tmp_path)
     assert "reproduced to the digit" in again.stdout, again.stdout + again.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["runs", "table.md"]  # no command litters
 

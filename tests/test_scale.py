@@ -20,6 +20,7 @@ from litdistill.config.recipes import recipe_hash
 from litdistill.distillation import sharding
 from litdistill.training.train import train
 from litdistill.utils.errors import UserError
+from litdistill.utils.tags import tag
 from tests import forked
 from tests.conftest import compose_config
 
@@ -73,7 +74,7 @@ def one(cwd: Path, arguments: list[str]) -> Path:
 def curve(folder: Path, name: str) -> list[float]:
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     events.Reload()
-    return [e.value for e in events.Scalars(name)]
+    return [e.value for e in events.Scalars(tag(name))]
 
 
 @pytest.mark.process

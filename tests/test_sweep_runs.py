@@ -55,7 +55,7 @@ def tensorboard(run: Path) -> EventAccumulator:
 def test_values_are_the_best_epochs_on_validation(real):
     study, folder, _ = real
     for n in (0, 2):
-        best = max(e.value for e in tensorboard(folder / str(n)).Scalars("val/accuracy"))
+        best = max(e.value for e in tensorboard(folder / str(n)).Scalars("accuracy/validation"))
         assert study.trials[n].value == pytest.approx(best)
         assert max(study.trials[n].intermediate_values.values()) == pytest.approx(best)
 
@@ -65,7 +65,7 @@ def test_tensorboard_has_the_hyperparameters_of_every_trial_the_pruned_one_too(r
     for n in range(3):
         events = tensorboard(real[1] / str(n))
         start = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
-        assert "best/val_accuracy" in events.Tags()["scalars"]
+        assert "accuracy/validation" in events.Tags()["scalars"]
         rates.append(b"lr" in start and b"method/temperature" in start)
     assert rates == [True] * 3
 

@@ -111,38 +111,32 @@ def test_tensorboard_shows_every_term_both_models_and_the_best_metric(finished):
     events = EventAccumulator(str(finished), size_guidance={"images": 0, "tensors": 0, "scalars": 0})
     events.Reload()
     scalars = set(events.Tags()["scalars"])
-    assert {"train/loss", "train/hard", "train/soft", "train/accuracy", "train/agreement"} <= scalars
+    assert {"loss/total", "loss/hard", "loss/soft", "accuracy/training", "teacher/agreement_training"} <= scalars
     assert {
-        "val/accuracy",
-        "val/teacher_accuracy",
-        "val/agreement",
-        "val/kl",
-        "val/ece",
-        "val/nll",
-        "val/brier",
+        "accuracy/validation",
+        "accuracy/teacher",
+        "teacher/agreement_validation",
+        "teacher/kl_validation",
     } <= scalars
-    assert {"speed/samples_per_s", "speed/teacher_share", "lr-Adam", "best/val_accuracy"} <= scalars
-    assert "hp_metric" not in scalars
+    assert {"validation/ece", "validation/nll", "validation/brier"} <= scalars
+    assert {"speed/samples_per_s", "speed/teacher_share", "rate/Adam"} <= scalars
+    groups = sorted({name.partition("/")[0] for name in scalars})
+    assert groups == ["accuracy", "loss", "rate", "speed", "teacher", "test", "validation"]  # as TensorBoard sorts them
+    assert all(len(events.Scalars(name)) > 1 for name in scalars)  # no card with a dot
     assert {"validation/worst mistakes", "validation/confusion", "validation/reliability"} == set(
         events.Tags()["images"]
     )
     texts = set(events.Tags()["tensors"])
     assert {"config/text_summary", "custom_scalars__config__"} <= texts
-    best = json.loads((finished / "summary.json").read_text())["val"]["best"]
-    assert events.Scalars("best/val_accuracy")[-1].value == pytest.approx(best)
-    assert max(e.value for e in events.Scalars("val/accuracy")) == pytest.approx(best)
-
-
-@pytest.mark.parametrize("epochs", [0, 1])
-def test_the_best_metric_has_the_name_of_what_is_monitored(small, epochs):
-    least = ("callbacks.best.monitor=val/nll", "callbacks.best.mode=min", f"trainer.max_epochs={epochs}")
-    cfg = small("method=supervised", *least)
-    cfg.teacher = None
-    best = train(cfg)
-    events = EventAccumulator(cfg.folder).Reload()
-    assert events.Scalars("best/val_nll")[-1].value == pytest.approx(best)
-    assert "best/val_accuracy" not in events.Tags()["scalars"]
-    assert events.Scalars("val/nll")[-1].value == pytest.approx(best)
+    summary = json.loads((finished / "summary.json").read_text())
+    assert max(e.value for e in events.Scalars("accuracy/validation")) == pytest.approx(summary["val"]["best"])
+    start = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    assert b"method" in start
+    assert b"train/batch_size" not in start  # what varies alone
+    results = {name: events.Scalars(f"test/{name}")[-1].value for name in ("accuracy", "megabytes", "milliseconds")}
+    assert results["accuracy"] == pytest.approx(summary["student"]["test"]["accuracy"]["best"])
+    assert results["megabytes"] == pytest.approx(summary["student"]["bytes"] / 1e6)
+    assert results["milliseconds"] > 0
 
 
 def test_evaluate_reproduces_the_summary_to_the_digit(finished):

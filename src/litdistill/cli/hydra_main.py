@@ -30,7 +30,8 @@ from litdistill.cli.suggestions import suggestions
 from litdistill.config.instantiate import import_classes_from
 from litdistill.config.origin import check_foreign, restore_record
 from litdistill.config.schema import check
-from litdistill.utils.command_line import as_command, config_dir_flags, literal, without_null
+from litdistill.utils import run_names
+from litdistill.utils.command_line import as_command, config_dir_flags, literal, split_flags, without_null
 from litdistill.utils.distributed import run_stamp
 from litdistill.utils.errors import Stopped, UserError
 from litdistill.utils.logging import filter_warnings
@@ -38,6 +39,7 @@ from litdistill.utils.paths import CONF, resolve_paths
 from litdistill.utils.text import printable
 
 log = logging.getLogger(__name__)
+run_names.register()  # when this module is imported: in each process of a launcher too
 
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
 # Starts of lines of Hydra's messages to drop: `+key` would add a key that nothing reads, and options are listed below.
@@ -111,6 +113,7 @@ def run_task(task: Callable[[DictConfig], Any], config_name: str, verb: str | No
             starting.end()
             print(help_text(config_name, [a for a in arguments if a not in ("-h", "--help")]), end="")
             return
+        run_names.announce(split_flags(arguments)[1])
         entry = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)
         with _environment(HYDRA_FULL_ERROR="1"):  # errors are raised here instead of printed by Hydra
             if starting.prints(arguments):

@@ -69,6 +69,7 @@ OWN = (
     *(f"litdistill.tasks.{name}" for name in ("Classification", "MultiLabel", "Regression")),
     "litdistill.distillation.schedules.warmup_cosine",
     "litdistill.training.callbacks.ClassBias",
+    "litdistill.training.tensorboard.TensorBoard",
     "litdistill.distillation.sharding.ShardedTeacher",
 )
 FOLDERS = ("dirpath", "save_dir", "default_root_dir")  # options of Lightning's classes that are output folders
@@ -79,6 +80,7 @@ BUILDERS = (
     "torchvision.",
     "litdistill.models.",
     "litdistill.distillation.sharding.",
+    "litdistill.training.tensorboard.",
 )  # pass options on to libraries
 # Options of networks that may be texts: names that the library itself looks up.
 NAMES = {
@@ -234,7 +236,7 @@ def _check_options(key: str, node: dict[str, Any], folder: Path) -> None:
         raise refusal(f"{key}._args_", node["_args_"], folder, "Options that are text are given by name")
     for name, value in options.items():
         place = f"{key}.{name}".lstrip(".")
-        if target.startswith("lightning."):
+        if target.startswith(("lightning.", "litdistill.training.tensorboard.")):
             _check_places(place, name, value, folder)
             if name in NOT_GIVEN and not (value is None or (name == "profiler" and isinstance(value, str))):
                 raise refusal(place, value, folder, "It could load code, or send weights away")

@@ -3,35 +3,71 @@
 from __future__ import annotations
 
 import logging
+import statistics
+import time
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
-from litdistill.data.foreign import output_names, sample
+from litdistill.data.foreign import output_names, sample, training_inputs
 from litdistill.evaluation.predictions import predict_split, teacher_outputs
+from litdistill.features.outputs import first_tensor, run_network
+from litdistill.models.profile import weight_bytes
 from litdistill.tasks.base import Samples, Task
+from litdistill.utils.tags import tag
+from litdistill.utils.units import named
 
 log = logging.getLogger(__name__)
 
 
-def layout(task: Task) -> dict[str, dict[str, list[Any]]]:
-    """Returns the layout of TensorBoard's Custom Scalars tab, with student and teacher in one chart."""
+def layout(task: Task, terms: Sequence[str] = ("hard", "soft")) -> dict[str, dict[str, list[Any]]]:
+    """Returns the layout of TensorBoard's Custom Scalars tab, with student and teacher in one chart.
+
+    `terms`: the names of the loss's terms.
+    """
     name = task.monitor[0]
+    chart = lambda *names: ["Multiline", [tag(n) for n in names]]  # noqa: E731
     return {
         "student and teacher": {
-            f"{name} on the validation set": ["Multiline", [f"val/{name}", f"val/teacher_{name}"]],
-            "the student follows its teacher": ["Multiline", ["val/agreement", "train/agreement"]],
-            "KL from the teacher (nats)": ["Multiline", ["val/kl"]],
+            f"{named(name)} on the validation set": chart(f"val/{name}", f"val/teacher_{name}"),
+            "the student follows its teacher": chart("val/agreement", "train/agreement"),
+            "KL from the teacher (nats)": chart("val/kl"),
         },
-        "loss": {"terms, weighted": ["Multiline", ["train/loss", "train/hard", "train/soft", "train/hint"]]},
-        "calibration": {"ECE": ["Multiline", ["val/ece"]], "NLL and Brier": ["Multiline", ["val/nll", "val/brier"]]},
+        "loss": {"its terms, weighted": chart("train/loss", *(f"train/{term}" for term in terms))},
+        "calibration": {"ECE": chart("val/ece"), "NLL and Brier": chart("val/nll", "val/brier")},
         "speed": {
-            "samples a second": ["Multiline", ["speed/samples_per_s"]],
-            "teacher's share": ["Multiline", ["speed/teacher_share"]],
+            "samples a second": chart("speed/samples_per_s"),
+            "teacher's share": chart("speed/teacher_share"),
         },
     }
+
+
+@torch.no_grad()
+def results(summary: Mapping[str, Any], student: nn.Module, data: Any, device: Any) -> dict[str, float]:
+    """Returns what TensorBoard's HParams tab compares runs by: the test metric, the weights' size and latency.
+
+    Latency is the median of a few forwards of one sample on `device`, in milliseconds; left out where inputs are no tensor.
+    """
+    name = summary["metric"]["name"]
+    found = {
+        f"test/{name}": float(summary["student"]["test"][name]["best"]),
+        "test/megabytes": weight_bytes(student) / 1e6,
+    }
+    inputs = training_inputs(data, 1)
+    if not isinstance(inputs, torch.Tensor):
+        return found
+    sample = inputs[:1].to(device)
+    times: list[float] = []
+    student.to(device).eval()
+    while len(times) < 20 and sum(times) < 0.5:
+        start = time.perf_counter()
+        first_tensor(run_network(student, sample).heads).cpu()  # .cpu() synchronizes
+        times.append(time.perf_counter() - start)
+    return {**found, "test/milliseconds": 1000 * statistics.median(times)}
 
 
 def show(

@@ -18,6 +18,7 @@ from litdistill.report.blocks import Block, Code, Fold, Grid, Picture, Section, 
 from litdistill.report.collect import Group, Row, Seed
 from litdistill.report.sections import MEASURED, capitalized, looks
 from litdistill.utils.errors import UserError
+from litdistill.utils.tags import tag
 from litdistill.utils.units import SHARES, axis, factor, named, quantity
 
 STARTS = (  # the beginnings of commands that train
@@ -63,16 +64,16 @@ def curve(folder: Path, metric: str) -> tuple[list[int], list[float]] | None:
     return ([s for s, _ in events], [factor(metric) * v for _, v in events]) if len(events) > 1 else None
 
 
-def scalars(folder: Path, tag: str) -> list[tuple[int, float]]:
+def scalars(folder: Path, name: str) -> list[tuple[int, float]]:
+    """Returns the steps and values of a logged metric in TensorBoard's event files; empty without them."""
     from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 
     places = sorted({p.parent for p in folder.glob("**/events.out.tfevents.*")})
     if not places:
         return []
     events = EventAccumulator(str(places[0]), size_guidance={SCALARS: 0}).Reload()
-    if tag not in events.Tags()["scalars"]:
-        return []
-    return [(e.step, e.value) for e in events.Scalars(tag)]
+    found = next((t for t in (tag(name), name) if t in events.Tags()["scalars"]), None)
+    return [(e.step, e.value) for e in events.Scalars(found)] if found is not None else []
 
 
 def teacher_line(row: Row, metric: str) -> float | None:

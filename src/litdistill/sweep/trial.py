@@ -148,5 +148,5 @@ class OptunaPruningCallback(Callback):
             return
         for logger in trainer.loggers:
             with guarded(f"The results in {type(logger).__name__}"):
-                note_results(logger, self.shown, {f"best/{self.monitor.replace('/', '_')}": value}, trainer.global_step)
+                note_results(logger, self.shown, {self.monitor: value}, trainer.global_step)
         raise optuna.TrialPruned(f"{self.monitor} {value:.4g} in epoch {epoch + 1} of {trainer.max_epochs}")

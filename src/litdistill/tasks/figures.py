@@ -17,6 +17,13 @@ if TYPE_CHECKING:
 
 def classification_figures(samples: Samples) -> dict[str, Figure]:
     """Returns the three figures by name, for the student and, if there is one, the teacher."""
+    import matplotlib as mpl
+
+    with mpl.rc_context({"text.parse_math": False}):  # names of classes are no formulas
+        return _figures(samples)
+
+
+def _figures(samples: Samples) -> dict[str, Figure]:
     targets, logits = samples.targets, samples.student.logits
     teacher = samples.teacher.logits if samples.teacher is not None else None
     both = [("student", logits), *([("teacher", teacher)] if teacher is not None else [])]
@@ -65,7 +72,7 @@ def worst_mistakes(
         if picture is not None and picture.ndim == 3 and len(picture) in (1, 3):
             left.imshow(picture.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", interpolation="nearest")
         left.set_axis_off()
-        left.set_title(f"is {names[int(targets[i])]}", fontsize=9)
+        left.set_title(f"is {shorter(names[int(targets[i])])}", fontsize=9)
         top = (p[i] + (q[i] if q is not None else 0)).topk(min(3, p.shape[1])).indices.tolist()
         rows = range(len(top))
         right.barh(
@@ -79,7 +86,7 @@ def worst_mistakes(
                 color=TEACHER_COLOR,
                 label="teacher",
             )
-        right.set_yticks(list(rows), [names[c][:10] for c in top], fontsize=8)
+        right.set_yticks(list(rows), [shorter(names[c]) for c in top], fontsize=8)
         right.set_xlim(0, 1)
         right.invert_yaxis()
         right.tick_params(axis="x", labelsize=7)
@@ -92,35 +99,55 @@ def worst_mistakes(
 STUDENT_COLOR, TEACHER_COLOR = "#0072B2", "#E69F00"  # of Okabe & Ito's palette for color blindness
 
 
+NAMED = 40  # classes at most whose names and counts are drawn
+LONGEST = 18  # characters of a class name beside a matrix
+
+
 def confusion_matrices(matrices: Sequence[tuple[str, Tensor]], names: Sequence[str]) -> Figure:
-    """Returns a figure of counts (classes, classes), one panel per model; rows are labels. Only mistakes are shaded."""
-    classes = len(names)
-    side = min(max(3.4, 0.45 * classes), 14)
-    figure = new_figure(side * len(matrices) + 0.6, side + 0.4)
-    for axes, (name, matrix) in zip(figure.subplots(1, len(matrices), squeeze=False)[0], matrices, strict=True):
-        wrong = matrix.clone().double()
-        wrong.fill_diagonal_(0)
-        axes.imshow(wrong, cmap="Blues", vmin=0, vmax=max(1.0, float(wrong.max())))
+    """Returns a figure of counts (classes, classes), one panel per model side by side; rows are labels.
+
+    Only mistakes are shaded, on one scale for all panels. TensorBoard shows figures in cards twice as wide as high.
+    """
+    classes, drawn = len(names), len(names) <= NAMED
+    shown = [shorter(name) for name in names]
+    size = 10.0 if classes <= 12 else 7.0  # of the text, in points
+    side = (
+        min(max(4.2, 0.24 * classes), 10.0) if drawn else 6.0
+    )  # cards are small, and text grows as the figure shrinks
+    figure = new_figure(side * len(matrices) + 1.6, side + 0.6)
+    wrong = [matrix.clone().double().fill_diagonal_(0) for _, matrix in matrices]
+    most = max(1.0, *(float(w.max()) for w in wrong))
+    panels = figure.subplots(1, len(matrices), squeeze=False, sharey=True)[0]
+    for axes, (name, matrix), mistakes in zip(panels, matrices, wrong, strict=True):
+        image = axes.imshow(mistakes, cmap="Blues", vmin=0, vmax=most, interpolation="nearest")
         axes.set_title(f"{name}: {int(matrix.trace()):,} of {int(matrix.sum()):,} right")
         axes.set_xlabel("predicted")
-        axes.set_ylabel("label")
-        if classes <= 20:
-            axes.set_xticks(range(classes), names, rotation=45 if max(map(len, names)) > 2 else 0, fontsize=8)
-            axes.set_yticks(range(classes), names, fontsize=8)
-            for row in range(classes):
-                for column in range(classes):
-                    if matrix[row, column]:
-                        dark = row != column and wrong[row, column] > 0.6 * wrong.max()
-                        axes.text(
-                            *(column, row, int(matrix[row, column])),
-                            ha="center", va="center", fontsize=8, color="white" if dark else "black",
-                        )  # fmt: skip
+        if not drawn:
+            continue
+        upright = max(map(len, shown)) <= 2
+        axes.set_xticks(range(classes), shown, rotation=0 if upright else 90, fontsize=size)
+        axes.set_yticks(range(classes), shown, fontsize=size)
+        for row, column in matrix.nonzero().tolist():
+            dark = row != column and mistakes[row, column] > 0.6 * most
+            axes.text(
+                *(column, row, int(matrix[row, column])),
+                ha="center", va="center", fontsize=size, color="white" if dark else "black",
+            )  # fmt: skip
+    panels[0].set_ylabel("label")
+    ticks = sorted({0, round(most / 2), round(most)})
+    figure.colorbar(image, ax=list(panels), label="mistakes", shrink=0.6, aspect=30, ticks=ticks)
     return figure
+
+
+def shorter(name: str) -> str:
+    """Returns a class name of at most `LONGEST` characters, in one line, with its end where it is cut."""
+    line = " ".join(name.split())
+    return line if len(line) <= LONGEST else f"{line[: LONGEST - 6]}…{line[-5:]}"
 
 
 def reliability_diagrams(models: Sequence[tuple[str, Tensor, Tensor, Tensor]]) -> Figure:
     """Returns a figure of accuracy over confidence, one panel per model: (name, confidence, accuracy, count), each (bins,)."""
-    figure = new_figure(4.4 * len(models), 4.2)
+    figure = new_figure(3.6 * len(models), 3.6)
     for axes, (name, confidence, accuracy, count) in zip(
         figure.subplots(1, len(models), squeeze=False)[0], models, strict=True
     ):

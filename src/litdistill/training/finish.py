@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +34,8 @@ from litdistill.training.trainer import Built
 from litdistill.utils.checkpoint import STUDENT, save_student, write_text
 from litdistill.utils.errors import UserError
 from litdistill.utils.logging import format_seconds
+from litdistill.utils.run_names import varied
+from litdistill.utils.tags import tag
 from litdistill.utils.units import shown
 
 log = logging.getLogger(__name__)
@@ -114,12 +118,20 @@ def show(
         name = "TensorBoard" if tensorboard else type(logger).__name__
         with guarded(f"The results in {name}"):
             best = {f"best/{(run.built.best.monitor or '').replace('/', '_')}": run.best}
-            note_results(logger, options, best if tensorboard else best | results(summary), trainer.global_step)
+            about, found = options, best | results(summary)
+            if tensorboard:
+                about = varied(sys.argv[1:]) or main_options(options)
+                found = figures.results(summary, student, run.data, device)
+                logger.log_metrics(found, 0)  # a level beside the curves: one point alone would be a card with a dot
+            note_results(logger, about, found, trainer.global_step)
         with guarded(f"The pictures in {name}", later if tensorboard else ""):
             writer = picture_writer(logger)
             if tensorboard:
                 writer.add_text("config", "```yaml\n" + OmegaConf.to_yaml(run.cfg) + "```", 0)
-                writer.add_custom_scalars(figures.layout(run.task))
+                terms = [
+                    n.removeprefix("train/") for n in trainer.callback_metrics if (tag(n) or "").startswith("loss/")
+                ]
+                writer.add_custom_scalars(figures.layout(run.task, [t for t in terms if t != "loss"]))
             if writer is not None:
                 figures.show(writer, student, teacher, run.data, run.task, device, trainer.global_step, kept)
             if tensorboard:
@@ -136,6 +148,11 @@ def results(summary: dict[str, Any]) -> dict[str, float]:
     test |= {f"test/{summary['metric']['name']}": kept["best"], f"test/{summary['metric']['name']}_last": kept["last"]}
     cost = {f"student/{k}": student[k] for k in ("params", "macs", "bytes") if isinstance(student.get(k), (int, float))}
     return {**test, **cost, "time/fit_s": summary["time"]["fit_s"]}
+
+
+def main_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns those hyperparameters in which single runs of one folder mostly differ."""
+    return {key: options[key] for key in ("method", "student", "teacher", "train/lr", "seed")}
 
 
 def _write_int8(folder: Path, student: nn.Module, data: Any, task: Task) -> int | None:

@@ -123,7 +123,7 @@ def guarded(what: str, remedy: str = "") -> Iterator[None]:
 def note_results(logger: Logger, hyperparameters: Mapping[str, Any], results: Mapping[str, float], step: int) -> None:
     """Writes a run's hyperparameters and final results: to TensorBoard as its HParams, to other loggers as metrics."""
     if isinstance(logger, TensorBoardLogger):
-        logger.log_hyperparams(dict(hyperparameters), dict(results))
+        logger.log_hyperparams(dict(hyperparameters), dict(results), step)
         logger.experiment.flush()
         return
     logger.log_hyperparams(dict(hyperparameters))
