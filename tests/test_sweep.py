@@ -2,10 +2,13 @@
 
 import functools
 import importlib
+import io
 import itertools
 import json
+import logging
 import multiprocessing
 import os
+import shlex
 import signal
 import sys
 import time
@@ -15,6 +18,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
+from rich.console import Console
 
 from litdistill.cli.suggestions import suggestions
 from litdistill.config.recipes import teacher_folder
@@ -24,8 +28,8 @@ from litdistill.utils.paths import CONF
 
 pytest.importorskip("optuna")
 
-from litdistill.sweep.space import pinned, read_space
-from litdistill.sweep.study import sweep
+from litdistill.sweep.space import first, fitting, pinned, read_space
+from litdistill.sweep.study import sweep, typed_keys
 from litdistill.sweep.trial import objective
 
 FORK = multiprocessing.get_context("fork")
@@ -329,7 +333,7 @@ def test_best_yaml_composes_to_the_config_of_the_best_trial(monkeypatch, tmp_pat
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("method=supervised", r"sweep\.space: .*temperature.*sweep\.space\.KEY=null"),
+        ("+sweep.space.method.temprature=[1,2]", r"sweep\.space: .*temprature.*sweep\.space\.KEY=null"),
         ("sweep.space.method.temperature=3", "neither a list nor a range. To fix a value: method.temperature=3"),
         ("sweep.space.method.temperature={low: 3, high: 1}", "is no range"),
         ("+sweep.space.data.batch_size={low: 3}", "is no range"),
@@ -416,3 +420,115 @@ def test_a_trial_whose_int8_file_was_refused_has_no_size_to_be_judged_by(tmp_pat
     assert objective("params", tmp_path) == 7
     with pytest.raises(UserError, match="has no bytes: its int8 file was refused"):
         objective("bytes", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "keys"),
+    [
+        ([], {"method.temperature", "method.hard", "method.soft", "optimizer.lr", "student.widths"}),
+        (
+            ["net@student=shufflenet_v2"],
+            {"method.temperature", "method.hard", "method.soft", "optimizer.lr", "student.width"},
+        ),
+        (["net@student=lenet"], {"method.temperature", "method.hard", "method.soft", "optimizer.lr"}),
+        (["net@student=torchvision"], {"method.temperature", "method.hard", "method.soft", "optimizer.lr"}),
+        (["method=supervised", "teacher=null"], {"method.hard", "optimizer.lr", "student.widths"}),
+        (["net@student=resnet8", "method=at"], None),
+    ],
+)
+@pytest.mark.parametrize("kind", ["optuna", "grid"])
+def test_a_space_of_this_project_fits_any_student(overrides, keys, kind):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        node, base = compose("sweep", [f"sweep={kind}"]).sweep.space, compose("train", ["folder=x", *overrides])
+        kept, left = fitting(OmegaConf.to_container(node), base)
+        space = read_space(kept)
+        compose("train", ["folder=x", *overrides, *(f"{key}={first(d)}" for key, d in space.items())])
+    if keys is not None and kind == "optuna":
+        assert space.keys() == keys
+        assert (
+            set(left)
+            == {*("method.temperature", "method.hard", "method.soft", "student.width", "student.widths")} - keys
+        )
+
+
+def test_widths_are_multiples_of_the_students_own():
+    base = OmegaConf.create({"student": {"widths": [8, 16], "width": 1.0, "depth": 1, "name": "x"}})
+    kept, left = fitting({"student": {k: {"times": [0.5, 1, 2]} for k in ("widths", "width", "depth", "none")}}, base)
+    assert kept == {"student": {"widths": [[4, 8], [8, 16], [16, 32]], "width": [0.5, 1.0, 2.0], "depth": [1, 2]}}
+    assert left == ["student.none"]
+    with pytest.raises(UserError, match=r"sweep\.space\.student\.name: x has no multiples"):
+        fitting({"student": {"name": {"times": [0.5]}}}, base)
+
+
+def test_what_is_left_out_is_said_and_a_typed_key_is_never(quick, tmp_path, caplog):
+    caplog.set_level("INFO")
+    start(tmp_path / "a", "sweep.trials=1", space={"method.temperature": [4.0], "method.nothing": [1], "ema": [0.9]})
+    assert "Left out of the space, since this run has no such key: method.nothing" in caplog.text
+    assert typed_keys(["+sweep.space.data.batch_size=[1]", "sweep.space.method.hard.low=0", "seed=1"]) == {
+        *("data.batch_size", "data", "method.hard.low", "method.hard"),
+    }
+
+
+def test_a_trial_is_a_line_on_the_screen_and_its_lines_are_in_its_file_alone(quick, monkeypatch, tmp_path, caplog):
+    from litdistill.sweep import study as module
+
+    screen = io.StringIO()
+    handler = logging.StreamHandler(screen)
+    monkeypatch.setattr(logging.getLogger(), "level", logging.INFO)
+
+    def train(cfg, callbacks=()):
+        logging.getLogger("litdistill.training.train").info("a line of the run")
+        logging.getLogger("litdistill.training.prerequisites").info("No such teacher yet")
+        leave(cfg, accuracy(cfg))
+
+    monkeypatch.setattr(sweep_trial, "train", train)
+    logging.getLogger().addHandler(handler)
+    try:
+        study = start(tmp_path / "a", "sweep.trials=3")
+        module.log.info("after it")
+    finally:
+        logging.getLogger().removeHandler(handler)
+    lines = screen.getvalue().splitlines()
+    told = [line for line in lines if line.startswith("Trial ")]
+    assert [line.split()[1] for line in told] == ["0", "1", "2"]
+    so_far = 0.0
+    for line, trial in zip(told, study.trials, strict=True):
+        so_far = max(so_far, trial.value)
+        assert f"method.temperature={trial.params['method.temperature']:.4g}" in line
+        assert f"best {so_far:.6g} (trial " in line
+    assert ["left" in line for line in told] == [True, True, False]
+    assert "a line of the run" not in lines
+    assert "No such teacher yet" in lines  # it takes long
+    assert "after it" in lines
+    for number in "012":
+        assert (tmp_path / "a" / number / "train.log").read_text().count("a line of the run") == 1
+
+
+def test_a_sweep_ends_with_its_table_the_best_value_and_the_command_that_reruns_it(quick, tmp_path, caplog, capsys):
+    caplog.set_level("INFO")
+    study = start(tmp_path / "a", "sweep.trials=3", "data.batch_size=16")
+    best = study.best_trial
+    table = capsys.readouterr().out
+    first_row = next(line for line in table.splitlines() if line.startswith("│"))
+    assert first_row.split("│")[1].strip() == str(best.number)
+    assert f"The best is trial {best.number}: val/accuracy {best.value:.6g}" in caplog.text
+    (command,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("To rerun the best: ")]
+    words = shlex.split(command.removeprefix("To rerun the best: "))
+    overrides = [w for w in words if "=" in w]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("train", ["folder=x", *overrides])
+    assert accuracy(cfg) == pytest.approx(best.value)
+    assert cfg.data.batch_size == 16
+    assert "train" in words[:4] or words[1].endswith("train.py")
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_the_table_fits_a_narrow_terminal(quick, tmp_path, monkeypatch, width, capsys):
+    monkeypatch.setenv("COLUMNS", str(width))
+    console = functools.partial(Console, force_terminal=True, width=width, color_system=None)
+    monkeypatch.setattr("litdistill.sweep.report.Console", lambda **_: console())
+    start(tmp_path / "a", "sweep.trials=2")
+    shown = capsys.readouterr().out
+    assert max(len(line) for line in shown.splitlines() if line[:1] in "│┏┃└┡") <= width
+    assert "…" not in shown
+    assert "All trials and parameters are in" in shown

@@ -13,8 +13,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import OmegaConf
 from optuna.trial import FrozenTrial, TrialState
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from litdistill.utils.checkpoint import write_text
+from litdistill.utils.command_line import command_argv, command_text
 
 log = logging.getLogger(__name__)
 
@@ -26,11 +30,52 @@ def write_report(
     write_text(folder / "sweep.md", markdown(study, overrides, names, seeds))
     if (best := best_trial(study)) is not None:
         write_text(folder / "best.yaml", experiment(best, names, seeds))
-        log.info(
-            "The best is trial %d. All are in %s, and best.yaml beside it reruns the best.",
-            best.number,
-            folder / "sweep.md",
-        )
+        show(study, best, folder, names, seeds)
+
+
+def show(
+    study: optuna.Study,
+    best: FrozenTrial,
+    folder: Path,
+    names: Sequence[str],
+    seeds: Sequence[int],
+    rows_shown: int = 20,
+) -> None:
+    """Prints the end of a sweep: the table of its best trials, the best value, and the command that reruns it."""
+    params, console = list(dict.fromkeys(key for t in study.get_trials(deepcopy=False) for key in t.params)), Console()
+    console = console if console.is_terminal else Console(width=160)
+    trials = ranked(study)
+    head = ["trial", *names, *params, "state"]
+    records = [dict(zip(head, row(t, names, params), strict=False)) for t in trials[:rows_shown]]
+    narrow = terminal_table(records)
+    for column in reversed(params):  # of a narrow terminal, as sweep.md has all
+        if console.measure(narrow, options=console.options.update(width=10_000)).maximum <= console.width:
+            break
+        records = [{k: v for k, v in record.items() if k != column} for record in records]
+        narrow = terminal_table(records)
+    console.print(narrow)
+    if len(trials) > rows_shown or len(records[0]) < len(head):
+        print(f"All trials and parameters are in {folder / 'sweep.md'}.")
+    values = ", ".join(f"{name} {value:.6g}" for name, value in zip(names, best.values, strict=True))
+    said = "The best is trial %d: %s. All are in %s, and best.yaml beside it is an experiment."
+    log.info(said, best.number, values, folder / "sweep.md")
+    log.info("To rerun the best: %s", rerun(best, seeds))
+
+
+def terminal_table(records: Sequence[dict[str, str]]) -> Table:
+    """Returns the rows as a table for the terminal; its cells are no markup."""
+    found = Table()
+    for name in records[0]:
+        found.add_column(Text(name), justify="left" if name == "state" else "right", overflow="fold")
+    for record in records:
+        found.add_row(*map(Text, record.values()))
+    return found
+
+
+def rerun(trial: FrozenTrial, seeds: Sequence[int]) -> str:
+    """Returns the command that trains a trial's run again, or its runs."""
+    many = ["-m", f"seed={','.join(map(str, seeds))}"] if seeds else []
+    return command_text([*command_argv("train"), *trial.user_attrs["overrides"], *many])
 
 
 def best_trial(study: optuna.Study) -> FrozenTrial | None:

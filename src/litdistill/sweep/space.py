@@ -7,7 +7,7 @@ or has full override keys, `{"method.temperature": …}`.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -27,6 +27,8 @@ def read_space(node: Any, prefix: str = "") -> dict[str, BaseDistribution]:
     space: dict[str, BaseDistribution] = {}
     for key, value in node.items():
         name = f"{prefix}{key}"
+        if isinstance(value, dict) and "times" in value:
+            continue  # of a key that is left out: see `fitting`
         if isinstance(value, list) and value:
             space[name] = CategoricalDistribution([literal(v) for v in value])
         elif isinstance(value, dict) and {"low", "high"} & value.keys():
@@ -43,6 +45,53 @@ def read_space(node: Any, prefix: str = "") -> dict[str, BaseDistribution]:
         elif value is not None:
             raise UserError(f"sweep.space.{name}={value} is neither a list nor a range. To fix a value: {name}={value}")
     return space
+
+
+def fitting(node: Any, base: DictConfig, typed: Collection[str] = (), prefix: str = "") -> tuple[Any, list[str]]:
+    """Returns a space (plain values) for the config `base`, and the full keys that are left out, as `base` lacks them.
+
+    So a space of conf/sweep fits any network and method: one without widths keeps the one it has. `{times: [0.5, 1, 2]}`
+    becomes a list of the multiples of the config's own value, a number or a list of numbers. Keys in `typed`, which the user
+    has typed, and keys of groups stay: a misspelt one is an error.
+    """
+    kept, left = {}, []
+    for key, value in node.items():
+        name, inner = f"{prefix}{key}", isinstance(value, dict) and not {"low", "high", "times"} & value.keys()
+        if inner:
+            kept[key], more = fitting(value, base, typed, f"{name}.")
+            left += more
+            continue
+        known = name.startswith(("+", "~")) or "@" in name or _holds(base, name) or name in typed
+        if value is not None and not known:
+            left.append(name)
+            continue
+        if isinstance(value, dict) and "times" in value:
+            value = _multiples(name, OmegaConf.select(base, name), value["times"])
+        kept[key] = value
+    return kept, left
+
+
+def _holds(base: DictConfig, name: str) -> bool:
+    """Returns whether a config has a key, also where its value is null."""
+    node: Any = base
+    for part in name.split("."):
+        if not OmegaConf.is_dict(node) or part not in node:
+            return False
+        node = node[part]
+    return True
+
+
+def _multiples(name: str, value: Any, factors: Any) -> list[Any]:
+    """Returns the multiples of a number or of a list of numbers; whole numbers stay whole, and at least 1."""
+    value = plain(value)
+    by = lambda v, f: max(1, round(v * f)) if isinstance(v, int) else v * f  # noqa: E731
+    try:
+        found = [[by(v, f) for v in value] if isinstance(value, list) else by(value, f) for f in factors]
+    except TypeError as error:
+        raise UserError(
+            f"sweep.space.{name}: {value} has no multiples by {factors}. Write a list of values."
+        ) from error
+    return [v for i, v in enumerate(found) if v not in found[:i]]
 
 
 def first(distribution: BaseDistribution) -> Any:

@@ -33,6 +33,7 @@ from litdistill.training.monitors import monitored
 from litdistill.utils.command_line import command_argv, config_dir_flags
 from litdistill.utils.distributed import launched
 from litdistill.utils.errors import Stopped, UserError
+from litdistill.utils.logging import format_seconds
 
 try:
     import optuna
@@ -45,8 +46,8 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
-from litdistill.sweep.report import write_report
-from litdistill.sweep.space import first, grid, pinned, plain, read_space
+from litdistill.sweep.report import best_trial, number, write_report
+from litdistill.sweep.space import first, fitting, grid, pinned, plain, read_space
 from litdistill.sweep.trial import OBJECTIVES, Plan, run_trial
 
 log = logging.getLogger(__name__)
@@ -128,7 +129,12 @@ def make_plan(cfg: DictConfig, overrides: Sequence[str], folder: Path) -> Plan:
         )
     if options.sampler not in ("tpe", "random", "grid"):
         raise UserError(f"sweep.sampler={options.sampler}: choose tpe, random or grid.")
-    space = read_space(plain(options.space) or {})
+    common = training_overrides(overrides)
+    base = compose("train", common)
+    fitted, left = fitting(plain(options.space) or {}, base, typed_keys(overrides))
+    if left:
+        log.info("Left out of the space, since this run has no such key: %s", ", ".join(left))
+    space = read_space(fitted)
     if not space:
         raise UserError("sweep.space is empty: give at least one key a list or a range.")
     count = options.trials
@@ -138,8 +144,6 @@ def make_plan(cfg: DictConfig, overrides: Sequence[str], folder: Path) -> Plan:
         raise UserError(f"sweep.trials=null goes with sweep=grid. For {options.sampler} say how many: sweep.trials=20.")
     if is_foreign():
         check_foreign_sweep(options, space, folder)
-    common = training_overrides(overrides)
-    base = compose("train", common)
     common += pinned(base, space)
     try:
         compose("train", [*common, *(f"{key}={first(d)}" for key, d in space.items())])
@@ -208,6 +212,12 @@ def check_foreign_sweep(options: DictConfig, space: Mapping[str, BaseDistributio
         overrides = [f"{key}={choice}" for choice in choices]
         if "_target_" in key or replayable(overrides, folder) != overrides:
             raise UserError(f"sweep.space.{key} is refused: {folder} was not made here, and may not search that.")
+
+
+def typed_keys(overrides: Sequence[str]) -> set[str]:
+    """Returns the keys of the space that overrides set: `method.temperature` of `sweep.space.method.temperature.low=2`."""
+    keys = {o.lstrip("+~").partition("=")[0].removeprefix("sweep.space.") for o in overrides if "sweep.space." in o}
+    return keys | {key.rpartition(".")[0] for key in keys}
 
 
 def training_overrides(overrides: Sequence[str]) -> list[str]:
@@ -312,7 +322,7 @@ def attempt(plan: Plan, trial: optuna.Trial) -> None:
     except optuna.TrialPruned as end:
         trial.set_user_attr("reason", str(end))
         study.tell(trial, state=TrialState.PRUNED)
-        log.info("Trial %d is pruned: %s", trial.number, end)
+        log.info("Trial %d  pruned: %s%s", trial.number, end, standing(plan))
     except Stopped:
         trial.set_user_attr("starts", starts - 1)  # the sweep was stopped: this start does not count
         raise
@@ -324,4 +334,18 @@ def attempt(plan: Plan, trial: optuna.Trial) -> None:
     else:
         study.tell(trial, values)
         shown = "  ".join(f"{name} {value:.6g}" for name, value in zip(plan.names, values, strict=True))
-        log.info("Trial %d is complete: %s  (%s)", trial.number, shown, trial.params)
+        params = " ".join(f"{key}={number(value)}" for key, value in trial.params.items())
+        log.info("Trial %d  %s  %s%s", trial.number, params, shown, standing(plan))
+
+
+def standing(plan: Plan) -> str:
+    """Returns the best value so far, and the time left as the trials so far tell, as the end of a trial's line."""
+    trials = plan.study.get_trials(deepcopy=False)
+    best, text = best_trial(plan.study), ""
+    if best is not None:
+        text += f"  best {best.values[0]:.6g} (trial {best.number})"
+    durations = [t.duration.total_seconds() for t in trials if t.state.is_finished() and t.duration is not None]
+    left = plan.count - sum(t.state.is_finished() for t in trials)
+    if durations and left > 0:
+        text += f"  {format_seconds(sum(durations) / len(durations) * left / plan.options.workers)} left"
+    return text

@@ -91,7 +91,7 @@ def run_one(plan: Plan, trial: optuna.Trial, overrides: list[str], folder: Path,
     write_text(folder / ".hydra" / "config.yaml", OmegaConf.to_yaml(cfg))
     write_text(folder / ".hydra" / "overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(overrides)))
     callbacks = [OptunaPruningCallback(trial, plan.monitor, hyperparameters(cfg))] if judged else []
-    with as_command([*command_argv("train"), *config_dir_flags(), *whole]), logged_to(folder / "train.log"):
+    with as_command([*command_argv("train"), *config_dir_flags(), *whole]), logged_to(folder / "train.log", alone=True):
         train(cfg, callbacks)
     values = [objective(name, folder) for name in plan.options.objectives]
     if not all(map(math.isfinite, values)):

@@ -73,17 +73,32 @@ def _is_no_tip(record: logging.LogRecord) -> bool:
 
 
 @contextlib.contextmanager
-def logged_to(path: Path) -> Iterator[None]:
-    """Also writes log lines to the file `path` inside the context."""
+def logged_to(path: Path, alone: bool = False) -> Iterator[None]:
+    """Also writes log lines to the file `path` inside the context. `alone`: to that file and those opened inside it only.
+
+    Of a run that is alone, the screen still shows that a teacher is trained first, which takes long.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logging.getLogger().addHandler(handler)
+    root = logging.getLogger()
+    silenced = (
+        [h for h in root.handlers if type(h).__module__.partition(".")[0] in ("logging", "rich")] if alone else []
+    )
+    for other in silenced:
+        other.addFilter(_is_of_teacher)
+    root.addHandler(handler)
     try:
         yield
     finally:
-        logging.getLogger().removeHandler(handler)
+        root.removeHandler(handler)
+        for other in silenced:
+            other.removeFilter(_is_of_teacher)
         handler.close()
+
+
+def _is_of_teacher(record: logging.LogRecord) -> bool:
+    return record.name == "litdistill.training.prerequisites"
 
 
 def format_seconds(seconds: float) -> str:
