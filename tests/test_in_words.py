@@ -1,4 +1,5 @@
-"""docs/in_words.md: what an introduction to distillation speaks of is a command that composes to what the row says, with the figure of its file."""
+"""docs/in_words.md: what an introduction to distillation speaks of is a command that composes to what the row says,
+with the figure of its file."""
 
 from __future__ import annotations
 
