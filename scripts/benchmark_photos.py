@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,7 +39,7 @@ SIZE, BATCH = 224, 32
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 SIDES = {"500x375": (500, 375), "1600x1200": (1600, 1200)}
 CROP = [{"RandomResizedCrop": {"scale": [0.35, 1]}}, "Flip"]
-RECIPES: dict[str, list[object]] = {
+RECIPES: dict[str, list[Any]] = {
     "none": [],
     "shift and flip": [{"Crop": {"pad": 16}}, "Flip"],
     "random resized crop and flip": CROP,
@@ -63,7 +64,7 @@ def write_photographs(folder: Path, count: int, size: tuple[int, int], seed: int
         part.resize(size, Image.Resampling.BICUBIC).save(path, quality=90)
 
 
-def peers(folder: Path, workers: int, steps: list[object]) -> Callable[[], int]:
+def peers(folder: Path, workers: int, steps: list[Any]) -> Callable[[], int]:
     """Returns a function that runs an epoch of torchvision's way and returns its number of images."""
     last = [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
     dataset = ImageFolder(str(folder / "train"), transforms.Compose([*steps, *last]))
@@ -71,7 +72,7 @@ def peers(folder: Path, workers: int, steps: list[object]) -> Callable[[], int]:
     return lambda: sum(len(images) for images, _ in loader)
 
 
-def ours(folder: Path, workers: int, augment: list[object], **options: object) -> Callable[[], int]:
+def ours(folder: Path, workers: int, augment: list[Any], **options: Any) -> Callable[[], int]:
     """Returns a function that runs an epoch of `ImageData` and returns its number of images."""
     data = ImageData(
         "folder",
@@ -84,13 +85,13 @@ def ours(folder: Path, workers: int, augment: list[object], **options: object) -
         workers=workers,
         augment=augment,
         **options,
-    )  # type: ignore[arg-type]
+    )
     data.setup()
     loader, preprocess, epoch = data.train_loader(), Preprocess(MEAN, STD), iter(range(10**6))
 
     def run() -> int:
         loader.set_epoch(next(epoch))
-        return sum(len(preprocess(data.make_batch(rows).inputs)) for rows in loader)  # type: ignore[union-attr]
+        return sum(len(preprocess(data.make_batch(rows).inputs)) for rows in loader)  # type: ignore[misc, union-attr]
 
     return run
 

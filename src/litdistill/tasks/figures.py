@@ -116,7 +116,7 @@ def confusion_matrices(matrices: Sequence[tuple[str, Tensor]], names: Sequence[s
     )  # cards are small, and text grows as the figure shrinks
     written = 0.009 * size * max(map(len, shown)) if drawn else 0.0  # inches of the longest name
     figure = new_figure(side * len(matrices) + 1.6 + written, side + 0.8 + written)
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)  # type: ignore[union-attr]  # inches; names are at the edge
+    figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.12)  # inches; names are at the edge
     wrong = [matrix.clone().double().fill_diagonal_(0) for _, matrix in matrices]
     most = max(1.0, *(float(w.max()) for w in wrong))
     panels = figure.subplots(1, len(matrices), squeeze=False, sharey=True)[0]
