@@ -8,6 +8,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from litdistill.benchmarks import published_tables
+from litdistill.cli.hydra_main import run_task
 from litdistill.config.schema import SCHEMAS, check
 from litdistill.config.schema.check import OBJECTS, schema_of
 from litdistill.data.arrays import ArrayData
@@ -219,6 +220,15 @@ def test_an_option_without_sense_is_refused_by_name(overrides, line):
 @pytest.mark.parametrize(("command", "overrides", "line"), OTHERS)
 def test_so_is_one_of_another_command(command, overrides, line):
     assert refused(*overrides.split(), command=command) == [line]
+
+
+def test_a_command_says_nothing_but_the_fault(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["train.py", "ema=2"])
+    with pytest.raises(SystemExit) as ended:
+        run_task(lambda cfg: pytest.fail("it is taken"), "train")
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.strip() == "ema=2: a number of at least 0 and below 1 or null. Usual is 0.999."
 
 
 def test_each_fault_has_its_line():

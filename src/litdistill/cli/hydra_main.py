@@ -77,13 +77,14 @@ class Job:
         import_classes_from(str(start))  # here too, for the process of a launcher
         if hydra_config.job.chdir:
             resolve_paths(cfg, start)
-        check(cfg, str(hydra_config.job.config_name))
         if hydra_config.mode != RunMode.MULTIRUN:
             sys.argv = [*self.command, *self.arguments]
             try:
+                check(cfg, str(hydra_config.job.config_name))
                 return self.task(cfg)
             except UserError as error:
                 raise Refused(error) from error
+        check(cfg, str(hydra_config.job.config_name))
         output = Path(hydra_config.runtime.output_dir)
         inside = output.is_relative_to(start)
         own = [f"folder={literal(str(output.relative_to(start) if inside else output))}"] if "folder" in cfg else []

@@ -54,7 +54,7 @@ def _suggest(shown: str, name: str, known: Iterable[str], label: str) -> str:
     known = list(known)
     same_leaf = [k for k in known if k.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
     if label == "Keys" and "." not in name:
-        known = [k for k in known if "." not in k]
+        known = [k for k in known if "." not in k and "/" not in k]
     near = list(dict.fromkeys(same_leaf + difflib.get_close_matches(name, known, n=4, cutoff=0.5)))[:4]
     return (
         f"{shown}: did you mean {' or '.join(near)}?" if near else f"{shown}: unknown. {label}: {', '.join(known[:40])}"
