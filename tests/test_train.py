@@ -10,6 +10,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 from omegaconf import OmegaConf
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -221,6 +222,25 @@ def test_an_automatic_teacher_is_trained_once_and_shared_by_seeds_and_methods(sm
 )
 def test_a_teacher_is_known_by_what_decides_its_weights(small, override, same):
     assert (recipe_hash(teacher_config(small())) == recipe_hash(teacher_config(small(override)))) is same
+
+
+def test_a_teacher_of_other_images_is_not_taken_for_theirs(small, tmp_path):
+    """Two folders with the same options: the teacher of the one was found for the other. A copy of a folder is the same."""
+    for name, size in (("a", 8), ("b", 9)):
+        for kind in ("cat", "dog"):
+            (tmp_path / name / kind).mkdir(parents=True)
+            for i in range(size):
+                Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / name / kind / f"{i}.png")
+    shutil.copytree(tmp_path / "a", tmp_path / "copy")
+
+    def found(folder):
+        return teacher_folder(small("data=folder", f"data.root={tmp_path / folder}")).name
+
+    first = found("a")
+    assert found("copy") == first
+    assert found("b") != first
+    (tmp_path / "a" / "cat" / "new.png").write_bytes((tmp_path / "a" / "cat" / "0.png").read_bytes())
+    assert found("a") != first
 
 
 def test_a_teacher_sees_all_labels_where_its_student_sees_few(small):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from litdistill.config.instantiate import NETWORK_META_KEYS
 from litdistill.config.origin import PLACES
+from litdistill.data.listing import contents_digest
 from litdistill.utils.checkpoint import STUDENT
 from litdistill.utils.hashing import digest
 
@@ -31,6 +33,7 @@ NO_RECIPE = {  # options of these that change only paths and speed
 }
 
 
+OWN_FILES = ("folder", "shards")  # data whose files are the user's
 OWN_CALLBACKS = ("best", "last", "learning_rate")  # those of conf/callbacks, which do not change the weights
 
 
@@ -108,8 +111,15 @@ def starting_point_dir(recipe: DictConfig) -> Path:
 
 
 def recipe_hash(cfg: DictConfig) -> str:
-    """Returns ten hex digits that are equal for two configs if their runs train the same weights."""
-    return digest(recipe(cfg))
+    """Returns ten hex digits that are equal for two configs if their runs train the same weights.
+
+    Published data are the same wherever they lie. Folders of images are not: of these names and sizes of the files count, so
+    that a teacher of other images, or of fewer, is not taken for theirs.
+    """
+    kept = recipe(cfg)
+    if cfg.data.get("name") in OWN_FILES and cfg.data.get("root") is not None:
+        kept["files"] = contents_digest(Path(cfg.data.root))
+    return digest(kept)
 
 
 def recipe(cfg: DictConfig) -> dict[str, Any]:
@@ -152,6 +162,21 @@ def teacher_folder(cfg: DictConfig) -> Path:
     """Returns the folder of the teacher's run that `teacher.checkpoint: auto` refers to."""
     recipe = teacher_config(cfg)
     return Path(cfg.runs) / "teachers" / f"{net_name(recipe.student)}-{data_name(cfg.data)}-{recipe_hash(recipe)}"
+
+
+def teacher_by_weights(cfg: DictConfig, sha256: str) -> Path | None:
+    """Returns the folder of a finished teacher's run whose student has these weights; None if there is none.
+
+    It finds the teacher of a run whose data were changed or exchanged since.
+    """
+    for summary in sorted((Path(cfg.runs) / "teachers").glob("*/summary.json")):
+        try:
+            found = json.loads(summary.read_text(encoding="utf-8"))["student"]["sha256"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if found == sha256 and is_complete(summary.parent):
+            return summary.parent
+    return None
 
 
 def net_name(node: DictConfig) -> str:

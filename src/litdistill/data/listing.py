@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 from collections import Counter
@@ -79,6 +80,22 @@ def list_images(folder: Path) -> Listing:
             why = reason or (_hidden(entry.name) if is_folder else "")
             (links if linked else waiting).append((Path(entry.path), why))
     return Listing(sorted(files), skipped)
+
+
+def contents_digest(folder: Path) -> str:
+    """Returns ten hex digits of the names and sizes of all images, or of all files where there are none (shards); "" for a
+    folder that cannot be read. They are the same where the folder is moved or copied."""
+    try:
+        files = list_images(folder).files if folder.is_dir() else []
+        named = [(os.path.relpath(file.path, folder), file.size) for file in files]
+        if not files:
+            named = sorted((entry.name, entry.stat().st_size) for entry in os.scandir(folder) if entry.is_file())
+    except (OSError, UserError):
+        return ""
+    found = hashlib.sha256()
+    for name, size in named:
+        found.update(os.fsencode(f"{name}\0{size}\n"))
+    return found.hexdigest()[:10]
 
 
 def _hidden(name: str) -> str:

@@ -19,6 +19,7 @@ from litdistill.config.build import build_data, build_student, build_teacher
 from litdistill.config.changes import as_started
 from litdistill.config.distiller import build_distiller, build_method, example_batch
 from litdistill.config.origin import check_links, made_here
+from litdistill.config.recipes import is_complete, teacher_by_weights, teacher_folder
 from litdistill.config.trust import check_trusted, packages
 from litdistill.data.foreign import ForeignData
 from litdistill.distillation.distiller import Distiller
@@ -124,7 +125,8 @@ def rebuild(folder: Path, overrides: DictConfig | None = None, trust: Sequence[s
     if overrides is not None:
         cfg = OmegaConf.merge(cfg, overrides)  # type: ignore[assignment]
     data, task = run_data(cfg, folder)
-    teacher = build_teacher(as_started(cfg, summary.get("changes")), data, task, _gone)
+    started = as_started(cfg, summary.get("changes"))
+    teacher = build_teacher(_with_teacher_found(started, summary), data, task, _gone)
     if teacher is not None:
         found, then = weights_sha256(teacher.state_dict()), summary["teacher"]["sha256"]
         if found != then:
@@ -144,6 +146,21 @@ def rebuild(folder: Path, overrides: DictConfig | None = None, trust: Sequence[s
     )  # fmt: skip
     load_state_dict_checked(distiller.deployed_student, _own_weights(folder, summary), folder, "student")
     return data, distiller
+
+
+def _with_teacher_found(cfg: DictConfig, summary: dict[str, Any]) -> DictConfig:
+    """Returns `cfg`, with the folder of its automatic teacher as the checkpoint where its recipe does not lead there any more:
+    the images of the run have changed since, or it is measured on others."""
+    if cfg.teacher is None or cfg.teacher.checkpoint != "auto" or cfg.teacher.get("ensemble"):
+        return cfg
+    if is_complete(teacher_folder(cfg)) or summary["teacher"] is None:
+        return cfg
+    known = teacher_by_weights(cfg, summary["teacher"]["sha256"])
+    if known is None:
+        return cfg
+    found = cfg.copy()
+    OmegaConf.update(found, "teacher.checkpoint", str(known))
+    return found
 
 
 def _gone(cfg: DictConfig, folder: Path) -> None:
