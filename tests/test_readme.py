@@ -65,11 +65,21 @@ def small_folder(root: Path) -> Path:
     return root
 
 
+def without_labels(folder: Path) -> Path:
+    folder.mkdir()
+    for i in range(4):
+        Image.new("RGB", (40, 36), (10 * i, 50, 50)).save(folder / f"{i}.png")
+    return folder
+
+
 @pytest.mark.parametrize("command", TRAINS)
 def test_a_training_command_of_the_readme_trains(command, tmp_path, monkeypatch, readme_files):
     real = lambda name, *a, **k: generated(name, *a, **k) if name in SHAPES else load(name, *a, **k)  # noqa: E731
     monkeypatch.setattr(datamodule, "load", real)
-    arguments = shlex.split(command.replace("<folder>", str(small_folder(tmp_path / "images"))))[2:]
+    places = {"<folder>": small_folder(tmp_path / "images"), "<another>": without_labels(tmp_path / "more")}
+    for name, place in places.items():
+        command = command.replace(name, str(place))
+    arguments = shlex.split(command)[2:]
     chosen = [a for a in arguments if a != "-m"]
     chosen = [a.split(",")[0] if "[" not in a else a for a in chosen]  # the first job of a sweep
     small = [a for a in STEP if not a.startswith("+")] + ["data.epoch_size=8", "data.val_size=0.5"]

@@ -31,7 +31,9 @@ class Classification(Task):
     kind = CATEGORICAL
     monitor: tuple[str, Literal["max", "min"]] = ("accuracy", "max")
 
-    def __init__(self, label_smoothing: float = 0.0, class_weights: Sequence[float] | None = None):
+    def __init__(
+        self, label_smoothing: float = 0.0, class_weights: Sequence[float] | Literal["balanced"] | None = None
+    ):
         if not 0 <= label_smoothing < 1:
             raise UserError(f"label_smoothing={label_smoothing} must be at least 0 and below 1; 0.1 is common.")
         if isinstance(class_weights, str) or not all(0 <= w < math.inf for w in class_weights or ()):
