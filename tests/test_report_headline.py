@@ -158,6 +158,13 @@ def test_every_point_is_within_the_axes_with_a_number_and_nothing_warns(costs, v
     assert all(name in axes.get_title() for name in missing if plane.drawn)
 
 
+def test_a_name_in_any_script_is_drawn_without_a_warning():
+    plane = points.Plane(plots.styles(["日本 $x$ <b>"], [False]), [1.0], [[90.0]])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert "日本 $x$ &lt;b&gt;" in points.over_cost(plane, "kB", "accuracy")
+
+
 def test_labels_of_a_crowd_do_not_overprint():
     costs = [100.0, 104.0, 108.0, 100.0, 104.0, 300.0, 310.0, 100.0]
     _, _, labels = drawn(costs, [[90.0], [90.2], [89.8], [91.0], [89.0], [90.0], [90.1], [90.0]])

@@ -11,8 +11,9 @@ import io
 import re
 import statistics
 import textwrap
+import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -183,8 +184,9 @@ def figure_as_svg(width: float, height: float) -> Iterator[tuple[Figure, Axes, l
         drawn.append(_svg(figure))
 
 
-def styled() -> AbstractContextManager[None]:
-    """Returns the context of matplotlib settings that all figures share."""
+@contextmanager
+def styled() -> Iterator[None]:
+    """Sets what all figures share; the browser has glyphs that matplotlib's font lacks, so that is no warning."""
     import matplotlib as mpl
 
     ink = ("text.color", "axes.labelcolor", "axes.edgecolor", "axes.titlecolor", "xtick.color", "ytick.color")
@@ -194,7 +196,9 @@ def styled() -> AbstractContextManager[None]:
         **{"axes.grid": True, "axes.spines.top": False, "axes.spines.right": False, "hatch.linewidth": 0.5},
         **{"font.family": "sans-serif", "text.parse_math": False},
     }
-    return mpl.rc_context(options)
+    with mpl.rc_context(options), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        yield
 
 
 def _svg(figure: Figure) -> str:
