@@ -29,6 +29,7 @@ from litdistill.utils.units import spread
 
 PER_CLASS = (20, 100, 500)
 TEST_PER_CLASS = 100
+UNLABELLED = (500, 900)  # of each class: images that no folder above trains on
 COMMIT = "d272fb14cdff6e473fafeeeba32aba5f560e9e43"
 BCCD = f"https://github.com/Shenggan/BCCD_Dataset/archive/{COMMIT}.tar.gz"
 # SHA-256 over the names of annotations, photographs and splits, in order, and the SHA-256 of each.
@@ -45,18 +46,20 @@ STUDENT = (
 TECHNIQUES = {
     "alone": (*STUDENT, "method=supervised", "teacher=null"),
     "distilled": (*STUDENT, "method=kd"),
+    "unlabelled": (*STUDENT, "method=kd", "data.unlabelled={unlabelled}"),
     "fine-tuned": ("experiment=photos/fine_tuned_cpu",),
 }
 WORDS = {
     "alone": "ConvNet on the labels alone",
     "distilled": "the same ConvNet, distilled",
+    "unlabelled": "the same, with unlabelled pictures",
     "fine-tuned": "EfficientNet-Lite0, fine-tuned",
 }
 
 
 def write_cifar10(folder: Path, root: Path) -> None:
     """Writes `cifar10-<n>/train|test/<class>/*.jpg`: the first n images of each class of the official training set, and the
-    first hundred of each class of the official test set."""
+    first hundred of each class of the official test set; and `cifar10-unlabelled`, 4,000 others of the training set."""
     from litdistill.data.sources import load
 
     source = load("cifar10", root)
@@ -68,6 +71,12 @@ def write_cifar10(folder: Path, root: Path) -> None:
                 for i in (images.targets == label).nonzero().flatten()[:count].tolist():
                     pixels = images.images[i].permute(1, 2, 0).contiguous().numpy()
                     Image.fromarray(pixels).save(place / f"{i:05d}.jpg", quality=95)
+    place = folder / "cifar10-unlabelled"
+    place.mkdir(exist_ok=True)
+    for label in range(len(source.classes)):
+        for i in (source.train.targets == label).nonzero().flatten()[slice(*UNLABELLED)].tolist():
+            pixels = source.train.images[i].permute(1, 2, 0).contiguous().numpy()
+            Image.fromarray(pixels).save(place / f"{i:05d}.jpg", quality=95)
 
 
 def bccd_members(archive: bytes) -> dict[str, bytes]:
@@ -137,7 +146,12 @@ def write(folder: Path, root: Path, bccd: Path | None) -> None:
 def commands(folder: Path, pictures: str, runs: Path) -> list[list[str]]:
     """Returns the arguments of `litdistill train` for each technique on one folder of pictures."""
     shared = [f"data.root={folder / pictures}", f"name={pictures}", f"runs={runs}", "seed=0,1,2"]
-    return [[*options, f"technique={name}", *shared] for name, options in TECHNIQUES.items()]
+    unlabelled = folder / "cifar10-unlabelled"
+    return [
+        [*(option.format(unlabelled=unlabelled) for option in options), f"technique={name}", *shared]
+        for name, options in TECHNIQUES.items()
+        if name != "unlabelled" or pictures != "bccd"
+    ]
 
 
 def run(folder: Path, pictures: Sequence[str], runs: Path) -> None:
@@ -163,6 +177,8 @@ def table(summaries: Sequence[dict[str, Any]], pictures: Sequence[str]) -> list[
                 found[summary["technique"]].append(summary)
         for technique, words in WORDS.items():
             rows = found.get(technique, [])
+            if name == "bccd" and technique == "unlabelled":
+                continue
             if not rows:
                 lines.append(f"| {name} | | | {words} | | not run | | |")
                 continue
