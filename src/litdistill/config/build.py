@@ -138,9 +138,7 @@ def build_net(
     if say and source is None and fetch and changes:
         own = wanted.keys() & {"mean", "std"}
         set_here = f" {role}.preprocess sets {' and '.join(sorted(own))} in place of the weights' own." if own else ""
-        log.info(
-            "The %s is %s%s%s", role, changes, " Its statistics of batch normalization are fixed." * fixed, set_here
-        )
+        log.info("%s%s%s", changes, " Its statistics of batch normalization are fixed." * fixed, set_here)
     net = bare(net)
     if source is not None:
         final = preprocess.input_shape(data.input_shape) if preprocess is not None else shape
