@@ -46,8 +46,7 @@ def both(teachers, tmp_path_factory):
 
 
 def test_two_loggers_have_the_same_curves(both):
-    file = next(both.glob("events.out.tfevents*"))
-    events = EventAccumulator(str(file), size_guidance={"scalars": 0}).Reload()
+    events = EventAccumulator(str(both), size_guidance={"scalars": 0}).Reload()
     found = rows(both / "csv" / "version_0")
     for name in ("train/loss", "val/accuracy", "val/agreement"):
         assert column(found, name) == pytest.approx([e.value for e in events.Scalars(name)], rel=1e-6)
