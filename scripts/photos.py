@@ -44,22 +44,14 @@ STUDENT = (
     "min_steps=750",
     "data.view_seed=0",
 )
-LONGER = ("trainer.max_epochs=60", "min_steps=3000", "trainer.check_val_every_n_epoch=4")
 ONLY = {  # techniques that are tried on some pictures alone
     "unlabelled": ("cifar10-20", "cifar10-100", "cifar10-500"),
-    "alone longer": ("cifar10-100",),
-    "unlabelled longer": ("cifar10-100",),
     "learned statistics": ("cifar10-20",),
 }
 TECHNIQUES = {
     "alone": (*STUDENT, "method=supervised", "teacher=null"),
     "distilled": (*STUDENT, "method=kd"),
     "unlabelled": (*STUDENT, "method=kd", "data.unlabelled={unlabelled}"),
-    "alone longer": (*STUDENT, *LONGER, "method=supervised", "teacher=null"),
-    "unlabelled longer": (
-        *(*STUDENT, *LONGER, "+teacher.recipe.trainer.check_val_every_n_epoch=1"),  # the teacher of the other rows
-        *("method=kd", "data.unlabelled={unlabelled}"),
-    ),
     "fine-tuned": ("experiment=photos/fine_tuned_cpu",),
     "learned statistics": ("experiment=photos/fine_tuned_cpu", "student.statistics=learned"),
 }
@@ -67,8 +59,6 @@ WORDS = {
     "alone": "ConvNet on the labels alone",
     "distilled": "the same ConvNet, distilled",
     "unlabelled": "the same ConvNet, distilled with unlabelled pictures",
-    "alone longer": "ConvNet on the labels alone, 3,000 steps",
-    "unlabelled longer": "ConvNet distilled with unlabelled pictures, 3,000 steps",
     "fine-tuned": "EfficientNet-Lite0, fine-tuned",
     "learned statistics": "EfficientNet-Lite0, fine-tuned with learned statistics",
 }
@@ -233,8 +223,8 @@ Three ways to a classifier from a folder of pictures, on real pictures, three se
 
 {table}
 
-- The ConvNet (`experiment=photos/cpu`) sees pictures of 32 pixels and takes 750 steps of 32 pictures where no other number is
-  given. Its teacher is EfficientNet-Lite0 with ImageNet weights, fine-tuned on the same pictures, which sees them enlarged to
+- The ConvNet (`experiment=photos/cpu`) sees pictures of 32 pixels and takes 750 steps of 32 pictures in each
+  row. Its teacher is EfficientNet-Lite0 with ImageNet weights, fine-tuned on the same pictures, which sees them enlarged to
   96 pixels: the row "fine-tuned" is three such networks, and the first of them is the teacher of all students.
 - `cifar10-<n>`: the first n images of each class of CIFAR-10's training set as JPEG files, and the first 100 of each class of
   its test set. Unlabelled are 4,000 others of the training set. A tenth of the pictures with labels chooses the best epoch: of
