@@ -58,6 +58,17 @@ def test_tables_scroll_in_their_own_box_and_the_first_column_stays(made):
     assert page.evaluate("document.querySelector('#cost tbody th').getBoundingClientRect().left") == before
 
 
+@pytest.mark.parametrize("name", ["a_" * 50, "many words " * 9])
+def test_a_long_name_is_a_few_lines_on_a_phone(made, tmp_path, name):
+    _, page = made
+    write_page(tmp_path, group(rows=2, name=name))
+    page.open(tmp_path / "index.html", 390)
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+    heights = page.evaluate("[...document.querySelectorAll('tbody th')].map(t => t.getBoundingClientRect().height)")
+    assert 40 < max(heights) <= 6 * 16 + 12
+    assert max(page.evaluate("[...document.querySelectorAll('tbody th')].map(t => t.clientWidth)")) <= 0.46 * 390
+
+
 def test_ink_and_paper_contrast_by_day_and_by_night(made):
     """WCAG 2.1's ratio of luminances, of text and of the pictures' text: 4.5 at least."""
     path, page = made
@@ -93,6 +104,11 @@ def test_the_page_prints_to_a_few_sheets(made):
     assert 4 <= sheets <= 25
     page.call("Emulation.setEmulatedMedia", media="print", features=[{"name": "prefers-color-scheme", "value": "dark"}])
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"  # spares the ink
+    heads = "[...document.querySelectorAll('h3'), ...document.querySelectorAll('p:has(+ pre, + .grid)')]"
+    assert page.evaluate(f"{heads}.length") > 20
+    assert set(page.evaluate(f"{heads}.map(e => getComputedStyle(e).breakAfter)")) == {
+        "avoid"
+    }  # no heading and no name of a row stands alone at the end of a sheet
     page.call("Emulation.setDeviceMetricsOverride", width=1032, height=700, deviceScaleFactor=1, mobile=False)
     wide = "[...document.querySelectorAll('table')].map(t => t.getBoundingClientRect().right - innerWidth)"
     assert max(page.evaluate(wide)) <= 0  # 273 mm of A4 on its side: nothing scrolls on paper, so all must fit

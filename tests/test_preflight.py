@@ -147,7 +147,7 @@ def test_a_metric_that_nobody_logs_is_one_line(small):
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("technique=[a,b]", "technique=[a,b]: a text, or a whole number, or a number, or null."),
+        ("technique=[a,b]", "technique=[a,b]: text, a number or null."),
         ("seed=1.5", "seed=1.5: a whole number from 0 to 2³² − 1. Did you mean 2?"),
         ("~callbacks.best", "callbacks.best is missing"),
         ("callbacks.last=null", "callbacks.last is missing"),

@@ -5,6 +5,7 @@ import statistics
 import warnings
 
 import pytest
+import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -74,6 +75,15 @@ def test_a_student_that_is_larger_and_slower_is_said_to_be():
     assert figures[:2] == ["2.0x larger", "10x slower"]
 
 
+@pytest.mark.parametrize(("share", "words"), [(1.0, "as"), (1.04, "as"), (0.96, "as"), (1.06, "1.1x"), (0.9, "1.1x")])
+def test_a_student_that_costs_the_same_is_as_large_and_as_fast(share, words):
+    made = group(rows=1, seeds=1)
+    teacher, row = (r.timing for r in made.rows)
+    row["bytes"], row["cpu"][1]["p50_ms"] = share * teacher["bytes"], share * teacher["cpu"][1]["p50_ms"]
+    for figure, word in zip([f for f, _ in headline.card(made).figures], ("large", "fast"), strict=False):
+        assert figure == f"as {word}" if words == "as" else figure.startswith(f"{words} ")
+
+
 def test_where_less_is_better_the_card_says_so_and_takes_the_least():
     made = group(rows=2, seeds=1)
     made.facts["metric"] = {"name": "nll", "direction": "min"}
@@ -110,6 +120,23 @@ def test_a_finding_is_loud_and_its_row_is_marked():
     page = html_page("t", [], [opening, sections.quality(made, "")])
     assert 'class="warn" role="alert">first: The student is a constant &lt;b&gt;.' in page
     assert page.count('<tr class="marked">') == 1
+
+
+def test_a_constant_student_is_warned_of_above_the_tables_and_its_row_is_marked():
+    made = with_control()
+    for seed in made.rows[2].seeds:  # of class 3, whatever the image is
+        seed.test.heads["logits"] = seed.test.logits * 0 + 5 * torch.eye(10)[3]
+    opening = chapter(made, "", SETTINGS)[0]
+    constant, chance = (b.text for b in opening.blocks if isinstance(b, Warn))
+    assert constant.startswith(
+        f"{made.rows[2].label}: The student is a constant: it predicts 3 for 100.0 % of the test set."
+    )
+    assert constant.endswith("(seed 0, 1)")
+    assert "at chance level" in chance
+    (table,) = (b for b in sections.quality(made, "").blocks if isinstance(b, Table))
+    assert list(table.marked) == [2]
+    page = html_page("t", [], chapter(made, "", SETTINGS))
+    assert page.index("The student is a constant") < page.index("<nav")  # nobody scrolls past it
 
 
 # -- the main figure ---------------------------------------------------------------------------------------------------

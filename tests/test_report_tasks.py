@@ -12,16 +12,18 @@ from omegaconf import OmegaConf
 from torch import nn
 from torch.utils.data import DataLoader
 
-from litdistill.report import plots, points, sections
+from litdistill.report import of_task, plots, points, sections
 from litdistill.report import tables as report
 from litdistill.report.build import build
-from litdistill.report.collect import Settings
+from litdistill.report.collect import Group, Row, Seed, Settings
 from litdistill.report.picture import draw
+from litdistill.tasks import MultiLabel, Regression
 from litdistill.training.train import train
+from litdistill.types import Outputs
 from litdistill.utils.checkpoint import write_text
 from litdistill.utils.units import quantity, shown, shown_mean
 from tests.conftest import compose_config
-from tests.pages import group
+from tests.pages import group, summary
 
 torch.set_num_threads(1)
 SMALL = (
@@ -108,7 +110,8 @@ def test_a_page_holds_what_its_data_have(made, tmp_path):
     found = build([made[0]], tmp_path, "Students", Settings(rounds=1, robustness=10, device="cpu"))
     assert [problem for one in found for problem in one.problems] == []
     text = (tmp_path / "report.md").read_text()
-    assert text.count("## ") == 2 * 7
+    assert text.count("## ") == 2 * 8
+    assert text.count("## Average precision of each label") == text.count("## Predicted and true values") == 1
     assert not re.search(r"[Cc]alibration|ECE|Robustness|worst class|images", text)
     for one, metric in zip(sorted(found, key=lambda g: g.name), ("rmse", "map"), strict=True):
         for row in one.rows[1:]:
@@ -119,6 +122,42 @@ def test_a_page_holds_what_its_data_have(made, tmp_path):
             assert f" {shown_here} |" in text
     assert "Of RMSE less is better." in text
     assert "validation RMSE" in (tmp_path / "index.html").read_text()
+
+
+def of_one_row(task, logits, targets, classes):
+    """A group of one model that gave these outputs for these targets."""
+    about = {"name": "mlp", "params": 1, "macs": 1}
+    row = Row(
+        "a $model$ <b>",
+        about,
+        [Seed(summary(0), Path("/nowhere"), task, test=Outputs.of(logits), test_targets=targets)],
+    )
+    return Group("d", {"metric": {"name": task.monitor[0], "direction": task.monitor[1]}}, [row], None, classes)
+
+
+def test_each_label_has_its_average_precision():
+    logits, targets = torch.tensor([[3.0, 1, 0], [2, 2, 0], [1, 3, 0]]), torch.tensor([[0, 0, 0], [1, 0, 0], [0, 1, 0]])
+    (section,) = of_task.of_task(of_one_row(MultiLabel(), logits, targets, ("a$b_{\\frac$", "日本", "never")), "")
+    table, _, picture = section.blocks
+    assert table.rows == [
+        ["1 a $model$ <b>", "a$b_{\\frac$", "50.0", "100.0", ""]
+    ]  # second of its ranking; first; in no sample
+    assert ">日本</text>" in picture.svg
+    assert "nan" not in picture.svg.lower()
+
+
+def test_errors_of_a_regression_are_in_the_units_of_the_targets():
+    targets = torch.linspace(0, 100, 101)
+    task = Regression(mean=[50.0], std=[10.0])
+    logits = ((targets - 2 - 50) / 10)[:, None]  # each prediction is too small by 2
+    logits[7] = 1e6  # but one
+    (section,) = of_task.of_task(of_one_row(task, logits, targets, ("progress",)), "d1-")
+    table, _, grid = section.blocks
+    assert table.rows == [["1 a $model$ <b>", *["−2"] * 5]]
+    over, spread = grid.pictures
+    assert over.svg.count("<use") >= 101  # a mark a sample, the one beyond the axes too
+    assert "median is -2" in spread.alt
+    assert not of_task.of_task(group(rows=1), "")
 
 
 def test_a_page_of_data_that_say_nothing_of_themselves_has_no_times(teachers, tmp_path):

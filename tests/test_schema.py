@@ -195,7 +195,7 @@ OTHERS = [
     ("export", "run=x verify=yes", "verify=yes: true or false. Did you mean true?"),
     ("report", "threads=0", f"threads=0: {WHOLE}."),
     ("report", "epsilons=4", "epsilons=4: a list of one or more numbers above 0 and at most 255. Did you mean [4]?"),
-    ("report", "runs=[]", "runs=[]: a text, or a list of one or more texts."),
+    ("report", "runs=[]", "runs=[]: text, or a list of one or more texts."),
     ("compare", "seeds=0", f"seeds=0: {WHOLE}."),
     ("compare", "jobs=1.5", f"jobs=1.5: {WHOLE}. Did you mean 2?"),
     ("evaluate", "run=x device=gpu", "device=gpu: auto, cpu, cuda, cuda:1 or mps."),

@@ -1,11 +1,13 @@
 """Runs are named by what differs, curves by what they are, and figures are whole."""
 
+import warnings
+
 import pytest
 import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from litdistill.tasks.base import Samples
-from litdistill.tasks.figures import classification_figures, shorter
+from litdistill.tasks.figures import any_names, classification_figures, confusion_matrices, shorter
 from litdistill.types import Outputs
 from litdistill.utils import run_names
 from litdistill.utils.tags import tag
@@ -62,6 +64,31 @@ def test_a_run_alone_varies_in_nothing():
     assert run_names.varied(["method=kd", "seed=0"]) == {}
     run_names.announce(["method=kd,dkd", "optimizer.lr=0.1,1", "seed=0"])
     assert run_names.varied(["method=dkd", "optimizer.lr=0.1", "seed=0"]) == {"method": "dkd", "optimizer.lr": 0.1}
+
+
+def test_trials_of_a_sweep_vary_in_the_keys_of_its_space():
+    overrides = ["data=digits", "optimizer.lr=0.1", "method=kd", "seed=2"]
+    with run_names.varying(["optimizer.lr", "seed"]):
+        assert run_names.varied(overrides) == {"optimizer.lr": 0.1, "seed": 2}
+    assert run_names.varied(overrides) == {}
+
+
+def test_a_name_in_a_script_without_a_font_is_one_line_in_the_log_and_no_warning(caplog):
+    caplog.set_level("WARNING", "litdistill")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with any_names():
+            figure = confusion_matrices([("student", torch.eye(2))], ["\U0001f9ea", "plain"])
+            figure.canvas.draw()
+            figure.canvas.draw()
+            warnings.warn("of another kind", stacklevel=1)
+    said = [str(w.message) for w in caught]
+    assert "of another kind" in said
+    assert not any("Glyph" in text for text in said)
+    assert [r.getMessage()[:43] for r in caplog.records] == ["No installed font has all characters of the"]
+    with any_names():
+        confusion_matrices([("student", torch.eye(2))], ["plain", "$x_{\\frac$"]).canvas.draw()
+    assert len(caplog.records) == 1
 
 
 def test_tags_put_metric_and_loss_first():

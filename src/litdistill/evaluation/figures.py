@@ -18,6 +18,7 @@ from litdistill.evaluation.predictions import predict_split, teacher_outputs
 from litdistill.features.outputs import first_tensor, run_network
 from litdistill.models.profile import weight_bytes
 from litdistill.tasks.base import Samples, Task
+from litdistill.tasks.figures import any_names
 from litdistill.utils.tags import tag
 from litdistill.utils.units import named
 
@@ -91,8 +92,6 @@ def show(
     expected = teacher_outputs(teacher, data, task, "val", device, folder) if teacher is not None else None
     names = output_names(data, outputs.logits.shape[1])
     samples = Samples(lambda i: sample(data, "val", i), targets, names, outputs, expected)
-    from matplotlib import rc_context
-
-    with rc_context({"text.parse_math": False}):  # a class's name is no formula
+    with any_names():
         for name, figure in task.figures(samples).items():
             writer.add_figure(f"validation/{name}", figure, step)

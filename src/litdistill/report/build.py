@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import quote
 
-from litdistill.report import headline, history, sections
+from litdistill.report import headline, history, of_task, sections
 from litdistill.report.blocks import Block, Link, Section, Warn, write
 from litdistill.report.collect import Group, Settings, groups
 from litdistill.report.robust import robust
@@ -65,7 +65,7 @@ def chapter(group: Group, key: str, settings: Settings) -> list[Section]:
 
 
 def page_sections(group: Group, key: str, settings: Settings) -> list[Section]:
-    """Returns the sections that apply: per-class ones for classification, failures and robustness for images."""
+    """Returns the sections that apply: per class, label or value by the task, failures and robustness for images."""
     found = [
         sections.quality(group, key),
         sections.tradeoffs(group, key),
@@ -76,6 +76,7 @@ def page_sections(group: Group, key: str, settings: Settings) -> list[Section]:
         found += [sections.per_class(group, key), sections.calibration(group, key)]
         if group.pictured:
             found += [sections.failures(group, key), robust(group, key, settings)]
+    found += of_task.of_task(group, key)
     return [*found, history.curves(group, key), history.compute(group, key), history.rerun(group, key)]
 
 
@@ -89,7 +90,8 @@ def _facts(found: Sequence[Group], settings: Settings) -> list[str]:
     timed = f"Timed on {here['cpu']}, {cores}, {threads}, {here['system']}"
     facts.append(timed + (f", and on {here['gpu']}" if "gpu" in here else "; no GPU"))
     used = versions()
-    facts.append(", ".join(f"{k} {v}" for k, v in used.items()) + time.strftime("; %Y-%m-%d %H:%M"))
+    facts.append(", ".join(f"{k} {v}" for k, v in used.items()))
+    facts.append(time.strftime("Written on %Y-%m-%d at %H:%M"))
     return facts
 
 

@@ -108,11 +108,13 @@ def _costs(row: Row, teacher: Row | None) -> list[tuple[str, str]]:
         ("the file", row.timing.get("bytes"), teacher.timing.get("bytes")),
         ("by parameters", row.about.get("params"), teacher.about.get("params")),
     ]
-    found = [(_ratio(mine, its, ("smaller", "larger")), what) for what, mine, its in sizes if mine and its][:1]
+    found = [(_ratio(mine, its, ("smaller", "larger", "as large")), what) for what, mine, its in sizes if mine and its][
+        :1
+    ]
     mine, its = (r.timing.get("cpu", {}).get(1, {}).get("p50_ms") for r in (row, teacher))
     if mine and its:
         thing = "image" if _pictured(row) else "sample"
-        found.append((_ratio(mine, its, ("faster", "slower")), f"one {thing} on the CPU"))
+        found.append((_ratio(mine, its, ("faster", "slower", "as fast")), f"one {thing} on the CPU"))
     return found
 
 
@@ -120,10 +122,10 @@ def _pictured(row: Row) -> bool:
     return len(row.seeds[0].summary.get("data", {}).get("input_shape") or ()) == 3
 
 
-def _ratio(mine: float, its: float, words: tuple[str, str]) -> str:
-    """Returns `15x smaller`: how many times less than the teacher's, or more."""
+def _ratio(mine: float, its: float, words: tuple[str, str, str]) -> str:
+    """Returns `15x smaller`: how many times less than the teacher's, or more; words for less, more and equal."""
     times, word = (its / mine, words[0]) if its >= mine else (mine / its, words[1])
-    return f"{times:.{0 if times >= 9.95 else 1}f}x {word}"
+    return words[2] if times < 1.05 else f"{times:.{0 if times >= 9.95 else 1}f}x {word}"
 
 
 def _quality(row: Row, group: Group) -> list[tuple[str, str]]:

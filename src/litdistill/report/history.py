@@ -128,7 +128,7 @@ def compute(group: Group, key: str) -> Section:
     if pairs:
         svg = plots.bars(
             [s.name for s, _ in pairs],
-            [("student", own), ("teacher", teacher_s), ("runs before it", begun)],
+            [("student", own), ("teacher", teacher_s), *([("runs before it", begun)] if any(begun) else [])],
             "seconds (mean over seeds)",
         )
         blocks.append(Picture(f"{key}compute", svg, f"Seconds a run, by who took them. {seconds}."))

@@ -108,6 +108,46 @@ def reliability(before: Sequence[Any], after: Sequence[Any], title: str) -> str:
     return drawn[0]
 
 
+def scatter(x: Sequence[float], y: Sequence[float], title: str, limits: tuple[float, float], look: Style) -> str:
+    """Returns an SVG: predictions `y` over true values `x`, both axes within `limits`, and the line of equal ones."""
+    with figure_as_svg(3.4, 3.3) as (_, axes, drawn):
+        axes.plot(limits, limits, color=INK, linewidth=0.8, linestyle=":")
+        axes.plot(x, y, "o", color=look.look["color"], markersize=3.5, alpha=0.5, markeredgewidth=0)
+        axes.set(title=title, xlabel="true", ylabel="predicted", xlim=limits, ylim=limits, aspect="equal")
+    return drawn[0]
+
+
+def histogram(values: Sequence[float], edges: Sequence[float], title: str, xlabel: str, top: float, look: Style) -> str:
+    """Returns an SVG: how many values there are between `edges`; `top`: of the y axis."""
+    with figure_as_svg(3.4, 2.6) as (_, axes, drawn):
+        axes.hist(values, edges, color=look.look["color"], alpha=0.75)
+        axes.axvline(0, color=INK, linewidth=0.8, linestyle=":")
+        axes.set(title=title, xlabel=xlabel, ylabel="samples", xlim=(edges[0], edges[-1]), ylim=(0, top))
+    return drawn[0]
+
+
+def levels(
+    looks: Sequence[Style], values: Sequence[Sequence[float]], labels: Sequence[str], xlabel: str, ends: Sequence[float]
+) -> str:
+    """Returns an SVG: a group of bars for each label, one bar per model, `values[model][label]`; `ends`: of the x axis."""
+    height = 0.8 / len(looks)
+    with figure_as_svg(7.2, 1.2 + len(labels) * max(0.3, 0.09 * len(looks)) + legend_height(looks)) as (
+        figure,
+        axes,
+        drawn,
+    ):
+        for i, (look, each) in enumerate(zip(looks, values, strict=True)):
+            places = [row + (i + 0.5) * height - 0.4 for row in range(len(labels))]
+            axes.barh(places, np.nan_to_num(np.asarray(each)), height, color=look.look["color"], label=look.name)
+        axes.set_yticks(range(len(labels)), map(_wrapped, labels), fontsize=9)
+        axes.set_ylim(len(labels) - 0.4, -0.6)
+        axes.set_xlim(ends[0], ends[-1])
+        axes.set_xlabel(xlabel)
+        axes.grid(axis="y", visible=False)
+        legend_below(figure, axes)
+    return drawn[0]
+
+
 def curves(
     series: Sequence[tuple[Sequence[int], Sequence[float]]],
     line: float | None,
@@ -136,7 +176,7 @@ def bars(labels: Sequence[str], parts: Sequence[tuple[str, Sequence[float]]], xl
             )  # fmt: skip
             left += np.asarray(values)
         axes.set_yticks(range(len(labels)), map(_wrapped, labels), fontsize=9)
-        axes.invert_yaxis()
+        axes.set_ylim(len(labels) - 0.4, -0.6)
         axes.set_xlabel(xlabel)
         axes.grid(axis="y", visible=False)
         legend_below(figure, axes)

@@ -19,7 +19,6 @@ from omegaconf import DictConfig, OmegaConf
 from optuna.distributions import BaseDistribution
 
 from litdistill.evaluation.evaluate import rebuild
-from litdistill.evaluation.summary import hyperparameters
 from litdistill.sweep.space import suggest
 from litdistill.training.loggers import guarded, note_results
 from litdistill.training.train import train
@@ -27,6 +26,7 @@ from litdistill.utils.checkpoint import write_text
 from litdistill.utils.command_line import as_command, command_argv, config_dir_flags, literal
 from litdistill.utils.errors import UserError
 from litdistill.utils.logging import logged_to
+from litdistill.utils.run_names import varied, varying
 
 # The objectives and their keys in summary.json. None of them is measured on the test set.
 OBJECTIVES = {
@@ -62,6 +62,11 @@ class Plan:
         return list(self.options.seeds or [])
 
     @property
+    def varied(self) -> list[str]:
+        """Returns the options in which runs of the sweep differ."""
+        return [*self.space, *(["seed"] if self.seeds else [])]
+
+    @property
     def prunes(self) -> bool:
         return self.options.prune is not None and len(self.options.objectives) == 1
 
@@ -90,8 +95,9 @@ def run_one(plan: Plan, trial: optuna.Trial, overrides: list[str], folder: Path,
         cfg.teacher.cache.shared = True  # all trials have the same teacher
     write_text(folder / ".hydra" / "config.yaml", OmegaConf.to_yaml(cfg))
     write_text(folder / ".hydra" / "overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(overrides)))
-    callbacks = [OptunaPruningCallback(trial, plan.monitor, hyperparameters(cfg))] if judged else []
-    with as_command([*command_argv("train"), *config_dir_flags(), *whole]), logged_to(folder / "train.log", alone=True):
+    argv = [*command_argv("train"), *config_dir_flags(), *whole]
+    with varying(plan.varied), as_command(argv), logged_to(folder / "train.log", alone=True):
+        callbacks = [OptunaPruningCallback(trial, plan.monitor, varied(whole))] if judged else []
         train(cfg, callbacks)
     values = [objective(name, folder) for name in plan.options.objectives]
     if not all(map(math.isfinite, values)):

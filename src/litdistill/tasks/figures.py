@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+import re
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,11 +19,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+log = logging.getLogger(__name__)
+
+
 def classification_figures(samples: Samples) -> dict[str, Figure]:
     """Returns the three figures by name, for the student and, if there is one, the teacher."""
-    import matplotlib as mpl
-
-    with mpl.rc_context({"text.parse_math": False}):  # names of classes are no formulas
+    with any_names():
         return _figures(samples)
 
 
@@ -32,6 +37,36 @@ def _figures(samples: Samples) -> dict[str, Figure]:
         "confusion": confusion_matrices([(n, metrics.confusion(x, targets)) for n, x in both], samples.names),
         "reliability": reliability_diagrams([(n, *metrics.reliability(x, targets)) for n, x in both]),
     }
+
+
+FONTS = (  # that have the scripts of East Asia, as matplotlib calls them, by system
+    *("Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans JP", "IPAGothic", "WenQuanYi Zen Hei", "Droid Sans Fallback"),
+    *("Hiragino Sans", "Arial Unicode MS", "Yu Gothic", "Microsoft YaHei", "Malgun Gothic"),
+)
+
+
+@contextmanager
+def any_names() -> Iterator[None]:
+    """Draws names of classes as they are: none is a formula, and a script that no font has gives one line in the log."""
+    import matplotlib as mpl
+    from matplotlib.font_manager import fontManager
+
+    installed = set(fontManager.get_font_names())
+    fonts = ["DejaVu Sans", *(font for font in FONTS if font in installed)]
+    with (
+        warnings.catch_warnings(record=True) as caught,
+        mpl.rc_context({"text.parse_math": False, "font.family": fonts}),
+    ):
+        warnings.filterwarnings("always", "Glyph .* missing from")
+        yield
+    missing = [w for w in caught if re.match(r"Glyph .* missing from", str(w.message))]
+    for other in (w for w in caught if w not in missing):
+        warnings.warn_explicit(other.message, other.category, other.filename, other.lineno)
+    if missing:
+        log.warning(
+            "No installed font has all characters of the classes' names: pictures show boxes for some. A font for them, such "
+            "as Debian's fonts-noto-cjk, helps, after `rm -r ~/.cache/matplotlib`."
+        )
 
 
 def new_figure(width: float, height: float) -> Figure:

@@ -6,12 +6,13 @@ values; `job_name` is the resolver `${job_name:…}` of `conf/hydra/default.yaml
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
@@ -41,6 +42,19 @@ def announce(overrides: Sequence[str]) -> None:
     ]
     names = {name(job, keys).lower() for job in jobs}
     os.environ[SWEPT] = json.dumps({"keys": keys, "numbered": len(names) < len(jobs)})
+
+
+@contextlib.contextmanager
+def varying(keys: Sequence[str]) -> Iterator[None]:
+    """Sets the environment for `varied` to these keys, those of a sweep's space, and back."""
+    before = os.environ.get(SWEPT)
+    os.environ[SWEPT] = json.dumps({"keys": list(keys), "numbered": True})
+    try:
+        yield
+    finally:
+        os.environ.pop(SWEPT)
+        if before is not None:
+            os.environ[SWEPT] = before
 
 
 def job_name(number: int | str, overrides: Sequence[str]) -> str:

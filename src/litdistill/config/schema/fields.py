@@ -68,17 +68,16 @@ Pixels = Annotated[list[Unit], Field(min_length=1)]
 
 
 def takes(annotation: Any) -> str:
-    """Returns what a type takes, in words: "a whole number of 1 or more, or null"."""
-    kinds = list(_kinds(annotation, ()))
+    """Returns what a type takes, in words: "a whole number of 1 or more, or null", "text or a number"."""
+    kinds = list(dict.fromkeys(_kinds(annotation, ())))
+    if "a number" in kinds and "a whole number" in kinds:  # which is a number
+        kinds.remove("a whole number")
     words = [kind for kind in kinds if isinstance(kind, str)]
-    choices = [str(kind[0]) for kind in kinds if isinstance(kind, tuple)]
-    null = [] if None not in kinds else ["null"]
-    if not words:
-        choices += null
-    phrases = ([", ".join(choices[:-1]) + " or " * (len(choices) > 1) + choices[-1]] if choices else []) + words
-    if not (words and null):
-        return ", or ".join(phrases)
-    return ", or ".join((*phrases, "null")) if len(phrases) > 1 or " or " in phrases[0] else f"{phrases[0]} or null"
+    null = ["null"] if None in kinds else []
+    phrases = [*(str(kind[0]) for kind in kinds if isinstance(kind, tuple)), *words, *null]
+    if len(phrases) > 1 and any(" or " in phrase for phrase in words):  # one that has choices of its own
+        return ", or ".join(filter(None, (", ".join(phrases[: -len(words + null)]), *words, *null)))
+    return ", ".join(phrases[:-1]) + " or " * (len(phrases) > 1) + phrases[-1]
 
 
 def _kinds(annotation: Any, metadata: tuple[Any, ...]) -> Iterator[str | tuple[Any] | None]:
@@ -106,14 +105,20 @@ def _kinds(annotation: Any, metadata: tuple[Any, ...]) -> Iterator[str | tuple[A
     elif isinstance(annotation, type) and issubclass(annotation, Object):
         yield "an object {_target_: my_package.MyClass, …}"
     else:
-        words = {bool: "true or false", str: "a text", Any: "anything", Path: "a path"}
-        yield words.get(annotation, "a mapping {key: value, …}")
+        words = {str: "text", Any: "anything", Path: "a path"}
+        yield from (
+            (("true",), ("false",)) if annotation is bool else (words.get(annotation, "a mapping {key: value, …}"),)
+        )
 
 
 def _plural(phrase: str) -> str:
-    for one in ("a whole number", "a number", "a text", "a list", "an object", "a mapping", "a class"):
+    for one in ("text", "a whole number", "a number", "a list", "an object", "a mapping", "a class"):
         if phrase.startswith(one):
-            return one.partition(" ")[2] + ("es" if one.endswith("s") else "s") + phrase.removeprefix(one)
+            return (
+                one.removeprefix("a ").removeprefix("an ")
+                + ("es" if one.endswith("s") else "s")
+                + phrase.removeprefix(one)
+            )
     return f"of {phrase}"
 
 
