@@ -1,6 +1,7 @@
 """The card of the page and what stands around it: its figures by hand, what is left out, and findings that nobody overlooks."""
 
 import math
+import re
 import statistics
 import warnings
 
@@ -190,6 +191,15 @@ def test_a_name_in_any_script_is_drawn_without_a_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert "日本 $x$ &lt;b&gt;" in points.over_cost(plane, "kB", "accuracy")
+
+
+def test_long_names_are_wrapped_in_legends_and_titles():
+    looks = plots.styles(["many words " * 9, "x" * 100], [False] * 2)
+    svg = points.over_cost(points.Plane(looks, [1.0, 2.0], [[90.0], [91.0]]), "kB", "accuracy")
+    svg += plots.curves([([1, 2], [1.0, 2.0])], None, looks[1].name, "accuracy")
+    texts = re.findall(r"<text[^>]*>([^<]*)</text>", svg)
+    assert max(map(len, texts)) <= plots.LEGEND
+    assert sum("many" in text for text in texts) >= 2
 
 
 def test_labels_of_a_crowd_do_not_overprint():

@@ -64,8 +64,7 @@ def _precisions(row: Row) -> list[float]:
 def errors(group: Group, key: str) -> Section:
     """Returns the section of a regression: predicted over true values, and the errors, of each row and value."""
     pairs = [(style, *_values(row)) for style, row in zip(looks(group), group.rows, strict=True)]
-    names, blocks = class_names(group), []
-    table = []
+    names, table = class_names(group), []
     for style, predicted, true in pairs:
         quartiles = np.quantile((predicted - true).numpy(), (0.05, 0.25, 0.5, 0.75, 0.95), axis=0)
         for name, column in zip(names, quartiles.T, strict=True):
@@ -78,7 +77,7 @@ def errors(group: Group, key: str) -> Section:
         "from 0 is a bias. In the figures all models have the same axes; "
         "predictions beyond them stand at the edge. A cloud flatter than the dotted line: predictions too near to the mean."
     )
-    blocks += [Table(f"{key}error", head, table), Fold(MEASURED, [about])]
+    blocks: list[Block] = [Table(f"{key}error", head, table), Fold(MEASURED, [about])]
     for i, name in enumerate(names[:VALUES]):
         blocks.append(
             Grid(_figures([(s, p[:, i], t[:, i]) for s, p, t in pairs], name if len(names) > 1 else "", f"{key}{i}"))

@@ -103,7 +103,7 @@ def reliability(before: Sequence[Any], after: Sequence[Any], title: str) -> str:
             confidence, accuracy, count = (np.asarray(b) for b in bins)
             full = count > 0
             axes.plot(confidence[full], accuracy[full], line, color=color, markersize=4, linewidth=1.2, label=label)
-        axes.set(title=title, xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1.03))
+        axes.set(title=_wrapped(title, TITLE), xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1.03))
         axes.legend(frameon=False, fontsize=8, labelcolor=INK)
     return drawn[0]
 
@@ -113,7 +113,9 @@ def scatter(x: Sequence[float], y: Sequence[float], title: str, limits: tuple[fl
     with figure_as_svg(3.4, 3.3) as (_, axes, drawn):
         axes.plot(limits, limits, color=INK, linewidth=0.8, linestyle=":")
         axes.plot(x, y, "o", color=look.look["color"], markersize=3.5, alpha=0.5, markeredgewidth=0)
-        axes.set(title=title, xlabel="true", ylabel="predicted", xlim=limits, ylim=limits, aspect="equal")
+        axes.set(
+            title=_wrapped(title, TITLE), xlabel="true", ylabel="predicted", xlim=limits, ylim=limits, aspect="equal"
+        )
     return drawn[0]
 
 
@@ -122,7 +124,9 @@ def histogram(values: Sequence[float], edges: Sequence[float], title: str, xlabe
     with figure_as_svg(3.4, 2.6) as (_, axes, drawn):
         axes.hist(values, edges, color=look.look["color"], alpha=0.75)
         axes.axvline(0, color=INK, linewidth=0.8, linestyle=":")
-        axes.set(title=title, xlabel=xlabel, ylabel="samples", xlim=(edges[0], edges[-1]), ylim=(0, top))
+        axes.set(
+            title=_wrapped(title, TITLE), xlabel=xlabel, ylabel="samples", xlim=(edges[0], edges[-1]), ylim=(0, top)
+        )
     return drawn[0]
 
 
@@ -161,7 +165,7 @@ def curves(
             axes.plot(steps, values, color=COLORS[i % 6], linestyle=LINES[i % 4], linewidth=1.3)
         if line is not None:
             axes.axhline(line, color=INK, linestyle=":", linewidth=1)
-        axes.set(title=title, xlabel="step", ylabel=ylabel, ylim=limits)
+        axes.set(title=_wrapped(title, TITLE), xlabel="step", ylabel=ylabel, ylim=limits)
     return drawn[0]
 
 
@@ -186,8 +190,11 @@ def bars(labels: Sequence[str], parts: Sequence[tuple[str, Sequence[float]]], xl
 # -- from a figure to SVG ----------------------------------------------------------------------------------------------
 
 
-def _wrapped(label: str) -> str:
-    return "\n".join(textwrap.wrap(label, 24))
+LEGEND, TITLE = 64, 40  # characters of a line in a legend, and above a small figure
+
+
+def _wrapped(label: str, width: int = 24) -> str:
+    return "\n".join(textwrap.wrap(label, width))
 
 
 def point(look: Style) -> dict[str, Any]:
@@ -200,13 +207,15 @@ def _legend_columns(labels: Sequence[str]) -> int:
 
 def legend_height(looks: Sequence[Style]) -> float:
     """Returns the height of the legend in inches."""
-    return 0.2 + 0.19 * len(looks) / _legend_columns([look.name for look in looks])
+    names = [look.name for look in looks]
+    return 0.2 + 0.19 * sum(len(textwrap.wrap(name, LEGEND)) for name in names) / _legend_columns(names)
 
 
 def legend_below(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
+    wrapped = [_wrapped(label, LEGEND) for label in labels]
     figure.legend(
-        handles, labels, loc="outside lower left", ncols=_legend_columns(labels), frameon=False, fontsize=8.5,
+        handles, wrapped, loc="outside lower left", ncols=_legend_columns(labels), frameon=False, fontsize=8.5,
         labelcolor=INK, columnspacing=1, handletextpad=0.4,
     )  # fmt: skip
 
