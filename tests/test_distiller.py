@@ -7,13 +7,18 @@ import math
 import pytest
 import torch
 
+from litdistill.config.schema import rules
 from litdistill.distillation.distiller import Distiller
 from litdistill.distillation.examine import check_teacher
 from litdistill.distillation.schedules import interpolate
-from litdistill.methods.base import Method
+from litdistill.methods.at import AT
+from litdistill.methods.base import WEIGHTS, Method
 from litdistill.methods.crd import CRD
 from litdistill.methods.fitnet import FitNet
 from litdistill.methods.kd import KD
+from litdistill.methods.shuffled import Shuffled
+from litdistill.methods.simkd import SimKD
+from litdistill.methods.sum import Sum
 from litdistill.methods.supervised import Supervised
 from litdistill.models.preprocess import bare
 from litdistill.tasks.classification import Classification
@@ -307,6 +312,37 @@ def test_the_interval_is_wilsons(right, count):
 def test_a_method_that_needs_a_teacher_says_so():
     with pytest.raises(UserError, match="learns from a teacher"):
         Distiller(net(), KD())
+
+
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        (KD(hard=0, soft=0), r"KD\(hard=0, soft=0\): nothing is learnt"),
+        (SimKD(hard=0, hint=0), r"SimKD\(hard=0, hint=0\)"),
+        (Sum({"kd": KD(hard=0, soft=0), "at": AT(hard=0, hint=0)}), r"Sum\(hard=0, soft=0, hint=0\)"),
+        (Shuffled(KD(hard=0, soft=0)), r"Shuffled\(hard=0, soft=0\)"),
+    ],
+)
+def test_a_method_without_any_weight_is_refused(method, said):
+    with pytest.raises(UserError, match=said):
+        Distiller(net(), method, net(16), example(digits()))
+
+
+def test_the_weights_that_the_config_knows_are_those_of_the_methods():
+    assert set(rules.WEIGHTS) == {"hard", *WEIGHTS}
+
+
+@pytest.mark.parametrize(
+    "kept", [KD(hard=0), KD(soft=0), Sum({"kd": KD(hard=0, soft=0), "at": AT(hard=0)}), Supervised()]
+)
+def test_one_weight_is_enough(kept):
+    Distiller(net(), kept, net(16), example(digits()))
+
+
+def test_a_loss_without_terms_is_no_loss():
+    distiller = Distiller(net(), Supervised(hard=0))
+    with pytest.raises(UserError, match="Supervised has no term with a weight above 0"):
+        distiller.loss(example(digits()))
 
 
 def test_a_teacher_is_known_by_the_hash_of_its_weights():

@@ -5,13 +5,15 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from lightning import LightningDataModule
 from PIL import Image
+from torch.utils.data import DataLoader, TensorDataset
 
 from litdistill import Distiller, methods
 from litdistill.config.schema import rules
 from litdistill.data.datamodule import ImageData
 from litdistill.distillation.running_means import RunningMeans
-from litdistill.methods import CRD, DKD, KD, Sum, Supervised, TeacherFree
+from litdistill.methods import AT, CRD, DKD, KD, PKT, SRRL, LogitMSE, SimKD, Sum, Supervised, TeacherFree
 from litdistill.methods.base import Method
 from litdistill.methods.shuffled import Shuffled
 from litdistill.models.preprocess import Preprocess, Preprocessed
@@ -20,6 +22,7 @@ from litdistill.tasks import Classification
 from litdistill.training.distill import distill
 from litdistill.types import Batch, Outputs
 from litdistill.utils.errors import UserError
+from tests.fits import same
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +182,76 @@ def test_without_any_label_a_teacher_is_needed(root):
     with pytest.raises(UserError, match="Supervised has no teacher"):
         Distiller(student, Supervised(), data=folder(root, labelled=False))
     Distiller(student, Supervised(), data=folder(root))
+
+
+@pytest.mark.parametrize(
+    "method", [AT(), PKT(), SRRL(), Sum({"at": AT(hard=0), "pkt": PKT()})], ids=lambda m: type(m).__name__
+)
+def test_without_any_label_a_method_that_trains_no_classifier_is_refused(root, method):
+    student, teacher = networks()
+    with pytest.raises(UserError, match=rf"{type(method).__name__} reads features and trains no classifier \(fc\)"):
+        Distiller(
+            student,
+            method,
+            teacher,
+            example=(torch.zeros(2, 3, 8, 8), torch.tensor([-1, -1])),
+            data=folder(root, labelled=False),
+        )
+
+
+@pytest.mark.parametrize(
+    "method", [KD(), SimKD(), LogitMSE(), Sum({"kd": KD(), "at": AT(hard=0)})], ids=lambda m: type(m).__name__
+)
+def test_one_that_trains_it_is_taken_and_nothing_is_left_of_the_trial(root, method):
+    student, teacher = networks()
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    done = Distiller(
+        student,
+        method,
+        teacher,
+        example=(torch.zeros(2, 3, 8, 8), torch.tensor([-1, -1])),
+        data=folder(root, labelled=False),
+    )
+    assert done.student.training
+    assert all(p.grad is None for p in done.parameters())
+    after = student.state_dict()  # SimKD gives it another head
+    assert same(*({name: found[name] for name in before.keys() & after.keys()} for found in (before, after)))
+    Distiller(
+        *networks()[:1],
+        AT(),
+        networks()[1],
+        example=(torch.zeros(2, 3, 8, 8), torch.tensor([-1, -1])),
+        data=folder(root),
+    )  # some labels
+
+
+class Loaders(LightningDataModule):
+    """Samples without ids, of which `train_labels` says which have a label."""
+
+    def __init__(self, labels):
+        super().__init__()
+        self.train_labels = labels
+
+    def train_dataloader(self):
+        draw = torch.Generator().manual_seed(0)
+        images = torch.randint(0, 256, (12, 3, 8, 8), dtype=torch.uint8, generator=draw)
+        targets = torch.tensor([0, 1, -1] * 4 if self.train_labels == "some" else [-1] * 12)
+        return DataLoader(TensorDataset(images, targets), 4)
+
+
+@pytest.mark.parametrize("labels", ["some", "none"])
+def test_data_of_ones_own_say_that_labels_are_missing(labels, tmp_path):
+    student, teacher = networks()
+    before = [p.clone() for p in student.parameters()]
+    options = {"method": KD(hard=0.5), "max_epochs": 1, "trainer": {"logger": False}}
+    done = distill(student, teacher, Loaders(labels), out=tmp_path, **options)
+    assert done.labels == labels
+    assert all(torch.isfinite(p).all() for p in done.deployed_student.parameters())
+    assert any(not torch.equal(a, b) for a, b in zip(before, done.deployed_student.parameters(), strict=True))
+    loader = Loaders(labels).train_dataloader()
+    assert distill(*networks(), loader, out=tmp_path, labels=labels, **options).labels == labels
+    with pytest.raises(UserError, match="train_labels='few' must be all, some or none"):
+        distill(*networks(), Loaders("few"), out=tmp_path, **options)
 
 
 @pytest.mark.parametrize(

@@ -110,8 +110,12 @@ def build_distiller(
     teacher_on_validation: Outputs | None = None,
     group: int = 0,
     sharded: bool = False,
+    labels: str | None = None,
 ) -> Distiller:
-    """Returns the Distiller of a config from its parts. `sharded`: the teacher is sharded over ranks, not made faster."""
+    """Returns the Distiller of a config from its parts.
+
+    `sharded`: the teacher is sharded over ranks, not made faster. `labels`: as of `Distiller`.
+    """
     modes: Mapping[str, Any] = cfg.get("compile") or {}
     if teacher is not None:
         teacher = FrozenTeacher(teacher, task, compile=modes.get("teacher"), faster=not sharded)
@@ -133,6 +137,7 @@ def build_distiller(
             teacher_on_validation=teacher_on_validation,
             cache=CacheOptions("off") if sharded else cache_options(cfg),
             group=group,
+            labels=labels,
             clip=Clip(cfg.trainer.get("gradient_clip_val"), cfg.trainer.get("gradient_clip_algorithm") or "norm"),
         )
     except UserError as error:

@@ -10,7 +10,7 @@ from lightning import LightningDataModule
 from torch import Tensor
 
 from litdistill.data import augment as aug
-from litdistill.data.protocol import split_ids
+from litdistill.data.protocol import split_ids, training_labels
 from litdistill.types import Batch
 from litdistill.utils.errors import UserError
 
@@ -20,7 +20,8 @@ class ForeignData:
 
     Args:
         module: prepared and set up for a fit. Its optional attributes: `name`, `class_names`, `num_classes`, `input_shape`,
-            `mean` and `std` (of images on the scale 0 to 1; without them, networks do not normalize their inputs).
+            `mean` and `std` (of images on the scale 0 to 1; without them, networks do not normalize their inputs), and
+            `train_labels` ("all", "some" or "none" of the training samples have a label; others have a target of -1).
         to_batch: converts a batch of its loaders to a `Batch` (`Task.batch`).
     """
 
@@ -35,6 +36,7 @@ class ForeignData:
         self.example = to_batch(first_batch(module.train_dataloader(), module))
         self.name: str = getattr(module, "name", None) or type(module).__name__
         self.mean, self.std = getattr(module, "mean", None), getattr(module, "std", None)
+        self.train_labels = training_labels(module)
         self._tested = False
 
     @property

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from litdistill.data.loading import IndexLoader, Rows
 from litdistill.types import Batch, Group
+from litdistill.utils.errors import UserError
 
 
 class IndexedData(Protocol):
@@ -86,6 +87,11 @@ def split_ids(data: IndexedData, split: str) -> Tensor:
 
 
 def training_labels(data: Any) -> Literal["all", "some", "none"]:
-    """Returns which of the samples that are trained on have labels; all, where the data do not say."""
+    """Returns which of the samples that are trained on have labels, as their attribute `train_labels` says; all without it.
+
+    Raises `UserError` for another word.
+    """
     found: Literal["all", "some", "none"] = getattr(data, "train_labels", "all")
+    if found not in ("all", "some", "none"):
+        raise UserError(f"{type(data).__name__}.train_labels={found!r} must be all, some or none.")
     return found

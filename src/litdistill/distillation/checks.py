@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
 from litdistill.distillation.inference import NORMS
-from litdistill.methods.base import Method
+from litdistill.methods.base import WEIGHTS, Method
 from litdistill.models.preprocess import check_scale
 from litdistill.tasks.base import Task
 from litdistill.types import Batch
@@ -42,6 +42,7 @@ def check_pairing(
     """Raises `UserError` if the method lacks the teacher, the kind of logits, the labels or the example that it needs, or if
     student and teacher share parameters."""
     check_method(method, teacher, task)
+    check_weighted(method, labels)
     check_labels(method, labels)
     name = type(method).__name__
     if teacher is not None and {id(p) for p in student.parameters()} & {id(p) for p in teacher.parameters()}:
@@ -56,6 +57,50 @@ def check_pairing(
             f"{name} reads features or makes layers of its own: give Distiller(example=…), a batch of a few samples as the "
             "loader yields it, from which they are found."
         )
+
+
+def check_weighted(method: Method, labels: str = "all") -> None:
+    """Raises `UserError` if every term of the loss has the weight 0, as far as this project's own methods say."""
+    parts = [m for m in method.modules() if isinstance(m, Method) and type(m).__module__.startswith("litdistill.")]
+    own = [(name, getattr(part, name, None)) for part in parts for name in WEIGHTS]
+    given = {name: value for name, value in own if isinstance(value, (int, float))}
+    if given and not any(value for _, value in own) and (labels == "none" or not method.hard):
+        shown = ", ".join(f"{name}=0" for name in (*(["hard"] if labels != "none" else []), *given))
+        raise UserError(f"{type(method).__name__}({shown}): nothing is learnt. Give one of them a weight.")
+
+
+def check_trained(distiller: Distiller, batch: Batch | None) -> None:
+    """Raises `UserError` if no sample has a label and the method trains no classifier, as those that read features alone.
+
+    A dry forward of `batch` in eval mode shows which parameters the logits depend on and which the method's own terms.
+    """
+    if batch is None or distiller.labels != "none" or distiller.teacher is None:
+        return
+    modes = [(module, module.training) for module in [*distiller.student.modules(), *distiller.method.modules()]]
+    for module, _ in modes:
+        module.training = False
+    with torch.enable_grad():
+        student = distiller.extractor.run(lambda net: distiller.task.forward(net, batch, False))
+        terms = distiller.method(student._replace(ids=batch.ids), distiller.teacher(batch), batch)
+        idle = _parameters_of(student.logits.sum(), distiller.student)
+        idle -= _parameters_of(torch.stack([*terms.values()]).sum(), distiller.student)
+    for module, training in modes:
+        module.training = training
+    if idle:
+        layers = sorted({name.rpartition(".")[0] for name in idle})
+        raise UserError(
+            f"{type(distiller.method).__name__} reads features and trains no classifier ({', '.join(layers[:3])}), and no "
+            "image has a label (data.labelled=false): use method=kd, add it (method=kd_at), or train on the labeled images too."
+        )
+
+
+def _parameters_of(value: Tensor, net: nn.Module) -> set[str]:
+    """Returns the names of the trained parameters of `net` that a scalar depends on."""
+    named = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    if not named or not value.requires_grad:
+        return set()
+    found = torch.autograd.grad(value, list(named.values()), retain_graph=True, allow_unused=True)
+    return {name for name, gradient in zip(named, found, strict=True) if gradient is not None}
 
 
 def check_labels(method: Method, labels: str) -> None:

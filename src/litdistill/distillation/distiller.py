@@ -24,6 +24,7 @@ from litdistill.distillation.checks import (
     check_images,
     check_pairing,
     check_plateau,
+    check_trained,
     check_trainer,
     world_size,
 )
@@ -31,7 +32,7 @@ from litdistill.distillation.examine import TeacherOnValidation, check_teacher
 from litdistill.distillation.logs import log_group, log_step
 from litdistill.distillation.running_means import RunningMeans
 from litdistill.distillation.schedules import average_of, interpolate, step_plateau
-from litdistill.distillation.step import labels_loss, seed_step, timed_outputs, train_group
+from litdistill.distillation.step import labels_loss, seed_step, timed_outputs, total, train_group
 from litdistill.distillation.teacher import FrozenTeacher
 from litdistill.distillation.teacher_cache import CacheOptions, TeacherCache, open_cache
 from litdistill.features.feature_extractor import FeatureExtractor, resolve_taps
@@ -86,6 +87,7 @@ class Distiller(LightningModule):
         teacher_on_validation: the teacher's outputs for `data.val_ids`, if already computed.
         group: the maximum number of minibatches in a step of Lightning; 0: one, with automatic optimization. Above 0,
             optimization is manual, loaders yield `Group`s (`litdistill.training.grouping`), and `clip` clips gradients.
+        labels: which training samples have a label, "all", "some" or "none"; others have a target of -1. None: as `data` says.
 
     Raises `UserError` for a method that is not defined for the task or for these networks.
     """
@@ -110,10 +112,11 @@ class Distiller(LightningModule):
         cache: CacheOptions | None = None,
         group: int = 0,
         clip: Clip = Clip(),  # noqa: B008
+        labels: str | None = None,
     ):
         super().__init__()
         self.task, self.method = named_task(task), method or Supervised()
-        self.labels = training_labels(data)
+        self.labels = labels or training_labels(data)
         check_pairing(self.method, student, teacher, self.task, example, self.labels)
         batch = None if example is None else self._example(example)
         frozen = teacher if isinstance(teacher, FrozenTeacher) else None
@@ -126,6 +129,7 @@ class Distiller(LightningModule):
         wrapped = None if network is None else FrozenTeacher(network, self.task, teacher_taps, batch, **options)
         self.__dict__["teacher"] = wrapped  # not registered as a submodule: see the class's docstring
         self._build(batch, train_targets)
+        check_trained(self, batch)
         self.average = average_of(self.student, ema) if ema is not None else None
         self.optimizer, self.scheduler, self.scheduling = optimizer, scheduler, scheduling
         self.schedule, self.seed, self.allow_chance = dict(schedule or {}), seed, allow_chance
@@ -258,6 +262,7 @@ class Distiller(LightningModule):
             return train_group(self, batch)
         batch = self.task.batch(batch)
         self.seed_step(batch_idx)
+        self.statistics.remember(self, batch)
         loss = self.loss(batch)
         return loss if batch.weight == 1 else loss * batch.weight
 
@@ -268,7 +273,6 @@ class Distiller(LightningModule):
 
     def loss(self, batch: Batch, teacher: Outputs | None = None) -> Tensor:
         """Returns the loss of one minibatch, a scalar; `teacher`: its outputs, if already computed."""
-        self.statistics.remember(self, batch)
         if teacher is None and self.needs_teacher_outputs:
             teacher = self.teacher_outputs(batch)
         student = self.extractor.run(lambda net: self.task.forward(net, batch, True))._replace(ids=batch.ids)
@@ -279,8 +283,9 @@ class Distiller(LightningModule):
                 f"schedule names {', '.join(unknown)}, but the terms of this method are {', '.join(terms)}."
             )
         terms = {k: v * self._factors[k] if k in self._factors else v for k, v in terms.items()}
+        loss = total(self.method, terms)
         self.means.add(terms, student, teacher, batch.targets)
-        return torch.stack(list(terms.values())).sum()
+        return loss
 
     def _label_terms(self, student: Outputs, batch: Batch) -> dict[str, Tensor]:
         """Returns the terms of the labels' loss, summed over student and companions and weighted by the method's `hard`."""
@@ -322,18 +327,13 @@ class Distiller(LightningModule):
 
     def on_train_end(self) -> None:
         if self.cache is not None and self.cache.requested:
-            known = self.cache.requested - self.cache.computed
-            log.info(
-                "Of %d outputs of the teacher %.0f %% were known.",
-                self.cache.requested,
-                100 * known / self.cache.requested,
-            )
+            share = 1 - self.cache.computed / self.cache.requested
+            log.info("Of %d outputs of the teacher %.0f %% were known.", self.cache.requested, 100 * share)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the method's buffers of all ranks (CRD's memory banks), since a state dict contains only those of rank 0."""
         if self.trainer.world_size > 1:
-            own = {name: self.all_gather(x) for name, x in self.method.named_buffers()}
-            checkpoint["buffers_of_ranks"] = own
+            checkpoint["buffers_of_ranks"] = {name: self.all_gather(x) for name, x in self.method.named_buffers()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restores each rank's own buffers if the number of processes is unchanged."""

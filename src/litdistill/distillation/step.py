@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from litdistill.methods.base import Method
 from litdistill.types import Batch, Group, Outputs
+from litdistill.utils.errors import UserError
 
 if TYPE_CHECKING:
     from litdistill.distillation.distiller import Distiller
@@ -68,6 +70,15 @@ def labels_loss(distiller: Distiller, outputs: Outputs, batch: Batch) -> dict[st
         whole = task.loss(student, outputs, batch._replace(targets=torch.zeros_like(batch.targets)))
         return {name: 0 * value for name, value in whole.items()}
     return task.loss(student, outputs.rows(rows), batch.rows(rows))
+
+
+def total(method: Method, terms: Mapping[str, Tensor]) -> Tensor:
+    """Returns the sum of the terms of the loss. Raises `UserError` where there is none: all have the weight 0."""
+    if not terms:
+        raise UserError(
+            f"{type(method).__name__} has no term with a weight above 0: nothing is learnt. Give one a weight."
+        )
+    return torch.stack(list(terms.values())).sum()
 
 
 def step_schedulers(distiller: Distiller, interval: str) -> None:

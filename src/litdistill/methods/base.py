@@ -23,6 +23,23 @@ CATEGORICAL, BERNOULLI, REAL = (
 )  # distributions that logits parametrize: see `Task.kind`
 
 
+# Options of methods of this project that are weights of their own terms of the loss, beside `hard`.
+WEIGHTS = (
+    "soft",
+    "hint",
+    "tckd",
+    "nckd",
+    "inter",
+    "intra",
+    "instance",
+    "batch",
+    "classes",
+    "pseudo",
+    "distance",
+    "angle",
+)
+
+
 class Method(nn.Module):
     """Base of all methods. A method's parameters (projectors) are trained beside the student and not deployed.
 

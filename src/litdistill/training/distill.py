@@ -14,7 +14,7 @@ from torch import nn
 
 from litdistill.config.distiller import example_batch, train_labels
 from litdistill.data.foreign import first_batch, offers, transferred
-from litdistill.data.protocol import IndexedData, as_indexed
+from litdistill.data.protocol import IndexedData, as_indexed, training_labels
 from litdistill.distillation.distiller import Clip, Distiller, OptimizerFactory
 from litdistill.evaluation.evaluate import load_weights_of
 from litdistill.evaluation.predictions import measure
@@ -92,6 +92,7 @@ def distill(
             layout, callbacks = layout._replace(group=GROUP), without_rate_monitor(callbacks)
             clip = arguments.pop("gradient_clip_val", None), arguments.pop("gradient_clip_algorithm", None) or "norm"
             options, arguments["log_every_n_steps"] = {"clip": Clip(*clip), **options}, 1
+    options = {"labels": training_labels(module), **options} if module is not None else options
     chosen = method or (KD() if teacher is not None else Supervised())
     distiller = Distiller(student, chosen, teacher, example, task, optimizer, group=layout.group, **options)
     metric, direction = task.monitor

@@ -98,6 +98,7 @@ def train(cfg: DictConfig, callbacks: Sequence[Callback] = (), role: str = "Stud
             known = teacher_outputs(teacher, data, task, "val", trainer.strategy.root_device, evaluations_folder(cfg))
         distiller = build_distiller(
             cfg, student, method, teacher, task, example, indexed, optimizer, scheduler, known, built.layout.group, sharded,
+            labels=training_labels(data),
         )  # fmt: skip
         check_train_monitors(distiller, example, built.monitors)
         introduce(cfg, data, distiller, scale)
