@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from hydra.core.hydra_config import HydraConfig
 
 from litdistill import cli
 from litdistill.cli.hydra_main import run_task
@@ -39,6 +40,8 @@ def test_a_sweep_its_report_and_an_evaluation(tmp_path):
     done = call("train", "-m", *FAST, "name=try", "seed=0,1", "method=supervised,kd", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (sweep,) = (tmp_path / "runs" / "try").iterdir()
+    assert "4 finished runs in runs/try/" in done.stdout.splitlines()[-1]
+    assert "`Trainer.fit` stopped" not in done.stdout  # in the log alone
     assert sorted(p.name for p in sweep.iterdir() if p.is_dir()) == ["kd-s0", "kd-s1", "supervised-s0", "supervised-s1"]
     assert len(list((tmp_path / "runs" / "teachers").glob("conv4*/summary.json"))) == 1
     log = (sweep / "supervised-s0" / "train.log").read_text()
@@ -84,7 +87,9 @@ def test_ctrl_c_ends_cleanly_and_resume_auto_goes_on(tmp_path):
 @pytest.mark.parametrize(
     ("argument", "words"),
     [
-        ("data.per_clas=3", "did you mean data.per_class"),
+        ("data.per_clas=3", "did you mean data.per_class?"),
+        ("method.temprature=3", "did you mean method.temperature?"),
+        ("data.batchsize=3", "did you mean data.batch_size?"),
         ("net@student=conv44", "did you mean conv4"),
         ("method=kdd", "did you mean kd"),
         ("exprimnt=mnist", "did you mean experiment"),
@@ -123,6 +128,18 @@ def test_a_user_error_is_shown_alone_and_a_defect_with_its_traceback(monkeypatch
         run_task(wrong, "train")
     assert ended.value.code == 2
     assert capsys.readouterr().err.strip().endswith("the remedy")
+
+    assert not list(tmp_path.rglob("*.yaml"))  # nothing was done in the run's folder: it is removed
+
+    def late(cfg):
+        (Path(HydraConfig.get().runtime.output_dir) / "checkpoints").mkdir()
+        (Path(HydraConfig.get().runtime.output_dir) / "checkpoints" / "last.ckpt").write_bytes(b"1")
+        raise UserError("the remedy")
+
+    with pytest.raises(SystemExit):
+        run_task(late, "train")
+    (kept,) = tmp_path.rglob("last.ckpt")
+    assert (kept.parents[1] / ".hydra" / "config.yaml").is_file()
 
     def broken(cfg):
         raise ZeroDivisionError("a defect")

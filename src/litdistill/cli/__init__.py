@@ -47,9 +47,7 @@ VERBS = {
     "export": Verb(
         "litdistill.cli.commands:export", "write a run's student as ONNX, .pt2 or safetensors", "export", TORCH
     ),
-    "predict": Verb(
-        "litdistill.export.predict:main", "predict with an exported student, for image files or rows of a table"
-    ),
+    "predict": Verb("litdistill.export.predict:main", "predict for images or rows of a table with an exported student"),
     "report": Verb("litdistill.cli.commands:report", "compare finished runs: a table, or a page with curves", "report"),
     "compare": Verb(
         "litdistill.cli.commands:compare", "train every technique on the same data and compare", "compare", TORCH
@@ -63,9 +61,14 @@ VERBS = {
 }
 
 EXAMPLES = """Examples:
-  litdistill train                                            a digits student and its teacher, in a minute
-  litdistill train data=mnist method=dkd net@student=mlp      any option of a group, any key
-  litdistill export run=runs/train/<stamp> precision=int8     a student to ship
+  # a student of digits and its teacher, in a minute
+  litdistill train
+  # your photos, a folder for each class: taught by a pretrained network
+  litdistill train experiment=photos/cpu data.root=<folder>
+  # any option of a group, any key
+  litdistill train data=mnist method=dkd net@student=mlp seed=1
+  # a student to ship
+  litdistill export run=runs/train/<run> precision=int8
 """
 
 

@@ -12,7 +12,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from litdistill.cli import starting
+from litdistill.utils import terminal
 from litdistill.utils.errors import UserError
+from litdistill.utils.text import printable
 
 
 def train(cfg: DictConfig) -> float:
@@ -42,8 +44,6 @@ def compare(cfg: DictConfig) -> None:
 
 def evaluate(cfg: DictConfig) -> None:
     """Evaluates a finished run again, and prints the differences from its summary."""
-    from rich import print as show
-
     from litdistill.evaluation.evaluate import differences, draw, evaluate, load_run
     from litdistill.report.writers import evaluation_table
 
@@ -54,12 +54,13 @@ def evaluate(cfg: DictConfig) -> None:
         print(f"Drawn: tensorboard --logdir {cfg.run} shows the pictures.")
         return
     results = evaluate(cfg.run, data, cfg.device, cfg.trust)
-    show(evaluation_table(results))
+    terminal.show(*evaluation_table(results), terminal.stdout(140))
     changed = differences(results, load_run(Path(cfg.run), cfg.trust)[1])
     if changed:
-        show("[bold yellow]The run's summary differs:[/]\n  " + "\n  ".join(map(escape, changed)))
+        Console().print("[bold yellow]The run's summary differs:[/]")
+        print("\n".join(f"  {printable(line)}" for line in changed))
     else:
-        show("The run's summary is reproduced to the digit.")
+        print("The run's summary is reproduced to the digit.")
     _warn(results["findings"])
 
 
@@ -68,17 +69,16 @@ def export(cfg: DictConfig) -> None:
     from litdistill.export.export import check_table, export, verify
 
     starting.end(loaded=True)
-    console = _console(140)
     data = OmegaConf.create({"data": cfg.data})
     limits = (cfg.tolerance.difference, cfg.tolerance.agreement)
     if cfg.verify:
         checks = verify(cfg.run, data, limits, cfg.trust, cfg.allow_code)
-        console.print(check_table(checks))
+        terminal.show(*check_table(checks), terminal.stdout(140))
         _warn({name: text for check in checks.values() for name, text in check["findings"].items()})
         return
     options = (cfg.format, cfg.precision, cfg.preprocessing, cfg.calibration)
     path, check = export(cfg.run, *options, limits, data, cfg.trust)
-    console.print(check_table({path.name: check}))
+    terminal.show(*check_table({path.name: check}), terminal.stdout(140))
     if cfg.format == "safetensors" and cfg.preprocessing:
         print("safetensors has weights alone: the normalization is in its metadata, and predict applies it.")
     print(f"Written to {path}")
@@ -97,7 +97,7 @@ def report(cfg: DictConfig) -> None:
     summaries = tables.summaries(folders)
     laid_out = pivot if cfg.pivot else tables.records
     made = [(tables.data_title(runs), laid_out(runs)) for runs in tables.by_data(summaries)]
-    console = _console(170)
+    console = terminal.stdout(170)
     for title, rows in made:
         shown = writers.fitting(rows, console)
         console.print(writers.table(shown, title))
@@ -197,10 +197,4 @@ def reproductions(arguments: Sequence[str]) -> None:
 def _warn(findings: Mapping[str, str]) -> None:
     """Prints what is wrong with a student, as the last lines of a command."""
     for text in findings.values():
-        _console(140).print(f"[bold yellow]Warning:[/] {escape(text)}", highlight=False)
-
-
-def _console(width: int) -> Console:
-    """Returns a console that wraps no lines where its output goes to a file."""
-    console = Console()
-    return console if console.is_terminal else Console(width=width)
+        terminal.stdout(140).print(f"[bold yellow]Warning:[/] {escape(text)}", highlight=False)

@@ -37,6 +37,7 @@ from litdistill.utils.errors import Stopped, UserError
 from litdistill.utils.logging import filter_warnings
 from litdistill.utils.paths import CONF, resolve_paths
 from litdistill.utils.text import printable
+from litdistill.utils.units import quantity
 
 log = logging.getLogger(__name__)
 run_names.register()  # when this module is imported: in each process of a launcher too
@@ -54,11 +55,14 @@ HYDRA_HINTS = (
 
 
 class Refused(BaseException):
-    """Carries a task's `UserError` past Hydra, which would print the overrides of a failed job in front of the message."""
+    """Carries a task's `UserError` past Hydra, which would print the overrides of a failed job in front of the message.
 
-    def __init__(self, error: UserError):
+    `folder`: Hydra's output folder.
+    """
+
+    def __init__(self, error: UserError, folder: Path):
         super().__init__(str(error))
-        self.error = error
+        self.error, self.folder = error, folder
 
 
 class Job:
@@ -83,7 +87,7 @@ class Job:
                 check(cfg, str(hydra_config.job.config_name))
                 return self.task(cfg)
             except UserError as error:
-                raise Refused(error) from error
+                raise Refused(error, Path(hydra_config.runtime.output_dir)) from error
         check(cfg, str(hydra_config.job.config_name))
         output = Path(hydra_config.runtime.output_dir)
         inside = output.is_relative_to(start)
@@ -125,9 +129,25 @@ def run_task(task: Callable[[DictConfig], Any], config_name: str, verb: str | No
     except Stopped as stop:
         _exit(str(stop), stop.status)
     except Refused as refused:
+        if not any(a.startswith("hydra.run.dir=") for a in arguments):  # of a resume
+            remove_if_empty(refused.folder)
         _exit_or_raise(refused.error, arguments, config_name)
     except Exception as error:
         _exit_or_raise(error, arguments, config_name)
+
+
+def remove_if_empty(folder: Path) -> None:
+    """Removes the folder of a run in which nothing was trained: there is only Hydra's record, a lock, and what was printed."""
+    files = [p for p in folder.rglob("*") if not p.is_dir()]
+    own = [p for p in files if p.parent != folder / ".hydra" and p.name != ".lock"]
+    if not all(p.suffix == ".log" for p in own):
+        return
+    with contextlib.suppress(OSError):  # another process has just written into it, or it cannot be written
+        for file in files:
+            file.unlink()
+        for inside in sorted((p for p in folder.rglob("*") if p.is_dir()), reverse=True):
+            inside.rmdir()
+        folder.rmdir()
 
 
 def _quiet_writer(failed: threading.ExceptHookArgs) -> None:
@@ -189,7 +209,17 @@ def _exit(message: str, status: int) -> NoReturn:
 
 
 class JobFailures(HydraCallback):
-    """Logs at once which job of a multirun failed, and the error; Hydra reports only the first, after all jobs."""
+    """Logs at once which job of a multirun failed, and the error; Hydra reports only the first, after all jobs.
+
+    After the last job it prints how many runs are finished, and the command that compares them.
+    """
+
+    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
+        folder = Path(config.hydra.sweep.dir)
+        if done := len(list(folder.glob("*/summary.json"))):
+            print(
+                f"{quantity(done, 'finished run')} in {folder}. To compare: litdistill report runs={literal(str(folder))}"
+            )
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
         if config.hydra.mode != RunMode.MULTIRUN or job_return.status != JobStatus.FAILED:

@@ -13,12 +13,11 @@ import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
-from rich.console import Console
-from rich.table import Table
 
 from litdistill.models.profile import count_macs, count_parameters
 from litdistill.utils.errors import UserError
 from litdistill.utils.paths import CONF
+from litdistill.utils.terminal import show, stdout
 
 CASES = {"1x28x28, 10 classes": (10, (1, 28, 28)), "3x32x32, 100 classes": (100, (3, 32, 32))}
 
@@ -38,10 +37,9 @@ def sizes(path: Path, num_classes: int, input_shape: tuple[int, int, int]) -> tu
 def main(arguments: Sequence[str] = (), folder: Path = CONF / "net") -> None:
     """Prints the table of the networks in `folder`."""
     argparse.ArgumentParser("nets", description=__doc__).parse_args(arguments)
-    table = Table("net", title="conf/net")
+    head, rows = ["net"], []
     for case in CASES:
-        table.add_column(f"parameters\n{case}", justify="right")
-        table.add_column("MACs", justify="right")
+        head += ["parameters\n" + case.replace(", ", ",\n"), "MACs"]
     for path in sorted(folder.glob("*.yaml")):
-        table.add_row(path.stem, *(text for case in CASES.values() for text in sizes(path, *case)))
-    Console().print(table)
+        rows.append([path.stem, *(text for case in CASES.values() for text in sizes(path, *case))])
+    show(head, rows, stdout(140), "conf/net")

@@ -17,6 +17,8 @@ from litdistill.benchmarks import published_tables
 from litdistill.utils.command_line import config_dir_of, split_flags
 from litdistill.utils.paths import CONF
 
+NEAR = 0.1  # names this much less alike than the nearest are not suggested beside it
+
 
 def suggestions(arguments: Sequence[str], config_name: str) -> str:
     """Returns one line with the nearest names for each override whose key or option is unknown; empty if all exist."""
@@ -55,7 +57,10 @@ def _suggest(shown: str, name: str, known: Iterable[str], label: str) -> str:
     same_leaf = [k for k in known if k.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
     if label == "Keys" and "." not in name:
         known = [k for k in known if "." not in k and "/" not in k]
-    near = list(dict.fromkeys(same_leaf + difflib.get_close_matches(name, known, n=4, cutoff=0.5)))[:4]
+    ratio = lambda k: difflib.SequenceMatcher(None, k, name).ratio()  # noqa: E731  get_close_matches has this order
+    close = difflib.get_close_matches(name, [k for k in known if not k.rsplit(".", 1)[-1].startswith("_")], 4, 0.5)
+    close = [k for k in close if ratio(k) > ratio(close[0]) - NEAR]
+    near = list(dict.fromkeys(same_leaf + close))[:4]
     return (
         f"{shown}: did you mean {' or '.join(near)}?" if near else f"{shown}: unknown. {label}: {', '.join(known[:40])}"
     )

@@ -25,6 +25,7 @@ from litdistill.data import augment as aug
 from litdistill.data.protocol import IndexedData
 from litdistill.distillation.inference import NORMS
 from litdistill.types import Batch
+from litdistill.utils.logging import FILE
 
 if TYPE_CHECKING:
     from litdistill.distillation.distiller import Distiller
@@ -96,6 +97,7 @@ class LaggingStatistics:
                 "Statistics of batch normalization lag behind the weights in a run's first %d steps: until then they are "
                 "computed anew over training samples for each validation.",
                 self._until,
+                extra=FILE,
             )
 
 

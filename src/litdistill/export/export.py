@@ -16,8 +16,6 @@ import numpy as np
 import torch
 from filelock import FileLock
 from omegaconf import DictConfig, OmegaConf
-from rich.table import Table
-from rich.text import Text
 from torch import Tensor, nn
 
 from litdistill.compress.quantize import Int8
@@ -41,7 +39,7 @@ from litdistill.utils.checkpoint import write_atomically, write_text
 from litdistill.utils.errors import UserError
 from litdistill.utils.hashing import weights_sha256
 from litdistill.utils.manifest import MANIFEST, SUFFIXES, check_facts, check_names, read_manifest
-from litdistill.utils.text import printable
+from litdistill.utils.units import named
 from litdistill.utils.versions import versions
 
 OUTPUTS = {
@@ -323,24 +321,14 @@ def _refuse_mismatch(path: Path, found: Mapping[str, Any]) -> None:
         )
 
 
-def check_table(found: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Returns the checks of `export` and `verify` as a table for the terminal."""
-    shown = Table(
-        "file", "test samples", "largest difference of logits", "agreement %", "metric", "exported", "student's"
-    )
+def check_table(found: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Returns head and rows of the checks of `export` and `verify`: a row for each file."""
+    metric = next((named(c["metric"]) for c in found.values()), "")
+    head = ["file", "test\nsamples", "largest\ndifference\nof logits", "agreement %"]
+    head, rows = [*head, f"{metric},\nexported", f"{metric},\nstudent's"], []
     for name, c in found.items():
         most, least = c["tolerance"]["difference"], c["tolerance"]["agreement"]
-        shown.add_row(
-            *(
-                Text(printable(name)),
-                str(c["samples"]),
-                f"{c['difference']:.2g}" + ("" if most is None else f" (≤ {most:.2g})"),
-            ),
-            *(
-                f"{100 * c['agreement']:.2f} (≥ {100 * least:g})",
-                c["metric"],
-                f"{c['exported']:.4f}",
-                f"{c['student']:.4f}",
-            ),
-        )
-    return shown
+        difference = f"{c['difference']:.2g}" + ("" if most is None else f"\n(≤ {most:.2g})")
+        agreement = f"{100 * c['agreement']:.2f}\n(≥ {100 * least:g})"
+        rows.append([name, f"{c['samples']:,}", difference, agreement, f"{c['exported']:.4f}", f"{c['student']:.4f}"])
+    return head, rows

@@ -28,7 +28,7 @@ def table(rows: Rows, title: str = "") -> Table:
     """Returns the rows as a table for the terminal, with a line between groups."""
     shown = Table(title=Text(title, "bold") if title else None, title_justify="left")
     for column in rows[0]:
-        shown.add_column(Text(_on_lines(column)), justify="left" if column in LEFT else "right")
+        shown.add_column(Text(_on_lines(column)), justify="left" if column in LEFT else "right", overflow="fold")
     ends = group_ends(rows)
     for i, row in enumerate(rows):
         shown.add_row(*(Text(str(cell)) for cell in row.values()), end_section=i in ends)  # Text parses no markup
@@ -195,17 +195,15 @@ FORMATS: dict[str, Callable[[Sequence[tuple[str, Rows]]], str]] = {  # by the en
 # -- evaluate ----------------------------------------------------------------------------------------------------------
 
 
-def evaluation_table(found: dict[str, Any]) -> Table:
-    """Returns the result of `evaluate` as a table for the terminal."""
+def evaluation_table(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Returns head and rows of the result of `evaluate`: a row for each metric, a column for each model."""
     measured, follows = list(found["student"]), list(found.get("agreement", {}))
-    shown = Table("on the test set", *map(heading, (*measured, *follows)))
-    names = {"teacher": "teacher", "student": "student (best epoch on validation)", "last": "student (last epoch)"}
-    for key, name in names.items():
-        if key in found:
-            cells = [_precise(k, found[key].get(k)) for k in measured]
-            like = found.get("agreement", {}) if key == "student" else {}
-            shown.add_row(name, *cells, *(_precise(k, like.get(k)) for k in follows))
-    return shown
+    titles = {"teacher": "teacher", "student": "student,\nbest epoch\non validation", "last": "student,\nlast epoch"}
+    models = [key for key in titles if key in found]
+    rows = [[heading(k), *(_precise(k, found[key].get(k)) for key in models)] for k in measured]
+    for k in follows:
+        rows.append([heading(k), *(_precise(k, found["agreement"][k]) if key == "student" else "" for key in models)])
+    return ["on the test set", *(titles[key] for key in models)], rows
 
 
 def _precise(name: str, value: float | None) -> str:

@@ -54,10 +54,11 @@ class Run(NamedTuple):
     changes: list[dict[str, Any]]  # of options, each where the run was resumed with others
 
 
-def finish(run: Run, times: dict[str, float]) -> None:
+def finish(run: Run, times: dict[str, float], role: str) -> None:
     """Measures the best and the last weights, and writes the weights, the figures and, last, the summary.
 
-    `times`: seconds of the fit, of the teacher within it, and in total. Only rank 0 writes.
+    `times`: seconds of the fit, of the teacher within it, and in total. `role`: who was trained, for the console. Only
+    rank 0 writes.
     """
     cfg, trainer, task = run.cfg, run.built.trainer, run.task
     device, kept = trainer.strategy.root_device, evaluations_folder(cfg)
@@ -85,7 +86,7 @@ def finish(run: Run, times: dict[str, float]) -> None:
     reference = f", teacher {shown(name, found['teacher'][name])}" if teacher is not None else ""
     log.info(
         "%s: test %s %s (best epoch on validation), %s (last epoch)%s; %s in all. %s",
-        *(cfg.name, name, shown(name, found["student"][name]), shown(name, last[name]), reference),
+        *(role, name, shown(name, found["student"][name]), shown(name, last[name]), reference),
         *(format_seconds(times["total_s"]), os.path.relpath(run.folder)),
     )
     report_findings(summary["findings"])

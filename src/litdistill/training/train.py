@@ -48,7 +48,7 @@ from litdistill.training.trainer import Built, build_trainer
 from litdistill.utils.allocator import keep_freed_memory
 from litdistill.utils.distributed import init_process_group_early, is_first_rank
 from litdistill.utils.errors import UserError
-from litdistill.utils.logging import adopt_lightning_logs
+from litdistill.utils.logging import ONCE, adopt_lightning_logs
 from litdistill.utils.units import quantity
 from litdistill.utils.versions import versions
 
@@ -101,14 +101,14 @@ def train(cfg: DictConfig, callbacks: Sequence[Callback] = (), role: str = "Stud
             labels=training_labels(data),
         )  # fmt: skip
         check_train_monitors(distiller, example, built.monitors)
-        introduce(cfg, data, distiller, scale)
+        introduce(data, distiller, scale, role)
         fit_started = time.perf_counter()
         best = fit(cfg, built, distiller, data, last.path)
         run = Run(cfg, folder, data, task, distiller, built, best, built.options.history)
         times = {"fit_s": time.perf_counter() - fit_started, "teacher_s": distiller.teacher_s}
         total_s = time.perf_counter() - started - before.seconds
         if trainer.is_global_zero or sharded:  # all ranks run a sharded teacher together
-            finish(run, {**times, "total_s": total_s})
+            finish(run, {**times, "total_s": total_s}, role)
         trainer.strategy.barrier()
         return best
 
@@ -181,8 +181,8 @@ def untrained(built: Built, distiller: Distiller, module: LightningDataModule, c
     return found[str(built.best.monitor)]
 
 
-def introduce(cfg: DictConfig, data: Any, distiller: Distiller, scale: Scale) -> None:
-    """Logs the sizes of the data, of the student and of the teacher, and the learning rate."""
+def introduce(data: Any, distiller: Distiller, scale: Scale, role: str) -> None:
+    """Logs the sizes of the data, of what is trained (`role`) and of its teacher, and the learning rate."""
     if not isinstance(data, ForeignData):
         say_what_is_left_out(data, distiller.method, scale.processes)
     count = sum(p.numel() for p in distiller.student.parameters())
@@ -194,8 +194,8 @@ def introduce(cfg: DictConfig, data: Any, distiller: Distiller, scale: Scale) ->
     sizes = ", ".join(f"{sample_count(data, split) or 'unknown'} to {verb}" for split, verb in verbs.items())
     shape = "x".join(map(str, data.input_shape or ()))
     about = f"; {quantity(data.num_classes, 'output')} of {shape}" if data.num_classes and shape else ""
-    log.info("%s: %s%s.", data.name, sizes, about)
-    log.info("Student %s parameters%s. %s", f"{count:,}", teacher, scale)
+    log.info("%s: %s%s.", data.name, sizes, about, extra=ONCE)  # a teacher has seen the same
+    log.info("%s: %s parameters%s. %s", role, f"{count:,}", teacher, scale)
 
 
 VERBS = {"train": "train on", "val": "validate", "test": "test"}

@@ -14,14 +14,34 @@ from rich.logging import RichHandler
 
 from litdistill.utils.distributed import is_first_rank
 
+FILE, ONCE = {"console": False}, {"console": "once"}  # `extra` of a line of logging
+
 
 def console_handler() -> logging.Handler:
     """Returns the console handler that conf/hydra names: Rich on a terminal (beside a progress bar), plain lines elsewhere."""
+    handler: logging.Handler
     if sys.stdout.isatty():
-        return RichHandler(show_path=False, show_level=False, log_time_format="%H:%M:%S")
-    handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
+        handler = RichHandler(show_path=False, show_level=False, log_time_format="%H:%M:%S")
+    else:
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
+    handler.addFilter(NotOnConsole())
     return handler
+
+
+class NotOnConsole(logging.Filter):
+    """Keeps off the console lines with `extra=FILE`, repeated ones with `extra=ONCE`, and the end of a fit that is due."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        shows, text = getattr(record, "console", True), record.getMessage()
+        if shows == "once":
+            shows = text not in self._said
+            self._said.add(text)
+        return bool(shows) and not re.match(r"`Trainer\.fit` stopped: `max_(epochs|steps)=", text)
 
 
 def filter_warnings() -> None:
