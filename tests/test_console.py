@@ -79,7 +79,7 @@ def test_a_cell_wider_than_the_terminal_is_folded(capsys):
 
 def test_the_overview_has_eighty_columns():
     assert max(map(len, overview().splitlines())) <= 80
-    assert "data=folder" in overview()
+    assert "experiment=photos" in overview()
 
 
 def test_some_lines_stand_in_the_log_alone(monkeypatch):

@@ -76,6 +76,15 @@ def test_chance_is_said_with_the_value_and_the_level():
     assert found.keys() == {"chance"}
     assert "accuracy on the test set is 50.00 %" in found["chance"]
     assert "up to 65.00 %" in found["chance"]  # 0.5 + 3 standard deviations of 100 guesses
+    assert "learned nothing" in found["chance"]
+
+
+def test_few_samples_are_not_said_to_show_that_nothing_is_learned():
+    guesses, targets = logits_of([0] * 8 + [1] * 4 + [0] * 4), torch.tensor([0] * 8 + [1] * 8)
+    found = judge(Classification(), Outputs.of(guesses), targets, 0.75)
+    assert "may be at chance level" in found["chance"]
+    assert "16 samples are too few" in found["chance"]
+    assert "learned nothing" not in found["chance"]
 
 
 class Memory(nn.Module):

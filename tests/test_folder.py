@@ -224,7 +224,7 @@ def test_classes_may_be_called_as_splits_are(tmp_path):
         (["val/cat", "val/dog"], "none called train"),
         (["train/a", "train/b", "Training/a", "Training/b"], "two folders for one split: Training and train"),
         (["train", "test"], "look like splits and hold no class folders"),
-        (["flowers/a", "flowers/b"], "has 1 class folders.*Or is .*flowers the data set"),
+        (["flowers/a", "flowers/b"], "has 1 class folder;.*Or is .*flowers the data set"),
         (["train/a", "train/b", "val/a", "val/c"], "only in train b, only in val c"),
     ],
 )
@@ -232,6 +232,12 @@ def test_layouts_that_cannot_be_right_are_refused_with_what_to_do(tmp_path, layo
     paint(tmp_path, dict.fromkeys(layout, 3))
     with pytest.raises(UserError, match=message):
         read_splits(tmp_path)
+
+
+def test_an_archive_is_refused_as_a_file(tmp_path):
+    (tmp_path / "photos.zip").write_bytes(b"PK")
+    with pytest.raises(UserError, match=r"photos\.zip is a file\. Unpack it"):
+        read_splits(tmp_path / "photos.zip")
 
 
 def test_what_lies_beside_the_splits_is_named(tmp_path, caplog):

@@ -78,15 +78,15 @@ def test_a_resumed_run_keeps_its_first_file_of_csv(small, both):
 @pytest.mark.parametrize(
     ("typed", "kinds"),
     [
-        ("logger=tensorboard", ["TensorBoardLogger"]),
+        ("logger=tensorboard", ["TensorBoard"]),
         ("logger=csv", ["CSVLogger"]),
-        ("logger=[tensorboard,csv]", ["TensorBoardLogger", "CSVLogger"]),
+        ("logger=[tensorboard,csv]", ["TensorBoard", "CSVLogger"]),
         ("logger=none", []),
         ("logger=null", []),
         ("logger.tensorboard=null", []),
         (
             "+logger.mine={_target_: lightning.pytorch.loggers.CSVLogger, save_dir: x}",
-            ["TensorBoardLogger", "CSVLogger"],
+            ["TensorBoard", "CSVLogger"],
         ),
     ],
 )

@@ -18,6 +18,7 @@ from litdistill.data.streaming import Encoded
 from litdistill.utils.distributed import is_first_rank
 from litdistill.utils.errors import UserError
 from litdistill.utils.text import one_line
+from litdistill.utils.units import quantity
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +45,8 @@ def read_splits(root: Path) -> Images:
     first is kept; files of the same bytes in two classes are left out of both. Raises `UserError` for a folder that is no data
     set, for splits of different classes, and for a test or validation set that lies in the training set as a whole.
     """
+    if root.is_file():
+        raise UserError(f"{root} is a file. Unpack it where it is an archive, and set data.root to the folder.")
     if not root.is_dir():
         raise UserError(f"There is no folder {root}. Set data.root to the folder that holds train/ or the classes.")
     layout = find_splits(root)
@@ -101,9 +104,8 @@ def _by_class(folder: Path, skipped: Counter[str]) -> ByClass:
     if len(folders) < 2:
         inner = [path for path in folders if len(subfolders_with_images(path)) > 1]
         remedy = f" Or is {inner[0]} the data set? Then set data.root to it." if inner else ""
-        raise UserError(
-            f"{folder} has {len(folders)} class folders; it needs two or more, each named after its class.{remedy}"
-        )
+        count = quantity(len(folders), "class folder")
+        raise UserError(f"{folder} has {count}; it needs two or more, each named after its class.{remedy}")
     files: ByClass = {}
     for path in folders:
         if path.name != os.fsencode(path.name).decode(errors="replace"):  # class names are written as text

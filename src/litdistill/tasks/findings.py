@@ -26,6 +26,7 @@ CHANCE_REMEDY = (
     "It has learned nothing that counts there: train it for longer, look at its learning rate, and check that it gets inputs "
     "and classes as it was trained with."
 )
+FEW_REMEDY = "{} samples are too few to tell whether it has learned anything: test it on more."
 CONSTANT_REMEDY = (
     "Do not use it. Look at the loss of its training, at its learning rate, at how many samples each class has, and at "
     "statistics of batch normalization (student.preprocess, too few steps)."
@@ -50,9 +51,11 @@ def judge(
         found["constant"] = f"The student is a constant: {said} of the {where} set. {CONSTANT_REMEDY}"
     name, chance = task.monitor[0], task.chance(targets)
     if value is not None and chance is not None and not task.better(value, chance):
+        enough = task.can_judge(value, targets)
+        sure, remedy = ("is", CHANCE_REMEDY) if enough else ("may be", FEW_REMEDY.format(len(targets)))
         found["chance"] = (
-            f"The student is at chance level: its {named(name)} on the {where} set is {shown(name, value)}, and guessing "
-            f"gives up to {shown(name, chance)}. {CHANCE_REMEDY}"
+            f"The student {sure} at chance level: its {named(name)} on the {where} set is {shown(name, value)}, and "
+            f"guessing gives up to {shown(name, chance)}. {remedy}"
         )
     return found
 

@@ -89,7 +89,7 @@ def finish(run: Run, times: dict[str, float], role: str) -> None:
         *(role, name, shown(name, found["student"][name]), shown(name, last[name]), reference),
         *(format_seconds(times["total_s"]), os.path.relpath(run.folder)),
     )
-    report_findings(summary["findings"])
+    report_findings({k: text.replace("The student", f"The {role.lower()}") for k, text in summary["findings"].items()})
     show(run, student, teacher, device, kept, summary)
 
 
