@@ -92,7 +92,8 @@ def test_some_lines_stand_in_the_log_alone(monkeypatch):
         log.info("%s: 10 to train on", data, extra=ONCE)
     log.info("of use to few", extra=FILE)
     log.info("`Trainer.fit` stopped: `max_epochs=2` reached.")
+    log.info("Restored all states from the checkpoint at last.ckpt")
     log.info("`Trainer.fit` stopped: No validation data.")
     lines = [line.partition("  ")[2] for line in shown.getvalue().splitlines()]
     assert lines == ["digits: 10 to train on", "photos: 10 to train on", "`Trainer.fit` stopped: No validation data."]
-    assert len(kept.getvalue().splitlines()) == 6
+    assert len(kept.getvalue().splitlines()) == 7

@@ -234,6 +234,22 @@ def test_layouts_that_cannot_be_right_are_refused_with_what_to_do(tmp_path, layo
         read_splits(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("flowrs", r"classes\. Did you mean .*/flowers\?$"),
+        ("my photos", r"Did you mean '.*/my photos ', with a space .* 'data\.root=\".*/my photos \"'$"),
+        ("xyz", r"or the classes\.$"),
+        ("none/xyz", r"or the classes\.$"),
+    ],
+)
+def test_a_missing_folder_is_answered_with_the_nearest(tmp_path, typed, said):
+    for name in ("flowers", "my photos "):
+        (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match=said):
+        read_splits(tmp_path / typed)
+
+
 def test_an_archive_is_refused_as_a_file(tmp_path):
     (tmp_path / "photos.zip").write_bytes(b"PK")
     with pytest.raises(UserError, match=r"photos\.zip is a file\. Unpack it"):

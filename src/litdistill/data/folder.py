@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import logging
 import os
@@ -48,7 +49,9 @@ def read_splits(root: Path) -> Images:
     if root.is_file():
         raise UserError(f"{root} is a file. Unpack it where it is an archive, and set data.root to the folder.")
     if not root.is_dir():
-        raise UserError(f"There is no folder {root}. Set data.root to the folder that holds train/ or the classes.")
+        raise UserError(
+            f"There is no folder {root}. Set data.root to the folder that holds train/ or the classes.{_nearest(root)}"
+        )
     layout = find_splits(root)
     skipped = layout.skipped
     train = _without_copies(_by_class(layout.train, skipped), skipped)
@@ -183,6 +186,21 @@ def _refuse_leaks(layout: Layout, train: ByClass, val: ByClass, test: ByClass) -
 
 
 WORDS = {"train": "training", "val": "validation", "test": "test"}
+
+
+def _nearest(root: Path) -> str:
+    """Returns a question with the folder of the nearest name beside a missing one; empty where there is none."""
+    try:
+        beside = [path.name for path in root.parent.iterdir() if path.is_dir()]
+    except OSError:
+        return ""
+    near = difflib.get_close_matches(root.name, beside, n=1)
+    if not near:
+        return ""
+    meant = one_line(root.parent / near[0])
+    if near[0] == near[0].strip():
+        return f" Did you mean {meant}?"
+    return f""" Did you mean '{meant}', with a space at an end? Then quote it twice: 'data.root="{meant}"'"""
 
 
 # -- what is said ------------------------------------------------------------------------------------------------------

@@ -54,10 +54,8 @@ def show(
         records = [{k: v for k, v in record.items() if k != column} for record in records]
         narrow = terminal_table(records)
     console.print(narrow)
-    if len(trials) > rows_shown or len(records[0]) < len(head):
-        print(f"All trials and parameters are in {folder / 'sweep.md'}.")
     values = ", ".join(f"{name} {value:.6g}" for name, value in zip(names, best.values, strict=True))
-    said = "The best is trial %d: %s. All are in %s, and best.yaml beside it is an experiment."
+    said = "The best is trial %d: %s. All trials and parameters are in %s; best.yaml beside it is an experiment of the best."
     log.info(said, best.number, values, folder / "sweep.md")
     log.info("To rerun the best: %s", rerun(best, seeds))
 

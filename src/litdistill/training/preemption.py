@@ -104,7 +104,7 @@ class GracefulStop(Callback):
         assert self.agreed is not None
         if not trainer.is_global_zero:
             sys.exit()  # without error, since Lightning kills rank 0 at once when another rank fails
-        raise Stopped(self.agreed, f"step {trainer.global_step} of epoch {trainer.current_epoch}")
+        raise Stopped(self.agreed, f"step {trainer.global_step}, in epoch {trainer.current_epoch + 1}")
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if not (folder := self.path.parent.parent).is_dir():

@@ -14,6 +14,10 @@ from rich.logging import RichHandler
 
 from litdistill.utils.distributed import is_first_rank
 
+# Lines of Lightning that repeat what this project's lines say.
+LIGHTNINGS = (
+    r"`Trainer\.fit` stopped: `max_(epochs|steps)=|Restoring states from the checkpoint|Restored all states from"
+)
 FILE, ONCE = {"console": False}, {"console": "once"}  # `extra` of a line of logging
 
 
@@ -30,7 +34,7 @@ def console_handler() -> logging.Handler:
 
 
 class NotOnConsole(logging.Filter):
-    """Keeps off the console lines with `extra=FILE`, repeated ones with `extra=ONCE`, and the end of a fit that is due."""
+    """Keeps off the console lines with `extra=FILE`, repeated ones with `extra=ONCE`, and some of Lightning's."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,7 +45,7 @@ class NotOnConsole(logging.Filter):
         if shows == "once":
             shows = text not in self._said
             self._said.add(text)
-        return bool(shows) and not re.match(r"`Trainer\.fit` stopped: `max_(epochs|steps)=", text)
+        return bool(shows) and not re.match(LIGHTNINGS, text)
 
 
 def filter_warnings() -> None:
