@@ -20,6 +20,7 @@ from litdistill.training.train import train
 from litdistill.utils.command_line import without_null
 from litdistill.utils.errors import UserError
 from litdistill.utils.paths import CONF
+from litdistill.utils.tags import tag
 
 ALONE = ["method=supervised", "teacher=null"]
 
@@ -49,7 +50,7 @@ def test_two_loggers_have_the_same_curves(both):
     events = EventAccumulator(str(both), size_guidance={"scalars": 0}).Reload()
     found = rows(both / "csv" / "version_0")
     for name in ("train/loss", "val/accuracy", "val/agreement"):
-        assert column(found, name) == pytest.approx([e.value for e in events.Scalars(name)], rel=1e-6)
+        assert column(found, name) == pytest.approx([e.value for e in events.Scalars(tag(name))], rel=1e-6)
     assert len(column(found, "train/loss")) >= 4
 
 

@@ -27,6 +27,7 @@ from litdistill.report.history import command
 from litdistill.report.tables import rows, runs
 from litdistill.report.writers import markdown
 from litdistill.training.grouping import GroupedData, layout_of
+from litdistill.training.resume import NEEDED
 from litdistill.training.train import last_state, train
 from litdistill.utils.checkpoint import STUDENT, read_metadata, write_text
 from litdistill.utils.errors import UserError
@@ -189,7 +190,7 @@ def test_a_checkpoint_without_epochs_is_passed_over(tmp_path):
     import torch
 
     for name, epoch in (("last", "x"), ("best", 3)):
-        torch.save({"epoch": epoch}, tmp_path / f"{name}.ckpt")
+        torch.save({**dict.fromkeys(NEEDED, {}), "epoch": epoch}, tmp_path / f"{name}.ckpt")
     assert last_state(tmp_path, 9)[:2] == (tmp_path / "best.ckpt", None)
 
 
