@@ -190,7 +190,7 @@ def test_a_checkpoint_without_epochs_is_passed_over(tmp_path):
     import torch
 
     for name, epoch in (("last", "x"), ("best", 3)):
-        torch.save({**dict.fromkeys(NEEDED, {}), "epoch": epoch}, tmp_path / f"{name}.ckpt")
+        torch.save({key: {} for key in NEEDED} | {"epoch": epoch}, tmp_path / f"{name}.ckpt")
     assert last_state(tmp_path, 9)[:2] == (tmp_path / "best.ckpt", None)
 
 
