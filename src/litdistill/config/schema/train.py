@@ -143,8 +143,8 @@ class Train(Node):
     watch_test: bool = option(
         'measure the test set each epoch too, for "best on test" as others report it; it chooses nothing'
     )
-    checkpoint_minutes: Positive | None = option(
-        "saves the state so often in the middle of an epoch too; null: at the end of each epoch alone"
+    checkpoint_minutes: NotNegative | None = option(
+        "saves the state so often in the middle of an epoch too; 0: at each step; null: at the end of each epoch alone"
     )
     resume: Text | None = option("auto: the newest unfinished run with this very command; or a run folder")
     trust: list[Text] | None = option(
