@@ -71,7 +71,7 @@ def test_from_a_folder_of_photos_to_a_prediction(photos, tmp_path):
     printed = litdistill(tmp_path, "train", "experiment=photos/cpu", f"data.root={photos}", *teacher, "min_steps=900")
     assert "195 images (195 .jpg" in printed
     assert "1 .txt" in printed
-    (run,) = (path.parent for path in (tmp_path / "runs" / "photos_cpu").rglob("summary.json"))
+    (run,) = (path.parent for path in (tmp_path / "runs" / "photos").rglob("summary.json"))
     summary = json.loads((run / "summary.json").read_text())
     accuracy = summary["student"]["test"]["accuracy"]["best"]
     largest = max(CLASSES.values()) / sum(CLASSES.values())
@@ -80,7 +80,7 @@ def test_from_a_folder_of_photos_to_a_prediction(photos, tmp_path):
     assert shown == pytest.approx(100 * accuracy, abs=0.005)
 
     assert "reproduced to the digit" in litdistill(tmp_path, "evaluate", f"run={run}")
-    litdistill(tmp_path, "report", "runs=runs/photos_cpu", "out=page/")
+    litdistill(tmp_path, "report", "runs=runs/photos", "out=page/")
     assert f"{shown:.2f}" in (tmp_path / "page" / "index.html").read_text()
     litdistill(tmp_path, "export", f"run={run}")
 
@@ -90,4 +90,6 @@ def test_from_a_folder_of_photos_to_a_prediction(photos, tmp_path):
     right = sum(one["top"][0]["class"] == classes[label] for one, (_, label) in zip(found, test, strict=True))
     assert 100 * right / len(test) == pytest.approx(shown, abs=0.005)
     name = test[0][0].path
-    assert found[0]["top"][0]["class"] in litdistill(tmp_path, "predict", str(run / "export" / "student.onnx"), str(name))
+    assert found[0]["top"][0]["class"] in litdistill(
+        tmp_path, "predict", str(run / "export" / "student.onnx"), str(name)
+    )
