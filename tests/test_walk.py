@@ -1,4 +1,4 @@
-"""The walk of a new user: folder of photos, teacher, student, report, export, prediction; each by its command, in a fresh folder."""
+"""The walk of a new user: photos, teacher, student, report, export, prediction; each by its command, in a fresh folder."""
 
 from __future__ import annotations
 
