@@ -90,6 +90,7 @@ def test_every_experiment_trains_a_step(experiment, tmp_path, monkeypatch):
     cfg = compose_config(tmp_path / "run", f"experiment={experiment}", *small)
     if cfg.teacher is not None:
         cfg.teacher.allow_chance, cfg.teacher.checkpoint, cfg.teacher.ensemble = True, None, None
+        cfg.teacher.generations = 1
     for key in {"per_class", "fraction"} & cfg.data.keys():
         cfg.data[key] = None
     for net in (cfg.student, cfg.teacher or {}):

@@ -32,6 +32,7 @@ from litdistill.methods.supervised import Supervised
 from litdistill.training import grouping
 from litdistill.training.distill import distill
 from litdistill.training.grouping import Layout, group_size, layout_of, reason_for_single
+from litdistill.training.resume import LastState
 from litdistill.training.trainer import build_trainer
 from litdistill.utils.errors import UserError
 from tests.conftest import compose_config
@@ -290,10 +291,10 @@ def test_a_run_says_why_its_steps_are_single(tmp_path, caplog, overrides, group,
     assert ("Each step of the Trainer is one minibatch" in caplog.text) is bool(said)
 
 
-def build(tmp_path, overrides, kept=None):
+def build(tmp_path, overrides, layout=None):
     cfg = compose_config(tmp_path / "run", "trainer=cpu", "trainer.log_every_n_steps=50", *overrides)
     distiller = Distiller(net(), Supervised())
-    return build_trainer(cfg, tmp_path / "run", Supervised(), distiller.task, digits(), (), kept)
+    return build_trainer(cfg, tmp_path / "run", Supervised(), distiller.task, digits(), (), LastState(layout=layout))
 
 
 def test_a_run_that_goes_on_keeps_its_groups(tmp_path):

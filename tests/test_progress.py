@@ -98,7 +98,7 @@ def test_a_run_of_ten_steps_an_epoch_has_a_curve(small, group):
     train(cfg)
     file = next(Path(cfg.folder).rglob("events.out.tfevents*"))
     events = EventAccumulator(str(file.parent), size_guidance={"scalars": 0}).Reload()
-    steps = [e.step for e in events.Scalars("train/loss")]
+    steps = [e.step for e in events.Scalars("loss/total")]
     assert len(steps) >= 20
     assert max(steps) >= 29
 

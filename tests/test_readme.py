@@ -87,7 +87,12 @@ def test_a_training_command_of_the_readme_trains(command, tmp_path, monkeypatch,
         small = [a.replace("data.val_size=0.5", "data.val_size=0.3") for a in small]
     chosen = [a for a in chosen if not a.startswith(("trainer.max_epochs", "data.per_class", "data.fraction"))]
     if "teacher=null" not in chosen:
-        small += ["teacher.checkpoint=null", "teacher.allow_chance=true", "teacher.ensemble=null"]
+        small += [
+            "teacher.checkpoint=null",
+            "teacher.allow_chance=true",
+            "teacher.ensemble=null",
+            "teacher.generations=1",
+        ]
     searchpath = f"hydra.searchpath=[file://{readme_files}/conf]"
     if "data.root=" in command:
         small += ["data.image_size=32"]

@@ -105,7 +105,7 @@ def test_a_run_with_other_settings_is_compared_with_the_same_published_figure(tm
     folder = tmp_path / "hinton2015" / "distilled" / "trainer.max_epochs=5"
     folder.mkdir(parents=True)
     (folder / "0.json").write_text(json.dumps(summary(0.9919, 0.992, 0.993, 0) | {"errors_by_class": [81]}))
-    row = "| distilled/trainer.max_epochs=5 | 74 | 80 | 81 | 70 | 2000 | 1 | 10 min | missed by 7 errors |"
+    row = "| distilled/trainer.max_epochs=5 | 74 | 80 | 81 | 70 | 2,000 | 1 | 10 min | missed by 7 errors |"
     assert row in reproductions.page(tmp_path)
 
 

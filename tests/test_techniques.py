@@ -163,7 +163,7 @@ def test_a_compressed_student_is_a_starting_point_and_a_teacher(tiny, runs):
     folder, teacher = runs / "again", summary(start)["start"]
     cfg = compose_config(folder, "experiment=compare/distilled", *TINY, "student.widths=[8,16]", "trainer.max_epochs=1")
     cfg.student.checkpoint = cfg.teacher.checkpoint = str(start)
-    cfg.teacher.allow_chance, cfg.optimizer.lr = True, 0.0
+    cfg.teacher.allow_chance, cfg.optimizer.lr = True, 1e-30
     write_text(folder / ".hydra" / "config.yaml", OmegaConf.to_yaml(cfg))
     train(cfg)
     assert summary(folder)["student"]["params"] == summary(start)["student"]["params"]
@@ -203,9 +203,9 @@ def test_the_time_of_a_teacher_that_is_trained_first_is_not_the_runs(tmp_path, m
     for module in (train_module, prerequisites):
         monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
 
-    def slow(cfg):
+    def slow(cfg, **options):
         nonlocal ticks
-        train(cfg)
+        train(cfg, **options)
         ticks = itertools.count(1000)
 
     monkeypatch.setattr(train_module, "train", slow)  # which trains the teacher

@@ -129,11 +129,11 @@ def test_a_job_of_a_multirun_repeats_itself_and_not_the_multirun(folder, monkeyp
     monkeypatch.setenv("RUN_STAMP", "now")
     seen = start(monkeypatch, "bin/litdistill", "train", "-m", "seed=0,1", "name=x", verb="train")
     assert seen.commands == [
-        ["bin/litdistill", "train", f"seed={i}", "name=x", f"folder=runs/x/now/{i}", "hydra.mode=RUN"] for i in (0, 1)
+        ["bin/litdistill", "train", f"seed={i}", "name=x", f"folder=runs/x/now/s{i}", "hydra.mode=RUN"] for i in (0, 1)
     ]
-    assert seen.folders == [str(folder / f"runs/x/now/{i}") for i in (0, 1)]
+    assert seen.folders == [str(folder / f"runs/x/now/s{i}") for i in (0, 1)]
     again = start(monkeypatch, *seen.commands[1], verb="train")  # as a rank does
-    assert again.folders[0] == "runs/x/now/1"
+    assert again.folders[0] == "runs/x/now/s1"
     assert again.configs[0].seed == 1
 
 
@@ -247,7 +247,7 @@ def test_paths_stay_relative_to_the_start_when_hydra_changes_the_folder(folder, 
         monkeypatch, "train.py", "hydra.job.chdir=true", "teacher.checkpoint=teacher", "student.checkpoint=auto"
     )
     (cfg,), (place,) = seen.configs, seen.places
-    assert place == folder / "runs" / "train" / "now"
+    assert place == folder / "runs" / "train" / "now-kd-s0"
     assert (cfg.runs, cfg.data.root) == (str(folder / "runs"), str(folder / "data_files"))
     assert (cfg.teacher.checkpoint, cfg.student.checkpoint) == (str(folder / "teacher"), "auto")
     os.chdir(folder)

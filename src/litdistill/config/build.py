@@ -85,7 +85,10 @@ def build_task(node: DictConfig, data: Any) -> Task:
                 "[1, 3], one for each class."
             )
         facts = {"class_weights": balanced_weights(labels[labels >= 0], data.num_classes)}
-    task: Task = instantiate(node, "task", **facts)
+    # A task of one's own, named by `task._target_`, need not take what conf/task/classification.yaml leaves at null.
+    takes = inspect.signature(locate(str(node["_target_"]))).parameters
+    options = {k: v for k, v in node.items() if v is not None or k in takes}
+    task: Task = instantiate(options, "task", **facts)
     return task
 
 
