@@ -171,3 +171,10 @@ def test_the_picture_shows_the_figures_of_the_table():
         (shown,) = json.loads(picture.text["Description"]).values()
     assert list(shown.values()) == figures
     assert len(figures) == 4
+
+
+def test_the_table_of_photos_is_that_of_its_page():
+    (table,) = re.findall(r"<!-- photos -->\n(.*?)\n<!-- end -->", README, re.DOTALL)
+    page = (ROOT / "docs" / "photos.md").read_text().splitlines()
+    assert len(table.splitlines()) > 8
+    assert all(line in page for line in table.splitlines())
