@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import multiprocessing
 import re
 import shutil
 import sys
@@ -14,6 +15,7 @@ from rich.console import Console
 from litdistill.cli import nets, overview
 from litdistill.export.export import check_table
 from litdistill.report.writers import evaluation_table
+from litdistill.training.trainer import progress_bar
 from litdistill.utils.logging import FILE, ONCE, console_handler
 from litdistill.utils.paths import CONF
 from litdistill.utils.terminal import show, tables
@@ -97,3 +99,10 @@ def test_some_lines_stand_in_the_log_alone(monkeypatch):
     lines = [line.partition("  ")[2] for line in shown.getvalue().splitlines()]
     assert lines == ["digits: 10 to train on", "photos: 10 to train on", "`Trainer.fit` stopped: No validation data."]
     assert len(kept.getvalue().splitlines()) == 7
+
+
+def test_a_worker_process_shows_no_bar_beside_those_of_others(monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    assert len(progress_bar()) == 1
+    monkeypatch.setattr(multiprocessing, "parent_process", lambda: object())
+    assert progress_bar() == []

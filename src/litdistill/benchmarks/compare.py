@@ -31,7 +31,7 @@ from litdistill.utils.checkpoint import write_text
 from litdistill.utils.errors import UserError
 from litdistill.utils.logging import filter_warnings, format_seconds, logged_to
 from litdistill.utils.paths import CONF
-from litdistill.utils.units import axis, shown
+from litdistill.utils.units import axis, quantity, shown
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +50,7 @@ def compare(cfg: DictConfig) -> list[Group]:
     """Trains the runs of `conf/compare.yaml` and writes the page; returns the measured groups."""
     started = time.perf_counter()
     todo = jobs(cfg)
+    print(f"Training {quantity(len(todo), 'run')}, {min(cfg.jobs, len(todo))} at a time, in {cfg.runs}", flush=True)
     folders = run_all(todo, cfg.jobs)
     print(f"Trained in {format_seconds(time.perf_counter() - started)}; measuring", flush=True)
     settings = Settings(cfg.threads, cfg.rounds, cfg.robustness, tuple(cfg.epsilons), cfg.device)
@@ -61,7 +62,7 @@ def compare(cfg: DictConfig) -> list[Group]:
     for problem in (p for g in groups for p in g.problems):
         print(problem)
     taken = format_seconds(time.perf_counter() - started)
-    print(f"{len(folders)} runs in {taken}. Written to {Path(cfg.out, 'index.html')} and report.md")
+    print(f"{quantity(len(folders), 'run')} in {taken}. Written to {Path(cfg.out, 'index.html')} and report.md")
     return groups
 
 

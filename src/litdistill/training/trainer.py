@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -241,5 +242,8 @@ def _strategy(options: DictConfig, method: Method) -> Any:
 
 
 def progress_bar(role: str = "Student") -> list[ProgressBar]:
-    """Returns a progress bar on a terminal, and none elsewhere, where `EpochLogger` suffices."""
-    return [EpochBar(role)] if sys.stdout.isatty() else []
+    """Returns a progress bar on a terminal, and none elsewhere, where `EpochLogger` suffices.
+
+    None in a worker process either: bars of several runs at a time would write over each other.
+    """
+    return [EpochBar(role)] if sys.stdout.isatty() and multiprocessing.parent_process() is None else []
