@@ -229,5 +229,5 @@ class JobFailures(HydraCallback):
         except Exception as error:
             log.error(
                 "Job %s failed: %s. The other jobs go on; the same command with resume=auto repeats what is not finished.",
-                *(config.hydra.job.num, _first_lines(_cause(error))),
+                *(config.hydra.job.num, _first_lines(_cause(error)).rstrip(".")),
             )
