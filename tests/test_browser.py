@@ -109,6 +109,8 @@ def test_the_page_prints_to_a_few_sheets(made):
     assert set(page.evaluate(f"{heads}.map(e => getComputedStyle(e).breakAfter)")) == {
         "avoid"
     }  # no heading and no name of a row stands alone at the end of a sheet
+    tall = "Math.max(...[...document.querySelectorAll('figure svg')].map(e => e.getBoundingClientRect().height))"
+    assert page.evaluate(tall) <= 590  # 156 mm of the 186 of a sheet: a heading fits above
     page.call("Emulation.setDeviceMetricsOverride", width=1032, height=700, deviceScaleFactor=1, mobile=False)
     wide = "[...document.querySelectorAll('table')].map(t => t.getBoundingClientRect().right - innerWidth)"
     assert max(page.evaluate(wide)) <= 0  # 273 mm of A4 on its side: nothing scrolls on paper, so all must fit

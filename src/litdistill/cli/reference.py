@@ -60,7 +60,13 @@ def _section(prefix: str, title: str, schema: type[Node]) -> Iterator[str]:
     for row in rows(schema, prefix):
         value = values.get(row.key.removeprefix(prefix))
         cells = (f"`{row.key}`", row.takes, f"`{value}`" if value is not None else "", row.description)
-        yield "| " + " | ".join(cell.replace("|", "\\|").replace("<", "&lt;") for cell in cells) + " |"
+        yield (
+            "| "
+            + " | ".join(
+                cell.replace("|", "\\|").replace("<", "&lt;").replace("{_target_", "{\\_target\\_") for cell in cells
+            )
+            + " |"
+        )
     yield ""
 
 
