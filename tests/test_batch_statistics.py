@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 from torch import nn
 from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, TensorDataset
@@ -119,6 +120,32 @@ def test_a_resumed_run_of_slow_statistics_is_the_same_to_the_bit(tmp_path, group
     resumed = run(4, tmp_path / "2.ckpt")
     assert same(whole.student, resumed.student)
     assert same(whole.evaluated, resumed.evaluated)
+
+
+class Ranks(Callback):
+    """Writes the statistics of each process, and the metric that it has."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_fit_end(self, trainer, pl_module):
+        found = {"net": pl_module.student.state_dict(), "value": trainer.callback_metrics["val/accuracy"]}
+        torch.save(found, self.folder / f"{trainer.global_rank}.pt")
+
+
+def test_two_processes_have_the_statistics_of_one(tmp_path):
+    data, net = digits(per_class=40), slow()
+    ranks = {"strategy": "ddp_fork", "devices": 2, "callbacks": [Ranks(tmp_path)]}
+    fit(Distiller(net, data=data), data, tmp_path, max_epochs=12, **ranks)
+    one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert same(one["net"], other["net"])
+    net.load_state_dict(one["net"])
+    for name, value in statistics(reference(net, data)).items():
+        if "tracked" not in name:
+            torch.testing.assert_close(one["net"][name], value, atol=1e-6, rtol=1e-5)
+    right = quality(net, data, Distiller(slow()).task, "val")["accuracy"]
+    assert right > 0.5  # chance is 0.1; half as many steps as in one process
+    assert one["value"] == other["value"] == pytest.approx(right)
 
 
 def test_any_loader_will_do(tmp_path):
