@@ -19,7 +19,7 @@ from litdistill.export.predict import load, predict
 
 pytestmark = pytest.mark.slow
 SOURCES = Path(__file__).resolve().parents[1] / "src"
-CLASSES = {"disks": 110, "lines": 55, "squares": 30}  # unbalanced on purpose
+CLASSES = {"disks": 160, "lines": 80, "squares": 45}  # unbalanced on purpose
 
 
 def picture(label: str, draw: np.random.Generator, grounds: list[Image.Image]) -> Image.Image:
@@ -29,8 +29,8 @@ def picture(label: str, draw: np.random.Generator, grounds: list[Image.Image]) -
     left, top = int(draw.integers(ground.width - wide)), int(draw.integers(ground.height - tall))
     image = ground.crop((left, top, left + wide, top + tall))
     pen = ImageDraw.Draw(image)
-    for _ in range(12):
-        color, side = tuple(int(c) for c in draw.integers(0, 256, 3)), int(draw.integers(20, 36))
+    for _ in range(8):
+        color, side = tuple(int(c) for c in draw.integers(0, 256, 3)), int(draw.integers(34, 54))
         x, y = int(draw.integers(wide - side)), int(draw.integers(tall - side))
         if label == "disks":
             pen.ellipse((x, y, x + side, y + side), color)
@@ -69,7 +69,7 @@ def test_from_a_folder_of_photos_to_a_prediction(photos, tmp_path):
     teacher = ["net@teacher=conv4_wide", "teacher.preprocess=null", "teacher.recipe.optimizer.lr=3.0e-3"]
     teacher += ["teacher.recipe.trainer.max_epochs=30", "teacher.recipe.min_steps=600"]
     printed = litdistill(tmp_path, "train", "experiment=photos/cpu", f"data.root={photos}", *teacher, "min_steps=900")
-    assert "195 images (195 .jpg" in printed
+    assert "285 images (285 .jpg" in printed
     assert "1 .txt" in printed
     (run,) = (path.parent for path in (tmp_path / "runs" / "photos").rglob("summary.json"))
     summary = json.loads((run / "summary.json").read_text())
