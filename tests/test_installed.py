@@ -84,6 +84,6 @@ def test_jobs_of_a_multirun_have_ranks_of_their_own(installed, tmp_path):
     done = litdistill(installed, "train", "-m", *overrides, *ddp, "name=jobs", "seed=0,1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (sweep,) = (tmp_path / "runs" / "jobs").iterdir()
-    found = [json.loads((sweep / job / "summary.json").read_text()) for job in "01"]
+    found = [json.loads((sweep / job / "summary.json").read_text()) for job in ("s0", "s1")]
     assert [s["seed"] for s in found] == [0, 1]
     assert [s["device"]["world_size"] for s in found] == [2, 2]

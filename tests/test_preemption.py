@@ -176,8 +176,8 @@ def test_two_multiruns_in_one_folder_lose_nothing(whole, tmp_path):
     commands = [start("train", arguments, tmp_path, no_pictures) for _ in range(2)]
     statuses = [finish(c) for c in commands]
     assert 0 in statuses or call("train", arguments, tmp_path, no_pictures)[0] == 0, statuses
-    assert [p.name for p in finished(tmp_path)] == ["0", "1"]
-    assert same(whole, weights(tmp_path / "runs" / "one" / "both" / "0"))
+    assert [p.name for p in finished(tmp_path)] == ["s0", "s1"]
+    assert same(whole, weights(tmp_path / "runs" / "one" / "both" / "s0"))
 
 
 def fail_with_seed_1() -> None:
@@ -198,14 +198,14 @@ def test_a_failed_job_of_a_multirun_is_told_at_once_and_the_others_go_on(tmp_pat
     arguments = ["-m", *TINY, "seed=0,1,2"]
     status, printed = call("train", arguments, tmp_path, fail_with_seed_1)
     assert status == 1  # a defect, with its traceback; of what a user can mend it would be 2
-    assert [p.name for p in finished(tmp_path)] == ["0", "2"]
+    assert [p.name for p in finished(tmp_path)] == ["s0", "s2"]
     assert "Job 1 failed: a defect. The other jobs go on; the same command with resume=auto" in printed
-    (job,) = tmp_path.glob("runs/one/*/1")
+    (job,) = tmp_path.glob("runs/one/*/s1")
     assert "Job 1 failed: a defect" in (job / "train.log").read_text()
     status, printed = call("train", [*arguments, "resume=auto"], tmp_path, no_pictures)
     assert status == 0, printed
     assert printed.count("is finished already") == 2
-    assert [p.name for p in finished(tmp_path)] == ["0", "1", "2"]
+    assert [p.name for p in finished(tmp_path)] == ["s0", "s1", "s2"]
 
 
 @pytest.mark.slow
