@@ -36,7 +36,8 @@ COMMANDS = list(
 )
 # Those that need processes of their own are in test_cli.py, test_ddp.py, test_scale.py, test_launch.py and test_slurm.py, and
 # those that need other runs in test_techniques.py.
-ELSEWHERE = ("resume=auto", "trainer=ddp", "trainer=fsdp", "hydra/launcher", "experiment=compare/")
+OTHER_LOGGERS = ("MLFlowLogger", "CometLogger")  # of packages that are not installed for tests
+ELSEWHERE = ("resume=auto", "trainer=ddp", "trainer=fsdp", "hydra/launcher", "experiment=compare/", *OTHER_LOGGERS)
 TRAINS = [c for c in COMMANDS if c.startswith("litdistill train") and not any(e in c for e in ELSEWHERE)]
 
 
@@ -81,7 +82,7 @@ def test_a_training_command_of_the_readme_trains(command, tmp_path, monkeypatch,
         command = command.replace(name, str(place))
     arguments = shlex.split(command)[2:]
     chosen = [a for a in arguments if a != "-m"]
-    chosen = [a.split(",")[0] if "[" not in a else a for a in chosen]  # the first job of a sweep
+    chosen = [a.split(",")[0] if not {"[", "{"} & set(a) else a for a in chosen]  # the first job of a sweep
     small = [a for a in STEP if not a.startswith("+")] + ["data.epoch_size=8", "data.val_size=0.5"]
     if "data=folder" in chosen or "data.per_class=20" in chosen:
         small = [a.replace("data.val_size=0.5", "data.val_size=0.3") for a in small]
@@ -171,6 +172,13 @@ def test_the_picture_shows_the_figures_of_the_table():
         (shown,) = json.loads(picture.text["Description"]).values()
     assert list(shown.values()) == figures
     assert len(figures) == 4
+
+
+@pytest.mark.parametrize("name", OTHER_LOGGERS)
+def test_a_command_for_another_logger_composes(name, tmp_path):
+    (command,) = (c for c in COMMANDS if name in c)
+    cfg = compose_config(tmp_path / "run", *shlex.split(command)[2:])
+    assert any(name in node["_target_"] for node in cfg.logger.values())
 
 
 def test_the_table_of_photos_is_that_of_its_page():

@@ -62,7 +62,7 @@ def test_the_overview_names_every_verb_and_imports_nothing_heavy():
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     for name, verb in cli.VERBS.items():
         assert re.search(rf"^  {name} +{re.escape(verb.help)}$", shown, re.MULTILINE)
-    assert shown.count("  litdistill ") == 3  # examples
+    assert shown.count("\n  litdistill ") == 4  # examples
     assert shown.endswith("[]\n")
 
 

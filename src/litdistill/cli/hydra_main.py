@@ -142,6 +142,10 @@ def remove_if_empty(folder: Path) -> None:
     own = [p for p in files if p.parent != folder / ".hydra" and p.name != ".lock"]
     if not all(p.suffix == ".log" for p in own):
         return
+    for handler in list(logging.getLogger().handlers):
+        if isinstance(handler, logging.FileHandler) and Path(handler.baseFilename).is_relative_to(folder.resolve()):
+            logging.getLogger().removeHandler(handler)  # it would make its file again, or fail to
+            handler.close()
     with contextlib.suppress(OSError):  # another process has just written into it, or it cannot be written
         for file in files:
             file.unlink()

@@ -52,7 +52,7 @@ class LaggingStatistics:
 
     def remember(self, distiller: Distiller, batch: Batch) -> None:
         """Keeps a training batch for `refresh` where samples have no ids, as long as statistics lag."""
-        if distiller.data is not None or not is_attached(distiller) or not self._lag(distiller):
+        if distiller.data is not None or not self._lag(distiller):
             self.batches.clear()
             return
         self.batches.append(batch)
@@ -99,14 +99,6 @@ class LaggingStatistics:
                 self._until,
                 extra=FILE,
             )
-
-
-def is_attached(distiller: Distiller) -> bool:
-    """Returns whether a Trainer runs the Distiller; its steps can be called without one."""
-    try:
-        return distiller.trainer is not None
-    except RuntimeError:  # Lightning's answer without a Trainer
-        return False
 
 
 def has_lag(module: nn.Module) -> bool:

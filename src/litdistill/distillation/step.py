@@ -31,6 +31,7 @@ def train_group(distiller: Distiller, group: Group) -> Tensor:
     loss = torch.zeros(())
     for i, batch in enumerate(group.minibatches()):
         distiller.seed_step(group.first + i)
+        distiller.statistics.remember(distiller, batch)
         loss = distiller.loss(batch, teacher[i] if teacher else None)
         optimizer.zero_grad()  # type: ignore[union-attr]
         distiller.manual_backward(loss * batch.weight if batch.weight != 1 else loss)
