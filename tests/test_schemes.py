@@ -18,7 +18,7 @@ from torch import Tensor
 
 from litdistill.config.build import build_data, build_net
 from litdistill.config.recipes import teacher_config
-from litdistill.data.sources import Source, Split
+from litdistill.data.sources import Split
 from litdistill.evaluation.evaluate import differences, evaluate, load_run, rebuild
 from litdistill.evaluation.summary import method_name
 from litdistill.training import train as train_module
@@ -155,10 +155,10 @@ def test_feature_only(tmp_path, monkeypatch, method):
 
     def with_wrong_labels(cfg):
         data, task = build(cfg)
-        (images, targets), test, classes = data.source
+        images, targets = data.source.train
         wrong = targets.clone()
         wrong[data.train_ids] = targets[data.train_ids[torch.randperm(len(data.train_ids))]]
-        data._source = Source(Split(images, wrong), test, classes)
+        data._source = data.source._replace(train=Split(images, wrong))
         return data, task
 
     monkeypatch.setattr(train_module, "build_data", with_wrong_labels)
