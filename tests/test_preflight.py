@@ -58,7 +58,7 @@ def untrained(small, monkeypatch, tmp_path):
         ("train/loss", None, ("train/loss", "min")),
         ("val/agreement", None, ("val/agreement", "max")),
         ("val/mine", "min", ("val/mine", "min")),
-        *((f"val/{name}", None, (f"val/{name}", "min")) for name in ("brier", "ece", "rmse", "mae", "distance")),
+        *((f"val/{name}", None, (f"val/{name}", "min")) for name in ("brier", "ece", "rmse", "mae", "deviation")),
         *((f"val/{name}", None, (f"val/{name}", "max")) for name in ("map", "f1", "r2", "teacher_accuracy")),
         ("train/accuracy", None, ("train/accuracy", "max")),
         ("train/soft", None, ("train/soft", "min")),

@@ -89,7 +89,7 @@ def test_each_metric_has_a_table_with_its_own_columns(made):
     decimals = 3 - len(str(int(statistics.mean(rmse)))) + 1
     assert row["test RMSE"] == f"{statistics.mean(rmse):.{decimals}f} ± {statistics.stdev(rmse):.{decimals}f}"
     assert row["R²"].startswith(f"{statistics.mean(test['r2'] for test in tests):.3f} ±")
-    assert row["distance"] == shown_mean("distance", [run["student"]["distance"] for run in regression])
+    assert row["deviation"] == shown_mean("deviation", [run["student"]["deviation"] for run in regression])
     assert teacher["test RMSE"] == f"{regression[0]['teacher']['test']['rmse']:.{decimals}f}"
     assert not {"NLL", "ECE", "agreement %", "test accuracy %"} & set(row)
     (_, row) = report.rows(first)

@@ -227,7 +227,7 @@ def test_a_network_agrees_with_itself_and_kl_is_its_formula(name):
     other = logits + draw(*logits.shape, seed=2)
     alike, found = (task.agreement(Outputs.of(x), Outputs.of(logits)) for x in (logits, other))
     assert alike.keys() == found.keys()
-    perfect = {"agreement": 1.0, "kl": 0.0, "distance": 0.0}
+    perfect = {"agreement": 1.0, "kl": 0.0, "deviation": 0.0}
     for key, values in alike.items():
         torch.testing.assert_close(values, torch.full((101,), perfect[key], dtype=torch.float64))
     s, t = other.double(), logits.double()
@@ -239,7 +239,7 @@ def test_a_network_agrees_with_itself_and_kl_is_its_formula(name):
         torch.testing.assert_close(found["kl"], (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).sum(1))
         torch.testing.assert_close(found["agreement"], ((s > 0) == (t > 0)).double().mean(1))
     else:
-        torch.testing.assert_close(found["distance"], 7 * (s - t).abs().mean(1))
+        torch.testing.assert_close(found["deviation"], 7 * (s - t).abs().mean(1))
 
 
 def test_predictions_are_decoded():

@@ -109,7 +109,8 @@ def restore_record(folder: Path) -> None:
 
 def accept_record(folder: Path) -> None:
     """Deletes the copy of `save_record`: the run goes on with the config of the resume."""
-    shutil.rmtree(folder / ".hydra" / BEFORE, ignore_errors=True)
+    for name in (BEFORE, f"{BEFORE}.part"):
+        shutil.rmtree(folder / ".hydra" / name, ignore_errors=True)
 
 
 BEFORE = "before"

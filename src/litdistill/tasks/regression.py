@@ -79,7 +79,7 @@ class Regression(Task):
 
     def agreement(self, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
         """Returns the mean absolute difference of both predictions, (N,), in the units of the targets."""
-        return {"distance": (self.values(student) - self.values(teacher)).abs().mean(1)}
+        return {"deviation": (self.values(student) - self.values(teacher)).abs().mean(1)}
 
     def chance(self, targets: Tensor) -> float:
         """Returns the standard deviation of the targets: the root mean squared error of predicting their mean."""

@@ -47,7 +47,7 @@ class EpochLogger(Callback):
             return
         self._last = now
         metric = pl_module.task.monitor[0] if isinstance(pl_module, Distiller) else "accuracy"
-        keys = (f"val/{metric}", "val/agreement", "val/distance") if self._validated == trainer.current_epoch else ()
+        keys = (f"val/{metric}", "val/agreement", "val/deviation") if self._validated == trainer.current_epoch else ()
         shown = {k: float(trainer.callback_metrics[k]) for k in keys if k in trainer.callback_metrics}
         shown = {"train/loss": loss, **shown} if loss is not None else shown
         words = [f"{self.role}: epoch {done:>{len(str(total))}}/{total}" if total > 0 else f"{self.role}: epoch {done}"]

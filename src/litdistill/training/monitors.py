@@ -18,7 +18,7 @@ from litdistill.distillation.distiller import Distiller
 from litdistill.tasks.base import Task
 from litdistill.utils.errors import UserError
 
-LOWER_IS_BETTER = ("nll", "brier", "ece", "kl", "loss", "rmse", "mae", "mse", "error", "distance")
+LOWER_IS_BETTER = ("nll", "brier", "ece", "kl", "loss", "rmse", "mae", "mse", "error", "deviation")
 HIGHER_IS_BETTER = ("accuracy", "agreement", "teacher_accuracy", "map", "f1", "r2")
 
 
