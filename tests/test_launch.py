@@ -137,7 +137,7 @@ def test_joblib_runs_a_multirun_in_processes_that_share_a_teacher(tmp_path):
     done = call("train", "-m", *launcher, *arguments, "+teacher.recipe.trainer.max_epochs=1", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     (sweep,) = (tmp_path / "runs" / "one").iterdir()
-    found = [json.loads((sweep / job / "summary.json").read_text()) for job in "01"]
+    found = [json.loads((sweep / job / "summary.json").read_text()) for job in ("s0", "s1")]
     assert [s["seed"] for s in found] == [0, 1]
     assert found[0]["teacher"]["sha256"] == found[1]["teacher"]["sha256"]
     assert len(list((tmp_path / "runs" / "teachers").glob("*/summary.json"))) == 1

@@ -453,11 +453,11 @@ def test_a_space_of_this_project_fits_any_student(overrides, keys, kind):
 
 def test_widths_are_multiples_of_the_students_own():
     base = OmegaConf.create({"student": {"widths": [8, 16], "width": 1.0, "depth": 1, "name": "x"}})
-    kept, left = fitting({"student": {k: {"times": [0.5, 1, 2]} for k in ("widths", "width", "depth", "none")}}, base)
+    kept, left = fitting({"student": {k: ["x0.5", "x1", "x2"] for k in ("widths", "width", "depth", "none")}}, base)
     assert kept == {"student": {"widths": [[4, 8], [8, 16], [16, 32]], "width": [0.5, 1.0, 2.0], "depth": [1, 2]}}
     assert left == ["student.none"]
     with pytest.raises(UserError, match=r"sweep\.space\.student\.name: x has no multiples"):
-        fitting({"student": {"name": {"times": [0.5]}}}, base)
+        fitting({"student": {"name": ["x0.5"]}}, base)
 
 
 def test_what_is_left_out_is_said_and_a_typed_key_is_never(quick, tmp_path, caplog):

@@ -7,6 +7,7 @@ or has full override keys, `{"method.temperature": …}`.
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -27,7 +28,7 @@ def read_space(node: Any, prefix: str = "") -> dict[str, BaseDistribution]:
     space: dict[str, BaseDistribution] = {}
     for key, value in node.items():
         name = f"{prefix}{key}"
-        if isinstance(value, dict) and "times" in value:
+        if multiples(value):
             continue  # of a key that is left out: see `fitting`
         if isinstance(value, list) and value:
             space[name] = CategoricalDistribution([literal(v) for v in value])
@@ -50,13 +51,13 @@ def read_space(node: Any, prefix: str = "") -> dict[str, BaseDistribution]:
 def fitting(node: Any, base: DictConfig, typed: Collection[str] = (), prefix: str = "") -> tuple[Any, list[str]]:
     """Returns a space (plain values) for the config `base`, and the full keys that are left out, as `base` lacks them.
 
-    So a space of conf/sweep fits any network and method: one without widths keeps the one it has. `{times: [0.5, 1, 2]}`
+    So a space of conf/sweep fits any network and method: one without widths keeps the one it has. `[x0.5, x1, x2]`
     becomes a list of the multiples of the config's own value, a number or a list of numbers. Keys in `typed`, which the user
     has typed, and keys of groups stay: a misspelt one is an error.
     """
     kept, left = {}, []
     for key, value in node.items():
-        name, inner = f"{prefix}{key}", isinstance(value, dict) and not {"low", "high", "times"} & value.keys()
+        name, inner = f"{prefix}{key}", isinstance(value, dict) and not {"low", "high"} & value.keys()
         if inner:
             kept[key], more = fitting(value, base, typed, f"{name}.")
             left += more
@@ -65,10 +66,17 @@ def fitting(node: Any, base: DictConfig, typed: Collection[str] = (), prefix: st
         if value is not None and not known:
             left.append(name)
             continue
-        if isinstance(value, dict) and "times" in value:
-            value = _multiples(name, OmegaConf.select(base, name), value["times"])
+        if factors := multiples(value):
+            value = _multiples(name, OmegaConf.select(base, name), factors)
         kept[key] = value
     return kept, left
+
+
+def multiples(value: Any) -> list[float]:
+    """Returns the factors of a list such as `[x0.5, x1, x2]`; empty for any other value."""
+    items = value if isinstance(value, list) else []
+    found = [re.fullmatch(r"x(\d+(?:\.\d+)?)", item) if isinstance(item, str) else None for item in items]
+    return [float(match[1]) for match in found if match] if found and all(found) else []
 
 
 def _holds(base: DictConfig, name: str) -> bool:

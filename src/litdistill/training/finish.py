@@ -18,6 +18,7 @@ from torch import nn
 from litdistill.compress.quantize import Int8
 from litdistill.compress.structure import structure_of
 from litdistill.config.changes import as_started
+from litdistill.config.origin import accept_record
 from litdistill.distillation.distiller import Distiller
 from litdistill.evaluation import figures
 from litdistill.evaluation.evaluate import load_weights_of, measure_last
@@ -75,6 +76,7 @@ def finish(run: Run, times: dict[str, float], role: str) -> None:
         summary["student"]["test"][task.monitor[0]]["best_on_test"] = run.built.watch_test.best
     if not trainer.is_global_zero:
         return
+    accept_record(run.folder)  # of a resume that had no step left to train
     metadata = student_metadata(student, run.data, structure_of(student), task.units())
     save_student(student, run.folder / STUDENT, metadata)
     if isinstance(bare(student), Int8):
