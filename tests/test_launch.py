@@ -153,7 +153,7 @@ def test_the_workers_of_a_sweep_do_each_trial_once(tmp_path):
     (folder,) = (tmp_path / "runs" / "one").iterdir()
     log = (folder / "sweep.log").read_text()
     assert log.count("Sweep of 6 trials") == 2  # each says so
-    assert sorted(map(int, re.findall(r"Trial (\d+) is complete", log))) == list(range(6))
+    assert sorted(map(int, re.findall(r"Trial (\d+)  .*val/accuracy", log))) == list(range(6))
     assert "6 complete" in (folder / "sweep.md").read_text()
     # The second has left the config of the first as it was: resume=auto finds the sweep by it.
     assert list(OmegaConf.load(folder / ".hydra" / "overrides.yaml")) == [*arguments, *space]

@@ -104,7 +104,7 @@ def test_a_multirun_is_a_job_of_two_ranks_for_each_run(cluster, tmp_path):
     assert done.returncode == 0, (tmp_path / "output").read_text()
     (sweep,) = (tmp_path / "runs" / "one").iterdir()
     assert sorted(p.name for p in sweep.iterdir() if p.is_dir() and p.name[0] != ".") == ["s0", "s1"]
-    found = [json.loads((sweep / job / "summary.json").read_text()) for job in "01"]
+    found = [json.loads((sweep / job / "summary.json").read_text()) for job in ("s0", "s1")]
     assert [s["seed"] for s in found] == [0, 1]
     assert [s["device"]["world_size"] for s in found] == [2, 2]
     assert found[0]["student"]["sha256"] != found[1]["student"]["sha256"]
