@@ -43,10 +43,10 @@ def accuracy(net: nn.Module, loader: DataLoader) -> float:
 def main(out: str | Path = "runs/example_digits", max_epochs: int = 15) -> float:
     torch.manual_seed(0)
     train, val = loaders()
-    learnt = distill(
+    learned = distill(
         conv_net(32, 64), None, train, val, method=Supervised(), max_epochs=max_epochs, out=f"{out}/teacher"
     )
-    teacher = learnt.deployed_student
+    teacher = learned.deployed_student
     print(f"teacher: {accuracy(teacher, val):.1%}")
     distiller = distill(conv_net(8, 16), teacher, train, val, method=KD(), max_epochs=max_epochs, out=f"{out}/student")
     found = accuracy(distiller.deployed_student, val)

@@ -1,4 +1,4 @@
-"""How much faster a training batch is gathered, augmented and normalised here than image by image, on one CPU thread.
+"""How much faster a training batch is gathered, augmented and normalized here than image by image, on one CPU thread.
 
 python scripts/benchmark_data.py                          CIFAR-10 with crop and flip, MNIST with a shift by 2 pixels
 python scripts/benchmark_data.py --rounds 15 --json data.json

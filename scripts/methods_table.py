@@ -261,7 +261,7 @@ the accuracy is that of the last epoch.
 - **defaults**: as in the file. `init_epochs` is cut to the same share of this short run as of the published 240 epochs.
 - **cost**: time of a training step relative to `kd`, forward and backward with the teacher's forward where there is one;
   ResNet-20 teaches ResNet-8, {BATCH} images of {"x".join(map(str, SHAPE))}, {CLASSES} classes, one CPU thread; the median of
-  {rounds} ratios of neighbouring steps. Of methods in two phases, the second.
+  {rounds} ratios of neighboring steps. Of methods in two phases, the second.
 - **test accuracy %**, **over the control**: mean ± standard deviation over {seeds} seed(s), which draw the images, the
   first weights and the order; the difference is taken seed by seed. A method for several labels a sample has none.
 

@@ -1,4 +1,4 @@
-"""Small pictures that tests draw themselves: shapes in white noise, and grey levels that decide a class."""
+"""Small pictures that tests draw themselves: shapes in white noise, and gray levels that decide a class."""
 
 from __future__ import annotations
 
@@ -6,7 +6,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw
+
+
+def pictures(n: int, c: int, h: int, w: int) -> torch.Tensor:
+    """Smooth ones, noise, and one of a single level."""
+    draw = torch.Generator().manual_seed(n + c + h + w)
+    x = torch.nn.functional.interpolate(torch.rand(n, c, 4, 4, generator=draw), (h, w), mode="bicubic")
+    x = (x * 200 + 30).clamp(0, 255).to(torch.uint8)
+    x[0], x[1] = torch.randint(0, 256, (c, h, w), dtype=torch.uint8, generator=draw), 77
+    return x
+
 
 RIPENESS = {"1_green": 60, "2_turning": 110, "3_ripe": 160, "4_overripe": 210}
 
@@ -38,7 +49,7 @@ def _draw(canvas: ImageDraw.ImageDraw, kind: str, x: int, y: int, s: int) -> Non
 
 
 def ripeness(root: Path, counts: Sequence[int]) -> Path:
-    """Folders of noise around the grey level that decides the class, so many of each class."""
+    """Folders of noise around the gray level that decides the class, so many of each class."""
     draws = np.random.default_rng(0)
     for (name, level), count in zip(RIPENESS.items(), counts, strict=True):
         (root / name).mkdir(parents=True)

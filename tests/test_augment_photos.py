@@ -14,15 +14,7 @@ from litdistill.data.crops import RandomErasing, RandomResizedCrop
 from litdistill.data.datamodule import ImageData
 from litdistill.data.named import augmentations
 from litdistill.utils.errors import UserError
-
-
-def pictures(n: int, c: int, h: int, w: int) -> torch.Tensor:
-    """Smooth ones, noise, and one of a single level."""
-    draw = torch.Generator().manual_seed(n + c + h + w)
-    x = torch.nn.functional.interpolate(torch.rand(n, c, 4, 4, generator=draw), (h, w), mode="bicubic")
-    x = (x * 200 + 30).clamp(0, 255).to(torch.uint8)
-    x[0], x[1] = torch.randint(0, 256, (c, h, w), dtype=torch.uint8, generator=draw), 77
-    return x
+from tests.pictures import pictures
 
 
 def codes(augment: aug.Augmentation, n: int, seed: int = 0) -> torch.Tensor:

@@ -9,20 +9,12 @@ from torchvision.transforms.autoaugment import _apply_op
 from litdistill.data import augment as aug
 from litdistill.data.randaugment import CHOICES, RandAugment
 from litdistill.utils.errors import UserError
+from tests.pictures import pictures
 
 EXACT = {"identity", "brightness", "posterize", "solarize", "equalize", "color", "sharpness"} | {
     *("shear_x", "shear_y", "translate_x", "translate_y", "rotate")
 }
 NAMES = {"autocontrast": "AutoContrast"}
-
-
-def pictures(n: int, c: int, h: int, w: int) -> torch.Tensor:
-    """Smooth ones, noise, and one of a single level."""
-    draw = torch.Generator().manual_seed(n + c + h + w)
-    x = torch.nn.functional.interpolate(torch.rand(n, c, 4, 4, generator=draw), (h, w), mode="bicubic")
-    x = (x * 200 + 30).clamp(0, 255).to(torch.uint8)
-    x[0], x[1] = torch.randint(0, 256, (c, h, w), dtype=torch.uint8, generator=draw), 77
-    return x
 
 
 def published(image: torch.Tensor, choice: str, magnitude: int, bins: int) -> torch.Tensor:

@@ -29,7 +29,7 @@ pruning = pytest.importorskip("torch_pruning")
 
 
 def trained(net: nn.Module) -> nn.Module:
-    """In float64 and eval mode, batch normalisation with statistics of its own."""
+    """In float64 and eval mode, batch normalization with statistics of its own."""
     draw = torch.Generator().manual_seed(1)
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):

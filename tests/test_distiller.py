@@ -317,7 +317,7 @@ def test_a_method_that_needs_a_teacher_says_so():
 @pytest.mark.parametrize(
     ("method", "said"),
     [
-        (KD(hard=0, soft=0), r"KD\(hard=0, soft=0\): nothing is learnt"),
+        (KD(hard=0, soft=0), r"KD\(hard=0, soft=0\): nothing is learned"),
         (SimKD(hard=0, hint=0), r"SimKD\(hard=0, hint=0\)"),
         (Sum({"kd": KD(hard=0, soft=0), "at": AT(hard=0, hint=0)}), r"Sum\(hard=0, soft=0, hint=0\)"),
         (Shuffled(KD(hard=0, soft=0)), r"Shuffled\(hard=0, soft=0\)"),

@@ -115,7 +115,7 @@ def test_gradient_reaches_every_parameter(name):
     assert not missing
 
 
-# Counted by hand from the definitions: a convolution k·k·in·out, a normalisation 2·channels, a linear in·out + out.
+# Counted by hand from the definitions: a convolution k·k·in·out, a normalization 2·channels, a linear in·out + out.
 def conv_n(i, o, k, groups=1):
     return k * k * i * o // groups + 2 * o
 
@@ -231,7 +231,7 @@ def test_wide_block():
     x = torch.randn(2, 4, 6, 6)
     for width, stride in ((4, 1), (8, 2)):
         block = WideBlock(4, width, stride, 0.0).eval()
-        first = (x / (1 + 1e-5) ** 0.5).clamp(min=0)  # normalisation as it starts: mean 0, variance 1
+        first = (x / (1 + 1e-5) ** 0.5).clamp(min=0)  # normalization as it starts: mean 0, variance 1
         second = (F.conv2d(first, block.conv1.weight, None, stride, 1) / (1 + 1e-5) ** 0.5).clamp(min=0)
         kept = x if width == 4 else F.conv2d(first, block.shortcut.weight, None, stride)
         expected = F.conv2d(second, block.conv2.weight, None, 1, 1) + kept

@@ -84,21 +84,21 @@ def test_images_are_evenly_spaced_and_none_comes_twice(n, of):
 
 
 class Sorted:
-    """As much of a data set as is asked for: sorted by class, each image of its class' grey, which the network reads."""
+    """As much of a data set as is asked for: sorted by class, each image of its class' gray, which the network reads."""
 
     class_names = tuple("abcde")
     val_ids = test_ids = torch.arange(100)
 
     def __init__(self, shift: int = 0):
         self.targets = torch.arange(5).repeat_interleave(20)
-        grey = (40 * self.targets + shift).to(torch.uint8)[:, None, None, None]
-        self.images = grey.expand(100, 1, 8, 8).contiguous()
+        gray = (40 * self.targets + shift).to(torch.uint8)[:, None, None, None]
+        self.images = gray.expand(100, 1, 8, 8).contiguous()
 
     def batches(self, split, device="cpu"):
         yield Batch(self.images, self.targets, torch.arange(100))
 
 
-class Grey(torch.nn.Module):
+class Gray(torch.nn.Module):
     def forward(self, x):
         return -((x.float().mean((1, 2, 3))[:, None] - 40 * torch.arange(5)) ** 2) / 100
 
@@ -112,7 +112,7 @@ def spoil(monkeypatch, out: Path, data: Sorted) -> tuple[Seed, list[torch.Tensor
     group, spoilt, settings = page.Group("sorted", {"name": "sorted"}), {}, Settings(robustness=10, epsilons=(4,))
     page._adopt(group, data, spoilt, settings)
     seed = Seed({}, out, sha256="s")
-    page._measure(seed, Grey(), None, data, "cpu", group, spoilt, out, settings)
+    page._measure(seed, Gray(), None, data, "cpu", group, spoilt, out, settings)
     return seed, seen, compared
 
 

@@ -266,11 +266,11 @@ def test_gradients_are_accumulated_by_lightnings_callback(small):
     assert json.loads((Path(cfg.folder) / "summary.json").read_text())["steps"] == 2  # of four minibatches
 
 
-@pytest.mark.parametrize(("lr", "learnt"), [("1e-12", False), ("0.05", True)])
-def test_a_student_at_chance_level_is_warned_of(small, caplog, lr, learnt):
+@pytest.mark.parametrize(("lr", "learned"), [("1e-12", False), ("0.05", True)])
+def test_a_student_at_chance_level_is_warned_of(small, caplog, lr, learned):
     cfg = small(*ALONE, f"optimizer.lr={lr}", "trainer.max_epochs=4")
     train(cfg)
-    assert ("The student is at chance level" in caplog.text) is not learnt
+    assert ("The student is at chance level" in caplog.text) is not learned
 
 
 # -- few samples have more epochs ----------------------------------------------------------------------------------------

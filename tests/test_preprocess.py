@@ -62,8 +62,8 @@ def test_other_sizes_are_resized_and_one_channel_is_given_to_all_means():
     assert torch.allclose(found, exact(small).float(), atol=1e-5)
     assert Preprocess(MEAN, STD, size=(4, 6))(x).shape == (6, 3, 4, 6)
     assert torch.equal(Preprocess(MEAN, STD, size=16)(x), Preprocess(MEAN, STD)(x))
-    grey = images(channels=1)
-    assert torch.equal(Preprocess(MEAN, STD)(grey), Preprocess(MEAN, STD)(grey.expand(-1, 3, -1, -1)))
+    gray = images(channels=1)
+    assert torch.equal(Preprocess(MEAN, STD)(gray), Preprocess(MEAN, STD)(gray.expand(-1, 3, -1, -1)))
     assert Preprocess(MEAN, STD, size=32).input_shape((1, 28, 28)) == (3, 32, 32)
     with pytest.raises(UserError, match="3 channels, and the images have 2"):
         Preprocess(MEAN, STD).input_shape((2, 28, 28))

@@ -171,7 +171,7 @@ def test_places_and_speed_may_change(stopped):
 
 def test_more_patience_is_had(stopped):
     stop = "+callbacks.stop={_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: val/accuracy, patience: 1}"
-    resume = stopped(stop, "optimizer.lr=1e-12")  # nothing is learnt, so that the second epoch would be the last
+    resume = stopped(stop, "optimizer.lr=1e-12")  # nothing is learned, so that the second epoch would be the last
     seen, _ = resume("callbacks.stop.patience=9")
     assert len(seen.rates) == 16 - STOP
 

@@ -146,9 +146,9 @@ def test_noise_contrast_and_brightness_are_what_the_paper_says():
     mean = x.double().mean((2, 3), keepdim=True)
     expected = ((x - mean) * 0.3 + mean).clamp(0, 255)
     assert (robustness.contrast(x, 4).double() - expected).abs().max() <= 0.5001
-    grey = images(3, 1)
-    expected = (grey.double() + 0.3 * 255).clamp(max=255)
-    assert (robustness.brightness(grey, 5).double() - expected).abs().max() <= 0.5001
+    gray = images(3, 1)
+    expected = (gray.double() + 0.3 * 255).clamp(max=255)
+    assert (robustness.brightness(gray, 5).double() - expected).abs().max() <= 0.5001
 
 
 def test_brightness_is_added_to_the_value_of_hsv():

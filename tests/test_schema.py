@@ -136,9 +136,9 @@ SENSELESS = [
     ),
     ("seed=1.9", "seed=1.9: a whole number from 0 to 2³² − 1. Did you mean 2?"),
     ("ema=1", "ema=1: a number of at least 0 and below 1 or null. Usual is 0.999."),
-    ("optimizer.lr=0", "optimizer.lr=0: a number above 0; nothing is learnt at a rate of 0. Usual is 0.001."),
+    ("optimizer.lr=0", "optimizer.lr=0: a number above 0; nothing is learned at a rate of 0. Usual is 0.001."),
     # each of them was a traceback
-    ("method.hard=0 method.soft=0", "method.hard=0, method.soft=0: nothing is learnt. Give one of them a weight."),
+    ("method.hard=0 method.soft=0", "method.hard=0, method.soft=0: nothing is learned. Give one of them a weight."),
     ("optimizer.lr=-0.1", "optimizer.lr=-0.1: a number of 0 or more. Did you mean 0.1?"),
     ("ema=2", "ema=2: a number of at least 0 and below 1 or null. Usual is 0.999."),
     ("trainer.max_epochs=1.5", "trainer.max_epochs=1.5: a whole number of -1 or more, or null. Did you mean 2?"),

@@ -116,7 +116,7 @@ def test_mutual(tmp_path):
         assert not torch.allclose(cohort[a]["fc.weight"], cohort[b]["fc.weight"])
     cfg, _ = load_run(folder)
     data, _ = build_data(cfg)
-    for net in cohort:  # all of them have learnt, from one another and from labels
+    for net in cohort:  # all of them have learned, from one another and from labels
         assert accuracy(cfg, data, net) > 0.3
     assert load_file(folder / "student.safetensors").keys() == cohort[0].keys()
 

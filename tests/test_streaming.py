@@ -29,7 +29,7 @@ from litdistill.utils.errors import UserError
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
-    """Three classes of 20 and 5 images of various sizes, some grey, some JPEG."""
+    """Three classes of 20 and 5 images of various sizes, some gray, some JPEG."""
     folder, draw = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     for split, count in (("train", 20), ("test", 5)):
         for label in "abc":

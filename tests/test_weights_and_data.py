@@ -163,7 +163,7 @@ def test_the_config_says_more_than_the_weights_and_these_more_than_the_data(run)
     assert resized(data.get_batch("train", data.train_ids[:2]).inputs).shape == (2, 10)
     three = build_net(
         node(preprocess={"mean": [0.4] * 3, "std": [0.2] * 3}), data, "student"
-    )  # grey images to three channels
+    )  # gray images to three channels
     assert bare(three).layer1[0].in_channels == 3
     with pytest.raises(UserError, match=r"student\.preprocess=.*mean, std and size"):
         build_net(node(preprocess={"scale": 2}), data, "student")

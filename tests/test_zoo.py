@@ -69,7 +69,7 @@ TERMS = {
 }
 
 # What these are compared with begins as the student (its average) or as undecided as it (peers, a virtual teacher with a
-# temperature of 20), so that there is nothing to be seen of the term until the student has learnt something.
+# temperature of 20), so that there is nothing to be seen of the term until the student has learned something.
 RISES = {("online", "soft"), ("mutual", "soft"), ("teacher_free", "soft")}
 
 

@@ -96,12 +96,12 @@ def ref_wttm(s, t, y, weighted=True):
 
 
 def ref_teacher_free(s, t, y):
-    def regulariser(a, c):
+    def regularizer(a, c):
         p = torch.full_like(a, (1 - 0.9) / (len(a) - 1))
         p = torch.where(torch.arange(len(a)) == c, 0.9, p) / 20
         return kl(p, a)
 
-    return {"soft": 0.2 * mean(regulariser, s, y)}
+    return {"soft": 0.2 * mean(regularizer, s, y)}
 
 
 def ref_soft_target_ce(s, t, y):

@@ -106,7 +106,7 @@ def test_rkd():
 
 
 def test_rkd_of_samples_that_coincide():
-    """Different: where two samples share a feature, torchdistill's normalised difference divides by 1e-12 and the
+    """Different: where two samples share a feature, torchdistill's normalized difference divides by 1e-12 and the
     gradient of its angles explodes. Ours has none there: an angle at such a pair is not defined."""
     s, t = draw(5, 6, 6)
     s[1] = s[0]

@@ -70,7 +70,7 @@ def prune(net: nn.Module, images: Tensor, budget: float, of: str = "parameters")
     layers = {name: after[name] for name in after if after[name] != before[name]}
     shapes = lambda n: {k: v.shape for k, v in n.state_dict().items()}  # noqa: E731
     if shapes(set_sizes(copy.deepcopy(net), layers)) != shapes(small):
-        raise _cannot("it has parameters outside of convolutions, linear layers and batch normalisation")
+        raise _cannot("it has parameters outside of convolutions, linear layers and batch normalization")
     for (_, old), (_, new) in zip(net.named_parameters(), small.named_parameters(), strict=True):
         new.requires_grad_(old.requires_grad)
     return tag_structure(net, small.train(net.training), {"kind": "prune", "layers": layers})

@@ -57,7 +57,7 @@ def fake_quantized(net: nn.Module, images: Tensor) -> Int8:
         try:
             from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
         except ModuleNotFoundError as error:
-            raise UserError("Quantisation needs torchao: pip install 'litdistill[compress]'.") from error
+            raise UserError("Quantization needs torchao: pip install 'litdistill[compress]'.") from error
         try:
             program = torch.export.export(
                 copy.deepcopy(net).eval(), (images[:2],), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)

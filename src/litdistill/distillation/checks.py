@@ -66,7 +66,7 @@ def check_weighted(method: Method, labels: str = "all") -> None:
     given = {name: value for name, value in own if isinstance(value, (int, float))}
     if given and not any(value for _, value in own) and (labels == "none" or not method.hard):
         shown = ", ".join(f"{name}=0" for name in (*(["hard"] if labels != "none" else []), *given))
-        raise UserError(f"{type(method).__name__}({shown}): nothing is learnt. Give one of them a weight.")
+        raise UserError(f"{type(method).__name__}({shown}): nothing is learned. Give one of them a weight.")
 
 
 def check_trained(distiller: Distiller, batch: Batch | None) -> None:

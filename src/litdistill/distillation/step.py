@@ -77,7 +77,7 @@ def total(method: Method, terms: Mapping[str, Tensor]) -> Tensor:
     """Returns the sum of the terms of the loss. Raises `UserError` where there is none: all have the weight 0."""
     if not terms:
         raise UserError(
-            f"{type(method).__name__} has no term with a weight above 0: nothing is learnt. Give one a weight."
+            f"{type(method).__name__} has no term with a weight above 0: nothing is learned. Give one a weight."
         )
     return torch.stack(list(terms.values())).sum()
 

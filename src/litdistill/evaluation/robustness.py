@@ -105,9 +105,9 @@ CORRUPTIONS: dict[str, Callable[[Tensor, int], Tensor]] = {
 
 def _by_pillow(images: Tensor, change: Callable[[Image.Image], Image.Image]) -> Tensor:
     changed = torch.empty_like(images)
-    grey = images.shape[1] == 1
+    gray = images.shape[1] == 1
     for i, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
-        pixels = np.asarray(change(Image.fromarray(image[..., 0] if grey else image)))
+        pixels = np.asarray(change(Image.fromarray(image[..., 0] if gray else image)))
         changed[i] = torch.from_numpy(pixels.copy()).reshape(image.shape).permute(2, 0, 1)
     return changed
 

@@ -218,7 +218,7 @@ def read_images(paths: Sequence[str | Path], input_shape: Sequence[int]) -> np.n
         )
     channels, height, width = input_shape
     if channels not in (1, 3):
-        raise UserError(f"The student takes images of {channels} channels; image files have 1 (grey) or 3 (RGB).")
+        raise UserError(f"The student takes images of {channels} channels; image files have 1 (gray) or 3 (RGB).")
     images = np.empty((len(paths), channels, height, width), np.uint8)
     for row, path in zip(images, paths, strict=True):
         row[:] = decode(path, path, channels, height, width)

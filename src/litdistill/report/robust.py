@@ -34,7 +34,7 @@ def robust(group: Group, key: str, settings: Settings) -> Section:
         f"Accuracy in per cent on {count:,} test images, evenly spaced among all, the mean over seeds and over five "
         "severities of each corruption. "
         "Corruptions after Hendrycks & Dietterich 2019 with the constants of CIFAR-10-C, the noise with ImageNet-C's; "
-        "brightness is added to the grey level where images are grey, pixelation keeps two pixels a side at least, and the "
+        "brightness is added to the gray level where images are gray, pixelation keeps two pixels a side at least, and the "
         "shift, by 5 to 25 % of the side, is after MNIST-C. Weather, camera and glass blurs are left out."
     )
     attacks = (

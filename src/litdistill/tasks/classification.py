@@ -133,6 +133,6 @@ def _classes(logits: Tensor, targets: Any) -> Tensor:
     what = f"{targets.dtype} {tuple(targets.shape)}" if isinstance(targets, Tensor) else type(targets).__name__
     raise UserError(
         f"The targets are {what}, and classification with logits {tuple(logits.shape)} needs integers ({len(logits)},), or "
-        f"probabilities {tuple(logits.shape)}. Numbers are learnt by task=regression, several labels a sample by "
+        f"probabilities {tuple(logits.shape)}. Numbers are learned by task=regression, several labels a sample by "
         "task=multilabel."
     )

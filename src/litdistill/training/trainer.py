@@ -139,7 +139,7 @@ def refuse(cfg: DictConfig, method: Method, foreign: bool = False) -> None:
     if trainer.get("overfit_batches") and not foreign:
         raise UserError(
             "trainer.overfit_batches fixes the samples of torch's DataLoaders alone, and these loaders would draw others each "
-            "epoch. To see a few samples learnt by heart, set data.per_class=1 or a small data.epoch_size."
+            "epoch. To see a few samples learned by heart, set data.per_class=1 or a small data.epoch_size."
         )
     epochs, rehearsed = trainer.get("max_epochs") or 0, trainer.get("limit_train_batches") is not None
     if 0 < epochs <= method.init_epochs and not rehearsed:

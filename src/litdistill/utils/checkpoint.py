@@ -279,7 +279,7 @@ def load_state_dict_checked(net: nn.Module, state: Mapping[str, Tensor], source:
         elif len(shapes) == 1 and saved[:1] == expected[:1]:
             remedy = (
                 f"Only the first layer differs: the {role} was trained on images of another size, or another number "
-                "of channels (grey has 1, RGB 3). Choose the same data.image_size and images of the same kind."
+                "of channels (gray has 1, RGB 3). Choose the same data.image_size and images of the same kind."
             )
     raise UserError(f"The weights in {source} do not fit the {role}: " + "; ".join(lines) + f". {remedy}")
 

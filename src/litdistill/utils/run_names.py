@@ -30,7 +30,10 @@ def announce(overrides: Sequence[str]) -> None:
         parsed = OverridesParser.create().parse_overrides([o for o in overrides if not o.startswith("-")])
         swept = [o for o in parsed if o.is_sweep_override() and not o.key_or_group.startswith("hydra")]
         values = [[str(v) for v in o.sweep_string_iterator()] for o in swept]
-    except (HydraException, NotImplementedError):  # a range of numbers, of which a sweeper chooses; or a mistake
+    except (
+        HydraException,
+        NotImplementedError,
+    ):  # interval(…), which only a sweeper expands, or what Hydra will refuse
         os.environ[SWEPT] = json.dumps({"keys": [], "numbered": True})
         return
     if not swept:

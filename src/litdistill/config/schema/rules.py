@@ -96,13 +96,13 @@ def method(cfg: Mapping[str, Any]) -> Iterator[str]:
         return
     weights = {key: node[key] for key in WEIGHTS if isinstance(node.get(key), (int, float))}
     if len(weights) > 1 and not any(weights.values()):
-        yield f"{', '.join(f'method.{key}=0' for key in weights)}: nothing is learnt. Give one of them a weight."
+        yield f"{', '.join(f'method.{key}=0' for key in weights)}: nothing is learned. Give one of them a weight."
 
 
 def optimizer(cfg: Mapping[str, Any]) -> Iterator[str]:
     node, callbacks = cfg.get("optimizer"), cfg.get("callbacks") or {}
     if isinstance(node, dict) and node.get("lr") == 0 and callbacks.keys() <= OWN_CALLBACKS:
-        yield f"optimizer.lr={node['lr']}: a number above 0; nothing is learnt at a rate of 0. Usual is 0.001."
+        yield f"optimizer.lr={node['lr']}: a number above 0; nothing is learned at a rate of 0. Usual is 0.001."
 
 
 def student(cfg: Mapping[str, Any]) -> Iterator[str]:

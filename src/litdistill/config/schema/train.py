@@ -113,13 +113,13 @@ class Train(Node):
     seed: Seed = option("of weights, order, augmentation and data subset")
     runs: Text = option("the folder of all runs")
     folder: Text = option("what this run leaves is all here")
-    data: Object = option("what is learnt from: one of conf/data, or a LightningDataModule of yours")
+    data: Object = option("what is learned from: one of conf/data, or a LightningDataModule of yours")
     task: Object = option("what the network is trained for: one of conf/task, or a Task of yours")
     student: Student = option("the network that is trained: one of conf/net, or a function of yours")
     teacher: Teacher | None = option(
         "what the student learns from: one of conf/net, or a function of yours; teacher=null: none"
     )
-    method: Object = option("what is learnt from the teacher: one of conf/method, or a Method of yours")
+    method: Object = option("what is learned from the teacher: one of conf/method, or a Method of yours")
     compress: Object | None = option("low_rank, prune or int8: makes the student smaller before it is trained on")
     optimizer: Object = option("one of conf/optimizer, or any of torch.optim")
     scheduler: Object | None = option("one of conf/scheduler, or any of torch.optim.lr_scheduler; null: none")

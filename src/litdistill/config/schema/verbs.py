@@ -53,7 +53,7 @@ class Export(Node):
     )
     precision: Literal["fp32", "fp16", "int8"] = option("fp32; fp16 (not torchscript); int8 (onnx only)")
     preprocessing: bool = option(
-        "the file takes uint8 images and normalises them itself; false: it takes normalised floats"
+        "the file takes uint8 images and normalizes them itself; false: it takes normalized floats"
     )
     calibration: Count = option("how many training images decide the ranges of int8")
     tolerance: Tolerance = option("what the file may differ from the student, on the whole test set")
