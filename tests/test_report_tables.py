@@ -58,6 +58,8 @@ def test_what_a_teacher_adds_is_the_mean_over_pairs_of_one_seed():
     assert str(row[f"{PAIR}over labels alone"]) == f"+{statistics.mean(pairs):.2f} ± {statistics.stdev(pairs):.2f}"
     assert next(r for r in pivot(FOUND) if str(r["trained on"]) == "5,000")[f"{PAIR}over labels alone"] == ""
     assert difference({0: 1.0, 1: 3.0}, {5: 1.0}) == (1.0, None, 0)
+    # Seeds make the pairs, in whatever order runs were found: 1 - 0 and 3 - 1, and not 1 - 1 and 3 - 0.
+    assert difference({0: 1.0, 1: 3.0}, {1: 1.0, 0: 0.0}) == (1.5, pytest.approx(0.5**0.5), 2)
 
 
 @pytest.mark.parametrize(
