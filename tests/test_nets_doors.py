@@ -156,6 +156,11 @@ def test_kernels_are_summed_over_colors_for_other_channels(hub):
 def test_a_small_stem_of_pretrained_weights_is_made_on_request_alone(hub):
     original = as_downloaded("resnet18", hub)
     assert first_conv(torchvision_classifier(10, (3, 32, 32), "resnet18", weights="DEFAULT")).kernel_size == (7, 7)
+    at_32 = torchvision_classifier(
+        10, (3, 32, 32), "resnet18", weights="DEFAULT", size=32
+    )  # which is not enlarged to 224
+    assert torch.equal(bare(at_32).conv1.weight, original.conv1.weight)
+    assert isinstance(bare(at_32).maxpool, nn.MaxPool2d)
     small = torchvision_classifier(10, (3, 32, 32), "resnet18", weights="IMAGENET1K_V1", stem="small", size=32)
     assert preprocess_of(small).facts() == IMAGENET | {"size": [32, 32]}
     assert torch.equal(bare(small).conv1.weight, original.conv1.weight[:, :, 2:5, 2:5])

@@ -293,8 +293,11 @@ def test_a_run_that_was_trained_to_its_end_and_moved_without_a_summary_is_finish
     summary = json.loads((tmp_path / "here" / "summary.json").read_text())
     (tmp_path / "here" / "summary.json").unlink()
     shutil.move(tmp_path / "here", tmp_path / "there")
+    for name in ("before", "before.part"):  # of resumes that were killed
+        (tmp_path / "there" / ".hydra" / name).mkdir(parents=True)
     train(small(*ALONE, name="there"))
     assert json.loads((tmp_path / "there" / "summary.json").read_text())["val"] == summary["val"]
+    assert not list((tmp_path / "there" / ".hydra").glob("before*"))  # a later refusal would put that record back
 
 
 def test_a_best_checkpoint_that_is_missing_is_forgotten(tmp_path, caplog):
