@@ -9,12 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from litdistill.methods.ab import boundary_loss
-from litdistill.methods.at import attention_loss
+from litdistill.losses import attention, boundary, factor, mmd, neighbors
 from litdistill.methods.fsp import flow
-from litdistill.methods.ft import factor_loss
-from litdistill.methods.nst import mmd_loss
-from litdistill.methods.pkt import pkt_loss
 from litdistill.methods.vid import Gaussian
 
 # (student, teacher): batch of one, one channel, not square, other channels, other sizes on one axis or both
@@ -91,12 +87,12 @@ def boundary_by_hand(s: Tensor, t: Tensor) -> Tensor:
 
 SAME_CHANNELS = [((a[0], b[1], *a[2:]), b) for a, b in SHAPES]
 CASES = [
-    *[("at", attention_loss, attention_by_hand, s) for s in SHAPES],
-    *[("nst", mmd_loss, mmd_by_hand, s) for s in SHAPES],
-    *[("pkt", pkt_loss, pkt_by_hand, s) for s in [*SHAPES, ((5, 3), (5, 7)), ((4, 5, 2), (4, 3, 3))]],
-    *[("ft1", lambda s, t: factor_loss(s, t, 1), factors_by_hand(1), s) for s in SAME_CHANNELS],
-    *[("ft2", lambda s, t: factor_loss(s, t, 2), factors_by_hand(2), s) for s in SAME_CHANNELS],
-    *[("ab", lambda s, t: boundary_loss(s, t, 0.7), boundary_by_hand, (b, b)) for _, b in SHAPES],
+    *[("at", attention, attention_by_hand, s) for s in SHAPES],
+    *[("nst", mmd, mmd_by_hand, s) for s in SHAPES],
+    *[("pkt", neighbors, pkt_by_hand, s) for s in [*SHAPES, ((5, 3), (5, 7)), ((4, 5, 2), (4, 3, 3))]],
+    *[("ft1", lambda s, t: factor(s, t, 1), factors_by_hand(1), s) for s in SAME_CHANNELS],
+    *[("ft2", lambda s, t: factor(s, t, 2), factors_by_hand(2), s) for s in SAME_CHANNELS],
+    *[("ab", lambda s, t: boundary(s, t, 0.7), boundary_by_hand, (b, b)) for _, b in SHAPES],
 ]
 
 
@@ -110,7 +106,7 @@ def test_losses_equal_the_papers_formulas_in_value_and_gradient(name: str, loss,
     torch.testing.assert_close(grad.double(), grad64, rtol=2e-4, atol=1e-6 * (1 + grad64.abs().max().item()))
 
 
-@pytest.mark.parametrize("loss", [attention_loss, mmd_loss, pkt_loss, lambda s, t: factor_loss(s, t, 1)])
+@pytest.mark.parametrize("loss", [attention, mmd, neighbors, lambda s, t: factor(s, t, 1)])
 def test_equal_maps_cost_nothing_and_others_something(loss) -> None:
     x = tensor((3, 4, 5, 6), 3)
     assert loss(x, x).abs() < 1e-6
@@ -119,35 +115,35 @@ def test_equal_maps_cost_nothing_and_others_something(loss) -> None:
 
 def test_attention_ignores_sign_scale_and_order_of_channels() -> None:
     s, t = tensor((2, 3, 4, 5), 1), tensor((2, 6, 4, 5), 2)
-    expected = attention_loss(s, t)
+    expected = attention(s, t)
     for changed in (-s, 7.3 * s, s.flip(1)):
-        torch.testing.assert_close(attention_loss(changed, t), expected)
-    assert (attention_loss(s.flip(2), t) - expected).abs() > 1e-4
+        torch.testing.assert_close(attention(changed, t), expected)
+    assert (attention(s.flip(2), t) - expected).abs() > 1e-4
 
 
 def test_mmd_ignores_order_and_positive_scale_of_channels() -> None:
     s, t = tensor((2, 3, 4, 5), 1), tensor((2, 6, 4, 5), 2)
     scales = torch.tensor([0.5, 2.0, 9.0]).view(1, 3, 1, 1)
-    torch.testing.assert_close(mmd_loss((s * scales).flip(1), t), mmd_loss(s, t))
+    torch.testing.assert_close(mmd((s * scales).flip(1), t), mmd(s, t))
 
 
 def test_pkt_ignores_rotation_and_scale_but_not_shift() -> None:
     s, t = tensor((6, 5), 1), tensor((6, 8), 2)
     rotation = torch.linalg.qr(tensor((5, 5), 3).double())[0].float()
-    torch.testing.assert_close(pkt_loss(3 * s @ rotation, t), pkt_loss(s, t), rtol=1e-4, atol=1e-7)
-    assert (pkt_loss(s + 1, t) - pkt_loss(s, t)).abs() > 1e-4
+    torch.testing.assert_close(neighbors(3 * s @ rotation, t), neighbors(s, t), rtol=1e-4, atol=1e-7)
+    assert (neighbors(s + 1, t) - neighbors(s, t)).abs() > 1e-4
 
 
 def test_boundaries_cost_nothing_beyond_the_margin() -> None:
     t = tensor((2, 3, 4, 4), 1)
-    assert boundary_loss(torch.where(t > 0, 1.0, -1.0), t, 1.0) == 0
-    assert boundary_loss(torch.where(t > 0, 5.0, -9.0), 100 * t, 1.0) == 0
-    assert boundary_loss(torch.full((1, 3), -1.0), torch.tensor([[0.0, -1.0, 2.0]]), 1.0) == 4  # 0 itself is inactive
+    assert boundary(torch.where(t > 0, 1.0, -1.0), t, 1.0) == 0
+    assert boundary(torch.where(t > 0, 5.0, -9.0), 100 * t, 1.0) == 0
+    assert boundary(torch.full((1, 3), -1.0), torch.tensor([[0.0, -1.0, 2.0]]), 1.0) == 4  # 0 itself is inactive
 
 
 def test_losses_stay_finite_at_dead_maps() -> None:
     dead, t = torch.zeros(2, 3, 4, 4, requires_grad=True), tensor((2, 3, 4, 4), 1)
-    for loss in (attention_loss, mmd_loss, pkt_loss, lambda s, t: factor_loss(s, t, 2)):
+    for loss in (attention, mmd, neighbors, lambda s, t: factor(s, t, 2)):
         value = loss(dead, t)
         assert value.isfinite()
         assert torch.autograd.grad(value, dead)[0].isfinite().all()
@@ -184,4 +180,4 @@ def test_pooled_factors_are_attention_maps() -> None:
     s, t = tensor((2, 3, 4, 4), 1), tensor((2, 3, 4, 4), 2)
     q = [(x.double() ** 2).sum(1).flatten(1) for x in (s, t)]
     q_s, q_t = (x / (x**2).sum(1, keepdim=True).sqrt() for x in q)
-    torch.testing.assert_close(factor_loss(s, t, 1, pool_channels=True).double(), (q_s - q_t).abs().mean())
+    torch.testing.assert_close(factor(s, t, 1, pool_channels=True).double(), (q_s - q_t).abs().mean())

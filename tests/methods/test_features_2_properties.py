@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from litdistill.methods.cwd import CWD, channel_loss
-from litdistill.methods.ickd import correlation_loss
+from litdistill.losses import channel_correlation, kl_places, partial_l2, pearson
+from litdistill.losses.values import standardize_channels
+from litdistill.methods.cwd import CWD
 from litdistill.methods.kdsvd import KDSVD, RightVectors, svd_loss
 from litdistill.methods.layers import BatchNorm
-from litdistill.methods.ofd import MarginReLU, partial_l2
-from litdistill.methods.pkd import normalize, pearson_loss
+from litdistill.methods.ofd import MarginReLU
 from litdistill.methods.reviewkd import ReviewKD
 from litdistill.types import Outputs
 from litdistill.utils.errors import UserError
@@ -27,7 +27,7 @@ def outputs(*shapes):
     return Outputs.of(torch.randn(1, 5), {f"stage{i}": torch.randn(1, *shape) for i, shape in enumerate(shapes)})
 
 
-@pytest.mark.parametrize("loss", [lambda s, t: channel_loss(s, t, 4), correlation_loss, pearson_loss])
+@pytest.mark.parametrize("loss", [lambda s, t: kl_places(s, t, 4), channel_correlation, pearson])
 def test_nothing_to_learn_from_an_equal(loss):
     x = torch.randn(3, 4, 5, 2, requires_grad=True)
     value = loss(x, x.detach().clone())
@@ -40,10 +40,10 @@ def test_nothing_to_learn_from_an_equal(loss):
 def test_pkd_sees_neither_scale_nor_offset_of_a_channel_and_cwd_no_offset():
     s, t = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5)
     scale, offset = torch.tensor([3.0, 0.01, 50.0])[:, None, None], torch.tensor([-7.0, 2.0, 1.0])[:, None, None]
-    assert pearson_loss(s * scale + offset, t) == pytest.approx(pearson_loss(s, t).item(), rel=1e-4)
-    assert pearson_loss(-t, t) == pytest.approx(2, rel=1e-5)
-    assert channel_loss(s + offset, t, 4) == pytest.approx(channel_loss(s, t, 4).item(), rel=1e-4)
-    assert channel_loss(s * scale, t, 4) != pytest.approx(channel_loss(s, t, 4).item(), rel=0.1)
+    assert pearson(s * scale + offset, t) == pytest.approx(pearson(s, t).item(), rel=1e-4)
+    assert pearson(-t, t) == pytest.approx(2, rel=1e-5)
+    assert kl_places(s + offset, t, 4) == pytest.approx(kl_places(s, t, 4).item(), rel=1e-4)
+    assert kl_places(s * scale, t, 4) != pytest.approx(kl_places(s, t, 4).item(), rel=0.1)
 
 
 def test_autocast_rounds_no_product_in_a_loss():
@@ -52,9 +52,9 @@ def test_autocast_rounds_no_product_in_a_loss():
     student = torch.tensor([[3.0, 0.0], [0.0, 1.0]]).view(1, 2, 2, 1)
     teacher = torch.tensor([[0.706, 0.0], [0.708, 0.0]]).view(1, 2, 2, 1)
     svd = lambda: svd_loss([student, s[:1, :2]], [teacher, t[:1, :2]], 1)  # noqa: E731
-    plain = correlation_loss(s, t), svd()
+    plain = channel_correlation(s, t), svd()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(correlation_loss(s, t), plain[0])
+        assert torch.equal(channel_correlation(s, t), plain[0])
         assert torch.equal(svd(), plain[1])
 
 
@@ -62,15 +62,15 @@ def test_dead_channels_give_no_gradient_that_explodes():
     x = torch.randn(3, 4, 5, 2)
     x[:, 1:3] = 0
     x.requires_grad_()
-    pearson_loss(x, torch.randn(3, 4, 5, 2)).backward()
-    assert not normalize(x)[:, 1:3].any()
+    pearson(x, torch.randn(3, 4, 5, 2)).backward()
+    assert not standardize_channels(x)[:, 1:3].any()
     assert not x.grad[:, 1:3].any()
     assert x.grad.abs().max() < 1
     before, after = x.detach().requires_grad_(), torch.randn(3, 4, 2, 2)
     svd_loss([before, after], [torch.randn(3, 4, 5, 2), torch.randn(3, 4, 2, 2)], 1).backward()
     assert before.grad.isfinite().all()
     assert before.grad.any()
-    correlation_loss(x, torch.randn(3, 4, 5, 2)).backward()
+    channel_correlation(x, torch.randn(3, 4, 5, 2)).backward()
     assert x.grad.isfinite().all()
 
 

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from litdistill.losses.logits import pearson_distance
 from litdistill.methods.base import Method
-from litdistill.methods.dist import DIST, pearson_distance
+from litdistill.methods.dist import DIST
 from litdistill.methods.dkd import DKD
 from litdistill.methods.logit_mse import LogitMSE
 from litdistill.methods.logit_std import LogitStdKD

@@ -6,11 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from litdistill.methods.ab import boundary_loss
-from litdistill.methods.at import attention_loss
+from litdistill.losses import attention, boundary, factor, neighbors
 from litdistill.methods.fsp import flow
-from litdistill.methods.ft import factor_loss
-from litdistill.methods.pkt import pkt_loss
 from litdistill.methods.vid import Gaussian
 
 peers = pytest.importorskip("torchdistill.losses.mid_level")
@@ -39,7 +36,7 @@ def both(ours, theirs, s: Tensor) -> None:
 def test_attention_transfer_is_their_code_mode() -> None:
     s, t = tensor((3, 4, 5, 6), 1), tensor((3, 7, 5, 6), 2)
     theirs = peers.ATLoss({"p": {"student": end(), "teacher": end()}}, mode="code")
-    both(lambda x: attention_loss(x, t), lambda x: theirs(io(x=x), io(x=t)), s)
+    both(lambda x: attention(x, t), lambda x: theirs(io(x=x), io(x=t)), s)
 
 
 def test_their_paper_mode_of_attention_transfer_is_another_loss() -> None:
@@ -50,21 +47,21 @@ def test_their_paper_mode_of_attention_transfer_is_another_loss() -> None:
     """
     s, t = tensor((1, 4, 5, 6), 1), tensor((1, 7, 5, 6), 2)
     theirs = peers.ATLoss({"p": {"student": end(), "teacher": end()}}, mode="paper")
-    torch.testing.assert_close(attention_loss(s, t) * 30, theirs(io(x=s), io(x=t)) ** 2)
+    torch.testing.assert_close(attention(s, t) * 30, theirs(io(x=s), io(x=t)) ** 2)
 
 
 def test_probabilistic_knowledge_transfer() -> None:
     """Equal but for where 1e-7 is added to a norm."""
     s, t = tensor((6, 5), 1), tensor((6, 9), 2)
     theirs = peers.PKTLoss("x", "output", "x", "output")
-    both(lambda x: pkt_loss(x, t), lambda x: theirs(io(x=x), io(x=t.clone())), s)
+    both(lambda x: neighbors(x, t), lambda x: theirs(io(x=x), io(x=t.clone())), s)
 
 
 @pytest.mark.parametrize("p", [1, 2])
 def test_factor_transfer(p: int) -> None:
     s, t = tensor((3, 4, 5, 6), 1), tensor((3, 4, 5, 6), 2)
     theirs = peers.FTLoss(p=p)
-    both(lambda x: factor_loss(x, t, p), lambda x: theirs(io(translator=x), io(paraphraser=t)), s)
+    both(lambda x: factor(x, t, p), lambda x: theirs(io(translator=x), io(paraphraser=t)), s)
 
 
 @pytest.mark.parametrize("margin", [0.5, 1.0, 2.0])
@@ -72,7 +69,7 @@ def test_activation_boundaries(margin: float) -> None:
     """Equal for one pair of weight 1; AB's scale of a stage (0.003, halved towards the input) is their `weight`."""
     s, t = tensor((3, 4, 5, 6), 1), tensor((3, 4, 5, 6), 2)
     theirs = peers.AltActTransferLoss({"p": {"student": end(), "teacher": end()}}, margin=margin, reduction="mean")
-    both(lambda x: boundary_loss(x, t, margin), lambda x: theirs(io(x=x), io(x=t)), s)
+    both(lambda x: boundary(x, t, margin), lambda x: theirs(io(x=x), io(x=t)), s)
 
 
 def test_variational_information_distillation() -> None:

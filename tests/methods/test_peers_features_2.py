@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from litdistill.methods.ickd import correlation_loss
-from litdistill.methods.reviewkd import ABF, hcl
+from litdistill.losses import channel_correlation, pyramid
+from litdistill.methods.reviewkd import ABF
 
 mid_level = pytest.importorskip("torchdistill.losses.mid_level")
 wrapper = pytest.importorskip("torchdistill.models.wrapper")
@@ -17,7 +17,7 @@ def test_hierarchical_context_loss(shape):
     s, t = torch.randn(shape, requires_grad=True), torch.randn(shape)
     peer = mid_level.HierarchicalContextLoss("s", "output", "t", "output")
     theirs = peer({"s": {"output": (s, None)}}, {"t": {"output": t}})
-    ours = hcl(s, t)
+    ours = pyramid(s, t)
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
     torch.testing.assert_close(*(torch.autograd.grad(x, s)[0] for x in (ours, theirs)))
 
@@ -32,8 +32,8 @@ def test_hierarchical_context_loss_differs_where_the_width_is_the_shorter_side()
     s, t = torch.randn(2, 3, 9, 3), torch.randn(2, 3, 9, 3)
     peer = mid_level.HierarchicalContextLoss("s", "output", "t", "output")
     theirs = [peer({"s": {"output": (a, None)}}, {"t": {"output": b}}).item() for a, b in ((s, t), (s.mT, t.mT))]
-    assert hcl(s, t).item() == pytest.approx(hcl(s.mT, t.mT).item(), rel=1e-6)
-    assert hcl(s, t).item() == pytest.approx(theirs[1], rel=1e-6)
+    assert pyramid(s, t).item() == pytest.approx(pyramid(s.mT, t.mT).item(), rel=1e-6)
+    assert pyramid(s, t).item() == pytest.approx(theirs[1], rel=1e-6)
     assert theirs[0] != pytest.approx(theirs[1], rel=1e-3)
 
 
@@ -58,6 +58,6 @@ def test_inter_channel_correlation(n):
     torch.manual_seed(0)
     s, t = torch.randn(n, 5, 4, 3, requires_grad=True), torch.randn(n, 5, 4, 3)
     theirs = mid_level.ChSimLoss.batch_loss(s, t) * n
-    ours = correlation_loss(s, t)
+    ours = channel_correlation(s, t)
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
     torch.testing.assert_close(*(torch.autograd.grad(x, s)[0] for x in (ours, theirs)))

@@ -4,30 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
-from litdistill.methods.base import MapMethod, check_weights, same_size, summed
+from litdistill.losses import boundary, same_size
+from litdistill.methods.base import MapMethod, check_weights, summed
 from litdistill.methods.layers import regressor
 from litdistill.types import Batch, Outputs
 from litdistill.utils.errors import UserError
 
 
-def boundary_loss(student: Tensor, teacher: Tensor, margin: float) -> Tensor:
-    """Squared hinge loss that puts student and teacher on the same side of every neuron's boundary; a scalar.
-
-    Pre-activations of one shape (N, ...). Where the teacher is above 0, the loss is max(0, `margin` − student)², elsewhere
-    max(0, `margin` + student)². Summed over neurons, averaged over the batch.
-    """
-    student, teacher = student.float(), teacher.float()
-    violation = torch.where(teacher > 0, margin - student, margin + student).clamp(min=0)
-    return violation.square().sum() / len(student)
-
-
 class AB(MapMethod):
     """Two phases: for `init_epochs` epochs `hint` · boundary loss alone, then `hard` · labels' loss alone.
 
-    Boundary loss: sum over stages of `boundary_loss` · 0.003 · 2^−(number of later stages), the authors' scale for CIFAR. A
+    Boundary loss: sum over stages of `boundary` · 0.003 · 2^−(number of later stages), the authors' scale for CIFAR. A
     student's stage whose shape differs from the teacher's passes a convolution and BatchNorm; maps whose sizes still differ
     are pooled. In the first phase the student's classifier gets no gradient, in the second the connectors get none.
     A boundary lies at 0 before an activation: name taps where `stages:pre` finds none.
@@ -61,7 +50,7 @@ class AB(MapMethod):
         losses = []
         for later, (connect, (s, t)) in enumerate(zip(reversed(self.connectors), reversed(pairs), strict=True)):
             s, t = same_size(connect(s), t)
-            losses.append(boundary_loss(s, t, self.margin) * 0.003 / 2**later)
+            losses.append(boundary(s, t, self.margin) * 0.003 / 2**later)
         return summed(losses)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:

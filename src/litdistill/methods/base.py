@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from litdistill.types import Batch, Outputs, Taps
@@ -228,10 +227,3 @@ def pair(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> list[tuple[Ten
     """Pairs the features of two networks, counted from the last: the deeper network's first features stay unpaired."""
     n = min(len(student), len(teacher))
     return list(zip(student[len(student) - n :], teacher[len(teacher) - n :], strict=True))
-
-
-def same_size(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Average-pools the larger of two maps (N, C, H, W) to the height and width of the smaller, each axis by itself."""
-    h, w = min(a.shape[2], b.shape[2]), min(a.shape[3], b.shape[3])
-    fit = lambda x: x if x.shape[2:] == (h, w) else F.adaptive_avg_pool2d(x, (h, w))  # noqa: E731
-    return fit(a), fit(b)

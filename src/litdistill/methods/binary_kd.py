@@ -6,23 +6,11 @@ probability of that label.
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
+from litdistill.losses import binary_kl
 from litdistill.methods.base import BERNOULLI, Method, check_temperature, check_weights
 from litdistill.types import Batch, Outputs
-
-
-def binary_soft_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T² · Σ over labels of KL(teacher ‖ student) between Bernoulli distributions of sigmoid(z / T), averaged over the batch.
-
-    Both (N, labels); a scalar, in float32 also under autocast. Log-probabilities are computed from logits (logsigmoid); the
-    authors' code clamps probabilities to 1e-8 from 0 and 1, beyond which a student gets no gradient.
-    """
-    z_s, z_t = student.float() / temperature, teacher.float() / temperature
-    divergence = z_t.sigmoid() * (F.logsigmoid(z_t) - F.logsigmoid(z_s))
-    divergence = divergence + (-z_t).sigmoid() * (F.logsigmoid(-z_t) - F.logsigmoid(-z_s))
-    return divergence.sum() / len(z_s) * temperature**2
 
 
 class BinaryKD(Method):
@@ -43,4 +31,4 @@ class BinaryKD(Method):
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         if not self.soft:
             return {}
-        return {"soft": self.soft * binary_soft_loss(student.logits, teacher.logits, self.temperature)}
+        return {"soft": self.soft * binary_kl(student.logits, teacher.logits, self.temperature)}

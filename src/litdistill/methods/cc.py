@@ -2,40 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from litdistill.losses import consecutive, gaussian
 from litdistill.methods.base import VectorMethod
 from litdistill.utils.errors import UserError
-
-
-def consecutive(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean over i of Σ_d |s − t|_{i,d} · |s − t|_{i+1,d}, of embeddings `(N, D)`; 0 for a batch of one.
-
-    The form that the paper's author contributed to RepDistiller, which the CRD table's CC row was computed with: it
-    multiplies the errors of consecutive samples of the batch, dimension by dimension.
-    """
-    delta = (student - teacher).abs()
-    return (delta[:-1] * delta[1:]).sum() / max(len(delta) - 1, 1)
-
-
-def gaussian(student: Tensor, teacher: Tensor, gamma: float, order: int) -> Tensor:
-    """‖K(student) − K(teacher)‖² / N² with K the `(N, N)` matrix of Gaussian kernels exp(−γ ‖a − b‖²) of the unit vectors.
-
-    The kernel is a Taylor series about a·b = 0 up to `order`: exp(−2γ) · Σ_p (2γ)^p / p! · (a·b)^p.
-    """
-
-    def kernel(x: Tensor) -> Tensor:
-        x = F.normalize(x, dim=1)
-        dot = x @ x.T
-        series = [(2 * gamma) ** p / math.factorial(p) * dot**p for p in range(order + 1)]
-        return math.exp(-2 * gamma) * torch.stack(series).sum(dim=0)
-
-    return (kernel(student) - kernel(teacher)).square().mean()
 
 
 class CC(VectorMethod):

@@ -4,23 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch.nn.functional as F
 from torch import Tensor
 
-from litdistill.methods.base import MapMethod, check_temperature, same_size, summed
+from litdistill.losses import kl_places, same_size
+from litdistill.methods.base import MapMethod, check_temperature, summed
 from litdistill.methods.layers import projectors
 from litdistill.utils.errors import UserError
-
-
-def channel_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T² · KL(teacher ‖ student) of each channel's softmax over positions, averaged over channels and batch; a scalar.
-
-    Both (N, C, H, W); computed in float32, also under autocast.
-    """
-    log_p = F.log_softmax(teacher.float().flatten(2) / temperature, dim=2)
-    log_q = F.log_softmax(student.float().flatten(2) / temperature, dim=2)
-    n, channels = student.shape[:2]
-    return F.kl_div(log_q, log_p, reduction="sum", log_target=True) * temperature**2 / (n * channels)
 
 
 class CWD(MapMethod):
@@ -53,5 +42,5 @@ class CWD(MapMethod):
         losses = []
         for (s, t), project in zip(pairs, self.projectors, strict=True):
             s, t = same_size(s, t)
-            losses.append(channel_loss(project(s), t, self.temperature))
+            losses.append(kl_places(project(s), t, self.temperature))
         return summed(losses)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch.nn.functional as F
 from torch import Tensor
 
-from litdistill.methods.base import MapMethod, same_size
+from litdistill.losses import mse, same_size
+from litdistill.methods.base import MapMethod
 from litdistill.methods.layers import regressor
 from litdistill.types import Outputs
 from litdistill.utils.errors import UserError
@@ -44,5 +44,4 @@ class FitNet(MapMethod):
         self.regressor = regressor(*pairs[0], relu=True)
 
     def loss(self, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
-        f_s, f_t = same_size(self.regressor(pairs[0][0]), pairs[0][1])
-        return F.mse_loss(f_s.float(), f_t.float())
+        return mse(*same_size(self.regressor(pairs[0][0]), pairs[0][1]))

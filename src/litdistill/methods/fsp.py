@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from litdistill.losses import mse
 from litdistill.methods.base import MapMethod, summed
 from litdistill.methods.layers import projectors
 from litdistill.types import Batch, Outputs
@@ -59,7 +60,7 @@ class FSP(MapMethod):
     def loss(self, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
         f_s = [connect(s) for connect, (s, _) in zip(self.connectors, pairs, strict=True)]
         f_t = [t for _, t in pairs]
-        return summed([F.mse_loss(flow(*f_s[i : i + 2]), flow(*f_t[i : i + 2])) for i in range(len(pairs) - 1)])
+        return summed([mse(flow(*f_s[i : i + 2]), flow(*f_t[i : i + 2])) for i in range(len(pairs) - 1)])
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         return super().forward(student, teacher, batch) if self.epoch < self.init_epochs else {}

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from litdistill.methods.base import MapMethod, check_weights, same_size
+from litdistill.losses import factor, mse
+from litdistill.methods.base import MapMethod, check_weights
 from litdistill.types import Batch, Outputs
 from litdistill.utils.errors import UserError
 
@@ -22,21 +22,8 @@ def convolutions(kind: type[nn.Module], widths: Sequence[int], norm: bool) -> nn
     return nn.Sequential(*layers)
 
 
-def factor_loss(student: Tensor, teacher: Tensor, p: int, pool_channels: bool = False) -> Tensor:
-    """Distance of two factors (N, C, H, W), each flattened and normalized to unit length; a scalar.
-
-    p = 1: the mean absolute difference over all elements, as in the authors' code. p = 2: the L2 norm of the difference,
-    averaged over the batch. `pool_channels`: compares mean squares over channels instead, as in RepDistiller.
-    """
-    f_s, f_t = same_size(student.float(), teacher.float())
-    if pool_channels:
-        f_s, f_t = f_s.square().mean(1), f_t.square().mean(1)
-    difference = F.normalize(f_s.flatten(1)) - F.normalize(f_t.flatten(1))
-    return difference.abs().mean() if p == 1 else torch.linalg.vector_norm(difference, dim=1).mean()
-
-
 class FT(MapMethod):
-    """Two phases: for `init_epochs` epochs a paraphraser alone, then `hard` · labels' loss + `hint` · `factor_loss`.
+    """Two phases: for `init_epochs` epochs a paraphraser alone, then `hard` · labels' loss + `hint` · `factor`.
 
     The paraphraser, an autoencoder with `rate` times the channels of the teacher's last map, learns to reconstruct that
     map. Then its encoder is fixed, and the student's translator learns its output. The student gets no gradient in the
@@ -73,11 +60,11 @@ class FT(MapMethod):
     def loss(self, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
         f_s, f_t = pairs[-1]
         with torch.no_grad():
-            factor = self.encoder(f_t)
-        return factor_loss(self.translator(f_s), factor, self.p, self.pool_channels)
+            encoded = self.encoder(f_t)
+        return factor(self.translator(f_s), encoded, self.p, self.pool_channels)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         if self.epoch >= self.init_epochs:
             return super().forward(student, teacher, batch)
         _, f_t = self.pairs(student, teacher)[-1]
-        return {"paraphraser": F.mse_loss(self.decoder(self.encoder(f_t)).float(), f_t.float())}
+        return {"paraphraser": mse(self.decoder(self.encoder(f_t)), f_t)}

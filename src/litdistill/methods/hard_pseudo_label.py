@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
+from litdistill.losses import pseudo_label
 from litdistill.methods.base import CATEGORICAL, Method, check_weights
 from litdistill.types import Batch, Outputs
 
@@ -22,4 +22,4 @@ class HardPseudoLabel(Method):
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         if not self.pseudo:
             return {}
-        return {"pseudo": self.pseudo * F.cross_entropy(student.logits.float(), teacher.logits.argmax(dim=1))}
+        return {"pseudo": self.pseudo * pseudo_label(student.logits, teacher.logits)}

@@ -4,30 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from litdistill.losses import channel_correlation
 from litdistill.methods.base import MapMethod, summed
 from litdistill.methods.layers import BatchNorm
-
-
-def correlation(x: Tensor) -> Tensor:
-    """Inner products over positions of all pairs of channels, rows of unit length: (N, C, H, W) -> (N, C, C)."""
-    flat = x.float().flatten(2)
-    with torch.autocast(x.device.type, enabled=False):  # under autocast the product would be rounded to bfloat16
-        return F.normalize(flat @ flat.transpose(1, 2), dim=2)
-
-
-def correlation_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Squared distance of the correlation matrices divided by the channels, averaged over the batch; a scalar.
-
-    Both (N, C, ·, ·); map sizes may differ, since positions are summed over. Rows are normalized, and the sum is divided
-    by N·C, as in the authors' CIFAR code, to which the weight 2.5 belongs (the paper's formula divides by C² and does not
-    normalize; the authors' ImageNet code divides by N twice).
-    """
-    n, channels = student.shape[:2]
-    return (correlation(student) - correlation(teacher)).square().sum() / (n * channels)
 
 
 class ICKD(MapMethod):
@@ -51,4 +32,4 @@ class ICKD(MapMethod):
         )
 
     def loss(self, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
-        return summed([correlation_loss(p(s), t) for (s, t), p in zip(pairs, self.projectors, strict=True)])
+        return summed([channel_correlation(p(s), t) for (s, t), p in zip(pairs, self.projectors, strict=True)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from litdistill.losses import half_squared
 from litdistill.methods.base import Method, check_weights
 from litdistill.types import Batch, Outputs
 
@@ -24,7 +25,4 @@ class LogitMSE(Method):
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         if not self.soft:
             return {}
-        difference = student.logits.float() - teacher.logits.float()
-        if self.centered:
-            difference = difference - difference.mean(dim=1, keepdim=True)
-        return {"soft": self.soft * difference.square().sum(dim=1).mean() / 2}
+        return {"soft": self.soft * half_squared(student.logits, teacher.logits, self.centered)}

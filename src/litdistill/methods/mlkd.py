@@ -4,20 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from litdistill.losses import gram_distance, kl
 from litdistill.methods.base import CATEGORICAL, Method, check_temperature, check_weights, summed
-from litdistill.methods.kd import soft_loss
 from litdistill.types import Batch, Outputs
 from litdistill.utils.errors import UserError
-
-
-def gram_distance(a: Tensor, b: Tensor) -> Tensor:
-    """‖A Aᵀ − B Bᵀ‖² / rows of two matrices `(rows, columns)`; float32, also under autocast."""
-    with torch.autocast(a.device.type, enabled=False):
-        return (a @ a.T - b @ b.T).square().sum() / len(a)
 
 
 class MLKD(Method):
@@ -55,7 +48,7 @@ class MLKD(Method):
         terms = {}
         s, t = student.logits.float(), teacher.logits.float()
         if self.instance:
-            terms["instance"] = self.instance * summed([soft_loss(s, t, tau) for tau in self.temperatures])
+            terms["instance"] = self.instance * summed([kl(s, t, tau) for tau in self.temperatures])
         if not (self.batch or self.classes):
             return terms
         pairs = [(F.softmax(s / tau, dim=1), F.softmax(t / tau, dim=1)) for tau in self.temperatures]

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from litdistill.losses import kl
 from litdistill.methods.base import CATEGORICAL, Method, check_temperature, check_weights, summed
-from litdistill.methods.kd import soft_loss
 from litdistill.types import Batch, Outputs, Taps
 from litdistill.utils.errors import UserError
 
@@ -64,7 +64,7 @@ class Mutual(Method):
             return {}
         logits = [student.logits, *student.features.values()]
         pairs = [(a, b) for a in logits for b in logits if a is not b]
-        losses = [soft_loss(a, b.detach(), self.temperature) for a, b in pairs]
+        losses = [kl(a, b.detach(), self.temperature) for a, b in pairs]
         return {"soft": self.soft * summed(losses) / self.peers}
 
 

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from litdistill.methods.base import MapMethod, same_size
+from litdistill.losses import partial_l2, same_size
+from litdistill.methods.base import MapMethod
 from litdistill.methods.layers import connector
 
 
@@ -42,15 +43,6 @@ class MarginReLU(nn.Module):
         return torch.maximum(x, self.margin.to(x.dtype)[:, None, None])
 
 
-def partial_l2(student: Tensor, teacher: Tensor) -> Tensor:
-    """Squared distance except where student <= teacher <= 0, summed over the map and averaged over the batch; a scalar.
-
-    Both (N, C, H, W); `teacher` after its margin ReLU.
-    """
-    counts = (student > teacher) | (teacher > 0)
-    return ((student - teacher).square() * counts).sum() / student.shape[0]
-
-
 class OFD(MapMethod):
     """`hard` · labels' loss + `hint` · Σ partial L2 of stage i / 2^(stages − 1 − i).
 
@@ -76,5 +68,5 @@ class OFD(MapMethod):
         total = pairs[0][0].new_zeros((), dtype=torch.float32)
         for (s, t), connect, margin in zip(pairs, self.connectors, self.margins, strict=True):
             s, t = same_size(s, t)
-            total = total / 2 + partial_l2(connect(s).float(), margin(t.float()))
+            total = total / 2 + partial_l2(connect(s), margin(t.float()))
         return total

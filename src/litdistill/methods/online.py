@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from litdistill.losses import kl
 from litdistill.methods.base import CATEGORICAL, Method, check_temperature, check_weights
-from litdistill.methods.kd import soft_loss
 from litdistill.types import Batch, Outputs, Taps
 from litdistill.utils.errors import UserError
 
@@ -78,4 +78,4 @@ class Online(Method):
     def forward(self, student: Outputs, teacher: Any, batch: Batch) -> dict[str, Tensor]:
         if not self.soft:
             return {}
-        return {"soft": self.soft * soft_loss(student.logits, student.features["average"], self.temperature)}
+        return {"soft": self.soft * kl(student.logits, student.features["average"], self.temperature)}

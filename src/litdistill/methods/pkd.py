@@ -4,32 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from litdistill.methods.base import MapMethod, same_size, summed
+from litdistill.losses import pearson, same_size
+from litdistill.methods.base import MapMethod, summed
 from litdistill.methods.layers import projectors
-
-
-def normalize(x: Tensor) -> Tensor:
-    """Normalizes each channel to mean 0 and variance 1 over batch and positions, in float32: (N, C, H, W) -> (N, C, H, W).
-
-    A constant channel (a dead one, or a single value) has no correlation: it becomes 0, without a gradient, where the
-    authors' code divides by 1e-6 and returns gradients a million times as large.
-    """
-    x = x.float()
-    var, mean = torch.var_mean(x, dim=(0, 2, 3), keepdim=True, correction=0)
-    return (x - mean) * torch.where(var > 1e-12, var, torch.inf).rsqrt()
-
-
-def pearson_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Half the mean squared error of the normalized maps, equal to 1 − r averaged over channels; a scalar.
-
-    Both (N, C, H, W). The variance is the biased one, which makes the identity with the paper's 1 − r exact; the
-    authors' code takes the unbiased one, which gives (n − 1)/n of this, with n = N·H·W.
-    """
-    return F.mse_loss(normalize(student), normalize(teacher)) / 2
 
 
 class PKD(MapMethod):
@@ -55,5 +34,5 @@ class PKD(MapMethod):
         losses = []
         for (s, t), project in zip(pairs, self.projectors, strict=True):
             s, t = same_size(s, t)
-            losses.append(pearson_loss(project(s), t))
+            losses.append(pearson(project(s), t))
         return summed(losses)

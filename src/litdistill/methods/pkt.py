@@ -4,40 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from litdistill.losses import neighbors
 from litdistill.methods.base import VectorMethod, summed
 from litdistill.types import Outputs
 from litdistill.utils.errors import UserError
 
-EPS = 1e-7
-
-
-def conditional_probabilities(f: Tensor) -> Tensor:
-    """Probabilities that a sample selects each sample of the batch as its neighbor: (N, N), rows sum to 1.
-
-    `f`: (N, ...), flattened. Kernel (1 + cosine) / 2. As in the authors' code, a sample is a neighbor of itself; the
-    paper's formula excludes it.
-    """
-    f = F.normalize(f.float().flatten(1), eps=EPS)
-    with torch.autocast(f.device.type, enabled=False):
-        kernel = (f @ f.T + 1) / 2
-    return kernel / kernel.sum(1, keepdim=True)
-
-
-def pkt_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL(teacher ‖ student) of `conditional_probabilities`, averaged over all N² pairs as in the authors' code; a scalar.
-
-    (N, ...) each; widths may differ. The paper's sum is N² times as large.
-    """
-    q, p = conditional_probabilities(student), conditional_probabilities(teacher)
-    return (p * torch.log((p + EPS) / (q + EPS))).mean()
-
 
 class PKT(VectorMethod):
-    """`hard` · labels' loss + `hint` · sum over taps of `pkt_loss`, by default on the classifiers' inputs.
+    """`hard` · labels' loss + `hint` · sum over taps of `neighbors`, by default on the classifiers' inputs.
 
     Several taps are compared in pairs; both networks need the same number of them.
     """
@@ -58,4 +34,4 @@ class PKT(VectorMethod):
         return super().pairs(student, teacher)
 
     def loss(self, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
-        return summed([pkt_loss(s, t) for s, t in pairs])
+        return summed([neighbors(s, t) for s, t in pairs])

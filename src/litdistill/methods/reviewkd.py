@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from litdistill.losses import pyramid
 from litdistill.methods.base import MapMethod, maps, pair, summed
 from litdistill.methods.layers import BatchNorm
 from litdistill.types import Outputs
@@ -45,22 +46,6 @@ class ABF(nn.Module):
         if x.shape[2:] != tuple(size):
             x = F.interpolate(x, tuple(size), mode="nearest")
         return self.conv2(x), x
-
-
-def hcl(student: Tensor, teacher: Tensor) -> Tensor:
-    """Hierarchical context loss: mean squared error of the maps and of their 4x4, 2x2 and 1x1 averages.
-
-    Each level has half the weight of the previous one, and the weights sum to 1; a level no smaller than the map's shorter
-    side is left out. Both (N, C, H, W); a scalar.
-    """
-    loss, weight, total = F.mse_loss(student, teacher), 1.0, 1.0
-    for level in (4, 2, 1):
-        if level < min(student.shape[2:]):
-            weight /= 2
-            total += weight
-            s, t = (F.adaptive_avg_pool2d(x, level) for x in (student, teacher))
-            loss = loss + weight * F.mse_loss(s, t)
-    return loss / total
 
 
 def stages(features: Mapping[str, Tensor]) -> list[Tensor]:
@@ -97,5 +82,5 @@ class ReviewKD(MapMethod):
         losses, fused = [], None
         for (s, t), abf in zip(reversed(pairs), reversed(self.abfs), strict=True):
             out, fused = abf(s, fused, t.shape[2:])
-            losses.append(hcl(out.float(), t.float()))
+            losses.append(pyramid(out, t))
         return summed(losses)

@@ -5,27 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from litdistill.losses import distances_and_angles, smooth_l1
 from litdistill.methods.base import Method, check_weights, pair, summed, vectors
 from litdistill.types import Batch, Outputs, Taps
-
-
-def relations(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Distances `(N, N)` between N vectors `(N, D)` divided by their mean, and cosines `(N, N, N)` of the angles between them.
-
-    The mean is over ordered pairs of different samples. `cosines[i, j, k]` is that of the angle at i between j and k, 0
-    where i is j or k. Coinciding samples have distance 0, cosine 0 and no gradient from either. Differences are computed
-    explicitly; inner products would lose small distances.
-    """
-    difference = x[None] - x[:, None]
-    distance = difference.norm(dim=2)
-    n = len(x)
-    mean = distance.sum() / max(n * (n - 1), 1)
-    inverse = torch.where(distance > 0, 1 / distance.clamp(min=1e-20), torch.zeros_like(distance))
-    unit = difference * inverse[..., None]
-    return distance / mean.clamp(min=1e-20), unit @ unit.transpose(1, 2)
 
 
 class RKD(Method):
@@ -56,8 +40,8 @@ class RKD(Method):
         distances, angles = [], []
         with torch.autocast(student.logits.device.type, enabled=False):
             for s, t in pair(vectors(student.features, "rkd"), vectors(teacher.features, "rkd")):
-                (s_distance, s_angle), (t_distance, t_angle) = relations(s), relations(t)
-                distances.append(F.smooth_l1_loss(s_distance, t_distance))
-                angles.append(F.smooth_l1_loss(s_angle, t_angle))
+                (s_distance, s_angle), (t_distance, t_angle) = distances_and_angles(s), distances_and_angles(t)
+                distances.append(smooth_l1(s_distance, t_distance))
+                angles.append(smooth_l1(s_angle, t_angle))
         terms = {"distance": self.distance * summed(distances)} if self.distance else {}
         return terms | ({"angle": self.angle * summed(angles)} if self.angle else {})

@@ -13,7 +13,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from litdistill.methods.base import Method, check_weights, maps, same_size
+from litdistill.losses import mse, same_size
+from litdistill.methods.base import Method, check_weights, maps
 from litdistill.methods.layers import dry_forward, reusable_classifier
 from litdistill.types import Batch, Outputs, Taps
 from litdistill.utils.errors import UserError
@@ -131,4 +132,4 @@ class SimKD(Method):
         if not self.hint:
             return {}
         s, t = same_size(maps(student.features, "simkd")[-1], maps(teacher.features, "simkd")[-1])
-        return {"hint": self.hint * F.mse_loss(s.float(), t.float())}
+        return {"hint": self.hint * mse(s, t)}

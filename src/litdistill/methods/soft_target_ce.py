@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
+from litdistill.losses import soft_cross_entropy
 from litdistill.methods.base import CATEGORICAL, Method, check_temperature, check_weights
 from litdistill.types import Batch, Outputs
 
@@ -27,6 +27,4 @@ class SoftTargetCE(Method):
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         if not self.soft:
             return {}
-        p = F.softmax(teacher.logits.float() / self.temperature, dim=1)
-        soft = F.cross_entropy(student.logits.float() / self.temperature, p)
-        return {"soft": self.soft * self.temperature**2 * soft}
+        return {"soft": self.soft * soft_cross_entropy(student.logits, teacher.logits, self.temperature)}

@@ -4,22 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
+from litdistill.losses import similarity
 from litdistill.methods.base import VectorMethod, summed
-
-
-def similarity(x: Tensor) -> Tensor:
-    """Similarity matrix of a batch: the inner products `(N, N)` of the samples' features, each row of unit length.
-
-    `x`: (N, …), flattened. The row of a sample whose features are all 0 is 0, without a gradient.
-    """
-    x = x.float().flatten(1)
-    x = x / x.detach().abs().max().clamp(min=1e-20)  # cancels in each row; keeps fourth powers inside float32
-    gram = x @ x.T
-    norm = gram.norm(dim=1, keepdim=True)
-    return gram * torch.where(norm > 0, 1 / norm.clamp(min=1e-20), torch.zeros_like(norm))
 
 
 class SP(VectorMethod):
@@ -35,4 +23,4 @@ class SP(VectorMethod):
         super().__init__(hard, hint, student_taps, teacher_taps)
 
     def loss(self, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
-        return summed([(similarity(s) - similarity(t)).square().mean() for s, t in pairs])
+        return summed([similarity(s, t) for s, t in pairs])

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
+from litdistill.losses import kl, log_power
 from litdistill.methods.base import CATEGORICAL, VectorMethod, check_temperature, check_weights
-from litdistill.methods.kd import soft_loss
 from litdistill.methods.layers import BatchNorm
 from litdistill.types import Batch, Outputs
 from litdistill.utils.errors import UserError
@@ -23,15 +22,6 @@ def pooled(outputs: Outputs) -> Tensor:
     """Returns the last feature as vectors (N, C) in float32: a map's mean over positions, or the mean of tokens."""
     f = list(outputs.features.values())[-1].float()
     return f.mean((2, 3)) if f.ndim == 4 else f.mean(1) if f.ndim == 3 else f
-
-
-def log_sum(student: Tensor, teacher: Tensor, exponent: float) -> Tensor:
-    """log Σ |student − teacher|^exponent over all samples and channels of the batch, (N, C) each; a scalar.
-
-    For equal vectors it is the logarithm of the smallest normal number, without a gradient, instead of −∞.
-    """
-    total = (student - teacher).abs().pow(exponent).sum()
-    return total.clamp(min=torch.finfo(total.dtype).tiny).log()
 
 
 class SRD(VectorMethod):
@@ -74,10 +64,10 @@ class SRD(VectorMethod):
 
     def loss(self, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
         s = self.norm_student(self.projector(pairs[0][0])[:, :, None, None])
-        return log_sum(s, self.norm_teacher(pairs[0][1][:, :, None, None]), self.exponent)
+        return log_power(s, self.norm_teacher(pairs[0][1][:, :, None, None]), self.exponent)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         terms = super().forward(student, teacher, batch)
         if self.soft:
-            terms["soft"] = self.soft * soft_loss(student.logits, teacher.logits, self.temperature)
+            terms["soft"] = self.soft * kl(student.logits, teacher.logits, self.temperature)
         return terms

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from litdistill.losses import mse
 from litdistill.methods.base import Method, check_weights, maps
 from litdistill.methods.layers import connector, reusable_classifier
 from litdistill.types import Batch, Outputs, Taps
@@ -63,9 +64,9 @@ class SRRL(Method):
         connected = self.connector(maps(student.features, "srrl")[-1]).float().mean((2, 3))
         if self.hint:
             expected = maps(teacher.features, "srrl")[-1].float().mean((2, 3))
-            terms["hint"] = self.hint * F.mse_loss(connected, expected)
+            terms["hint"] = self.hint * mse(connected, expected)
         if self.soft:
             with torch.autocast(connected.device.type, enabled=False):
                 logits = F.linear(connected, self.weight, self.bias)
-            terms["soft"] = self.soft * F.mse_loss(logits, teacher.logits.float())
+            terms["soft"] = self.soft * mse(logits, teacher.logits)
         return terms

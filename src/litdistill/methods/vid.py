@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from litdistill.methods.base import MapMethod, same_size, summed
+from litdistill.losses import same_size
+from litdistill.methods.base import MapMethod, summed
 
 
 class Gaussian(nn.Module):
