@@ -11,6 +11,7 @@ file takes the waveform.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -32,8 +33,8 @@ def mel_filters(sample_rate: int, n_fft: int, bands: int, low: float, high: floa
     Their corners are evenly spaced from `low` to `high` Hz on the HTK mel scale, mel = 2595 log10(1 + Hz / 700), and each
     filter's maximum is 1 (no normalization by area). These are torchaudio's `melscale_fbanks` with its defaults.
     """
-    edges = 2595 * np.log10(1 + np.array([low, high]) / 700)
-    corners = 700 * (10 ** (np.linspace(*edges, bands + 2) / 2595) - 1)  # Hz
+    first, last = (2595 * math.log10(1 + edge / 700) for edge in (low, high))
+    corners = 700 * (10 ** (np.linspace(first, last, bands + 2) / 2595) - 1)  # Hz
     left, center, right = (corners[i : bands + i, None] for i in range(3))
     hertz = np.linspace(0, sample_rate / 2, n_fft // 2 + 1)
     return np.maximum(0, np.minimum((hertz - left) / (center - left), (right - hertz) / (right - center)))
