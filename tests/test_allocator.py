@@ -36,8 +36,10 @@ def faults(how: str, **environment: str) -> int:
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
 def test_a_step_asks_the_system_for_no_memory_that_the_one_before_had() -> None:
     # Left alone it depends on how the heap happens to lie whether all 20 steps of 8 tensors of 195 pages of 4 kB fault.
-    assert faults("left", MALLOC_MMAP_THRESHOLD_="131072") > 20_000
-    assert faults("kept") < 1_000
+    left = faults("left", MALLOC_MMAP_THRESHOLD_="131072")
+    assert left > 20_000
+    # The heap may still grow once for the 40 MB, 9,766 pages, where its free memory lies in pieces.
+    assert faults("kept") < 20_000 < left
 
 
 def test_an_environment_that_sets_the_allocator_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

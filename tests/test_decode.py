@@ -11,7 +11,7 @@ from litdistill.data.datamodule import ImageData
 from litdistill.data.decode import decode, extensions
 from litdistill.data.folder import FolderFiles
 from litdistill.data.streaming import Encoded
-from litdistill.export.predict import read_images
+from litdistill.export.readers import read_images
 from litdistill.utils.errors import UserError
 
 

@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file
 
-from litdistill.data.arrays import ArrayData
+from litdistill.data import tables
 from litdistill.data.datamodule import ImageData
 from litdistill.data.sources import load as load_data
 from litdistill.distillation.teacher import Ensemble
@@ -541,7 +541,7 @@ def test_networks_that_preprocess_in_several_ways_are_timed_but_not_shipped(tmp_
 @pytest.mark.parametrize(("name", "task"), [("diabetes", Regression([150.0], [70.0])), ("multilabel", MultiLabel())])
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_a_network_of_features_is_exported_by_its_tasks_metric(tmp_path, name, task, precision):
-    data = ArrayData(name)
+    data = getattr(tables, name)()
     data.setup()
     torch.manual_seed(0)
     net = mlp(data.num_classes, data.input_shape, widths=[16]).eval()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from litdistill import CRD, KD, BinaryKD, FitNet, LogitMSE, distill, load_student
-from litdistill.data.arrays import ArrayData
+from litdistill.data import tables
 from litdistill.data.datamodule import ImageData
 from litdistill.data.foreign import ForeignData, output_names, sample, training_inputs
 from litdistill.evaluation.evaluate import differences, evaluate, load_run
@@ -284,7 +284,7 @@ def test_data_that_know_their_samples_bring_groups_and_a_cache(tmp_path, name):
         nets = [Preprocessed(nn.Sequential(nn.Flatten(), mlp(w, 64, 10)), Preprocess([0.3], [0.3])) for w in (8, 16)]
         method, task = KD(), "classification"
     else:
-        data = ArrayData("multilabel", fraction=0.1)
+        data = tables.multilabel(fraction=0.1)
         nets, method, task = [mlp(w, 40, 10) for w in (8, 16)], BinaryKD(), "multilabel"
     found = distill(
         *nets, data, None, method, task, 3, tmp_path, trainer=QUIET | {"gradient_clip_val": 0.5}, allow_chance=True

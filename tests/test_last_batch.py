@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from litdistill.data.arrays import ArrayData
+from litdistill.data import tables
 from litdistill.data.datamodule import ImageData
 from litdistill.data.loading import IndexLoader, Rows, trained_samples
 from litdistill.methods.supervised import Supervised
@@ -135,7 +135,7 @@ def test_a_run_of_a_network_of_1x1_maps_trains(tmp_path, caplog):
 
 def test_tables_too(caplog):
     caplog.set_level("INFO")
-    data = ArrayData("multilabel", batch_size=23)
+    data = tables.multilabel(batch_size=23)
     data.setup()
     data.smallest_batch = 2
     count = len(data.train_ids)

@@ -14,11 +14,12 @@ from omegaconf import DictConfig, OmegaConf
 from litdistill import load_student
 from litdistill.config.build import build_data, build_net, build_task
 from litdistill.config.instantiate import instantiate
-from litdistill.data.arrays import ArrayData
+from litdistill.data import tables
 from litdistill.data.protocol import as_indexed, split_ids
+from litdistill.data.tensors import TensorData
 from litdistill.distillation.distiller import Distiller
 from litdistill.evaluation.evaluate import differences, evaluate, load_run
-from litdistill.export import predict as predicting
+from litdistill.export import readers
 from litdistill.export.export import export, verify
 from litdistill.export.predict import load, main, predict
 from litdistill.models.small import mlp
@@ -60,8 +61,8 @@ def run(tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture
-def data(request) -> ArrayData:
-    found = ArrayData(request.param)
+def data(request) -> TensorData:
+    found = getattr(tables, request.param)()
     found.setup()
     return found
 
@@ -74,13 +75,13 @@ def test_every_sample_is_in_one_split_alone_and_fewer_are_trained_on_with_the_sa
     assert as_indexed(data) is data
     trained, held = data.train_ids, data.val_ids
     assert sorted([*trained.tolist(), *held.tolist()]) == list(range(len(data.train_targets)))
-    few = ArrayData(data.name, fraction=0.1, seed=3)
+    few = getattr(tables, data.name)(fraction=0.1, seed=3)
     few.setup()
     assert torch.equal(few.val_ids, held)
     assert len(few.train_ids) == round(0.1 * len(trained))
     assert set(few.train_ids.tolist()) < set(trained.tolist())
     assert (few.mean, few.std) == (data.mean, data.std)
-    whole = torch.cat([data.arrays[split].inputs for split in ("train", "test")])
+    whole = torch.cat([part.inputs for part in (data.source.train, data.source.test)])
     assert len(whole.unique(dim=0)) == len(whole)
 
 
@@ -114,15 +115,14 @@ def test_the_network_standardizes_and_its_inputs_are_as_they_were_read(data):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"name": "wine"}, "Choose one of diabetes, multilabel"),
-        ({"name": "diabetes", "fraction": 1.5}, "fraction=1.5 must be above 0"),
-        ({"name": "diabetes", "batch_size": 0}, "must be at least 1"),
-        ({"name": "diabetes", "val_size": 400}, "leaves -46 to train on"),
+        ({"fraction": 1.5}, "fraction=1.5 must be above 0"),
+        ({"batch_size": 0}, "must be at least 1"),
+        ({"val_size": 400}, "leaves -46 to train on"),
     ],
 )
 def test_wrong_options_of_the_data_are_refused(options, says):
     with pytest.raises(UserError, match=says):
-        ArrayData(**options).setup()
+        tables.diabetes(**options).setup()
 
 
 def test_data_for_another_task_are_refused(tmp_path):
@@ -134,11 +134,11 @@ def test_teacher_and_student_standardize_targets_alike_whatever_share_each_is_tr
     node = compose_config(tmp_path, "data=diabetes", "task=regression").task
     units = []
     for fraction in (None, 0.1):
-        data = ArrayData("diabetes", fraction=fraction)
+        data = tables.diabetes(fraction=fraction)
         data.setup()
         units.append(build_task(node, data).units())
     assert units[0] == units[1]
-    rest = ArrayData("diabetes")
+    rest = tables.diabetes()
     rest.setup()
     targets = rest.train_targets[rest.train_ids].double()
     assert units[0]["mean"][0] == pytest.approx(targets.mean().item())
@@ -170,7 +170,7 @@ def method_node(name: str) -> DictConfig:
 @pytest.mark.parametrize("name", ["classification", *TASKS])
 def test_a_method_trains_perceptrons_for_an_epoch_or_says_in_a_line_what_else_would(name, method):
     torch.manual_seed(0)
-    data = ArrayData(TASKS.get(name, "diabetes"), batch_size=32, fraction=0.1 if name in TASKS else 1.0)
+    data = getattr(tables, TASKS.get(name, "diabetes"))(batch_size=32, fraction=0.1 if name in TASKS else 1.0)
     data.setup()
     outputs = data.num_classes if name in TASKS else 3
     batches = [data.make_batch(rows) for rows in data.train_loader()]
@@ -204,7 +204,7 @@ def test_a_method_trains_perceptrons_for_an_epoch_or_says_in_a_line_what_else_wo
     + [("regression", m) for m in ("supervised", "logit_mse", "pkt", "rkd", "sp", "cc")],
 )
 def test_these_methods_are_defined_for_it(name, method):
-    data = ArrayData(TASKS[name])
+    data = getattr(tables, TASKS[name])()
     data.setup()
     nets = [mlp(data.num_classes, data.input_shape, [8]) for _ in range(2)]
     Distiller(nets[0], instantiate(method_node(method)), nets[1], data.get_batch("train", data.train_ids[:4]), name)
@@ -248,11 +248,11 @@ def test_a_run_is_measured_again_to_the_digit(run, name):
     assert kept["best_model_score"].item() == pytest.approx(summary["val"]["best"])
 
 
-def table(name: str, path: Path, count: int = 5) -> tuple[ArrayData, np.ndarray]:
+def table(name: str, path: Path, count: int = 5) -> tuple[TensorData, np.ndarray]:
     """Test samples, written to `path`."""
-    data = ArrayData(TASKS[name])
+    data = getattr(tables, TASKS[name])()
     data.setup()
-    inputs = data.arrays["test"].inputs[:count].numpy()
+    inputs = data.source.test.inputs[:count].numpy()
     if path.suffix == ".npy":
         np.save(path, inputs)
     else:
@@ -314,7 +314,7 @@ def test_tables_of_many_rows_are_cut_into_batches(run, tmp_path, monkeypatch):
     path, _ = export(run["regression"])
     table("regression", tmp_path / "rows.npy", 11)
     whole = predict(load(path), [tmp_path / "rows.npy"])
-    monkeypatch.setattr(predicting, "BATCH", 4)
+    monkeypatch.setattr(readers, "BATCH", 4)
     cut = predict(load(path), [tmp_path / "rows.npy"])
     assert [one["row"] for one in cut] == [one["row"] for one in whole]
     values = [[one["values"]["disease progression"] for one in found] for found in (cut, whole)]

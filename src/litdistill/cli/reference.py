@@ -20,15 +20,15 @@ from litdistill.utils.paths import CONF
 FILES: dict[str, type[Node]] = {
     **{f"{command}.yaml": schema for command, schema in SCHEMAS.items() if command != "sweep"},
     "data/base.yaml": data.ImageData,
-    "data/diabetes.yaml": data.ArrayData,
-    "data/multilabel.yaml": data.ArrayData,
+    "data/diabetes.yaml": data.Standardized,
+    "data/multilabel.yaml": data.Standardized,
     "sweep/base.yaml": train.SweepOptions,
     "trainer/auto.yaml": library.Trainer,
 }
 SECTIONS: tuple[tuple[str, str, type[Node]], ...] = (  # prefix of the keys, title, schema
     ("", "`litdistill train`: conf/train.yaml", train.Train),
     ("data.", "`data` of images: conf/data", data.ImageData),
-    ("data.", "`data` of features: conf/data/diabetes.yaml", data.ArrayData),
+    ("data.", "`data` of features: conf/data/diabetes.yaml", data.Standardized),
     ("task.", "`task=classification`", library.Classification),
     ("task.", "`task=multilabel`", library.MultiLabel),
     ("task.", "`task=regression`", library.Regression),

@@ -23,7 +23,7 @@ from litdistill.config.distiller import train_labels
 from litdistill.config.instantiate import NETWORK_META_KEYS, instantiate, locate
 from litdistill.config.recipes import is_complete, teacher_folder
 from litdistill.data.foreign import ForeignData, training_inputs
-from litdistill.data.protocol import as_indexed
+from litdistill.data.protocol import as_indexed, facts_of, input_dtype
 from litdistill.distillation.teacher import Ensemble
 from litdistill.models.adaptations import adaptations_of, has_published_weights
 from litdistill.models.finetune import fix_statistics, freeze, with_own_head
@@ -132,7 +132,10 @@ def build_net(
     shape = _shape(wanted, data)
     options = {k: v for k, v in node.items() if k not in NETWORK_META_KEYS}
     facts = _known(
-        str(node["_target_"]), data, shape, size=wanted.get("size"), fetch=None if fetch and source is None else False
+        str(node["_target_"]),
+        data,
+        shape,
+        **{"size": wanted.get("size"), "fetch": None if fetch and source is None else False, **facts_of(data)},
     )
     net: nn.Module = instantiate(options, role, **{k: v for k, v in facts.items() if k not in options})
     changes = adaptations_of(net)
@@ -145,8 +148,13 @@ def build_net(
     net = bare(net)
     if source is not None:
         final = preprocess.input_shape(data.input_shape) if preprocess is not None else shape
-        net = _with_weights(net, node, data, role, source, torch.zeros(2, *(final or ())))
+        net = _with_weights(net, node, data, role, source, _blank(data, final))
     return wrap(net, preprocess)
+
+
+def _blank(data: Any, shape: Any) -> Tensor:
+    """Returns two inputs of zeros, of the data's type and the shape after preprocessing."""
+    return torch.zeros(2, *(shape or ()), dtype=input_dtype(data))
 
 
 def _fix_statistics(net: nn.Module, node: DictConfig, role: str, published: bool) -> bool:
@@ -276,7 +284,7 @@ def _rebuilt_student(node: DictConfig, data: Any, finished: Path) -> nn.Module:
     net = build_net(node, data, "student", fetch=False)
     preprocess = preprocess_of(net)
     shape = preprocess.input_shape(data.input_shape) if preprocess is not None else data.input_shape
-    return wrap(restore(bare(net), load_structure(finished), torch.zeros(2, *(shape or ()))), preprocess)
+    return wrap(restore(bare(net), load_structure(finished), _blank(data, shape)), preprocess)
 
 
 def _compressed(student: nn.Module, cfg: DictConfig, data: Any) -> nn.Module:

@@ -33,7 +33,7 @@ NO_RECIPE = {  # options of these that change only paths and speed
 }
 
 
-OWN_FILES = ("folder", "shards")  # data whose files are the user's
+OWN_FILES = ("folder", "shards")  # data whose files are the user's, in `data.root`
 OWN_CALLBACKS = ("best", "last", "learning_rate")  # those of conf/callbacks, which do not change the weights
 
 
@@ -117,7 +117,7 @@ def recipe_hash(cfg: DictConfig) -> str:
     that a teacher of other images, or of fewer, is not taken for theirs.
     """
     kept = recipe(cfg)
-    if cfg.data.get("name") in OWN_FILES and cfg.data.get("root") is not None:
+    if data_name(cfg.data) in OWN_FILES and cfg.data.get("root") is not None:
         kept["files"] = contents_digest(Path(cfg.data.root))
     return digest(kept)
 

@@ -61,9 +61,10 @@ DATA = (
     *("augment.Crop", "augment.Flip", "augment.Cutout", "randaugment.RandAugment", "mixing.Mixup", "mixing.CutMix"),
     *("crops.RandomResizedCrop", "crops.RandomErasing", "colors.ColorJitter"),
 )
+TENSORS = ("tables.diabetes", "tables.multilabel")  # functions that return a `TensorData`
 OWN = (
     "litdistill.data.datamodule.ImageData",
-    "litdistill.data.arrays.ArrayData",
+    *(f"litdistill.data.{name}" for name in TENSORS),
     *(f"litdistill.data.{name}" for name in DATA),
     *(f"litdistill.compress.{name}" for name in ("low_rank.low_rank", "prune.prune", "quantize.int8")),
     *(f"litdistill.tasks.{name}" for name in ("Classification", "MultiLabel", "Regression")),

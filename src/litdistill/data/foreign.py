@@ -122,6 +122,14 @@ def sample(data: Any, split: str, index: int) -> Tensor | None:
     raise IndexError(index)
 
 
+def words(data: Any, split: str, index: int) -> str | None:
+    """Returns the sample at `index` of "val" or "test" in words; None for data without a method `show(split, id)`."""
+    if not callable(show := getattr(data, "show", None)):
+        return None
+    found: str | None = show("test" if split == "test" else "train", int(split_ids(data, split)[index]))
+    return found
+
+
 def offers(module: LightningDataModule, split: str) -> bool:
     """Returns whether a data module defines its own loader of "val" or "test"."""
     name = f"{split}_dataloader"

@@ -83,13 +83,15 @@ def list_images(folder: Path) -> Listing:
 
 
 def contents_digest(folder: Path) -> str:
-    """Returns ten hex digits of the names and sizes of all images, or of all files where there are none (shards); "" for a
-    folder that cannot be read. They are the same where the folder is moved or copied."""
+    """Returns ten hex digits of the names and sizes of all images, or of all files where there are none (shards, texts), or of
+    the content of a single file; "" for a path that cannot be read. They are the same where it is moved or copied."""
     try:
+        if folder.is_file():
+            return hashlib.sha256(folder.read_bytes()).hexdigest()[:10]
         files = list_images(folder).files if folder.is_dir() else []
         named = [(os.path.relpath(file.path, folder), file.size) for file in files]
         if not files:
-            named = sorted((entry.name, entry.stat().st_size) for entry in os.scandir(folder) if entry.is_file())
+            named = sorted((os.path.relpath(p, folder), p.stat().st_size) for p in folder.rglob("*") if p.is_file())
     except (OSError, UserError):
         return ""
     found = hashlib.sha256()

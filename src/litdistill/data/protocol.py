@@ -81,6 +81,17 @@ def as_indexed(module: Any) -> IndexedData | None:
     return module if all(callable(getattr(type(module), name, None)) for name in needed) else None
 
 
+def input_dtype(data: Any) -> torch.dtype:
+    """Returns the type of a network's inputs, integers of token ids or float32, as the attribute `input_dtype` says."""
+    found: torch.dtype = getattr(data, "input_dtype", torch.float32)
+    return found
+
+
+def facts_of(data: Any) -> dict[str, Any]:
+    """Returns further facts of the data that a network's function may name as parameters, such as `vocab_size`."""
+    return dict(getattr(data, "facts", None) or {})
+
+
 def split_ids(data: IndexedData, split: str) -> Tensor:
     """Returns the ids (n,) of "train", "val" or "test"."""
     return {"train": data.train_ids, "val": data.val_ids, "test": data.test_ids}[split]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from litdistill.data.foreign import output_names, sample, training_inputs
+from litdistill.data.foreign import output_names, sample, training_inputs, words
 from litdistill.evaluation.predictions import predict_split, teacher_outputs
 from litdistill.features.outputs import first_tensor, run_network
 from litdistill.models.profile import weight_bytes
@@ -91,7 +91,9 @@ def show(
     outputs, targets = predict_split(student, data, "val", device, task)
     expected = teacher_outputs(teacher, data, task, "val", device, folder) if teacher is not None else None
     names = output_names(data, outputs.logits.shape[1])
-    samples = Samples(lambda i: sample(data, "val", i), targets, names, outputs, expected)
+    samples = Samples(
+        lambda i: sample(data, "val", i), targets, names, outputs, expected, lambda i: words(data, "val", i)
+    )
     with any_names():
         for name, figure in task.figures(samples).items():
             writer.add_figure(f"validation/{name}", figure, step)

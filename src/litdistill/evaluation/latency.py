@@ -138,7 +138,7 @@ def _grow(path: str, batch: int, threads: int) -> int | None:
     session = _session(path, threads)
     (given,) = session.get_inputs()
     shape = [batch, *given.shape[1:]]
-    images = np.zeros(shape, np.uint8 if given.type == "tensor(uint8)" else np.float32)
+    images = np.zeros(shape, {"tensor(uint8)": np.uint8, "tensor(int64)": np.int64}.get(given.type, np.float32))
     for _ in range(3):
         session.run(None, {given.name: images})
     after = _high_water(reset=False)

@@ -18,12 +18,14 @@ from litdistill.config.changes import flat
 from litdistill.config.lr_scaling import read_scale
 from litdistill.config.recipes import data_name, net_name, recipe, student_folder, teacher_folder
 from litdistill.data.foreign import sample_count
+from litdistill.data.protocol import input_dtype
 from litdistill.methods import NAMES
 from litdistill.models.preprocess import preprocessing
 from litdistill.models.profile import count_macs, count_parameters, weight_bytes
 from litdistill.tasks.base import Task
 from litdistill.utils.command_line import command_text
 from litdistill.utils.hashing import digest, weights_sha256
+from litdistill.utils.modality import modality_of
 from litdistill.utils.versions import git_state, versions
 
 
@@ -53,21 +55,16 @@ def summarize(
         "settings": settings(cfg, sha256),
         "task": type(task).__name__,
         "metric": {"name": name, "direction": direction},
-        "data": {
-            "name": data.name,
-            "classes": data.num_classes,
-            "input_shape": None if shape is None else list(shape),
-            **{split: sample_count(data, split) for split in ("train", "val", "test")},
-        },
+        "data": data_facts(data),
         "teacher": None
         if teacher is None
         else {
-            **network_facts(cfg.teacher, teacher, shape),
+            **network_facts(cfg.teacher, teacher, shape, input_dtype(data)),
             "preprocess": preprocessing(teacher),
             "test": found["teacher"],
         },
         "student": {
-            **network_facts(cfg.student, student, shape),
+            **network_facts(cfg.student, student, shape, input_dtype(data)),
             "precision": "fp32",
             "test": {**about, name: {"best": about[name], "last": last[name]}},
             **found.get("agreement", dict.fromkeys(("agreement", "kl"))),
@@ -89,20 +86,33 @@ def summarize(
     }
 
 
-def network_facts(node: DictConfig, net: nn.Module, shape: Sequence[int] | None) -> dict[str, Any]:
-    """Returns a network's name, the hash of its weights, and its size."""
+def data_facts(data: Any) -> dict[str, Any]:
+    """Returns the name of the data, what kind they are of, and their sizes."""
+    return {
+        "name": data.name,
+        "kind": modality_of(data).kind,
+        "classes": data.num_classes,
+        "input_shape": None if data.input_shape is None else list(data.input_shape),
+        **{split: sample_count(data, split) for split in ("train", "val", "test")},
+    }
+
+
+def network_facts(
+    node: DictConfig, net: nn.Module, shape: Sequence[int] | None, dtype: torch.dtype = torch.float32
+) -> dict[str, Any]:
+    """Returns a network's name, the hash of its weights, and its size. `shape`, `dtype`: of a sample's input."""
     return {
         "name": net_name(node),
         "sha256": weights_sha256(net.state_dict()),
         "params": count_parameters(net),
-        "macs": macs(net, shape),
+        "macs": macs(net, shape, dtype),
         "bytes": weight_bytes(net),
     }
 
 
-def macs(net: nn.Module, shape: Sequence[int] | None) -> int | None:
+def macs(net: nn.Module, shape: Sequence[int] | None, dtype: torch.dtype = torch.float32) -> int | None:
     """Returns the multiply-accumulates for one sample of that shape; None where inputs are no single tensor."""
-    return None if shape is None else count_macs(net, shape)
+    return None if shape is None else count_macs(net, shape, dtype)
 
 
 def start_of(cfg: DictConfig) -> dict[str, Any] | None:

@@ -6,7 +6,9 @@ only then renamed and entered into `manifest.json`.
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,9 +23,10 @@ from torch import Tensor, nn
 from litdistill.compress.quantize import Int8
 from litdistill.compress.structure import structure_of
 from litdistill.config.build import build_net
-from litdistill.config.instantiate import NETWORK_META_KEYS
+from litdistill.config.instantiate import NETWORK_META_KEYS, locate
 from litdistill.config.origin import check_links
 from litdistill.data.foreign import output_names, training_inputs
+from litdistill.data.protocol import facts_of, input_dtype
 from litdistill.evaluation.evaluate import load_run, rebuild, run_data
 from litdistill.evaluation.predictions import local_metrics
 from litdistill.export.predict import load, runtime
@@ -39,6 +42,7 @@ from litdistill.utils.checkpoint import write_atomically, write_text
 from litdistill.utils.errors import UserError
 from litdistill.utils.hashing import weights_sha256
 from litdistill.utils.manifest import MANIFEST, SUFFIXES, check_facts, check_names, read_manifest
+from litdistill.utils.modality import IMAGE, TABLE, Modality, modality_of
 from litdistill.utils.units import named
 from litdistill.utils.versions import versions
 
@@ -92,6 +96,21 @@ def export(
     return path, entry["check"]
 
 
+def modality_facts(modality: Modality) -> dict[str, Any]:
+    """Returns the entry of the manifest about the kind of data: its options, and digests of the files that it needs."""
+    files = {name: hashlib.sha256(content).hexdigest() for name, content in modality.files.items()}
+    return {"kind": modality.kind, **modality.options, "files": files}
+
+
+def _write_companions(folder: Path, modality: Modality) -> None:
+    for name, content in modality.files.items():
+        write_atomically(folder / name, functools.partial(_write_bytes, content))
+
+
+def _write_bytes(content: bytes, path: Path) -> None:
+    path.write_bytes(content)
+
+
 def check_limits(limits: Limits) -> None:
     """Raises `UserError` for a tolerance that is neither null nor a number of at least 0."""
     for name, value in zip(("difference", "agreement"), limits, strict=True):
@@ -120,7 +139,7 @@ def export_student(
     check_names(data.class_names)
     check_links(folder)
     names, shape = names_and_shape(student, data)
-    preprocess = preprocess_of(student)
+    preprocess, modality = preprocess_of(student), modality_of(data, shape)
     check_student(student, shape, format, precision, preprocessing)
     # safetensors holds weights alone
     preprocessing = preprocessing and preprocess is not None and format != "safetensors"
@@ -134,15 +153,16 @@ def export_student(
         "classes": names,
         **about,
         "input_shape": shape,
-        "input": described(shape, preprocessing, preprocess is not None),
+        "modality": modality_facts(modality),
+        "input": described(shape, modality.kind, preprocessing, preprocess is not None, input_dtype(data)),
         "output": OUTPUTS[task.kind],
     }
     if format == "safetensors":
         entry["net"] = dict(net_options or {})
     facts = check_facts(entry, Path("student" + SUFFIXES[format]))
     plain = preprocessing or format == "safetensors" or preprocess is None
-    name = "student" + ("" if precision == "fp32" else f"-{precision}") + ("" if plain else "-normalized")
-    path = folder / "export" / (name + SUFFIXES[format])
+    name = "student" + f"-{precision}" * (precision != "fp32") + "-normalized" * (not plain) + SUFFIXES[format]
+    path = folder / "export" / name
 
     def write(temporary: Path) -> None:
         write_format(student, data, temporary, entry, facts, calibration)
@@ -152,12 +172,18 @@ def export_student(
         entry["bytes"], entry["sha256"] = len(content), hashlib.sha256(content).hexdigest()
 
     write_atomically(path, write)
+    _write_companions(path.parent, modality)
     entry["student_sha256"], entry["versions"] = weights_sha256(student.state_dict()), versions()
+    _enter(path, entry)
+    return path, entry
+
+
+def _enter(path: Path, entry: Mapping[str, Any]) -> None:
+    """Writes the entry of an exported file into the manifest beside it."""
     manifest = path.parent / MANIFEST
     with FileLock(path.parent / f".{MANIFEST}.lock"):
         files = read_manifest(manifest) if manifest.is_file() else {}
         write_text(manifest, json.dumps({"files": {**files, path.name: entry}}, indent=2) + "\n")
-    return path, entry
 
 
 @torch.no_grad()
@@ -178,9 +204,13 @@ def names_and_shape(student: nn.Module, data: Any) -> tuple[list[str], list[int]
     return list(output_names(data, logits.shape[1])), list(data.input_shape or inputs.shape[1:])
 
 
-def described(shape: Sequence[int], preprocessing: bool, normalizes: bool) -> str:
+def described(
+    shape: Sequence[int], kind: str, preprocessing: bool, normalizes: bool, dtype: torch.dtype = torch.float32
+) -> str:
     """Returns a description of a file's inputs for the manifest."""
-    if len(shape) == 1:
+    if kind not in (IMAGE, TABLE):
+        return f"{str(dtype).removeprefix('torch.')} ({', '.join(['N', *map(str, shape)])})"
+    if kind == TABLE:
         return (
             "float32 (N, F), (x - mean) / std" if normalizes and not preprocessing else "float32 (N, F) as in the data"
         )
@@ -232,6 +262,8 @@ def student_of_run(
     assert isinstance(options, dict)
     own = {str(k): v for k, v in options.items() if k not in (*NETWORK_META_KEYS, "weights", "pretrained")}
     data, task = run_data(cfg, folder)
+    takes = inspect.signature(locate(str(own["_target_"]))).parameters
+    own |= {k: v for k, v in facts_of(data).items() if k in takes and k not in own}
     try:
         student = build_net(OmegaConf.create(own), data, "student", folder)
     except UserError:

@@ -4,8 +4,8 @@
     python -m litdistill.export.predict <run>/export/student.onnx --json --top 3 *.png
     python -m litdistill.export.predict <run>/export/student.onnx patients.csv
 
-A student of images takes image files; a student of tables (`input_shape` of one number) takes .npy and .csv files with one
-sample per row.
+A student takes files of its kind of data (`litdistill.export.readers`): of images, image files; of tables, .npy and .csv files
+with one sample per row.
 
 An ONNX file needs numpy, Pillow and onnxruntime. A file is opened only if its SHA-256 is that in `manifest.json` beside it,
 and if its loader cannot run code. Formats that torch's loaders read by unpickling and evaluating (.pt2, .pt) are opened
@@ -28,8 +28,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from litdistill.data.decode import decode
 from litdistill.export.onnx_safety import external_data
+from litdistill.export.readers import READERS
 from litdistill.utils.errors import UserError
 from litdistill.utils.manifest import MANIFEST, MISSING, SUFFIXES, ExportMetadata, verified
 from litdistill.utils.text import CONTROL_CHARACTERS
@@ -39,14 +39,14 @@ if TYPE_CHECKING:
     from torch import nn
 
 CODE = ("pt2", "torchscript")  # formats that can carry code
-BATCH = 64
 
 
 class Model(NamedTuple):
     """A loaded exported file."""
 
     facts: ExportMetadata
-    run: Callable[[np.ndarray], np.ndarray]  # (N, C, H, W) uint8 or (N, F) float32 -> logits (N, outputs) float32
+    run: Callable[[np.ndarray], np.ndarray]  # inputs as its kind of data has them -> logits (N, outputs) float32
+    folder: Path  # of the exported file
 
 
 def load(path: str | Path, trust: bool = False) -> Model:
@@ -58,7 +58,7 @@ def load(path: str | Path, trust: bool = False) -> Model:
             f"{path}: torch's loaders of {SUFFIXES[facts.format]} files can run code that hides in them: refused. "
             "Use the student's .onnx or .safetensors file, or --trust (allow_code=true) if you exported this one yourself."
         )
-    return Model(facts, runtime(content, facts, path))
+    return Model(facts, runtime(content, facts, path), path.parent)
 
 
 # -- the manifest ------------------------------------------------------------------------------------------------------
@@ -210,55 +210,6 @@ def build_net(facts: ExportMetadata) -> nn.Module:
 # -- files and the command ---------------------------------------------------------------------------------------------
 
 
-def read_images(paths: Sequence[str | Path], input_shape: Sequence[int]) -> np.ndarray:
-    """Returns (N, C, H, W) uint8: images in gray or RGB, resized to cover H x W and center-cropped, as in training."""
-    if len(input_shape) != 3:
-        raise UserError(
-            f"The network takes {'x'.join(map(str, input_shape))} numbers and no images: run it from Python."
-        )
-    channels, height, width = input_shape
-    if channels not in (1, 3):
-        raise UserError(f"The student takes images of {channels} channels; image files have 1 (gray) or 3 (RGB).")
-    images = np.empty((len(paths), channels, height, width), np.uint8)
-    for row, path in zip(images, paths, strict=True):
-        row[:] = decode(path, path, channels, height, width)
-    return images
-
-
-def read_table(path: str | Path, columns: int) -> np.ndarray:
-    """Returns the (N, columns) float32 array of a .npy file, or of a .csv file with or without a header.
-
-    Raises `UserError` for any other file, another number of columns, and values that are not finite.
-    """
-    path = Path(path)
-    if path.suffix not in (".npy", ".csv"):
-        raise UserError(f"{path}: the student takes rows of {columns} numbers, in a .npy or a .csv file.")
-    try:
-        if path.suffix == ".npy":
-            rows = np.atleast_2d(np.load(path, allow_pickle=False)).astype(np.float32)
-        else:
-            lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-            if not lines:
-                raise ValueError("it is empty")
-            rows = np.loadtxt(lines[_has_names(lines) :], np.float32, delimiter=",", ndmin=2)
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path} cannot be read as a table of numbers: {str(error).splitlines()[0]}") from error
-    if rows.ndim != 2 or rows.shape[1] != columns:
-        raise UserError(f"{path} holds {rows.shape}, and the student takes rows of {columns} numbers.")
-    if (bad := ~np.isfinite(rows).all(1)).any():
-        raise UserError(f"{path}: row {int(bad.argmax())} (counted from 0) has a value that is no finite number.")
-    return rows
-
-
-def _has_names(lines: Sequence[str]) -> int:
-    """Returns 1 where the first line of a .csv file is a header, else 0."""
-    try:
-        [float(value) for value in lines[0].split(",")] if lines else []
-    except ValueError:
-        return 1
-    return 0
-
-
 def decoded(logits: np.ndarray, facts: ExportMetadata, top: int) -> list[dict[str, Any]]:
     """Returns the prediction of each sample from logits (N, outputs), by the kind of the task.
 
@@ -284,7 +235,7 @@ def decoded(logits: np.ndarray, facts: ExportMetadata, top: int) -> list[dict[st
 
 
 def predict(model: Model, paths: Sequence[str | Path], top: int = 5) -> list[dict[str, Any]]:
-    """Returns `{"image": …}` with the result of `decoded` for each image, and `{"row": …}` for each row of a table."""
+    """Returns for each sample what it is called, such as `{"image": path}`, with the result of `decoded`."""
     found, facts = [], model.facts
 
     def run(inputs: np.ndarray) -> np.ndarray:
@@ -296,17 +247,9 @@ def predict(model: Model, paths: Sequence[str | Path], top: int = 5) -> list[dic
             )
         return logits
 
-    if len(facts.input_shape) == 1:
-        for path in paths:
-            rows = read_table(path, facts.input_shape[0])
-            for start in range(0, len(rows), BATCH):
-                chunk = decoded(run(rows[start : start + BATCH]), facts, top)
-                found += [{"row": f"{path}:{start + i}", **one} for i, one in enumerate(chunk)]
-        return found
-    for start in range(0, len(paths), BATCH):
-        some = paths[start : start + BATCH]
-        given = decoded(run(read_images(some, facts.input_shape)), facts, top)
-        found += [{"image": str(path), **one} for path, one in zip(some, given, strict=True)]
+    for labels, inputs in READERS[facts.modality["kind"]](paths, facts, model.folder):
+        given = decoded(run(inputs), facts, top)
+        found += [{**label, **one} for label, one in zip(labels, given, strict=True)]
     return found
 
 
@@ -315,7 +258,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="python -m litdistill.export.predict", description="Predicts with an exported student."
     )
     parser.add_argument("model", help="an exported file, manifest.json beside it")
-    parser.add_argument("files", nargs="+", help="image files; or .npy and .csv files, a sample a row")
+    parser.add_argument(
+        "files", nargs="+", help="of the student's kind of data: image files; .npy and .csv files, a sample a row"
+    )
     parser.add_argument("--top", type=int, default=5, help="how many classes to name for each sample (5)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
     parser.add_argument("--trust", action="store_true", help="open .pt2 and .pt too, whose loaders can run code")
@@ -332,7 +277,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     for one in found:
         # A file name need not be valid UTF-8, and may hold characters that control a terminal.
-        name = CONTROL_CHARACTERS.sub("?", os.fsencode(one.get("image") or one["row"]).decode(errors="replace"))
+        name = CONTROL_CHARACTERS.sub("?", os.fsencode(next(iter(one.values()))).decode(errors="replace"))
         texts = [f"{c['class']} {100 * c['probability']:.1f} %" for c in one.get("top", ())]
         texts += [f"{k} {v:.6g}" for k, v in one.get("values", {}).items()]
         print(f"{name}: " + ", ".join(texts))

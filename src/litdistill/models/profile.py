@@ -16,14 +16,15 @@ def count_parameters(net: nn.Module) -> int:
     return sum(p.numel() for p in net.parameters())
 
 
-def count_macs(net: nn.Module, input_shape: Sequence[int]) -> int:
+def count_macs(net: nn.Module, input_shape: Sequence[int], dtype: torch.dtype | None = None) -> int:
     """Returns the multiply-accumulates for one sample in eval mode: convolutions, matrix products and attention.
 
-    `input_shape`: (C, H, W). Additions, normalization, activations and pooling are not counted, as is usual in papers.
+    `input_shape`: of a sample, such as (C, H, W). `dtype`: of the inputs; that of the weights by default.
+    Additions, normalization, activations and pooling are not counted, as is usual in papers.
     The network's mode is restored. It works on the meta device too, without computation.
     """
     like = next(net.parameters())
-    sample = torch.zeros(1, *input_shape, device=like.device, dtype=like.dtype)
+    sample = torch.zeros(1, *input_shape, device=like.device, dtype=dtype or like.dtype)
     with evaluating(net), FlopCounterMode(display=False) as counter:
         net(sample)
     return counter.get_total_flops() // 2

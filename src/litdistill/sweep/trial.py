@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig, OmegaConf
 from optuna.distributions import BaseDistribution
 
+from litdistill.data.protocol import input_dtype
 from litdistill.evaluation.evaluate import rebuild
 from litdistill.sweep.space import suggest
 from litdistill.training.loggers import guarded, note_results
@@ -125,7 +126,11 @@ def latency_ms(folder: Path, repeats: int = 50) -> float:
     data, distiller = rebuild(folder)
     if data.input_shape is None:
         raise UserError("sweep.objectives=[latency_ms] needs data whose inputs are one tensor: use macs or params.")
-    net, image, times = distiller.deployed_student.eval(), torch.zeros(1, *data.input_shape), []
+    net, image, times = (
+        distiller.deployed_student.eval(),
+        torch.zeros(1, *data.input_shape, dtype=input_dtype(data)),
+        [],
+    )
     for _ in range(repeats + 5):
         start = time.perf_counter()
         net(image)

@@ -97,6 +97,7 @@ class Samples:
 
     Attributes:
         inputs: returns the i-th sample's input as it was read, None if it is not a single tensor.
+        words: returns the i-th sample in words, for data that show it so; else None.
         targets: of all samples. names: of classes, labels or values.
         student, teacher: their outputs for all samples; None without a teacher.
     """
@@ -108,8 +109,10 @@ class Samples:
         names: Sequence[str],
         student: Outputs,
         teacher: Outputs | None,
+        words: Callable[[int], str | None] = lambda i: None,
     ):
         self.inputs, self.targets, self.names, self.student, self.teacher = inputs, targets, names, student, teacher
+        self.words = words
 
 
 class WholeSplit(Metric):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -33,7 +34,7 @@ def _figures(samples: Samples) -> dict[str, Figure]:
     teacher = samples.teacher.logits if samples.teacher is not None else None
     both = [("student", logits), *([("teacher", teacher)] if teacher is not None else [])]
     return {
-        "worst mistakes": worst_mistakes(samples.inputs, targets, logits, teacher, samples.names),
+        "worst mistakes": worst_mistakes(samples.inputs, samples.words, targets, logits, teacher, samples.names),
         "confusion": confusion_matrices([(n, metrics.confusion(x, targets)) for n, x in both], samples.names),
         "reliability": reliability_diagrams([(n, *metrics.reliability(x, targets)) for n, x in both]),
     }
@@ -81,15 +82,17 @@ def new_figure(width: float, height: float) -> Figure:
 
 def worst_mistakes(
     image: Callable[[int], Tensor | None],
+    words: Callable[[int], str | None],
     targets: Tensor,
     student: Tensor,
     teacher: Tensor | None,
     names: Sequence[str],
     count: int = 12,
 ) -> Figure:
-    """Returns a figure of the images that the student misclassifies with the highest confidence, with both predictions.
+    """Returns a figure of the samples that the student misclassifies with the highest confidence, with both predictions.
 
-    `image(i)`: (C, H, W) uint8, or floats from 0 to 1; other inputs are not drawn. `targets` (N,), logits (N, classes).
+    `image(i)`: (C, H, W) uint8, or floats from 0 to 1; another sample is shown as `words(i)`, where there are any.
+    `targets` (N,), logits (N, classes).
     """
     p = student.double().softmax(1)
     confidence, predicted = p.max(1)
@@ -106,6 +109,9 @@ def worst_mistakes(
         picture = image(i)
         if picture is not None and picture.ndim == 3 and len(picture) in (1, 3):
             left.imshow(picture.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", interpolation="nearest")
+        elif (said := words(i)) is not None:
+            lines = textwrap.wrap(said, 30, max_lines=12, placeholder=" …")
+            left.text(0, 1, "\n".join(lines), fontsize=7, va="top", transform=left.transAxes)
         left.set_axis_off()
         left.set_title(f"is {shorter(names[int(targets[i])])}", fontsize=9)
         top = (p[i] + (q[i] if q is not None else 0)).topk(min(3, p.shape[1])).indices.tolist()

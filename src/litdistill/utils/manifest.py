@@ -7,9 +7,11 @@ import json
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from litdistill.utils.errors import UserError
+from litdistill.utils.modality import KINDS
 from litdistill.utils.text import CONTROL_CHARACTERS
 
 MANIFEST = "manifest.json"
@@ -31,6 +33,8 @@ class ExportMetadata(NamedTuple):
     input_shape: list[int]  # of the inputs before that: (C, H, W) of images, (F,) of a table's rows
     net: dict[str, Any]  # safetensors: the function of litdistill.models that builds the network, and its options
     kind: str = "categorical"  # how outputs are read (`litdistill.tasks.base.Task.kind`)
+    # The kind of data and its options (`litdistill.utils.modality`), and the digests of its `files`.
+    modality: Mapping[str, Any] = MappingProxyType({"kind": "image", "files": {}})
     units: dict[str, Any] | None = (
         None  # "real": output · std + mean is in the targets' units, one of each for every output
     )
@@ -89,6 +93,10 @@ def check_facts(entry: Mapping[str, Any], path: Path) -> ExportMetadata:
         "std": numbers(facts.std, 1e-6, 1e6, (int, float)),
         "net": isinstance(facts.net, dict),
         "kind": facts.kind in ("categorical", "bernoulli", "real"),
+        "modality": isinstance(facts.modality, Mapping)
+        and facts.modality.get("kind") in KINDS
+        and isinstance(facts.modality.get("files"), dict)
+        and all(Path(name).name == name for name in facts.modality["files"]),
     }
     if facts.units is not None:
         mean, std = (facts.units.get(k) if isinstance(facts.units, dict) else None for k in ("mean", "std"))
@@ -108,6 +116,22 @@ def check_facts(entry: Mapping[str, Any], path: Path) -> ExportMetadata:
     if wrong:
         raise UserError(f"The entry of {path.name} in {MANIFEST} is invalid ({', '.join(wrong)}): export it again.")
     return facts
+
+
+def companion(folder: Path, facts: ExportMetadata, name: str) -> bytes:
+    """Returns the content of a file that lies beside an exported one, such as a tokenizer's, by its name.
+
+    Raises `UserError` where it is missing or differs from the one that was exported.
+    """
+    path = folder / name
+    if not path.is_file():
+        raise UserError(
+            f"There is no {path}, which reading inputs needs: copy {name} from where the student was exported."
+        )
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != facts.modality["files"].get(name):
+        raise UserError(f"{path} is not the file that was exported with the student: fetch it anew, or export again.")
+    return content
 
 
 def unfit_names(classes: Sequence[str]) -> list[str]:

@@ -42,7 +42,7 @@ SCHEMAS: dict[str, type[Node]] = {
 }
 # Schemas of the objects at a key, by the last name of their `_target_`; "": of any other object.
 OBJECTS: dict[str, dict[str, type[Node]]] = {
-    "data": {"ImageData": data.ImageData, "ArrayData": data.ArrayData},
+    "data": {"ImageData": data.ImageData, "diabetes": data.Standardized, "multilabel": data.Standardized},
     "task": {
         "Classification": library.Classification,
         "MultiLabel": library.MultiLabel,

@@ -1,4 +1,4 @@
-"""The options of data: those of `ImageData` and of `ArrayData`."""
+"""The options of data: those of `ImageData`, and of the functions that return a `TensorData`."""
 
 from __future__ import annotations
 
@@ -76,18 +76,33 @@ class ImageData(Node):
     workers: CountFromZero = option("processes that decode, where they are not resident; leave a core for training")
 
 
-class ArrayData(Node):
-    """`data` of features in memory: conf/data/diabetes.yaml."""
+class TensorData(Node):
+    """`data` in memory that are no images: the options of every function that returns a `TensorData`."""
 
     target: str = Field(alias="_target_", description="the data module: any LightningDataModule")
-    name: Text = option("which data set: diabetes or multilabel")
     val_size: HeldOut = option("held out of the training set: a fraction below 1, or a number of samples", usual=0.1)
     fraction: Share | None = option("train on this share of the rest")
+    labels: Count | None = option("so many of these keep their label, where labels are classes; null: all")
+    only_labelled: bool = option(
+        "true: leave out those without a label, which else only the teacher says what they are"
+    )
     subset_seed: Seed | None = option("which samples these are")
     epoch_size: Count | None = option("samples of an epoch, where it is not the whole training set once")
+    augment: Augmentations | None = option("what is done to the samples of each training batch, in this order")
+    fixed_views: Count | None = option(
+        "see each sample in so many of its views only, over and over, so that a teacher's outputs can be kept"
+    )
     batch_size: Count = option("samples of a step of training, in each process")
     eval_batch_size: Count = option("samples of a step without gradients")
-    seed: Seed = option("of the order")
+    seed: Seed = option("of order and augmentation")
+    view_seed: Seed | None = option(
+        "of augmentation alone; a number where the teacher is to be asked once for runs of several seeds"
+    )
+
+
+class Standardized(TensorData):
+    """`data` of features: conf/data/diabetes.yaml."""
+
     mean: Numbers | None = option(
         "of each feature, by which networks standardize; null: measured on what is not held out"
     )

@@ -1,0 +1,94 @@
+"""Reads a user's files as inputs of an exported student, without torch. One function for each kind of data.
+
+A reader yields batches: what each row is called (`{"image": path}`), and the array that the file takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from litdistill.data.decode import decode
+from litdistill.utils.errors import UserError
+from litdistill.utils.manifest import ExportMetadata
+from litdistill.utils.modality import IMAGE, TABLE
+
+BATCH = 64  # rows
+Rows = Iterator[tuple[list[dict[str, str]], np.ndarray]]
+
+
+def images(paths: Sequence[str | Path], facts: ExportMetadata, folder: Path) -> Rows:
+    """Yields image files as (N, C, H, W) uint8."""
+    for some in batches(paths):
+        yield [{"image": str(path)} for path in some], read_images(some, facts.input_shape)
+
+
+def table(paths: Sequence[str | Path], facts: ExportMetadata, folder: Path) -> Rows:
+    """Yields the rows of .csv and .npy files as (N, F) float32."""
+    for path in paths:
+        rows = read_table(path, facts.input_shape[0])
+        for start in range(0, len(rows), BATCH):
+            some = rows[start : start + BATCH]
+            yield [{"row": f"{path}:{start + i}"} for i in range(len(some))], some
+
+
+def batches(paths: Sequence[str | Path]) -> Iterator[Sequence[str | Path]]:
+    """Yields the paths, `BATCH` at a time."""
+    for start in range(0, len(paths), BATCH):
+        yield paths[start : start + BATCH]
+
+
+# By `Modality.kind`. `folder` is that of the exported file, with the files of its modality beside it
+# (`litdistill.utils.manifest.companion`).
+READERS: dict[str, Callable[[Sequence[str | Path], ExportMetadata, Path], Rows]] = {IMAGE: images, TABLE: table}
+
+
+def read_images(paths: Sequence[str | Path], input_shape: Sequence[int]) -> np.ndarray:
+    """Returns (N, C, H, W) uint8: images in gray or RGB, resized to cover H x W and center-cropped, as in training."""
+    if len(input_shape) != 3:
+        raise UserError(
+            f"The network takes {'x'.join(map(str, input_shape))} numbers and no images: run it from Python."
+        )
+    channels, height, width = input_shape
+    if channels not in (1, 3):
+        raise UserError(f"The student takes images of {channels} channels; image files have 1 (gray) or 3 (RGB).")
+    images = np.empty((len(paths), channels, height, width), np.uint8)
+    for row, path in zip(images, paths, strict=True):
+        row[:] = decode(path, path, channels, height, width)
+    return images
+
+
+def read_table(path: str | Path, columns: int) -> np.ndarray:
+    """Returns the (N, columns) float32 array of a .npy file, or of a .csv file with or without a header.
+
+    Raises `UserError` for any other file, another number of columns, and values that are not finite.
+    """
+    path = Path(path)
+    if path.suffix not in (".npy", ".csv"):
+        raise UserError(f"{path}: the student takes rows of {columns} numbers, in a .npy or a .csv file.")
+    try:
+        if path.suffix == ".npy":
+            rows = np.atleast_2d(np.load(path, allow_pickle=False)).astype(np.float32)
+        else:
+            lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+            if not lines:
+                raise ValueError("it is empty")
+            rows = np.loadtxt(lines[_has_names(lines) :], np.float32, delimiter=",", ndmin=2)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path} cannot be read as a table of numbers: {str(error).splitlines()[0]}") from error
+    if rows.ndim != 2 or rows.shape[1] != columns:
+        raise UserError(f"{path} holds {rows.shape}, and the student takes rows of {columns} numbers.")
+    if (bad := ~np.isfinite(rows).all(1)).any():
+        raise UserError(f"{path}: row {int(bad.argmax())} (counted from 0) has a value that is no finite number.")
+    return rows
+
+
+def _has_names(lines: Sequence[str]) -> int:
+    """Returns 1 where the first line of a .csv file is a header, else 0."""
+    try:
+        [float(value) for value in lines[0].split(",")] if lines else []
+    except ValueError:
+        return 1
+    return 0
