@@ -60,6 +60,7 @@ LIGHTNING = (
 DATA = (
     *("augment.Crop", "augment.Flip", "augment.Cutout", "randaugment.RandAugment", "mixing.Mixup", "mixing.CutMix"),
     *("crops.RandomResizedCrop", "crops.RandomErasing", "colors.ColorJitter"),
+    *(f"sound_views.{name}" for name in ("TimeShift", "TimeMask", "FrequencyMask", "Gain", "Noise")),
 )
 TENSORS = ("tables.diabetes", "tables.multilabel")  # functions that return a `TensorData`
 OWN = (

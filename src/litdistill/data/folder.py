@@ -1,4 +1,4 @@
-"""Image folders with one subfolder per class: which files are trained on, validated and tested, and reading their bytes."""
+"""Folders of images, or sounds, with one subfolder per class: which files are trained on, validated and tested."""
 
 from __future__ import annotations
 
@@ -14,7 +14,15 @@ from typing import NamedTuple
 from litdistill.data.decode import sides
 from litdistill.data.duplicates import copies
 from litdistill.data.layout import Layout, find_splits, subfolders_with_images
-from litdistill.data.listing import ImageFile, class_folders, describe_kinds, describe_skipped, list_images
+from litdistill.data.listing import (
+    IMAGES,
+    ImageFile,
+    Kind,
+    class_folders,
+    describe_kinds,
+    describe_skipped,
+    list_images,
+)
 from litdistill.data.streaming import Encoded
 from litdistill.utils.distributed import is_first_rank
 from litdistill.utils.errors import UserError
@@ -39,8 +47,9 @@ class Images(NamedTuple):
     test: Labeled
 
 
-def read_splits(root: Path) -> Images:
-    """Lists the images of a user's data set, and logs in three lines what is read, what is skipped, and how it is split.
+def read_splits(root: Path, kind: Kind = IMAGES) -> Images:
+    """Lists the images, or files of another kind, of a user's data set, and logs in three lines what is read, what is
+    skipped, and how it is split.
 
     `sources.read_folder` documents the layout. Where one class of the training set holds several files of the same bytes, the
     first is kept; files of the same bytes in two classes are left out of both. Raises `UserError` for a folder that is no data
@@ -52,10 +61,10 @@ def read_splits(root: Path) -> Images:
         raise UserError(
             f"There is no folder {root}. Set data.root to the folder that holds train/ or the classes.{_nearest(root)}"
         )
-    layout = find_splits(root)
+    layout = find_splits(root, kind)
     skipped = layout.skipped
-    train = _without_copies(_by_class(layout.train, skipped), skipped)
-    val, test = (_by_class(path, skipped) if path else {} for path in (layout.val, layout.test))
+    train = _without_copies(_by_class(layout.train, skipped, kind), skipped, kind)
+    val, test = (_by_class(path, skipped, kind) if path else {} for path in (layout.val, layout.test))
     for path, found in ((layout.val, val), (layout.test, test)):
         if path and found.keys() != train.keys():
             raise UserError(
@@ -65,14 +74,14 @@ def read_splits(root: Path) -> Images:
     for name, members in train.items():
         if not members:
             raise UserError(
-                f"All images of {layout.train / name} lie in other classes too, byte by byte. Sort them out."
+                f"All {kind.noun}s of {layout.train / name} lie in other classes too, byte by byte. Sort them out."
             )
-    _refuse_leaks(layout, train, val, test)
-    lines = _introduction(root, layout, train, val, test)
+    _refuse_leaks(layout, train, val, test, kind)
+    lines = _introduction(root, kind, train, val, test)
     if not layout.test:
-        train, test = _hold_out(layout.train, train)
+        train, test = _hold_out(layout.train, train, kind)
     lines += [f"Splits: {_describe_splits(layout, train, val, test)}."]
-    say(lines, describe_skipped(skipped))
+    say(lines, describe_skipped(skipped, kind=kind))
     return Images(tuple(train), _flat(train), _flat(val), _flat(test))
 
 
@@ -100,12 +109,12 @@ def encoded(root: Path, files: Labeled, size: int, channels: int) -> Encoded:
     return Encoded(FolderFiles([file.path for file, _ in files]), size, channels, digest.hexdigest())
 
 
-def _by_class(folder: Path, skipped: Counter[str]) -> ByClass:
-    """Returns the images of each class folder, and counts in `skipped` what is left out."""
-    folders, beside = class_folders(folder)
+def _by_class(folder: Path, skipped: Counter[str], kind: Kind) -> ByClass:
+    """Returns the files of each class folder, and counts in `skipped` what is left out."""
+    folders, beside = class_folders(folder, kind)
     skipped.update(beside)
     if len(folders) < 2:
-        inner = [path for path in folders if len(subfolders_with_images(path)) > 1]
+        inner = [path for path in folders if len(subfolders_with_images(path, kind)) > 1]
         remedy = f" Or is {inner[0]} the data set? Then set data.root to it." if inner else ""
         count = quantity(len(folders), "class folder")
         raise UserError(f"{folder} has {count}; it needs two or more, each named after its class.{remedy}")
@@ -113,18 +122,18 @@ def _by_class(folder: Path, skipped: Counter[str]) -> ByClass:
     for path in folders:
         if path.name != os.fsencode(path.name).decode(errors="replace"):  # class names are written as text
             raise UserError(f"The name of the class folder {path.name!r} in {folder} is not UTF-8. Rename it.")
-        found = list_images(path)
+        found = list_images(path, kind)
         if not found.files:
-            what = describe_skipped(found.skipped)
+            what = describe_skipped(found.skipped, kind=kind)
             raise UserError(
-                f"{one_line(path)} holds no image{f' ({what})' if what else ''}. Add some, or remove the folder."
+                f"{one_line(path)} holds no {kind.noun}{f' ({what})' if what else ''}. Add some, or remove the folder."
             )
         files[path.name] = found.files
         skipped.update(found.skipped)
     return files
 
 
-def _without_copies(files: ByClass, skipped: Counter[str]) -> ByClass:
+def _without_copies(files: ByClass, skipped: Counter[str], kind: Kind) -> ByClass:
     """Leaves out copies: all but the first of each class, and all of them where they lie in several classes."""
     class_of = {file: name for name, members in files.items() for file in members}
     left_out = set()
@@ -133,18 +142,18 @@ def _without_copies(files: ByClass, skipped: Counter[str]) -> ByClass:
             skipped["that lie in two classes with the same bytes"] += len(group)
             left_out.update(group)
         else:
-            skipped["copies of other images"] += len(group) - 1
+            skipped[f"copies of other {kind.noun}s"] += len(group) - 1
             left_out.update(group[1:])
     return {name: [file for file in members if file not in left_out] for name, members in files.items()}
 
 
-def _hold_out(folder: Path, files: ByClass) -> tuple[ByClass, ByClass]:
-    """Splits each class into training and test images by the hash of their names."""
+def _hold_out(folder: Path, files: ByClass, kind: Kind) -> tuple[ByClass, ByClass]:
+    """Splits each class into training and test files by the hash of their names."""
     kept, held_out = {}, {}
     for name, members in files.items():
         if len(members) < 2:
             raise UserError(
-                f"{folder / name} holds one image; with no test folder a class needs two or more. Add some."
+                f"{folder / name} holds one {kind.noun}; with no test folder a class needs two or more. Add some."
             )
         names = {file: os.fsencode(file.path.relative_to(folder).as_posix()) for file in members}
         ranked = sorted(members, key=lambda file: hashlib.sha256(names[file]).digest())
@@ -153,7 +162,7 @@ def _hold_out(folder: Path, files: ByClass) -> tuple[ByClass, ByClass]:
     return kept, held_out
 
 
-def _refuse_leaks(layout: Layout, train: ByClass, val: ByClass, test: ByClass) -> None:
+def _refuse_leaks(layout: Layout, train: ByClass, val: ByClass, test: ByClass, kind: Kind) -> None:
     """Warns of files of the same bytes in two splits. Raises `UserError` where a whole split lies in the training set."""
     folders = {"train": layout.train, "val": layout.val, "test": layout.test}
     splits = {"train": train, "val": val, "test": test}
@@ -173,15 +182,15 @@ def _refuse_leaks(layout: Layout, train: ByClass, val: ByClass, test: ByClass) -
         count = sum(map(len, splits[other].values()))
         if one == "train" and inside == count > 0:
             raise UserError(
-                f"All {count} images of {folders[other]} lie in {folders[one]} too, byte by byte: what is measured on them "
-                "would be no more than memory. Give other images, or remove that folder, for a part of the training images to "
-                "be held out."
+                f"All {count} {kind.noun}s of {folders[other]} lie in {folders[one]} too, byte by byte: what is measured on "
+                f"them would be no more than memory. Give other {kind.noun}s, or remove that folder, for a part of the "
+                f"training {kind.noun}s to be held out."
             )
         if shared:
             log.warning(
-                "%d of %d %s images are %s images too, byte by byte: %s. What is measured on them is too good to be true; "
+                "%d of %d %s %ss are %s %ss too, byte by byte: %s. What is measured on them is too good to be true; "
                 "remove them from one of the two.",
-                *(inside, count, WORDS[other], WORDS[one], ", ".join(shared[:2])),
+                *(inside, count, WORDS[other], kind.noun, WORDS[one], kind.noun, ", ".join(shared[:2])),
             )
 
 
@@ -221,21 +230,24 @@ def say(lines: list[str], skipped: str) -> None:
         log.info("%s", line)
 
 
-def _introduction(root: Path, layout: Layout, *splits: ByClass) -> list[str]:
+def _introduction(root: Path, kind: Kind, *splits: ByClass) -> list[str]:
     files = [file for split in splits for members in split.values() for file in members]
-    looked_at = files[:: -(-len(files) // LOOKED_AT)]
-    found = [side for file in looked_at for side in sides(file.path) or ()]
-    sides_of = str(min(found)) if min(found, default=0) == max(found, default=0) else f"{min(found)} to {max(found)}"
-    size = f"sides of {sides_of} pixels" if found else "sizes unknown"
-    if found and len(looked_at) < len(files):
-        size += f" ({len(looked_at)} looked at)"
     counts = Counter({name: sum(len(split.get(name, ())) for split in splits) for name in splits[0]})
     named = ", ".join(f"{one_line(name)} {count:,}" for name, count in list(counts.items())[:FEW])
     more = f" and {len(counts) - FEW} more, of {min(counts.values()):,} to {max(counts.values()):,}"
     return [
-        f"Read {one_line(root)}: {len(files):,} images ({describe_kinds(files)}; {size}), {len(counts)} classes: "
+        f"Read {one_line(root)}: {len(files):,} {kind.noun}s ({describe_kinds(files)}"
+        f"{_describe_sizes(files) if kind is IMAGES else ''}), {len(counts)} classes: "
         f"{named}{more if len(counts) > FEW else ''}."
     ]
+
+
+def _describe_sizes(files: Sequence[ImageFile]) -> str:
+    looked_at = files[:: -(-len(files) // LOOKED_AT)]
+    found = [side for file in looked_at for side in sides(file.path) or ()]
+    sides_of = str(min(found)) if min(found, default=0) == max(found, default=0) else f"{min(found)} to {max(found)}"
+    size = f"; sides of {sides_of} pixels" if found else "; sizes unknown"
+    return f"{size} ({len(looked_at)} looked at)" if found and len(looked_at) < len(files) else size
 
 
 def _describe_splits(layout: Layout, train: ByClass, val: ByClass, test: ByClass) -> str:

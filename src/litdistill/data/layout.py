@@ -8,8 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from litdistill.data.decode import extensions
-from litdistill.data.listing import class_folders, list_images
+from litdistill.data.listing import IMAGES, Kind, class_folders, list_images
 from litdistill.utils.errors import UserError
 from litdistill.utils.text import one_line
 
@@ -31,16 +30,16 @@ class Layout(NamedTuple):
     skipped: Counter[str]  # what lies beside the splits, by reason
 
 
-def find_splits(root: Path) -> Layout:
+def find_splits(root: Path, kind: Kind = IMAGES) -> Layout:
     """Finds the splits of the data set in `root`.
 
     A folder is a split if it is called as one and its subfolders hold images, so that classes may be called "train" or "test".
     Raises `UserError` for two folders of one split, a test or validation set without a training set, splits without class
     folders, and for folders that look like several data sets side by side.
     """
-    folders, skipped = class_folders(root)
+    folders, skipped = class_folders(root, kind)
     called = {path: split_name(path.name) for path in folders}
-    with_classes = {path: subfolders_with_images(path) for path in folders}
+    with_classes = {path: subfolders_with_images(path, kind) for path in folders}
     splits = {path: name for path, name in called.items() if name is not None and with_classes[path]}
     by_name: dict[str, Path] = {}
     for path, name in splits.items():
@@ -52,7 +51,7 @@ def find_splits(root: Path) -> Layout:
         by_name[name] = path
     if "train" in by_name:
         for path in folders:
-            if path not in splits and (count := len(list_images(path).files)):
+            if path not in splits and (count := len(list_images(path, kind).files)):
                 bare = " without class folders" if called[path] else f" beside {_shown(by_name['train'].name)}"
                 skipped[f"in {_shown(path.name)}{bare}"] += count
         return Layout(by_name["train"], by_name.get("val"), by_name.get("test"), skipped)
@@ -66,10 +65,10 @@ def find_splits(root: Path) -> Layout:
     flat = [path for path, name in called.items() if name is not None and not with_classes[path]]
     if len(flat) > 1 and len(flat) == len(folders):
         raise UserError(
-            f"{_names(flat)} in {_shown(root)} look like splits and hold no class folders. Sort their images into folders "
-            f"named after the classes: {_shown(flat[0].name)}/<class>/*.jpg."
+            f"{_names(flat)} in {_shown(root)} look like splits and hold no class folders. Sort their {kind.noun}s into "
+            f"folders named after the classes: {_shown(flat[0].name)}/<class>/."
         )
-    _refuse_data_sets_side_by_side(root, folders, with_classes)
+    _refuse_data_sets_side_by_side(root, folders, with_classes, kind)
     return Layout(root, None, None, Counter())  # whoever reads the classes counts what lies beside them
 
 
@@ -82,30 +81,30 @@ def split_name(name: str) -> str | None:
     return next((split for split, names in NAMES.items() if word in names), None)
 
 
-def subfolders_with_images(folder: Path) -> list[Path]:
-    """Returns the subfolders of a folder in which images lie, at any depth."""
-    return [path for path in class_folders(folder)[0] if has_images(path)]
+def subfolders_with_images(folder: Path, kind: Kind = IMAGES) -> list[Path]:
+    """Returns the subfolders of a folder in which images, or files of another kind, lie at any depth."""
+    return [path for path in class_folders(folder, kind)[0] if has_images(path, kind)]
 
 
-def has_images(folder: Path) -> bool:
-    """Returns whether an image lies in the folder or below it; mostly after a look at one file."""
+def has_images(folder: Path, kind: Kind = IMAGES) -> bool:
+    """Returns whether a file of that kind lies in the folder or below it; mostly after a look at one file."""
     with os.scandir(folder) as entries:
         for entry in entries:
-            if Path(entry.name).suffix.lower() in extensions() and entry.name[0] != "." and entry.is_file():
+            if Path(entry.name).suffix.lower() in kind.extensions() and entry.name[0] != "." and entry.is_file():
                 return True
-    return bool(list_images(folder).files)
+    return bool(list_images(folder, kind).files)
 
 
-def _refuse_data_sets_side_by_side(root: Path, folders: list[Path], inner: dict[Path, list[Path]]) -> None:
-    """Raises `UserError` where all folders hold the same subfolders of images, as several data sets do."""
+def _refuse_data_sets_side_by_side(root: Path, folders: list[Path], inner: dict[Path, list[Path]], kind: Kind) -> None:
+    """Raises `UserError` where all folders hold the same subfolders with files of that kind, as several data sets do."""
     names = [{path.name for path in inner[folder]} for folder in folders]
     if len(folders) < 2 or len(names[0]) < 2 or any(one != names[0] for one in names):
         return
     shown = _names(inner[folders[0]])
     if all(split_name(name) for name in names[0]):
         raise UserError(
-            f"{_names(folders)} in {_shown(root)} each hold {shown}: splits lie outside and classes inside. Move the images to "
-            f"{_shown(inner[folders[0]][0].name)}/{_shown(folders[0].name)} and so on."
+            f"{_names(folders)} in {_shown(root)} each hold {shown}: splits lie outside and classes inside. Move the "
+            f"{kind.noun}s to {_shown(inner[folders[0]][0].name)}/{_shown(folders[0].name)} and so on."
         )
     raise UserError(
         f"{_names(folders)} in {_shown(root)} each hold the folders {shown}, so they look like data sets side by side, and not "

@@ -1,4 +1,4 @@
-"""Which files of a folder are images that are read, and what is left out and why."""
+"""Which files of a folder are images that are read, or sounds, and what is left out and why."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import hashlib
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from litdistill.data.decode import extensions
+from litdistill.data.waves import EXTENSIONS as WAVES
 from litdistill.utils.errors import UserError
 from litdistill.utils.text import one_line
 
@@ -20,11 +21,26 @@ SERVICE_FOLDERS = {
     *("#recycle", "@recycle", "#snapshot", "__pycache__"),
 }
 SERVICE_FILES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "folder.htt"}  # nobody needs to hear of these
-REMEDY = dict.fromkeys((".heic", ".heif", ".hif"), " (pip install pillow-heif)")  # of files that a package would read
+
+
+class Kind(NamedTuple):
+    """A kind of files of which a data set may consist."""
+
+    noun: str
+    extensions: Callable[[], frozenset[str]]  # in lower case, with their dot
+    remedies: Mapping[str, str]  # what to do about files of other extensions
+
+
+IMAGES = Kind("image", extensions, dict.fromkeys((".heic", ".heif", ".hif"), " (pip install pillow-heif)"))
+SOUNDS = Kind(
+    "sound",
+    lambda: WAVES,
+    dict.fromkeys((".mp3", ".flac", ".ogg", ".m4a", ".aac", ".opus", ".aiff", ".aif"), " (convert them to .wav)"),
+)
 
 
 class ImageFile(NamedTuple):
-    """An image file as it was when its folder was listed."""
+    """A file of an image, or of another kind, as it was when its folder was listed."""
 
     path: Path
     size: int  # bytes
@@ -38,8 +54,8 @@ class Listing(NamedTuple):
     skipped: Counter[str]
 
 
-def list_images(folder: Path) -> Listing:
-    """Lists the images in and below a folder, through links to files and folders, each file once.
+def list_images(folder: Path, kind: Kind = IMAGES) -> Listing:
+    """Lists the images, or files of another kind, in and below a folder, through links to files and folders, each file once.
 
     Left out are other kinds of files, hidden files and folders (a name with a leading dot), service folders, broken links and
     whatever is no regular file. Raises `UserError` if the folder itself cannot be opened.
@@ -59,11 +75,13 @@ def list_images(folder: Path) -> Listing:
             skipped["broken links"] += not reason
             continue
         if found.st_ino and (found.st_dev, found.st_ino) in seen:  # some file systems number all files 0
-            skipped["links to what is read already"] += not reason and (linked or path.suffix.lower() in extensions())
+            skipped["links to what is read already"] += not reason and (
+                linked or path.suffix.lower() in kind.extensions()
+            )
             continue
         seen.add((found.st_dev, found.st_ino))
         if not stat.S_ISDIR(found.st_mode):
-            _sort_in(path, found, reason, files, skipped)
+            _sort_in(path, found, reason, kind, files, skipped)
             continue
         try:
             entries = sorted(os.scandir(path), key=lambda entry: entry.name)
@@ -105,7 +123,7 @@ def _hidden(name: str) -> str:
     return f"in {one_line(name)}" if name.startswith(".") or name.lower() in SERVICE_FOLDERS else ""
 
 
-def class_folders(folder: Path) -> tuple[list[Path], Counter[str]]:
+def class_folders(folder: Path, kind: Kind = IMAGES) -> tuple[list[Path], Counter[str]]:
     """Returns the folders directly in `folder` that may be classes or splits, sorted, and what else lies there, by reason."""
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
@@ -119,18 +137,20 @@ def class_folders(folder: Path) -> tuple[list[Path], Counter[str]]:
             if not (why := _hidden(entry.name)):
                 kept.append(path)
             elif entry.name.lower() in SERVICE_FOLDERS:
-                skipped[why] += len(list_images(path).files)
+                skipped[why] += len(list_images(path, kind).files)
         elif entry.is_symlink() and not path.exists():
             skipped["broken links"] += 1
-        elif path.suffix.lower() in extensions() and not entry.name.startswith("."):
-            skipped["images beside the class folders"] += 1
+        elif path.suffix.lower() in kind.extensions() and not entry.name.startswith("."):
+            skipped[f"{kind.noun}s beside the class folders"] += 1
     return kept, skipped
 
 
-def _sort_in(path: Path, found: os.stat_result, reason: str, files: list[ImageFile], skipped: Counter[str]) -> None:
+def _sort_in(
+    path: Path, found: os.stat_result, reason: str, kind: Kind, files: list[ImageFile], skipped: Counter[str]
+) -> None:
     """Adds a file to `files`, or counts it in `skipped`."""
     extension = path.suffix.lower()
-    is_image = extension in extensions()
+    is_image = extension in kind.extensions()
     if path.name.startswith("."):
         reason = reason or "hidden"
         if not is_image:  # .DS_Store and its like
@@ -147,13 +167,13 @@ def _sort_in(path: Path, found: os.stat_result, reason: str, files: list[ImageFi
         skipped[one_line(extension) or "without an extension"] += 1
 
 
-def describe_skipped(skipped: Counter[str], most: int = 8) -> str:
+def describe_skipped(skipped: Counter[str], most: int = 8, kind: Kind = IMAGES) -> str:
     """Returns "80 files are skipped: 80 .txt", reasons in descending order of their counts; "" where nothing is."""
     counted = [(reason, count) for reason, count in skipped.most_common() if count > 0]
     if not counted:
         return ""
     total = sum(count for _, count in counted)
-    parts = [f"{count:,} {reason}{REMEDY.get(reason, '')}" for reason, count in counted[:most]]
+    parts = [f"{count:,} {reason}{kind.remedies.get(reason, '')}" for reason, count in counted[:most]]
     if len(counted) > most:
         parts.append(f"{sum(count for _, count in counted[most:]):,} of {len(counted) - most} other kinds")
     return f"{total:,} {'file is' if total == 1 else 'files are'} skipped: {', '.join(parts)}"

@@ -10,10 +10,12 @@ from litdistill.data.augment import Augmentation, Crop, Cutout, Flip
 from litdistill.data.colors import ColorJitter
 from litdistill.data.crops import RandomErasing, RandomResizedCrop
 from litdistill.data.randaugment import RandAugment
+from litdistill.data.sound_views import SOUND_VIEWS
 from litdistill.utils.errors import UserError
 
 AUGMENTATIONS: dict[str, Any] = {
-    made.__name__: made for made in (Crop, Flip, Cutout, RandomResizedCrop, ColorJitter, RandAugment, RandomErasing)
+    made.__name__: made
+    for made in (Crop, Flip, Cutout, RandomResizedCrop, ColorJitter, RandAugment, RandomErasing, *SOUND_VIEWS)
 }
 # What torchvision calls them, and its usual options.
 TORCHVISION = {"RandomHorizontalFlip": "Flip", "RandomCrop": "{Crop: {pad: 4}}"}
