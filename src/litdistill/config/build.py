@@ -24,6 +24,8 @@ from litdistill.config.instantiate import NETWORK_META_KEYS, instantiate, locate
 from litdistill.config.recipes import is_complete, teacher_folder
 from litdistill.data.foreign import ForeignData, training_inputs
 from litdistill.data.protocol import as_indexed, facts_of, input_dtype
+from litdistill.distillation.outputs_tables import read_outputs
+from litdistill.distillation.recorded import RecordedTeacher
 from litdistill.distillation.teacher import Ensemble
 from litdistill.models.adaptations import adaptations_of, has_published_weights
 from litdistill.models.finetune import fix_statistics, freeze, with_own_head
@@ -256,6 +258,10 @@ def build_student(
         return _rebuilt_student(cfg.student, data, finished)
     if cfg.student.get("checkpoint") == "teacher" and teacher is None:
         raise UserError("student.checkpoint=teacher: there is no teacher. Name one (net@teacher=…).")
+    if cfg.student.get("checkpoint") == "teacher" and isinstance(teacher, RecordedTeacher):
+        raise UserError(
+            "student.checkpoint=teacher: a file of outputs has no weights. Name a run or a file of weights."
+        )
     start = teacher if cfg.student.get("checkpoint") == "teacher" else source
     student = build_net(cfg.student, data, "student", start)
     if cfg.get("compress") is not None:
@@ -305,13 +311,21 @@ def _compressed(student: nn.Module, cfg: DictConfig, data: Any) -> nn.Module:
 def build_teacher(
     cfg: DictConfig, data: Any, task: Task, absent: Callable[[DictConfig, Path], None]
 ) -> nn.Module | None:
-    """Returns the teacher of a config with its weights, an `Ensemble` for several networks; None without a teacher.
+    """Returns the teacher of a config with its weights, an `Ensemble` for several networks, a `RecordedTeacher` for a file of
+    outputs; None without a teacher.
 
     `absent(cfg, folder)` is called if `teacher.checkpoint` is auto and `folder` holds no finished run of the teacher's recipe:
     it trains the teacher, or raises. Raises `UserError` if the units of the teacher's outputs are not the task's.
     """
     if cfg.teacher is None:
         return None
+    if (path := cfg.teacher.get("outputs")) is not None:
+        if isinstance(data, ForeignData):
+            raise UserError(
+                f"teacher.outputs={path} has outputs by sample id, and {data.name} has no ids: give it the attributes of "
+                "litdistill.data.protocol.IndexedData, or in Python batches with ids to litdistill.distill()."
+            )
+        return RecordedTeacher(read_outputs(path), task, data)
     if diffs := cfg.teacher.get("ensemble"):
         members = []
         for diff in diffs:

@@ -78,6 +78,8 @@ def compared_options(cfg: DictConfig) -> Options:
         if isinstance(value, dict):
             value = {k: v for k, v in value.items() if k not in FREE.get(key, ())}
         kept[key] = short_names(value)
+    if kept["teacher"] and kept["teacher"].get("outputs") is not None:  # a file, known by its digest, and no network
+        kept["teacher"] = {"outputs": "given"}
     for role in ("student", "teacher"):
         if kept[role] and kept[role].get("checkpoint") not in (None, "auto", "teacher"):
             kept[role] |= {"checkpoint": "given", "recipe": None}

@@ -25,6 +25,7 @@ from litdistill.utils.errors import UserError
 # Keys of a network's node that are not options of the network.
 NETWORK_META_KEYS = (
     "checkpoint",
+    "outputs",
     "head",
     "preprocess",
     "trainable",

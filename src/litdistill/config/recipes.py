@@ -12,7 +12,7 @@ from litdistill.config.instantiate import NETWORK_META_KEYS
 from litdistill.config.origin import PLACES
 from litdistill.data.listing import contents_digest
 from litdistill.utils.checkpoint import STUDENT
-from litdistill.utils.hashing import digest
+from litdistill.utils.hashing import digest, file_sha256
 
 # Keys of a config that decide the final weights of a run; their hash identifies a teacher.
 RECIPE = (
@@ -137,6 +137,10 @@ def recipe(cfg: DictConfig) -> dict[str, Any]:
             # A null key equals an absent one, so that an option added to the configs later changes no hash.
             value = {k: v for k, v in value.items() if v is not None and k not in NO_RECIPE.get(key, ())}
         kept[key] = value
+    if (
+        kept["teacher"] and (path := kept["teacher"].get("outputs")) is not None
+    ):  # no network, whatever else stands there
+        kept["teacher"] = {"outputs": file_sha256(path)[:10]}
     if kept["data"].get("fraction") is None and kept["data"].get("per_class") is None:
         kept["data"]["subset_seed"] = cfg.seed  # without a subset its seed changes nothing
     if any(k not in OWN_CALLBACKS and v is not None for k, v in (cfg.get("callbacks") or {}).items()):
@@ -181,9 +185,11 @@ def teacher_by_weights(cfg: DictConfig, sha256: str) -> Path | None:
 
 def net_name(node: DictConfig) -> str:
     """Returns a short name of a network: its `name` option, or its function with its depth and width options."""
-    name = str(node["_target_"]).rsplit(".", 1)[-1]
+    if node.get("outputs") is not None:  # a teacher that is a file
+        return Path(node["outputs"]).stem
     if "name" in node:
         return str(node["name"])
+    name = str(node["_target_"]).rsplit(".", 1)[-1]
     for key in ("depth", "width", "widths", "hidden"):
         if key in node:
             value = node[key]

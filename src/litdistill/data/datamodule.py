@@ -207,6 +207,10 @@ class ImageData(LightningDataModule):
         """(M,) int64, the label of every image of the official training set, by id."""
         return self.source.train.targets
 
+    def sample_names(self, split: str) -> tuple[str, ...] | None:
+        """Returns the names of the image files by id, below the data's folder, of "train" or "test"; None without files."""
+        return self.source.names.get("test" if split == "test" else "train")
+
     def identity(self, split: str) -> str:
         """See `litdistill.data.protocol.IndexedData`."""
         facts: list[Any] = [self.sha256, "test" if split == "test" else "train"]

@@ -21,7 +21,7 @@ from torchvision.datasets import FashionMNIST
 
 from litdistill.data import shards
 from litdistill.data.fetch import DATASETS, obtain
-from litdistill.data.folder import Labeled, encoded, read_splits
+from litdistill.data.folder import FolderFiles, Labeled, encoded, read_splits
 from litdistill.data.listing import ImageFile
 from litdistill.data.streaming import Encoded, reading_bar
 from litdistill.data.unlabelled import appended, read_unlabelled
@@ -60,6 +60,7 @@ class Source(NamedTuple):
     classes: tuple[str, ...]  # class names, in order of index
     validation: int = 0  # how many of the last labeled training images the user set aside to validate on; 0: none
     unlabelled: int = 0  # how many of the last training images have no label: their targets are -1
+    names: Mapping[str, tuple[str, ...]] = {}  # of the image files, by "train" and "test"; empty where there are none
 
 
 def load(
@@ -139,7 +140,9 @@ def read_folder(
     def split(files: Labeled) -> Split:
         return Split(encoded(root, files, image_size, channels), torch.tensor([label for _, label in files]))
 
-    source = Source(split(images.train + images.val), split(images.test), images.classes, len(images.val))
+    files = {"train": images.train + images.val, "test": images.test}
+    names = {name: tuple(file.path.relative_to(root).as_posix() for file, _ in of) for name, of in files.items()}
+    source = Source(split(files["train"]), split(files["test"]), images.classes, len(images.val), names=names)
     known = [file for file, _ in images.train + images.val + images.test]
     return _in_memory(_with_unlabelled(_scaled(source, scaled), unlabelled, known), memory)
 
@@ -159,7 +162,8 @@ def read_shards(
         Split(shards.encoded(root, name, facts.names[name], image_size, channels), torch.tensor(facts.labels[name]))
         for name in ("train", "test")
     )
-    source = Source(train, test, facts.classes, facts.validation)
+    names = {name: tuple(of) for name, of in facts.names.items()}
+    source = Source(train, test, facts.classes, facts.validation, names=names)
     return _in_memory(_with_unlabelled(_scaled(source, scaled), unlabelled), memory)
 
 
@@ -179,7 +183,10 @@ def _with_unlabelled(source: Source, folder: str | Path | None, known: Sequence[
     images, targets = source.train
     more = read_unlabelled(folder, known, images.shape[-1], images.shape[1])
     train = Split(appended(images, more), torch.cat([targets, torch.full((len(more),), -1)]))
-    return source._replace(train=train, unlabelled=len(more))
+    names = dict(source.names)
+    if names and isinstance(more.files, FolderFiles):
+        names["train"] += tuple(Path(path).relative_to(folder).as_posix() for path in more.files.paths)
+    return source._replace(train=train, unlabelled=len(more), names=names)
 
 
 def _check_shape(image_size: int, channels: int) -> None:

@@ -33,7 +33,7 @@ from litdistill.distillation.logs import log_group, log_step
 from litdistill.distillation.running_means import RunningMeans
 from litdistill.distillation.schedules import average_of, interpolate, step_plateau
 from litdistill.distillation.step import labels_loss, seed_step, timed_outputs, total, train_group
-from litdistill.distillation.teacher import FrozenTeacher
+from litdistill.distillation.teacher import FrozenTeacher, teacher_taps
 from litdistill.distillation.teacher_cache import CacheOptions, TeacherCache, open_cache
 from litdistill.features.feature_extractor import FeatureExtractor, resolve_taps
 from litdistill.features.outputs import describe_inputs, inputs_like
@@ -158,7 +158,7 @@ class Distiller(LightningModule):
         taps = self.method.taps()
         run = lambda net, _: self.task.forward(net, batch, False)  # noqa: E731
         names = resolve_taps(student, batch.inputs, taps.student, run)
-        return names, resolve_taps(teacher, batch.inputs, taps.teacher, run) if teacher is not None else []
+        return names, teacher_taps(teacher, batch.inputs, taps, run)
 
     def _build(self, batch: Batch | None, train_targets: Tensor | None) -> None:
         """Calls `method.build` with the outputs of a dry forward in eval mode, which leaves both networks unchanged."""
@@ -389,8 +389,7 @@ class Distiller(LightningModule):
     def _open_cache(self) -> None:
         """Opens the cache if the method needs the teacher, samples have ids, and caching saves time."""
         epochs, data = self.trainer.max_epochs or 0, self.data
-        if data is not None and self.cache_options.mode != "off" and self.needs_teacher_outputs:
-            assert self.teacher is not None
+        if data is not None and self.teacher is not None and self.needs_teacher_outputs and not self.teacher.recorded:
             passes = epochs * (data.epoch_size or len(data.train_ids)) / len(data.train_ids)
             self.cache = open_cache(self.cache_options, self.teacher, data, self.device, passes, self.trainer.precision)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from litdistill.data.protocol import IndexedData
+from litdistill.distillation.recorded import RecordedTeacher
 from litdistill.features.outputs import first_tensor
 from litdistill.tasks.base import Task
 from litdistill.types import Batch, Outputs
@@ -40,7 +41,10 @@ class TeacherOnValidation:
         """Returns the teacher's metrics on the validation set and all labels (M,); stores its outputs by batch."""
         trainer, task = distiller.trainer, distiller.task
         metrics, targets, outputs = task.metrics().to(distiller.device), [], []
-        self.batches = []
+        self.batches, self.metrics = [], {}
+        recorded = distiller.teacher.net if distiller.teacher is not None else None
+        if isinstance(recorded, RecordedTeacher) and not recorded.judges("val"):
+            return {}, None
         loader: Any = trainer.val_dataloaders
         for i, raw in enumerate(loader):
             if i >= trainer.num_val_batches[0]:  # limit_val_batches, as in the student's evaluation
@@ -59,7 +63,8 @@ class TeacherOnValidation:
     def _outputs(self, distiller: Distiller, batch: Batch) -> Outputs:
         assert distiller.teacher is not None
         if self.known is None or batch.ids is None or self.data is None:
-            return distiller.teacher(batch)
+            net = distiller.teacher.net
+            return net.outputs(batch, "val") if isinstance(net, RecordedTeacher) else distiller.teacher(batch)
         place = torch.searchsorted(self.data.val_ids, batch.ids.cpu())
         return Outputs({name: head[place].to(distiller.device) for name, head in self.known.heads.items()})
 
@@ -68,7 +73,7 @@ class TeacherOnValidation:
         kept = self.batches[index] if index < len(self.batches) else None
         if kept is None:
             return  # `run` was not called: only the student is validated
-        outputs = kept[0] if torch.equal(kept[1], _mark(batch)) else distiller.teacher(batch)  # type: ignore[misc]
+        outputs = kept[0] if torch.equal(kept[1], _mark(batch)) else self._outputs(distiller, batch)
         for name, values in distiller.task.agreement(student, outputs).items():
             self._sums[name] = self._sums.get(name, 0) + values.double().sum()
         self._count += len(batch.targets)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from litdistill.distillation.inference import fuse_batchnorm, prepack
-from litdistill.features.feature_extractor import FeatureExtractor
+from litdistill.distillation.recorded import RecordedTeacher
+from litdistill.features.feature_extractor import FeatureExtractor, resolve_taps
 from litdistill.tasks.base import Task
 from litdistill.tasks.classification import Classification
-from litdistill.types import Batch, Outputs
+from litdistill.types import Batch, Outputs, Taps
 from litdistill.utils.hashing import network_sha256
 
 
@@ -41,7 +42,7 @@ class FrozenTeacher(nn.Module):
     Uses `no_grad`, not `inference_mode`, since losses save the outputs for their backward pass.
 
     Args:
-        net: any module that the task can run.
+        net: any module that the task can run, or a `RecordedTeacher`, whose outputs are looked up by the batch's ids.
         task: defines the forward pass.
         taps: names of the nodes whose features are read (`litdistill.features.feature_extractor.resolve_taps`).
         example: a batch on which a faster form of the network is compared with it before it is used; without one, or with
@@ -65,20 +66,22 @@ class FrozenTeacher(nn.Module):
         self.mode, self.faster = compile, faster
         super().train(False)
         run = net
-        if example is not None and faster:
+        self.recorded = isinstance(net, RecordedTeacher)
+        self._recorded_taps = tuple(taps) if self.recorded else ()
+        if example is not None and faster and not self.recorded:
             net.to(memory_format=torch.channels_last)
             if not taps and isinstance(example.inputs, Tensor):  # folded layers cannot be tapped
                 run = fuse_batchnorm(net, example.inputs)
-        self.run, self.extractor = run, FeatureExtractor(run, taps)
+        self.run, self.extractor = run, FeatureExtractor(run, () if self._recorded_taps else taps)
         super().train(False)  # again, for the modules of the faster form
-        if compile not in (None, "prepacked"):
+        if compile not in (None, "prepacked") and not self.recorded:
             run.compile(mode=compile)
         self._packed: list[nn.Module] = []  # not a submodule, since it cannot be moved to another device
 
     @property
     def taps(self) -> tuple[str, ...]:
         """Returns the names of the nodes whose features are read."""
-        return self.extractor.names
+        return self._recorded_taps or self.extractor.names
 
     def train(self, mode: bool = True) -> FrozenTeacher:
         """Stays in eval mode: in train mode BatchNorm would update its statistics from the student's batches."""
@@ -87,6 +90,8 @@ class FrozenTeacher(nn.Module):
     @torch.no_grad()
     def forward(self, batch: Batch) -> Outputs:
         """Returns the heads and the tapped features for a batch."""
+        if isinstance(self.net, RecordedTeacher):
+            return self.net.outputs(batch)
         inputs = batch.inputs
         packs = self.mode == "prepacked" and not self.taps and isinstance(inputs, Tensor)
         if packs and inputs.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
@@ -108,3 +113,10 @@ class FrozenTeacher(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> FrozenTeacher:
         """Returns itself: averaging the student's weights copies the module that holds the teacher."""
         return self
+
+
+def teacher_taps(net: nn.Module | None, inputs: Any, taps: Taps, run: Callable[[nn.Module, Any], Outputs]) -> list[str]:
+    """Returns the names of the features that a method reads of a teacher. `run`: calls a network on `inputs`."""
+    if net is None:
+        return []
+    return net.taps_for(taps) if isinstance(net, RecordedTeacher) else resolve_taps(net, inputs, taps.teacher, run)

@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
+from litdistill.distillation.recorded import RecordedTeacher
 from litdistill.distillation.teacher_cache import cached_logits
 from litdistill.tasks.base import Task
 from litdistill.tasks.classification import Classification
@@ -42,8 +43,13 @@ def collect(net: nn.Module, data: Any, split: str, device: torch.device | str = 
 
 def teacher_outputs(
     teacher: nn.Module, data: Any, task: Task, split: str, device: torch.device | str, folder: Path | None
-) -> Outputs:
-    """Returns the teacher's outputs for a split; runs with the same cache `folder` compute them once."""
+) -> Outputs | None:
+    """Returns the teacher's outputs for a split; runs with the same cache `folder` compute them once.
+
+    None for a file of outputs that lacks a sample of the split.
+    """
+    if isinstance(teacher, RecordedTeacher):
+        return teacher.of_split(split) if teacher.judges(split) else None
     if folder is None or not hasattr(data, "get_batch"):
         return predict_split(teacher, data, split, device, task)[0]
     compute = lambda: predict_split(teacher, data, split, device, task)[0].logits  # noqa: E731
@@ -95,6 +101,8 @@ def measure(
 ) -> dict[str, Any]:
     """Returns the student's metrics and, with a teacher, the teacher's metrics and their agreement, as plain dicts.
 
+    The teacher's are left out where it is a file of outputs that lacks a sample of the split.
+
     `chance`: the monitored metric at chance level; None where it is undefined. `findings`: what is wrong with the student
     (`litdistill.tasks.findings.judge`).
 
@@ -103,7 +111,7 @@ def measure(
     outputs, targets = predict_split(student, data, split, device, task)
     found: dict[str, Any] = {"student": measured(task, outputs, targets), "chance": task.chance(targets)}
     found["findings"] = judge(task, outputs, targets, found["student"].get(task.monitor[0]), split, data.class_names)
-    if teacher is not None:
-        expected = teacher_outputs(teacher, data, task, split, device, folder)
+    expected = teacher_outputs(teacher, data, task, split, device, folder) if teacher is not None else None
+    if expected is not None:
         found |= {"teacher": measured(task, expected, targets), "agreement": agreement(task, outputs, expected)}
     return found

@@ -19,6 +19,7 @@ from litdistill.config.lr_scaling import read_scale
 from litdistill.config.recipes import data_name, net_name, recipe, student_folder, teacher_folder
 from litdistill.data.foreign import sample_count
 from litdistill.data.protocol import input_dtype
+from litdistill.distillation.recorded import RecordedTeacher
 from litdistill.methods import NAMES
 from litdistill.models.preprocess import preprocessing
 from litdistill.models.profile import count_macs, count_parameters, weight_bytes
@@ -61,7 +62,7 @@ def summarize(
         else {
             **network_facts(cfg.teacher, teacher, shape, input_dtype(data)),
             "preprocess": preprocessing(teacher),
-            "test": found["teacher"],
+            "test": found.get("teacher"),  # None: a file without outputs of the test set
         },
         "student": {
             **network_facts(cfg.student, student, shape, input_dtype(data)),
@@ -100,7 +101,14 @@ def data_facts(data: Any) -> dict[str, Any]:
 def network_facts(
     node: DictConfig, net: nn.Module, shape: Sequence[int] | None, dtype: torch.dtype = torch.float32
 ) -> dict[str, Any]:
-    """Returns a network's name, the hash of its weights, and its size. `shape`, `dtype`: of a sample's input."""
+    """Returns a network's name, the hash of its weights, and its size; of a file of outputs what it says of its network.
+
+    `shape`, `dtype`: of a sample's input.
+    """
+    if isinstance(net, RecordedTeacher):
+        known = net.file.manifest.get("network") or {}
+        about = {key: known.get(key) for key in ("params", "macs", "bytes")}
+        return {"name": net_name(node), "sha256": weights_sha256(net.state_dict()), **about, "outputs": net.file.sha256}
     return {
         "name": net_name(node),
         "sha256": weights_sha256(net.state_dict()),

@@ -16,6 +16,8 @@ from litdistill.config.distiller import example_batch, train_labels
 from litdistill.data.foreign import first_batch, offers, transferred
 from litdistill.data.protocol import IndexedData, as_indexed, training_labels
 from litdistill.distillation.distiller import Clip, Distiller, OptimizerFactory
+from litdistill.distillation.outputs_tables import OutputsFile
+from litdistill.distillation.recorded import RecordedTeacher
 from litdistill.evaluation.evaluate import load_weights_of
 from litdistill.evaluation.predictions import measure
 from litdistill.methods.base import Method
@@ -51,7 +53,7 @@ log = logging.getLogger(__name__)
 @without_notes()
 def distill(
     student: nn.Module,
-    teacher: nn.Module | None,
+    teacher: nn.Module | OutputsFile | None,
     train: Any,
     val: Any = None,
     method: Method | None = None,
@@ -66,7 +68,8 @@ def distill(
     """Distills `teacher` into `student`, and returns the Distiller with the best weights on the validation set.
 
     Args:
-        student, teacher: any modules that the task can run; without a teacher the student is trained on labels only.
+        student, teacher: any modules that the task can run; without a teacher the student is trained on labels only. A teacher
+            may be a file of outputs by sample, `read_outputs("teacher.npz")`; loaders of your own then yield dicts with `ids`.
         train, val: loaders whose batches the task accepts, or a LightningDataModule as `train` and no `val`.
         method: the distillation method: `KD()` by default, `Supervised()` without a teacher.
         task: "classification", "multilabel", "regression", or a `Task` of your own.
@@ -74,13 +77,11 @@ def distill(
         optimizer: creates the optimizer from the parameters. callbacks: Lightning's or your own.
         trainer: more arguments of Lightning's Trainer. options: more arguments of `Distiller`.
 
-    `.deployed_student` of the returned Distiller is the network to deploy, in eval mode, on the CPU. The networks may be on
-    any device. Raises `UserError` for invalid arguments.
+    `.deployed_student` of the result is the network to deploy, in eval mode, on the CPU. Raises `UserError` for bad arguments.
     """
     task, module = named_task(task), train if isinstance(train, LightningDataModule) else None
     check_arguments(train, val, trainer or {})
-    for net in filter(None, (student, teacher)):
-        net.cpu()  # the device of the example; the Trainer moves the networks
+    student.cpu()  # the device of the example; the Trainer moves the networks
     example, data = prepared(train, module)
     check_last_batch(student, train, data, task, example, trainer or {})
     every = log_interval(max_epochs, max_epochs * batches_of_epoch(train, data))
@@ -94,6 +95,7 @@ def distill(
             options, arguments["log_every_n_steps"] = {"clip": Clip(*clip), **options}, 1
     options = {"labels": training_labels(module), **options} if module is not None else options
     chosen = method or (KD() if teacher is not None else Supervised())
+    teacher = on_cpu(teacher, task, data)
     distiller = Distiller(student, chosen, teacher, example, task, optimizer, group=layout.group, **options)
     metric, direction = task.monitor
     best = ModelCheckpoint(Path(out), "best", f"val/{metric}", mode=direction, enable_version_counter=False)
@@ -109,6 +111,13 @@ def distill(
         load_weights_of(distiller, Path(best.best_model_path))
     warn(distiller, (data or Validation(val, module, task)) if validated else None, fitted.strategy.root_device)
     return distiller.eval().cpu()
+
+
+def on_cpu(teacher: nn.Module | OutputsFile | None, task: Task, data: IndexedData | None) -> nn.Module | None:
+    """Returns the teacher on the CPU; for a file of outputs the module that looks them up."""
+    if isinstance(teacher, OutputsFile):
+        return RecordedTeacher(teacher, task, data)
+    return None if teacher is None else teacher.cpu()
 
 
 class Validation:

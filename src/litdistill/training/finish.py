@@ -85,7 +85,7 @@ def finish(run: Run, times: dict[str, float], role: str) -> None:
     # This file marks the run as finished: pictures come after it, and none can lose it.
     write_text(run.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     name = task.monitor[0]
-    reference = f", teacher {shown(name, found['teacher'][name])}" if teacher is not None else ""
+    reference = f", teacher {shown(name, found['teacher'][name])}" if "teacher" in found else ""
     log.info(
         "%s: test %s %s (best epoch on validation), %s (last epoch)%s; %s in all. %s",
         *(role, name, shown(name, found["student"][name]), shown(name, last[name]), reference),

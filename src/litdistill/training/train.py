@@ -33,6 +33,7 @@ from litdistill.config.schema import check
 from litdistill.data.foreign import ForeignData, sample_count
 from litdistill.data.protocol import training_labels
 from litdistill.distillation.distiller import Distiller
+from litdistill.distillation.recorded import RecordedTeacher
 from litdistill.distillation.sharding import ShardedTeacher
 from litdistill.evaluation.predictions import evaluations_folder, teacher_outputs
 from litdistill.training.finish import Run, finish
@@ -121,10 +122,15 @@ def admit(cfg: DictConfig, folder: Path) -> None:
     check_values(cfg)
     check(cfg)
     check_objects(cfg)
-    if cfg.teacher is not None and cfg.teacher.get("checkpoint") == "auto" and not cfg.teacher.get("ensemble"):
+    if cfg.teacher is not None and trains_teacher(cfg.teacher):
         check(teacher_config(cfg), of="In the teacher's training (teacher.recipe):\n")
     if is_first_rank():
         remember(folder, cfg)
+
+
+def trains_teacher(node: DictConfig) -> bool:
+    """Returns whether the teacher is trained where there is none yet."""
+    return node.get("checkpoint") == "auto" and not node.get("ensemble") and node.get("outputs") is None
 
 
 def prepare_process(threads: int | None) -> None:
@@ -187,8 +193,11 @@ def introduce(data: Any, distiller: Distiller, scale: Scale, role: str) -> None:
         say_what_is_left_out(data, distiller.method, scale.processes)
     count = sum(p.numel() for p in distiller.student.parameters())
     teacher = ""
-    if distiller.teacher is not None:
-        size = sum(p.numel() for p in distiller.teacher.net.parameters())
+    net = distiller.teacher.net if distiller.teacher is not None else None
+    if isinstance(net, RecordedTeacher):
+        teacher = f", teacher {net.file.path}"
+    elif net is not None:
+        size = sum(p.numel() for p in net.parameters())
         teacher = f", teacher {size:,} parameters ({size / count:.1f}x)"
     verbs = VERBS | {"train": VERBS["train"] + WITHOUT_LABELS[training_labels(data)]}
     sizes = ", ".join(f"{sample_count(data, split) or 'unknown'} to {verb}" for split, verb in verbs.items())

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -60,6 +61,21 @@ def _public(obj: Any) -> dict[str, Any]:
     """Returns an object's public attributes, without the mode flags `training` and `inplace`, sorted by name."""
     own = getattr(obj, "__dict__", {})
     return {k: own[k] for k in sorted(own) if not k.startswith("_") and k not in ("training", "inplace")}
+
+
+def file_sha256(path: str | Path) -> str:
+    """Returns the SHA-256 in hexadecimal of a file's bytes; "" for one that cannot be read."""
+    try:
+        state = Path(path).stat()
+        return _file_sha256(Path(path), state.st_size, state.st_mtime_ns)
+    except OSError:
+        return ""
+
+
+@functools.lru_cache(maxsize=16)
+def _file_sha256(path: Path, size: int, time_ns: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def digest(facts: dict[str, Any]) -> str:
