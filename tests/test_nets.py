@@ -30,7 +30,8 @@ TEXTS = {
     "embedding_bag",
     "text_cnn",
     "text_transformer",
-}  # which tests/test_bert.py and test_text_nets.py build
+    "causal_transformer",
+}  # which tests/test_bert.py, test_text_nets.py and test_sequence.py build
 YAMLS = {p.stem: p for p in sorted((ROOT / "conf" / "net").glob("*.yaml")) if p.stem not in TEXTS}
 DIGITS, GREY, COLOR = (10, (1, 8, 8)), (10, (1, 28, 28)), (100, (3, 32, 32))
 REFUSED = {("lenet", DIGITS), ("timm", DIGITS), ("timm", GREY)}

@@ -57,7 +57,7 @@ if TYPE_CHECKING:
         TeacherFree,
     )
     from litdistill.methods.base import Method
-    from litdistill.tasks import Classification, MultiLabel, Regression, Task
+    from litdistill.tasks import Classification, LanguageModel, MultiLabel, Regression, Task
     from litdistill.training.distill import distill
     from litdistill.training.run import run
     from litdistill.types import Batch, Outputs, Taps
@@ -96,6 +96,7 @@ __all__ = [
     "FitNet",
     "FrozenTeacher",
     "HardPseudoLabel",
+    "LanguageModel",
     "LogitMSE",
     "LogitStdKD",
     "Method",
@@ -132,6 +133,7 @@ _MODULES = {
     "Classification": "litdistill.tasks",
     "MultiLabel": "litdistill.tasks",
     "Regression": "litdistill.tasks",
+    "LanguageModel": "litdistill.tasks",
     "Batch": "litdistill.types",
     "Outputs": "litdistill.types",
     "Taps": "litdistill.types",

@@ -23,6 +23,13 @@ class Batch(NamedTuple):
         ids, views = (None if x is None else x[index] for x in (self.ids, self.views))
         return Batch(self.inputs[index], self.targets[index], ids, views, self.weight)
 
+    def at(self, places: Tensor) -> Batch:
+        """The targets at some places (N, T) bool of sequences, one after the other (P,), with the id and view of the sample
+        of each; the inputs stay whole."""
+        sample = places.nonzero()[:, 0]
+        ids, views = (None if x is None else x[sample] for x in (self.ids, self.views))
+        return self._replace(targets=self.targets[places], ids=ids, views=views)
+
 
 class Group(NamedTuple):
     """Several minibatches that one step of Lightning trains on, one after the other."""
@@ -64,6 +71,13 @@ class Outputs(NamedTuple):
         """The outputs of some of the samples."""
         heads, features = ({k: v[index] for k, v in x.items()} for x in (self.heads, self.features))
         return Outputs(heads, features, None if self.ids is None else self.ids[index])
+
+    def at(self, places: Tensor) -> Outputs:
+        """The outputs at some places (N, T) bool of sequences, one after the other: what is (N, T, …) becomes (P, …), and the
+        id of a place is its sample's."""
+        take = lambda x: x[places] if x.shape[:2] == places.shape else x  # noqa: E731
+        heads, features = ({k: take(v) for k, v in x.items()} for x in (self.heads, self.features))
+        return Outputs(heads, features, None if self.ids is None else self.ids[places.nonzero()[:, 0]])
 
     @classmethod
     def of(cls, logits: Tensor, features: Mapping[str, Tensor] | None = None, ids: Tensor | None = None) -> Outputs:

@@ -67,8 +67,9 @@ def build_task(node: DictConfig, data: Any) -> Task:
 
     Raises `UserError` if the data module's `task` attribute names another task.
     """
-    wanted, name = getattr(data, "task", None), str(node["_target_"]).rpartition(".")[2].lower()
-    if isinstance(wanted, str) and name in TASKS and name != wanted:
+    wanted, kind = getattr(data, "task", None), str(node["_target_"]).rpartition(".")[2]
+    name = next((key for key, task in TASKS.items() if task.__name__ == kind), None)
+    if isinstance(wanted, str) and name is not None and name != wanted:
         raise UserError(f"These data are for task={wanted}, and the config has {name}: set task={wanted}.")
     facts: dict[str, Any] = {}
     if "mean" in node and node.mean is None:

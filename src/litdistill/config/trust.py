@@ -68,7 +68,7 @@ OWN = (
     *(f"litdistill.data.{name}" for name in TENSORS),
     *(f"litdistill.data.{name}" for name in DATA),
     *(f"litdistill.compress.{name}" for name in ("low_rank.low_rank", "prune.prune", "quantize.int8")),
-    *(f"litdistill.tasks.{name}" for name in ("Classification", "MultiLabel", "Regression")),
+    *(f"litdistill.tasks.{name}" for name in ("Classification", "MultiLabel", "Regression", "LanguageModel")),
     "litdistill.distillation.schedules.warmup_cosine",
     "litdistill.training.callbacks.ClassBias",
     "litdistill.training.tensorboard.TensorBoard",

@@ -13,10 +13,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
+from litdistill import methods
 from litdistill.distillation.inference import NORMS
+from litdistill.methods import NAMES
 from litdistill.methods.base import WEIGHTS, Method
 from litdistill.models.preprocess import check_scale
-from litdistill.tasks.base import Task
+from litdistill.tasks.base import Task, has_places
 from litdistill.types import Batch
 from litdistill.utils.errors import UserError
 
@@ -33,6 +35,12 @@ def check_method(method: Method, teacher: object, task: Task) -> None:
         raise UserError(
             f"{name} is defined for logits that are {' or '.join(method.kinds)}, and those of {type(task).__name__} are "
             f"{task.kind}: use a method that reads features, LogitMSE, or for several labels BinaryKD."
+        )
+    if has_places(task) and not method.takes_places:
+        fitting = sorted(NAMES[kind] for kind in NAMES if getattr(methods, kind).takes_places)
+        raise UserError(
+            f"{name} compares whole samples, and {type(task).__name__} predicts at each place of a sequence: use a method "
+            f"that takes each as a sample ({', '.join(fitting)}). One of your own says so by takes_places = True."
         )
 
 

@@ -32,7 +32,7 @@ from litdistill.distillation.examine import TeacherOnValidation, check_teacher
 from litdistill.distillation.logs import log_group, log_step
 from litdistill.distillation.running_means import RunningMeans
 from litdistill.distillation.schedules import average_of, interpolate, step_plateau
-from litdistill.distillation.step import labels_loss, seed_step, timed_outputs, total, train_group
+from litdistill.distillation.step import labels_loss, outputs_of_both, seed_step, timed_outputs, total, train_group
 from litdistill.distillation.teacher import FrozenTeacher, teacher_taps
 from litdistill.distillation.teacher_cache import CacheOptions, TeacherCache, open_cache
 from litdistill.features.feature_extractor import FeatureExtractor, resolve_taps
@@ -40,7 +40,7 @@ from litdistill.features.outputs import describe_inputs, inputs_like
 from litdistill.methods.base import Method
 from litdistill.methods.supervised import Supervised
 from litdistill.tasks import TASKS, named_task
-from litdistill.tasks.base import Task
+from litdistill.tasks.base import Task, every_place
 from litdistill.types import Batch, Group, Outputs
 from litdistill.utils.errors import UserError
 
@@ -170,7 +170,7 @@ class Distiller(LightningModule):
         with torch.no_grad():
             student = self.extractor.run(lambda net: self.task.forward(net, batch, False))
             teacher = self.teacher(batch) if self.teacher is not None and self.method.needs_teacher else None
-            self.method.build(student, teacher, train_targets)
+            self.method.build(every_place(self.task, student), every_place(self.task, teacher), train_targets)
         for module, training in modes:
             module.training = training
 
@@ -273,9 +273,8 @@ class Distiller(LightningModule):
 
     def loss(self, batch: Batch, teacher: Outputs | None = None) -> Tensor:
         """Returns the loss of one minibatch, a scalar; `teacher`: its outputs, if already computed."""
-        if teacher is None and self.needs_teacher_outputs:
-            teacher = self.teacher_outputs(batch)
-        student = self.extractor.run(lambda net: self.task.forward(net, batch, True))._replace(ids=batch.ids)
+        samples = len(batch.targets)
+        student, teacher, batch = outputs_of_both(self, batch, teacher)
         terms = self._label_terms(student, batch) | self.method(student, teacher, batch)
         unknown = self._factors.keys() - terms.keys()
         if unknown and not self.method.init_epochs:
@@ -284,7 +283,7 @@ class Distiller(LightningModule):
             )
         terms = {k: v * self._factors[k] if k in self._factors else v for k, v in terms.items()}
         loss = total(self.method, terms)
-        self.means.add(terms, student, teacher, batch.targets)
+        self.means.add(terms, student, teacher, batch.targets, samples)
         return loss
 
     def _label_terms(self, student: Outputs, batch: Batch) -> dict[str, Tensor]:

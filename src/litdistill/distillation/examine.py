@@ -13,7 +13,7 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 from litdistill.data.protocol import IndexedData
 from litdistill.distillation.recorded import RecordedTeacher
 from litdistill.features.outputs import first_tensor
-from litdistill.tasks.base import Task
+from litdistill.tasks.base import Task, at_places, has_places
 from litdistill.types import Batch, Outputs
 from litdistill.utils.errors import UserError
 from litdistill.utils.units import quantity
@@ -74,9 +74,13 @@ class TeacherOnValidation:
         if kept is None:
             return  # `run` was not called: only the student is validated
         outputs = kept[0] if torch.equal(kept[1], _mark(batch)) else self._outputs(distiller, batch)
-        for name, values in distiller.task.agreement(student, outputs).items():
+        task, count = distiller.task, len(batch.targets)
+        if has_places(task):
+            student, outputs = (at_places(task, batch.targets, x) for x in (student, outputs))
+            count = len(student.logits)
+        for name, values in task.agreement(student, outputs).items():
             self._sums[name] = self._sums.get(name, 0) + values.double().sum()
-        self._count += len(batch.targets)
+        self._count += count
 
     def agreement(self, device: torch.device) -> dict[str, float]:
         """Returns the mean agreements over all samples of all processes since the last call, and the teacher's metric."""

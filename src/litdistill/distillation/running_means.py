@@ -11,10 +11,12 @@ from litdistill.tasks.base import Task
 from litdistill.types import Outputs
 
 AT_ONCE = 16  # minibatches summed together: a dozen small operations for each would cost as much as an optimizer's step
+VALUES = 2**22  # numbers of one network's outputs that are held for that at most: those of sequences are many
 
 
 class RunningMeans:
-    """Means since the last log: of the loss and its terms over minibatches, of scores and agreement over samples.
+    """Means since the last log: of the loss and its terms over minibatches, of scores and agreement over samples
+    (or the places of sequences).
 
     The mean loss of an epoch is kept beside them, since an epoch may have no log or several.
     """
@@ -34,7 +36,8 @@ class RunningMeans:
         self._started = time.perf_counter()
         self._noted: list[tuple[dict[str, Tensor], Outputs, Outputs | None, Tensor]] = []
         self._sums: dict[str, Tensor] = {}
-        self._by_sample: set[str] = set()
+        self._values = 0  # numbers in the heads that are noted
+        self._counts: dict[str, int] = {}  # of the scores: samples, or places of sequences
         self._labeled: Tensor | int = 0  # samples with a label
         self._of_labels: set[str] = set()  # scores, of samples with a label alone
 
@@ -54,18 +57,21 @@ class RunningMeans:
         """Returns the seconds since the last log."""
         return time.perf_counter() - self._started
 
-    def add(self, terms: dict[str, Tensor], student: Outputs, teacher: Outputs | None, targets: Tensor) -> None:
-        """Adds a minibatch: its weighted loss terms, the outputs of both networks, and the labels."""
+    def add(
+        self, terms: dict[str, Tensor], student: Outputs, teacher: Outputs | None, targets: Tensor, samples: int
+    ) -> None:
+        """Adds a minibatch of `samples`: its weighted loss terms, the outputs of both networks, and the labels."""
         heads = {name: head.detach().clone() for name, head in student.heads.items()}  # a CUDA graph overwrites these
         self._noted.append(({k: v.detach() for k, v in terms.items()}, Outputs(heads), teacher, targets))
         self.steps += 1
-        self.samples += len(targets)
-        if len(self._noted) == AT_ONCE:
+        self.samples += samples
+        self._values += sum(head.numel() for head in heads.values())
+        if len(self._noted) == AT_ONCE or self._values > VALUES:
             self._sum()
 
     @torch.no_grad()
     def _sum(self) -> None:
-        noted, self._noted = self._noted, []
+        noted, self._noted, self._values = self._noted, [], 0
         for name in dict.fromkeys(name for terms, *_ in noted for name in terms):
             value = torch.stack([terms[name].float() for terms, *_ in noted if name in terms]).sum()
             self._add(name, value)
@@ -77,7 +83,7 @@ class RunningMeans:
         if len(teacher) == len(noted):
             by_sample |= self.task.agreement(student, _joined(teacher))
         for name, values in by_sample.items():
-            self._by_sample.add(name)
+            self._counts[name] = self._counts.get(name, 0) + len(values)
             self._add(name, values.float().sum())
 
     def _scores(self, student: Outputs, targets: Tensor) -> dict[str, Tensor]:
@@ -95,14 +101,14 @@ class RunningMeans:
     def _count(self, name: str) -> Tensor | int:
         if name in self._of_labels:
             return self._labeled
-        return self.samples if name in self._by_sample else self.steps
+        return self._counts.get(name, self.steps)
 
     def means(self) -> dict[str, Tensor]:
         """Returns the means by name, scalars on the device; `loss` is the sum of the terms. Empty without minibatches."""
         if self._noted:
             self._sum()
         found = {k: v / self._count(k) for k, v in self._sums.items()}
-        terms = [v for k, v in found.items() if k not in self._by_sample]
+        terms = [v for k, v in found.items() if k not in self._counts]
         return {"loss": torch.stack(terms).sum(), **found} if terms else found
 
 

@@ -61,6 +61,22 @@ def teacher_ahead(distiller: Distiller, group: Group) -> Sequence[Outputs] | Non
     return distiller.teacher_outputs(group.batch).split(group.sizes)
 
 
+def outputs_of_both(
+    distiller: Distiller, batch: Batch, teacher: Outputs | None
+) -> tuple[Outputs, Outputs | None, Batch]:
+    """Returns the outputs of student and teacher for a batch, and the batch, all at the places that the task predicts.
+
+    `teacher`: its outputs, if already computed.
+    """
+    if teacher is None and distiller.needs_teacher_outputs:
+        teacher = distiller.teacher_outputs(batch)
+    student = distiller.extractor.run(lambda net: distiller.task.forward(net, batch, True))._replace(ids=batch.ids)
+    places = distiller.task.places(batch.targets)
+    if places is None:
+        return student, teacher, batch
+    return student.at(places), None if teacher is None else teacher.at(places), batch.at(places)
+
+
 def labels_loss(distiller: Distiller, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
     """Returns the task's loss over the samples with a label, a target of -1 being none; 0 where no sample has one."""
     task, student = distiller.task, distiller.student

@@ -12,7 +12,7 @@ from torchmetrics import Metric, MetricCollection
 
 from litdistill.distillation.recorded import RecordedTeacher
 from litdistill.distillation.teacher_cache import cached_logits
-from litdistill.tasks.base import Task
+from litdistill.tasks.base import Task, at_places
 from litdistill.tasks.classification import Classification
 from litdistill.tasks.findings import judge
 from litdistill.types import Outputs
@@ -85,8 +85,9 @@ def quality(
     return measured(task, *predict_split(net, data, split, device, task))
 
 
-def agreement(task: Task, student: Outputs, teacher: Outputs) -> dict[str, float]:
-    """Returns the means of `Task.agreement` over all samples."""
+def agreement(task: Task, student: Outputs, teacher: Outputs, targets: Tensor) -> dict[str, float]:
+    """Returns the means of `Task.agreement` over all samples, or all places of sequences."""
+    student, teacher = (at_places(task, targets, x) for x in (student, teacher))
     return {name: values.double().mean().item() for name, values in task.agreement(student, teacher).items()}
 
 
@@ -113,5 +114,6 @@ def measure(
     found["findings"] = judge(task, outputs, targets, found["student"].get(task.monitor[0]), split, data.class_names)
     expected = teacher_outputs(teacher, data, task, split, device, folder) if teacher is not None else None
     if expected is not None:
-        found |= {"teacher": measured(task, expected, targets), "agreement": agreement(task, outputs, expected)}
+        likeness = agreement(task, outputs, expected, targets)
+        found |= {"teacher": measured(task, expected, targets), "agreement": likeness}
     return found

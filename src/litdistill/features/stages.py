@@ -125,17 +125,24 @@ def _classifier(calls: list[Call], logits: Tensor) -> Call | None:
     """Returns the last layer whose weight has one output per class; None if there is none."""
     for c in reversed(calls):
         weight = _own_weight(c.module)
-        if weight is not None and weight.ndim in (2, 4) and weight.shape[0] == logits.shape[1]:
+        if (
+            weight is not None
+            and weight.ndim in (2, 4)
+            and weight.shape[0] == logits.shape[-1 if logits.ndim == 3 else 1]
+        ):
             return c
     return None
 
 
 def pooled(calls: list[Call], logits: Tensor) -> str:
-    """Returns the tap of the classifier's input, (N, C). Raises `UserError` where no classifier is found."""
+    """Returns the tap of the classifier's input, (N, C), or (N, T, C) for logits (N, T, classes).
+
+    Raises `UserError` where no classifier is found.
+    """
     head = _classifier(calls, logits)
     if head is None or not isinstance(head.given, Tensor):
         raise UserError("tap 'pooled' is the input of the classifier, and this network has none. Name it instead.")
-    return head.name + (":in" if head.given.ndim == 2 else ":pool")
+    return head.name + (":in" if head.given.ndim == 2 or logits.ndim == 3 else ":pool")
 
 
 def outermost(calls: list[Call], stage: Call) -> str:

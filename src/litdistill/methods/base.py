@@ -48,6 +48,9 @@ class Method(nn.Module):
 
     needs_teacher = True
     kinds: tuple[str, ...] = (CATEGORICAL, BERNOULLI, REAL)  # kinds of logits that its formula is defined for
+    takes_places = (
+        False  # whether its rows may be the places of sequences (`Task.places`): it compares no whole samples
+    )
     reads_targets = False  # whether its own terms read the label of every sample
     init_epochs = 0  # epochs of a first phase that trains other parameters, without the labels' loss
     needs_hard = False  # whether `hard` must be above 0

@@ -18,6 +18,7 @@ class DIST(Method):
     """
 
     kinds = (CATEGORICAL,)
+    takes_places = True
 
     def __init__(self, hard: float = 1.0, inter: float = 2.0, intra: float = 2.0, temperature: float = 4.0):
         super().__init__(hard)

@@ -43,6 +43,7 @@ class DKD(Method):
 
     reads_targets = True
     kinds = (CATEGORICAL,)
+    takes_places = True
 
     def __init__(self, hard: float = 1.0, tckd: float = 1.0, nckd: float = 8.0, temperature: float = 4.0):
         super().__init__(hard)

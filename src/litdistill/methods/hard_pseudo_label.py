@@ -13,6 +13,7 @@ class HardPseudoLabel(Method):
     """`hard` · labels' loss + `pseudo` · cross-entropy(student, argmax of the teacher). There is no temperature."""
 
     kinds = (CATEGORICAL,)
+    takes_places = True
 
     def __init__(self, hard: float = 0.5, pseudo: float = 0.5):
         super().__init__(hard)

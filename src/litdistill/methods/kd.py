@@ -13,6 +13,7 @@ class KD(Method):
     """`hard` · labels' loss + `soft` · T² · KL(teacher_T ‖ student_T)."""
 
     kinds = (CATEGORICAL,)
+    takes_places = True
 
     def __init__(self, hard: float = 0.1, soft: float = 0.9, temperature: float = 4.0):
         super().__init__(hard)

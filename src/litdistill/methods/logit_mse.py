@@ -17,6 +17,8 @@ class LogitMSE(Method):
     own loss is not centered.
     """
 
+    takes_places = True
+
     def __init__(self, hard: float = 0.0, soft: float = 1.0, centered: bool = False):
         super().__init__(hard)
         check_weights(soft=soft)

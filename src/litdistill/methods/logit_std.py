@@ -13,6 +13,7 @@ class LogitStdKD(Method):
     """`hard` · labels' loss + `soft` · T² · KL(teacher ‖ student) of softmaxes of standardized logits at temperature T."""
 
     kinds = (CATEGORICAL,)
+    takes_places = True
 
     def __init__(self, hard: float = 0.1, soft: float = 9.0, temperature: float = 2.0):
         super().__init__(hard)

@@ -36,6 +36,7 @@ class Mutual(Method):
 
     needs_teacher = False
     kinds = (CATEGORICAL,)
+    takes_places = True
 
     def __init__(self, hard: float = 1.0, soft: float = 1.0, temperature: float = 1.0, peers: int = 1):
         super().__init__(hard)

@@ -56,6 +56,7 @@ class Online(Method):
 
     needs_teacher = False
     kinds = (CATEGORICAL,)
+    takes_places = True
 
     def __init__(self, hard: float = 1.0, soft: float = 1.0, temperature: float = 4.0, decay: float = 0.99):
         super().__init__(hard)

@@ -37,6 +37,7 @@ class Shuffled(Method):
         self.method = method
         self.needs_teacher, self.needs_hard = method.needs_teacher, method.needs_hard
         self.init_epochs = method.init_epochs
+        self.takes_places = method.takes_places
         self.kinds = tuple(kind for kind in method.kinds if kind == CATEGORICAL)  # samples of one class are paired
 
     def taps(self) -> Taps:

@@ -17,6 +17,7 @@ class SoftTargetCE(Method):
     """
 
     kinds = (CATEGORICAL,)
+    takes_places = True
 
     def __init__(self, hard: float = 0.1, soft: float = 0.9, temperature: float = 4.0):
         super().__init__(hard)

@@ -38,6 +38,7 @@ class Sum(Method):
         self.needs_teacher = any(m.needs_teacher for m in methods.values())
         self.needs_hard = any(m.needs_hard for m in methods.values())
         self.init_epochs = max(m.init_epochs for m in methods.values())
+        self.takes_places = all(m.takes_places for m in methods.values())
         self.kinds = tuple(kind for kind in Method.kinds if all(kind in m.kinds for m in methods.values()))
         self.names: dict[
             str, tuple[list[str], list[str]]

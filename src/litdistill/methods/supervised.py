@@ -14,6 +14,7 @@ class Supervised(Method):
     """`hard` · labels' loss. A teacher, if given, is used for comparison only."""
 
     needs_teacher = False
+    takes_places = True
 
     def forward(self, student: Outputs, teacher: Any, batch: Batch) -> dict[str, Tensor]:
         return {}

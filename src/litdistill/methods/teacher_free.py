@@ -32,6 +32,7 @@ class TeacherFree(Method):
     needs_teacher = False
     reads_targets = True
     kinds = (CATEGORICAL,)
+    takes_places = True
 
     def __init__(self, hard: float = 0.9, soft: float = 0.1, correct: float = 0.99, temperature: float = 20.0):
         super().__init__(hard)

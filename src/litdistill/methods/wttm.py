@@ -14,6 +14,7 @@ class WTTM(Method):
     """`hard` · labels' loss + `soft` · weighted KL from the power-transformed teacher; without `weighted` the paper's TTM."""
 
     kinds = (CATEGORICAL,)
+    takes_places = True
 
     def __init__(self, hard: float = 1.0, soft: float = 4.0, gamma: float = 0.2, weighted: bool = True):
         super().__init__(hard)

@@ -97,7 +97,9 @@ def data_title(found: Sequence[dict[str, Any]]) -> str:
     if data.get("test") is not None:
         size.append(f"tested on {data['test']:,}" + ("" if counts else f" {of}"))
     if data.get("classes") is not None:
-        noun = {"MultiLabel": "label", "Regression": "value"}.get(str(found[0].get("task")), "class")
+        noun = {"MultiLabel": "label", "Regression": "value", "LanguageModel": "token"}.get(
+            str(found[0].get("task")), "class"
+        )
         size.append(quantity(data["classes"], noun) + (" to predict" if noun == "value" else ""))
     if shape := data.get("input_shape"):
         image = len(shape) == 3

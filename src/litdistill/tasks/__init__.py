@@ -6,14 +6,16 @@ from litdistill.tasks.base import Task
 from litdistill.tasks.classification import Classification
 from litdistill.tasks.multilabel import MultiLabel
 from litdistill.tasks.regression import Regression
+from litdistill.tasks.sequence import LanguageModel
 from litdistill.utils.errors import UserError
 
-__all__ = ["TASKS", "Classification", "MultiLabel", "Regression", "Task", "named_task"]
+__all__ = ["TASKS", "Classification", "LanguageModel", "MultiLabel", "Regression", "Task", "named_task"]
 
 TASKS: dict[str, type[Task]] = {
     "classification": Classification,
     "multilabel": MultiLabel,
     "regression": Regression,
+    "language_model": LanguageModel,
 }
 
 

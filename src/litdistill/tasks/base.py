@@ -47,6 +47,15 @@ class Task:
         """Returns the labels' loss: unweighted scalar terms by name, each a mean over the batch."""
         raise NotImplementedError
 
+    def places(self, targets: Any) -> Tensor | None:
+        """Returns which places of each sample are predicted, (N, T) bool, where logits are (N, T, outputs): tokens of padded
+        sequences. None (the default): a sample has one prediction.
+
+        Losses, methods, scores and agreement then see the predicted places of all samples one after the other: logits (P,
+        outputs), features (P, C) and targets (P,), so that a mean over the batch is one over places, and padding never counts.
+        """
+        return None
+
     def decode(self, outputs: Outputs) -> dict[str, Tensor]:
         """Returns the predictions by name, each (N, ...), as `predict` returns them."""
         raise NotImplementedError
@@ -90,6 +99,24 @@ class Task:
     def better(self, value: float, other: float) -> bool:
         """Returns whether `value` of the monitored metric is better than `other`."""
         return value > other if self.monitor[1] == "max" else value < other
+
+
+def has_places(task: Task) -> bool:
+    """Returns whether the logits of a task are (N, T, outputs): see `Task.places`."""
+    return type(task).places is not Task.places
+
+
+def at_places(task: Task, targets: Any, outputs: Outputs) -> Outputs:
+    """Returns the outputs at the places that the task predicts, one after the other; as they are where it has none."""
+    places = task.places(targets)
+    return outputs if places is None else outputs.at(places)
+
+
+def every_place(task: Task, outputs: Outputs | None) -> Any:
+    """Returns the outputs (N, T, …) at all places, padding included, for their shapes; as they are where a task has none."""
+    if outputs is None or not has_places(task):
+        return outputs
+    return outputs.at(torch.ones(outputs.logits.shape[:2], dtype=torch.bool, device=outputs.logits.device))
 
 
 class Samples:

@@ -72,7 +72,7 @@ def distill(
             may be a file of outputs by sample, `read_outputs("teacher.npz")`; loaders of your own then yield dicts with `ids`.
         train, val: loaders whose batches the task accepts, or a LightningDataModule as `train` and no `val`.
         method: the distillation method: `KD()` by default, `Supervised()` without a teacher.
-        task: "classification", "multilabel", "regression", or a `Task` of your own.
+        task: "classification", "multilabel", "regression", "language_model", or a `Task` of your own.
         out: the folder of checkpoints and of TensorBoard's curves.
         optimizer: creates the optimizer from the parameters. callbacks: Lightning's or your own.
         trainer: more arguments of Lightning's Trainer. options: more arguments of `Distiller`.

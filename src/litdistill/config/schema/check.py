@@ -47,6 +47,7 @@ OBJECTS: dict[str, dict[str, type[Node]]] = {
         "Classification": library.Classification,
         "MultiLabel": library.MultiLabel,
         "Regression": library.Regression,
+        "LanguageModel": library.LanguageModel,
     },
     "optimizer": {"": library.Optimizer},
     "scheduler": {"": library.Scheduler},

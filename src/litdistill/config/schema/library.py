@@ -126,6 +126,12 @@ class Regression(Node):
     std: Deviations | None = option("likewise; both are given, or neither")
 
 
+class LanguageModel(Node):
+    """`task` of the next token at each place of a sequence."""
+
+    target: str = Field(alias="_target_", description="the task")
+
+
 class Compression(Object):
     """`compress`: low_rank or prune."""
 
