@@ -35,7 +35,7 @@ def capitalized(text: str) -> str:
 
 def follows(pairs: Sequence[tuple[Seed, Seed]]) -> list[dict[str, float]]:
     """Returns the agreement of each run with its teacher on the test set."""
-    return [agreement(seed.task, seed.test, teacher.test) for seed, teacher in pairs]
+    return [agreement(seed.task, seed.test, teacher.test, seed.test_targets) for seed, teacher in pairs]
 
 
 def names(group: Group) -> list[str]:
