@@ -8,7 +8,7 @@ import zipfile
 
 import pytest
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from litdistill.models.small import conv4, mlp
 from litdistill.utils.checkpoint import (
@@ -247,3 +247,16 @@ def test_a_defect_of_a_writer_stays_a_defect(tmp_path):
 
     with pytest.raises(RuntimeError, match="a defect"):
         write_atomically(tmp_path / "last.ckpt", write)
+
+
+def test_equal_weights_and_metadata_are_equal_bytes_that_others_can_read(tmp_path):
+    facts = {f"fact {i}": f"café {i}" for i in range(12)}
+    made, found = net(), set()
+    for i, order in enumerate((1, -1, 1, -1)):
+        path = tmp_path / f"{i}.safetensors"
+        save_student(made, path, dict(list(facts.items())[::order]))
+        found.add(path.read_bytes())
+    assert len(found) == 1
+    with safe_open(path, "pt") as file:
+        assert file.metadata() == facts
+        assert all(torch.equal(file.get_tensor(k), v) for k, v in made.state_dict().items())

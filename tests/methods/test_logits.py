@@ -68,7 +68,8 @@ def ref_dkd(s, t, y):
 def ref_dist(s, t, y):
     def distance(a, b):
         a, b = a - a.mean(), b - b.mean()
-        return 1 - (a * b).sum() / ((a * a).sum().sqrt() * (b * b).sum().sqrt() + 1e-8)
+        size_a, size_b = (a * a).sum().sqrt(), (b * b).sum().sqrt()
+        return 1 - ((a * b).sum() / (size_a * size_b) if min(size_a, size_b) >= 1e-12 else 0 * a.sum())
 
     q, p = log_p(s / 4).exp(), log_p(t / 4).exp()
     intra = mean(distance, q.T, p.T) if len(q) > 1 else torch.zeros((), dtype=torch.float64)

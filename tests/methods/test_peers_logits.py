@@ -88,7 +88,7 @@ def test_logit_std():
 
 def test_dist():
     """The same up to 1e-4: beta is our inter, gamma our intra, tau² is in both. The two stabilise a correlation
-    differently (the authors, and we, add 1e-8 to the product of norms; torchdistill bounds it from below)."""
+    differently (ours is that of the paper; torchdistill bounds the product of norms from below)."""
     s, t = draw(6, 10, 10, scale=3.0)
     s.requires_grad_()
     ours = DIST(hard=0, inter=1.5, intra=2.5, temperature=4.0)(Outputs.of(s), Outputs.of(t), batch(labels(6, 10)))

@@ -13,6 +13,7 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 from litdistill.data.protocol import IndexedData
 from litdistill.distillation.recorded import RecordedTeacher
 from litdistill.features.outputs import first_tensor
+from litdistill.methods.base import Method
 from litdistill.tasks.base import Task, at_places, has_places
 from litdistill.types import Batch, Outputs
 from litdistill.utils.errors import UserError
@@ -56,6 +57,7 @@ class TeacherOnValidation:
             targets.append(batch.targets)
             outputs.append(out)
         warn_of_probabilities(outputs)
+        warn_of_few_classes(distiller.method, outputs)
         found = {name: float(value) for name, value in metrics.compute().items()}
         self.metrics = {f"teacher_{task.monitor[0]}": found[task.monitor[0]]} if task.monitor[0] in found else {}
         return found, _gathered(targets, trainer.world_size)
@@ -117,6 +119,18 @@ def warn_of_probabilities(outputs: list[Outputs]) -> None:
         log.warning(
             "All rows of the teacher's outputs are probabilities (none negative, and each sums to 1), and logits are expected: "
             "its soft targets will be almost flat. Leave its last softmax out, or give their logarithms."
+        )
+
+
+def warn_of_few_classes(method: Method, outputs: list[Outputs]) -> None:
+    """Warns if a term of the method sees nothing but the teacher's decision, as there are so few classes."""
+    heads = [out.heads["logits"] for out in outputs if "logits" in out.heads]
+    parts = [m for m in method.modules() if isinstance(m, Method) and heads and heads[0].shape[1] < m.fewest_classes]
+    for name in sorted({type(part).__name__ for part in parts}):
+        log.warning(
+            "%s sees only which of the two classes the teacher prefers, not by how much: for two classes use method=kd, dkd "
+            "or wttm.",
+            name,
         )
 
 

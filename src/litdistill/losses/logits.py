@@ -69,13 +69,16 @@ def standardize(logits: Tensor) -> Tensor:
     """(z − mean) / (10⁻⁷ + std) over the classes of each sample, (N, classes).
 
     The standard deviation divides by classes − 1, as in the authors' code. Equal logits (a classifier whose weights start
-    at zero) have no deviation: they become 0, with a finite gradient.
+    at zero) have none: they become 0, with the gradient of logits whose deviation is 1. Of two classes all are ±0.7071.
     """
     z = wide(logits)
     z = z - z.mean(dim=1, keepdim=True)
-    scale = z.detach().abs().amax(dim=1, keepdim=True).clamp(min=1e-20)  # so that no square underflows or overflows
+    equal = is_rounding(z, wide(logits))
+    scale = torch.where(
+        equal, 1.0, z.detach().abs().amax(dim=1, keepdim=True)
+    )  # so that no square underflows or overflows
     variance = (z / scale).square().sum(dim=1, keepdim=True) / max(z.shape[1] - 1, 1)
-    std = torch.where(variance > 0, variance, torch.ones_like(variance)).sqrt() * scale
+    std = torch.where(equal, 1.0, variance).sqrt() * scale
     return z / (1e-7 + std)
 
 
@@ -114,20 +117,29 @@ def intra_class(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> T
 def pearson_distance(a: Tensor, b: Tensor) -> Tensor:
     """1 − Pearson correlation of the rows of two matrices (rows, columns), averaged over the rows; in [0, 2].
 
-    Invariant to a positive scale and a shift of a row. As in DIST's code, 10⁻⁸ is added to the product of the norms: a row
-    without variance is uncorrelated with every other. A row whose variance is rounding error counts as one, and has no
-    gradient, which would be as large as the inverse of that variance.
+    Invariant to a positive scale and a shift of a row. A row without variance is uncorrelated with every other. A row whose
+    variance is rounding error, or whose norm is below 10⁻¹², counts as one: its gradient would be the inverse of its norm.
+    DIST's code adds 10⁻⁸ to the product of the norms, which is not small for softened probabilities of many classes.
     """
-    a, b = center_rows(a), center_rows(b)
-    correlation = (a * b).sum(dim=1) / (a.norm(dim=1) * b.norm(dim=1) + 1e-8)
-    return 1 - correlation.mean()
+    return 1 - (_unit_rows(center_rows(a)) * _unit_rows(center_rows(b))).sum(dim=1).mean()
+
+
+def _unit_rows(x: Tensor) -> Tensor:
+    """Divides each row by its norm; a row whose norm is below 10⁻¹² becomes 0."""
+    small = x.detach().norm(dim=1, keepdim=True) < 1e-12
+    return x.masked_fill(small, 0.0) / x.masked_fill(small, 1.0).norm(dim=1, keepdim=True)
 
 
 def center_rows(x: Tensor) -> Tensor:
     """Subtracts each row's mean; rows whose residual is rounding error become 0, without a gradient."""
     residual = x - x.mean(dim=1, keepdim=True)
+    return residual.masked_fill(is_rounding(residual, x), 0.0)
+
+
+def is_rounding(residual: Tensor, x: Tensor) -> Tensor:
+    """Returns for each row whether its `residual` is no larger than the rounding error of `x`; (rows, 1)."""
     rounding = 8 * torch.finfo(x.dtype).eps * x.detach().norm(dim=1, keepdim=True)
-    return residual.masked_fill(residual.detach().norm(dim=1, keepdim=True) <= rounding, 0.0)
+    return residual.detach().norm(dim=1, keepdim=True) <= rounding
 
 
 def sample_gram(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> Tensor:

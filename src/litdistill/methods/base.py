@@ -54,6 +54,9 @@ class Method(nn.Module):
     reads_targets = False  # whether its own terms read the label of every sample
     init_epochs = 0  # epochs of a first phase that trains other parameters, without the labels' loss
     needs_hard = False  # whether `hard` must be above 0
+    fewest_classes = (
+        2  # with fewer, the teacher's logits say no more than its decision, in one of the method's terms at least
+    )
     epoch = 0
 
     def __init__(self, hard: float = 1.0):

@@ -13,12 +13,14 @@ class DIST(Method):
     """`hard` · labels' loss + `inter` · T² · inter-class distance + `intra` · T² · intra-class distance.
 
     Both are Pearson distances of the probabilities at temperature T: inter over the classes of each sample, intra over the
-    samples of each class. The intra term is 0 for a batch of one, where it is not defined.
+    samples of each class. The intra term is 0 for a batch of one, where it is not defined. Of two classes the inter-class
+    distance is 0 or 2: it compares decisions alone.
     The factor T² is that of the authors' CIFAR code; their weight of 2 for β = γ = 1 makes inter and intra 2.
     """
 
     kinds = (CATEGORICAL,)
     takes_places = True
+    fewest_classes = 3
 
     def __init__(self, hard: float = 1.0, inter: float = 2.0, intra: float = 2.0, temperature: float = 4.0):
         super().__init__(hard)

@@ -14,6 +14,7 @@ class LogitStdKD(Method):
 
     kinds = (CATEGORICAL,)
     takes_places = True
+    fewest_classes = 3
 
     def __init__(self, hard: float = 0.1, soft: float = 9.0, temperature: float = 2.0):
         super().__init__(hard)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from litdistill.utils.errors import UserError
@@ -102,9 +102,28 @@ def _umask() -> int:
 
 
 def save_student(net: nn.Module, path: Path, metadata: Mapping[str, str]) -> None:
-    """Writes the network's state dict as safetensors with `metadata`; deployment needs no other file."""
+    """Writes the network's state dict as safetensors with `metadata`; deployment needs no other file.
+
+    Equal weights and metadata give equal bytes.
+    """
     state = {k: v.detach().cpu().contiguous().clone() for k, v in net.state_dict().items()}
-    write_atomically(path, lambda temporary: save_file(state, temporary, dict(metadata)))
+    content = in_order(save(state, dict(metadata)))
+
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(content)
+
+    write_atomically(path, write)
+
+
+def in_order(content: bytes) -> bytes:
+    """Returns the bytes of a safetensors file with its metadata sorted by name; safetensors writes them in random order."""
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    if "__metadata__" in header:
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors are aligned to 8 bytes
+    return len(text).to_bytes(8, "little") + text + content[start:]
 
 
 def _numbers(found: Any, low: float, high: float, kinds: tuple[type, ...] = (int, float)) -> bool:
