@@ -42,8 +42,8 @@ def test_every_method_names_a_source_or_is_none_of_its_own(script):
             CONF / "method" / f"{name}.yaml", script.options(CONF / "method" / f"{name}.yaml")["_target_"]
         )
         assert "\n" not in text
-        assert name in ("supervised", "fsp", "mlkd", "srrl") or "https://arxiv.org/abs/" in text, text
-        assert name == "supervised" or any(f" {year}" in text for year in range(2014, 2027)), text
+        assert name in ("supervised", "pairs", "fsp", "mlkd", "srrl") or "https://arxiv.org/abs/" in text, text
+        assert name in ("supervised", "pairs") or any(f" {year}" in text for year in range(2014, 2027)), text
 
 
 def test_defaults_leave_out_targets_and_taps(script):

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
         LogitStdKD,
         Mutual,
         Online,
+        Pairs,
         ReviewKD,
         Shuffled,
         SimKD,
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
         TeacherFree,
     )
     from litdistill.methods.base import Method
+    from litdistill.methods.pairs import Pair
     from litdistill.tasks import Classification, LanguageModel, MultiLabel, Regression, Task
     from litdistill.training.distill import distill
     from litdistill.training.run import run
@@ -104,6 +106,8 @@ __all__ = [
     "Mutual",
     "Online",
     "Outputs",
+    "Pair",
+    "Pairs",
     "Regression",
     "ReviewKD",
     "Shuffled",
@@ -129,6 +133,7 @@ _MODULES = {
     "FrozenTeacher": "litdistill.distillation.teacher",
     "FeatureExtractor": "litdistill.features.feature_extractor",
     "Method": "litdistill.methods.base",
+    "Pair": "litdistill.methods.pairs",
     "Task": "litdistill.tasks",
     "Classification": "litdistill.tasks",
     "MultiLabel": "litdistill.tasks",

@@ -24,7 +24,7 @@ YAMLS = sorted(p.stem for p in (CONF / "method").glob("*.yaml"))
 HARD = {"kd": 0.1, "soft_target_ce": 0.1, "logit_std": 0.1, "kd_at": 0.1, "mlkd": 0.2, "hard_pseudo_label": 0.5}
 HARD |= {"teacher_free": 0.9, "logit_mse": 0.0, "simkd": 0.0, "feature_only": 0.0}
 SOFTMAX = {"kd", "dkd", "dist", "mlkd", "wttm", "soft_target_ce", "teacher_free", "hard_pseudo_label", "logit_std"}
-SOFTMAX |= {"mutual", "online", "srd", "crd", "kd_at", "kd_crd"}
+SOFTMAX |= {"mutual", "online", "srd", "crd", "kd_at", "kd_crd", "pairs"}
 
 
 def make(name: str) -> Method:

@@ -24,6 +24,7 @@ from litdistill.methods.mutual import Mutual
 from litdistill.methods.nst import NST
 from litdistill.methods.ofd import OFD
 from litdistill.methods.online import Online
+from litdistill.methods.pairs import Pairs
 from litdistill.methods.pkd import PKD
 from litdistill.methods.pkt import PKT
 from litdistill.methods.reviewkd import ReviewKD
@@ -71,6 +72,7 @@ __all__ = [
     "LogitStdKD",
     "Mutual",
     "Online",
+    "Pairs",
     "ReviewKD",
     "Shuffled",
     "SimKD",
