@@ -35,9 +35,9 @@ def divergence(q: Tensor, p: Tensor) -> Tensor:
     return sum(b * (b.log() - a.log()) for a, b in zip(q, p, strict=True))
 
 
-def correlation(a: Tensor, b: Tensor, eps: float = 0.0) -> Tensor:
+def correlation(a: Tensor, b: Tensor) -> Tensor:
     a, b = a - a.mean(), b - b.mean()
-    return (a * b).sum() / (((a * a).sum() * (b * b).sum()).sqrt() + eps)
+    return (a * b).sum() / ((a * a).sum() * (b * b).sum()).sqrt()
 
 
 def unit(v: Tensor) -> Tensor:
@@ -168,7 +168,7 @@ def bernoulli(a: Tensor, b: Tensor) -> Tensor:
 
 def intra(s: Tensor, t: Tensor) -> Tensor:
     q, p = (torch.stack([softmax(v, 4.0) for v in x]) for x in (s, t))
-    return 16 * mean(1 - correlation(a, b, 1e-8) for a, b in zip(q.T, p.T, strict=True))
+    return 16 * mean(1 - correlation(a, b) for a, b in zip(q.T, p.T, strict=True))
 
 
 def by_consecutive(s: Tensor, t: Tensor) -> Tensor:
@@ -194,7 +194,7 @@ FORMULAS = {
         lambda a, b: 4 * divergence(softmax(standardized(a), 2.0), softmax(standardized(b), 2.0))
     ),
     "transformed_kl": over_rows(transformed),
-    "inter_class": over_rows(lambda a, b: 16 * (1 - correlation(softmax(a, 4.0), softmax(b, 4.0), 1e-8))),
+    "inter_class": over_rows(lambda a, b: 16 * (1 - correlation(softmax(a, 4.0), softmax(b, 4.0)))),
     "intra_class": intra,
     "sample_gram": by_gram(False),
     "class_gram": by_gram(True),

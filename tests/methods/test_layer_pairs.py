@@ -239,6 +239,24 @@ def test_which_logits_the_losses_are_defined_for():
         Pairs([Pair("logits", "logits", "kl"), Pair("logits", "logits", "binary_kl")])
 
 
+def test_what_pairs_needs_of_classes_and_of_tokens_that_are_samples():
+    assert Pairs([Pair("logits", "logits", "kl")]).fewest_classes == 2
+    assert Pairs([Pair("logits", "logits", "inter_class"), Pair("a", "b")]).fewest_classes == 3
+    assert Pairs([Pair("logits", "logits", "kl"), Pair("a", "b")]).takes_places
+    assert not Pairs([Pair("logits", "logits", "kl"), Pair("a", "b", "similarity")]).takes_places
+
+
+def test_tokens_that_are_samples_pass_the_projector_of_their_sequence():
+    torch.manual_seed(0)
+    pairs = Pairs([Pair("block", "block"), Pair("logits", "logits", "kl")])
+    student, teacher = Tokens(8, 0), Tokens(12, 0)
+    s, t = built(pairs, student, teacher, torch.randn(N, *SHAPE))
+    whole = pairs(s, t, batch(torch.zeros(N, dtype=torch.long)))["mse_block"]
+    places = torch.ones(N, 16, dtype=torch.bool)
+    flat = pairs(s.at(places), t.at(places), batch(torch.zeros(N, dtype=torch.long)))["mse_block"]
+    torch.testing.assert_close(flat, whole)
+
+
 def test_pairs_adds_up_with_other_methods():
     method = Sum({"kd": KD(), "pairs": Pairs([Pair("layer2", "layer2")], hard=0.0)})
     student, teacher = networks()

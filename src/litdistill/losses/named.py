@@ -17,12 +17,14 @@ class Loss(NamedTuple):
     "channels": with positions, whose number may differ. "rows": (rows, C), each position a row. "samples": whatever a
     sample's values, which are flattened.
     `widths`: whether both need the same number of channels. `kind`: of logits, for those whose formula is defined for one.
+    `fewest_classes`: with fewer, it compares no more than decisions.
     """
 
     function: Callable[..., Tensor]
     layout: str = "values"
     widths: bool = True
     kind: str | None = None
+    fewest_classes: int = 2
 
 
 CATEGORICAL, BERNOULLI = "categorical", "bernoulli"
@@ -41,9 +43,9 @@ LOSSES: dict[str, Loss] = {
     "kl": Loss(logits.kl, kind=CATEGORICAL),
     "soft_cross_entropy": Loss(logits.soft_cross_entropy, kind=CATEGORICAL),
     "pseudo_label": Loss(logits.pseudo_label, kind=CATEGORICAL),
-    "standardized_kl": Loss(logits.standardized_kl, kind=CATEGORICAL),
+    "standardized_kl": Loss(logits.standardized_kl, kind=CATEGORICAL, fewest_classes=3),
     "transformed_kl": Loss(logits.transformed_kl, kind=CATEGORICAL),
-    "inter_class": Loss(logits.inter_class, "rows", kind=CATEGORICAL),
+    "inter_class": Loss(logits.inter_class, "rows", kind=CATEGORICAL, fewest_classes=3),
     "intra_class": Loss(logits.intra_class, "rows", kind=CATEGORICAL),
     "sample_gram": Loss(logits.sample_gram, "rows", kind=CATEGORICAL),
     "class_gram": Loss(logits.class_gram, "rows", kind=CATEGORICAL),

@@ -68,8 +68,10 @@ class Pairs(Method):
             raise UserError("hard=0, and so is the weight of each pair: nothing is learned. Give one of them a weight.")
         self.pairs = {place: pair for place, pair in given.items() if pair.weight}
         self.losses = {place: _loss(pair, place) for place, pair in self.pairs.items()}
-        of_logits = [self.losses[k].kind for k, pair in self.pairs.items() if "logits" in (pair.student, pair.teacher)]
-        self.kinds = tuple(kind for kind in Method.kinds if all(k in (None, kind) for k in of_logits))
+        of_logits = [self.losses[k] for k, pair in self.pairs.items() if "logits" in (pair.student, pair.teacher)]
+        self.kinds = tuple(kind for kind in Method.kinds if all(loss.kind in (None, kind) for loss in of_logits))
+        self.fewest_classes = max([Method.fewest_classes, *(loss.fewest_classes for loss in of_logits)])
+        self.takes_places = all(loss.layout in ("values", "rows") for loss in self.losses.values())
         if not self.kinds:
             raise UserError("pairs has losses of logits for one label and for several labels: keep those of one kind.")
         self.names = dict(zip(self.pairs, _term_names(list(self.pairs.values())), strict=True))
