@@ -20,7 +20,7 @@ from litdistill.data.mixing import Mixup
 from litdistill.distillation import teacher_cache as cache_module
 from litdistill.distillation.distiller import Distiller
 from litdistill.distillation.row_store import RowStore, fingerprint
-from litdistill.distillation.teacher import Ensemble, FrozenTeacher
+from litdistill.distillation.teacher import FrozenTeacher
 from litdistill.distillation.teacher_cache import (
     CacheOptions,
     TeacherCache,
@@ -31,6 +31,7 @@ from litdistill.distillation.teacher_cache import (
 from litdistill.evaluation import predictions
 from litdistill.methods.fitnet import FitNet
 from litdistill.methods.kd import KD
+from litdistill.models.ensemble import Ensemble
 from litdistill.models.preprocess import Preprocess, Preprocessed
 from litdistill.models.small import conv4
 from litdistill.tasks.classification import Classification
@@ -446,7 +447,7 @@ def _acts():
     for other in others:
         other.load_state_dict(first.state_dict())
     member = net(16)
-    return [first, *others, Ensemble([member, net(8)]), Ensemble([member, net(8)], probabilities=True)]
+    return [first, *others, Ensemble([member, net(8)]), Ensemble([member, net(8)], average="probabilities")]
 
 
 def test_networks_of_the_same_weights_that_compute_otherwise_share_no_rows():

@@ -22,10 +22,10 @@ from safetensors.torch import load_file
 from litdistill.data import tables
 from litdistill.data.datamodule import ImageData
 from litdistill.data.sources import load as load_data
-from litdistill.distillation.teacher import Ensemble
 from litdistill.export import export as export_module
 from litdistill.export.export import export, export_student, verify
 from litdistill.export.predict import build_net, load, main, predict
+from litdistill.models.ensemble import Ensemble
 from litdistill.models.preprocess import Preprocess, Preprocessed
 from litdistill.models.small import conv4, mlp
 from litdistill.report.files import write_teacher

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from litdistill.distillation.inference import fuse_batchnorm, prepack
-from litdistill.distillation.teacher import Ensemble
 from litdistill.features.feature_extractor import FeatureExtractor, resolve_taps
+from litdistill.models.ensemble import Ensemble
 from litdistill.models.finetune import freeze, head_of
 from litdistill.models.preprocess import (
     Preprocess,
@@ -161,7 +161,7 @@ def test_it_is_found_taken_off_and_traced_inside_of_another_network():
     assert found is not None
     assert found.facts() == {"mean": list(MEAN), "std": list(STD), "size": None}
     assert torch.allclose(without_preprocessing(twice)(found(x)), twice(x), atol=1e-6)
-    assert isinstance(twice.members[0], Preprocessed)  # what is given is a copy
+    assert isinstance(twice.get_submodule("0"), Preprocessed)  # what is given is a copy
     other = Ensemble([Preprocessed(inner, preprocess), Preprocessed(net(1), Preprocess(STD, MEAN))]).eval()
     assert preprocess_of(other) is None
     program = torch.export.export(as_plain_modules(other), (x,), strict=False)

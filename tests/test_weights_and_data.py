@@ -7,7 +7,8 @@ from omegaconf import OmegaConf
 
 from litdistill.config.build import build_net, build_student
 from litdistill.data.datamodule import ImageData
-from litdistill.models.metadata import student_metadata, with_class_order
+from litdistill.models.classes import with_columns
+from litdistill.models.metadata import student_metadata
 from litdistill.models.preprocess import Preprocess, Preprocessed, bare, preprocess_of
 from litdistill.models.small import conv4
 from litdistill.utils.checkpoint import load_state_dict_checked, load_weights, read_metadata, save_student
@@ -92,23 +93,49 @@ def test_the_same_classes_are_taken_as_they_are(run, caplog):
     assert "another order" not in caplog.text
 
 
-@pytest.mark.parametrize("role", ["teacher", "student"])
-def test_other_classes_are_refused_with_their_names(tmp_path, role):
+def test_other_classes_are_refused_with_their_names(tmp_path, caplog):
+    caplog.set_level("INFO")
     first = folder(shapes(tmp_path / "a", 12))
     net = build_net(node(), first, "student")
     save_student(net, tmp_path / "run" / "student.safetensors", student_metadata(net, first))
     other = folder(shapes(tmp_path / "b", 12, {"triangle": "pyramid"}))  # it comes before the square
     for source in (tmp_path / "run", tmp_path / "run" / "student.safetensors"):
-        with pytest.raises(UserError, match=r"only there triangle, only here pyramid") as refused:
-            build_net(node(source), other, role)
-    assert ("student.head=new" in str(refused.value)) == (role == "student")
+        with pytest.raises(UserError, match=r"only there triangle, only here pyramid.*student\.head=new"):
+            build_net(node(source), other, "student")
     again = build_net(node(tmp_path / "run", head="new"), other, "student")  # whose classifier knows no class yet
     assert torch.equal(bare(again).layer1[0].weight, bare(net).layer1[0].weight)
+    teacher = build_net(node(tmp_path / "run"), other, "teacher")  # which teaches the classes that it knows
+    assert teacher.known.tolist() == [[True, True, False, True]]
+    assert "The teacher knows 3 of the data's 4 classes, and not pyramid" in caplog.text
+    strange = folder(shapes(tmp_path / "c", 12, {"triangle": "pyramid", "square": "cube", "disk": "ball"}))
+    with pytest.raises(UserError, match=r"only there disk, square, triangle, only here ball, cube, pyramid"):
+        build_net(node(tmp_path / "run"), strange, "teacher")
 
 
-def test_fewer_classes_are_refused_with_their_names(run):
+def test_a_teacher_of_more_classes_is_read_for_those_of_the_data(run, caplog):
+    caplog.set_level("INFO")
+    place, net = run
+    data = digits(classes=[7, 1])
+    x = data.get_batch("test", data.test_ids[:8]).inputs
+    found = build_net(node(place), data, "teacher")
+    assert torch.allclose(found.eval()(x), net(x)[:, [7, 1]], atol=1e-5)
+    assert accuracy(found, data) > 0.95
+    assert "knows 2 of the data's 2 classes; its outputs for 0, 2, 3, 4, 5, 6, 8, 9, which" in caplog.text
     with pytest.raises(UserError, match=r"only there 0, 2, 3, 4, 5, 6, 8, 9, only here none"):
-        build_net(node(run[0]), digits(classes=[7, 1]), "teacher")
+        build_net(node(place), data, "student")
+
+
+def test_a_teacher_of_fewer_classes_says_nothing_of_the_others(tmp_path):
+    five = digits(classes=[4, 0, 2, 1, 3])
+    net = trained(five, 3)
+    save_student(net, tmp_path / "student.safetensors", student_metadata(net, five))
+    data = digits(classes=[3, 9, 1, 0])  # its 2 and 4 are none of these
+    x = data.get_batch("test", data.test_ids[:8]).inputs
+    found = build_net(node(tmp_path), data, "teacher").eval()(x)
+    expected = net(x)[:, [4, 3, 1]].log_softmax(1)
+    assert torch.allclose(found["members"][:, 0, [0, 2, 3]], expected, atol=1e-5)
+    assert torch.allclose(found["logits"][:, [0, 2, 3]], expected, atol=1e-5)
+    assert (found["logits"][:, 1] == -torch.inf).all()
 
 
 def test_an_order_that_no_layer_can_take_is_refused():
@@ -121,8 +148,10 @@ def test_an_order_that_no_layer_can_take_is_refused():
         def forward(self, x):
             return self.fc(x.flatten(1)) * torch.arange(10)
 
-    with pytest.raises(UserError, match=r"cannot be put into another.*data\.classes"):
-        with_class_order(Odd(), list(reversed(range(10))), torch.rand(2, 1, 8, 8), "teacher")
+    net, x = Odd(), torch.rand(2, 1, 8, 8)
+    before = net(x)
+    assert not with_columns(net, list(reversed(range(10))), x)
+    assert torch.equal(net(x), before)
 
 
 # -- preprocessing -----------------------------------------------------------------------------------------------------

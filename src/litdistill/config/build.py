@@ -21,15 +21,17 @@ from litdistill.compress.restore import restore
 from litdistill.compress.structure import load_structure, structure_of
 from litdistill.config.distiller import train_labels
 from litdistill.config.instantiate import NETWORK_META_KEYS, instantiate, locate
-from litdistill.config.recipes import is_complete, teacher_folder
+from litdistill.config.members import members_of
+from litdistill.config.recipes import is_complete, net_name, teacher_folder
 from litdistill.data.foreign import ForeignData, training_inputs
 from litdistill.data.protocol import as_indexed, facts_of, input_dtype
 from litdistill.distillation.outputs_tables import read_outputs
 from litdistill.distillation.recorded import RecordedTeacher
-from litdistill.distillation.teacher import Ensemble
+from litdistill.methods.base import CATEGORICAL
 from litdistill.models.adaptations import adaptations_of, has_published_weights
+from litdistill.models.classes import class_columns, describe_columns, with_columns
+from litdistill.models.ensemble import Ensemble, check_apart
 from litdistill.models.finetune import fix_statistics, freeze, with_own_head
-from litdistill.models.metadata import class_order, with_class_order
 from litdistill.models.preprocess import Preprocess, bare, preprocess_of, wrap
 from litdistill.tasks import TASKS
 from litdistill.tasks.base import Task
@@ -121,14 +123,32 @@ def build_net(
     source: str | Path | nn.Module | None = None,
     fetch: bool = True,
     say: bool = True,
+    kind: str = CATEGORICAL,
 ) -> nn.Module:
     """Returns a network for the shapes of `data`, with the weights of `source` or of the node's `checkpoint`.
 
-    Weights of a compressed network restore its structure too. Each of mean, std and size of the preprocessing is that of the
-    node's `preprocess`, else of the weights' metadata, else of the network's builder (published weights), else of the data.
+    A teacher whose classes are others than the data's is an `Ensemble` of one, unless its last layer can be put in order.
+    `kind`: of its logits. Weights of a compressed network restore its structure too. Each of mean, std and size of the
+    preprocessing is that of the node's `preprocess`, else of the weights' metadata, else of the network's builder (published
+    weights), else of the data.
     `fetch`: False where the caller loads weights itself, so that published ones need not be there. `say`: log in a line what
     was changed in a published network.
     """
+    net, columns = _build_net(node, data, role, source, fetch, say)
+    return net if columns is None else Ensemble([net], columns=[columns], kind=kind)
+
+
+def _build_net(
+    node: DictConfig,
+    data: Any,
+    role: str,
+    source: str | Path | nn.Module | None = None,
+    fetch: bool = True,
+    say: bool = True,
+    who: str | None = None,
+) -> tuple[nn.Module, list[int] | None]:
+    """Returns the network of `build_net`, and the column of its outputs for each class of the data; None where they are the
+    classes."""
     if source is None:
         source = node.get("checkpoint")
     wanted = _preprocessing(node, source, role)
@@ -140,6 +160,10 @@ def build_net(
         shape,
         **{"size": wanted.get("size"), "fetch": None if fetch and source is None else False, **facts_of(data)},
     )
+    trained = [] if source is None or isinstance(source, nn.Module) else read_metadata(source, "classes") or []
+    columns = None if node.get("head") == "new" else class_columns(trained, data.class_names, str(source), role)
+    if columns is not None and "num_classes" in facts:
+        facts["num_classes"] = len(trained)
     net: nn.Module = instantiate(options, role, **{k: v for k, v in facts.items() if k not in options})
     changes = adaptations_of(net)
     fixed = _fix_statistics(net, node, role, published=source is None and fetch and has_published_weights(net))
@@ -151,8 +175,17 @@ def build_net(
     net = bare(net)
     if source is not None:
         final = preprocess.input_shape(data.input_shape) if preprocess is not None else shape
-        net = _with_weights(net, node, data, role, source, _blank(data, final))
-    return wrap(net, preprocess)
+        net = _with_weights(net, node, role, source, _blank(data, final))
+        if columns is not None:
+            log.info("%s", describe_columns(columns, trained, data.class_names, who or role))
+            if with_columns(net, columns, _blank(data, final)):
+                columns = None
+            elif role == "student":
+                raise UserError(
+                    "The student was trained on these classes in another order, and its outputs cannot be put into another. "
+                    "Give the data the order of its training (data.classes)."
+                )
+    return wrap(net, preprocess), columns
 
 
 def _blank(data: Any, shape: Any) -> Tensor:
@@ -219,16 +252,13 @@ def _of_data(data: Any) -> Preprocess | None:
 
 
 def _with_weights(
-    net: nn.Module, node: DictConfig, data: Any, role: str, source: str | Path | nn.Module, example: Tensor
+    net: nn.Module, node: DictConfig, role: str, source: str | Path | nn.Module, example: Tensor
 ) -> nn.Module:
     """Returns the network with the weights and structure of `source`. `example`: a few preprocessed images (N, C, H, W)."""
     head = node.get("head")
     if head not in (None, "new"):
         raise UserError(f"{role}.head={head}: set it to new for a classifier that starts from nothing, or to null.")
     steps = structure_of(source) if isinstance(source, nn.Module) else load_structure(source)
-    order = None
-    if head is None and not isinstance(source, nn.Module):
-        order = class_order(read_metadata(source, "classes"), data.class_names, source, role)
     net = restore(net, steps, example, new_head=head is not None)
     if isinstance(source, nn.Module):
         name, state = "the teacher", source.state_dict()
@@ -237,9 +267,6 @@ def _with_weights(
     if head is not None:
         state = with_own_head(net, state, example)
     load_state_dict_checked(net, state, name, role)
-    if order is not None:
-        net = with_class_order(net, order, example, role)
-        log.info("The %s's classes are those of the data in another order: its outputs are put into the data's.", role)
     return net
 
 
@@ -327,25 +354,32 @@ def build_teacher(
                 "litdistill.data.protocol.IndexedData, or in Python batches with ids to litdistill.distill()."
             )
         return RecordedTeacher(read_outputs(path), task, data)
-    if diffs := cfg.teacher.get("ensemble"):
-        members = []
-        for diff in diffs:
-            one = cfg.copy()
-            with open_dict(one):
-                one.teacher.ensemble = None
-                one.teacher = OmegaConf.merge(one.teacher, diff)
-            members.append(build_teacher(one, data, task, absent))
-        return Ensemble([m for m in members if m is not None])
+    if not cfg.teacher.get("ensemble"):
+        net, columns = _build_teacher(cfg, data, task, absent)
+        return net if columns is None else Ensemble([net], columns=[columns], kind=task.kind)
+    configs = members_of(cfg)
+    found = [_build_teacher(one, data, task, absent, f"member {i} of the teacher") for i, one in enumerate(configs)]
+    members, columns_of = [net for net, _ in found], [columns for _, columns in found]
+    check_apart(members)
+    names = [net_name(one.teacher) for one in configs]
+    weights, mean = cfg.teacher.get("ensemble_weights"), cfg.teacher.get("ensemble_mean")
+    return Ensemble(members, weights, mean or "logits", columns_of, task.kind, names)
+
+
+def _build_teacher(
+    cfg: DictConfig, data: Any, task: Task, absent: Callable[[DictConfig, Path], None], who: str = "teacher"
+) -> tuple[nn.Module, list[int] | None]:
+    """Returns one network of a config's teacher, and its columns (`_build_net`). `who`: what messages call it."""
     if cfg.teacher.checkpoint != "auto":
         torch.manual_seed(cfg.seed)  # initial weights are the same on every rank and in a rebuilt run
         if cfg.teacher.checkpoint is not None:
             _check_units(cfg.teacher.checkpoint, task)
-        return build_net(cfg.teacher, data, "teacher")
+        return _build_net(cfg.teacher, data, "teacher", who=who)
     folder = teacher_folder(cfg)
     if not broadcast_from_rank0(is_complete(folder)):
         absent(cfg, folder)
     _check_units(folder, task)
-    return build_net(cfg.teacher, data, "teacher", folder)
+    return _build_net(cfg.teacher, data, "teacher", folder, who=who)
 
 
 def _check_units(source: str | Path, task: Task) -> None:

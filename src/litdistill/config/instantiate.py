@@ -33,6 +33,8 @@ NETWORK_META_KEYS = (
     "allow_chance",
     "recipe",
     "ensemble",
+    "ensemble_weights",
+    "ensemble_mean",
     "generations",
     "cache",
     "tabulate",

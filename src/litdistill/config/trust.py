@@ -29,6 +29,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from litdistill.config.instantiate import NETWORK_META_KEYS, locate
+from litdistill.config.members import merged_member
 from litdistill.utils.errors import UserError
 
 PLAIN = re.compile(r"\$\{\.*\w+(\.\w+|\[\d+\])*\}")  # an interpolation of another key
@@ -277,9 +278,8 @@ def _members(key: str, node: dict[Any, Any]) -> Iterator[tuple[str, dict[str, An
     diffs = node.get("ensemble")
     if not isinstance(diffs, list):
         return
-    whole = OmegaConf.create({k: v for k, v in node.items() if k != "ensemble"})
     for i, diff in enumerate(diffs):
-        merged = OmegaConf.to_container(OmegaConf.merge(whole, diff if isinstance(diff, dict) else {}))
+        merged = OmegaConf.to_container(merged_member(node, diff if isinstance(diff, dict) else {}))
         for place, member in _nodes(merged, f"{key}.ensemble.{i}".lstrip(".")):
             if "_target_" in member:
                 yield place, member

@@ -15,8 +15,12 @@ from torch.utils.data import DataLoader
 
 from litdistill import methods
 from litdistill.distillation.inference import NORMS
+from litdistill.distillation.teacher import FrozenTeacher
 from litdistill.methods import NAMES
 from litdistill.methods.base import WEIGHTS, Method
+from litdistill.methods.shuffled import Shuffled
+from litdistill.methods.sum import Sum
+from litdistill.models.ensemble import Ensemble
 from litdistill.models.preprocess import check_scale
 from litdistill.tasks.base import Task, has_places
 from litdistill.types import Batch
@@ -44,12 +48,28 @@ def check_method(method: Method, teacher: object, task: Task) -> None:
         )
 
 
+def check_classes(method: Method, teacher: nn.Module | None) -> None:
+    """Raises `UserError` if the teacher knows only some of the classes, and the method reads the probabilities of all."""
+    if teacher is None or not method.needs_teacher or not isinstance(teacher, Ensemble) or not teacher.partial:
+        return
+    leaves = [m for m in method.modules() if isinstance(m, Method) and not isinstance(m, (Sum, Shuffled))]
+    unfit = sorted({type(m).__name__ for m in leaves if m.needs_teacher and not m.some_classes})
+    if unfit:
+        known = ", ".join(f"{int(k.sum())} of {len(k)}" for k in teacher.known)
+        raise UserError(
+            f"{' and '.join(unfit)} needs a teacher of all classes, and "
+            f"{'this one knows' if len(teacher.known) == 1 else 'these know'} {known}: use method=kd or soft_target_ce, which "
+            "compare the classes that each knows, or a method that reads features alone."
+        )
+
+
 def check_pairing(
     method: Method, student: nn.Module, teacher: nn.Module | None, task: Task, example: Any, labels: str = "all"
 ) -> None:
     """Raises `UserError` if the method lacks the teacher, the kind of logits, the labels or the example that it needs, or if
     student and teacher share parameters."""
     check_method(method, teacher, task)
+    check_classes(method, teacher.net if isinstance(teacher, FrozenTeacher) else teacher)
     check_weighted(method, labels)
     check_labels(method, labels)
     name = type(method).__name__

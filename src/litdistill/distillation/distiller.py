@@ -28,7 +28,7 @@ from litdistill.distillation.checks import (
     check_trainer,
     world_size,
 )
-from litdistill.distillation.examine import TeacherOnValidation, check_teacher
+from litdistill.distillation.examine import TeacherOnValidation, examine
 from litdistill.distillation.logs import log_group, log_step
 from litdistill.distillation.running_means import RunningMeans
 from litdistill.distillation.schedules import average_of, interpolate, step_plateau
@@ -395,4 +395,4 @@ class Distiller(LightningModule):
     def _examine_teacher(self) -> None:
         """Runs the teacher over the validation set once; raises `UserError` if it is no better than chance."""
         if self.trainer.val_dataloaders is not None:
-            check_teacher(self.task, *self.on_validation.run(self), allow_chance=self.allow_chance)
+            examine(self)

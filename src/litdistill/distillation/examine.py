@@ -14,7 +14,9 @@ from litdistill.data.protocol import IndexedData
 from litdistill.distillation.recorded import RecordedTeacher
 from litdistill.features.outputs import first_tensor
 from litdistill.methods.base import Method
+from litdistill.models.ensemble import Ensemble
 from litdistill.tasks.base import Task, at_places, has_places
+from litdistill.tasks.metrics import of_known_classes
 from litdistill.types import Batch, Outputs
 from litdistill.utils.errors import UserError
 from litdistill.utils.units import quantity
@@ -35,14 +37,16 @@ class TeacherOnValidation:
         self.known, self.data = known, data
         self.batches: list[tuple[Outputs, Tensor]] = []  # by batch index: outputs, and the batch's `_mark`
         self.metrics: dict[str, float] = {}
+        self.members: list[tuple[dict[str, float], Tensor | None]] = []  # of an ensemble: what `run` returns, for each
         self._sums: dict[str, Tensor] = {}
         self._count = 0
 
     def run(self, distiller: Distiller) -> tuple[dict[str, float], Tensor | None]:
         """Returns the teacher's metrics on the validation set and all labels (M,); stores its outputs by batch."""
-        trainer, task = distiller.trainer, distiller.task
-        metrics, targets, outputs = task.metrics().to(distiller.device), [], []
-        self.batches, self.metrics = [], {}
+        trainer, task, device = distiller.trainer, distiller.task, distiller.device
+        metrics, targets, outputs = task.metrics().to(device), [], []
+        members: list[tuple[Outputs, Tensor]] = []
+        self.batches, self.metrics, self.members = [], {}, []
         recorded = distiller.teacher.net if distiller.teacher is not None else None
         if isinstance(recorded, RecordedTeacher) and not recorded.judges("val"):
             return {}, None
@@ -53,9 +57,13 @@ class TeacherOnValidation:
             batch = task.batch(trainer.strategy.batch_to_device(raw))
             out = self._outputs(distiller, batch)
             self.batches.append((out, _mark(batch)))
-            metrics.update(out, batch.targets)
-            targets.append(batch.targets)
+            if "members" in out.heads:
+                members.append((out, batch.targets))
+            out, known = of_classes_known(out, batch.targets)
+            metrics.update(out, known)
+            targets.append(known)
             outputs.append(out)
+        self.members = measured_members(task, members, trainer.world_size, device)
         warn_of_probabilities(outputs)
         warn_of_few_classes(distiller.method, outputs)
         found = {name: float(value) for name, value in metrics.compute().items()}
@@ -66,7 +74,9 @@ class TeacherOnValidation:
         assert distiller.teacher is not None
         if self.known is None or batch.ids is None or self.data is None:
             net = distiller.teacher.net
-            return net.outputs(batch, "val") if isinstance(net, RecordedTeacher) else distiller.teacher(batch)
+            return (
+                net.outputs(batch, "val") if isinstance(net, RecordedTeacher) else distiller.teacher.with_members(batch)
+            )
         place = torch.searchsorted(self.data.val_ids, batch.ids.cpu())
         return Outputs({name: head[place].to(distiller.device) for name, head in self.known.heads.items()})
 
@@ -94,6 +104,53 @@ class TeacherOnValidation:
         found = {name: float(value / sums[-1]) for name, value in zip(self._sums, sums[:-1], strict=True)}
         self._sums, self._count = {}, 0
         return found | self.metrics
+
+
+def examine(distiller: Distiller) -> None:
+    """Runs the teacher over the validation set once. Raises `UserError` if it is no better than chance, or a member of an
+    ensemble on the classes that it knows."""
+    validation, task, allowed = distiller.on_validation, distiller.task, distiller.allow_chance
+    whole = validation.run(distiller)
+    for i, judged in enumerate(validation.members):  # first: their errors say which of them it is
+        assert distiller.teacher is not None
+        assert isinstance(distiller.teacher.net, Ensemble)
+        who = f"Member {i} of the teacher ({distiller.teacher.net.names[i]})"
+        check_teacher(task, *judged, allow_chance=allowed, who=who)
+    check_teacher(task, *whole, allow_chance=allowed)
+
+
+def of_classes_known(outputs: Outputs, targets: Any) -> tuple[Outputs, Any]:
+    """Returns the outputs and targets of the samples whose class the network knows; for most networks all of them."""
+    if "logits" not in outputs.heads or not isinstance(targets, Tensor):
+        return outputs, targets
+    known = of_known_classes(outputs.logits, targets)
+    return (outputs, targets) if bool(known.all()) else (outputs.rows(known), targets[known])
+
+
+def of_member(members: Tensor, index: int, targets: Any) -> tuple[Outputs, Any]:
+    """Returns the outputs of one member of an ensemble, and the targets, for the samples of the classes that it knows; where a
+    sample has several labels, for the labels that it knows. `members`: (N, members, classes)."""
+    logits = members[..., index, :]
+    if isinstance(targets, Tensor) and targets.shape == logits.shape:
+        known = (logits != -torch.inf).all(0)
+        return (Outputs.of(logits), targets) if bool(known.all()) else (Outputs.of(logits[:, known]), targets[:, known])
+    return of_classes_known(Outputs.of(logits), targets)
+
+
+def measured_members(
+    task: Task, batches: list[tuple[Outputs, Tensor]], world_size: int, device: torch.device
+) -> list[tuple[dict[str, float], Tensor | None]]:
+    """Returns for each member of an ensemble its metrics on the samples of the classes that it knows, and their labels."""
+    found = []
+    for i in range(batches[0][0].heads["members"].shape[1] if batches else 0):
+        pairs = [of_member(out.heads["members"], i, targets) for out, targets in batches]
+        metrics = task.metrics().to(device)
+        for out, targets in pairs:
+            metrics.update(out, targets)
+        labels = _gathered([targets for _, targets in pairs], world_size)
+        empty = labels is not None and not len(labels)
+        found.append(({} if empty else {k: float(v) for k, v in metrics.compute().items()}, labels))
+    return found
 
 
 def _mark(batch: Batch) -> Tensor:
@@ -134,27 +191,33 @@ def warn_of_few_classes(method: Method, outputs: list[Outputs]) -> None:
         )
 
 
-def check_teacher(task: Task, metrics: Mapping[str, float], targets: Tensor | None, allow_chance: bool = False) -> None:
+def check_teacher(
+    task: Task,
+    metrics: Mapping[str, float],
+    targets: Tensor | None,
+    allow_chance: bool = False,
+    who: str = "The teacher",
+) -> None:
     """Raises `UserError` for a teacher whose monitored metric is NaN or no better than chance; warns where the validation set
-    is too small to tell."""
+    is too small to tell. `who`: what it is called."""
     name, _ = task.monitor
     value = metrics.get(name)
     if value is None:
         return
     if value != value:
-        raise UserError(f"The teacher's {name} is not a number. Its weights are damaged or of another network.")
+        raise UserError(f"{who}'s {name} is not a number. Its weights are damaged or of another network.")
     chance = task.chance(targets) if targets is not None else None
     if targets is None or chance is None or task.better(value, chance) or allow_chance:
         return
     if not task.can_judge(value, targets):
         log.warning(
-            "The teacher cannot be judged on %s for validation: its %s is %.4g, guessing gives up to %.4g, and a good teacher "
+            "%s cannot be judged on %s for validation: its %s is %.4g, guessing gives up to %.4g, and a good teacher "
             "may have as little on so few. A larger data.val_size tells.",
-            *(quantity(len(targets), "sample"), name, value, chance),
+            *(who, quantity(len(targets), "sample"), name, value, chance),
         )
     else:
         raise UserError(
-            f"The teacher is at chance level: its {name} on the validation set is {value:.4g}, and guessing gives up to "
+            f"{who} is at chance level: its {name} on the validation set is {value:.4g}, and guessing gives up to "
             f"{chance:.4g}. A student would learn noise from it. Train the teacher, for longer if it was, name one that "
             "is trained, check that it gets inputs and classes as it was trained with, or allow it with allow_chance=true."
         )

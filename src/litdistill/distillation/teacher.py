@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,28 +11,11 @@ from torch import Tensor, nn
 from litdistill.distillation.inference import fuse_batchnorm, prepack
 from litdistill.distillation.recorded import RecordedTeacher
 from litdistill.features.feature_extractor import FeatureExtractor, resolve_taps
+from litdistill.models.ensemble import Ensemble, Members
 from litdistill.tasks.base import Task
 from litdistill.tasks.classification import Classification
 from litdistill.types import Batch, Outputs, Taps
 from litdistill.utils.hashing import network_sha256
-
-
-class Ensemble(nn.Module):
-    """Several networks as one: the mean of their logits, which is the geometric mean of their predicted distributions.
-
-    Hinton, Vinyals & Dean 2015 (arXiv 1503.02531), section 3, allow either mean. `probabilities=True` takes the arithmetic
-    mean of the probabilities and returns its logarithm as logits.
-    """
-
-    def __init__(self, members: Sequence[nn.Module], probabilities: bool = False):
-        super().__init__()
-        self.members, self.probabilities = nn.ModuleList(members), probabilities
-
-    def forward(self, images: Tensor) -> Tensor:
-        logits = torch.stack([member(images) for member in self.members])
-        if self.probabilities:
-            return torch.logsumexp(logits.log_softmax(2), 0) - math.log(len(logits))
-        return logits.mean(0)
 
 
 class FrozenTeacher(nn.Module):
@@ -104,6 +86,13 @@ class FrozenTeacher(nn.Module):
         # The next replay of a CUDA graph overwrites these.
         heads, features = ({k: v.clone() for k, v in x.items()} for x in (out.heads, out.features))
         return Outputs(heads, features)
+
+    @torch.no_grad()
+    def with_members(self, batch: Batch) -> Outputs:
+        """Returns the heads for a batch; for an ensemble with those of each member (`litdistill.models.ensemble.Members`)."""
+        if not isinstance(self.run, Ensemble):
+            return self(batch)
+        return self.task.forward(Members(self.run), batch, False)
 
     @property
     def sha256(self) -> str:

@@ -10,8 +10,10 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
+from litdistill.distillation.examine import of_classes_known
 from litdistill.distillation.recorded import RecordedTeacher
 from litdistill.distillation.teacher_cache import cached_logits
+from litdistill.models.ensemble import Ensemble, with_members
 from litdistill.tasks.base import Task, at_places
 from litdistill.tasks.classification import Classification
 from litdistill.tasks.findings import judge
@@ -46,12 +48,19 @@ def teacher_outputs(
 ) -> Outputs | None:
     """Returns the teacher's outputs for a split; runs with the same cache `folder` compute them once.
 
-    None for a file of outputs that lacks a sample of the split.
+    None for a file of outputs that lacks a sample of the split. Those of an ensemble have the head `members`
+    (`litdistill.models.ensemble.Members`).
     """
     if isinstance(teacher, RecordedTeacher):
         return teacher.of_split(split) if teacher.judges(split) else None
     if folder is None or not hasattr(data, "get_batch"):
-        return predict_split(teacher, data, split, device, task)[0]
+        return predict_split(with_members(teacher), data, split, device, task)[0]
+    if isinstance(teacher, Ensemble):  # members are known one by one, to every ensemble that they are in
+        found = [teacher_outputs(net, data, task, split, device, folder) for net in teacher.parts().values()]
+        if any(outputs is None for outputs in found):
+            return None
+        each = teacher.arranged([outputs.logits for outputs in found if outputs is not None])
+        return Outputs({"logits": teacher.combined(each), "members": each})
     compute = lambda: predict_split(teacher, data, split, device, task)[0].logits  # noqa: E731
     return Outputs.of(cached_logits(teacher, data, split, torch.device(device), folder, compute))
 
@@ -115,5 +124,5 @@ def measure(
     expected = teacher_outputs(teacher, data, task, split, device, folder) if teacher is not None else None
     if expected is not None:
         likeness = agreement(task, outputs, expected, targets)
-        found |= {"teacher": measured(task, expected, targets), "agreement": likeness}
+        found |= {"teacher": measured(task, *of_classes_known(expected, targets)), "agreement": likeness}
     return found

@@ -49,12 +49,17 @@ def resolve_taps(
     - `"pooled"`: the input of the classifier, (N, C); for a convolutional classifier (SqueezeNet) averaged over positions.
 
     Suffixes: `":in"` the module's input, `":pool"` its input averaged over positions or tokens to (N, C).
+
+    A network of several (`litdistill.models.ensemble.Ensemble`, which names them by `parts()`) is told whose: `"0.layer3"`,
+    `"1.stages"`; with one part its number may be left out.
     Raises `UserError` for an unknown name, for a module that the forward does not call or that returns no single
     tensor, and where an alias matches nothing.
     """
     requested = [taps] if isinstance(taps, str) else list(taps)
     if not requested:
         return []
+    if callable(parts := getattr(net, "parts", None)):
+        return _taps_of_parts(parts(), example, requested, forward)
     modules = dict(net.named_modules())
     for tap in requested:
         if tap not in ALIASES:
@@ -78,6 +83,25 @@ def resolve_taps(
                 near = ", ".join(c.name for c in calls if c.name.startswith(name.split(".")[0]))
                 raise UserError(f"Tap {tap!r} {why}. Take another: {near or ', '.join(c.name for c in calls)}.")
             found.append(tap)
+    return list(dict.fromkeys(found))
+
+
+def _taps_of_parts(
+    parts: dict[str, nn.Module], example: Any, taps: list[str], forward: Callable[[nn.Module, Any], Outputs]
+) -> list[str]:
+    """Returns the names of `resolve_taps` for a network of several: each part's own, behind its name."""
+    found: list[str] = []
+    for tap in taps:
+        name, _, inside = tap.partition(".")
+        if name not in parts or not inside:
+            if len(parts) > 1:
+                shown = " or ".join(f"{part}.{tap}" for part in list(parts)[:3])
+                raise UserError(
+                    f"Tap {tap!r}: the teacher is {len(parts)} networks, counted from 0. Say whose features, as in "
+                    f"teacher_taps={shown}."
+                )
+            (name,), inside = parts, tap
+        found += [f"{name}.{own}" for own in resolve_taps(parts[name], example, inside, forward)]
     return list(dict.fromkeys(found))
 
 

@@ -26,6 +26,7 @@ from litdistill.losses.logits import (
     transformed_kl,
 )
 from litdistill.losses.maps import attention, channel_correlation, factor, kl_places, mmd, pyramid, same_size
+from litdistill.losses.members import members_cross_entropy, members_kl
 from litdistill.losses.relations import (
     angles,
     cosines,
@@ -69,6 +70,8 @@ __all__ = [
     "kl_places",
     "l1",
     "log_power",
+    "members_cross_entropy",
+    "members_kl",
     "mmd",
     "mse",
     "neighbors",

@@ -52,6 +52,7 @@ class Method(nn.Module):
         False  # whether its rows may be the places of sequences (`Task.places`): it compares no whole samples
     )
     reads_targets = False  # whether its own terms read the label of every sample
+    some_classes = False  # whether it is defined for a teacher that knows only some of the classes
     init_epochs = 0  # epochs of a first phase that trains other parameters, without the labels' loss
     needs_hard = False  # whether `hard` must be above 0
     fewest_classes = (
@@ -117,6 +118,8 @@ class PairMethod(Method):
         hint: weight of `loss`.
         student_taps, teacher_taps: see `litdistill.types.Taps`; pairs are counted from the last feature.
     """
+
+    some_classes = True  # features have no classes
 
     def __init__(self, hard: float, hint: float, student_taps: Sequence[str] | str, teacher_taps: Sequence[str] | str):
         super().__init__(hard)

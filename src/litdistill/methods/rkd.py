@@ -19,6 +19,8 @@ class RKD(Method):
     With several taps the terms are summed over the pairs of features. For a batch of one the terms are 0.
     """
 
+    some_classes = True
+
     def __init__(
         self,
         hard: float = 1.0,

@@ -36,7 +36,7 @@ class Shuffled(Method):
         super().__init__(method.hard)
         self.method = method
         self.needs_teacher, self.needs_hard = method.needs_teacher, method.needs_hard
-        self.init_epochs = method.init_epochs
+        self.init_epochs, self.some_classes = method.init_epochs, method.some_classes
         self.takes_places = method.takes_places
         self.kinds = tuple(kind for kind in method.kinds if kind == CATEGORICAL)  # samples of one class are paired
 

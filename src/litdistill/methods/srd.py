@@ -50,7 +50,7 @@ class SRD(VectorMethod):
             raise UserError(f"exponent={exponent} must be 1 or more. The authors use 4.")
         self.soft, self.temperature, self.exponent = soft, temperature, exponent
         if soft:
-            self.kinds = (CATEGORICAL,)
+            self.kinds, self.some_classes = (CATEGORICAL,), False
 
     def pairs(self, student: Outputs, teacher: Outputs) -> list[tuple[Tensor, Tensor]]:
         """Returns the last feature of either network as vectors (N, C)."""

@@ -36,6 +36,7 @@ class Sum(Method):
         self.methods = nn.ModuleDict(methods)
         self.labeled = labeled[0] if labeled else None
         self.needs_teacher = any(m.needs_teacher for m in methods.values())
+        self.some_classes = all(m.some_classes for m in methods.values() if m.needs_teacher)
         self.needs_hard = any(m.needs_hard for m in methods.values())
         self.init_epochs = max(m.init_epochs for m in methods.values())
         self.takes_places = all(m.takes_places for m in methods.values())

@@ -36,8 +36,11 @@ def quality(logits: Tensor, targets: Tensor) -> dict[str, float]:
 
 def sample_agreement(student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
     """Returns, for each sample, (N,) float64, whether the predictions are equal, and KL(teacher ‖ student) in nats at T = 1.
-    Both logits are (N, classes)."""
-    log_q, log_p = student.double().log_softmax(1), teacher.double().log_softmax(1)
+    Both logits are (N, classes). A teacher's logit of −∞ is a class that it does not know: the divergence is among the others.
+    """
+    unknown = teacher == -torch.inf
+    log_q = student.double().masked_fill(unknown, -torch.inf).log_softmax(1).masked_fill(unknown, 0.0)
+    log_p = teacher.double().log_softmax(1).masked_fill(unknown, 0.0)
     return {
         "agreement": (student.argmax(1) == teacher.argmax(1)).double(),
         "kl": F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1),
@@ -47,6 +50,16 @@ def sample_agreement(student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
 def agreement(student: Tensor, teacher: Tensor) -> dict[str, float]:
     """Returns the means of `sample_agreement` over all samples."""
     return {name: values.mean().item() for name, values in sample_agreement(student, teacher).items()}
+
+
+def of_known_classes(logits: Tensor, targets: Tensor) -> Tensor:
+    """Returns which samples are of a class that the network knows, booleans (N,): its logit of the label is not −∞.
+
+    All of them where targets are not one label each. Logits (N, classes), targets (N,).
+    """
+    if targets.ndim != 1 or targets.is_floating_point() or logits.ndim != 2:
+        return torch.ones(len(logits), dtype=torch.bool, device=logits.device)
+    return logits.gather(1, targets.long().clamp(min=0)[:, None])[:, 0] != -torch.inf
 
 
 def confusion(logits: Tensor, targets: Tensor) -> Tensor:

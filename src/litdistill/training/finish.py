@@ -21,6 +21,7 @@ from litdistill.config.changes import as_started
 from litdistill.config.origin import accept_record
 from litdistill.distillation.distiller import Distiller
 from litdistill.evaluation import figures
+from litdistill.evaluation.crowd import describe_crowd
 from litdistill.evaluation.evaluate import load_weights_of, measure_last
 from litdistill.evaluation.findings import judge_gap
 from litdistill.evaluation.predictions import evaluations_folder, measure
@@ -72,6 +73,8 @@ def finish(run: Run, times: dict[str, float], role: str) -> None:
     if run.changes:  # no run that kept its options is averaged with this one, and its teacher is the one it began with
         summary |= {"changes": run.changes, "start": start_of(as_started(cfg, run.changes))}
         summary["settings"]["changes"] = json.dumps(run.changes)
+    if teacher is not None:
+        summary["teacher"] |= describe_crowd(teacher, run.data, task, device, kept)
     if run.built.watch_test is not None:
         summary["student"]["test"][task.monitor[0]]["best_on_test"] = run.built.watch_test.best
     if not trainer.is_global_zero:

@@ -27,6 +27,7 @@ from litdistill.config.distiller import (
 )
 from litdistill.config.instantiate import check_objects
 from litdistill.config.lr_scaling import Scale, read_scale
+from litdistill.config.members import members_of
 from litdistill.config.origin import accept_record, check_foreign, is_foreign, remember
 from litdistill.config.recipes import is_complete, teacher_config
 from litdistill.config.schema import check
@@ -122,8 +123,9 @@ def admit(cfg: DictConfig, folder: Path) -> None:
     check_values(cfg)
     check(cfg)
     check_objects(cfg)
-    if cfg.teacher is not None and trains_teacher(cfg.teacher):
-        check(teacher_config(cfg), of="In the teacher's training (teacher.recipe):\n")
+    for one in members_of(cfg) or ([cfg] if cfg.teacher is not None else []):
+        if trains_teacher(one.teacher):
+            check(teacher_config(one), of="In the teacher's training (teacher.recipe):\n")
     if is_first_rank():
         remember(folder, cfg)
 

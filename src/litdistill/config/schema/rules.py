@@ -135,6 +135,12 @@ def teacher(cfg: Mapping[str, Any]) -> Iterator[str]:
             f"teacher.ensemble={literal(diffs)}: a teacher stands there twice. Members differ, say by their seeds: "
             "[{recipe:{seed:0}},{recipe:{seed:1}}]."
         )
+    weights = node.get("ensemble_weights")
+    if weights is not None and len(weights) != len(diffs):
+        yield (
+            f"teacher.ensemble_weights={literal(weights)}: one for each network of teacher.ensemble, which has {len(diffs)}. "
+            "Give as many, or null, which counts them equally."
+        )
     if (node.get("generations") or 1) > 1 and node.get("checkpoint") != "auto":
         yield (
             f"teacher.generations={node['generations']} with teacher.checkpoint={literal(node.get('checkpoint'))}: only "

@@ -86,6 +86,10 @@ class Teacher(Object):
     ensemble: Annotated[list[dict[str, Any]], Field(min_length=1)] | None = option(
         "several as one: a list of diffs on this teacher, [{recipe: {seed: 0}}, {recipe: {seed: 1}}]"
     )
+    ensemble_weights: Annotated[list[Positive], Field(min_length=1)] | None = option(
+        "how much each counts, [2, 1], of any sum; null: equally"
+    )
+    ensemble_mean: Literal["logits", "probabilities"] = option("what is averaged of them: logits or probabilities")
     generations: Count = option("born again: 2 has the teacher taught by its like, with this run's method")
     recipe: dict[str, Any] | None = option("how `auto` trains it: a diff on this config")
 
