@@ -96,3 +96,9 @@ class Taps(NamedTuple):
 
     student: Sequence[str] | str = ()
     teacher: Sequence[str] | str = ()
+
+
+def has_label(targets: Tensor) -> Tensor:
+    """Returns which of the targets (N, ...) are labels, (N,) booleans: a class of -1 is none, nor is a row with NaN."""
+    known = ~targets.isnan() if targets.is_floating_point() else targets >= 0
+    return known if known.ndim == 1 else known.flatten(1).all(1)

@@ -58,21 +58,22 @@ def build_data(cfg: DictConfig, **facts: Any) -> tuple[Any, Task]:
         )
     module.prepare_data()
     module.setup("fit")
-    task = build_task(cfg.task, module)
+    task = build_task(cfg.task, module, isinstance(cfg.data.get("labels"), str) or bool(cfg.data.get("target")))
     return as_indexed(module) or ForeignData(module, task.batch), task
 
 
-def build_task(node: DictConfig, data: Any) -> Task:
+def build_task(node: DictConfig, data: Any, chosen: bool = False) -> Task:
     """Returns the task of a config. A `mean` and `std` of null are measured on the targets of all samples outside of the
     validation set, whatever share is trained on, so that the outputs of teacher and student are on the same scale.
-    `class_weights` of "balanced" are those of the labels that are trained on.
+    `class_weights` of "balanced" are those of the labels that are trained on. `chosen`: whether the data take a task, too.
 
     Raises `UserError` if the data module's `task` attribute names another task.
     """
     wanted, kind = getattr(data, "task", None), str(node["_target_"]).rpartition(".")[2]
     name = next((key for key, task in TASKS.items() if task.__name__ == kind), None)
     if isinstance(wanted, str) and name is not None and name != wanted:
-        raise UserError(f"These data are for task={wanted}, and the config has {name}: set task={wanted}.")
+        other = f", or data.task={name} where the labels are meant so" if chosen else ""
+        raise UserError(f"These data are for task={wanted}, and the config has {name}: set task={wanted}{other}.")
     facts: dict[str, Any] = {}
     if "mean" in node and node.mean is None:
         if as_indexed(data) is None:
@@ -81,6 +82,7 @@ def build_task(node: DictConfig, data: Any) -> Task:
         rest[data.val_ids] = False
         targets = data.train_targets[rest].double()
         targets = targets[:, None] if targets.ndim == 1 else targets
+        targets = targets[~targets.isnan().any(1)]  # those that have a label
         facts = {"mean": targets.mean(0).tolist(), "std": targets.std(0).clamp(min=1e-12).tolist()}
     if node.get("class_weights") == "balanced":
         labels = None if as_indexed(data) is None else train_labels(data)

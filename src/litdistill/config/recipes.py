@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from litdistill.config.instantiate import NETWORK_META_KEYS
 from litdistill.config.origin import PLACES
+from litdistill.data.labels import labels_file
 from litdistill.data.listing import contents_digest
 from litdistill.utils.checkpoint import STUDENT
 from litdistill.utils.hashing import digest, file_sha256
@@ -119,6 +121,9 @@ def recipe_hash(cfg: DictConfig) -> str:
     kept = recipe(cfg)
     if data_name(cfg.data) in OWN_FILES and cfg.data.get("root") is not None:
         kept["files"] = contents_digest(Path(cfg.data.root))
+    labels = cfg.data.get("labels")
+    if isinstance(labels, str) and (place := labels_file(cfg.data.get("root") or "", labels)).is_file():
+        kept["data"]["labels"] = hashlib.sha256(place.read_bytes()).hexdigest()[:10]
     return digest(kept)
 
 

@@ -45,6 +45,9 @@ class ImageData(LightningDataModule):
             target of -1. The labels' loss leaves them out, and only a teacher says what they are. Validation and test are of
             labeled images.
         labelled: whether images with labels are trained on; False: those without alone.
+        labels: a CSV, TSV or Parquet file of the labels of a folder's files (`litdistill.data.labels`): one class, several
+            labels of 0 and 1, or numbers each. target: its columns of labels; null: all others. task: classification,
+            multilabel or regression; null: found from these columns.
         val_size: size of the validation split, a fraction below 1 or a count; stratified, and the same for every `seed`, so
             that no student is validated on samples that its teacher was trained on.
         fraction, per_class: train on this fraction, or on this many images of each class (at most one of the two).
@@ -101,13 +104,19 @@ class ImageData(LightningDataModule):
         unlabelled: str | Path | None = None,
         labelled: bool | None = None,
         decode: Literal["exact", "scaled"] | None = None,
+        labels: str | Path | None = None,
+        target: str | Sequence[str] | None = None,
+        task: str | None = None,
     ):
         super().__init__()
         splits.check_unlabelled(unlabelled, labelled, mixed=mix is not None, balanced=bool(balanced))
         splits.check_options(
             val_size, fraction, per_class, min(batch_size, eval_batch_size, epoch_size or 1, fixed_views or 1)
         )
+        if labels is not None and name != "folder":
+            raise UserError(f"data.labels={labels} goes with data=folder, and this is data={name}: leave it out.")
         self.name, self.root, self.image_size, self.download = name, root, image_size, download
+        self.table = None if labels is None else (labels, [target] if isinstance(target, str) else target, task)
         self.val_size, self.fraction, self.per_class = val_size, fraction, per_class
         self.balanced, self.unlabelled, self.labelled = bool(balanced), unlabelled, labelled is not False
         self.subset_seed = seed if subset_seed is None else subset_seed
@@ -133,7 +142,7 @@ class ImageData(LightningDataModule):
 
     def _load(self) -> Source:
         place = (self.name, self.root, self.image_size, self.download)
-        return load(*place, memory=self.memory, unlabelled=self.unlabelled, scaled=self.scaled)
+        return load(*place, memory=self.memory, unlabelled=self.unlabelled, scaled=self.scaled, table=self.table)
 
     def setup(self, stage: str | None = None) -> None:
         """Reads the files and draws the splits, which are the same for every stage."""
@@ -142,6 +151,9 @@ class ImageData(LightningDataModule):
         source = self._load()
         names = source.classes
         train, test = source.train, source.test
+        splits.check_classes(
+            source.task, classes=self.only, omit=self.omit, per_class=self.per_class, balanced=self.balanced
+        )
         if self.only is not None:
             chosen = splits.class_indices("data.classes", self.only, names)
             if len(chosen) < 2:
@@ -150,14 +162,15 @@ class ImageData(LightningDataModule):
             names = tuple(names[c] for c in chosen)
         self._source = source._replace(train=train, test=test, classes=names)
         count = len(train.targets) - source.unlabelled  # of images with labels
-        self.val_ids, rest = splits.validation(train.targets[:count], source.validation, self.val_size)
+        strata = splits.strata(train.targets)
+        self.val_ids, rest = splits.validation(strata[:count], source.validation, self.val_size)
         omitted = splits.class_indices("data.omit", self.omit, names)
-        kept = splits.without(rest, train.targets, omitted, len(names))
-        self.train_ids = splits.subset(kept, train.targets, self.fraction, self.per_class, self.subset_seed)
+        kept = splits.without(rest, strata, omitted, len(names)) if omitted else rest
+        self.train_ids = splits.subset(kept, strata, self.fraction, self.per_class, self.subset_seed)
         if source.unlabelled:
             without = torch.arange(count, len(train.targets))
             self.train_ids = torch.cat([self.train_ids, without]) if self.labelled else without
-        self.test_ids = torch.arange(len(test.targets))[test.targets >= 0]
+        self.test_ids = torch.arange(len(test.targets))[splits.strata(test.targets) >= 0]
         if self.mean is None or self.std is None:
             self.mean, self.std = self._mean_std(rest)
         splits.check_statistics(self.mean, self.std, train.images.shape[1])
@@ -185,6 +198,11 @@ class ImageData(LightningDataModule):
         return self._source
 
     @property
+    def task(self) -> str:
+        """Name of the task of these labels."""
+        return self.source.task
+
+    @property
     def class_names(self) -> tuple[str, ...]:
         return self.source.classes
 
@@ -204,7 +222,7 @@ class ImageData(LightningDataModule):
 
     @property
     def train_targets(self) -> Tensor:
-        """(M,) int64, the label of every image of the official training set, by id."""
+        """(M,) int64 or (M, outputs) float32, the label of every image of the official training set, by id."""
         return self.source.train.targets
 
     def sample_names(self, split: str) -> tuple[str, ...] | None:

@@ -9,7 +9,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from litdistill.data.decode import sides
 from litdistill.data.duplicates import copies
@@ -31,7 +31,7 @@ from litdistill.utils.units import quantity
 
 log = logging.getLogger(__name__)
 
-Labeled = list[tuple[ImageFile, int]]  # image files with their class index
+Labeled = list[tuple[ImageFile, Any]]  # image files with their class index, or a tuple of labels or numbers (`labels`)
 ByClass = dict[str, list[ImageFile]]
 TEST_SHARE = 0.2  # fraction of each class, for a folder without a test set
 FEW = 10  # classes that are named
@@ -45,6 +45,7 @@ class Images(NamedTuple):
     train: Labeled
     val: Labeled
     test: Labeled
+    task: str = "classification"
 
 
 def read_splits(root: Path, kind: Kind = IMAGES) -> Images:

@@ -51,11 +51,12 @@ def mix(
 ) -> tuple[Tensor, Tensor]:
     """Mixes N images (N, C, H, W) and labels (N,) with those of their partners; `images` and `labels` hold both.
 
-    Returns images, uint8 or floats from 0 to 1, and targets (N, `count`) float32, the probability of each class.
+    Labels may be (N, `count`) float32, too. Returns images, uint8 or floats from 0 to 1, and targets (N, `count`) float32: the
+    probability of each class, or the mean of labels or numbers.
     """
     mixed, share = mixing.apply(images[0], images[1], aug.random_bits(seed, rounds, ids, MIX_STREAM))
     classes = torch.arange(count, device=ids.device)
-    first, second = (label[:, None] == classes for label in labels)
+    first, second = (label if label.ndim == 2 else label[:, None] == classes for label in labels)
     return mixed, share[:, None] * first + (1 - share)[:, None] * second
 
 

@@ -22,6 +22,7 @@ from torchvision.datasets import FashionMNIST
 from litdistill.data import shards
 from litdistill.data.fetch import DATASETS, obtain
 from litdistill.data.folder import FolderFiles, Labeled, encoded, read_splits
+from litdistill.data.labels import read_labeled
 from litdistill.data.listing import ImageFile
 from litdistill.data.streaming import Encoded, reading_bar
 from litdistill.data.unlabelled import appended, read_unlabelled
@@ -49,7 +50,7 @@ class Split(NamedTuple):
     """N labeled images."""
 
     images: Tensor | Encoded  # (N, C, H, W) uint8
-    targets: Tensor  # (N,) int64
+    targets: Tensor  # (N,) int64; (N, outputs) float32 for labels of 0 and 1, or numbers
 
 
 class Source(NamedTuple):
@@ -57,10 +58,11 @@ class Source(NamedTuple):
 
     train: Split
     test: Split
-    classes: tuple[str, ...]  # class names, in order of index
+    classes: tuple[str, ...]  # names of classes, in order of index; of labels, or of values
     validation: int = 0  # how many of the last labeled training images the user set aside to validate on; 0: none
-    unlabelled: int = 0  # how many of the last training images have no label: their targets are -1
+    unlabelled: int = 0  # how many of the last training images have no label: their targets are -1, or NaN
     names: Mapping[str, tuple[str, ...]] = {}  # of the image files, by "train" and "test"; empty where there are none
+    task: str = "classification"  # or multilabel, or regression
 
 
 def load(
@@ -72,6 +74,7 @@ def load(
     memory: float = math.inf,
     unlabelled: str | Path | None = None,
     scaled: bool = False,
+    table: tuple[str | Path, Sequence[str] | None, str | None] | None = None,
 ) -> Source:
     """Returns the data set `name` (one of `NAMES`), whose verified files are in, or are downloaded to, `root/name`.
 
@@ -79,6 +82,7 @@ def load(
     to `channels`, and if they take more than `memory` bytes they are decoded on access (`streaming.Encoded`). Every other
     data set has a fixed image size, and is read into memory. The images of the folder `unlabelled`, of the same size, are the
     last of the training split. `scaled`: the JPEGs of the training split are decoded at a fraction of their size (`decode`).
+    `table`: the file of the labels of a folder, its columns and the task (`labels.read_labeled`).
     Raises `UserError` for an unknown name, unavailable files, or a damaged image.
     """
     if name in STREAMED:
@@ -89,9 +93,8 @@ def load(
             raise UserError(
                 f"data={name} needs a size that all images are resized to: set data.image_size, for example 64."
             )
-        return (read_folder if name == "folder" else read_shards)(
-            root, image_size, channels, memory, unlabelled, scaled
-        )
+        options = (root, image_size, channels, memory, unlabelled, scaled)
+        return read_folder(*options, table) if name == "folder" else read_shards(*options)
     if name not in NAMES:
         raise UserError(f"data.name={name} is unknown. Choose one of {', '.join(NAMES)}.")
     source = _digits() if name == "digits" else _READERS[name](obtain(name, root or "data_files", download).content)
@@ -124,6 +127,7 @@ def read_folder(
     memory: float = math.inf,
     unlabelled: str | Path | None = None,
     scaled: bool = False,
+    table: tuple[str | Path, Sequence[str] | None, str | None] | None = None,
 ) -> Source:
     """Reads a user's images: `root/train/<class>/…`, `root/test/<class>/…` and, where there is one, `root/val/<class>/…`.
 
@@ -131,18 +135,20 @@ def read_folder(
     of each class of `train`, or of `root/<class>/…`, are the test set: those whose relative names have the lowest SHA-256, so
     that a file added later moves at most one other. The images of `val` are the last of the training split. The shorter side is
     resized to `image_size` pixels and the image center-cropped; `channels`: 3 for RGB, 1 for gray. Files are sorted by name.
+    `table`: their labels stand in a file (`labels.read_labeled`), and folders are of no account.
     Raises `UserError` for a missing folder, classes that differ between splits, or an image that cannot be read.
     """
     _check_shape(image_size, channels)
     root = Path(root)
-    images = read_splits(root)
+    images = read_splits(root) if table is None else read_labeled(root, *table)
 
     def split(files: Labeled) -> Split:
         return Split(encoded(root, files, image_size, channels), torch.tensor([label for _, label in files]))
 
     files = {"train": images.train + images.val, "test": images.test}
     names = {name: tuple(file.path.relative_to(root).as_posix() for file, _ in of) for name, of in files.items()}
-    source = Source(split(files["train"]), split(files["test"]), images.classes, len(images.val), names=names)
+    both = (split(files["train"]), split(files["test"]))
+    source = Source(*both, images.classes, len(images.val), names=names, task=images.task)
     known = [file for file, _ in images.train + images.val + images.test]
     return _in_memory(_with_unlabelled(_scaled(source, scaled), unlabelled, known), memory)
 
@@ -182,7 +188,8 @@ def _with_unlabelled(source: Source, folder: str | Path | None, known: Sequence[
         return source
     images, targets = source.train
     more = read_unlabelled(folder, known, images.shape[-1], images.shape[1])
-    train = Split(appended(images, more), torch.cat([targets, torch.full((len(more),), -1)]))
+    none = targets.new_full((len(more), *targets.shape[1:]), -1 if targets.ndim == 1 else math.nan)
+    train = Split(appended(images, more), torch.cat([targets, none]))
     names = dict(source.names)
     if names and isinstance(more.files, FolderFiles):
         names["train"] += tuple(Path(path).relative_to(folder).as_posix() for path in more.files.paths)

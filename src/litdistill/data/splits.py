@@ -13,6 +13,7 @@ from torch import Tensor
 
 from litdistill.data import augment as aug
 from litdistill.data.sources import Split
+from litdistill.types import has_label
 from litdistill.utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -64,6 +65,21 @@ def check_statistics(mean: Sequence[float], std: Sequence[float], channels: int)
             f"data.mean={list(mean)} and data.std={list(std)}: these images have {channels} channel{'s' * (channels > 1)}, and "
             "each has a number. A network that takes more channels has its own: student.preprocess={mean: …, std: …}."
         )
+
+
+def strata(targets: Tensor) -> Tensor:
+    """Returns what splits are stratified by, (N,) int64: the class; 0 for labels or numbers, and -1 without any."""
+    return targets if targets.ndim == 1 else has_label(targets).long() - 1
+
+
+def check_classes(task: str, **options: object) -> None:
+    """Raises `UserError` for an option of classes that is set where samples have several labels, or numbers."""
+    for name, value in options.items():
+        if value and task != "classification":
+            raise UserError(f"data.{name} goes by classes, and these images have {WORDS[task]}: leave it out.")
+
+
+WORDS = {"multilabel": "several labels each", "regression": "numbers for labels"}
 
 
 def only(split: Split, classes: Sequence[int]) -> Split:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from litdistill.tasks.base import Task
-from litdistill.types import Outputs
+from litdistill.types import Outputs, has_label
 
 AT_ONCE = 16  # minibatches summed together: a dozen small operations for each would cost as much as an optimizer's step
 VALUES = 2**22  # numbers of one network's outputs that are held for that at most: those of sequences are many
@@ -89,11 +89,11 @@ class RunningMeans:
     def _scores(self, student: Outputs, targets: Tensor) -> dict[str, Tensor]:
         if self.labels != "some":
             return self.task.scores(student, targets) if self.labels == "all" else {}
-        labeled = targets >= 0
+        labeled = has_label(targets)
         self._labeled = self._labeled + labeled.sum()
         scores = self.task.scores(student, targets)
         self._of_labels.update(scores)
-        return {name: values * labeled for name, values in scores.items()}
+        return {name: torch.where(labeled, values, 0) for name, values in scores.items()}
 
     def _add(self, name: str, value: Tensor) -> None:
         self._sums[name] = self._sums[name] + value if name in self._sums else value

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from litdistill.methods.base import Method
-from litdistill.types import Batch, Group, Outputs
+from litdistill.types import Batch, Group, Outputs, has_label
 from litdistill.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -78,11 +78,11 @@ def outputs_of_both(
 
 
 def labels_loss(distiller: Distiller, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
-    """Returns the task's loss over the samples with a label, a target of -1 being none; 0 where no sample has one."""
+    """Returns the task's loss over the samples with a label, a target of -1 or NaN being none; 0 where no sample has one."""
     task, student = distiller.task, distiller.student
     if distiller.labels == "all":
         return task.loss(student, outputs, batch)
-    rows = (batch.targets >= 0).nonzero().squeeze(1)
+    rows = has_label(batch.targets).nonzero().squeeze(1)
     if len(rows) == 0:
         whole = task.loss(student, outputs, batch._replace(targets=torch.zeros_like(batch.targets)))
         return {name: 0 * value for name, value in whole.items()}

@@ -17,6 +17,7 @@ from litdistill.tasks import metrics
 from litdistill.tasks.base import Samples
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
@@ -80,6 +81,16 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
+def draw_input(axes: Axes, given: Tensor | None, words: str | None) -> None:
+    """Draws a sample's input: an image (C, H, W), uint8 or floats from 0 to 1, or else its `words`."""
+    if given is not None and given.ndim == 3 and len(given) in (1, 3):
+        axes.imshow(given.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", interpolation="nearest")
+    elif words is not None:
+        lines = textwrap.wrap(words, 30, max_lines=12, placeholder=" …")
+        axes.text(0, 1, "\n".join(lines), fontsize=7, va="top", transform=axes.transAxes)
+    axes.set_axis_off()
+
+
 def worst_mistakes(
     image: Callable[[int], Tensor | None],
     words: Callable[[int], str | None],
@@ -106,13 +117,7 @@ def worst_mistakes(
     cells = figure.subfigures(-(-len(chosen) // 4), 4, squeeze=False).ravel()
     for cell, i in zip(cells, chosen, strict=False):
         left, right = cell.subplots(1, 2, width_ratios=[1, 1.3])
-        picture = image(i)
-        if picture is not None and picture.ndim == 3 and len(picture) in (1, 3):
-            left.imshow(picture.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", interpolation="nearest")
-        elif (said := words(i)) is not None:
-            lines = textwrap.wrap(said, 30, max_lines=12, placeholder=" …")
-            left.text(0, 1, "\n".join(lines), fontsize=7, va="top", transform=left.transAxes)
-        left.set_axis_off()
+        draw_input(left, image(i), words(i))
         left.set_title(f"is {shorter(names[int(targets[i])])}", fontsize=9)
         top = (p[i] + (q[i] if q is not None else 0)).topk(min(3, p.shape[1])).indices.tolist()
         rows = range(len(top))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from litdistill.methods.base import BERNOULLI
-from litdistill.tasks.base import Task, WholeSplit
+from litdistill.tasks.base import Samples, Task, WholeSplit
 from litdistill.types import Batch, Outputs
 from litdistill.utils.errors import UserError
 
@@ -99,6 +99,11 @@ class MultiLabel(Task):
         mean = (((k - 1) / (n - 1) * (n - harmonic) + harmonic) / n).mean().item()
         deviation = math.sqrt(((1 - k / n) / n).mean().item() / len(k))
         return mean + min(3 * deviation, (1 - mean) / 2)
+
+    def figures(self, samples: Samples) -> dict[str, Any]:
+        from litdistill.tasks.label_figures import multilabel_figures
+
+        return multilabel_figures(samples)
 
 
 def average_precision(scores: Tensor, truth: Tensor) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from litdistill.methods.base import REAL
-from litdistill.tasks.base import Task, WholeSplit
+from litdistill.tasks.base import Samples, Task, WholeSplit
 from litdistill.tasks.multilabel import check_finite
 from litdistill.types import Batch, Outputs
 from litdistill.utils.errors import UserError
@@ -84,6 +84,11 @@ class Regression(Task):
     def chance(self, targets: Tensor) -> float:
         """Returns the standard deviation of the targets: the root mean squared error of predicting their mean."""
         return _as_matrix(targets).double().std(0, correction=0).mean().item()
+
+    def figures(self, samples: Samples) -> dict[str, Any]:
+        from litdistill.tasks.label_figures import regression_figures
+
+        return regression_figures(samples, lambda logits: self.values(Outputs.of(logits)))
 
 
 def _as_matrix(targets: Tensor) -> Tensor:

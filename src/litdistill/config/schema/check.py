@@ -183,7 +183,7 @@ def annotated(field: FieldInfo) -> Any:
 
 
 def _unknown(key: str, name: str, schema: type[Node]) -> str:
-    known = [field.alias or key for key, field in schema.model_fields.items() if key != "target"]
+    known = [key for key, field in schema.model_fields.items() if field.alias != "_target_"]
     near = difflib.get_close_matches(name, known, 2, 0.6)
     hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}."
     if not near and len(known) > 12:
@@ -192,8 +192,12 @@ def _unknown(key: str, name: str, schema: type[Node]) -> str:
 
 
 def _field(schema: type[Node], name: str) -> FieldInfo | None:
-    found = schema.model_fields.get("target" if name == "_target_" else name)
-    return found
+    """Returns the field of an option, `_target_` being the alias of one that is called otherwise."""
+    fields = schema.model_fields
+    if name == "_target_":
+        return next((field for field in fields.values() if field.alias == name), None)
+    found = fields.get(name)
+    return None if found is not None and found.alias == "_target_" else found
 
 
 def nested(field: FieldInfo) -> type[Node] | None:

@@ -33,7 +33,7 @@ Augmentations = Annotated[list[Text | dict[str, Any]], Said("a list of augmentat
 class ImageData(Node):
     """`data` of images: conf/data/base.yaml."""
 
-    target: str = Field(alias="_target_", description="the data module: any LightningDataModule")
+    module: str = Field(alias="_target_", description="the data module: any LightningDataModule")
     name: Text = option("which data set: digits, mnist, fashion_mnist, cifar10, cifar100, folder or shards")
     root: Text | None = option("the folder of its files")
     image_size: Count | None = option("side to which the images of a folder are resized and cropped")
@@ -48,6 +48,13 @@ class ImageData(Node):
     epoch_size: Count | None = option("samples of an epoch, where it is not the whole training set once")
     unlabelled: Text | None = option("a folder of images without labels, which only the teacher says what they are")
     labelled: bool | None = option("false: train on those alone; images with labels still validate and test")
+    labels: Text | None = option(
+        "a CSV, TSV or Parquet file of a folder's files and their labels: one class, several, or numbers"
+    )
+    target: Text | list[Text] | None = option("its columns of labels; null: all but those of names and splits")
+    task: Literal["classification", "multilabel", "regression"] | None = option(
+        "what these are, where numbers look like classes; null: found from them"
+    )
     balanced: bool | None = option("true: each class is drawn equally often, however few its images are")
     batch_size: Count = option("images of a step of training, in each process")
     eval_batch_size: Count = option("images of a step without gradients")

@@ -20,7 +20,7 @@ class Row(NamedTuple):
 def rows(schema: type[Node], prefix: str = "") -> Iterator[Row]:
     """Yields the options of a schema in their order, those of a node after it."""
     for name, field in schema.model_fields.items():
-        if name == "target":
+        if field.alias == "_target_":
             continue
         key = f"{prefix}{name}"
         words = takes(annotated(field))
