@@ -44,6 +44,12 @@ VERBS = {
     "evaluate": Verb(
         "litdistill.cli.commands:evaluate", "measure a finished run anew from its folder", "evaluate", TORCH
     ),
+    "outputs": Verb(
+        "litdistill.cli.commands:outputs",
+        "write a run's outputs by sample, to teach without its network",
+        "outputs",
+        TORCH,
+    ),
     "export": Verb(
         "litdistill.cli.commands:export", "write a run's student as ONNX, .pt2 or safetensors", "export", TORCH
     ),

@@ -85,6 +85,15 @@ def export(cfg: DictConfig) -> None:
     _warn(check["findings"])
 
 
+def outputs(cfg: DictConfig) -> None:
+    """Writes the outputs of a finished run's network for all samples of its data."""
+    from litdistill.export.outputs import Form, record
+
+    starting.end(loaded=True)
+    form = Form(cfg.views, cfg.precision, cfg.top, cfg.rest, cfg.embedding)
+    print("\n".join(record(cfg.run, cfg.to, cfg.of, form, cfg.device, OmegaConf.create({"data": cfg.data}), cfg.trust)))
+
+
 def report(cfg: DictConfig) -> None:
     """Compares finished runs: as tables in the terminal or in a file, as a page, or as a picture."""
     from litdistill.report import tables, writers

@@ -52,18 +52,18 @@ class RecordedTeacher(nn.Module):
         self.register_buffer("contents", torch.frombuffer(bytearray.fromhex(file.sha256), dtype=torch.uint8))
         if "train" not in file.tables:
             raise UserError(f"{file.path} has no outputs of training samples: a student learns from these.")
-        self.views = int(
-            (file.manifest.get("views") or {}).get("count", 0)
-        )  # 0: one output a sample, whatever its view
+        # 0: one output a sample, whatever its view.
+        self.views = int((file.manifest.get("views") or {}).get("count", 0))
         names = tuple(map(str, getattr(data, "class_names", None) or ()))
         self.outputs_count = getattr(data, "num_classes", None) or len(file.classes or ()) or None
+        if data is not None:
+            self._check_images(data)
         self.order = self._class_order(names)
         self.kinds = {split: self._kind_of(split) for split in file.tables if "logits" in file.tables[split]}
-        self.rows: dict[str, Tensor] = {}  # by split of the file: the row of each sample by id, -1 without one
-        for split in file.tables:
-            self.rows[split] = self._rows(split)
+        # By split of the file: the row of each sample by id, -1 without one.
+        self.rows = {split: self._rows(split) for split in file.tables}
         if data is not None:
-            self._check_data(data)
+            self._check_samples(data)
 
     # -- what others ask -----------------------------------------------------------------------------------------------
 
@@ -238,17 +238,19 @@ class RecordedTeacher(nn.Module):
                 return name, torch.where(inside, known[ids.clamp(0, len(known) - 1)], -1)
         return None
 
-    def _check_data(self, data: IndexedData) -> None:
-        """Raises `UserError` for outputs of other images or views, and where training samples are missing."""
-        path, manifest = self.file.path, self.file.manifest
-        then = manifest.get("data") or {}
+    def _check_images(self, data: IndexedData) -> None:
+        """Raises `UserError` for outputs of other images or views."""
+        path, then = self.file.path, self.file.manifest.get("data") or {}
         if then.get("val") is not None and then["val"] != data.identity("val"):
             raise UserError(
                 f"{path} has the outputs of other images: it was written for {then.get('name')} with the digest "
                 f"{then['val'][:12]}…, and these data have {data.identity('val')[:12]}…. Write it anew for these data."
             )
         self._check_views(data, then)
-        ids = data.train_ids
+
+    def _check_samples(self, data: IndexedData) -> None:
+        """Raises `UserError` where training samples are missing; says which other splits are."""
+        path, ids = self.file.path, data.train_ids
         _, rows = self._find("train", ids) or ("", ids)
         missing = ids[rows < 0]
         if len(missing):

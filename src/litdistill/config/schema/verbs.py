@@ -63,6 +63,24 @@ class Export(Node):
     data: dict[str, Any] | None = option(CHANGED)
 
 
+class OutputsOfRun(Node):
+    """conf/outputs.yaml."""
+
+    run: Text = option("the run's folder")
+    to: Text = option("the file to write, .safetensors")
+    of: Literal["student", "teacher"] = option("whose outputs: of the run's student, or of its teacher")
+    views: CountFromZero = option("so many augmented views of each training sample; 0: each as it is")
+    precision: Literal["float32", "float16"] = option("of the numbers; float16: half the room, rounded")
+    top: Count | None = option("the so many largest logits of each sample; null: all")
+    rest: Literal["spread", "drop"] = option(
+        "with top, the other classes' probability: spread evenly over them, or dropped"
+    )
+    embedding: bool = option("true: the input of the last layer too, for methods that compare pooled features")
+    device: Device = option("cpu, cuda, or auto: a GPU if there is one")
+    trust: list[Text] | None = option(TRUST)
+    data: dict[str, Any] | None = option(CHANGED)
+
+
 class Report(Node):
     """conf/report.yaml."""
 
