@@ -42,6 +42,7 @@ if TYPE_CHECKING:
         VID,
         WTTM,
         BinaryKD,
+        Cosine,
         FitNet,
         HardPseudoLabel,
         LogitMSE,
@@ -59,7 +60,7 @@ if TYPE_CHECKING:
     )
     from litdistill.methods.base import Method
     from litdistill.methods.pairs import Pair
-    from litdistill.tasks import Classification, LanguageModel, MultiLabel, Regression, Task
+    from litdistill.tasks import Classification, Embedding, LanguageModel, MultiLabel, Regression, Task
     from litdistill.training.distill import distill
     from litdistill.training.run import run
     from litdistill.types import Batch, Outputs, Taps
@@ -93,7 +94,9 @@ __all__ = [
     "Batch",
     "BinaryKD",
     "Classification",
+    "Cosine",
     "Distiller",
+    "Embedding",
     "FeatureExtractor",
     "FitNet",
     "FrozenTeacher",
@@ -136,6 +139,7 @@ _MODULES = {
     "Pair": "litdistill.methods.pairs",
     "Task": "litdistill.tasks",
     "Classification": "litdistill.tasks",
+    "Embedding": "litdistill.tasks",
     "MultiLabel": "litdistill.tasks",
     "Regression": "litdistill.tasks",
     "LanguageModel": "litdistill.tasks",

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from litdistill.utils.errors import UserError
+
 
 class Batch(NamedTuple):
     """One minibatch of N samples, as a task makes it of what a loader yields."""
@@ -50,6 +52,9 @@ class Group(NamedTuple):
             start += size
 
 
+EMBEDDING = "embedding"  # the head of a network without classes, (N, D)
+
+
 class Outputs(NamedTuple):
     """What a network gives for one minibatch of N samples."""
 
@@ -59,8 +64,21 @@ class Outputs(NamedTuple):
 
     @property
     def logits(self) -> Tensor:
-        """The head of that name, (N, classes)."""
+        """The head of that name, (N, classes). Raises `UserError` for a network without it."""
+        if "logits" not in self.heads:
+            raise UserError(
+                f"Logits are needed here, and the network gives {' and '.join(self.heads)} alone: it has no classes. A student "
+                "learns from such a teacher by its features: method=cosine, srd (soft=0), rkd or pkt."
+            )
         return self.heads["logits"]
+
+    @property
+    def main(self) -> Tensor:
+        """The head `logits`, or without classes `embedding`, else the first: what the network is trained for, (N, outputs)."""
+        for name in ("logits", EMBEDDING):
+            if name in self.heads:
+                return self.heads[name]
+        return next(iter(self.heads.values()))
 
     def split(self, sizes: Sequence[int]) -> list[Outputs]:
         """The outputs of each of several minibatches that were run as one."""

@@ -13,15 +13,17 @@ from typing import Any
 
 import torch
 from lightning import LightningDataModule
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, open_dict
 from torch import Tensor, nn
 
 from litdistill.compress.quantize import Int8
 from litdistill.compress.restore import restore
 from litdistill.compress.structure import load_structure, structure_of
+from litdistill.config.backbones import as_backbone, fact_of, student_outputs
 from litdistill.config.distiller import train_labels
 from litdistill.config.instantiate import NETWORK_META_KEYS, instantiate, locate
 from litdistill.config.members import members_of
+from litdistill.config.preprocessing import merged_preprocessing, shape_after, wanted_preprocessing
 from litdistill.config.recipes import is_complete, net_name, teacher_folder
 from litdistill.data.foreign import ForeignData, training_inputs
 from litdistill.data.protocol import as_indexed, facts_of, input_dtype
@@ -29,10 +31,11 @@ from litdistill.distillation.outputs_tables import read_outputs
 from litdistill.distillation.recorded import RecordedTeacher
 from litdistill.methods.base import CATEGORICAL
 from litdistill.models.adaptations import adaptations_of, has_published_weights
+from litdistill.models.backbone import Backbone, cut
 from litdistill.models.classes import class_columns, describe_columns, with_columns
 from litdistill.models.ensemble import Ensemble, check_apart
 from litdistill.models.finetune import fix_statistics, freeze, with_own_head
-from litdistill.models.preprocess import Preprocess, bare, preprocess_of, wrap
+from litdistill.models.preprocess import bare, preprocess_of, wrap
 from litdistill.tasks import TASKS
 from litdistill.tasks.base import Task
 from litdistill.tasks.classification import balanced_weights
@@ -71,7 +74,7 @@ def build_task(node: DictConfig, data: Any, chosen: bool = False) -> Task:
     """
     wanted, kind = getattr(data, "task", None), str(node["_target_"]).rpartition(".")[2]
     name = next((key for key, task in TASKS.items() if task.__name__ == kind), None)
-    if isinstance(wanted, str) and name is not None and name != wanted:
+    if isinstance(wanted, str) and name is not None and name != wanted and TASKS[name].reads_labels:
         other = f", or data.task={name} where the labels are meant so" if chosen else ""
         raise UserError(f"These data are for task={wanted}, and the config has {name}: set task={wanted}{other}.")
     facts: dict[str, Any] = {}
@@ -99,12 +102,13 @@ def build_task(node: DictConfig, data: Any, chosen: bool = False) -> Task:
     return task
 
 
-def _known(target: str, data: Any, shape: Any, **more: Any) -> dict[str, Any]:
-    """Returns the facts of the data that a network's function takes, and those of `more` that it names.
+def _known(target: str, data: Any, shape: Any, outputs: int | None, **more: Any) -> dict[str, Any]:
+    """Returns the facts of the data that a network's function takes, and those of `more` that it names. `outputs`: the number
+    of the network's, in place of the data's classes.
 
     Raises `UserError` if a required one is unknown.
     """
-    facts = {"num_classes": data.num_classes, "input_shape": shape}
+    facts = {"num_classes": outputs or data.num_classes, "input_shape": shape}
     takes = inspect.signature(locate(target)).parameters
     named = {k: v for k, v in more.items() if k in takes and v is not None}
     if any(p.kind is p.VAR_KEYWORD for p in takes.values()):
@@ -125,6 +129,7 @@ def build_net(
     source: str | Path | nn.Module | None = None,
     fetch: bool = True,
     say: bool = True,
+    outputs: int | None = None,
     kind: str = CATEGORICAL,
 ) -> nn.Module:
     """Returns a network for the shapes of `data`, with the weights of `source` or of the node's `checkpoint`.
@@ -134,9 +139,10 @@ def build_net(
     preprocessing is that of the node's `preprocess`, else of the weights' metadata, else of the network's builder (published
     weights), else of the data.
     `fetch`: False where the caller loads weights itself, so that published ones need not be there. `say`: log in a line what
-    was changed in a published network.
+    was changed in a published network. `outputs`: their number where they are not the data's classes. A node's `head` of "cut"
+    gives a backbone, without its classifier.
     """
-    net, columns = _build_net(node, data, role, source, fetch, say)
+    net, columns = _build_net(node, data, role, source, fetch, say, outputs=outputs)
     return net if columns is None else Ensemble([net], columns=[columns], kind=kind)
 
 
@@ -148,28 +154,35 @@ def _build_net(
     fetch: bool = True,
     say: bool = True,
     who: str | None = None,
+    outputs: int | None = None,
 ) -> tuple[nn.Module, list[int] | None]:
     """Returns the network of `build_net`, and the column of its outputs for each class of the data; None where they are the
     classes."""
     if source is None:
         source = node.get("checkpoint")
-    wanted = _preprocessing(node, source, role)
-    shape = _shape(wanted, data)
+    backbone, width = node.get("head") == "cut", fact_of(source, "outputs")
+    if backbone and outputs is None:  # weights of an embedding, or a classifier that is left out
+        outputs = width or len(fact_of(source, "classes") or ()) or data.num_classes or 2
+    wanted = wanted_preprocessing(node, source, role)
+    shape = shape_after(wanted, data)
     options = {k: v for k, v in node.items() if k not in NETWORK_META_KEYS}
     facts = _known(
         str(node["_target_"]),
         data,
         shape,
+        outputs,
         **{"size": wanted.get("size"), "fetch": None if fetch and source is None else False, **facts_of(data)},
     )
     trained = [] if source is None or isinstance(source, nn.Module) else read_metadata(source, "classes") or []
-    columns = None if node.get("head") == "new" else class_columns(trained, data.class_names, str(source), role)
+    columns = (
+        None if node.get("head") in ("new", "cut") else class_columns(trained, data.class_names, str(source), role)
+    )
     if columns is not None and "num_classes" in facts:
         facts["num_classes"] = len(trained)
     net: nn.Module = instantiate(options, role, **{k: v for k, v in facts.items() if k not in options})
     changes = adaptations_of(net)
     fixed = _fix_statistics(net, node, role, published=source is None and fetch and has_published_weights(net))
-    preprocess = _merged(preprocess_of(net), wanted, data, role)
+    preprocess = merged_preprocessing(preprocess_of(net), wanted, data, role)
     if say and source is None and fetch and changes:
         own = wanted.keys() & {"mean", "std"}
         set_here = f" {role}.preprocess sets {' and '.join(sorted(own))} in place of the weights' own." if own else ""
@@ -187,6 +200,9 @@ def _build_net(
                     "The student was trained on these classes in another order, and its outputs cannot be put into another. "
                     "Give the data the order of its training (data.classes)."
                 )
+    if backbone:
+        inputs = training_inputs(data, 2)
+        net = Backbone(net) if width else cut(net, inputs if preprocess is None else preprocess(inputs))
     return wrap(net, preprocess), columns
 
 
@@ -204,62 +220,17 @@ def _fix_statistics(net: nn.Module, node: DictConfig, role: str, published: bool
     return (wanted == "fixed" or (wanted is None and published)) and fix_statistics(net) > 0
 
 
-def _preprocessing(node: DictConfig, source: str | Path | nn.Module | None, role: str) -> dict[str, Any]:
-    """Returns what the config says of mean, std and size, else the metadata of the weights in `source`; no null values."""
-    given = OmegaConf.to_container(node["preprocess"], resolve=True) if node.get("preprocess") is not None else {}
-    if not isinstance(given, dict) or not given.keys() <= {"mean", "std", "size"}:
-        raise UserError(f"{role}.preprocess={given} must be null, or hold mean, std and size.")
-    if isinstance(source, nn.Module):
-        known = preprocess_of(source)
-        facts = known.facts() if known is not None else {}
-    elif source is not None:
-        facts = {k: read_metadata(source, k) for k in ("mean", "std", "size")}
-    else:
-        facts = {}
-    return {k: v for k, v in (*facts.items(), *given.items()) if v is not None}
-
-
-def _shape(wanted: dict[str, Any], data: Any) -> Any:
-    """Returns the shape of the data's inputs after the wanted resizing and means."""
-    if not wanted or data.input_shape is None:
-        return data.input_shape
-    default = _of_data(data)
-    channels = data.input_shape[0]
-    facts = {"mean": [0.0] * channels, "std": [1.0] * channels} | (default.facts() if default is not None else {})
-    facts |= wanted
-    count = max(len(facts["mean"]), len(facts["std"]))
-    mean, std = (list(facts[k]) * count if len(facts[k]) == 1 else facts[k] for k in ("mean", "std"))
-    return Preprocess(mean, std, facts.get("size")).input_shape(data.input_shape)
-
-
-def _merged(own: Preprocess | None, wanted: dict[str, Any], data: Any, role: str) -> Preprocess | None:
-    """Returns the preprocessing of the wanted values, else those of the network's builder (`own`), else those of the data."""
-    default = _of_data(data)
-    known = own.facts() if own is not None else default.facts() if default is not None else {}
-    facts = known | wanted
-    if not facts:
-        return None
-    if facts.get("mean") is None or facts.get("std") is None:
-        raise UserError(f"{role}.preprocess needs mean and std, as these data have none of their own.")
-    mean, std = list(facts["mean"]), list(facts["std"])
-    if own is not None:  # one value for a network of several channels
-        mean, std = (v * len(own.mean) if len(v) == 1 else v for v in (mean, std))
-    return Preprocess(mean, std, facts.get("size"))
-
-
-def _of_data(data: Any) -> Preprocess | None:
-    """Returns the preprocessing by the data's mean and standard deviation; None if the data has none."""
-    mean, std = getattr(data, "mean", None), getattr(data, "std", None)
-    return Preprocess(mean, std) if mean is not None and std is not None else None
-
-
 def _with_weights(
     net: nn.Module, node: DictConfig, role: str, source: str | Path | nn.Module, example: Tensor
 ) -> nn.Module:
     """Returns the network with the weights and structure of `source`. `example`: a few preprocessed images (N, C, H, W)."""
     head = node.get("head")
-    if head not in (None, "new"):
-        raise UserError(f"{role}.head={head}: set it to new for a classifier that starts from nothing, or to null.")
+    if head not in (None, "new", "cut"):
+        raise UserError(
+            f"{role}.head={head}: set it to new for a classifier that starts from nothing, to cut for a backbone without one, "
+            "or to null."
+        )
+    head = None if head == "cut" else head
     steps = structure_of(source) if isinstance(source, nn.Module) else load_structure(source)
     net = restore(net, steps, example, new_head=head is not None)
     if isinstance(source, nn.Module):
@@ -293,7 +264,7 @@ def build_student(
             "student.checkpoint=teacher: a file of outputs has no weights. Name a run or a file of weights."
         )
     start = teacher if cfg.student.get("checkpoint") == "teacher" else source
-    student = build_net(cfg.student, data, "student", start)
+    student = build_net(cfg.student, data, "student", start, outputs=student_outputs(cfg, data, teacher))
     if cfg.get("compress") is not None:
         student = _compressed(student, cfg, data)
     if isinstance(bare(student), Int8):
@@ -317,7 +288,7 @@ def _rebuilt_student(node: DictConfig, data: Any, finished: Path) -> nn.Module:
         node.checkpoint = None
         if facts["mean"] is not None and facts["std"] is not None:
             node.preprocess = facts
-    net = build_net(node, data, "student", fetch=False)
+    net = build_net(node, data, "student", fetch=False, outputs=read_metadata(finished, "outputs"))
     preprocess = preprocess_of(net)
     shape = preprocess.input_shape(data.input_shape) if preprocess is not None else data.input_shape
     return wrap(restore(bare(net), load_structure(finished), _blank(data, shape)), preprocess)
@@ -376,7 +347,12 @@ def _build_teacher(
         torch.manual_seed(cfg.seed)  # initial weights are the same on every rank and in a rebuilt run
         if cfg.teacher.checkpoint is not None:
             _check_units(cfg.teacher.checkpoint, task)
-        return _build_net(cfg.teacher, data, "teacher", who=who)
+        return _build_net(as_backbone(cfg.teacher, task), data, "teacher", who=who)
+    if not task.reads_labels:
+        raise UserError(
+            f"{type(task).__name__} has no labels to train a teacher on (teacher.checkpoint=auto): name a network with "
+            "weights, net@teacher=efficientnet_lite0 teacher.checkpoint=null, or a finished run, teacher.checkpoint=<folder>."
+        )
     folder = teacher_folder(cfg)
     if not broadcast_from_rank0(is_complete(folder)):
         absent(cfg, folder)

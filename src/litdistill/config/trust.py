@@ -69,7 +69,7 @@ OWN = (
     *(f"litdistill.data.{name}" for name in TENSORS),
     *(f"litdistill.data.{name}" for name in DATA),
     *(f"litdistill.compress.{name}" for name in ("low_rank.low_rank", "prune.prune", "quantize.int8")),
-    *(f"litdistill.tasks.{name}" for name in ("Classification", "MultiLabel", "Regression", "LanguageModel")),
+    *(f"litdistill.tasks.{n}" for n in ("Classification", "Embedding", "MultiLabel", "Regression", "LanguageModel")),
     "litdistill.distillation.schedules.warmup_cosine",
     "litdistill.training.callbacks.ClassBias",
     "litdistill.training.tensorboard.TensorBoard",

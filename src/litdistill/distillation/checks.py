@@ -23,7 +23,7 @@ from litdistill.methods.sum import Sum
 from litdistill.models.ensemble import Ensemble
 from litdistill.models.preprocess import check_scale
 from litdistill.tasks.base import Task, has_places
-from litdistill.types import Batch
+from litdistill.types import Batch, Outputs
 from litdistill.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -71,6 +71,11 @@ def check_pairing(
     check_method(method, teacher, task)
     check_classes(method, teacher.net if isinstance(teacher, FrozenTeacher) else teacher)
     check_weighted(method, labels)
+    if not task.reads_labels and (not method.needs_teacher or method.needs_hard or method.reads_targets):
+        raise UserError(
+            f"{type(method).__name__} learns from labels, and {type(task).__name__} has none: use a method that reads the "
+            "teacher's features alone, cosine, srd (soft=0), rkd or pkt."
+        )
     check_labels(method, labels)
     name = type(method).__name__
     if teacher is not None and {id(p) for p in student.parameters()} & {id(p) for p in teacher.parameters()}:
@@ -97,6 +102,17 @@ def check_weighted(method: Method, labels: str = "all") -> None:
         raise UserError(f"{type(method).__name__}({shown}): nothing is learned. Give one of them a weight.")
 
 
+def check_readable(method: Method, task: Task, student: Outputs, teacher: Outputs | None, batch: Batch) -> None:
+    """Raises `UserError` for a method that reads logits of a teacher without classes: it is called once, in eval mode."""
+    if teacher is None or task.measures(teacher):
+        return
+    method.eval()
+    try:
+        method(student._replace(ids=batch.ids), teacher, batch)
+    finally:
+        method.train()
+
+
 def check_trained(distiller: Distiller, batch: Batch | None) -> None:
     """Raises `UserError` if no sample has a label and the method trains no classifier, as those that read features alone.
 
@@ -110,15 +126,16 @@ def check_trained(distiller: Distiller, batch: Batch | None) -> None:
     with torch.enable_grad():
         student = distiller.extractor.run(lambda net: distiller.task.forward(net, batch, False))
         terms = distiller.method(student._replace(ids=batch.ids), distiller.teacher(batch), batch)
-        idle = _parameters_of(student.logits.sum(), distiller.student)
+        idle = _parameters_of(student.main.sum(), distiller.student)
         idle -= _parameters_of(torch.stack([*terms.values()]).sum(), distiller.student)
     for module, training in modes:
         module.training = training
     if idle:
         layers = sorted({name.rpartition(".")[0] for name in idle})
+        what = "classifier" if distiller.task.reads_labels else "last layer"
         raise UserError(
-            f"{type(distiller.method).__name__} reads features and trains no classifier ({', '.join(layers[:3])}), and no "
-            "image has a label (data.labelled=false): use method=kd, add it (method=kd_at), or train on the labeled images too."
+            f"{type(distiller.method).__name__} reads features and trains no {what} ({', '.join(layers[:3])}), and no image "
+            "has a label that is read: use method=kd, add it (method=kd_at), or train on labeled images too."
         )
 
 

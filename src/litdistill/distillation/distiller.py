@@ -18,16 +18,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from litdistill.data.protocol import IndexedData, training_labels
+from litdistill.distillation import checks
 from litdistill.distillation.batch_statistics import LaggingStatistics
-from litdistill.distillation.checks import (
-    check_finite,
-    check_images,
-    check_pairing,
-    check_plateau,
-    check_trained,
-    check_trainer,
-    world_size,
-)
 from litdistill.distillation.examine import TeacherOnValidation, examine
 from litdistill.distillation.logs import log_group, log_step
 from litdistill.distillation.running_means import RunningMeans
@@ -116,12 +108,12 @@ class Distiller(LightningModule):
     ):
         super().__init__()
         self.task, self.method = named_task(task), method or Supervised()
-        self.labels = labels or training_labels(data)
-        check_pairing(self.method, student, teacher, self.task, example, self.labels)
+        self.labels = (labels or training_labels(data)) if self.task.reads_labels else "none"
+        checks.check_pairing(self.method, student, teacher, self.task, example, self.labels)
         batch = None if example is None else self._example(example)
         frozen = teacher if isinstance(teacher, FrozenTeacher) else None
         network = frozen.net if frozen is not None else teacher
-        check_images(batch, student, network)
+        checks.check_images(batch, student, network)
         self.student = self.method.prepare(student, network, None if batch is None else batch.inputs)
         student_taps, teacher_taps = self._taps(self.student, network, batch)
         self.extractor = FeatureExtractor(self.student, student_taps)
@@ -129,7 +121,7 @@ class Distiller(LightningModule):
         wrapped = None if network is None else FrozenTeacher(network, self.task, teacher_taps, batch, **options)
         self.__dict__["teacher"] = wrapped  # not registered as a submodule: see the class's docstring
         self._build(batch, train_targets)
-        check_trained(self, batch)
+        checks.check_trained(self, batch)
         self.average = average_of(self.student, ema) if ema is not None else None
         self.optimizer, self.scheduler, self.scheduling = optimizer, scheduler, scheduling
         self.schedule, self.seed, self.allow_chance = dict(schedule or {}), seed, allow_chance
@@ -171,6 +163,7 @@ class Distiller(LightningModule):
             student = self.extractor.run(lambda net: self.task.forward(net, batch, False))
             teacher = self.teacher(batch) if self.teacher is not None and self.method.needs_teacher else None
             self.method.build(every_place(self.task, student), every_place(self.task, teacher), train_targets)
+            checks.check_readable(self.method, self.task, student, teacher, batch)
         for module, training in modes:
             module.training = training
 
@@ -219,7 +212,7 @@ class Distiller(LightningModule):
         scheduler = self.scheduler(optimizer)
         found: dict[str, Any] = {"scheduler": scheduler, "interval": self.scheduling.interval}
         if isinstance(scheduler, ReduceLROnPlateau):
-            check_plateau(scheduler, self.scheduling.interval, self.waits_for, self.task)
+            checks.check_plateau(scheduler, self.scheduling.interval, self.waits_for, self.task)
             if self.automatic_optimization:
                 found |= {"monitor": self.waits_for, "strict": False}
         return {"optimizer": optimizer, "lr_scheduler": found}
@@ -246,7 +239,7 @@ class Distiller(LightningModule):
     def on_train_start(self) -> None:
         self.on_train_epoch_start()  # Lightning skips this hook for a run that is resumed within an epoch
         self._logged_step = self.trainer.global_step
-        check_trainer(self.trainer, self.method)
+        checks.check_trainer(self.trainer, self.method)
         if self.teacher is not None:
             self._examine_teacher()
             self._open_cache()
@@ -337,7 +330,7 @@ class Distiller(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restores each rank's own buffers if the number of processes is unchanged."""
         for name, of_ranks in checkpoint.get("buffers_of_ranks", {}).items():
-            if len(of_ranks) == world_size():
+            if len(of_ranks) == checks.world_size():
                 checkpoint["state_dict"][f"method.{name}"] = of_ranks[self.global_rank]
 
     # -- validation, test, prediction --------------------------------------------------------------------------------
@@ -348,14 +341,14 @@ class Distiller(LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         if not self.trainer.sanity_checking:  # before a checkpoint of non-finite weights is written
-            check_finite(self, self.means.means(), weights=True)
+            checks.check_finite(self, self.means.means(), weights=True)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         batch = self.task.batch(batch)
         outputs = self.task.forward(self.evaluated, batch, False)
-        self.val_metrics.update(outputs, batch.targets)
-        if self.teacher is not None and not self.trainer.sanity_checking:
-            self.on_validation.compare(self, outputs, batch, batch_idx)
+        teacher = self.on_validation.of_batch(self, batch, batch_idx)
+        self.val_metrics.update(outputs, self.task.truth(batch.targets, teacher))
+        self.on_validation.compare(self.task, outputs, teacher, batch.targets)
 
     def on_validation_epoch_end(self) -> None:
         values = {name: float(value) for name, value in self.val_metrics.compute().items()}
@@ -365,7 +358,9 @@ class Distiller(LightningModule):
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         batch = self.task.batch(batch)
-        self.test_metrics.update(self.task.forward(self.evaluated, batch, False), batch.targets)
+        teacher = self.on_validation.of_batch(self, batch, -1)
+        outputs = self.task.forward(self.evaluated, batch, False)
+        self.test_metrics.update(outputs, self.task.truth(batch.targets, teacher))
 
     def on_test_epoch_end(self) -> None:
         self._log_evaluation("test", {name: float(value) for name, value in self.test_metrics.compute().items()})

@@ -60,9 +60,15 @@ class TeacherOnValidation:
             if "members" in out.heads:
                 members.append((out, batch.targets))
             out, known = of_classes_known(out, batch.targets)
-            metrics.update(out, known)
+            if task.measures(out):
+                metrics.update(out, task.truth(known, out))
             targets.append(known)
             outputs.append(out)
+        if outputs and not task.measures(outputs[0]):
+            log.info(
+                "The teacher has no classes: it is not judged on the validation set, nor compared with the student there."
+            )
+            return {}, None
         self.members = measured_members(task, members, trainer.world_size, device)
         warn_of_probabilities(outputs)
         warn_of_few_classes(distiller.method, outputs)
@@ -80,17 +86,30 @@ class TeacherOnValidation:
         place = torch.searchsorted(self.data.val_ids, batch.ids.cpu())
         return Outputs({name: head[place].to(distiller.device) for name, head in self.known.heads.items()})
 
-    def compare(self, distiller: Distiller, student: Outputs, batch: Batch, index: int) -> None:
-        """Adds the agreement on a validation batch. The teacher is run again if the loader shuffles."""
-        kept = self.batches[index] if index < len(self.batches) else None
-        if kept is None:
-            return  # `run` was not called: only the student is validated
-        outputs = kept[0] if torch.equal(kept[1], _mark(batch)) else self._outputs(distiller, batch)
-        task, count = distiller.task, len(batch.targets)
+    def of_batch(self, distiller: Distiller, batch: Batch, index: int) -> Outputs | None:
+        """Returns the teacher's outputs for a batch: those of `run` for the validation batch `index`, unless loaders shuffle;
+        -1: not of the validation set.
+
+        None without a teacher; and where `run` was not called and the task has labels, so that only the student is validated.
+        """
+        if distiller.teacher is None:
+            return None
+        kept = self.batches[index] if 0 <= index < len(self.batches) and not distiller.trainer.sanity_checking else None
+        if kept is not None and torch.equal(kept[1], _mark(batch)):
+            return kept[0]
+        if index < 0:
+            return None if distiller.task.reads_labels else distiller.teacher(batch)
+        return self._outputs(distiller, batch) if kept is not None or not distiller.task.reads_labels else None
+
+    def compare(self, task: Task, student: Outputs, teacher: Outputs | None, targets: Any) -> None:
+        """Adds the agreement of both networks on a validation batch with these labels."""
+        if teacher is None or not task.measures(teacher):
+            return
+        count = len(targets)
         if has_places(task):
-            student, outputs = (at_places(task, batch.targets, x) for x in (student, outputs))
+            student, teacher = (at_places(task, targets, x) for x in (student, teacher))
             count = len(student.logits)
-        for name, values in task.agreement(student, outputs).items():
+        for name, values in task.agreement(student, teacher).items():
             self._sums[name] = self._sums.get(name, 0) + values.double().sum()
         self._count += count
 

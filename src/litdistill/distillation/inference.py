@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.optimization import fuse
 
+from litdistill.models.backbone import Backbone
 from litdistill.models.preprocess import Preprocessed
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -38,6 +39,9 @@ def fuse_batchnorm(net: nn.Module, example: Tensor) -> nn.Module:
     if isinstance(net, Preprocessed):
         inner = fuse_batchnorm(net.net, net.preprocess(example))
         return net if inner is net.net else Preprocessed(inner, net.preprocess)
+    if isinstance(net, Backbone):
+        inner = fuse_batchnorm(net.net, example)
+        return net if inner is net.net else Backbone(inner)
     if any(isinstance(m, Preprocessed) for m in net.modules()):
         return _fuse_parts(net, example)
     if not any(isinstance(m, NORMS) for m in net.modules()):
@@ -73,6 +77,9 @@ def prepack(net: nn.Module, images: Tensor) -> nn.Module:
     if isinstance(net, Preprocessed):
         inner = prepack(net.net, net.preprocess(images))
         return net if inner is net.net else Preprocessed(inner, net.preprocess)
+    if isinstance(net, Backbone):
+        inner = prepack(net.net, images)
+        return net if inner is net.net else Backbone(inner)
     if not isinstance(net, fx.GraphModule):
         return net
     try:

@@ -80,7 +80,7 @@ class RunningMeans:
         student, targets = _joined([s for _, s, _, _ in noted]), torch.cat([t for *_, t in noted])
         by_sample = self._scores(student, targets)
         teacher = [t for _, _, t, _ in noted if t is not None]
-        if len(teacher) == len(noted):
+        if len(teacher) == len(noted) and self.task.measures(teacher[0]):
             by_sample |= self.task.agreement(student, _joined(teacher))
         for name, values in by_sample.items():
             self._counts[name] = self._counts.get(name, 0) + len(values)

@@ -273,7 +273,7 @@ def _gives(net: nn.Module, data: IndexedData, split: str, ids: Tensor, device: t
     """Returns whether `logits` (M, classes) match the network's outputs for the first samples `ids` (N,) of a split."""
     inputs = data.get_batch(split, ids.to(device)).inputs
     with evaluating(net.to(device)):
-        return _close(run_network(net, inputs).logits.float().cpu(), logits[: len(ids)].cpu(), TOLERANCE)
+        return _close(run_network(net, inputs).main.float().cpu(), logits[: len(ids)].cpu(), TOLERANCE)
 
 
 def _close(again: Tensor, kept: Tensor, tolerance: float) -> bool:

@@ -239,7 +239,8 @@ def load_weights_of(distiller: Distiller, checkpoint: Path) -> nn.Module:
 
 def measure_last(distiller: Distiller, checkpoint: Path, data: Any, device: torch.device | str) -> dict[str, float]:
     """Returns the test metrics of the last epoch's weights; `distiller` keeps these weights."""
-    return quality(load_weights_of(distiller, checkpoint), data, distiller.task, "test", device)
+    teacher = None if distiller.teacher is None else distiller.teacher.net
+    return quality(load_weights_of(distiller, checkpoint), data, distiller.task, "test", device, teacher)
 
 
 def pick_device(name: str) -> str:
@@ -261,6 +262,6 @@ def differences(found: dict[str, Any], summary: dict[str, Any]) -> list[str]:
     if "last" in found:
         pairs[f"student {name} (last)"] = (found["last"][name], test[name]["last"])
     if "teacher" in found:
-        pairs[f"teacher {name}"] = (found["teacher"][name], summary["teacher"]["test"][name])
+        pairs[f"teacher {name}"] = (found["teacher"].get(name), summary["teacher"]["test"].get(name))
         pairs |= {key: (value, summary["student"].get(key)) for key, value in found["agreement"].items()}
     return [f"{k}: now {now!r}, then {then!r}" for k, (now, then) in pairs.items() if now != then]

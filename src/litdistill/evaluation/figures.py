@@ -90,7 +90,9 @@ def show(
         return
     outputs, targets = predict_split(student, data, "val", device, task)
     expected = teacher_outputs(teacher, data, task, "val", device, folder) if teacher is not None else None
-    names = output_names(data, outputs.logits.shape[1])
+    if expected is not None and not task.measures(expected):
+        expected = None  # a teacher without classes has no predictions to show
+    names = output_names(data, outputs.main.shape[1])
     samples = Samples(
         lambda i: sample(data, "val", i), targets, names, outputs, expected, lambda i: words(data, "val", i)
     )

@@ -10,14 +10,17 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
+from litdistill.data.foreign import training_inputs
 from litdistill.distillation.examine import of_classes_known
 from litdistill.distillation.recorded import RecordedTeacher
 from litdistill.distillation.teacher_cache import cached_logits
+from litdistill.features.outputs import run_network
 from litdistill.models.ensemble import Ensemble, with_members
+from litdistill.models.parts import evaluating
 from litdistill.tasks.base import Task, at_places
 from litdistill.tasks.classification import Classification
 from litdistill.tasks.findings import judge
-from litdistill.types import Outputs
+from litdistill.types import EMBEDDING, Outputs
 
 
 @torch.no_grad()
@@ -35,6 +38,12 @@ def predict_split(
     net.train(was_training)
     heads = {name: torch.cat([outputs.heads[name] for outputs, _ in found]) for name in found[0][0].heads}
     return Outputs(heads), torch.cat([targets for _, targets in found])
+
+
+@torch.no_grad()
+def output_width(net: nn.Module, data: Any, device: torch.device | str) -> int:
+    """Returns how many outputs `net` has."""
+    return run_network(net.to(device).eval(), training_inputs(data, 2).to(device)).main.shape[1]
 
 
 def collect(net: nn.Module, data: Any, split: str, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
@@ -61,8 +70,18 @@ def teacher_outputs(
             return None
         each = teacher.arranged([outputs.logits for outputs in found if outputs is not None])
         return Outputs({"logits": teacher.combined(each), "members": each})
-    compute = lambda: predict_split(teacher, data, split, device, task)[0].logits  # noqa: E731
-    return Outputs.of(cached_logits(teacher, data, split, torch.device(device), folder, compute))
+    compute = lambda: predict_split(teacher, data, split, device, task)[0].main  # noqa: E731
+    kept = cached_logits(teacher, data, split, torch.device(device), folder, compute)
+    return Outputs({head_name(teacher, data, task, device): kept})
+
+
+@torch.no_grad()
+def head_name(net: nn.Module, data: Any, task: Task, device: torch.device | str) -> str:
+    """Returns the name of the head that `net` is trained for, `logits` or `embedding`, by a forward of two samples."""
+    batch = data.get_batch("train", data.train_ids[:2].to(device))
+    with evaluating(net.to(device)):
+        heads = task.forward(net, batch, False).heads
+    return next((name for name in ("logits", EMBEDDING) if name in heads), next(iter(heads)))
 
 
 def evaluations_folder(cfg: DictConfig) -> Path | None:
@@ -88,10 +107,19 @@ def measured(task: Task, outputs: Outputs, targets: Tensor) -> dict[str, float]:
 
 
 def quality(
-    net: nn.Module, data: Any, task: Task, split: str = "test", device: torch.device | str = "cpu"
+    net: nn.Module,
+    data: Any,
+    task: Task,
+    split: str = "test",
+    device: torch.device | str = "cpu",
+    teacher: nn.Module | None = None,
 ) -> dict[str, float]:
-    """Returns the task's metrics of `net` for a split."""
-    return measured(task, *predict_split(net, data, split, device, task))
+    """Returns the task's metrics of `net` for a split. `teacher`: what a task without labels compares with."""
+    outputs, targets = predict_split(net, data, split, device, task)
+    expected = (
+        predict_split(teacher, data, split, device, task)[0] if teacher is not None and not task.reads_labels else None
+    )
+    return measured(task, outputs, task.truth(targets, expected))
 
 
 def agreement(task: Task, student: Outputs, teacher: Outputs, targets: Tensor) -> dict[str, float]:
@@ -111,7 +139,8 @@ def measure(
 ) -> dict[str, Any]:
     """Returns the student's metrics and, with a teacher, the teacher's metrics and their agreement, as plain dicts.
 
-    The teacher's are left out where it is a file of outputs that lacks a sample of the split.
+    The teacher's are left out where it is a file of outputs that lacks a sample of the split, and for a teacher without classes
+    in a task that has them.
 
     `chance`: the monitored metric at chance level; None where it is undefined. `findings`: what is wrong with the student
     (`litdistill.tasks.findings.judge`).
@@ -119,10 +148,11 @@ def measure(
     `folder`: see `teacher_outputs`.
     """
     outputs, targets = predict_split(student, data, split, device, task)
-    found: dict[str, Any] = {"student": measured(task, outputs, targets), "chance": task.chance(targets)}
-    found["findings"] = judge(task, outputs, targets, found["student"].get(task.monitor[0]), split, data.class_names)
-    expected = teacher_outputs(teacher, data, task, split, device, folder) if teacher is not None else None
-    if expected is not None:
+    expected = None if teacher is None else teacher_outputs(teacher, data, task, split, device, folder)
+    truth = task.truth(targets, expected)
+    found: dict[str, Any] = {"student": measured(task, outputs, truth), "chance": task.chance(truth)}
+    found["findings"] = judge(task, outputs, truth, found["student"].get(task.monitor[0]), split, data.class_names)
+    if expected is not None and task.measures(expected):
         likeness = agreement(task, outputs, expected, targets)
-        found |= {"teacher": measured(task, *of_classes_known(expected, targets)), "agreement": likeness}
+        found |= {"teacher": measured(task, *of_classes_known(expected, truth)), "agreement": likeness}
     return found

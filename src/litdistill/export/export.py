@@ -31,14 +31,13 @@ from litdistill.evaluation.evaluate import load_run, rebuild, run_data
 from litdistill.evaluation.predictions import local_metrics
 from litdistill.export.predict import load, runtime
 from litdistill.export.writers import write_format
-from litdistill.features.outputs import run_network
 from litdistill.methods.base import BERNOULLI, CATEGORICAL, REAL
 from litdistill.models.preprocess import Preprocessed, bare, preprocess_of
 from litdistill.tasks.base import Task
 from litdistill.tasks.classification import Classification
 from litdistill.tasks.findings import judge
-from litdistill.types import Outputs
-from litdistill.utils.checkpoint import write_atomically, write_text
+from litdistill.types import EMBEDDING, Batch, Outputs
+from litdistill.utils.checkpoint import read_metadata, write_atomically, write_text
 from litdistill.utils.errors import UserError
 from litdistill.utils.hashing import weights_sha256
 from litdistill.utils.manifest import MANIFEST, SUFFIXES, check_facts, check_names, read_manifest
@@ -50,6 +49,7 @@ OUTPUTS = {
     CATEGORICAL: "logits, float32: their softmax gives probabilities",
     BERNOULLI: "logits, float32: the sigmoid of each gives its probability",
     REAL: "float32: output * std + mean of units gives values",
+    EMBEDDING: "float32: one vector a sample",
 }
 PRECISIONS = {
     "onnx": ("fp32", "fp16", "int8"),
@@ -138,7 +138,8 @@ def export_student(
     task = task or Classification()
     check_names(data.class_names)
     check_links(folder)
-    names, shape = names_and_shape(student, data)
+    names, shape = names_and_shape(student, data, task)
+    kind = task.kind if task.reads_labels else EMBEDDING
     preprocess, modality = preprocess_of(student), modality_of(data, shape)
     check_student(student, shape, format, precision, preprocessing)
     # safetensors holds weights alone
@@ -148,14 +149,14 @@ def export_student(
         "format": format,
         "precision": precision,
         "preprocessing": preprocessing,
-        "kind": task.kind,
+        "kind": kind,
         "units": task.units(),
         "classes": names,
         **about,
         "input_shape": shape,
         "modality": modality_facts(modality),
         "input": described(shape, modality.kind, preprocessing, preprocess is not None, input_dtype(data)),
-        "output": OUTPUTS[task.kind],
+        "output": OUTPUTS[kind],
     }
     if format == "safetensors":
         entry["net"] = dict(net_options or {})
@@ -187,7 +188,7 @@ def _enter(path: Path, entry: Mapping[str, Any]) -> None:
 
 
 @torch.no_grad()
-def names_and_shape(student: nn.Module, data: Any) -> tuple[list[str], list[int]]:
+def names_and_shape(student: nn.Module, data: Any, task: Task) -> tuple[list[str], list[int]]:
     """Returns the names of the student's outputs, and the shape of one input sample.
 
     Raises `UserError` for a student that cannot be exported: with several inputs, or without logits (N, outputs).
@@ -198,10 +199,12 @@ def names_and_shape(student: nn.Module, data: Any) -> tuple[list[str], list[int]
             "An exported file has one input, and this student takes several: load it with litdistill.load_student(<run>) and "
             "write it with torch.onnx.export."
         )
-    outputs = run_network(student.cpu().eval(), inputs.cpu()).heads
-    if (logits := outputs.get("logits")) is None or logits.ndim != 2:
+    outputs = task.forward(student.cpu().eval(), Batch(inputs.cpu(), None), False).heads
+    given = outputs.get("logits" if task.reads_labels else EMBEDDING)
+    if given is None or given.ndim != 2:
         raise UserError(f"An exported file gives logits (N, outputs), and this student gives {', '.join(outputs)}.")
-    return list(output_names(data, logits.shape[1])), list(data.input_shape or inputs.shape[1:])
+    names = output_names(data, given.shape[1]) if task.reads_labels else map(str, range(given.shape[1]))
+    return list(names), list(data.input_shape or inputs.shape[1:])
 
 
 def described(
@@ -265,7 +268,8 @@ def student_of_run(
     takes = inspect.signature(locate(str(own["_target_"]))).parameters
     own |= {k: v for k, v in facts_of(data).items() if k in takes and k not in own}
     try:
-        student = build_net(OmegaConf.create(own), data, "student", folder)
+        width = read_metadata(folder, "outputs")
+        student = build_net(OmegaConf.create(own), data, "student", folder, outputs=width)
     except UserError:
         data, distiller = rebuild(folder, overrides, trust)
         student = distiller.deployed_student
@@ -306,12 +310,13 @@ def check(
     student.eval()
     for batch in data.batches("test"):
         found = torch.from_numpy(run(batch.inputs.numpy()))
-        outputs = run_network(student, batch.inputs)
-        exported.update(Outputs.of(found), batch.targets)
-        own.update(outputs, batch.targets)
+        outputs = task.forward(student, batch, False)
+        truth = task.truth(batch.targets, outputs)  # without labels, the student's own outputs
+        exported.update(Outputs.of(found), truth)
+        own.update(outputs, truth)
         logits.append(found.double())
-        expected.append(outputs.logits.double())
-        targets.append(batch.targets)
+        expected.append(outputs.main.double())
+        targets.append(truth)
     a, b, name = torch.cat(logits), torch.cat(expected), task.monitor[0]
     difference, agreement = (
         default if limit is None else float(limit) for limit, default in zip(limits, TOLERANCES[precision], strict=True)

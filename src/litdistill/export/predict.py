@@ -214,8 +214,10 @@ def decoded(logits: np.ndarray, facts: ExportMetadata, top: int) -> list[dict[st
     """Returns the prediction of each sample from logits (N, outputs), by the kind of the task.
 
     Classes and labels: `{"top": [{"class", "index", "probability"}]}`, at most `top` entries in descending order of
-    probability. Regression: `{"values": {name: value}}`, in the targets' units.
+    probability. Regression: `{"values": {name: value}}`, in the targets' units. Embeddings: `{"embedding": [value]}`.
     """
+    if facts.kind == "embedding":
+        return [{"embedding": row.tolist()} for row in logits]
     x = logits.astype(np.float64)
     if facts.kind == "real":
         units = facts.units or {"mean": 0.0, "std": 1.0}

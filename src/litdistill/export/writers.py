@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from litdistill.compress.quantize import Int8, converted, quiet
 from litdistill.data.foreign import training_inputs
 from litdistill.export.predict import build_net as named_net
+from litdistill.features.outputs import to_outputs
 from litdistill.models.preprocess import Preprocess, as_plain_modules, bare, preprocess_of, without_preprocessing, wrap
+from litdistill.types import EMBEDDING
 from litdistill.utils.checkpoint import load_state_dict_checked, save_student
 from litdistill.utils.errors import UserError
 from litdistill.utils.manifest import MISSING, ExportMetadata
@@ -46,7 +48,8 @@ class ExportWrapper(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         images = self.preprocess(images)
-        return self.net(images.half()).float() if self.half_precision else self.net(images)
+        outputs = to_outputs(self.net(images.half() if self.half_precision else images)).main
+        return outputs.float() if self.half_precision else outputs
 
 
 def write_format(
@@ -127,11 +130,12 @@ def _write_torchscript(model: ExportWrapper, example: Tensor, path: Path) -> Non
 
 def _write_onnx(model: ExportWrapper, example: Tensor, path: Path, metadata: Mapping[str, str]) -> None:
     program = _traced(model, example)
+    name = EMBEDDING if metadata.get("kind") == json.dumps(EMBEDDING) else "logits"
     try:
         import onnx
 
         made = torch.onnx.export(
-            program, dynamo=True, external_data=False, input_names=["images"], output_names=["logits"], verbose=False
+            program, dynamo=True, external_data=False, input_names=["images"], output_names=[name], verbose=False
         )
     except (ModuleNotFoundError, torch.onnx.errors.OnnxExporterError) as error:
         missing = error if isinstance(error, ModuleNotFoundError) else error.__cause__

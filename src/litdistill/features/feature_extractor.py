@@ -22,10 +22,11 @@ from torch import Tensor, nn
 
 from litdistill.features.outputs import first_tensor, run_network
 from litdistill.features.stages import Call, before_activation, map_size, outermost, pooled, stage_ends
-from litdistill.types import Outputs
+from litdistill.types import EMBEDDING, Outputs
 from litdistill.utils.errors import UserError
 
 ALIASES = ("stages", "stages:pre", "last", "pooled")
+OF_HEAD = f":{EMBEDDING}"  # the tap of a network's head `embedding`
 
 
 def resolve_taps(
@@ -46,7 +47,8 @@ def resolve_taps(
     - `"stages:pre"`: the same before the activation that ends the stage (`"layer1.1.relu:in"`), in pre-activation
       networks (WRN) before the next activation; without such an activation module, the stage's output.
     - `"last"`: the last of the stages.
-    - `"pooled"`: the input of the classifier, (N, C); for a convolutional classifier (SqueezeNet) averaged over positions.
+    - `"pooled"`: the input of the classifier, (N, C); for a convolutional classifier (SqueezeNet) averaged over positions. Of
+      a network without classes its embedding.
 
     Suffixes: `":in"` the module's input, `":pool"` its input averaged over positions or tokens to (N, C).
 
@@ -62,19 +64,22 @@ def resolve_taps(
         return _taps_of_parts(parts(), example, requested, forward)
     modules = dict(net.named_modules())
     for tap in requested:
-        if tap not in ALIASES:
+        if tap not in (*ALIASES, OF_HEAD):
             _resolve(modules, tap)
-    calls, logits, size = _dry_forward(net, example, forward)
+    calls, outputs, size = _dry_forward(net, example, forward)
+    logits = outputs.main if EMBEDDING not in outputs.heads else None
     found: list[str] = []
     for tap in requested:
         if tap == "pooled":
-            found.append(pooled(calls, logits))
+            found.append(OF_HEAD if logits is None else pooled(calls, logits))
         elif tap in ALIASES:
             stages = stage_ends(calls, logits, size)
             if tap == "stages:pre":
                 found += [before_activation(calls, stage) or outermost(calls, stage) for stage in stages]
             else:
                 found += [outermost(calls, stage) for stage in (stages[-1:] if tap == "last" else stages)]
+        elif tap == OF_HEAD:
+            found.append(tap)
         else:
             name, _, where = tap.partition(":")
             call = next((c for c in calls if c.name == name), None)
@@ -123,6 +128,8 @@ class FeatureExtractor:
         self._inplace = [m for m in net.modules() if getattr(m, "inplace", False) is True] if self.names else []
         modules = dict(net.named_modules())
         for name in self.names:
+            if name == OF_HEAD:  # no module's: it is read from the outputs
+                continue
             module, where = _resolve(modules, name)
             if where:
                 hook: Any = partial(_save_input, self._state, name, where)
@@ -143,7 +150,7 @@ class FeatureExtractor:
         try:
             self._state.active = True
             outputs = forward(self.net)
-            taken = dict(self._state.features)
+            taken = dict(self._state.features) | {OF_HEAD: outputs.heads.get(EMBEDDING)}
         finally:
             self._state.active = False
             self._state.features.clear()
@@ -226,8 +233,8 @@ def _eval_state(net: nn.Module, device: torch.device) -> Iterator[None]:
 
 def _dry_forward(
     net: nn.Module, example: Any, forward: Callable[[nn.Module, Any], Outputs]
-) -> tuple[list[Call], Tensor, tuple[int, ...] | None]:
-    """Returns the last call of each submodule, sorted by its end; the logits; and the height and width of the network's own
+) -> tuple[list[Call], Outputs, tuple[int, ...] | None]:
+    """Returns the last call of each submodule, sorted by its end; the outputs; and the height and width of the network's own
     input (behind its preprocessing), None if it is no map.
     """
     clock = iter(range(1 << 62))
@@ -250,9 +257,8 @@ def _dry_forward(
             handles.append(module.register_forward_pre_hook(partial(begin, name), with_kwargs=True))
             handles.append(module.register_forward_hook(partial(end, name), with_kwargs=True))
         with _eval_state(net, first_tensor(example).device):
-            heads = forward(net, example).heads
-            logits = heads["logits"] if "logits" in heads else next(iter(heads.values()))
+            outputs = forward(net, example)
     finally:
         for handle in handles:
             handle.remove()
-    return sorted(calls.values(), key=lambda c: c.end), logits, sizes[-1]
+    return sorted(calls.values(), key=lambda c: c.end), outputs, sizes[-1]

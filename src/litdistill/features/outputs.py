@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from litdistill.types import Outputs
+from litdistill.types import EMBEDDING, Outputs
 from litdistill.utils.errors import UserError
 
 
@@ -23,7 +23,8 @@ def run_network(net: nn.Module, inputs: Any) -> Outputs:
 def to_outputs(raw: Any) -> Outputs:
     """Converts a tensor, a tuple that begins with the logits, a mapping, or an object with `logits` to `Outputs`.
 
-    The other tensors of a mapping become heads under their keys. Raises `UserError` for any other type.
+    The other tensors of a mapping become heads under their keys: `embedding` that of a network
+    without classes. Raises `UserError` for any other type.
     """
     if isinstance(raw, Outputs):
         return raw
@@ -31,7 +32,7 @@ def to_outputs(raw: Any) -> Outputs:
         return Outputs.of(raw)
     if isinstance(raw, Mapping):
         heads = {str(k): v for k, v in raw.items() if isinstance(v, Tensor) and v.ndim > 0}
-        if "logits" not in heads and len(heads) == 1:
+        if "logits" not in heads and len(heads) == 1 and EMBEDDING not in heads:
             heads = {"logits": next(iter(heads.values()))}
         if heads:
             return Outputs(heads)

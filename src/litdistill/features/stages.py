@@ -37,16 +37,17 @@ def map_size(x: Any) -> tuple[int, ...] | None:
     return tuple(x.shape[2:]) if isinstance(x, Tensor) and x.ndim == 4 else None
 
 
-def stage_ends(calls: list[Call], logits: Tensor, image: tuple[int, ...] | None) -> list[Call]:
+def stage_ends(calls: list[Call], logits: Tensor | None, image: tuple[int, ...] | None) -> list[Call]:
     """Returns the call that ends each stage, in the order of execution.
 
     It is the last map of each spatial size before the classifier, if a convolution made a map of that size (pooling alone
     makes no stage). Excluded are maps of 1x1, and maps inside a block that takes this size and returns another (the wide
     1x1 convolution of the next stage's first block). A stem of the first stage's size belongs to that stage; a stem of one
     strided convolution with a size of its own (before pooling) is dropped, as in the methods' published tables.
-    `logits`: (N, classes); `image`: height and width of the input. Raises `UserError` where no stage is found.
+    `logits`: (N, classes), None of a network without classes; `image`: height and width of the input. Raises `UserError` where
+    no stage is found.
     """
-    head = _classifier(calls, logits)
+    head = None if logits is None else _classifier(calls, logits)
     calls = [c for c in calls if not isinstance(c.module, _PASSING) and (head is None or c.end < head.start)]
     ends: dict[tuple[int, ...], Call] = {}
     convs: dict[tuple[int, ...], int] = {}

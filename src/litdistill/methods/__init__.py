@@ -6,6 +6,7 @@ from litdistill.methods.ab import AB
 from litdistill.methods.at import AT
 from litdistill.methods.binary_kd import BinaryKD
 from litdistill.methods.cc import CC
+from litdistill.methods.cosine import Cosine
 from litdistill.methods.crd import CRD
 from litdistill.methods.cwd import CWD
 from litdistill.methods.dist import DIST
@@ -66,6 +67,7 @@ __all__ = [
     "VID",
     "WTTM",
     "BinaryKD",
+    "Cosine",
     "FitNet",
     "HardPseudoLabel",
     "LogitMSE",

@@ -189,7 +189,7 @@ class VectorMethod(PairMethod):
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         if not self.hint:
             return {}
-        with torch.autocast(student.logits.device.type, enabled=False):
+        with torch.autocast(student.main.device.type, enabled=False):
             return super().forward(student, teacher, batch)
 
 

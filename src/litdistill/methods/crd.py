@@ -111,7 +111,7 @@ class CRD(VectorMethod):
             if self.training:
                 raise UserError(NO_IDS)
             return {}
-        with torch.autocast(student.logits.device.type, enabled=False):
+        with torch.autocast(student.main.device.type, enabled=False):
             return {"hint": self.hint * self._contrastive(*self.pairs(student, teacher)[-1], batch.ids)}
 
     def _contrastive(self, student: Tensor, teacher: Tensor, ids: Tensor) -> Tensor:

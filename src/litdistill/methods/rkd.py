@@ -40,7 +40,7 @@ class RKD(Method):
         if not (self.distance or self.angle):
             return {}
         distances, angles = [], []
-        with torch.autocast(student.logits.device.type, enabled=False):
+        with torch.autocast(student.main.device.type, enabled=False):
             for s, t in pair(vectors(student.features, "rkd"), vectors(teacher.features, "rkd")):
                 (s_distance, s_angle), (t_distance, t_angle) = distances_and_angles(s), distances_and_angles(t)
                 distances.append(smooth_l1(s_distance, t_distance))

@@ -16,12 +16,14 @@ def student_metadata(
     data: Any,
     structure: Sequence[dict[str, Any]] = (),
     units: dict[str, list[float]] | None = None,
+    outputs: int | None = None,
 ) -> dict[str, str]:
     """Returns the metadata of a network's weights file, for `litdistill.utils.checkpoint.read_metadata`.
 
     `classes` and `input_shape` of the training data, and its `data_mean` and `data_std` if it has them; `mean`, `std` and
     `size` of the network's preprocessing if it has one; the `structure` of a compressed network
-    (`litdistill.compress.structure.structure_of`); and the `units` of its outputs (`litdistill.tasks.base.Task.units`).
+    (`litdistill.compress.structure.structure_of`); the `units` of its outputs (`litdistill.tasks.base.Task.units`); and the
+    number of `outputs` where they are not the classes.
     """
     shape = data.input_shape
     facts: dict[str, Any] = {"classes": list(data.class_names), "input_shape": None if shape is None else list(shape)}
@@ -33,6 +35,8 @@ def student_metadata(
         facts |= preprocess.facts()
     if units:
         facts["units"] = units
+    if outputs is not None:
+        facts["outputs"] = outputs
     if structure:
         facts["structure"] = list(structure)
     return {k: json.dumps(v) for k, v in facts.items()}

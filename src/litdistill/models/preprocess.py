@@ -121,8 +121,7 @@ class Preprocessed(nn.Module):
         super().__init__()
         self.preprocess, self.net = preprocess, net
         self.training = getattr(net, "training", False)  # a scripted network has no mode
-        self.register_state_dict_post_hook(_without_level)
-        self.register_load_state_dict_pre_hook(_with_level)
+        transparent_state(self)
 
     def forward(self, images: Tensor) -> Any:
         return self.net(self.preprocess(images))
@@ -131,17 +130,32 @@ class Preprocessed(nn.Module):
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Module]]:
         """Yields this module and the network under the same name, so that names inside are the network's."""
-        memo = set() if memo is None else memo
-        if self not in memo:
-            if remove_duplicate:
-                memo.add(self)
-            yield prefix, self
-            yield from self.preprocess.named_modules(memo, f"{prefix}.preprocess".lstrip("."), remove_duplicate)
-            yield from self.net.named_modules(memo, prefix, remove_duplicate)
+        yield from transparent_modules(self, ("preprocess",), memo, prefix, remove_duplicate)
 
     def get_submodule(self, target: str) -> nn.Module:
         """Returns a submodule by its name in the network."""
         return self if target == "" else self.net.get_submodule(target)
+
+
+def transparent_modules(
+    module: nn.Module, beside: Sequence[str], memo: set[nn.Module] | None, prefix: str, remove_duplicate: bool
+) -> Iterator[tuple[str, nn.Module]]:
+    """Yields `named_modules` of a module around `module.net`: itself, its submodules `beside` the network, and those of the
+    network, which have the same names as without it."""
+    memo = set() if memo is None else memo
+    if module not in memo:
+        if remove_duplicate:
+            memo.add(module)
+        yield prefix, module
+        for name in (*beside, "net"):
+            place = prefix if name == "net" else f"{prefix}.{name}".lstrip(".")
+            yield from getattr(module, name).named_modules(memo, place, remove_duplicate)
+
+
+def transparent_state(module: nn.Module) -> None:
+    """Gives the state dict of a module around `module.net` the keys of the network."""
+    module.register_state_dict_post_hook(_without_level)
+    module.register_load_state_dict_pre_hook(_with_level)
 
 
 def _without_level(module: nn.Module, state: dict[str, Any], prefix: str, _: dict[str, Any]) -> None:

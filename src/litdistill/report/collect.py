@@ -28,6 +28,7 @@ from litdistill.export.writers import ExportWrapper
 from litdistill.features.outputs import run_network
 from litdistill.models.preprocess import preprocess_of
 from litdistill.report import tables as report
+from litdistill.report.controls import is_measured
 from litdistill.report.files import shipped_file, write_teacher
 from litdistill.tasks import Classification, Task
 from litdistill.types import Outputs
@@ -161,7 +162,7 @@ def groups(places: Sequence[str | Path], out: Path, settings: Settings) -> list[
 
 def _group(facts: dict[str, Any], runs: Sequence[tuple[Path, dict[str, Any]]], out: Path, settings: Settings) -> Group:
     group = Group(facts["name"], facts)
-    by_sha = {s["teacher"]["sha256"]: s["teacher"] for _, s in runs if s["teacher"]}
+    by_sha = {s["teacher"]["sha256"]: s["teacher"] for _, s in runs if is_measured(s["teacher"])}
     teachers = {sha: Row("teacher", t, teacher=True) for sha, t in by_sha.items()}
     students = [(f, s) for f, s in runs if s["student"]["sha256"] not in teachers]
     kinds = report.kinds([s for _, s in students])
@@ -203,8 +204,9 @@ def _measure_run(
     device, task = pick_device(settings.device), distiller.task
     _adopt(group, data, corrupted, settings)
     exports = group.inputs is not None
-    if distiller.teacher is not None and not (teacher := teachers[summary["teacher"]["sha256"]]).seeds:
-        sha = summary["teacher"]["sha256"]
+    sha = summary["teacher"]["sha256"] if distiller.teacher is not None else None
+    if sha in teachers and not (teacher := teachers[sha]).seeds:
+        assert distiller.teacher is not None
         seed = Seed(_own_summary(folder, sha, settings) or {}, folder, task, sha256=sha)
         _measure(seed, distiller.teacher.net, None, data, device, group, corrupted, out, settings)
         teacher.seeds.append(seed)
@@ -218,6 +220,10 @@ def _measure_run(
         path = shipped_file(folder, row.precision, summary, settings.trust)
     seed = Seed(summary, folder, task, sha256=summary["student"]["sha256"], starts=_starts(folder, summary, settings))
     _measure(seed, net, path if row.precision == "int8" else None, data, device, group, corrupted, out, settings)
+    if not task.reads_labels:
+        reference = teachers[str(sha)].seeds[0]
+        for one in (reference, seed):  # their measure is the teacher
+            one.val_targets, one.test_targets = reference.val.main, reference.test.main
     row.seeds.append(seed)
     if row.file is None:
         row.file, row.net = path, None if row.precision == "int8" else ExportWrapper(net)

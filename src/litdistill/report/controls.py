@@ -22,6 +22,11 @@ class Difference(NamedTuple):
     seeds: int  # that both have; 0: none, and the means were compared
 
 
+def is_measured(teacher: Mapping[str, Any] | None) -> bool:
+    """Returns whether there is a teacher in a summary, with metrics: one without classes has none in a task of classes."""
+    return teacher is not None and bool(teacher["test"])
+
+
 def is_distilled(run: Mapping[str, Any]) -> bool:
     """Returns whether a summary is of a student that learned from a teacher."""
     return run.get("teacher") is not None and str(run["method"]).split("+")[0] not in CONTROLS

@@ -42,7 +42,7 @@ def write_teacher(net: nn.Module, data: Any, path: Path) -> Path:
     facts = ExportMetadata("onnx", preprocessing, list(data.class_names), [], [], None, list(inputs.shape[1:]), {})
     write_atomically(path, lambda temporary: write_format(net.cpu(), data, temporary, entry, facts, 0))
     with torch.no_grad():
-        expected = run_network(net.eval(), inputs).logits
+        expected = run_network(net.eval(), inputs).main
     given = torch.from_numpy(runtime(path.read_bytes(), facts, path)(inputs.numpy()))
     if not torch.allclose(given, expected, atol=1e-3 * float(expected.abs().max()), rtol=0):
         raise UserError(f"{path} gives other logits than the teacher: it cannot be timed in the students' runtime.")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from litdistill.report.controls import is_distilled
+from litdistill.report.controls import is_distilled, is_measured
 from litdistill.report.tables import by_data, data_title, kinds, label, tell_apart
 from litdistill.utils.units import axis, factor, measured
 
@@ -34,7 +34,7 @@ def lines(found: Sequence[dict[str, Any]]) -> list[Line]:
     """Returns the rows of the picture of one table's summaries: teachers first, then each kind of student."""
     metric = found[0]["metric"]["name"]
     by, grouped = factor(metric), kinds(found)
-    teachers = {r["teacher"]["sha256"]: r["teacher"] for r in found if r["teacher"]}
+    teachers = {r["teacher"]["sha256"]: r["teacher"] for r in found if is_measured(r["teacher"])}
     own = {run["student"]["sha256"] for run in found}
     made = [(f"teacher {t['name']}", [t["test"][metric]], "teacher") for sha, t in teachers.items() if sha not in own]
     names = tell_apart([label(k[0], grouped) for k in grouped], [k[0]["student"]["name"] for k in grouped])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from litdistill.report.controls import control_of, difference, is_distilled, shown_difference
+from litdistill.report.controls import control_of, difference, is_distilled, is_measured, shown_difference
 from litdistill.report.tables import Cell, differing, kinds
 from litdistill.report.writers import ADDED
 from litdistill.utils.units import Number, heading, measured
@@ -24,13 +24,15 @@ def pivot(found: Runs) -> list[dict[str, Cell]]:
     grouped = kinds(found)
     pairs = list(dict.fromkeys(pair for kind in grouped for pair in _pairs(kind[0], grouped)))
     metric = found[0]["metric"]["name"]
-    teachers = {t: {r["teacher"]["sha256"]: r["teacher"]["test"][metric] for r in found if _teacher(r) == t}
+    teachers = {t: {r["teacher"]["sha256"]: r["teacher"]["test"][metric]
+                    for r in found if _teacher(r) == t and is_measured(r["teacher"])}
                 for t, _ in pairs if t}  # fmt: skip
+    teachers = {name: values for name, values in teachers.items() if values}
     table: dict[tuple[str, int | None], dict[str, Cell]] = {}
     if teachers:
         table["teacher", -1] = {"method": "teacher", "trained on": ""}
         for teacher, student in pairs:
-            if teacher:
+            if teacher in teachers:
                 table["teacher", -1][_column(teacher, student, metric)] = measured(
                     metric, list(teachers[teacher].values())
                 )

@@ -284,7 +284,7 @@ def per_class(group: Group, key: str) -> Section:
 
 def class_names(group: Group) -> Sequence[str]:
     """Returns the names of all outputs; indices where the data has no names."""
-    count = group.rows[0].seeds[0].test.logits.shape[1]
+    count = group.rows[0].seeds[0].test.main.shape[1]
     return group.classes if group.classes else [str(i) for i in range(count)]
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from litdistill.report.controls import is_measured
 from litdistill.utils.errors import UserError
 from litdistill.utils.text import printable_values
 from litdistill.utils.units import SHARES, Number, heading, measured, quantity
@@ -113,7 +114,7 @@ def records(found: Sequence[dict[str, Any]]) -> list[dict[str, Cell]]:
 
     All runs are of one table (`by_data`). A row maps column names to cells. Rows of one student follow one another.
     """
-    teachers = {run["teacher"]["sha256"]: run for run in found if run["teacher"]}
+    teachers = {run["teacher"]["sha256"]: run for run in found if is_measured(run["teacher"])}
     own = {run["student"]["sha256"] for run in found}
     grouped, measures = kinds(found), _measured(found)
     table = [_teacher_row(run, *measures) for sha, run in teachers.items() if sha not in own]

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from litdistill.tasks.base import Task
 from litdistill.tasks.classification import Classification
+from litdistill.tasks.embedding import Embedding
 from litdistill.tasks.multilabel import MultiLabel
 from litdistill.tasks.regression import Regression
 from litdistill.tasks.sequence import LanguageModel
 from litdistill.utils.errors import UserError
 
-__all__ = ["TASKS", "Classification", "LanguageModel", "MultiLabel", "Regression", "Task", "named_task"]
+__all__ = ["TASKS", "Classification", "Embedding", "LanguageModel", "MultiLabel", "Regression", "Task", "named_task"]
 
 TASKS: dict[str, type[Task]] = {
     "classification": Classification,
     "multilabel": MultiLabel,
     "regression": Regression,
     "language_model": LanguageModel,
+    "embedding": Embedding,
 }
 
 

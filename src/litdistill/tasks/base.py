@@ -26,10 +26,12 @@ class Task:
     Attributes:
         kind: the distribution that logits parametrize: "categorical" (softmax over classes), "bernoulli" (a sigmoid each) or
             "real". A method that is not defined for it is refused.
+        reads_labels: whether its loss reads labels. False: no sample needs one, and a student learns from its teacher alone.
         monitor: the metric that selects the best epoch, and whether it is maximized or minimized.
     """
 
     kind: str = CATEGORICAL
+    reads_labels = True
     monitor: tuple[str, Literal["max", "min"]] = ("accuracy", "max")
 
     def batch(self, raw: Any) -> Batch:
@@ -66,6 +68,15 @@ class Task:
         It must be exact for any number of processes: its states are gathered from all of them.
         """
         raise NotImplementedError
+
+    def truth(self, targets: Any, teacher: Outputs | None) -> Any:
+        """Returns what metrics compare the outputs for a batch with: its labels; without labels, the teacher's outputs."""
+        return targets
+
+    def measures(self, outputs: Outputs) -> bool:
+        """Returns whether the metrics are defined for these outputs. False for a teacher without classes, which is then neither
+        measured nor judged."""
+        return "logits" in outputs.heads
 
     def scores(self, outputs: Outputs, targets: Tensor) -> dict[str, Tensor]:
         """Returns scores to log while training: one value per sample by name, each (N,); they must be cheap to compute."""
@@ -159,7 +170,7 @@ class WholeSplit(Metric):
         self.add_state("targets", default=[], dist_reduce_fx="cat")
 
     def update(self, outputs: Outputs, targets: Tensor) -> None:
-        self.logits.append(outputs.logits.detach().float().clone())  # the next replay of a CUDA graph overwrites these
+        self.logits.append(outputs.main.detach().float().clone())  # the next replay of a CUDA graph overwrites these
         self.targets.append(targets)
 
     def compute(self) -> dict[str, Tensor]:

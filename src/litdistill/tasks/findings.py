@@ -10,11 +10,12 @@ import logging
 from collections.abc import Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from litdistill.methods.base import BERNOULLI, CATEGORICAL
 from litdistill.tasks.base import Task
-from litdistill.types import Outputs
+from litdistill.types import EMBEDDING, Outputs
 from litdistill.utils.units import named, shown
 
 log = logging.getLogger(__name__)
@@ -62,6 +63,9 @@ def judge(
 
 def constant(task: Task, outputs: Outputs, targets: Tensor, names: Sequence[str] = ()) -> str | None:
     """Returns in words what a network predicts whatever its input is; None if predictions differ, or the targets do not."""
+    if EMBEDDING in outputs.heads:
+        spread = F.normalize(outputs.main.double(), dim=1).std(0, correction=0).norm() if len(targets) > 1 else None
+        return "it gives the same vector for all samples" if spread is not None and spread < STILL else None
     logits = outputs.heads.get("logits")
     if logits is None or logits.ndim != 2 or len(logits) < 2 or not isinstance(targets, Tensor):
         return None

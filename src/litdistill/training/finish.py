@@ -24,7 +24,7 @@ from litdistill.evaluation import figures
 from litdistill.evaluation.crowd import describe_crowd
 from litdistill.evaluation.evaluate import load_weights_of, measure_last
 from litdistill.evaluation.findings import judge_gap
-from litdistill.evaluation.predictions import evaluations_folder, measure
+from litdistill.evaluation.predictions import evaluations_folder, measure, output_width
 from litdistill.evaluation.summary import hyperparameters, start_of, summarize
 from litdistill.export.export import export_student
 from litdistill.models.metadata import student_metadata
@@ -80,7 +80,8 @@ def finish(run: Run, times: dict[str, float], role: str) -> None:
     if not trainer.is_global_zero:
         return
     accept_record(run.folder)  # of a resume that had no step left to train
-    metadata = student_metadata(student, run.data, structure_of(student), task.units())
+    width = None if task.reads_labels else output_width(student, run.data, device)
+    metadata = student_metadata(student, run.data, structure_of(student), task.units(), width)
     save_student(student, run.folder / STUDENT, metadata)
     if isinstance(bare(student), Int8):
         summary["student"] |= {"precision": "int8", "bytes": _write_int8(run.folder, student, run.data, task)}
@@ -88,7 +89,8 @@ def finish(run: Run, times: dict[str, float], role: str) -> None:
     # This file marks the run as finished: pictures come after it, and none can lose it.
     write_text(run.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     name = task.monitor[0]
-    reference = f", teacher {shown(name, found['teacher'][name])}" if "teacher" in found else ""
+    judged = "teacher" in found and task.reads_labels  # a backbone without classes is its own measure
+    reference = f", teacher {shown(name, found['teacher'][name])}" if judged else ""
     log.info(
         "%s: test %s %s (best epoch on validation), %s (last epoch)%s; %s in all. %s",
         *(role, name, shown(name, found["student"][name]), shown(name, last[name]), reference),

@@ -19,7 +19,7 @@ from litdistill.tasks.base import Task
 from litdistill.utils.errors import UserError
 
 LOWER_IS_BETTER = ("nll", "brier", "ece", "kl", "loss", "rmse", "mae", "mse", "error", "deviation")
-HIGHER_IS_BETTER = ("accuracy", "agreement", "teacher_accuracy", "map", "f1", "r2")
+HIGHER_IS_BETTER = ("accuracy", "agreement", "teacher_accuracy", "map", "f1", "r2", "spearman", "cosine")
 
 
 def direction(monitor: str, task: Task) -> str | None:
@@ -75,7 +75,7 @@ def check_monitors(net: nn.Module, data: Any, task: Task, monitors: Mapping[str,
     try:
         outputs = task.forward(net.eval(), batch, False)
         metrics = task.metrics()
-        metrics.update(outputs, batch.targets)
+        metrics.update(outputs, task.truth(batch.targets, outputs))
         names = {str(key) for key in metrics.compute()}
         names |= {*task.agreement(outputs, outputs), f"teacher_{task.monitor[0]}"} if has_teacher else set()
     except Exception:  # a user's task may raise any type for two samples

@@ -12,6 +12,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from litdistill.config.backbones import student_outputs
 from litdistill.config.build import build_net
 from litdistill.config.lr_scaling import Scale
 from litdistill.data.foreign import ForeignData, sample_count
@@ -57,7 +58,7 @@ def check_student(
 def trial_student(cfg: DictConfig, data: Any) -> nn.Module:
     """Returns a student of the config to try something with, and not the weights that it starts from."""
     node = {k: v for k, v in cfg.student.items() if k != "checkpoint"}
-    return build_net(OmegaConf.create(node), data, "student", say=False)
+    return build_net(OmegaConf.create(node), data, "student", say=False, outputs=student_outputs(cfg, data, None))
 
 
 def check_last_batch(cfg: DictConfig, data: Any, task: Task) -> None:

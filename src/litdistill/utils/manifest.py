@@ -92,7 +92,7 @@ def check_facts(entry: Mapping[str, Any], path: Path) -> ExportMetadata:
         "mean": numbers(facts.mean, -1e6, 1e6, (int, float)),
         "std": numbers(facts.std, 1e-6, 1e6, (int, float)),
         "net": isinstance(facts.net, dict),
-        "kind": facts.kind in ("categorical", "bernoulli", "real"),
+        "kind": facts.kind in ("categorical", "bernoulli", "real", "embedding"),
         "modality": isinstance(facts.modality, Mapping)
         and facts.modality.get("kind") in KINDS
         and isinstance(facts.modality.get("files"), dict)

@@ -46,6 +46,7 @@ OBJECTS: dict[str, dict[str, type[Node]]] = {
     "data": {"ImageData": data.ImageData, "diabetes": data.Standardized, "multilabel": data.Standardized},
     "task": {
         "Classification": library.Classification,
+        "Embedding": library.Embedding,
         "MultiLabel": library.MultiLabel,
         "Regression": library.Regression,
         "LanguageModel": library.LanguageModel,

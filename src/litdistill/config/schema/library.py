@@ -132,6 +132,15 @@ class LanguageModel(Node):
     target: str = Field(alias="_target_", description="the task")
 
 
+class Embedding(Node):
+    """`task` of one vector a sample."""
+
+    target: str = Field(alias="_target_", description="the task")
+    width: Count | None = option(
+        "of the student's vector; null: its teacher's, in whose place it can then be used", usual=128
+    )
+
+
 class Compression(Object):
     """`compress`: low_rank or prune."""
 

@@ -108,7 +108,7 @@ def optimizer(cfg: Mapping[str, Any]) -> Iterator[str]:
 def student(cfg: Mapping[str, Any]) -> Iterator[str]:
     for role in ("student", "teacher"):
         node = cfg.get(role)
-        if isinstance(node, dict) and node.get("head") is not None and node.get("checkpoint") is None:
+        if isinstance(node, dict) and node.get("head") == "new" and node.get("checkpoint") is None:
             yield (
                 f"{role}.head={node['head']} without weights to take: set {role}.checkpoint, or {role}.head=null, "
                 "which starts from nothing as a whole."

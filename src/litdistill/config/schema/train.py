@@ -77,7 +77,9 @@ class Teacher(Object):
     outputs: Text | None = option(
         "in place of a network: a file of its outputs by sample, .safetensors, .npz, .npy, .parquet or .csv (docs/teachers.md)"
     )
-    head: Literal["new"] | None = option("new: of these weights take all but the classifier, which starts from nothing")
+    head: Literal["new", "cut"] | None = option(
+        "new: of these weights take all but the classifier, which starts from nothing; cut: a backbone, without a classifier"
+    )
     preprocess: Preprocess | None = option("as for the student; so either can have its own")
     allow_chance: bool = option("go on with a teacher that is no better than chance")
     cache: Cache | None = option(
