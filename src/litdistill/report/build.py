@@ -11,6 +11,7 @@ from urllib.parse import quote
 from litdistill.report import headline, history, of_task, sections
 from litdistill.report.blocks import Block, Link, Section, Warn, write
 from litdistill.report.collect import Group, Settings, groups
+from litdistill.report.membership import privacy
 from litdistill.report.robust import robust
 from litdistill.report.tables import data_title
 from litdistill.report.timing import machine, time_rows
@@ -76,6 +77,7 @@ def page_sections(group: Group, key: str, settings: Settings) -> list[Section]:
         found += [sections.per_class(group, key), sections.calibration(group, key)]
         if group.pictured:
             found += [sections.failures(group, key), robust(group, key, settings)]
+        found.append(privacy(group, key))
     found += of_task.of_task(group, key)
     return [*found, history.curves(group, key), history.compute(group, key), history.rerun(group, key)]
 

@@ -19,10 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from litdistill.data.protocol import as_indexed
 from litdistill.evaluation import robustness
 from litdistill.evaluation.calibration import fit_temperature
 from litdistill.evaluation.evaluate import load_run, pick_device, rebuild
 from litdistill.evaluation.predictions import measured, predict_split
+from litdistill.evaluation.privacy import Membership, losses, membership
 from litdistill.export.predict import runtime
 from litdistill.export.writers import ExportWrapper
 from litdistill.features.outputs import run_network
@@ -64,6 +66,7 @@ class Seed:
     test_targets: Tensor = field(default_factory=lambda: torch.empty(0))
     temperature: float = 1.0  # of a classifier
     robustness: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    membership: Membership | None = None  # of a classifier whose training samples have ids
     sha256: str = ""  # of the weights
     starts: dict[str, float] = field(default_factory=dict)  # seconds of each run among its starting points, by name
 
@@ -143,6 +146,7 @@ class Group:
 
 
 BATCH = 512  # samples per forward
+MEMBERS = 5000  # training samples whose membership is inferred, at most
 
 
 def one_label(outputs: Outputs, targets: Tensor) -> bool:
@@ -306,6 +310,7 @@ def _measure(
     if not one_label(seed.test, seed.test_targets):
         return
     seed.temperature = fit_temperature(seed.val.logits, seed.val_targets)
+    seed.membership = _membership(predict, data, seed.test, seed.test_targets)
     if settings.robustness and group.pictured:
         assert group.inputs is not None
         chosen = spread_out(settings.robustness, len(group.inputs))
@@ -319,6 +324,18 @@ def _measure(
         logits_of = lambda x: run_network(net, x).logits  # noqa: E731
         compute = lambda: _robustness(predict, logits_of, images, targets, corrupted, settings, device)  # noqa: E731
         seed.robustness = _cached(out / "cache" / f"robustness-{weights[:16]}.json", cache_key, compute)
+
+
+def _membership(predict: Callable[[Tensor], Tensor], data: Any, test: Outputs, targets: Tensor) -> Membership | None:
+    """Returns what the losses of `MEMBERS` labelled training samples at most betray; None for data without ids."""
+    if as_indexed(data) is None or not isinstance(data.get_batch("train", data.train_ids[:1]).inputs, Tensor):
+        return None
+    ids = data.train_ids[data.train_targets[data.train_ids] >= 0]
+    if not len(ids):
+        return None
+    batches = [data.get_batch("train", chunk) for chunk in ids[spread_out(MEMBERS, len(ids))].split(BATCH)]
+    own = torch.cat([losses(predict(batch.inputs), batch.targets) for batch in batches])
+    return membership(own, losses(test.logits, targets))
 
 
 def spread_out(n: int, of: int) -> Tensor:
