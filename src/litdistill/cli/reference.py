@@ -22,6 +22,8 @@ FILES: dict[str, type[Node]] = {
     "data/base.yaml": data.ImageData,
     "data/diabetes.yaml": data.Standardized,
     "data/multilabel.yaml": data.Standardized,
+    "data/movie_reviews.yaml": data.Tokenized,
+    "data/texts.yaml": data.Tokenized,
     "sweep/base.yaml": train.SweepOptions,
     "trainer/auto.yaml": library.Trainer,
 }
@@ -29,6 +31,7 @@ SECTIONS: tuple[tuple[str, str, type[Node]], ...] = (  # prefix of the keys, tit
     ("", "`litdistill train`: conf/train.yaml", train.Train),
     ("data.", "`data` of images: conf/data", data.ImageData),
     ("data.", "`data` of features: conf/data/diabetes.yaml", data.Standardized),
+    ("data.", "`data` of texts: conf/data/movie_reviews.yaml, texts.yaml", data.Tokenized),
     ("task.", "`task=classification`", library.Classification),
     ("task.", "`task=multilabel`", library.MultiLabel),
     ("task.", "`task=regression`", library.Regression),

@@ -35,7 +35,8 @@ NO_RECIPE = {  # options of these that change only paths and speed
 }
 
 
-OWN_FILES = ("folder", "shards")  # data whose files are the user's, in `data.root`
+# Data whose files are the user's, and the options that name them.
+OWN_FILES = {"folder": ("root",), "shards": ("root",), "texts": ("root", "test", "validation", "unlabelled")}
 OWN_CALLBACKS = ("best", "last", "learning_rate")  # those of conf/callbacks, which do not change the weights
 
 
@@ -47,8 +48,12 @@ def teacher_config(cfg: DictConfig) -> DictConfig:
         teacher.student = {k: v for k, v in cfg.teacher.items() if k not in NETWORK_META_KEYS}
         teacher.student.checkpoint, teacher.student.preprocess = None, cfg.teacher.get("preprocess")
         teacher.compress = teacher.technique = None
-        for key in {"unlabelled", "labelled"} & teacher.data.keys():  # it is trained on labels alone
-            teacher.data[key] = None
+        # It is trained on labels alone. Of texts the others stay in the data, of which a tokenizer may be made.
+        if "only_labelled" in teacher.data:
+            teacher.data.only_labelled = True
+        else:
+            for key in {"unlabelled", "labelled"} & teacher.data.keys():
+                teacher.data[key] = None
         _drop_callbacks(teacher)
         if cfg.teacher.get("generations", 1) > 1:  # born-again: a teacher distilled from a teacher like it
             teacher.teacher.generations -= 1
@@ -119,8 +124,10 @@ def recipe_hash(cfg: DictConfig) -> str:
     that a teacher of other images, or of fewer, is not taken for theirs.
     """
     kept = recipe(cfg)
-    if data_name(cfg.data) in OWN_FILES and cfg.data.get("root") is not None:
-        kept["files"] = contents_digest(Path(cfg.data.root))
+    own = [cfg.data[key] for key in OWN_FILES.get(data_name(cfg.data), ()) if cfg.data.get(key) is not None]
+    if own:
+        found = [contents_digest(Path(path)) for path in own]
+        kept["files"] = found[0] if len(found) == 1 else found
     labels = cfg.data.get("labels")
     if isinstance(labels, str) and (place := labels_file(cfg.data.get("root") or "", labels)).is_file():
         kept["data"]["labels"] = hashlib.sha256(place.read_bytes()).hexdigest()[:10]

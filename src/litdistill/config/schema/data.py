@@ -107,6 +107,27 @@ class TensorData(Node):
     )
 
 
+class Tokenized(TensorData):
+    """`data` of texts: conf/data/movie_reviews.yaml and texts.yaml."""
+
+    root: Text | None = option(
+        "texts: a folder of class folders of .txt files, or a .tsv, .csv or .jsonl file; movie_reviews: where its file is"
+    )
+    test: Text | None = option("a file of texts to test on; null: a fifth of each class, or the folder test/")
+    validation: Text | None = option("a file of texts to validate on; null: data.val_size, or the folder val/")
+    unlabelled: Text | None = option(
+        "texts to train on without labels: a .txt file with one a line, a table, or a folder of .txt files"
+    )
+    text: Text = option("the column, or key of .jsonl, of the text")
+    label: Text = option("the column, or key, of the class; a text where it is empty has no label")
+    classes: Classes | None = option("the labels in their order; null: those of the training texts, sorted")
+    encoding: Text = option("of the files: utf-8, cp1252, shift_jis, …")
+    tokenizer: Text = option("minilm; bpe, trained on the training texts; or the path of a tokenizer.json")
+    vocab_size: Count = option("tokens at most of a tokenizer that is trained")
+    length: Count = option("tokens of a text, behind which it is cut")
+    download: bool = option("fetch a file that is missing")
+
+
 class Standardized(TensorData):
     """`data` of features: conf/data/diabetes.yaml."""
 
