@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from litdistill.distillation.distiller import Distiller
+    from litdistill.distillation.outputs_tables import read_outputs
     from litdistill.distillation.teacher import FrozenTeacher
     from litdistill.export.load import load_student
     from litdistill.features.feature_extractor import FeatureExtractor
@@ -124,6 +125,7 @@ __all__ = [
     "__version__",
     "distill",
     "load_student",
+    "read_outputs",
     "run",
 ]
 
@@ -132,6 +134,7 @@ _MODULES = {
     "distill": "litdistill.training.distill",
     "run": "litdistill.training.run",
     "load_student": "litdistill.export.load",
+    "read_outputs": "litdistill.distillation.outputs_tables",
     "Distiller": "litdistill.distillation.distiller",
     "FrozenTeacher": "litdistill.distillation.teacher",
     "FeatureExtractor": "litdistill.features.feature_extractor",

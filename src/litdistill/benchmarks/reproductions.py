@@ -119,7 +119,8 @@ def row(cell: str, runs: Sequence[dict[str, Any]], theirs: Published | None, err
     """Returns one row of a table of results."""
     digits = 0 if errors else 2
     ours = {p: figures(runs, p, errors) for p in PROTOCOLS}
-    teachers = {run["teacher"]["sha256"]: run["teacher"]["test"]["accuracy"] for run in runs if run["teacher"]}
+    judged = [run["teacher"] for run in runs if run["teacher"] and run["teacher"]["test"]]
+    teachers = {teacher["sha256"]: teacher["test"]["accuracy"] for teacher in judged}
     teacher_values = [_figure(accuracy, errors) for accuracy in teachers.values()]
     shown = [spread(v, 1 if errors and len(v) > 1 else digits) if v else "" for v in (*ours.values(), teacher_values)]
     return [
@@ -212,7 +213,6 @@ TITLES = {
     "aberhu": "CIFAR-10: AberHu's Knowledge-Distillation-Zoo",
     "crd_cifar10": "CIFAR-10 under the CRD protocol",
     "crd": "CIFAR-100: the table of Tian, Krishnan & Isola 2020 (arXiv 1910.10699) and its later rows",
-    "imagenet": "ImageNet: rows of the methods' own papers",
 }
 
 INTRODUCTION = """# Published figures, and what this project gives

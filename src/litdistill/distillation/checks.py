@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from litdistill import methods
 from litdistill.distillation.inference import NORMS
+from litdistill.distillation.recorded import RecordedTeacher
 from litdistill.distillation.teacher import FrozenTeacher
 from litdistill.methods import NAMES
 from litdistill.methods.base import WEIGHTS, Method
@@ -50,7 +51,9 @@ def check_method(method: Method, teacher: object, task: Task) -> None:
 
 def check_classes(method: Method, teacher: nn.Module | None) -> None:
     """Raises `UserError` if the teacher knows only some of the classes, and the method reads the probabilities of all."""
-    if teacher is None or not method.needs_teacher or not isinstance(teacher, Ensemble) or not teacher.partial:
+    if teacher is None or not method.needs_teacher or not isinstance(teacher, (Ensemble, RecordedTeacher)):
+        return
+    if not teacher.partial:
         return
     leaves = [m for m in method.modules() if isinstance(m, Method) and not isinstance(m, (Sum, Shuffled))]
     unfit = sorted({type(m).__name__ for m in leaves if m.needs_teacher and not m.some_classes})

@@ -98,7 +98,10 @@ class TeacherOnValidation:
         if kept is not None and torch.equal(kept[1], _mark(batch)):
             return kept[0]
         if index < 0:
-            return None if distiller.task.reads_labels else distiller.teacher(batch)
+            net = distiller.teacher.net
+            if distiller.task.reads_labels:
+                return None
+            return net.outputs(batch, "test") if isinstance(net, RecordedTeacher) else distiller.teacher(batch)
         return self._outputs(distiller, batch) if kept is not None or not distiller.task.reads_labels else None
 
     def compare(self, task: Task, student: Outputs, teacher: Outputs | None, targets: Any) -> None:

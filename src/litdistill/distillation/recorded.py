@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from litdistill.data.protocol import IndexedData, split_ids
+from litdistill.distillation.outputs_numbers import log_rest, of_all_classes, to_logits
 from litdistill.distillation.outputs_tables import OutputsFile, Table, chunks
 from litdistill.distillation.sample_names import rows_by_name
 from litdistill.methods.base import BERNOULLI, CATEGORICAL, REAL
@@ -28,8 +29,6 @@ from litdistill.utils.units import quantity
 
 log = logging.getLogger(__name__)
 
-FLOOR = 1e-12  # of a probability, whose logarithm is a logit
-LEFT_OUT = -1e4  # the logit of a class that the file leaves out: a probability of 0 at any temperature that is in use
 ALL_ROUNDS = 2**31  # more passes than any run has
 EMBEDDING = "embedding"
 
@@ -49,21 +48,33 @@ class RecordedTeacher(nn.Module):
     def __init__(self, file: OutputsFile, task: Task, data: IndexedData | None = None):
         super().__init__()
         self.file, self.kind, self.units, self.data = file, task.kind, task.units(), data
+        self.reads_labels = task.reads_labels
         self.register_buffer("contents", torch.frombuffer(bytearray.fromhex(file.sha256), dtype=torch.uint8))
         if "train" not in file.tables:
             raise UserError(f"{file.path} has no outputs of training samples: a student learns from these.")
         # 0: one output a sample, whatever its view.
         self.views = int((file.manifest.get("views") or {}).get("count", 0))
         names = tuple(map(str, getattr(data, "class_names", None) or ()))
-        self.outputs_count = getattr(data, "num_classes", None) or len(file.classes or ()) or None
+        count = getattr(data, "num_classes", None) or None
         if data is not None:
             self._check_images(data)
+        self.width = len(file.classes) if file.classes is not None else count  # of the file's own outputs
         self.order = self._class_order(names)
+        # Which classes it knows, as an `Ensemble` of one has it.
+        self.known = torch.tensor([[place >= 0 for place in self.order or [0]]])
+        self.partial = not bool(self.known.all())
         self.kinds = {split: self._kind_of(split) for split in file.tables if "logits" in file.tables[split]}
         # By split of the file: the row of each sample by id, -1 without one.
         self.rows = {split: self._rows(split) for split in file.tables}
         if data is not None:
             self._check_samples(data)
+
+    def forward(self, *inputs: Any, **named: Any) -> Tensor:
+        """Raises `UserError`: a method that takes over layers of its teacher, or runs it on other inputs, needs the network."""
+        raise UserError(
+            f"{self.file.path} is a file of outputs, and here the teacher's network is needed: use method=kd or another that "
+            "reads outputs alone, or name the network (teacher.outputs=null, teacher.checkpoint=<run folder>)."
+        )
 
     # -- what others ask -----------------------------------------------------------------------------------------------
 
@@ -90,6 +101,8 @@ class RecordedTeacher(nn.Module):
             raise UserError(f"{self.file.path} has no outputs of {self._first_of(split, missing)}: {REMEDY}")
         views = None if batch.views is None else batch.views.cpu()
         heads = {head: self._head(name, head, rows, views).to(batch.ids.device) for head in self.file.tables[name]}
+        if self.partial and split == "train" and "logits" in heads:
+            heads["members"] = heads["logits"].log_softmax(-1)[..., None, :]
         return Outputs(heads, {EMBEDDING: heads[EMBEDDING]} if EMBEDDING in heads else {}, batch.ids)
 
     def of_split(self, split: str) -> Outputs | None:
@@ -127,13 +140,17 @@ class RecordedTeacher(nn.Module):
         path, places = self.file.path, {name: i for i, name in enumerate(classes)}
         order = [places.get(name, -1) for name in names]
         gone, more = [n for n in names if n not in places], [c for c in classes if c not in names]
-        if len(places) < len(classes) or len(gone) == len(names) or (gone and self.kind == REAL):
+        if (
+            len(places) < len(classes)
+            or len(names) - len(gone) < 2 <= len(names)
+            or (gone and self.kind != CATEGORICAL)
+        ):
             raise UserError(
                 f"{path} has outputs of the classes {_some(classes)}, and these data have {_some(names)}: name its classes as "
                 "the data do, each once."
             )
         if gone or more:
-            lacks = f"it lacks {_some(gone)}, which get a probability of 0" if gone else ""
+            lacks = f"it lacks {_some(gone)}, and is compared on those that it has" if gone else ""
             extra = f"its {_some(more)} {'is' if len(more) == 1 else 'are'} left out" if more else ""
             log.warning("%s has other classes than these data: %s.", path, "; ".join(filter(None, (lacks, extra))))
         else:
@@ -143,16 +160,19 @@ class RecordedTeacher(nn.Module):
     def _kind_of(self, split: str) -> str:
         """Returns what the numbers of a table are; says so where the file does not. Raises `UserError` for the wrong width."""
         table, path = self.file.tables[split]["logits"], self.file.path
-        width, count = table.values.shape[-1], self.outputs_count
-        expected = len(self.file.classes) if self.file.classes is not None else count
-        if table.indices is None and expected is not None and width != expected:
-            kind = "named classes" if self.file.classes is not None else "outputs, and the file has no class names"
+        width, classes = table.values.shape[-1], self.file.classes
+        if table.indices is None and self.width is not None and width != self.width:
+            if classes is not None:
+                raise UserError(
+                    f"{path} names {len(classes)} classes and has {width} numbers for each sample: give one a class."
+                )
+            names = _some(getattr(self.data, "class_names", ()))
             raise UserError(
-                f"{path} has {width} numbers for each {split} sample, where there are {expected} {kind}: give one a class, and "
-                "name the classes in the file where they are others than the data's. Features are named embedding."
+                f"{path} has {width} numbers for each sample and names no classes, and these data have {self.width} outputs "
+                f"({names}): give one for each, or the classes that they are of. Features are named embedding."
             )
         if table.indices is not None:
-            self._check_top(table, expected)
+            self._check_top(table, self.width)
         kind = table.kind or self._guess(table)
         if (kind == "values") != (self.kind == REAL) and kind != "logits":
             raise UserError(f"{path} holds {kind}, and logits of this task are {self.kind}: give logits instead.")
@@ -261,14 +281,18 @@ class RecordedTeacher(nn.Module):
         for split, words in (("val", "the validation set"), ("test", "the test set")):
             if self.judges(split):
                 continue
+            if not self.reads_labels:
+                raise UserError(
+                    f"{path} lacks outputs of {words}, and this task measures a student by nothing else: {REMEDY}"
+                )
             log.info("The teacher is not judged on %s: %s lacks outputs of its samples as they are.", words, path)
 
     def judges(self, split: str) -> bool:
-        """Returns whether the file has logits of every sample of "val" or "test", as it is without augmentation."""
+        """Returns whether the file has every sample of "val" or "test", as it is without augmentation."""
         if self.data is None:
-            return split in self.rows and "logits" in self.file.tables[split]
+            return split in self.rows
         found = self._find(split, split_ids(self.data, split))
-        return found is not None and bool((found[1] >= 0).all()) and "logits" in self.file.tables[found[0]]
+        return found is not None and bool((found[1] >= 0).all())
 
     def _check_views(self, data: IndexedData, then: dict[str, Any]) -> None:
         path, k = self.file.path, self.views
@@ -320,49 +344,19 @@ class RecordedTeacher(nn.Module):
         assert values is not None
         if head == EMBEDDING:
             return values.float()
-        logits = self._logits(values, self.kinds[split])
-        if indices is None:
-            return self._in_order(logits)
-        return self._dense(logits, indices.long(), self._rest(values, rest, self.kinds[split]))
-
-    def _logits(self, values: Tensor, kind: str) -> Tensor:
-        """Returns logits, float32: of probabilities their logarithm, at least log(1e-12), or for several labels log-odds;
-        of values these standardized as the targets are."""
-        if kind == "logits":
-            return values.float().clamp(min=LEFT_OUT)
-        if kind == "values":
-            assert self.units is not None
-            mean, std = (torch.tensor(self.units[k], dtype=torch.float64) for k in ("mean", "std"))
-            return ((values.double() - mean) / std).float()
-        p = values.double()
-        if self.kind == BERNOULLI:
-            p = p.clamp(FLOOR, 1 - FLOOR)
-            return (p.log() - (-p).log1p()).float()
-        return p.clamp(min=FLOOR).log().float()
+        logits = to_logits(values, self.kinds[split], self.kind, self.units)
+        if indices is not None:
+            assert self.width is not None
+            others = None if self.file.rest == "drop" else log_rest(values, rest, self.kinds[split])
+            logits = of_all_classes(logits, indices.long(), others, self.width)
+        return self._in_order(logits)
 
     def _in_order(self, logits: Tensor) -> Tensor:
+        """Returns logits in the order of the data's classes, −∞ for one that the file lacks."""
         if self.order is None:
             return logits
         order = torch.tensor(self.order)
-        return torch.where(order >= 0, logits[..., order.clamp(min=0)], LEFT_OUT)
-
-    def _rest(self, values: Tensor, rest: Tensor | None, kind: str) -> Tensor | None:
-        """Returns the logarithm of the sum of exp(logit) over the other classes, float32 (N, ...); None: they are left out."""
-        if self.file.rest == "drop":
-            return None
-        if rest is not None:
-            return rest.float()
-        return (1 - values.double().sum(-1)).clamp(min=FLOOR).log().float() if kind == "probabilities" else None
-
-    def _dense(self, top: Tensor, indices: Tensor, rest: Tensor | None) -> Tensor:
-        """Returns the logits of all classes of the top k (N, ..., k): the others share `rest` evenly, or are left out."""
-        count = len(self.file.classes) if self.file.classes is not None else self.outputs_count
-        assert count is not None
-        others = count - top.shape[-1]
-        full = torch.full((*top.shape[:-1], count), LEFT_OUT)
-        if rest is not None and others > 0:
-            full = (rest - math.log(others))[..., None].expand(full.shape).clone()
-        return self._in_order(full.scatter(-1, indices, top))
+        return torch.where(order >= 0, logits[..., order.clamp(min=0)], -math.inf)
 
 
 REMEDY = "write the file for these data, or train on the samples that it has (data.fraction, data.omit)."

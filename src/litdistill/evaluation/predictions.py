@@ -116,9 +116,9 @@ def quality(
 ) -> dict[str, float]:
     """Returns the task's metrics of `net` for a split. `teacher`: what a task without labels compares with."""
     outputs, targets = predict_split(net, data, split, device, task)
-    expected = (
-        predict_split(teacher, data, split, device, task)[0] if teacher is not None and not task.reads_labels else None
-    )
+    expected = None
+    if teacher is not None and not task.reads_labels:
+        expected = teacher_outputs(teacher, data, task, split, device, None)
     return measured(task, outputs, task.truth(targets, expected))
 
 

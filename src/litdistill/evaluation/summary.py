@@ -62,7 +62,7 @@ def summarize(
         else {
             **network_facts(cfg.teacher, teacher, shape, input_dtype(data)),
             "preprocess": preprocessing(teacher),
-            "test": found.get("teacher"),  # None: a file without outputs of the test set
+            "test": found.get("teacher", {}),  # empty: a backbone, or a file without outputs of the test set
         },
         "student": {
             **network_facts(cfg.student, student, shape, input_dtype(data)),

@@ -166,7 +166,9 @@ def groups(places: Sequence[str | Path], out: Path, settings: Settings) -> list[
 
 def _group(facts: dict[str, Any], runs: Sequence[tuple[Path, dict[str, Any]]], out: Path, settings: Settings) -> Group:
     group = Group(facts["name"], facts)
-    by_sha = {s["teacher"]["sha256"]: s["teacher"] for _, s in runs if is_measured(s["teacher"])}
+    # A file of outputs has no row: there is nothing to time or to attack.
+    measured = [s["teacher"] for _, s in runs if is_measured(s["teacher"]) and "outputs" not in s["teacher"]]
+    by_sha = {teacher["sha256"]: teacher for teacher in measured}
     teachers = {sha: Row("teacher", t, teacher=True) for sha, t in by_sha.items()}
     students = [(f, s) for f, s in runs if s["student"]["sha256"] not in teachers]
     kinds = report.kinds([s for _, s in students])

@@ -193,7 +193,7 @@ def _cells(
     name: str,
     words: Sequence[str],
     train: Cell,
-    params: int,
+    params: int | None,
     measures: Mapping[str, Cell],
     seeds: Cell = "",
     time: Cell = "",
@@ -202,7 +202,7 @@ def _cells(
     (best, last), others = list(measures.values())[:2], list(measures.items())[2:]
     return {
         **dict(zip(LABELS, words, strict=True)),
-        **{"trained on": train, "parameters": Number(params)},
+        **{"trained on": train, "parameters": "" if params is None else Number(params)},
         f"test {heading(name)}": best,
         "last epoch" + (" %" if name in SHARES else ""): last,
         **{heading(k): v for k, v in others},

@@ -135,6 +135,11 @@ def teacher(cfg: Mapping[str, Any]) -> Iterator[str]:
             f"teacher.ensemble={literal(diffs)}: a teacher stands there twice. Members differ, say by their seeds: "
             "[{recipe:{seed:0}},{recipe:{seed:1}}]."
         )
+    if diffs and (node.get("outputs") is not None or any("outputs" in diff for diff in diffs)):
+        yield (
+            "teacher.outputs with teacher.ensemble: the networks of an ensemble are networks, and a file of outputs is one "
+            "teacher. Average the outputs of several in one file, and leave teacher.ensemble at null."
+        )
     weights = node.get("ensemble_weights")
     if weights is not None and len(weights) != len(diffs):
         yield (
