@@ -192,7 +192,7 @@ def _build_net(
         final = preprocess.input_shape(data.input_shape) if preprocess is not None else shape
         net = _with_weights(net, node, role, source, _blank(data, final))
         if columns is not None:
-            log.info("%s", describe_columns(columns, trained, data.class_names, who or role))
+            log.info("%s", describe_columns(columns, trained, data.class_names, who or f"The {role}"))
             if with_columns(net, columns, _blank(data, final)):
                 columns = None
             elif role == "student":
@@ -331,7 +331,7 @@ def build_teacher(
         net, columns = _build_teacher(cfg, data, task, absent)
         return net if columns is None else Ensemble([net], columns=[columns], kind=task.kind)
     configs = members_of(cfg)
-    found = [_build_teacher(one, data, task, absent, f"member {i} of the teacher") for i, one in enumerate(configs)]
+    found = [_build_teacher(one, data, task, absent, f"Member {i} of the teacher") for i, one in enumerate(configs)]
     members, columns_of = [net for net, _ in found], [columns for _, columns in found]
     check_apart(members)
     names = [net_name(one.teacher) for one in configs]
@@ -340,7 +340,7 @@ def build_teacher(
 
 
 def _build_teacher(
-    cfg: DictConfig, data: Any, task: Task, absent: Callable[[DictConfig, Path], None], who: str = "teacher"
+    cfg: DictConfig, data: Any, task: Task, absent: Callable[[DictConfig, Path], None], who: str = "The teacher"
 ) -> tuple[nn.Module, list[int] | None]:
     """Returns one network of a config's teacher, and its columns (`_build_net`). `who`: what messages call it."""
     if cfg.teacher.checkpoint != "auto":

@@ -49,13 +49,13 @@ def class_columns(
     return [place.get(name, UNKNOWN) for name in names]
 
 
-def describe_columns(columns: Sequence[int], trained: Sequence[str], names: Sequence[str], role: str) -> str:
-    """Returns in a sentence how the classes of a network's weights fit those of the data."""
+def describe_columns(columns: Sequence[int], trained: Sequence[str], names: Sequence[str], who: str) -> str:
+    """Returns in a sentence how the classes of a network's weights fit those of the data. `who`: what it is called."""
     left = [c for c in trained if c not in names]
     missing = [c for c in names if c not in trained]
-    said = f"The {role} knows {len(columns) - len(missing)} of the data's {len(names)} classes"
+    said = f"{who} knows {len(columns) - len(missing)} of the data's {len(names)} classes"
     if not missing and not left:
-        return f"The {role}'s classes are those of the data in another order: its outputs are put into the data's."
+        return f"{who}'s classes are those of the data in another order: its outputs are put into the data's."
     if missing:
         said += f", and not {some(missing)}: of these it says nothing"
     if left:
