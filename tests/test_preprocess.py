@@ -1,13 +1,22 @@
 """Preprocessing is a part of the network: exact, invisible in names and files, and taken along wherever the network goes."""
 
 import copy
+import functools
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
+from litdistill.config.distiller import example_batch
+from litdistill.data.augment import Crop
+from litdistill.data.datamodule import ImageData
+from litdistill.distillation.distiller import Distiller
 from litdistill.distillation.inference import fuse_batchnorm, prepack
+from litdistill.distillation.teacher_cache import TeacherCache
 from litdistill.features.feature_extractor import FeatureExtractor, resolve_taps
+from litdistill.methods import FitNet
 from litdistill.models.ensemble import Ensemble
 from litdistill.models.finetune import freeze, head_of
 from litdistill.models.preprocess import (
@@ -22,6 +31,7 @@ from litdistill.models.preprocess import (
 )
 from litdistill.models.resnet import resnet
 from litdistill.models.small import conv4, mlp
+from litdistill.training.train import sizes_seen
 from litdistill.utils.errors import UserError
 from litdistill.utils.hashing import network_sha256
 
@@ -226,3 +236,66 @@ def test_a_table_is_on_any_scale_and_standardized_by_feature():
 
 def test_a_network_that_does_not_normalize_takes_any_scale():
     check_scale(conv4(3, (1, 8, 8)), torch.randn(2, 1, 8, 8))
+
+
+# -- other sizes for teacher and student ---------------------------------------------------------------------------------
+
+
+def resized_by_pillow(image: torch.Tensor, size: int) -> torch.Tensor:
+    """An image (H, W) of floats, resized by Pillow with the same filter."""
+    picture = Image.fromarray(image.numpy().astype(np.float32), mode="F")
+    return torch.from_numpy(np.array(picture.resize((size, size), Image.Resampling.BILINEAR)))
+
+
+@pytest.mark.parametrize(("large", "small"), [("teacher", "student"), ("student", "teacher")])
+def test_teacher_and_student_see_the_same_view_at_their_own_sizes(large, small):
+    sizes = {large: 20, small: 5}
+    mean, std = {"teacher": [0.4], "student": [0.5]}, {"teacher": [0.3], "student": [0.2]}
+    nets, given = {}, {}
+
+    def note(role, module, args):
+        given[role] = args[0].detach().clone()
+
+    for role, size in sizes.items():
+        inner = conv4(10, (1, size, size), widths=[4, 8])
+        inner.register_forward_pre_hook(functools.partial(note, role))
+        nets[role] = Preprocessed(inner, Preprocess(mean[role], std[role], size))
+    data = ImageData("digits", batch_size=16, augment=[Crop(pad=1)], seed=3)
+    data.setup()
+    assert data.input_shape == (1, 8, 8)  # of the view, whatever the networks make of it
+    method = FitNet(student_taps="last", teacher_taps="last")
+    distiller = Distiller(nets["student"], method, nets["teacher"], example_batch(data), data=data)
+    ids, views = data.train_ids[:5], torch.tensor([0, 3, 1, 2, 5])
+    batch = data.get_batch("train", ids, views)
+    loss = distiller.loss(batch)
+    loss.backward()
+    assert loss.isfinite()
+    for role, size in sizes.items():
+        assert given[role].shape == (5, 1, size, size)
+        for seen, image in zip(given[role], batch.inputs, strict=True):
+            expected = (resized_by_pillow(image[0].float(), size) / 255 - mean[role][0]) / std[role][0]
+            assert torch.allclose(seen[0], expected, atol=2e-3), role  # Pillow rounds its weights
+    given.clear()
+    cache = TeacherCache(distiller.teacher, data, torch.device("cpu"))
+    first, second = cache.outputs(batch), cache.outputs(batch)
+    assert cache.computed == 5
+    expected = distiller.teacher(batch)
+    for name, feature in expected.features.items():
+        assert torch.allclose(first.features[name], feature, atol=1e-5)
+        assert torch.equal(second.features[name], first.features[name])
+
+
+def test_the_sizes_that_networks_see_are_said_where_they_differ():
+    data = ImageData("digits", batch_size=16)
+    data.setup()
+    plain = Preprocessed(conv4(10, (1, 8, 8), widths=[4]), Preprocess([0.5], [0.2]))
+    larger = Preprocessed(conv4(10, (1, 16, 16), widths=[4, 4]), Preprocess([0.5], [0.2], 16))
+    assert sizes_seen(data, {"the student": plain, "its teacher": None}) == ""
+    assert sizes_seen(data, {"the student": plain, "its teacher": larger}) == (
+        "Images and their views have 8x8 pixels: the student sees 8x8, its teacher sees 16x16."
+    )
+    both = Ensemble([larger, plain])
+    assert "its teacher sees 16x16 and 8x8." in sizes_seen(data, {"the student": plain, "its teacher": both})
+    assert "the student sees them as they are, its" in sizes_seen(
+        data, {"the student": plain.net, "its teacher": larger}
+    )

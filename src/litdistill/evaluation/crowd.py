@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,10 @@ from litdistill.models.ensemble import Ensemble
 from litdistill.tasks.base import Task, at_places
 from litdistill.tasks.metrics import of_known_classes
 from litdistill.types import Outputs
+from litdistill.utils.units import axis, factor
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 FEWEST = 2  # classes that two networks must both know to be compared
 
@@ -60,15 +65,48 @@ def _names(known: Tensor, names: Sequence[str]) -> list[str] | None:
     return [names[i] if i < len(names) else str(i) for i in known.nonzero().flatten().tolist()]
 
 
+def members_figure(task: Task, teacher: Ensemble, members: Tensor, targets: Tensor) -> Figure:
+    """Returns a figure of each member's monitored metric on the classes that it knows, and of the disagreement of each pair.
+
+    Arguments as of `disagreement`.
+    """
+    from matplotlib.figure import Figure
+
+    metric, count = task.monitor[0], members.shape[-2]
+    labels = [f"{i} {name}" for i, name in enumerate(teacher.names)]
+    values = []
+    for i in range(count):
+        outputs, own = of_member(members, i, targets)
+        values.append(factor(metric) * measured(task, outputs, own)[metric] if len(own) else math.nan)
+    places = at_places(task, targets, Outputs({"logits": members[..., 0, :], "members": members})).heads["members"]
+    matrix = disagreement(task, teacher, places, targets)["by_pair"]
+    figure = Figure(figsize=(8, 1 + 0.5 * max(count, 4)), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    bars = left.barh(range(count), values)
+    left.bar_label(bars, fmt="%.3g")
+    left.set_yticks(range(count), labels)
+    left.invert_yaxis()
+    left.set_xlabel(f"{axis(metric)}, of the classes that it knows")
+    shown = [[math.nan if value is None else value for value in row] for row in matrix]
+    right.imshow(shown, cmap="Blues", vmin=0)
+    for i, row in enumerate(matrix):
+        for j, value in enumerate(row):
+            right.text(j, i, "–" if value is None else f"{value:.3g}", ha="center", va="center")
+    right.set_xticks(range(count))
+    right.set_yticks(range(count))
+    right.set_title("disagreement of pairs", fontsize="medium")
+    return figure
+
+
 def disagreement(task: Task, teacher: Ensemble, members: Tensor, targets: Tensor) -> dict[str, Any]:
     """Returns how much the members of a teacher disagree on a split: means over pairs of members, and over the samples of
     classes that both know, each predicting among these classes.
 
     `decisions`: the share of samples for which they predict another class (or label). `js`: the Jensen-Shannon divergence of
     their distributions in nats, from 0 to ln 2 (a label of several: summed over labels). A task without decisions has the means
-    of its own `agreement`. `by_pair`: the matrix of decisions, null where fewer than two classes are known to both;
-    `pairs`: how many were compared. `members`: their logits for the split, (N, members, classes), −∞ for
-    classes that a member does not know.
+    of its own `agreement`. `by_pair`: the matrix of decisions (or of its first measure), null where fewer than two classes are
+    known to both; `pairs`: how many were compared. `members`: their logits for the split, (N, members, classes), −∞ for classes
+    that a member does not know.
     """
     count = members.shape[1]
     known = teacher.known.cpu().expand(count, members.shape[2])
@@ -85,7 +123,7 @@ def disagreement(task: Task, teacher: Ensemble, members: Tensor, targets: Tensor
         pair = _of_pair(task, first[rows], second[rows])
         for name, value in pair.items():
             values.setdefault(name, []).append(value)
-        matrix[i][j] = matrix[j][i] = pair.get("decisions")
+        matrix[i][j] = matrix[j][i] = pair.get("decisions", next(iter(pair.values()), None))
     means = {name: sum(x) / len(x) for name, x in values.items()}
     return {**means, "pairs": max(map(len, values.values()), default=0), "by_pair": matrix}
 

@@ -14,8 +14,10 @@ import torch
 from torch import nn
 
 from litdistill.data.foreign import output_names, sample, training_inputs, words
+from litdistill.evaluation.crowd import members_figure
 from litdistill.evaluation.predictions import predict_split, teacher_outputs
 from litdistill.features.outputs import first_tensor, run_network
+from litdistill.models.ensemble import Ensemble
 from litdistill.models.profile import weight_bytes
 from litdistill.tasks.base import Samples, Task
 from litdistill.tasks.figures import any_names
@@ -97,5 +99,8 @@ def show(
         lambda i: sample(data, "val", i), targets, names, outputs, expected, lambda i: words(data, "val", i)
     )
     with any_names():
-        for name, figure in task.figures(samples).items():
+        found = dict(task.figures(samples))
+        if isinstance(teacher, Ensemble) and expected is not None:
+            found["members of the teacher"] = members_figure(task, teacher, expected.heads["members"], targets)
+        for name, figure in found.items():
             writer.add_figure(f"validation/{name}", figure, step)

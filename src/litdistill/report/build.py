@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import quote
 
-from litdistill.report import headline, history, of_task, sections
+from litdistill.report import headline, history, members, of_task, sections
 from litdistill.report.blocks import Block, Link, Section, Warn, write
 from litdistill.report.collect import Group, Settings, groups
 from litdistill.report.membership import privacy
@@ -78,7 +78,7 @@ def page_sections(group: Group, key: str, settings: Settings) -> list[Section]:
         if group.pictured:
             found += [sections.failures(group, key), robust(group, key, settings)]
         found.append(privacy(group, key))
-    found += of_task.of_task(group, key)
+    found += [*of_task.of_task(group, key), *members.of_members(group, key)]
     return [*found, history.curves(group, key), history.compute(group, key), history.rerun(group, key)]
 
 

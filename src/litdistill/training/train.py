@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from lightning import LightningDataModule
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
+from torch import nn
 
 from litdistill.config.build import build_data, build_student, build_teacher
 from litdistill.config.changes import as_started
@@ -37,6 +38,7 @@ from litdistill.distillation.distiller import Distiller
 from litdistill.distillation.recorded import RecordedTeacher
 from litdistill.distillation.sharding import ShardedTeacher
 from litdistill.evaluation.predictions import evaluations_folder, teacher_outputs
+from litdistill.models.preprocess import preprocessing
 from litdistill.training.finish import Run, finish
 from litdistill.training.grouping import GroupedData, group_size
 from litdistill.training.last_batch import say_what_is_left_out
@@ -207,6 +209,25 @@ def introduce(data: Any, distiller: Distiller, scale: Scale, role: str) -> None:
     about = f"; {quantity(data.num_classes, 'output')} of {shape}" if data.num_classes and shape else ""
     log.info("%s: %s%s.", data.name, sizes, about, extra=ONCE)  # a teacher has seen the same
     log.info("%s: %s parameters%s. %s", role, f"{count:,}", teacher, scale)
+    if said := sizes_seen(data, {f"the {role.lower()}": distiller.student, "its teacher": net}):
+        log.info("%s", said)
+
+
+def sizes_seen(data: Any, networks: Mapping[str, nn.Module | None]) -> str:
+    """Returns in a sentence at how many pixels each network sees the images; empty where all see them as they are loaded."""
+    shape = data.input_shape
+    if shape is None or len(shape) != 3:
+        return ""
+    loaded = f"{shape[1]}x{shape[2]}"
+    seen = {
+        name: list(dict.fromkeys("x".join(map(str, facts["size"] or shape[1:])) for facts in preprocessing(net)))
+        for name, net in networks.items()
+        if net is not None
+    }
+    if all(sizes in ([], [loaded]) for sizes in seen.values()):
+        return ""
+    each = [f"{name} sees {'them as they are' if not sizes else ' and '.join(sizes)}" for name, sizes in seen.items()]
+    return f"Images and their views have {loaded} pixels: {', '.join(each)}."
 
 
 VERBS = {"train": "train on", "val": "validate", "test": "test"}
