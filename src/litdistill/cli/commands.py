@@ -141,7 +141,24 @@ def fetch(cfg: DictConfig) -> None:
     if cfg.weights is not None:
         print(f"{cfg.weights}: digest verified, in {published_weights(cfg.weights)}")
         return
-    print("\n".join(describe(cfg.data.name, cfg.data.root, cfg.data.image_size)))
+    described = describe(cfg.data.name, cfg.data.root, cfg.data.image_size) if "name" in cfg.data else prepared(cfg)
+    print("\n".join(described))
+
+
+def prepared(cfg: DictConfig) -> list[str]:
+    """Returns one line per split of data in memory, whose files are downloaded first if they are missing."""
+    from litdistill.config.instantiate import instantiate
+
+    data = instantiate(cfg.data, "data")
+    starting.end(loaded=True)
+    data.prepare_data()
+    data.setup()
+    name, shape = str(cfg.data["_target_"]).rpartition(".")[2], "x".join(map(str, data.input_shape))
+    return [
+        f"{name} {split}: {data.count(split):,} samples of {shape}, {data.num_classes} outputs, SHA-256 "
+        f"{data.identity(split)[:16]}"
+        for split in ("train", "val", "test")
+    ]
 
 
 def published_weights(name: str) -> Path:

@@ -24,6 +24,8 @@ FILES: dict[str, type[Node]] = {
     "data/multilabel.yaml": data.Standardized,
     "data/movie_reviews.yaml": data.Tokenized,
     "data/texts.yaml": data.Tokenized,
+    "data/sounds.yaml": data.Sounds,
+    "data/spoken_digits.yaml": data.SpokenDigits,
     "sweep/base.yaml": train.SweepOptions,
     "trainer/auto.yaml": library.Trainer,
 }
@@ -32,6 +34,8 @@ SECTIONS: tuple[tuple[str, str, type[Node]], ...] = (  # prefix of the keys, tit
     ("data.", "`data` of images: conf/data", data.ImageData),
     ("data.", "`data` of features: conf/data/diabetes.yaml", data.Standardized),
     ("data.", "`data` of texts: conf/data/movie_reviews.yaml, texts.yaml", data.Tokenized),
+    ("data.", "`data` of sounds: conf/data/sounds.yaml", data.Sounds),
+    ("data.", "`data=spoken_digits`", data.SpokenDigits),
     ("task.", "`task=classification`", library.Classification),
     ("task.", "`task=multilabel`", library.MultiLabel),
     ("task.", "`task=regression`", library.Regression),

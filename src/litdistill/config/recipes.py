@@ -36,7 +36,12 @@ NO_RECIPE = {  # options of these that change only paths and speed
 
 
 # Data whose files are the user's, and the options that name them.
-OWN_FILES = {"folder": ("root",), "shards": ("root",), "texts": ("root", "test", "validation", "unlabelled")}
+OWN_FILES = {
+    "folder": ("root",),
+    "shards": ("root",),
+    "sounds": ("root",),
+    "texts": ("root", "test", "validation", "unlabelled"),
+}
 OWN_CALLBACKS = ("best", "last", "learning_rate")  # those of conf/callbacks, which do not change the weights
 
 

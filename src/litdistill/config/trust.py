@@ -68,6 +68,8 @@ TENSORS = (
     "tables.multilabel",
     "text.sets.movie_reviews",
     "text.sets.texts",
+    "sound.sounds",
+    "sound.spoken_digits",
 )  # functions that return a `TensorData`
 OWN = (
     "litdistill.data.datamodule.ImageData",

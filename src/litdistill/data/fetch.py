@@ -1,4 +1,4 @@
-"""Finds, downloads and verifies the files of the published data sets: images, and texts.
+"""Finds, downloads and verifies the files of the published data sets: images, texts, and spoken digits.
 
 From every source the files are stored as `<root>/<name>/<file>` in their official, pickle-free form (IDX, and the binary
 version of CIFAR), and the returned bytes are those whose digest was checked. Sources are tried in this order: the folders
@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torchvision.datasets as published
 from filelock import FileLock
 
+from litdistill.data import recordings
 from litdistill.data.download import (
     FAILURES,
     IDX,
@@ -55,6 +56,7 @@ class Published(NamedTuple):
     folders: Sequence[str]  # folders under root that torchvision or the official archive use
     downloaders: Mapping[str, Downloader]  # by a label for messages, in order of preference
     batches: tuple[str, Mapping[str, str]] | None = None  # folder of the Python version, MD5 of each of its files
+    copy: str | None = None  # what else a user may put into `data.root` by hand
 
 
 def _idx_downloaders(mirrors: Sequence[str]) -> dict[str, Downloader]:
@@ -140,6 +142,12 @@ DATASETS: dict[str, Published] = {
                 inner="vaderSentiment-2.5/additional_resources/hutto_ICWSM_2014.tar.gz",
             )
         },
+    ),
+    "spoken_digits": Published(
+        {"recordings.tar": recordings.SHA256},
+        (),
+        {recordings.URL: recordings.github},
+        copy="the repository's archive, or its folder recordings",
     ),
 }
 IMAGES = ("mnist", "fashion_mnist", "cifar10", "cifar100")  # those of `DATASETS` that hold images
@@ -242,10 +250,16 @@ def fetch(name: str, root: Path, problems: Sequence[str]) -> Files:
 
 def _advice(name: str, root: Path, tried: Sequence[str]) -> str:
     lines = "".join(f"\n  - {line}" for line in tried)
+    known = DATASETS[name]
+    by_hand = (
+        f"{known.copy} into {root}"
+        if known.copy
+        else f"the official files ({', '.join(known.digests)}) into {root / name}"
+    )
     return (
         f"The files of data={name} are not in {root} and could not be fetched. Tried:{lines}\n"
         "Remedies:\n"
-        f"  1. Put the official files ({', '.join(DATASETS[name].digests)}) into {root / name}.\n"
+        f"  1. Put {by_hand}.\n"
         f"  2. On a machine with network run `litdistill fetch data={name} data.root={root}`, "
         f"and copy {root / name} here."
     ) + "\n  3. Use data=digits, which needs no download." * (name in IMAGES)

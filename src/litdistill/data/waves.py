@@ -53,6 +53,19 @@ def read_wave(path: str | Path) -> Wave:
     return decode(content, path)
 
 
+def stated_rate(path: str | Path) -> int | None:
+    """Returns the samples per second in the header of a WAV file, without reading its sound; None for anything else."""
+    try:
+        with Path(path).open("rb") as file:
+            head = file.read(4096)
+    except OSError:
+        return None
+    place = head.find(b"fmt ")
+    if head[:4] not in (b"RIFF", b"RF64") or place < 0 or len(head) < place + 16:
+        return None
+    return int.from_bytes(head[place + 12 : place + 16], "little")
+
+
 def decode(content: bytes, name: str | Path) -> Wave:
     """Returns the sound in the bytes of a WAV file, its channels averaged: PCM of 8, 16, 24 or 32 bits, or floats.
 

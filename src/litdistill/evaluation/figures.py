@@ -11,16 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from litdistill.data.foreign import output_names, sample, training_inputs, words
 from litdistill.evaluation.crowd import members_figure
 from litdistill.evaluation.predictions import predict_split, teacher_outputs
 from litdistill.features.outputs import first_tensor, run_network
 from litdistill.models.ensemble import Ensemble
+from litdistill.models.log_mel import spectrogram_picture
 from litdistill.models.profile import weight_bytes
 from litdistill.tasks.base import Samples, Task
 from litdistill.tasks.figures import any_names
+from litdistill.utils.modality import SOUND, modality_of
 from litdistill.utils.tags import tag
 from litdistill.utils.units import named
 
@@ -96,7 +98,12 @@ def show(
         expected = None  # a teacher without classes has no predictions to show
     names = output_names(data, outputs.main.shape[1])
     samples = Samples(
-        lambda i: sample(data, "val", i), targets, names, outputs, expected, lambda i: words(data, "val", i)
+        lambda i: picture(data, sample(data, "val", i)),
+        targets,
+        names,
+        outputs,
+        expected,
+        lambda i: words(data, "val", i),
     )
     with any_names():
         found = dict(task.figures(samples))
@@ -104,3 +111,11 @@ def show(
             found["members of the teacher"] = members_figure(task, teacher, expected.heads["members"], targets)
         for name, figure in found.items():
             writer.add_figure(f"validation/{name}", figure, step)
+
+
+def picture(data: Any, inputs: Tensor | None) -> Tensor | None:
+    """Returns what is drawn of a sample's input: the spectrogram of a sound, and any other input as it is."""
+    modality = modality_of(data)
+    if inputs is None or modality.kind != SOUND or inputs.ndim != 1:
+        return inputs
+    return spectrogram_picture(inputs, int(modality.options["sample_rate"]))

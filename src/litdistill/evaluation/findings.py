@@ -60,6 +60,9 @@ class _Some:
         if isinstance(data, ForeignData):
             yield from islice(data.batches(split, device), -(-self.count // max(1, data.batch_size)))
             return
-        ids = aug.order(0, 0, data.train_ids)[: self.count]
+        ids, targets = aug.order(0, 0, data.train_ids), data.train_targets
+        if targets.ndim == 1 and not targets.is_floating_point():  # a sample without a label has -1
+            ids = ids[targets[ids] >= 0]
+        ids = ids[: self.count]
         for chunk in ids.split(data.batch_size):
             yield data.get_batch(split, chunk.to(device), None)

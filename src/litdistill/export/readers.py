@@ -5,18 +5,23 @@ A reader yields batches: what each row is called (`{"image": path}`), and the ar
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 
+from litdistill.data import waves
 from litdistill.data.decode import decode
 from litdistill.data.text import tokenizing
 from litdistill.data.text.reading import read_file
 from litdistill.utils.errors import UserError
-from litdistill.utils.manifest import ExportMetadata, companion
-from litdistill.utils.modality import IMAGE, TABLE, TEXT
+from litdistill.utils.manifest import MANIFEST, ExportMetadata, companion
+from litdistill.utils.modality import IMAGE, SOUND, TABLE, TEXT
+from litdistill.utils.text import one_line
+
+log = logging.getLogger(__name__)
 
 BATCH = 64  # rows
 Item = TypeVar("Item")
@@ -36,6 +41,33 @@ def table(paths: Sequence[str | Path], facts: ExportMetadata, folder: Path) -> R
         for start in range(0, len(rows), BATCH):
             some = rows[start : start + BATCH]
             yield [{"row": f"{path}:{start + i}"} for i in range(len(some))], some
+
+
+def sounds(paths: Sequence[str | Path], facts: ExportMetadata, folder: Path) -> Rows:
+    """Yields WAV files as (N, samples) float32 of the student's rate and length, as in training.
+
+    Warns of sounds that are resampled or cut.
+    """
+    rate, shape = facts.modality.get("sample_rate"), facts.input_shape
+    if type(rate) is not int or not 0 < rate <= waves.RATES[1] or len(shape) != 1:
+        raise UserError(
+            f"The student takes sounds, and its entry in {MANIFEST} states no sample rate: export it again."
+        )
+    for some in batches(paths):
+        inputs = np.empty((len(some), shape[0]), np.float32)
+        for row, path in zip(inputs, some, strict=True):
+            wave = waves.read_wave(path)
+            seconds = len(wave.samples) / wave.rate
+            if wave.rate != rate:
+                log.warning(
+                    "%s: resampled from %s to %s samples a second.", one_line(path), f"{wave.rate:,}", f"{rate:,}"
+                )
+            if seconds > shape[0] / rate + 0.5 / rate:
+                log.warning(
+                    "%s: %.3g s long, of which the middle %.3g s count.", one_line(path), seconds, shape[0] / rate
+                )
+            row[:] = waves.fitted(waves.resampled(wave, rate), shape[0])
+        yield [{"sound": str(path)} for path in some], inputs
 
 
 def text(paths: Sequence[str | Path], facts: ExportMetadata, folder: Path) -> Rows:
@@ -76,6 +108,7 @@ READERS: dict[str, Callable[[Sequence[str | Path], ExportMetadata, Path], Rows]]
     IMAGE: images,
     TABLE: table,
     TEXT: text,
+    SOUND: sounds,
 }
 
 

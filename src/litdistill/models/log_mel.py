@@ -182,3 +182,17 @@ def on_log_mel(
     except TypeError as error:
         raise UserError(f"on_log_mel: options={dict(options or {})} do not fit net={net}: {error}.") from error
     return nn.Sequential(OrderedDict(log_mel=log_mel, image=AsImage(bands), net=inner))
+
+
+@torch.no_grad()
+def spectrogram_picture(waveform: Tensor, sample_rate: int) -> Tensor:
+    """Returns the log-mel spectrogram of a waveform (samples,) as a gray picture (1, bands, frames) from 0 to 1.
+
+    Low frequencies are at the bottom; white is the loudest place, and black everything 60 dB below it.
+    """
+    n_fft = 2 ** max(6, round(math.log2(sample_rate * 0.064)))
+    bands = LogMel(sample_rate, n_fft, max(1, len(waveform) // 96), min(64, n_fft // 8), floor=1e-10)(
+        waveform[None].cpu()
+    )
+    decibels = 10 / math.log(10) * bands
+    return ((decibels - decibels.max()) / 60 + 1).clamp(0, 1).flip(1)

@@ -82,9 +82,12 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def draw_input(axes: Axes, given: Tensor | None, words: str | None) -> None:
-    """Draws a sample's input: an image (C, H, W), uint8 or floats from 0 to 1, or else its `words`."""
+    """Draws a sample's input: an image (C, H, W), uint8 or floats from 0 to 1, over its `words`; or these alone."""
     if given is not None and given.ndim == 3 and len(given) in (1, 3):
         axes.imshow(given.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", interpolation="nearest")
+        if words is not None:
+            line = textwrap.shorten(words, 36)
+            axes.text(0.5, -0.05, line, fontsize=6, ha="center", va="top", transform=axes.transAxes)
     elif words is not None:
         lines = textwrap.wrap(words, 30, max_lines=12, placeholder=" …")
         axes.text(0, 1, "\n".join(lines), fontsize=7, va="top", transform=axes.transAxes)

@@ -87,7 +87,7 @@ def check_facts(entry: Mapping[str, Any], path: Path) -> ExportMetadata:
         and 1 <= len(facts.classes) <= 100_000
         and all(isinstance(c, str) for c in facts.classes)
         and not unfit_names(facts.classes),
-        "input_shape": numbers(facts.input_shape, 1, 100_000, (int,)) and 1 <= len(facts.input_shape) <= 3,
+        "input_shape": numbers(facts.input_shape, 1, 10_000_000, (int,)) and 1 <= len(facts.input_shape) <= 3,
         "size": facts.size is None or (numbers(facts.size, 1, 4096, (int,)) and len(facts.size) == 2),
         "mean": numbers(facts.mean, -1e6, 1e6, (int, float)),
         "std": numbers(facts.std, 1e-6, 1e6, (int, float)),

@@ -49,6 +49,8 @@ OBJECTS: dict[str, dict[str, type[Node]]] = {
         "multilabel": data.Standardized,
         "movie_reviews": data.Tokenized,
         "texts": data.Tokenized,
+        "sounds": data.Sounds,
+        "spoken_digits": data.SpokenDigits,
     },
     "task": {
         "Classification": library.Classification,

@@ -16,6 +16,7 @@ from litdistill.config.schema.fields import (
     Object,
     Part,
     Pixels,
+    Positive,
     Said,
     Seed,
     Share,
@@ -25,6 +26,7 @@ from litdistill.config.schema.fields import (
 
 HeldOut = Part | Annotated[int, Field(ge=2)]
 Class = Annotated[CountFromZero | Text, Said("a class, by number or name")]
+Speaker = Annotated[CountFromZero | Text, Said("a speaker, by number or name")]
 Classes = Annotated[list[Class], Field(min_length=2)]
 
 Augmentations = Annotated[list[Text | dict[str, Any]], Said("a list of augmentations, [Flip,{Crop:{pad:4}}]")]
@@ -135,3 +137,31 @@ class Standardized(TensorData):
         "of each feature, by which networks standardize; null: measured on what is not held out"
     )
     std: Deviations | None = option("likewise; both are given, or neither")
+
+
+class Sounds(TensorData):
+    """`data` of sounds: conf/data/sounds.yaml."""
+
+    root: Text | None = option("the folder of the sounds")
+    length: Positive = option(
+        "seconds of each sound; a longer one is cut to its middle, a shorter one padded with silence"
+    )
+    sample_rate: Count | None = option(
+        "samples a second, to which others are resampled; null: as most of the training files have"
+    )
+
+
+class SpokenDigits(TensorData):
+    """`data` of spoken digits: conf/data/spoken_digits.yaml."""
+
+    root: Text | None = option("the folder of its files, or a copy of the repository or its archive")
+    length: Positive = option(
+        "seconds of each sound; a longer one is cut to its middle, a shorter one padded with silence"
+    )
+    held_out: Annotated[list[Speaker], Field(min_length=1)] | None = option(
+        "[theo] or [4]: speakers who are the test set, with all of their recordings; null: recordings 0 to 4 of all"
+    )
+    validation: Speaker | None = option(
+        "the speaker who is the validation set; null: the first of the others, or val_size where no speaker is held out"
+    )
+    download: bool = option("fetch files that are missing")
