@@ -28,8 +28,8 @@ from litdistill.methods import (
     TeacherFree,
 )
 from litdistill.models.language import causal_transformer
-from litdistill.tasks.sequence import PADDING
 from litdistill.utils.errors import UserError
+from litdistill.utils.modality import PADDING
 
 N, T, V = 4, 6, 7
 LENGTHS = (6, 2, 1, 4)  # tokens with a target of each sequence

@@ -26,6 +26,8 @@ FILES: dict[str, type[Node]] = {
     "data/texts.yaml": data.Tokenized,
     "data/sounds.yaml": data.Sounds,
     "data/spoken_digits.yaml": data.SpokenDigits,
+    "data/docstrings.yaml": data.Sequences,
+    "data/token_sequences.yaml": data.Sequences,
     "sweep/base.yaml": train.SweepOptions,
     "trainer/auto.yaml": library.Trainer,
 }
@@ -36,6 +38,7 @@ SECTIONS: tuple[tuple[str, str, type[Node]], ...] = (  # prefix of the keys, tit
     ("data.", "`data` of texts: conf/data/movie_reviews.yaml, texts.yaml", data.Tokenized),
     ("data.", "`data` of sounds: conf/data/sounds.yaml", data.Sounds),
     ("data.", "`data=spoken_digits`", data.SpokenDigits),
+    ("data.", "`data` of token sequences: conf/data/docstrings.yaml, token_sequences.yaml", data.Sequences),
     ("task.", "`task=classification`", library.Classification),
     ("task.", "`task=multilabel`", library.MultiLabel),
     ("task.", "`task=regression`", library.Regression),

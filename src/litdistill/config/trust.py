@@ -70,6 +70,8 @@ TENSORS = (
     "text.sets.texts",
     "sound.sounds",
     "sound.spoken_digits",
+    "text.sequences.docstrings",
+    "text.sequences.token_sequences",
 )  # functions that return a `TensorData`
 OWN = (
     "litdistill.data.datamodule.ImageData",

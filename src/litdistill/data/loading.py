@@ -41,6 +41,8 @@ class IndexLoader:
         group: minibatches per group; 0: single minibatches. log_every: a group also ends at every multiple of this number of
             minibatches and at the end of the epoch; 0: nothing is logged. All epochs have the same groups.
         smallest: 2 leaves the last minibatch out of an epoch where it has fewer than two samples for some process.
+        places: (M,) of each sample by its id, how many predictions it has, such as the tokens of a sequence; None: one each.
+            The means of all processes are weighted by them.
         fetch: maps an iterator of `Rows` to one of the same `Rows` with prefetched images.
     """
 
@@ -56,11 +58,12 @@ class IndexLoader:
         log_every: int = 0,
         smallest: int = 1,
         fetch: Callable[[Iterable[Rows]], Iterator[Rows]] | None = None,
+        places: Tensor | None = None,
     ):
         self.rows_of_epoch, self.batch_size = rows_of_epoch, batch_size
         self.count = count = trained_samples(count, batch_size, world_size, smallest)
         self.rank, self.world_size, self.pad = rank, world_size, pad
-        self.group, self.fetch = group, fetch
+        self.group, self.fetch, self.places = group, fetch, places
         self.minibatches = -(-count // (batch_size * world_size))
         self.log_every = min(log_every, self.minibatches)
         self.ends = group_ends(self.minibatches, group or 1, self.log_every)
@@ -98,6 +101,7 @@ class IndexLoader:
         chunks = [self._share(chunk) for chunk in torch.arange(self.count).split(self.batch_size * self.world_size)]
         # Gathered once for the whole epoch, so that a batch is a cheap slice.
         order, sizes = torch.cat(chunks), [len(chunk) for chunk in chunks]
+        places = None if self.places is None else self.places[ids]
         at, ids = [0, *itertools.accumulate(sizes)], ids[order]
         views = None if views is None else views[order]
         for first, end in itertools.pairwise([0, *self.ends]):
@@ -107,7 +111,7 @@ class IndexLoader:
             cut = slice(at[first], at[end])
             parts = tuple(sizes[first:end]) if self.group else None
             logs = self.log_every > 0 and (end % self.log_every == 0 or end == self.minibatches)
-            weights = tuple(self.weight(batch) for batch in range(first, end))
+            weights = tuple(self.weight(batch, places) for batch in range(first, end))
             yield Rows(split, ids[cut], None if views is None else views[cut], parts, weights, first, logs)
 
     def _share(self, chunk: Tensor) -> Tensor:
@@ -119,11 +123,21 @@ class IndexLoader:
             mine = chunk[:1].repeat(2) if len(mine) == 0 else mine.repeat(2)
         return mine
 
-    def weight(self, batch: int) -> float:
-        """Returns the weight of this process's mean over its part in the mean over processes: 1 for equal parts."""
+    def weight(self, batch: int, places: Tensor | None = None) -> float:
+        """Returns the weight of this process's mean over its part in the mean over processes: 1 for equal parts.
+
+        `places`: of each sample of the epoch in order; None: one each.
+        """
         whole = self.batch_size * self.world_size
         size = min(whole, self.count - batch * whole)
         mine = size // self.world_size + (self.rank < size % self.world_size)
+        if places is not None and self.world_size > 1:
+            all_of_it = places[batch * whole : batch * whole + size]
+            return (
+                float(all_of_it.tensor_split(self.world_size)[self.rank].sum())
+                * self.world_size
+                / float(all_of_it.sum())
+            )
         return mine * self.world_size / size
 
     def state_dict(self) -> dict[str, Any]:

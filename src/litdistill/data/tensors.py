@@ -27,7 +27,7 @@ from litdistill.data.protocol import split_ids
 from litdistill.types import Batch, Group
 from litdistill.utils.errors import UserError
 from litdistill.utils.hashing import stable_repr, weights_sha256
-from litdistill.utils.modality import Modality
+from litdistill.utils.modality import PADDING, Modality
 
 TEST_SHARE = 0.2
 TEST_SEED, VAL_SEED = -2, -1  # of the test and validation splits, independent of the run's seed
@@ -336,7 +336,12 @@ class TensorData(LightningDataModule):
         """Returns the training loader of one process; `group`, `log_every`: see `IndexLoader`."""
         count = self.epoch_size or len(self.train_ids)
         shares = (rank, world_size, True, group, log_every)
-        return IndexLoader(self._epoch, count, self.batch_size, *shares, self.smallest_batch)
+        return IndexLoader(self._epoch, count, self.batch_size, *shares, self.smallest_batch, places=self._places())
+
+    def _places(self) -> Tensor | None:
+        """Returns how many targets each sample has, by id, where they are tokens; else None."""
+        targets = self.source.train.targets
+        return (targets != PADDING).sum(1) if targets.ndim == 2 and not targets.is_floating_point() else None
 
     def _epoch(self, epoch: int) -> Rows:
         ids, rounds = aug.epoch_order(self.seed, epoch, self.train_ids, self.epoch_size)

@@ -96,7 +96,7 @@ def show(
     expected = teacher_outputs(teacher, data, task, "val", device, folder) if teacher is not None else None
     if expected is not None and not task.measures(expected):
         expected = None  # a teacher without classes has no predictions to show
-    names = output_names(data, outputs.main.shape[1])
+    names = output_names(data, outputs.main.shape[-1])
     samples = Samples(
         lambda i: picture(data, sample(data, "val", i)),
         targets,

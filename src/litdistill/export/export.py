@@ -33,7 +33,7 @@ from litdistill.export.predict import load, runtime
 from litdistill.export.writers import write_format
 from litdistill.methods.base import BERNOULLI, CATEGORICAL, REAL
 from litdistill.models.preprocess import Preprocessed, bare, preprocess_of
-from litdistill.tasks.base import Task
+from litdistill.tasks.base import Task, has_places
 from litdistill.tasks.classification import Classification
 from litdistill.tasks.findings import judge
 from litdistill.types import EMBEDDING, Batch, Outputs
@@ -41,7 +41,7 @@ from litdistill.utils.checkpoint import read_metadata, write_atomically, write_t
 from litdistill.utils.errors import UserError
 from litdistill.utils.hashing import weights_sha256
 from litdistill.utils.manifest import MANIFEST, SUFFIXES, check_facts, check_names, read_manifest
-from litdistill.utils.modality import IMAGE, TABLE, Modality, modality_of
+from litdistill.utils.modality import IMAGE, TABLE, TOKENS, Modality, modality_of
 from litdistill.utils.units import named
 from litdistill.utils.versions import versions
 
@@ -156,7 +156,7 @@ def export_student(
         "input_shape": shape,
         "modality": modality_facts(modality),
         "input": described(shape, modality.kind, preprocessing, preprocess is not None, input_dtype(data)),
-        "output": OUTPUTS[kind],
+        "output": OUTPUTS[kind] + "; (N, T, tokens)" * (modality.kind == TOKENS),
     }
     if format == "safetensors":
         entry["net"] = dict(net_options or {})
@@ -201,9 +201,9 @@ def names_and_shape(student: nn.Module, data: Any, task: Task) -> tuple[list[str
         )
     outputs = task.forward(student.cpu().eval(), Batch(inputs.cpu(), None), False).heads
     given = outputs.get("logits" if task.reads_labels else EMBEDDING)
-    if given is None or given.ndim != 2:
+    if given is None or given.ndim != (3 if has_places(task) else 2):
         raise UserError(f"An exported file gives logits (N, outputs), and this student gives {', '.join(outputs)}.")
-    names = output_names(data, given.shape[1]) if task.reads_labels else map(str, range(given.shape[1]))
+    names = output_names(data, given.shape[-1]) if task.reads_labels else map(str, range(given.shape[-1]))
     return list(names), list(data.input_shape or inputs.shape[1:])
 
 
@@ -321,6 +321,8 @@ def check(
     difference, agreement = (
         default if limit is None else float(limit) for limit, default in zip(limits, TOLERANCES[precision], strict=True)
     )
+    places = task.places(torch.cat(targets))
+    decided = (a, b) if places is None else (a[places], b[places])
     largest, value = b.abs().max().item(), float(exported.compute()[name])
     return {
         "difference": (a - b).abs().max().item(),
@@ -328,7 +330,7 @@ def check(
             "difference": difference * largest if difference < float("inf") else None,
             "agreement": agreement,
         },
-        "agreement": _agreement(a, b, task.kind),
+        "agreement": _agreement(*decided, task.kind),
         "metric": name,
         "exported": value,
         "student": float(own.compute()[name]),

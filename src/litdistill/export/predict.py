@@ -28,11 +28,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from litdistill.export.language import continuation
 from litdistill.export.onnx_safety import external_data
 from litdistill.export.readers import READERS
 from litdistill.utils.errors import UserError
 from litdistill.utils.manifest import MANIFEST, MISSING, SUFFIXES, ExportMetadata, verified
-from litdistill.utils.text import CONTROL_CHARACTERS
+from litdistill.utils.modality import TOKENS
+from litdistill.utils.text import CONTROL_CHARACTERS, printable
 from litdistill.utils.units import quantity
 
 if TYPE_CHECKING:
@@ -102,7 +104,8 @@ def runtime(content: bytes, facts: ExportMetadata, path: Path) -> Callable[[np.n
                 f"{path} cannot be run on inputs of {'x'.join(map(str, images.shape[1:]))}, which {MANIFEST} states "
                 f"(input_shape, preprocessing): {reason}. Export the run again, or fetch both files anew."
             ) from error
-        if logits.shape != (len(images), len(facts.classes)):
+        sequence = facts.input_shape if facts.modality["kind"] == TOKENS else ()
+        if logits.shape != (len(images), *sequence, len(facts.classes)):
             raise UserError(f"{path} gives {logits.shape} for {len(images)} samples and {len(facts.classes)} outputs.")
         return logits
 
@@ -236,9 +239,14 @@ def decoded(logits: np.ndarray, facts: ExportMetadata, top: int) -> list[dict[st
     ]
 
 
-def predict(model: Model, paths: Sequence[str | Path], top: int = 5) -> list[dict[str, Any]]:
-    """Returns for each sample what it is called, such as `{"image": path}`, with the result of `decoded`."""
+def predict(model: Model, paths: Sequence[str | Path], top: int = 5, more: int = 0) -> list[dict[str, Any]]:
+    """Returns for each sample what it is called, such as `{"image": path}`, with the result of `decoded`.
+
+    `more`: the tokens by which a language model continues each text.
+    """
     found, facts = [], model.facts
+    if facts.modality["kind"] == TOKENS:
+        return [continuation(model.run, facts, model.folder, path, top, more) for path in paths]
 
     def run(inputs: np.ndarray) -> np.ndarray:
         logits = model.run(inputs)
@@ -264,13 +272,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "files", nargs="+", help="of the student's kind of data: image files; .npy and .csv files, a sample a row"
     )
     parser.add_argument("--top", type=int, default=5, help="how many classes to name for each sample (5)")
+    parser.add_argument(
+        "--continue", type=int, default=0, dest="more", help="tokens by which a language model continues each text (0)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
     parser.add_argument("--trust", action="store_true", help="open .pt2 and .pt too, whose loaders can run code")
     args = parser.parse_args(arguments)
     if args.top < 1:
         parser.error("--top must be at least 1")
+    if args.more < 0:
+        parser.error("--continue must be at least 0")
     try:
-        found = predict(load(args.model, args.trust), args.files, args.top)
+        found = predict(load(args.model, args.trust), args.files, args.top, args.more)
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
@@ -280,9 +293,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for one in found:
         # A file name need not be valid UTF-8, and may hold characters that control a terminal.
         name = CONTROL_CHARACTERS.sub("?", os.fsencode(next(iter(one.values()))).decode(errors="replace"))
-        texts = [f"{c['class']} {100 * c['probability']:.1f} %" for c in one.get("top", ())]
+        texts = [f"'{c['class']}'" if "perplexity" in one else c["class"] for c in one.get("top", ())]
+        texts = [f"{t} {100 * c['probability']:.1f} %" for t, c in zip(texts, one.get("top", ()), strict=True)]
         texts += [f"{k} {v:.6g}" for k, v in one.get("values", {}).items()]
-        print(f"{name}: " + ", ".join(texts))
+        about = (
+            f"perplexity {one['perplexity']:.4g} over {quantity(one['tokens'], 'token')}; next "
+            if "perplexity" in one
+            else ""
+        )
+        print(f"{name}: {about}" + ", ".join(texts))
+        if "continuation" in one:
+            print(f"… {printable(one['continuation'])}")
 
 
 if __name__ == "__main__":

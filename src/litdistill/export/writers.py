@@ -48,7 +48,8 @@ class ExportWrapper(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         images = self.preprocess(images)
-        outputs = to_outputs(self.net(images.half() if self.half_precision else images)).main
+        half = self.half_precision and images.is_floating_point()  # token ids stay integers
+        outputs = to_outputs(self.net(images.half() if half else images)).main
         return outputs.float() if self.half_precision else outputs
 
 

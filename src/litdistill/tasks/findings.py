@@ -46,6 +46,9 @@ def judge(
     the classes.
     """
     found: Findings = {}
+    places = task.places(targets)
+    if places is not None:  # each token of sequences is a prediction
+        outputs, targets = outputs.at(places), targets[places]
     where = {"val": "validation", "train": "training"}.get(where, where)
     said = constant(task, outputs, targets, names)
     if said is not None:

@@ -17,8 +17,7 @@ from litdistill.methods.base import CATEGORICAL
 from litdistill.tasks.base import Samples, Task
 from litdistill.types import Batch, Outputs
 from litdistill.utils.errors import UserError
-
-PADDING = -100  # the target of a place that is not predicted; torch's and Hugging Face's own
+from litdistill.utils.modality import PADDING
 
 
 class LanguageModel(Task):
@@ -47,7 +46,10 @@ class LanguageModel(Task):
         return found
 
     def forward(self, net: nn.Module, batch: Batch, training: bool) -> Outputs:
-        outputs = super().forward(net, batch, training)
+        try:
+            outputs = super().forward(net, batch, training)
+        except IndexError as error:  # of an embedding on a CPU
+            raise _beyond_embedding(batch.inputs, error) from error
         if outputs.logits.ndim != 3:
             raise UserError(
                 f"The network gives {tuple(outputs.logits.shape)}, and a language model gives logits (N, T, vocabulary), "
@@ -140,6 +142,15 @@ def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
     computed in chunks, since float64 logits of a whole split are large."""
     chunks = zip(logits.split(4096), targets.split(4096), strict=True)
     return torch.cat([F.cross_entropy(x.double(), y, reduction="none") for x, y in chunks])
+
+
+def _beyond_embedding(tokens: Any, error: IndexError) -> UserError:
+    if not isinstance(tokens, Tensor) or not tokens.numel():
+        return UserError(f"The network cannot look these tokens up: {error}.")
+    return UserError(
+        f"Token ids go from {int(tokens.min())} to {int(tokens.max())}, and the network's embedding has no row for one of them: build "
+        "it with the vocabulary of these data, or encode the texts with the tokenizer of the network."
+    )
 
 
 def flat(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,9 @@ from typing import Any, NamedTuple
 IMAGE, TABLE, TEXT, SOUND, TOKENS = KINDS = ("image", "table", "text", "sound", "tokens")
 
 
+PADDING = -100  # the target of a place of a sequence that has none; torch's and Hugging Face's own
+
+
 class Modality(NamedTuple):
     """The kind of a data set's samples. It travels with an exported file, so that `predict` reads files of that kind.
 

@@ -51,6 +51,8 @@ OBJECTS: dict[str, dict[str, type[Node]]] = {
         "texts": data.Tokenized,
         "sounds": data.Sounds,
         "spoken_digits": data.SpokenDigits,
+        "docstrings": data.Sequences,
+        "token_sequences": data.Sequences,
     },
     "task": {
         "Classification": library.Classification,

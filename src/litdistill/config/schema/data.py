@@ -130,6 +130,19 @@ class Tokenized(TensorData):
     download: bool = option("fetch a file that is missing")
 
 
+class Sequences(TensorData):
+    """`data` of token sequences: conf/data/docstrings.yaml and token_sequences.yaml."""
+
+    root: Text | None = option(
+        "token_sequences: a .txt file, or a folder of them; docstrings: where what was read is kept"
+    )
+    test: Text | None = option("a .txt file or folder to test on; null: the last tenth of the text")
+    encoding: Text = option("of the files: utf-8, cp1252, shift_jis, …")
+    vocab_size: Annotated[int, Field(ge=258)] = option("tokens at most of the byte-level tokenizer of these texts")
+    length: Annotated[int, Field(ge=2)] = option("tokens of a sequence")
+    held_out: Count = option("sequences to validate on at most, and to test on")
+
+
 class Standardized(TensorData):
     """`data` of features: conf/data/diabetes.yaml."""
 
