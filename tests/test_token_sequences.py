@@ -1,4 +1,4 @@
-"""Texts as token sequences: windows, the tokenizer, the docstrings of a library, texts of one's own, and weights of processes."""
+"""Texts as token sequences: windows, the tokenizer, docstrings, texts of one's own, and the weights of processes."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_they_are_read_once_for_a_version_of_python_and_anew_where_the_file_is_d
 
 def test_a_python_without_sources_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(docstrings.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
-    with pytest.raises(UserError, match="no sources of its standard library.*data=token_sequences"):
+    with pytest.raises(UserError, match=r"no sources of its standard library.*data=token_sequences"):
         docstrings.read(tmp_path / "root")
 
 

@@ -296,12 +296,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         texts = [f"'{c['class']}'" if "perplexity" in one else c["class"] for c in one.get("top", ())]
         texts = [f"{t} {100 * c['probability']:.1f} %" for t, c in zip(texts, one.get("top", ()), strict=True)]
         texts += [f"{k} {v:.6g}" for k, v in one.get("values", {}).items()]
-        about = (
-            f"perplexity {one['perplexity']:.4g} over {quantity(one['tokens'], 'token')}; next "
-            if "perplexity" in one
-            else ""
-        )
-        print(f"{name}: {about}" + ", ".join(texts))
+        if "perplexity" in one:
+            name += f": perplexity {one['perplexity']:.4g} over {quantity(one['tokens'], 'token')}; next"
+        print(f"{name}: " + ", ".join(texts))
         if "continuation" in one:
             print(f"… {printable(one['continuation'])}")
 
