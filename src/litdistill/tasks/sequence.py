@@ -148,7 +148,7 @@ def _beyond_embedding(tokens: Any, error: IndexError) -> UserError:
     if not isinstance(tokens, Tensor) or not tokens.numel():
         return UserError(f"The network cannot look these tokens up: {error}.")
     return UserError(
-        f"Token ids go from {int(tokens.min())} to {int(tokens.max())}, and the network's embedding has no row for one of them: "
+        f"Token ids go from {int(tokens.min())} to {int(tokens.max())}, and the network's embedding has no row for one: "
         "build it with the vocabulary of these data, or encode the texts with the tokenizer of the network."
     )
 
