@@ -6,7 +6,9 @@ import copy
 import csv
 import json
 import math
+import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,8 +31,10 @@ from litdistill.training.distill import distill
 from litdistill.training.train import train
 from litdistill.types import Batch
 from litdistill.utils.errors import UserError
+from tests.conftest import compose_config
 from tests.fits import digits, example, net, same
 
+ROOT = Path(__file__).resolve().parents[1]
 COUNT = 1297  # digits in the training files, those that are validated on too
 
 
@@ -365,3 +369,18 @@ def test_views_of_a_strangers_data_are_taught_what_the_image_is(logits, tmp_path
     views = torch.tensor([1, 0])
     assert torch.equal(told.outputs(Batch(None, None, torch.tensor([4, 9]), views)).logits, logits[[4, 9]])
     assert "these data mix them" in refused(tmp_path / "a.npy", digits(mix=Mixup()))
+
+
+def test_the_pages_example_of_scikit_learn_teaches(small, tmp_path, monkeypatch):
+    page = (ROOT / "docs" / "teachers.md").read_text()
+    code = next(block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "GradientBoosting" in block)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "teachers.md", "exec"), {})
+    (command,) = [line for line in page.splitlines() if "teacher.outputs=boosting.npz" in line]
+    words = [word for word in command.split() if "=" in word]
+    cfg = compose_config(tmp_path / "run", *words, "trainer=cpu", "trainer.max_epochs=2", "logger=none")
+    train(cfg)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["teacher"]["name"] == "boosting"
+    assert summary["teacher"]["test"]["r2"] > 0.3
+    assert summary["student"]["deviation"] > 0

@@ -13,7 +13,7 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 from litdistill.data.protocol import IndexedData
 from litdistill.distillation.recorded import RecordedTeacher
 from litdistill.features.outputs import first_tensor
-from litdistill.methods.base import Method
+from litdistill.methods.base import CATEGORICAL, Method
 from litdistill.models.ensemble import Ensemble
 from litdistill.tasks.base import Task, at_places, has_places
 from litdistill.tasks.metrics import of_known_classes
@@ -71,7 +71,8 @@ class TeacherOnValidation:
             return {}, None
         self.members = measured_members(task, members, trainer.world_size, device)
         warn_of_probabilities(outputs)
-        warn_of_few_classes(distiller.method, outputs)
+        if task.kind == CATEGORICAL:
+            warn_of_few_classes(distiller.method, outputs)
         found = {name: float(value) for name, value in metrics.compute().items()}
         self.metrics = {f"teacher_{task.monitor[0]}": found[task.monitor[0]]} if task.monitor[0] in found else {}
         return found, _gathered(targets, trainer.world_size)

@@ -108,7 +108,7 @@ def network_facts(
     if isinstance(net, RecordedTeacher):
         known = net.file.manifest.get("network") or {}
         about = {key: known.get(key) for key in ("params", "macs", "bytes")}
-        return {"name": net_name(node), "sha256": weights_sha256(net.state_dict()), **about, "outputs": net.file.sha256}
+        return {"name": net.name, "sha256": weights_sha256(net.state_dict()), **about, "outputs": net.file.sha256}
     return {
         "name": net_name(node),
         "sha256": weights_sha256(net.state_dict()),

@@ -274,5 +274,5 @@ def _report(
         share = sum(mass) / (rows * math.prod(first.logits.shape[1:-1]))
         lines.append(f"The top {form.top} hold {share:.2%} of the probability, in the mean over all samples.")
     options = f" data.fixed_views={form.views} data.view_seed={data.view_seed}" if form.views else ""
-    lines.append(f"A student learns from it by: litdistill train data=… teacher.outputs={to}{options}")
+    lines.append(f"A student learns from it by: litdistill train data={data.name} teacher.outputs={to}{options}")
     return lines

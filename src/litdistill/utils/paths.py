@@ -16,7 +16,17 @@ ROOT: Path | None = _CLONE if (_CLONE / "conf" / "train.yaml").is_file() else No
 CONF = ROOT / "conf" if ROOT is not None else PACKAGE / "conf"
 
 # Config keys, of all commands, whose value is or may be a path.
-PATH_KEYS = ("runs", "run", "out", "picture", "data.root", "student.checkpoint", "teacher.checkpoint")
+PATH_KEYS = (
+    "runs",
+    "run",
+    "out",
+    "picture",
+    "data.root",
+    "student.checkpoint",
+    "teacher.checkpoint",
+    "teacher.outputs",
+    "to",
+)
 
 
 def resolve_paths(cfg: DictConfig, start: Path) -> None:
