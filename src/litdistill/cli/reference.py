@@ -28,6 +28,9 @@ FILES: dict[str, type[Node]] = {
     "data/spoken_digits.yaml": data.SpokenDigits,
     "data/docstrings.yaml": data.Sequences,
     "data/token_sequences.yaml": data.Sequences,
+    "data/breast_cancer.yaml": data.Standardized,
+    "data/wine.yaml": data.Standardized,
+    "data/table.yaml": data.Table,
     "sweep/base.yaml": train.SweepOptions,
     "trainer/auto.yaml": library.Trainer,
 }
@@ -39,6 +42,7 @@ SECTIONS: tuple[tuple[str, str, type[Node]], ...] = (  # prefix of the keys, tit
     ("data.", "`data` of sounds: conf/data/sounds.yaml", data.Sounds),
     ("data.", "`data=spoken_digits`", data.SpokenDigits),
     ("data.", "`data` of token sequences: conf/data/docstrings.yaml, token_sequences.yaml", data.Sequences),
+    ("data.", "`data=table`: a table of your own", data.Table),
     ("task.", "`task=classification`", library.Classification),
     ("task.", "`task=multilabel`", library.MultiLabel),
     ("task.", "`task=regression`", library.Regression),

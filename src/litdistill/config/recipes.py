@@ -37,9 +37,8 @@ NO_RECIPE = {  # options of these that change only paths and speed
 
 # Data whose files are the user's, and the options that name them.
 OWN_FILES = {
-    "folder": ("root",),
-    "shards": ("root",),
-    "sounds": ("root",),
+    **dict.fromkeys(("folder", "shards", "sounds"), ("root",)),
+    "table": ("root", "test"),
     "texts": ("root", "test", "validation", "unlabelled"),
 }
 OWN_CALLBACKS = ("best", "last", "learning_rate")  # those of conf/callbacks, which do not change the weights

@@ -64,8 +64,8 @@ DATA = (
     *(f"sound_views.{name}" for name in ("TimeShift", "TimeMask", "FrequencyMask", "Gain", "Noise")),
 )
 TENSORS = (
-    "tables.diabetes",
-    "tables.multilabel",
+    *(f"tables.{name}" for name in ("breast_cancer", "wine", "diabetes", "multilabel")),
+    "own_table.table",
     "text.sets.movie_reviews",
     "text.sets.texts",
     "sound.sounds",

@@ -7,13 +7,13 @@ Parquet needs pyarrow (`pip install 'litdistill[tables]'`).
 from __future__ import annotations
 
 import csv
+import dataclasses
 import difflib
 import io
 import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -27,7 +27,8 @@ FEW = 8  # names in a message
 CLASSES = 20  # different whole numbers at most that are taken for classes
 
 
-class Table(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Table:
     """The rows of a file as texts by column; a missing value is ""."""
 
     path: Path
@@ -45,6 +46,11 @@ class Table(NamedTuple):
     def where(self, row: int) -> str:
         """Returns the file and the place of a row."""
         return f"{one_line(self.path)}, {self.place(row)}"
+
+    def take(self, rows: Sequence[int]) -> Table:
+        """Returns some of the rows."""
+        columns = {name: [values[row] for row in rows] for name, values in self.columns.items()}
+        return Table(self.path, columns, [self.lines[row] for row in rows], self.separator)
 
     def column(self, name: str, option: str) -> list[str]:
         """Returns a column. Raises `UserError`, with the nearest name, for one that is not there; `option` asked for it."""

@@ -198,9 +198,9 @@ class ImageData(LightningDataModule):
         return self._source
 
     @property
-    def task(self) -> str:
-        """Name of the task of these labels."""
-        return self.source.task
+    def task(self) -> str | None:
+        """Name of the task of these labels; None for class folders, which suit a task of one's own, too."""
+        return None if self.table is None else self.source.task
 
     @property
     def class_names(self) -> tuple[str, ...]:

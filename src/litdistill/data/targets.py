@@ -93,11 +93,16 @@ def _described(kinds: Sequence[str]) -> str:
 
 
 def read_targets(
-    table: Table, columns: Sequence[str], asked: str | None = None, classes: Sequence[object] | None = None
+    table: Table,
+    columns: Sequence[str],
+    asked: str | None = None,
+    classes: Sequence[object] | None = None,
+    alone: bool = True,
 ) -> Targets:
     """Returns the targets of these columns, of the task that is `asked` for or found (`find_task`).
 
-    `classes`: the labels in the order of the outputs; those that occur unless given. Raises `UserError` for a label that is
+    `classes`: the labels in the order of the outputs; those that occur unless given. `alone`: whether the rows
+    are all there are, and must hold two classes. Raises `UserError` for a label that is
     not in `classes`, for one class alone, and for a column without a value.
     """
     for name in columns:
@@ -107,7 +112,7 @@ def read_targets(
             )
     task, line = find_task(table, columns, asked)
     if task == "classification":
-        return _classes(table, columns[0], classes, line)
+        return _classes(table, columns[0], classes, line, alone)
     if task == "multilabel":
         read = [[TRUTH.get(value.lower(), math.nan) for value in table.columns[name]] for name in columns]
         if wrong := [
@@ -126,7 +131,7 @@ def read_targets(
     return Targets(task, tuple(columns), np.array(read, dtype=np.float32).T.copy(), (line,))
 
 
-def _classes(table: Table, name: str, classes: Sequence[object] | None, line: str) -> Targets:
+def _classes(table: Table, name: str, classes: Sequence[object] | None, line: str, alone: bool) -> Targets:
     column = table.columns[name]
     names = [str(c) for c in classes] if classes is not None else distinct(column)
     place = {text: i for i, text in enumerate(names)}
@@ -140,7 +145,7 @@ def _classes(table: Table, name: str, classes: Sequence[object] | None, line: st
             "Mend the file, or name all classes: data.classes=[…]."
         )
     counts = Counter(value for value in column if value != "")
-    if len(names) < 2 or len(counts) < 2:
+    if len(names) < 2 or (alone and len(counts) < 2):
         only = next(iter(counts), "")
         raise UserError(
             f"{one_line(table.path)}: every row's {one_line(name)} is '{one_line(only)}', and a classifier needs two classes. "

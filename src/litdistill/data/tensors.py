@@ -56,6 +56,16 @@ class TensorSource(NamedTuple):
     show: Callable[[str, int], str] | None = None  # (split, id) -> the sample in words
 
 
+def held_out_test(targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the ids of `TEST_SHARE` of the samples, of each class where there are classes, and of the others; sorted."""
+    ids = torch.arange(len(targets))
+    if targets.ndim == 1 and not targets.is_floating_point():
+        tested, rest = splits.hold_out(ids[targets >= 0], targets, TEST_SHARE)
+        return tested, torch.cat([rest, ids[targets < 0]]).sort().values
+    order, count = aug.order(TEST_SEED, 0, ids), round(TEST_SHARE * len(ids))
+    return order[:count].sort().values, order[count:].sort().values
+
+
 class TensorData(LightningDataModule):
     """Samples in memory; an `IndexedData`.
 
@@ -64,7 +74,7 @@ class TensorData(LightningDataModule):
         name: of the data set, for folders and messages. task: the name of its task.
         augment: objects as `litdistill.data.augment` defines them, which take the inputs (N, ...) on the device.
         standardize: whether networks standardize each feature of inputs (N, F) by `mean` and `std`, which are measured over all
-            samples that are not held out unless given.
+            samples that are not held out unless given; or which of the features.
         val_size: validation samples, a fraction (below 1) or a number of the training set; the same for every `seed`.
         fraction: the fraction of the other samples to train on, of each class.
         labels: how many of these keep their label; None: all. only_labelled: whether to leave the others out,
@@ -84,7 +94,7 @@ class TensorData(LightningDataModule):
         name: str,
         task: str,
         augment: Sequence[aug.Augmentation | str | Mapping[str, Any]] | None = (),
-        standardize: bool = False,
+        standardize: bool | Sequence[bool] = False,
         val_size: float = 0.1,
         fraction: float | None = None,
         labels: int | None = None,
@@ -124,14 +134,7 @@ class TensorData(LightningDataModule):
         found = self.read()
         if found.test is not None:
             return found
-        ids = torch.arange(len(found.train.inputs))
-        if found.train.targets.ndim == 1 and not found.train.targets.is_floating_point():
-            tested, rest = splits.hold_out(ids[found.train.targets >= 0], found.train.targets, TEST_SHARE)
-            rest = torch.cat([rest, ids[found.train.targets < 0]]).sort().values
-        else:
-            order = aug.order(TEST_SEED, 0, ids)
-            count = round(TEST_SHARE * len(ids))
-            tested, rest = order[:count].sort().values, order[count:].sort().values
+        tested, rest = held_out_test(found.train.targets)
         show = found.show
         place = {"test": tested, "train": rest}
         moved = None if show is None else (lambda split, i: show("train", int(place[split][i])))
@@ -156,8 +159,9 @@ class TensorData(LightningDataModule):
         self._hide_labels()
         if self.standardize and (self.mean is None or self.std is None):
             inputs = train.inputs[rest].double()
-            deviation = inputs.std(0, correction=0)
-            self.mean, self.std = inputs.mean(0).tolist(), torch.where(deviation > 0, deviation, 1.0).tolist()
+            deviation, wanted = inputs.std(0, correction=0), torch.tensor(self.standardize)
+            self.mean = torch.where(wanted, inputs.mean(0), 0.0).tolist()
+            self.std = torch.where(wanted & (deviation > 0), deviation, 1.0).tolist()
         self._ready = True
 
     def _held_out(self, targets: Tensor) -> tuple[Tensor, Tensor]:

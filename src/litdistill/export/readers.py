@@ -12,7 +12,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from litdistill.data import waves
+from litdistill.data import columns, waves
+from litdistill.data import encoding as enc
 from litdistill.data.decode import decode
 from litdistill.data.text import tokenizing
 from litdistill.data.text.reading import read_file
@@ -35,9 +36,17 @@ def images(paths: Sequence[str | Path], facts: ExportMetadata, folder: Path) -> 
 
 
 def table(paths: Sequence[str | Path], facts: ExportMetadata, folder: Path) -> Rows:
-    """Yields the rows of .csv and .npy files as (N, F) float32."""
+    """Yields the rows of tables as (N, F) float32.
+
+    Columns of a .csv, .tsv or .parquet file are found by their names, where the student was trained on names; a .npy file, and
+    a .csv file without a line of names, hold the features in their order.
+    """
+    described = "columns" in facts.modality
     for path in paths:
-        rows = read_table(path, facts.input_shape[0])
+        if described and Path(path).suffix.lower() != ".npy" and not _is_bare(Path(path)):
+            rows = _by_name(Path(path), facts)
+        else:
+            rows = read_table(path, facts.input_shape[0])
         for start in range(0, len(rows), BATCH):
             some = rows[start : start + BATCH]
             yield [{"row": f"{path}:{start + i}"} for i in range(len(some))], some
@@ -68,6 +77,24 @@ def sounds(paths: Sequence[str | Path], facts: ExportMetadata, folder: Path) -> 
                 )
             row[:] = waves.fitted(waves.resampled(wave, rate), shape[0])
         yield [{"sound": str(path)} for path in some], inputs
+
+
+def _is_bare(path: Path) -> bool:
+    """Returns whether a .csv file starts with numbers, and so without the names of its columns."""
+    if path.suffix.lower() != ".csv" or not path.is_file():
+        return False
+    with path.open("rb") as opened:
+        first = opened.readline().decode("utf-8", errors="replace")
+    return bool(first.strip()) and not _has_names([first])
+
+
+def _by_name(path: Path, facts: ExportMetadata) -> np.ndarray:
+    table = columns.read_table(path, "file")
+    known = enc.from_options(facts.modality)
+    rows, unknown = enc.encode(known, table, "Fill them: the student was trained on rows without missing values.")
+    for line in enc.described(unknown, table):
+        log.warning("%s", line)
+    return rows
 
 
 def text(paths: Sequence[str | Path], facts: ExportMetadata, folder: Path) -> Rows:
@@ -127,14 +154,14 @@ def read_images(paths: Sequence[str | Path], input_shape: Sequence[int]) -> np.n
     return images
 
 
-def read_table(path: str | Path, columns: int) -> np.ndarray:
-    """Returns the (N, columns) float32 array of a .npy file, or of a .csv file with or without a header.
+def read_table(path: str | Path, count: int) -> np.ndarray:
+    """Returns the (N, `count`) float32 array of a .npy file, or of a .csv file with or without a header.
 
     Raises `UserError` for any other file, another number of columns, and values that are not finite.
     """
     path = Path(path)
     if path.suffix not in (".npy", ".csv"):
-        raise UserError(f"{path}: the student takes rows of {columns} numbers, in a .npy or a .csv file.")
+        raise UserError(f"{path}: the student takes rows of {count} numbers, in a .npy or a .csv file.")
     try:
         if path.suffix == ".npy":
             rows = np.atleast_2d(np.load(path, allow_pickle=False)).astype(np.float32)
@@ -145,8 +172,8 @@ def read_table(path: str | Path, columns: int) -> np.ndarray:
             rows = np.loadtxt(lines[_has_names(lines) :], np.float32, delimiter=",", ndmin=2)
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} cannot be read as a table of numbers: {str(error).splitlines()[0]}") from error
-    if rows.ndim != 2 or rows.shape[1] != columns:
-        raise UserError(f"{path} holds {rows.shape}, and the student takes rows of {columns} numbers.")
+    if rows.ndim != 2 or rows.shape[1] != count:
+        raise UserError(f"{path} holds {rows.shape}, and the student takes rows of {count} numbers.")
     if (bad := ~np.isfinite(rows).all(1)).any():
         raise UserError(f"{path}: row {int(bad.argmax())} (counted from 0) has a value that is no finite number.")
     return rows

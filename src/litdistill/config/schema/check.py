@@ -45,8 +45,8 @@ SCHEMAS: dict[str, type[Node]] = {
 OBJECTS: dict[str, dict[str, type[Node]]] = {
     "data": {
         "ImageData": data.ImageData,
-        "diabetes": data.Standardized,
-        "multilabel": data.Standardized,
+        **dict.fromkeys(("breast_cancer", "wine", "diabetes", "multilabel"), data.Standardized),
+        "table": data.Table,
         "movie_reviews": data.Tokenized,
         "texts": data.Tokenized,
         "sounds": data.Sounds,

@@ -88,7 +88,7 @@ class ImageData(Node):
 class TensorData(Node):
     """`data` in memory that are no images: the options of every function that returns a `TensorData`."""
 
-    target: str = Field(alias="_target_", description="the data module: any LightningDataModule")
+    module: str = Field(alias="_target_", description="the data module: any LightningDataModule")
     val_size: HeldOut = option("held out of the training set: a fraction below 1, or a number of samples", usual=0.1)
     fraction: Share | None = option("train on this share of the rest")
     labels: Count | None = option("so many of these keep their label, where labels are classes; null: all")
@@ -178,3 +178,22 @@ class SpokenDigits(TensorData):
         "the speaker who is the validation set; null: the first of the others, or val_size where no speaker is held out"
     )
     download: bool = option("fetch files that are missing")
+
+
+class Table(Standardized):
+    """`data=table`: conf/data/table.yaml."""
+
+    root: Text | None = option("a CSV, TSV or Parquet file with the names of its columns")
+    target: Text | list[Text] | None = option("its column of classes or numbers; or several, of 0 and 1 or of numbers")
+    test: Text | None = option("a file of test rows; null: a fifth, drawn at random")
+    split: Text | None = option("a column that says train, val or test, instead")
+    ignore: list[Text] | None = option("columns that are left out, such as names and ids: [id]")
+    categorical: list[Text] | None = option("columns of numbers that are categories: [postal_code]")
+    missing: Literal["mean", "drop"] | None = option(
+        "mean: missing values get the training rows' mean or most frequent category; drop: such rows go; null: refused"
+    )
+    encode: Literal["onehot", "ordinal"] = option("of a category: a feature for each, or its code (net=embedding_mlp)")
+    classes: list[Class] | None = option("the labels in the order of the outputs; null: those that occur")
+    task: Literal["classification", "multilabel", "regression"] | None = option(
+        "what the targets are, where numbers look like classes; null: found from them"
+    )
