@@ -30,9 +30,9 @@ from litdistill.data.protocol import as_indexed, facts_of, input_dtype
 from litdistill.distillation.outputs_tables import read_outputs
 from litdistill.distillation.recorded import RecordedTeacher
 from litdistill.methods.base import CATEGORICAL
-from litdistill.models.adaptations import adaptations_of, has_published_weights
+from litdistill.models.adaptations import adaptations_of, has_published_weights, published_classes
 from litdistill.models.backbone import Backbone, cut
-from litdistill.models.classes import class_columns, describe_columns, with_columns
+from litdistill.models.classes import class_columns, describe_columns, published_columns, with_columns
 from litdistill.models.ensemble import Ensemble, check_apart
 from litdistill.models.finetune import fix_statistics, freeze, with_own_head
 from litdistill.models.preprocess import bare, preprocess_of, wrap
@@ -171,7 +171,9 @@ def _build_net(
         data,
         shape,
         outputs,
-        **{"size": wanted.get("size"), "fetch": None if fetch and source is None else False, **facts_of(data)},
+        **{"size": wanted.get("size"), "fetch": None if fetch and source is None else False},
+        class_names=tuple(data.class_names),
+        **facts_of(data),
     )
     trained = [] if source is None or isinstance(source, nn.Module) else read_metadata(source, "classes") or []
     columns = (
@@ -180,26 +182,29 @@ def _build_net(
     if columns is not None and "num_classes" in facts:
         facts["num_classes"] = len(trained)
     net: nn.Module = instantiate(options, role, **{k: v for k, v in facts.items() if k not in options})
+    if source is None and not backbone and (trained := list(published_classes(net))):
+        columns = published_columns(trained, data.class_names, node, role)
     changes = adaptations_of(net)
     fixed = _fix_statistics(net, node, role, published=source is None and fetch and has_published_weights(net))
     preprocess = merged_preprocessing(preprocess_of(net), wanted, data, role)
     if say and source is None and fetch and changes:
         own = wanted.keys() & {"mean", "std"}
         set_here = f" {role}.preprocess sets {' and '.join(sorted(own))} in place of the weights' own." if own else ""
-        log.info("%s%s%s", changes, " Its statistics of batch normalization are fixed." * fixed, set_here)
+        said = " Its statistics of batch normalization are fixed." * fixed + " Its classifier is left out." * backbone
+        log.info("%s%s%s", changes, said, set_here)
     net = bare(net)
+    final = preprocess.input_shape(data.input_shape) if preprocess is not None else shape
     if source is not None:
-        final = preprocess.input_shape(data.input_shape) if preprocess is not None else shape
         net = _with_weights(net, node, role, source, _blank(data, final))
-        if columns is not None:
-            log.info("%s", describe_columns(columns, trained, data.class_names, who or f"The {role}"))
-            if with_columns(net, columns, _blank(data, final)):
-                columns = None
-            elif role == "student":
-                raise UserError(
-                    "The student was trained on these classes in another order, and its outputs cannot be put into another. "
-                    "Give the data the order of its training (data.classes)."
-                )
+    if columns is not None:
+        log.info("%s", describe_columns(columns, trained, data.class_names, who or f"The {role}"))
+        if with_columns(net, columns, _blank(data, final)):
+            columns = None
+        elif role == "student":
+            raise UserError(
+                "The student was trained on these classes in another order, and its outputs cannot be put into another. "
+                "Give the data the order of its training (data.classes)."
+            )
     if backbone:
         inputs = training_inputs(data, 2)
         net = Backbone(net) if width else cut(net, inputs if preprocess is None else preprocess(inputs))

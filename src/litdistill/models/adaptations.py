@@ -30,13 +30,23 @@ class Adaptations(NamedTuple):
     name: str
     changes: tuple[str, ...]
     published: bool = False  # whether published weights were loaded
+    classes: tuple[str, ...] = ()  # names of its classes, where the weights bring them
 
 
-def adapted(net: nn.Module, name: str, changes: Sequence[str], weights: str | None = None) -> nn.Module:
-    """Returns `net` with the changes noted under `name`, and under that of its published weights."""
+def adapted(
+    net: nn.Module, name: str, changes: Sequence[str], weights: str | None = None, classes: Sequence[str] = ()
+) -> nn.Module:
+    """Returns `net` with the changes noted under `name`, and under that of its published weights; with the names of classes
+    that the weights bring."""
     shown = f"{name} with weights {weights}" if weights else name
-    net.adaptations = Adaptations(shown, tuple(changes), bool(weights))  # type: ignore[assignment]
+    net.adaptations = Adaptations(shown, tuple(changes), bool(weights), tuple(classes))  # type: ignore[assignment]
     return net
+
+
+def published_classes(net: nn.Module) -> tuple[str, ...]:
+    """Returns the names of the classes that the published weights of `net` bring; empty where it has the data's."""
+    found: Any = getattr(net, "adaptations", None)
+    return found.classes if isinstance(found, Adaptations) else ()
 
 
 def has_published_weights(net: nn.Module) -> bool:

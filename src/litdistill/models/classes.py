@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +48,18 @@ def class_columns(
         )
     place = {name: i for i, name in enumerate(trained)}
     return [place.get(name, UNKNOWN) for name in names]
+
+
+def published_columns(
+    trained: Sequence[str], names: Sequence[str], node: Mapping[str, Any], role: str
+) -> list[int] | None:
+    """Returns `class_columns` of the classes that published weights bring. Raises `UserError` for a student of others."""
+    if role == "student" and set(trained) != set(names):
+        raise UserError(
+            f"The student's weights know {some([c for c in trained if c not in names])}, which these data do not have, and not "
+            f"{some([c for c in names if c not in trained])}, which they do: start its classifier anew, student.classifier=new."
+        )
+    return class_columns(trained, names, str(node.get("path") or node.get("name")), role)
 
 
 def describe_columns(columns: Sequence[int], trained: Sequence[str], names: Sequence[str], who: str) -> str:
