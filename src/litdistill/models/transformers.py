@@ -233,7 +233,6 @@ def _made(known: files.Config, folder: Path | None, kind: str, new_head: bool = 
                 made = type(auto.from_config(known.made))
             if "add_pooling_layer" in inspect.signature(made.__init__).parameters:
                 options["add_pooling_layer"] = False  # it is not read, and many weights lack it
-            known.made._attn_implementation = "eager"
             return made(known.made, **options) if folder is None else _loaded(made, known, folder, new_head, options)
         except UserError:
             raise

@@ -87,7 +87,7 @@ def read_config(folder: Path | None, given: Mapping[str, Any] | None) -> Config:
             + " Install a newer transformers, or take another model."
         )
     try:
-        made = known[kind].from_dict(values)
+        made = known[kind].from_dict(values | {"attn_implementation": "eager"})  # others are no ONNX, or fetched code
     except Exception as error:  # each model checks its values in its own way
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{where} is no valid configuration of {kind} ({reason}): correct it.") from error
