@@ -198,17 +198,23 @@ def _build_net(
         net = _with_weights(net, node, role, source, _blank(data, final))
     if columns is not None:
         log.info("%s", describe_columns(columns, trained, data.class_names, who or f"The {role}"))
-        if with_columns(net, columns, _blank(data, final)):
-            columns = None
-        elif role == "student":
-            raise UserError(
-                "The student was trained on these classes in another order, and its outputs cannot be put into another. "
-                "Give the data the order of its training (data.classes)."
-            )
+        columns = _unless_put_in_order(net, columns, _blank(data, final), role)
     if backbone:
         inputs = training_inputs(data, 2)
         net = Backbone(net) if width else cut(net, inputs if preprocess is None else preprocess(inputs))
     return wrap(net, preprocess), columns
+
+
+def _unless_put_in_order(net: nn.Module, columns: list[int], example: Tensor, role: str) -> list[int] | None:
+    """Puts the outputs of `net` into the data's order in place and returns None, or the columns where it cannot."""
+    if with_columns(net, columns, example):
+        return None
+    if role == "student":
+        raise UserError(
+            "The student was trained on these classes in another order, and its outputs cannot be put into another. "
+            "Give the data the order of its training (data.classes)."
+        )
+    return columns
 
 
 def _blank(data: Any, shape: Any) -> Tensor:

@@ -19,7 +19,15 @@ from litdistill.compress.quantize import Int8, converted, quiet
 from litdistill.data.foreign import training_inputs
 from litdistill.export.predict import build_net as named_net
 from litdistill.features.outputs import to_outputs
-from litdistill.models.preprocess import Preprocess, as_plain_modules, bare, preprocess_of, without_preprocessing, wrap
+from litdistill.models.preprocess import (
+    Preprocess,
+    as_plain_modules,
+    bare,
+    plain_modules,
+    preprocess_of,
+    without_preprocessing,
+    wrap,
+)
 from litdistill.types import EMBEDDING
 from litdistill.utils.checkpoint import load_state_dict_checked, save_student
 from litdistill.utils.errors import UserError
@@ -30,14 +38,14 @@ class ExportWrapper(nn.Module):
     """The network to export: returns float32 logits of raw images, or of normalized images without `preprocessing`.
 
     It includes the network's preprocessing, or those of its members where they differ. With `half` the network computes in
-    float16 after the preprocessing; inputs and outputs keep their types.
+    float16 after the preprocessing; inputs and outputs keep their types. `traced`: it is traced, and not stored by its keys.
     """
 
-    def __init__(self, net: nn.Module, preprocessing: bool = True, half: bool = False):
+    def __init__(self, net: nn.Module, preprocessing: bool = True, half: bool = False, traced: bool = False):
         super().__init__()
         own = preprocess_of(net)
         inside = as_plain_modules(net) if preprocessing and own is None else without_preprocessing(net)
-        self.net = inside.cpu().eval().requires_grad_(False)
+        self.net = (plain_modules(inside) if traced else inside).cpu().eval().requires_grad_(False)
         for tensor in (*self.net.parameters(), *self.net.buffers()):
             # Weights in channels-last memory format are traced to needless gathers.
             tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
@@ -58,7 +66,9 @@ def write_format(
 ) -> None:
     """Writes the file; adds the quantization's settings to `entry`."""
     metadata = {k: json.dumps(v) for k, v in entry.items()}
-    model = ExportWrapper(student, facts.preprocessing, half=entry["precision"] == "fp16").eval()
+    model = ExportWrapper(
+        student, facts.preprocessing, entry["precision"] == "fp16", facts.format != "safetensors"
+    ).eval()
     example = model_inputs(student, data, 2, facts.preprocessing)
     with quiet():
         if facts.format == "safetensors":

@@ -35,6 +35,10 @@ class Backbone(nn.Module):
     def forward(self, *inputs: Any, **named: Any) -> dict[str, Tensor]:
         return {EMBEDDING: self.net(*inputs, **named)}
 
+    def plain(self) -> nn.Module:
+        """Returns the network alone for torch.export, which follows names to modules."""
+        return self.net
+
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Module]]:

@@ -200,6 +200,14 @@ def as_plain_modules(net: nn.Module) -> nn.Module:
     return _replaced(copy.deepcopy(net), sequence)
 
 
+def plain_modules(net: nn.Module) -> nn.Module:
+    """Returns `net` with `plain()` of each module inside that has it, in place: for torch.export, to which a name must lead."""
+    for name, child in list(net.named_children()):
+        setattr(net, name, plain_modules(child))
+    plain = getattr(net, "plain", None)
+    return plain() if callable(plain) else net
+
+
 def _replaced(net: nn.Module, by: Any) -> nn.Module:
     if isinstance(net, Preprocessed):
         return by(net)

@@ -52,24 +52,11 @@ class HuggingFace(nn.Module):
         transparent_state(self)
 
     def forward(self, inputs: Tensor) -> Tensor | dict[str, Tensor]:
-        mask = (inputs != self.padding).long() if self.text else None
-        given = {"input_ids": inputs, "attention_mask": mask} if self.text else {"pixel_values": inputs}
-        out = self.net(**given, return_dict=True)
-        return out.logits if self.pooling is None else {EMBEDDING: self._vector(out, mask)}
+        return _run(self.net, inputs, self.text, self.pooling, self.padding)
 
-    def _vector(self, out: Any, mask: Tensor | None) -> Tensor:
-        if self.pooling == "pooler":
-            if (given := out.get("pooler_output")) is None:
-                raise UserError("pooling=pooler: this model has none. Choose first or mean.")
-            return given.flatten(1)
-        x = out.last_hidden_state
-        if x.ndim == 4:
-            return x.mean((2, 3))
-        if self.pooling == "first":
-            return x[:, 0]
-        if mask is None:
-            return x.mean(1)
-        return (x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+    def plain(self) -> nn.Module:
+        """Returns the same for torch.export, which follows names to modules."""
+        return Plain(self.net, self.text, self.pooling, self.padding)
 
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
@@ -80,6 +67,36 @@ class HuggingFace(nn.Module):
     def get_submodule(self, target: str) -> nn.Module:
         """Returns a submodule by its name in the model."""
         return self if target == "" else self.net.get_submodule(target)
+
+
+class Plain(nn.Module):
+    """A `HuggingFace` whose names begin with `net.`."""
+
+    def __init__(self, net: nn.Module, *options: Any):
+        super().__init__()
+        self.net, self.options = net, options
+
+    def forward(self, inputs: Tensor) -> Tensor | dict[str, Tensor]:
+        return _run(self.net, inputs, *self.options)
+
+
+def _run(net: nn.Module, inputs: Tensor, text: bool, pooling: str | None, padding: int) -> Tensor | dict[str, Tensor]:
+    mask = (inputs != padding).long() if text else None
+    given = {"input_ids": inputs, "attention_mask": mask} if text else {"pixel_values": inputs}
+    out = net(**given, return_dict=True)
+    if pooling is None:
+        return out.logits
+    x = out.last_hidden_state
+    if pooling == "pooler":
+        if (found := out.get("pooler_output")) is None:
+            raise UserError("pooling=pooler: this model has none. Choose first or mean.")
+        return {EMBEDDING: found.flatten(1)}
+    if x.ndim == 4:
+        return {EMBEDDING: x.mean((2, 3))}
+    if pooling == "first":
+        return {EMBEDDING: x[:, 0]}
+    weights = torch.ones_like(x[..., 0]) if mask is None else mask
+    return {EMBEDDING: (x * weights[..., None]).sum(1) / weights.sum(1, keepdim=True).clamp(min=1)}
 
 
 def transformers_model(
@@ -127,23 +144,35 @@ def transformers_model(
         return _untrained(known, num_classes, input_shape, vocab_size, padding, set(config or ()))
     files.check_weights_file(folder)
     _check_vocabulary(known, input_shape, vocab_size)
+    net, changes, classes = _pretrained(known, folder, num_classes, class_names, classifier, pooling, padding, fetch)
+    return _preprocessed(net, known, folder, input_shape, size, changes, classes)
+
+
+def _pretrained(
+    known: files.Config,
+    folder: Path,
+    num_classes: int,
+    class_names: Sequence[str],
+    classifier: str | None,
+    pooling: str | None,
+    padding: int,
+    fetch: bool,
+) -> tuple[HuggingFace, list[str], tuple[str, ...]]:
+    """Returns the model with the weights in `folder`, what was changed in it, and the names of its own classes."""
+    text, own = _of_text(known), files.classes_of(known.values) if _is_classifier(known) else None
     loaded = folder if fetch and torch.get_default_device().type != "meta" else None
-    classes = files.classes_of(known.values) if _is_classifier(known) else None
-    if classes is None and classifier is None:
+    if own is None and classifier is None:
         net = _made(known, loaded, "AutoModel")
-        found = HuggingFace(net, _of_text(known), _pooling(net, pooling, _of_text(known)), padding)
-        return _preprocessed(found, known, folder, input_shape, size, [f"no classes, pooling={found.pooling}"])
-    kept = classes if classifier is None and _fit(classes, num_classes, class_names) else None
+        found = HuggingFace(net, text, _pooling(net, pooling, text), padding)
+        return found, [f"no classes, pooling={found.pooling}"], ()
+    kept = own if classifier is None and _fit(own, num_classes, class_names) else None
     # A caller that loads weights of its own has the number of their classes.
     known.made.num_labels = kept.number if kept is not None and fetch else num_classes
-    net = _made(known, loaded, _classifier_of(known), new_head=kept is None)
+    found = HuggingFace(_made(known, loaded, _classifier_of(known), new_head=kept is None), text, None, padding)
     if kept is not None:
-        return _preprocessed(
-            HuggingFace(net, _of_text(known), None, padding), known, folder, input_shape, size, [], kept.names
-        )
-    was = classes.number if classes is not None else 0
-    changes = head_change(was, num_classes) or [f"head new and zero, for {num_classes} other classes"]
-    return _preprocessed(HuggingFace(net, _of_text(known), None, padding), known, folder, input_shape, size, changes)
+        return found, [], kept.names if fetch else ()
+    changes = head_change(own.number if own is not None else 0, num_classes)
+    return found, changes or [f"head new and zero, for {num_classes} other classes"], ()
 
 
 def library() -> ModuleType:
