@@ -21,6 +21,7 @@ from litdistill.config.recipes import teacher_config
 from litdistill.data.sources import Split
 from litdistill.evaluation.evaluate import differences, evaluate, load_run, rebuild
 from litdistill.evaluation.summary import method_name
+from litdistill.models.preprocess import bare
 from litdistill.training import train as train_module
 from litdistill.utils.paths import CONF
 from tests.conftest import compose_config
@@ -102,6 +103,27 @@ def test_ensemble(tmp_path):
     taught = distiller.teacher(batch).logits
     assert torch.allclose(taught.double(), (logits[0] + logits[1] + logits[2]) / 3, atol=1e-5)
     assert student["teacher"]["params"] == 3 * load_run(members[0].parent)[1]["student"]["params"]
+    assert differences(evaluate(folder, device="cpu"), student) == []
+
+
+def test_parts(tmp_path):
+    folder, student = scheme(tmp_path, "parts")
+    members = student["teacher"]["members"]
+    assert [m["classes"] for m in members] == [list("01234"), list("56789")]
+    assert all(m["test"]["metrics"]["accuracy"] > m["test"]["chance"] for m in members)
+    assert [s["data"]["classes"] for s in trained_before(tmp_path)] == [5, 5]
+    assert differences(evaluate(folder, device="cpu"), student) == []
+
+
+def test_sizes(tmp_path):
+    folder, student = scheme(tmp_path, "sizes")
+    assert [p["size"] for p in student["teacher"]["preprocess"]] == [[12, 12]]
+    assert student["data"]["input_shape"] == [1, 8, 8]
+    _, distiller = rebuild(folder)
+    seen = []
+    bare(distiller.student).register_forward_pre_hook(lambda module, given: seen.append(tuple(given[0].shape[2:])))
+    distiller.student(torch.zeros(1, 1, 8, 8))
+    assert seen == [(5, 5)]
     assert differences(evaluate(folder, device="cpu"), student) == []
 
 

@@ -33,7 +33,7 @@ from litdistill.methods.base import CATEGORICAL
 from litdistill.models.adaptations import adaptations_of, has_published_weights, published_classes
 from litdistill.models.backbone import Backbone, cut
 from litdistill.models.classes import class_columns, describe_columns, published_columns, with_columns
-from litdistill.models.ensemble import Ensemble, check_apart
+from litdistill.models.ensemble import UNKNOWN, Ensemble, check_apart
 from litdistill.models.finetune import fix_statistics, freeze, with_own_head
 from litdistill.models.preprocess import bare, preprocess_of, wrap
 from litdistill.tasks import TASKS
@@ -274,6 +274,11 @@ def build_student(
         raise UserError(
             "student.checkpoint=teacher: a file of outputs has no weights. Name a run or a file of weights."
         )
+    if cfg.student.get("checkpoint") == "teacher" and isinstance(teacher, Ensemble):
+        raise UserError(
+            "student.checkpoint=teacher: the teacher is several networks, or knows other classes than the data have. Name one "
+            "run or file of weights: student.checkpoint=<run folder>."
+        )
     start = teacher if cfg.student.get("checkpoint") == "teacher" else source
     student = build_net(cfg.student, data, "student", start, outputs=student_outputs(cfg, data, teacher))
     if cfg.get("compress") is not None:
@@ -331,13 +336,8 @@ def build_teacher(
     """
     if cfg.teacher is None:
         return None
-    if (path := cfg.teacher.get("outputs")) is not None:
-        if isinstance(data, ForeignData):
-            raise UserError(
-                f"teacher.outputs={path} has outputs by sample id, and {data.name} has no ids: give it the attributes of "
-                "litdistill.data.protocol.IndexedData, or in Python batches with ids to litdistill.distill()."
-            )
-        return RecordedTeacher(read_outputs(path), task, data)
+    if cfg.teacher.get("outputs") is not None:
+        return _recorded(cfg.teacher.outputs, data, task)
     if not cfg.teacher.get("ensemble"):
         net, columns = _build_teacher(cfg, data, task, absent)
         return net if columns is None else Ensemble([net], columns=[columns], kind=task.kind)
@@ -350,10 +350,24 @@ def build_teacher(
     return Ensemble(members, weights, mean or "logits", columns_of, task.kind, names)
 
 
+def _recorded(path: str, data: Any, task: Task) -> RecordedTeacher:
+    """Returns a file of outputs as a teacher."""
+    if isinstance(data, ForeignData):
+        raise UserError(
+            f"teacher.outputs={path} has outputs by sample id, and {data.name} has no ids: give it the attributes of "
+            "litdistill.data.protocol.IndexedData, or in Python batches with ids to litdistill.distill()."
+        )
+    return RecordedTeacher(read_outputs(path), task, data)
+
+
 def _build_teacher(
     cfg: DictConfig, data: Any, task: Task, absent: Callable[[DictConfig, Path], None], who: str = "The teacher"
 ) -> tuple[nn.Module, list[int] | None]:
     """Returns one network of a config's teacher, and its columns (`_build_net`). `who`: what messages call it."""
+    if cfg.teacher.get("outputs") is not None:
+        recorded = _recorded(cfg.teacher.outputs, data, task)
+        known = recorded.known[0].tolist() if recorded.partial else []
+        return recorded, [i if there else UNKNOWN for i, there in enumerate(known)] or None
     if cfg.teacher.checkpoint != "auto":
         torch.manual_seed(cfg.seed)  # initial weights are the same on every rank and in a rebuilt run
         if cfg.teacher.checkpoint is not None:

@@ -157,6 +157,9 @@ def recipe(cfg: DictConfig) -> dict[str, Any]:
         kept["teacher"] and (path := kept["teacher"].get("outputs")) is not None
     ):  # no network, whatever else stands there
         kept["teacher"] = {"outputs": file_sha256(path)[:10]}
+    for member in (kept["teacher"] or {}).get("ensemble") or []:
+        if member.get("outputs") is not None:
+            member["outputs"] = file_sha256(member["outputs"])[:10]
     if kept["data"].get("fraction") is None and kept["data"].get("per_class") is None:
         kept["data"]["subset_seed"] = cfg.seed  # without a subset its seed changes nothing
     if any(k not in OWN_CALLBACKS and v is not None for k, v in (cfg.get("callbacks") or {}).items()):

@@ -383,7 +383,7 @@ class Distiller(LightningModule):
     def _open_cache(self) -> None:
         """Opens the cache if the method needs the teacher, samples have ids, and caching saves time."""
         epochs, data = self.trainer.max_epochs or 0, self.data
-        if data is not None and self.teacher is not None and self.needs_teacher_outputs and not self.teacher.recorded:
+        if data is not None and self.teacher is not None and self.needs_teacher_outputs and not self.teacher.by_ids:
             passes = epochs * (data.epoch_size or len(data.train_ids)) / len(data.train_ids)
             self.cache = open_cache(self.cache_options, self.teacher, data, self.device, passes, self.trainer.precision)
 

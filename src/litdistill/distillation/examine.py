@@ -11,7 +11,7 @@ from torch import Tensor
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from litdistill.data.protocol import IndexedData
-from litdistill.distillation.recorded import RecordedTeacher
+from litdistill.distillation.mixed import judges
 from litdistill.features.outputs import first_tensor
 from litdistill.methods.base import CATEGORICAL, Method
 from litdistill.models.ensemble import Ensemble
@@ -47,8 +47,7 @@ class TeacherOnValidation:
         metrics, targets, outputs = task.metrics().to(device), [], []
         members: list[tuple[Outputs, Tensor]] = []
         self.batches, self.metrics, self.members = [], {}, []
-        recorded = distiller.teacher.net if distiller.teacher is not None else None
-        if isinstance(recorded, RecordedTeacher) and not recorded.judges("val"):
+        if distiller.teacher is not None and not judges(distiller.teacher.net, "val"):
             return {}, None
         loader: Any = trainer.val_dataloaders
         for i, raw in enumerate(loader):
@@ -80,10 +79,7 @@ class TeacherOnValidation:
     def _outputs(self, distiller: Distiller, batch: Batch) -> Outputs:
         assert distiller.teacher is not None
         if self.known is None or batch.ids is None or self.data is None:
-            net = distiller.teacher.net
-            return (
-                net.outputs(batch, "val") if isinstance(net, RecordedTeacher) else distiller.teacher.with_members(batch)
-            )
+            return distiller.teacher.with_members(batch, "val")
         place = torch.searchsorted(self.data.val_ids, batch.ids.cpu())
         return Outputs({name: head[place].to(distiller.device) for name, head in self.known.heads.items()})
 
@@ -99,10 +95,7 @@ class TeacherOnValidation:
         if kept is not None and torch.equal(kept[1], _mark(batch)):
             return kept[0]
         if index < 0:
-            net = distiller.teacher.net
-            if distiller.task.reads_labels:
-                return None
-            return net.outputs(batch, "test") if isinstance(net, RecordedTeacher) else distiller.teacher(batch)
+            return None if distiller.task.reads_labels else distiller.teacher.with_members(batch, "test")
         return self._outputs(distiller, batch) if kept is not None or not distiller.task.reads_labels else None
 
     def compare(self, task: Task, student: Outputs, teacher: Outputs | None, targets: Any) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from litdistill.distillation.inference import fuse_batchnorm, prepack
+from litdistill.distillation.mixed import logits_of_each, reads_ids
 from litdistill.distillation.recorded import RecordedTeacher
 from litdistill.features.feature_extractor import FeatureExtractor, resolve_taps
 from litdistill.models.ensemble import Ensemble, Members
@@ -50,13 +51,14 @@ class FrozenTeacher(nn.Module):
         run = net
         self.recorded = isinstance(net, RecordedTeacher)
         self._recorded_taps = tuple(taps) if self.recorded else ()
+        self.by_ids = reads_ids(net)
         if example is not None and faster and not self.recorded:
             net.to(memory_format=torch.channels_last)
-            if not taps and isinstance(example.inputs, Tensor):  # folded layers cannot be tapped
+            if not taps and not self.by_ids and isinstance(example.inputs, Tensor):  # folded layers cannot be tapped
                 run = fuse_batchnorm(net, example.inputs)
         self.run, self.extractor = run, FeatureExtractor(run, () if self._recorded_taps else taps)
         super().train(False)  # again, for the modules of the faster form
-        if compile not in (None, "prepacked") and not self.recorded:
+        if compile not in (None, "prepacked") and not self.by_ids:
             run.compile(mode=compile)
         self._packed: list[nn.Module] = []  # not a submodule, since it cannot be moved to another device
 
@@ -74,6 +76,8 @@ class FrozenTeacher(nn.Module):
         """Returns the heads and the tapped features for a batch."""
         if isinstance(self.net, RecordedTeacher):
             return self.net.outputs(batch)
+        if self.by_ids:
+            return self.extractor.run(lambda net: Outputs(net.heads(logits_of_each(net, self.task, batch))))  # type: ignore
         inputs = batch.inputs
         packs = self.mode == "prepacked" and not self.taps and isinstance(inputs, Tensor)
         if packs and inputs.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
@@ -88,10 +92,16 @@ class FrozenTeacher(nn.Module):
         return Outputs(heads, features)
 
     @torch.no_grad()
-    def with_members(self, batch: Batch) -> Outputs:
-        """Returns the heads for a batch; for an ensemble with those of each member (`litdistill.models.ensemble.Members`)."""
+    def with_members(self, batch: Batch, split: str = "train") -> Outputs:
+        """Returns the heads for a batch of a split; for an ensemble with those of each member
+        (`litdistill.models.ensemble.Members`)."""
+        if isinstance(self.net, RecordedTeacher):
+            return self.net.outputs(batch, split)
         if not isinstance(self.run, Ensemble):
             return self(batch)
+        if self.by_ids:
+            each = logits_of_each(self.run, self.task, batch, split)
+            return Outputs({"logits": self.run.combined(each), "members": each})
         return self.task.forward(Members(self.run), batch, False)
 
     @property

@@ -12,6 +12,7 @@ from torchmetrics import Metric, MetricCollection
 
 from litdistill.data.foreign import training_inputs
 from litdistill.distillation.examine import of_classes_known
+from litdistill.distillation.mixed import reads_ids
 from litdistill.distillation.recorded import RecordedTeacher
 from litdistill.distillation.teacher_cache import cached_logits
 from litdistill.features.outputs import run_network
@@ -62,7 +63,8 @@ def teacher_outputs(
     """
     if isinstance(teacher, RecordedTeacher):
         return teacher.of_split(split) if teacher.judges(split) else None
-    if folder is None or not hasattr(data, "get_batch"):
+    mixed, kept_by_id = reads_ids(teacher), folder is not None and hasattr(data, "get_batch")
+    if not mixed and not kept_by_id:
         return predict_split(with_members(teacher), data, split, device, task)[0]
     if isinstance(teacher, Ensemble):  # members are known one by one, to every ensemble that they are in
         found = [teacher_outputs(net, data, task, split, device, folder) for net in teacher.parts().values()]
@@ -70,6 +72,7 @@ def teacher_outputs(
             return None
         each = teacher.arranged([outputs.logits for outputs in found if outputs is not None])
         return Outputs({"logits": teacher.combined(each), "members": each})
+    assert folder is not None
     compute = lambda: predict_split(teacher, data, split, device, task)[0].main  # noqa: E731
     kept = cached_logits(teacher, data, split, torch.device(device), folder, compute)
     return Outputs({head_name(teacher, data, task, device): kept})

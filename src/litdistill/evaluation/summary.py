@@ -19,6 +19,7 @@ from litdistill.config.lr_scaling import read_scale
 from litdistill.config.recipes import data_name, net_name, recipe, student_folder, teacher_folder
 from litdistill.data.foreign import sample_count
 from litdistill.data.protocol import input_dtype
+from litdistill.distillation.mixed import reads_ids
 from litdistill.distillation.recorded import RecordedTeacher
 from litdistill.methods import NAMES
 from litdistill.models.preprocess import preprocessing
@@ -120,7 +121,7 @@ def network_facts(
 
 def macs(net: nn.Module, shape: Sequence[int] | None, dtype: torch.dtype = torch.float32) -> int | None:
     """Returns the multiply-accumulates for one sample of that shape; None where inputs are no single tensor."""
-    return None if shape is None else count_macs(net, shape, dtype)
+    return None if shape is None or reads_ids(net) else count_macs(net, shape, dtype)
 
 
 def start_of(cfg: DictConfig) -> dict[str, Any] | None:

@@ -106,6 +106,10 @@ def _taps_of_parts(
                     f"teacher_taps={shown}."
                 )
             (name,), inside = parts, tap
+        if hasattr(parts[name], "taps_for"):
+            raise UserError(
+                f"Tap {tap!r}: member {name} of the teacher is a file of outputs, which has no features to tap. Name another."
+            )
         found += [f"{name}.{own}" for own in resolve_taps(parts[name], example, inside, forward)]
     return list(dict.fromkeys(found))
 

@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from litdistill.features.outputs import run_network
+from litdistill.models.preprocess import preprocessing
 from litdistill.types import Outputs
 from litdistill.utils.errors import UserError
-from litdistill.utils.hashing import network_sha256
+from litdistill.utils.hashing import weights_sha256
 
 UNKNOWN = -1  # the column of a class that a network does not know
 
@@ -107,10 +108,15 @@ class Ensemble(nn.Module):
         return self.share > 0
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
-        each = self.each(*inputs, **named)
-        if not self.partial:
-            return self.combined(each)
-        return {"logits": self.combined(each), "members": each.log_softmax(-1) + self.log_weights[:, None]}
+        heads = self.heads(self.each(*inputs, **named))
+        return heads if self.partial else heads["logits"]
+
+    def heads(self, each: Tensor) -> dict[str, Tensor]:
+        """Returns the heads for the logits of each member, (N, members, classes)."""
+        heads = {"logits": self.combined(each)}
+        if self.partial:
+            heads["members"] = each.log_softmax(-1) + self.log_weights.to(each.device)[:, None]
+        return heads
 
     def each(self, *inputs: Any, **named: Any) -> Tensor:
         """Returns the logits of each member for each class, (N, members, classes); −∞ for a class that it does not know."""
@@ -162,12 +168,12 @@ def with_members(net: nn.Module) -> nn.Module:
 
 
 def check_apart(members: Sequence[nn.Module]) -> None:
-    """Raises `UserError` where two members are the same network with the same weights."""
-    hashes = [network_sha256(member) for member in members]
-    for i, sha in enumerate(hashes):
-        if sha in hashes[:i]:
+    """Raises `UserError` where two members are the same network: the same weights, on the same inputs."""
+    facts = [(weights_sha256(member.state_dict()), preprocessing(member)) for member in members]
+    for i, own in enumerate(facts):
+        if own in facts[:i]:
             raise UserError(
-                f"Members {hashes.index(sha)} and {i} of teacher.ensemble are the same network with the same weights: leave "
+                f"Members {facts.index(own)} and {i} of teacher.ensemble are the same network with the same weights: leave "
                 "one out, and give the other more of teacher.ensemble_weights if it should count more."
             )
 

@@ -135,11 +135,13 @@ def teacher(cfg: Mapping[str, Any]) -> Iterator[str]:
             f"teacher.ensemble={literal(diffs)}: a teacher stands there twice. Members differ, say by their seeds: "
             "[{recipe:{seed:0}},{recipe:{seed:1}}]."
         )
-    if diffs and (node.get("outputs") is not None or any("outputs" in diff for diff in diffs)):
+    if diffs and node.get("outputs") is not None:
         yield (
-            "teacher.outputs with teacher.ensemble: the networks of an ensemble are networks, and a file of outputs is one "
-            "teacher. Average the outputs of several in one file, and leave teacher.ensemble at null."
+            "teacher.outputs with teacher.ensemble: a file that is one of several teachers stands in the list, "
+            "teacher.ensemble=[{outputs: teacher.safetensors}, {recipe: {seed: 1}}]."
         )
+    if any(diff.get("ensemble") is not None for diff in diffs):
+        yield "teacher.ensemble: each of its members is one teacher. List all of them in one list."
     weights = node.get("ensemble_weights")
     if weights is not None and len(weights) != len(diffs):
         yield (
