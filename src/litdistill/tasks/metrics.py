@@ -55,9 +55,10 @@ def agreement(student: Tensor, teacher: Tensor) -> dict[str, float]:
 def of_known_classes(logits: Tensor, targets: Tensor) -> Tensor:
     """Returns which samples are of a class that the network knows, booleans (N,): its logit of the label is not −∞.
 
-    All of them where targets are not one label each. Logits (N, classes), targets (N,).
+    All of them where targets are not one label each, or where no logit is −∞: then targets may be numbers of a task of one's
+    own that are no classes. Logits (N, classes), targets (N,).
     """
-    if targets.ndim != 1 or targets.is_floating_point() or logits.ndim != 2:
+    if targets.ndim != 1 or targets.is_floating_point() or logits.ndim != 2 or not bool((logits == -torch.inf).any()):
         return torch.ones(len(logits), dtype=torch.bool, device=logits.device)
     return logits.gather(1, targets.long().clamp(min=0)[:, None])[:, 0] != -torch.inf
 
