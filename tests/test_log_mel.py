@@ -5,7 +5,8 @@ import pytest
 import torch
 from scipy.signal import get_window
 
-from litdistill.models.log_mel import NETS, LogMel, mel_filters, on_log_mel
+from litdistill.export.writers import _float_nodes
+from litdistill.models.log_mel import NETS, LogMel, mel_filters, on_log_mel, spectrogram_picture
 from litdistill.utils.errors import UserError
 
 
@@ -129,3 +130,28 @@ def test_onnx_has_the_spectrogram_inside(tmp_path):
         x = 0.1 * torch.randn(count, 4000)
         found = session.run(None, {given.name: x.numpy()})[0]
         assert np.abs(found - net(x).detach().numpy()).max() < 1e-5
+
+
+def test_a_picture_has_low_frequencies_at_the_bottom_and_is_white_where_it_is_loudest():
+    tone = torch.sin(2 * np.pi * 300 * torch.arange(8000) / 8000)
+    tone[4000:] = 0
+    picture = spectrogram_picture(tone, 8000)
+    assert picture.shape[:2] == (1, 64)
+    assert (picture.min(), picture.max()) == (0, 1)
+    row, column = divmod(int(picture[0].argmax()), picture.shape[2])
+    assert row > 44  # 300 Hz are in the lowest fifth of the mel scale up to 4 kHz
+    assert column < picture.shape[2] / 2
+    assert picture[0, :, -5:].max() == 0
+
+
+def test_int8_leaves_the_spectrogram_in_float(tmp_path):
+    """Quantized, the powers of a sound, over many magnitudes, would be nearly all 0."""
+    onnx = pytest.importorskip("onnx")
+    net = on_log_mel(3, (2000,), 8000, bands=20, options={"widths": [4]}).eval()
+    made = torch.onnx.export(net, (torch.zeros(2, 2000),), dynamo=True, verbose=False)
+    made.save(tmp_path / "net.onnx")
+    proto = onnx.load(tmp_path / "net.onnx")
+    kinds = {node.name: node.op_type for node in proto.graph.node}
+    kept = [kinds[name] for name in _float_nodes(proto, preprocessing=False)]
+    assert {"STFT", "MatMul", "Log"} <= set(kept)
+    assert not {"Conv", "Gemm"} & set(kept)

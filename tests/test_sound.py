@@ -9,14 +9,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from scipy.io import wavfile
 
 from litdistill.data import fetch, recordings
 from litdistill.data.recordings import to_tar, unpacked
 from litdistill.data.sound import sounds, spoken_digits
+from litdistill.export.export import export
+from litdistill.export.predict import load, predict
 from litdistill.export.readers import READERS
+from litdistill.training.train import train
+from litdistill.utils.checkpoint import write_text
 from litdistill.utils.errors import UserError
 from litdistill.utils.manifest import check_facts
+from tests.conftest import compose_config
 
 SPEAKERS = ("anna", "bob", "carl", "dora")
 PER_DIGIT = 7  # recordings of each digit and speaker
@@ -282,3 +288,49 @@ def test_predict_refuses_a_manifest_without_a_rate(tmp_path):
         about = facts(modality={"kind": "sound", **options, "files": {}})
         with pytest.raises(UserError, match="states no sample rate: export it again"):
             next(READERS["sound"]([tmp_path / "a.wav"], about, tmp_path))
+
+
+# -- from the command's config to the files that are shipped -------------------------------------------------------------
+
+
+def test_a_run_on_sounds_of_ones_own_is_exported_and_predicts_its_files(tmp_path):
+    pytest.importorskip("onnxruntime")
+    tones = {"high": 900, "low": 300}
+    for name, hertz in tones.items():
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(30):
+            at = np.arange(4000) / 8000
+            noise = np.random.default_rng([i, hertz]).normal(0, 300, 4000)
+            sound = 3000 * np.sin(2 * np.pi * (hertz + 5 * i) * at) + noise
+            (tmp_path / "data" / name / f"{i}.wav").write_bytes(wav(sound.astype(np.int16)))
+    cfg = compose_config(
+        tmp_path / "run",
+        *(
+            "data=sounds",
+            f"data.root={tmp_path / 'data'}",
+            "data.length=0.5",
+            "data.batch_size=12",
+            "data.val_size=0.25",
+        ),
+        *("net@student=sound_conv", "student.options.widths=[8,8]", "student.bands=16", "method=kd"),
+        *("net@teacher=sound_conv_wide", "teacher.options.widths=[8,16]", "+teacher.recipe.trainer.max_epochs=8"),
+        *(
+            "data.augment=[{TimeShift:{samples:100}},{Noise:{most:0.01}}]",
+            "data.labels=24",
+            "+teacher.recipe.data.labels=null",
+        ),
+        *("trainer=cpu", "trainer.max_epochs=8", "optimizer.lr=0.01", "logger=tensorboard"),
+    )
+    cfg.runs = str(tmp_path)
+    write_text(tmp_path / "run" / ".hydra" / "config.yaml", OmegaConf.to_yaml(cfg))
+    train(cfg)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["data"]["kind"] == "sound"
+    assert summary["teacher"]["test"]["accuracy"] == 1
+    path, check = export(tmp_path / "run")
+    assert check["difference"] < 1e-3
+    given = sorted((tmp_path / "data").glob("*/*.wav"))
+    found = predict(load(path), given, top=1)
+    assert [one["sound"] for one in found] == list(map(str, given))
+    right = [one["top"][0]["class"] == Path(one["sound"]).parent.name for one in found]
+    assert sum(right) > 0.7 * len(right)

@@ -195,7 +195,7 @@ def _write_int8(
             # would then differ from those that were checked.
             reduce_range=True,
             calibrate_method=CalibrationMethod.MinMax,
-            nodes_to_exclude=_preprocessing_nodes(onnx.load(ready)) if isinstance(model.preprocess, Preprocess) else [],
+            nodes_to_exclude=_float_nodes(onnx.load(ready), isinstance(model.preprocess, Preprocess)),
         )
         options = {
             "tool": "onnxruntime.quantization.quantize_static",
@@ -216,6 +216,25 @@ class _Reader:
 
     def get_next(self) -> dict[str, np.ndarray] | None:
         return next(self.feeds, None)
+
+
+def _float_nodes(proto: Any, preprocessing: bool) -> list[str]:
+    """Returns the names of the nodes that stay in float: those of the preprocessing, where there is one, and of a spectrogram,
+    whose powers have a range of many magnitudes."""
+    return [*(_preprocessing_nodes(proto) if preprocessing else ()), *_spectrogram_nodes(proto)]
+
+
+def _spectrogram_nodes(proto: Any) -> list[str]:
+    """Returns the names of the nodes from a short-time Fourier transform to the logarithm of its powers, and all before."""
+    if not any(node.op_type == "STFT" for node in proto.graph.node):
+        return []
+    needed: set[str] = set()
+    names = []
+    for node in reversed(proto.graph.node):  # from the last executed
+        if node.op_type == "Log" or needed & set(node.output):
+            needed |= set(node.input)
+            names.append(node.name)
+    return names
 
 
 def _preprocessing_nodes(proto: Any) -> list[str]:
