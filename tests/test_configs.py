@@ -9,7 +9,10 @@ from omegaconf import OmegaConf
 
 from litdistill.data import datamodule
 from litdistill.data.sources import CIFAR10, CIFAR100, DIGITS, Source, Split
+from litdistill.data.tensors import TensorSource, TensorSplit
+from litdistill.data.text import sets
 from litdistill.training.train import train
+from litdistill.utils.modality import Modality
 from litdistill.utils.paths import CONF
 from tests.conftest import compose_config
 
@@ -31,6 +34,13 @@ STEP = [
     "+data.epoch_size=8",
     "logger=none",
 ]
+
+
+def generated_texts(root: str, download: bool, tokens: sets.Tokens) -> TensorSource:
+    """Random token ids of two classes, a few texts of each."""
+    ids = torch.randint(1, 30522, (16, tokens.length), generator=torch.Generator().manual_seed(0))
+    split = TensorSplit(ids, torch.arange(16) % 2)
+    return TensorSource(split, split, ("negative", "positive"), Modality("text"), facts={"vocab_size": 30522})
 
 
 def options(group: str) -> list[str]:
@@ -84,6 +94,7 @@ def test_every_command_composes_and_says_how_it_is_called(root):
 @pytest.mark.parametrize("experiment", options("experiment"))
 def test_every_experiment_trains_a_step(experiment, tmp_path, monkeypatch):
     monkeypatch.setattr(datamodule, "load", generated)
+    monkeypatch.setattr(sets, "_read_movie_reviews", generated_texts)
     text = (CONF / "experiment" / f"{experiment}.yaml").read_text()
     assert text.startswith("# @package _global_\n# ")  # a diff on train.yaml that says what it is
     small = [a.replace("+data.epoch_size", "data.epoch_size") for a in STEP]
@@ -91,10 +102,10 @@ def test_every_experiment_trains_a_step(experiment, tmp_path, monkeypatch):
     if cfg.teacher is not None:
         cfg.teacher.allow_chance, cfg.teacher.checkpoint, cfg.teacher.ensemble = True, None, None
         cfg.teacher.generations = 1
-    for key in {"per_class", "fraction"} & cfg.data.keys():
+    for key in {"per_class", "fraction", "labels"} & cfg.data.keys():
         cfg.data[key] = None
     for net in (cfg.student, cfg.teacher or {}):
-        if net.get("weights") == "imagenet":
+        if net.get("weights") in ("imagenet", "all_minilm_l6_v2"):
             net.weights = None  # nothing is downloaded
     if OmegaConf.is_missing(cfg.student, "checkpoint"):  # an experiment on a student that the user names
         cfg.student.checkpoint = None

@@ -3,9 +3,11 @@
     python -m litdistill.export.predict <run>/export/student.onnx image1.png image2.png
     python -m litdistill.export.predict <run>/export/student.onnx --json --top 3 *.png
     python -m litdistill.export.predict <run>/export/student.onnx patients.csv
+    python -m litdistill.export.predict <run>/export/student.onnx reviews.txt
+    python -m litdistill.export.predict <run>/export/student.onnx --text "a joy from start to end"
 
 A student takes files of its kind of data (`litdistill.export.readers`): of images, image files; of tables, .npy and .csv files
-with one sample per row.
+with one sample per row; of texts, .txt files with one a line, and .tsv, .csv and .jsonl files.
 
 An ONNX file needs numpy, Pillow and onnxruntime. A file is opened only if its SHA-256 is that in `manifest.json` beside it,
 and if its loader cannot run code. Formats that torch's loaders read by unpickling and evaluating (.pt2, .pt) are opened
@@ -18,6 +20,7 @@ import argparse
 import importlib
 import inspect
 import io
+import itertools
 import json
 import os
 import re
@@ -30,7 +33,7 @@ import numpy as np
 
 from litdistill.export.language import continuation
 from litdistill.export.onnx_safety import external_data
-from litdistill.export.readers import READERS
+from litdistill.export.readers import READERS, words
 from litdistill.utils.errors import UserError
 from litdistill.utils.manifest import MANIFEST, MISSING, SUFFIXES, ExportMetadata, verified
 from litdistill.utils.modality import TOKENS
@@ -239,12 +242,16 @@ def decoded(logits: np.ndarray, facts: ExportMetadata, top: int) -> list[dict[st
     ]
 
 
-def predict(model: Model, paths: Sequence[str | Path], top: int = 5, more: int = 0) -> list[dict[str, Any]]:
+def predict(
+    model: Model, paths: Sequence[str | Path], top: int = 5, more: int = 0, texts: Sequence[str] = ()
+) -> list[dict[str, Any]]:
     """Returns for each sample what it is called, such as `{"image": path}`, with the result of `decoded`.
 
-    `more`: the tokens by which a language model continues each text.
+    `more`: the tokens by which a language model continues each text. `texts`: for a student of texts, texts themselves, before
+    those of files.
     """
     found, facts = [], model.facts
+    said = list(words(texts, facts, model.folder))
     if facts.modality["kind"] == TOKENS:
         return [continuation(model.run, facts, model.folder, path, top, more) for path in paths]
 
@@ -257,7 +264,8 @@ def predict(model: Model, paths: Sequence[str | Path], top: int = 5, more: int =
             )
         return logits
 
-    for labels, inputs in READERS[facts.modality["kind"]](paths, facts, model.folder):
+    rows = READERS[facts.modality["kind"]](paths, facts, model.folder)
+    for labels, inputs in itertools.chain(said, rows):
         given = decoded(run(inputs), facts, top)
         found += [{**label, **one} for label, one in zip(labels, given, strict=True)]
     return found
@@ -269,21 +277,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("model", help="an exported file, manifest.json beside it")
     parser.add_argument(
-        "files", nargs="+", help="of the student's kind of data: image files; .npy and .csv files, a sample a row"
+        "files", nargs="*", help="of the student's kind of data: image files; .npy and .csv files, a sample a row; …"
     )
+    parser.add_argument("--text", action="append", default=[], help="a text, for a student of texts")
+    parser.add_argument("--encoding", help="of files of texts, where it is not that of the training texts")
+    parser.add_argument("--column", help="of the texts in a table, where it is not that of the training texts")
     parser.add_argument("--top", type=int, default=5, help="how many classes to name for each sample (5)")
     parser.add_argument(
         "--continue", type=int, default=0, dest="more", help="tokens by which a language model continues each text (0)"
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
     parser.add_argument("--trust", action="store_true", help="open .pt2 and .pt too, whose loaders can run code")
-    args = parser.parse_args(arguments)
+    args = parser.parse_intermixed_args(arguments)
     if args.top < 1:
         parser.error("--top must be at least 1")
     if args.more < 0:
         parser.error("--continue must be at least 0")
+    if not args.files and not args.text:
+        parser.error("name the files to predict")
     try:
-        found = predict(load(args.model, args.trust), args.files, args.top, args.more)
+        model = load(args.model, args.trust)
+        said = {key: value for key in ("encoding", "column") if (value := getattr(args, key)) is not None}
+        model = model._replace(facts=model.facts._replace(modality={**model.facts.modality, **said}))
+        found = predict(model, args.files, args.top, args.more, args.text)
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)

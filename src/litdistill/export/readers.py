@@ -116,6 +116,16 @@ def text(paths: Sequence[str | Path], facts: ExportMetadata, folder: Path) -> Ro
             yield [{"text": one.place} for one in some], encode([one.words for one in some])
 
 
+def words(texts: Sequence[str], facts: ExportMetadata, folder: Path) -> Rows:
+    """Yields texts themselves as token ids. Raises `UserError` for an empty one, and where the student is not of texts."""
+    if texts and facts.modality["kind"] != TEXT:
+        raise UserError(f"This student is one of {facts.modality['kind']} data and takes no texts: name files.")
+    if not all(one.strip() for one in texts):
+        raise UserError("--text is empty: nothing can be predicted of it.")
+    for some in batches(texts):
+        yield [{"text": one} for one in some], tokens_of(facts, folder)([one.strip() for one in some])
+
+
 def tokens_of(facts: ExportMetadata, folder: Path) -> Callable[[Sequence[str]], np.ndarray]:
     """Returns the function from texts to token ids that the exported file in `folder` was trained with."""
     content = companion(folder, facts, tokenizing.NAME)
