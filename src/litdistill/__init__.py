@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     )
     from litdistill.methods.base import Method
     from litdistill.methods.pairs import Pair
+    from litdistill.models.ensemble import Ensemble
     from litdistill.tasks import Classification, Embedding, LanguageModel, MultiLabel, Regression, Task
     from litdistill.training.distill import distill
     from litdistill.training.run import run
@@ -98,6 +99,7 @@ __all__ = [
     "Cosine",
     "Distiller",
     "Embedding",
+    "Ensemble",
     "FeatureExtractor",
     "FitNet",
     "FrozenTeacher",
@@ -137,6 +139,7 @@ _MODULES = {
     "read_outputs": "litdistill.distillation.outputs_tables",
     "Distiller": "litdistill.distillation.distiller",
     "FrozenTeacher": "litdistill.distillation.teacher",
+    "Ensemble": "litdistill.models.ensemble",
     "FeatureExtractor": "litdistill.features.feature_extractor",
     "Method": "litdistill.methods.base",
     "Pair": "litdistill.methods.pairs",

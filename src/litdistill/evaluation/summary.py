@@ -22,6 +22,7 @@ from litdistill.data.protocol import input_dtype
 from litdistill.distillation.mixed import reads_ids
 from litdistill.distillation.recorded import RecordedTeacher
 from litdistill.methods import NAMES
+from litdistill.models.ensemble import Ensemble
 from litdistill.models.preprocess import preprocessing
 from litdistill.models.profile import count_macs, count_parameters, weight_bytes
 from litdistill.tasks.base import Task
@@ -111,7 +112,7 @@ def network_facts(
         about = {key: known.get(key) for key in ("params", "macs", "bytes")}
         return {"name": net.name, "sha256": weights_sha256(net.state_dict()), **about, "outputs": net.file.sha256}
     return {
-        "name": net_name(node),
+        "name": net.name if isinstance(net, Ensemble) and len(net.names) > 1 else net_name(node),
         "sha256": weights_sha256(net.state_dict()),
         "params": count_parameters(net),
         "macs": macs(net, shape, dtype),
@@ -168,6 +169,9 @@ def settings(cfg: DictConfig, teacher_sha256: str | None = None) -> dict[str, An
     if (teacher := kept["teacher"]) and teacher.get("checkpoint", "auto") != "auto":
         teacher.pop("recipe", None)
         teacher["checkpoint"] = _settings_at(teacher["checkpoint"]) or (teacher_sha256 or "")[:10]
+    for member in (teacher or {}).get("ensemble") or []:
+        if member.get("checkpoint") not in (None, "auto"):
+            member["checkpoint"] = _settings_at(member["checkpoint"]) or (teacher_sha256 or "")[:10]
     if kept["student"].get("checkpoint", "auto") not in ("auto", "teacher"):
         kept["student"].pop("recipe", None)
         known = start_of(cfg) or {}

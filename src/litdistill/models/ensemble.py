@@ -9,6 +9,7 @@ A single network whose classes are others than the data's is an ensemble of one.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -101,6 +102,11 @@ class Ensemble(nn.Module):
     def parts(self) -> dict[str, nn.Module]:
         """Returns the members by the name that a tap begins with."""
         return {str(i): self.get_submodule(str(i)) for i in range(len(self.weights))}
+
+    @property
+    def name(self) -> str:
+        """Returns the names of the members, each once, with how many have it: "2 conv4-8 + mlp-32"."""
+        return " + ".join(f"{n} {name}" if n > 1 else name for name, n in Counter(self.names).items())
 
     @property
     def known(self) -> Tensor:
