@@ -10,8 +10,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+from litdistill.config.members import merged_member
 from litdistill.distillation.distiller import Distiller
 from litdistill.distillation.teacher import FrozenTeacher
 from litdistill.distillation.teacher_cache import _close
@@ -28,6 +30,7 @@ from litdistill.tasks.metrics import of_known_classes, sample_agreement
 from litdistill.tasks.multilabel import MultiLabel
 from litdistill.types import Batch, Outputs
 from litdistill.utils.errors import UserError
+from litdistill.utils.hashing import network_sha256
 
 KNOWN = [[0, 1, 2, 3], [5, 1, 4]]  # of six classes: the columns of the outputs of two networks stand for these
 COLUMNS = [[0, 1, 2, 3, -1, -1], [-1, 1, -1, -1, 2, 0]]
@@ -379,3 +382,35 @@ def test_a_frozen_ensemble_in_its_faster_form_gives_the_same():
     assert teacher.run is not net
     assert torch.allclose(teacher(batch).logits, expected, atol=1e-4)
     assert torch.allclose(teacher.with_members(batch).heads["members"].mean(1), expected, atol=1e-4)
+
+
+def test_a_cache_knows_weights_mean_and_classes():
+    nets = [Fixed(drawn(2, 2)), Fixed(drawn(2, 2, seed=1))]
+    columns = [[0, 1, -1], [-1, 0, 1]]
+    found = [
+        Ensemble(nets),
+        Ensemble(nets, [1, 3]),
+        Ensemble(nets, average="probabilities"),
+        Ensemble(nets, columns=columns),
+        Ensemble(nets, columns=columns[::-1]),
+        Ensemble(nets[::-1]),
+    ]
+    assert len({network_sha256(ensemble) for ensemble in found}) == len(found)
+    assert network_sha256(Ensemble(nets, [2, 2])) == network_sha256(found[0])
+
+
+def test_a_member_of_another_network_takes_none_of_the_options_of_the_first():
+    teacher = OmegaConf.create(
+        {
+            "_target_": "litdistill.models.conv4",
+            "widths": [8],
+            "depth": 3,
+            "checkpoint": "auto",
+            "ensemble_weights": [1, 2],
+        }
+    )
+    same = merged_member(teacher, {"recipe": {"seed": 1}})
+    assert (same.widths, same.depth, same.recipe.seed, same.ensemble_weights) == ([8], 3, 1, None)
+    other = merged_member(teacher, {"_target_": "litdistill.models.mlp", "hidden": [4]})
+    assert {k for k, v in other.items() if v is not None} == {"_target_", "hidden", "checkpoint"}
+    assert teacher.widths == [8]
