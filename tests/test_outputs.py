@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from litdistill.data.datamodule import ImageData
 from litdistill.data.mixing import Mixup
+from litdistill.data.tables import diabetes
 from litdistill.distillation.outputs_numbers import LEFT_OUT
 from litdistill.distillation.outputs_tables import read_outputs
 from litdistill.distillation.recorded import RecordedTeacher
@@ -384,3 +385,13 @@ def test_the_pages_example_of_scikit_learn_teaches(small, tmp_path, monkeypatch)
     assert summary["teacher"]["name"] == "boosting"
     assert summary["teacher"]["test"]["r2"] > 0.3
     assert summary["student"]["deviation"] > 0
+
+
+def test_rows_of_a_table_are_found_by_their_number_though_a_test_set_is_held_out_of_them(tmp_path):
+    data = diabetes()
+    data.setup()
+    whole = data.read().train.targets  # 442 rows, of which a fifth is the test set
+    np.savez(tmp_path / "a.npz", values=whole.numpy(), names=[str(i) for i in range(len(whole))])
+    task = Regression(mean=[150.0], std=[70.0])
+    found = recorded(tmp_path / "a.npz", data, task).outputs(Batch(None, None, data.train_ids))
+    torch.testing.assert_close(task.values(found).float(), data.train_targets[data.train_ids], atol=1e-3, rtol=1e-5)

@@ -124,6 +124,7 @@ class TensorData(LightningDataModule):
         self.seed, self.view_seed = seed, seed if view_seed is None else view_seed
         self.fixed_views, self.mean, self.std = fixed_views, mean, std
         self._on_device: dict[tuple[str, torch.device], TensorSplit] = {}
+        self._held_out_rows: dict[str, Tensor] = {}  # of both splits, where the test set is held out of what was read
         self._ready = False
 
     # -- the facts ---------------------------------------------------------------------------------------------------
@@ -136,7 +137,7 @@ class TensorData(LightningDataModule):
             return found
         tested, rest = held_out_test(found.train.targets)
         show = found.show
-        place = {"test": tested, "train": rest}
+        self._held_out_rows = place = {"test": tested, "train": rest}
         moved = None if show is None else (lambda split, i: show("train", int(place[split][i])))
         return found._replace(train=found.train.rows(rest), test=found.train.rows(tested), show=moved)
 
@@ -259,6 +260,13 @@ class TensorData(LightningDataModule):
     def show(self, split: str, index: int) -> str | None:
         """Returns a sample in words, by its split ("train" or "test") and id; None where the data set does not say."""
         return None if self.source.show is None else self.source.show(split, index)
+
+    def sample_names(self, split: str) -> tuple[str, ...]:
+        """Returns for each sample of "train" or "test", by id, the number of its row in what was read, counted from 0, as text:
+        the test set may be held out of the same rows. A file of outputs can name samples by it."""
+        kept = "test" if split == "test" else "train"
+        count = len(self._split(kept).inputs)  # reads the data, and so knows the rows
+        return tuple(map(str, self._held_out_rows[kept].tolist() if self._held_out_rows else range(count)))
 
     # -- IndexedData -------------------------------------------------------------------------------------------------
 

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor, nn
 
 from litdistill.config.distiller import example_batch
@@ -131,7 +133,10 @@ def _run(
         yield 0, predict_split(teacher.net, data, split, device, teacher.task)[0]
         return
     size = data.batch_size
-    for start in range(0, len(ids), size):
+    console = Console(stderr=True)
+    what = f"{split} samples" if view is None else f"{split} samples, view {view}"
+    starts = range(0, len(ids), size)
+    for start in track(starts, what, console=console, transient=True, disable=not console.is_terminal):
         part = ids[start : start + size]
         full = torch.cat([part, part[:1].expand(size - len(part))]).to(device)
         views = None if view is None else torch.full_like(full, view)
