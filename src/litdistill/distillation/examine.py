@@ -158,7 +158,7 @@ def measured_members(
 ) -> list[tuple[dict[str, float], Tensor | None]]:
     """Returns for each member of an ensemble its metrics on the samples of the classes that it knows, and their labels."""
     found = []
-    for i in range(batches[0][0].heads["members"].shape[1] if batches else 0):
+    for i in range(batches[0][0].heads["members"].shape[-2] if batches else 0):
         pairs = [of_member(out.heads["members"], i, targets) for out, targets in batches]
         metrics = task.metrics().to(device)
         for out, targets in pairs:
