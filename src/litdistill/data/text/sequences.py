@@ -118,7 +118,7 @@ def _read_own(root: str, test: str | None, encoding: str, how: Options) -> Tenso
             f"{one_line(root)} holds {quantity(sum(map(len, texts)), 'character')}, too few to train, validate and test on: "
             "give more text."
         )
-    return sequences(Parts(train, val, tested), how)
+    return sequences(Parts(train, val, tested), how, encoding)
 
 
 def read_texts(root: str | Path, encoding: str) -> list[str]:
@@ -162,8 +162,8 @@ def cut(texts: Sequence[str], shares: Sequence[float]) -> list[list[str]]:
     return parts
 
 
-def sequences(parts: Parts, how: Options) -> TensorSource:
-    """Returns texts as a data set, with a tokenizer that is trained on the texts to train on."""
+def sequences(parts: Parts, how: Options, encoding: str = "utf-8") -> TensorSource:
+    """Returns texts as a data set, with a tokenizer that is trained on the texts to train on; `encoding`: of their files."""
     content = byte_tokenizer(parts.train, how.vocab_size)
     tokenizer = tokenizing.opened(content)
     train, val, test = (_split(windows(ids_of(tokenizer, texts), how.length)) for texts in parts)
@@ -177,7 +177,7 @@ def sequences(parts: Parts, how: Options) -> TensorSource:
     )
     validation = torch.arange(len(train.inputs), len(both.inputs))
     show = _shown({"train": both, "test": test}, lambda ids: tokenizer.decode(ids, skip_special_tokens=True))
-    modality = Modality(TOKENS, {}, {tokenizing.NAME: content})
+    modality = Modality(TOKENS, {"encoding": encoding}, {tokenizing.NAME: content})
     return TensorSource(both, test, names_of(tokenizer), modality, validation, show=show)
 
 
