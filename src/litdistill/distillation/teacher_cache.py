@@ -210,7 +210,7 @@ def open_cache(
     size = cache.bytes()
     if size > options.gb * 1e9:
         log.info(
-            "The teacher's outputs are not kept, and it runs in each step: they would take %.1f GB, %.3g kB a sample and view, and "
+            "The teacher's outputs are not kept, and it runs in each step: they would take %.1f GB, %.3g kB a sample and view; "
             "teacher.cache.gb is %g. teacher.cache.dtype=float16 halves that; teacher.outputs, of a file of litdistill outputs "
             "with top=…, keeps the most probable outputs alone.",
             *(size / 1e9, size / 1e3 / (views * len(data.train_targets)), options.gb),
