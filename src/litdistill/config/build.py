@@ -27,6 +27,7 @@ from litdistill.config.preprocessing import merged_preprocessing, shape_after, w
 from litdistill.config.recipes import is_complete, net_name, teacher_folder
 from litdistill.data.foreign import ForeignData, training_inputs
 from litdistill.data.protocol import as_indexed, facts_of, input_dtype
+from litdistill.distillation.boosting import FOLDS, boosted_outputs
 from litdistill.distillation.outputs_tables import read_outputs
 from litdistill.distillation.recorded import RecordedTeacher
 from litdistill.methods.base import CATEGORICAL
@@ -337,7 +338,7 @@ def build_teacher(
     if cfg.teacher is None:
         return None
     if cfg.teacher.get("outputs") is not None:
-        return _recorded(cfg.teacher.outputs, data, task)
+        return _recorded(cfg, data, task)
     if not cfg.teacher.get("ensemble"):
         net, columns = _build_teacher(cfg, data, task, absent)
         return net if columns is None else Ensemble([net], columns=[columns], kind=task.kind)
@@ -350,13 +351,16 @@ def build_teacher(
     return Ensemble(members, weights, mean or "logits", columns_of, task.kind, names)
 
 
-def _recorded(path: str, data: Any, task: Task) -> RecordedTeacher:
-    """Returns a file of outputs as a teacher."""
+def _recorded(cfg: DictConfig, data: Any, task: Task) -> RecordedTeacher:
+    """Returns a file of outputs as a teacher; that of gradient boosting is written where it is not there."""
+    path = cfg.teacher.outputs
     if isinstance(data, ForeignData):
         raise UserError(
             f"teacher.outputs={path} has outputs by sample id, and {data.name} has no ids: give it the attributes of "
             "litdistill.data.protocol.IndexedData, or in Python batches with ids to litdistill.distill()."
         )
+    if path in FOLDS:
+        path = boosted_outputs(path, data, task.kind, Path(cfg.runs) / "teachers")
     return RecordedTeacher(read_outputs(path), task, data)
 
 
@@ -365,7 +369,7 @@ def _build_teacher(
 ) -> tuple[nn.Module, list[int] | None]:
     """Returns one network of a config's teacher, and its columns (`_build_net`). `who`: what messages call it."""
     if cfg.teacher.get("outputs") is not None:
-        recorded = _recorded(cfg.teacher.outputs, data, task)
+        recorded = _recorded(cfg, data, task)
         known = recorded.known[0].tolist() if recorded.partial else []
         return recorded, [i if there else UNKNOWN for i, there in enumerate(known)] or None
     if cfg.teacher.checkpoint != "auto":

@@ -13,6 +13,7 @@ from litdistill.config.instantiate import NETWORK_META_KEYS
 from litdistill.config.origin import PLACES
 from litdistill.data.labels import labels_file
 from litdistill.data.listing import contents_digest
+from litdistill.distillation.boosting import FOLDS
 from litdistill.utils.checkpoint import STUDENT
 from litdistill.utils.hashing import digest, file_sha256
 
@@ -156,10 +157,10 @@ def recipe(cfg: DictConfig) -> dict[str, Any]:
     if (
         kept["teacher"] and (path := kept["teacher"].get("outputs")) is not None
     ):  # no network, whatever else stands there
-        kept["teacher"] = {"outputs": file_sha256(path)[:10]}
+        kept["teacher"] = {"outputs": _outputs_digest(path)}
     for member in (kept["teacher"] or {}).get("ensemble") or []:
         if member.get("outputs") is not None:
-            member["outputs"] = file_sha256(member["outputs"])[:10]
+            member["outputs"] = _outputs_digest(member["outputs"])
     if kept["data"].get("fraction") is None and kept["data"].get("per_class") is None:
         kept["data"]["subset_seed"] = cfg.seed  # without a subset its seed changes nothing
     if any(k not in OWN_CALLBACKS and v is not None for k, v in (cfg.get("callbacks") or {}).items()):
@@ -172,6 +173,11 @@ def recipe(cfg: DictConfig) -> dict[str, Any]:
     if (scale := cfg.get("scale")) and scale.reference_batch is not None:
         kept["scale"] = OmegaConf.to_container(scale)
     return short_names(kept)
+
+
+def _outputs_digest(path: str) -> str:
+    """Returns ten hex digits of a file of outputs; the name of a teacher that is fitted to the data."""
+    return path if path in FOLDS else file_sha256(path)[:10]
 
 
 def short_names(node: Any) -> Any:

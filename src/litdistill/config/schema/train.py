@@ -75,7 +75,8 @@ class Teacher(Object):
         "auto: trained once by `recipe` and found again; a run folder or file; null: weights as built"
     )
     outputs: Text | None = option(
-        "in place of a network: a file of its outputs by sample, .safetensors, .npz, .npy, .parquet or .csv (docs/teachers.md)"
+        "in place of a network: a file of outputs by sample, .safetensors, .npz, .npy, .parquet or .csv (docs/teachers.md), "
+        "or boosting for tables: gradient boosting, fitted where it is not there yet"
     )
     head: Literal["new", "cut"] | None = option(
         "new: of these weights take all but the classifier, which starts from nothing; cut: a backbone, without a classifier"
