@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +68,7 @@ def teacher_config(cfg: DictConfig) -> DictConfig:
             teacher.teacher = None
             teacher.method = {"_target_": "litdistill.methods.Supervised"}
         teacher.schedule, teacher.ema, teacher.resume = {}, None, None
-        for key in ("optimizer", "scheduler"):
-            # A recipe with another class and its options replaces the node: options of the old class do not apply.
-            own, whole = teacher.get(key), recipe.get(key) or {}
-            if own is not None and {"_target_"} < whole.keys() and whole["_target_"] != own.get("_target_"):
-                teacher[key] = None
+        _drop_replaced(teacher, recipe, ("optimizer", "scheduler"))
     return _by_recipe(teacher, _fitting(recipe, cfg), "teachers")
 
 
@@ -84,7 +81,16 @@ def student_config(cfg: DictConfig) -> DictConfig:
             source.student[key] = None
         source.compress = source.technique = source.resume = None
         _drop_callbacks(source)
+        _drop_replaced(source, recipe, ("task", "teacher", "method", "optimizer", "scheduler"))
     return _by_recipe(source, _fitting(recipe, cfg), "students")
+
+
+def _drop_replaced(cfg: DictConfig, recipe: dict[str, Any], keys: Sequence[str]) -> None:
+    """Removes the nodes of which a recipe names another class and its options: options of the old class do not apply."""
+    for key in keys:
+        own, whole = cfg.get(key), recipe.get(key) or {}
+        if own is not None and {"_target_"} < whole.keys() and whole["_target_"] != own.get("_target_"):
+            cfg[key] = None
 
 
 def _by_recipe(cfg: DictConfig, recipe: dict[str, Any], name: str) -> DictConfig:
