@@ -199,8 +199,9 @@ class ImageData(LightningDataModule):
 
     @property
     def task(self) -> str | None:
-        """Name of the task of these labels; None for class folders, which suit a task of one's own, too."""
-        return None if self.table is None else self.source.task
+        """Name of the task of these labels; None for class folders, which suit a task of one's own, too.
+        A folder without class folders is for "embedding"."""
+        return None if self.table is None and self.source.task == "classification" else self.source.task
 
     @property
     def class_names(self) -> tuple[str, ...]:

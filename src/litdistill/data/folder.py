@@ -35,6 +35,8 @@ Labeled = list[tuple[ImageFile, Any]]  # image files with their class index, or 
 ByClass = dict[str, list[ImageFile]]
 TEST_SHARE = 0.2  # fraction of each class, for a folder without a test set
 FEW = 10  # classes that are named
+FEWEST = 10  # images of a folder without classes
+NO_CLASS = "no class"
 LOOKED_AT = 100  # images whose size is looked at
 
 
@@ -63,6 +65,8 @@ def read_splits(root: Path, kind: Kind = IMAGES) -> Images:
             f"There is no folder {root}. Set data.root to the folder that holds train/ or the classes.{_nearest(root)}"
         )
     layout = find_splits(root, kind)
+    if kind == IMAGES and layout.train == root and not class_folders(root, kind)[0]:
+        return _without_classes(root, kind)
     skipped = layout.skipped
     train = _without_copies(_by_class(layout.train, skipped, kind), skipped, kind)
     val, test = (_by_class(path, skipped, kind) if path else {} for path in (layout.val, layout.test))
@@ -84,6 +88,28 @@ def read_splits(root: Path, kind: Kind = IMAGES) -> Images:
     lines += [f"Splits: {_describe_splits(layout, train, val, test)}."]
     say(lines, describe_skipped(skipped, kind=kind))
     return Images(tuple(train), _flat(train), _flat(val), _flat(test))
+
+
+def _without_classes(root: Path, kind: Kind) -> Images:
+    """Returns the files of a folder without class folders: without labels, for `embedding`. A fifth are the test set."""
+    found = list_images(root, kind)
+    skipped = found.skipped
+    if len(found.files) < FEWEST:
+        count, what = quantity(len(found.files), kind.noun), describe_skipped(skipped, kind=kind)
+        raise UserError(
+            f"{root} has 0 class folders and {count}{f' ({what})' if what else ''}; it needs two or more, each named after its "
+            f"class, or {FEWEST} {kind.noun}s without classes for task=embedding."
+        )
+    files = _without_copies({NO_CLASS: found.files}, skipped, kind)
+    train, test = _hold_out(root, files, kind)
+    counts = f"{len(train[NO_CLASS]):,} to train and validate on, {len(test[NO_CLASS]):,} to test"
+    say(
+        [
+            f"Read {one_line(root)}: {kind.noun}s without class folders, so without labels, for task=embedding; {counts}."
+        ],
+        describe_skipped(skipped, kind=kind),
+    )
+    return Images((NO_CLASS,), _flat(train), [], _flat(test), "embedding")
 
 
 class FolderFiles:

@@ -58,6 +58,10 @@ def write(folder: str | Path, out: str | Path, chunk_bytes: int = CHUNK) -> None
     if out.exists():
         raise UserError(f"{out} is there already. Remove it, or name another folder.")
     images = read_splits(folder)
+    if images.task != "classification":
+        raise UserError(
+            f"{folder} has no class folders: shards are written of classes. Take data=folder, which needs none."
+        )
     splits = {"train": images.train + images.val, "test": images.test}
 
     def put(name: str, records: Iterable[bytes]) -> None:

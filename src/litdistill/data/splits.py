@@ -79,7 +79,7 @@ def check_classes(task: str, **options: object) -> None:
             raise UserError(f"data.{name} goes by classes, and these images have {WORDS[task]}: leave it out.")
 
 
-WORDS = {"multilabel": "several labels each", "regression": "numbers for labels"}
+WORDS = {"embedding": "none", "multilabel": "several labels each", "regression": "numbers for labels"}
 
 
 def only(split: Split, classes: Sequence[int]) -> Split:

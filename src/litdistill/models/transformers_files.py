@@ -144,8 +144,8 @@ def image_preprocessing(
     own = own or _side(getattr(config, "image_size", None))
     if images[0] not in (1, channels):
         raise UserError(
-            f"The model in {folder} takes images of {channels} channels, and these have {images[0]}: choose data of as many "
-            "(data.channels), or another model."
+            f"The model in {folder} takes images of {channels} channels, and these have {images[0]}: choose data of as "
+            "many, or another model."
         )
     share = cropped[0] / resized[0] if crops and cropped and resized else 1.0
     preprocess = Preprocess([m / scale for m in mean], [s / scale for s in std], size or own or tuple(images[1:]))
