@@ -25,17 +25,16 @@ from litdistill.models.wrn import WideBlock, wrn
 from litdistill.utils.errors import UserError
 
 ROOT = Path(__file__).parents[1]
-TEXTS = {
-    "minilm",
-    "embedding_bag",
-    "text_cnn",
-    "text_transformer",
-    "causal_transformer",
-}  # which tests/test_bert.py, test_text_nets.py and test_sequence.py build
-YAMLS = {p.stem: p for p in sorted((ROOT / "conf" / "net").glob("*.yaml")) if p.stem not in TEXTS}
+# Of other data than images, or of a folder that has to be there; test_bert, test_text_nets, test_sequence, test_log_mel,
+# test_tables and test_transformers build them.
+OTHERS = {
+    *("minilm", "embedding_bag", "text_cnn", "text_transformer", "causal_transformer"),
+    *("sound_conv", "sound_conv_wide", "on_log_mel", "embedding_mlp", "transformers"),
+}
+YAMLS = {p.stem: p for p in sorted((ROOT / "conf" / "net").glob("*.yaml")) if p.stem not in OTHERS}
 DIGITS, GREY, COLOR = (10, (1, 8, 8)), (10, (1, 28, 28)), (100, (3, 32, 32))
 REFUSED = {("lenet", DIGITS), ("timm", DIGITS), ("timm", GREY)}
-LARGE = {"resnet50", "resnet101", "torchvision", "timm", "efficientnet_lite0"}
+LARGE = {"resnet50", "resnet101", "torchvision", "timm", "efficientnet_lite0", "resnet18", "resnet34", "mobilenet_v1"}
 OWN = [name for name in YAMLS if name not in LARGE]
 
 

@@ -120,7 +120,7 @@ def test_the_page_needs_nothing_but_itself_and_is_small(tmp_path):
 def test_both_writers_say_the_same(tmp_path):
     made = write_page(tmp_path)
     page, report = Parsed((tmp_path / "index.html").read_text()), (tmp_path / "report.md").read_text()
-    assert page.tags.count("table") == len(re.findall(r"^\|(---:?\|)+$", report, re.MULTILINE)) == 7
+    assert page.tags.count("table") == len(re.findall(r"^\|(---:?\|)+$", report, re.MULTILINE)) == 8
     tables = [t for t in report.split("\n\n") if t.startswith("|")]
     assert all(t.count("\n") == 1 + len(made.rows) for t in tables[:-1])
     for row in re.findall(r"^\| \d+ .*\|$", report, re.MULTILINE):

@@ -130,7 +130,7 @@ def test_the_accuracy_of_training_counts_those_with_labels():
     for labels, expected in (("all", 0.5), ("some", 2 / 3), ("none", None)):
         means = RunningMeans(Classification(), labels)
         targets = torch.tensor([0, 1, 1, -1 if labels != "all" else 0])
-        means.add({"hard": torch.tensor(1.0)}, Outputs.of(logits), None, targets)
+        means.add({"hard": torch.tensor(1.0)}, Outputs.of(logits), None, targets, len(targets))
         found = means.means().get("accuracy")
         assert (None if found is None else found.item()) == (expected and pytest.approx(expected))
 

@@ -159,6 +159,11 @@ def _build_net(
 ) -> tuple[nn.Module, list[int] | None]:
     """Returns the network of `build_net`, and the column of its outputs for each class of the data; None where they are the
     classes."""
+    if node.get("head") not in (None, "new", "cut"):
+        raise UserError(
+            f"{role}.head={node.get('head')}: set it to new for a classifier that starts from nothing, to cut for a backbone "
+            "without one, or to null."
+        )
     if source is None:
         source = node.get("checkpoint")
     backbone, width = node.get("head") == "cut", fact_of(source, "outputs")
@@ -236,13 +241,7 @@ def _with_weights(
     net: nn.Module, node: DictConfig, role: str, source: str | Path | nn.Module, example: Tensor
 ) -> nn.Module:
     """Returns the network with the weights and structure of `source`. `example`: a few preprocessed images (N, C, H, W)."""
-    head = node.get("head")
-    if head not in (None, "new", "cut"):
-        raise UserError(
-            f"{role}.head={head}: set it to new for a classifier that starts from nothing, to cut for a backbone without one, "
-            "or to null."
-        )
-    head = None if head == "cut" else head
+    head = None if node.get("head") == "cut" else node.get("head")
     steps = structure_of(source) if isinstance(source, nn.Module) else load_structure(source)
     net = restore(net, steps, example, new_head=head is not None)
     if isinstance(source, nn.Module):
