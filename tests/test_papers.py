@@ -29,8 +29,16 @@ SHORT = [a.replace("+data.epoch_size", "data.epoch_size") for a in STEP]
 
 
 def test_the_tables_hold_as_many_cells_as_the_published_ones():
-    # 13 pairs and 12 methods and the student alone, FSP on 6 pairs; DKD 12, DIST 6, KD+LS 10, MLKD 10.
-    assert len(papers.cells(papers.CRD)) == 13 * 13 + 6 + 12 + 6 + 10 + 10
+    # 13 pairs and 13 methods and the student alone, FSP on 6 pairs; DKD 12, DIST 6, KD+LS, MLKD, OFD and SimKD 10, SRRL 2.
+    assert len(papers.cells(papers.CRD)) == 14 * 13 + 6 + 12 + 6 + 4 * 10 + 2
+    assert len(papers.cells(papers.IMAGENET)) == 2 * 8 + 1
+    assert papers.published()["crd/wrn_40_2_shufflenet_v1/reviewkd"] == (
+        77.14,
+        papers.CRD.source,
+        "best_on_test",
+        False,
+    )
+    assert papers.published()["imagenet/resnet34_resnet18/simkd"].value == 71.59
     assert len(papers.cells(papers.ZAGORUYKO)) == 3 * 4
     assert len(ALL) == sum(len(papers.cells(t)) for t in papers.TABLES.values())
     assert papers.published()["crd/wrn_40_2_shufflenet_v1/crd"].value == 76.05
@@ -66,6 +74,10 @@ def check(name: str, cfg) -> None:
         assert schedule == (128, 0.1, 0.2, epochs)
         assert list(cfg.scheduler.milestones) == [round(epochs * share) for share in (0.3, 0.6, 0.8)]
         assert cfg.optimizer.nesterov
+    elif paper == "imagenet":
+        assert schedule == (256, 0.1, 0.1, 100)
+        assert (cfg.data.image_size, cfg.optimizer.weight_decay) == (224, 1e-4)
+        assert cfg.teacher is None or cfg.teacher.weights == "IMAGENET1K_V1"
     else:
         assert schedule == (128, 0.1, 0.1, 200)
         assert cfg.optimizer.weight_decay == 1e-4
@@ -95,6 +107,12 @@ def test_decoupled_distillation_has_its_weight_for_each_pair():
     assert beta("crd/resnet32x4_resnet8x4/dkd") == 8
     assert beta("crd/resnet56_resnet20/dkd") == 2
     assert beta("crd/vgg13_vgg8/dkd") == 6
+    assert beta("imagenet/resnet34_resnet18/dkd") == 0.5
+
+
+def test_knowledge_review_has_its_weight_for_each_pair():
+    hint = lambda pair: next(composed([f"crd/{pair}/reviewkd"]))[1].method.hint  # noqa: E731
+    assert [hint(pair) for pair in ("resnet56_resnet20", "resnet110_resnet32", "wrn_40_2_wrn_16_2")] == [0.6, 1.0, 5.0]
 
 
 @pytest.mark.parametrize(
@@ -109,7 +127,11 @@ def test_decoupled_distillation_has_its_weight_for_each_pair():
         pytest.param("crd/resnet32x4_shufflenet_v1/rkd", marks=pytest.mark.slow),
         pytest.param("crd/vgg13_mobilenet_v2/vid", marks=pytest.mark.slow),
         pytest.param("crd/resnet50_cifar_vgg8/crd", marks=pytest.mark.slow),
-        *(pytest.param(f"crd/resnet56_resnet20/{m}", marks=pytest.mark.slow) for m in ("ab", "ft", "cc", "nst", "pkt")),
+        *(
+            pytest.param(f"crd/resnet56_resnet20/{m}", marks=pytest.mark.slow)
+            for m in ("ab", "ft", "cc", "nst", "pkt", "ofd", "reviewkd", "simkd")
+        ),
+        pytest.param("crd/wrn_40_2_wrn_40_1/srrl", marks=pytest.mark.slow),
     ],
 )
 def test_a_cell_trains_a_step(name, tmp_path, monkeypatch):

@@ -75,6 +75,10 @@ CRD = Table(
         dist            -     74.43 71.75 -     -     76.31 -     -     68.66 -     76.34 77.35 -
         logit_std 76.11 74.37 71.43 71.48 74.17 76.62 74.36 68.61 69.02 -     -     75.56 -
         mlkd            76.63 75.35 72.19 71.89 74.11 77.08 75.18 70.57 71.04 -     -     78.44 -
+        ofd             75.24 74.33 70.98 71.29 73.23 74.95 73.95 69.48 69.04 -     -     76.82 -
+        reviewkd        76.12 75.09 71.89 71.34 73.89 75.63 74.84 70.37 69.89 75.34 77.45 77.78 77.14
+        simkd           75.53 74.53 71.05 71.06 73.92 78.08 74.89 69.44 69.97 -     -     78.39 -
+        srrl            -     74.64 -     -     -     75.39 -     -     -     -     -     -     -
     """,
     methods={
         "ft": {"method": {"pool_channels": True, "hint": 200.0}, **FIRST_EPOCHS},
@@ -86,10 +90,15 @@ CRD = Table(
             "scheduler": {"milestones": [300, 360, 420]},
             "optimizer": {"lr": 0.025},
         },
+        "reviewkd": {"schedule": {"hint": [[0, 0], [20, 1]]}},
     },
 )
-NCKD = dict.fromkeys("FKLIM", 8.0) | dict.fromkeys("CDE", 2.0) | dict.fromkeys("ABGHJ", 6.0)  # DKD's β
-FROM_BEST_EPOCH = ("dkd", "dist", "logit_std", "mlkd")  # rows reported for the best epoch on the test set
+BY_PAIR = {  # a weight of a method by column of the CRD table; its yaml's for other columns
+    "dkd": ("nckd", dict.fromkeys("FKLIM", 8.0) | dict.fromkeys("CDE", 2.0) | dict.fromkeys("ABGHJ", 6.0)),
+    "reviewkd": ("hint", {"C": 0.6, "E": 1.0}),
+}
+# Rows reported for the best epoch on the test set.
+FROM_BEST_EPOCH = ("dkd", "dist", "logit_std", "mlkd", "ofd", "reviewkd", "simkd", "srrl")
 SMALL_STEPS = ("mobilenet_v2", "shufflenet_v1", "shufflenet_v2")  # learning rate 0.01
 
 CRD_CIFAR10 = Table(
@@ -163,7 +172,28 @@ ABERHU = Table(
     },
 )
 
+IMAGENET = Table(
+    source="the methods' own papers, most of which report the best test epoch; srd is torchdistill's run",
+    protocol="best_on_test",
+    base="imagenet/base",
+    pairs={"A": ("resnet34", "resnet18"), "B": ("resnet50", "mobilenet_v1")},
+    figures="""
+                  A     B
+        student   69.75 68.87
+        ofd       70.81 71.25
+        reviewkd  71.61 72.56
+        simkd     71.59 72.25
+        srrl      71.73 72.49
+        logit_std 71.42 72.18
+        dkd       71.70 72.05
+        mlkd      71.90 73.01
+        srd       71.92 -
+    """,
+    methods={"dkd": {"method": {"nckd": 0.5, "temperature": 1.0}}},
+)
+
 TABLES = {
+    "imagenet": IMAGENET,
     "crd": CRD,
     "crd_cifar10": CRD_CIFAR10,
     "zagoruyko2017": ZAGORUYKO,
@@ -220,8 +250,9 @@ def published() -> dict[str, Published]:
 def _node(name: str, table: Table, column: str, method: str) -> dict[str, Any]:
     teacher, student = table.pairs[column]
     diff = dict(table.methods.get(method, {}))
-    if method == "dkd":
-        diff["method"] = {"nckd": NCKD[column]}
+    if table.base == "crd/base" and method in BY_PAIR:
+        weight, by_column = BY_PAIR[method]
+        diff |= {"method": {weight: by_column[column]}} if column in by_column else {}
     if table.base == "crd/base" and student in SMALL_STEPS:
         diff.setdefault("optimizer", {"lr": 0.01})
     defaults: list[Any] = [

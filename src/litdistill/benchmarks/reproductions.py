@@ -213,6 +213,7 @@ TITLES = {
     "aberhu": "CIFAR-10: AberHu's Knowledge-Distillation-Zoo",
     "crd_cifar10": "CIFAR-10 under the CRD protocol",
     "crd": "CIFAR-100: the table of Tian, Krishnan & Isola 2020 (arXiv 1910.10699) and its later rows",
+    "imagenet": "ImageNet: rows of the methods' own papers",
 }
 
 INTRODUCTION = """# Published figures, and what this project gives
