@@ -31,6 +31,7 @@ from litdistill.distillation.teacher_cache import (
 from litdistill.evaluation import predictions
 from litdistill.methods.fitnet import FitNet
 from litdistill.methods.kd import KD
+from litdistill.methods.pairs import Pair, Pairs
 from litdistill.models.ensemble import Ensemble
 from litdistill.models.preprocess import Preprocess, Preprocessed
 from litdistill.models.small import conv4
@@ -59,6 +60,9 @@ CPU = torch.device("cpu")
 
 
 TASK = Classification()
+PAIRS = functools.partial(
+    Pairs, [Pair("layer1", "layer2", "attention", 9.0), Pair("stages", "stages"), Pair("logits", "logits", "kl")]
+)
 
 
 def net(width: int = 8, seed: int = 0, mean: float = 0.3):
@@ -102,7 +106,7 @@ def run(
 
 @pytest.mark.parametrize("where", ["memory", "disk"])
 @pytest.mark.parametrize("augment", [[], [Flip()], [Crop(1), Flip()], [Dim()]], ids=["none", "flip", "crop", "dim"])
-@pytest.mark.parametrize("method", [KD, FitNet])
+@pytest.mark.parametrize("method", [KD, FitNet, PAIRS])
 def test_the_losses_with_the_cache_are_those_of_the_live_teacher(tmp_path, where, augment, method):
     options = CacheOptions(where, tmp_path / "cache")
     live, _, live_weights, _ = run(tmp_path, CacheOptions("off"), augment, method())

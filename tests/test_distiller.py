@@ -16,6 +16,7 @@ from litdistill.methods.base import WEIGHTS, Method
 from litdistill.methods.crd import CRD
 from litdistill.methods.fitnet import FitNet
 from litdistill.methods.kd import KD
+from litdistill.methods.pairs import Pair, Pairs
 from litdistill.methods.shuffled import Shuffled
 from litdistill.methods.simkd import SimKD
 from litdistill.methods.sum import Sum
@@ -80,8 +81,11 @@ def test_the_student_learns_in_train_mode_and_is_validated_in_eval_mode(tmp_path
     assert modes == {"training_step": {True}, "validation_step": {False}}
 
 
+PAIRS = functools.partial(Pairs, [Pair("stages", "stages", projector="norm"), Pair("logits", "layer1", "angles")])
+
+
 @pytest.mark.parametrize("ema", [None, 0.9])
-@pytest.mark.parametrize("method", [KD, FitNet, CRD, functools.partial(FitNet, stage=0)])
+@pytest.mark.parametrize("method", [KD, FitNet, CRD, functools.partial(FitNet, stage=0), PAIRS])
 def test_everything_is_there_once_it_is_constructed(tmp_path, method, ema):
     data = digits()
     distiller = Distiller(
@@ -115,7 +119,7 @@ def test_constructing_leaves_networks_as_they_were():
 # -- checkpoints -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", [KD, FitNet])
+@pytest.mark.parametrize("method", [KD, FitNet, PAIRS])
 @pytest.mark.parametrize("ema", [None, 0.9])
 def test_a_distiller_is_loaded_from_its_checkpoint_without_an_example(tmp_path, method, ema):
     data = digits()
@@ -129,6 +133,9 @@ def test_a_distiller_is_loaded_from_its_checkpoint_without_an_example(tmp_path, 
     assert same(distiller, again)
     assert again.seed == 3
     assert (method is FitNet) == any(k.startswith("method.regressor") for k in again.state_dict())
+    assert (method is PAIRS) == any(
+        k.startswith("method.comparisons.mse_stages.0.projector") for k in again.state_dict()
+    )
     batch = next(data.batches("val"))
     again.eval(), distiller.eval()
     assert torch.equal(again(batch.inputs).logits, distiller(batch.inputs).logits)
