@@ -341,12 +341,13 @@ def test_a_last_checkpoint_that_is_none_falls_back_to_the_one_before(tmp_path, c
     assert train_module.last_state(tmp_path) == (tmp_path / "best.ckpt", None, None)
 
 
-def test_a_teacher_with_another_class_count_is_refused(small):
+def test_a_student_that_starts_from_one_of_other_classes_is_refused(small):
     a = run(small("method=supervised", "teacher=null", name="a"))
+    start = [f"student.checkpoint={a}", "student.widths=[8,8]"]
     with pytest.raises(
         UserError, match="trained on other classes than these data have: only there 2, 3, 4, 5, 6, 7, 8, 9"
     ):
-        run(small(f"teacher.checkpoint={a}", "teacher.widths=[8,8]", "data.classes=[0,1]", name="b"))
+        run(small("method=supervised", "teacher=null", *start, "data.classes=[0,1]", name="b"))
 
 
 def test_a_wrong_method_option_is_known_before_a_teacher_is_trained(small, monkeypatch):

@@ -16,6 +16,7 @@ from litdistill.utils.errors import UserError
 from tests.pictures import ripeness, shapes
 
 CONV4 = {"_target_": "litdistill.models.small.conv4", "widths": [16, 16]}
+TASK = {"_target_": "litdistill.tasks.Classification"}
 
 
 def node(checkpoint=None, **options):
@@ -209,7 +210,10 @@ def test_the_config_says_more_than_the_weights_and_these_more_than_the_data(run)
 def test_a_students_own_preprocessing_is_in_its_file_and_comes_back(tmp_path, run):
     data = digits()
     cfg = OmegaConf.create(
-        {"student": {**CONV4, "checkpoint": None, "preprocess": {"mean": [0.5], "std": [0.2], "size": 12}}}
+        {
+            "student": {**CONV4, "checkpoint": None, "preprocess": {"mean": [0.5], "std": [0.2], "size": 12}},
+            "task": TASK,
+        }
     )
     student = build_student(cfg, data, None)
     save_student(student, tmp_path / "student.safetensors", student_metadata(student, data))
@@ -218,7 +222,7 @@ def test_a_students_own_preprocessing_is_in_its_file_and_comes_back(tmp_path, ru
     cfg.student.preprocess = None
     again = build_student(cfg, data, None, finished=tmp_path)
     assert preprocess_of(again).facts() == preprocess_of(student).facts()
-    from_teacher = OmegaConf.create({"student": {**CONV4, "checkpoint": "teacher"}})
+    from_teacher = OmegaConf.create({"student": {**CONV4, "checkpoint": "teacher"}, "task": TASK})
     assert preprocess_of(build_student(from_teacher, data, student)).size == (12, 12)
 
 

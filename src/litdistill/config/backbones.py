@@ -14,11 +14,21 @@ from litdistill.features.outputs import run_network
 from litdistill.models.parts import evaluating
 from litdistill.tasks.base import Task
 from litdistill.utils.checkpoint import read_metadata
+from litdistill.utils.errors import UserError
 
 
 def fact_of(source: str | Path | nn.Module | None, key: str) -> Any:
     """Returns a fact of the metadata of weights; None without a file of them."""
     return None if source is None or isinstance(source, nn.Module) else read_metadata(source, key)
+
+
+def check_head(node: DictConfig, role: str) -> None:
+    """Raises `UserError` for a `head` of a network's node that is none."""
+    if node.get("head") not in (None, "new", "cut"):
+        raise UserError(
+            f"{role}.head={node.get('head')}: set it to new for a classifier that starts from nothing, to cut for a backbone "
+            "without one, or to null."
+        )
 
 
 def student_outputs(cfg: DictConfig, data: Any, teacher: nn.Module | None) -> int | None:

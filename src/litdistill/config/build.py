@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from litdistill.compress.quantize import Int8
 from litdistill.compress.restore import restore
 from litdistill.compress.structure import load_structure, structure_of
-from litdistill.config.backbones import as_backbone, fact_of, student_outputs
+from litdistill.config.backbones import as_backbone, check_head, fact_of, student_outputs
 from litdistill.config.distiller import train_labels
 from litdistill.config.instantiate import NETWORK_META_KEYS, instantiate, locate
 from litdistill.config.members import members_of
@@ -159,11 +159,7 @@ def _build_net(
 ) -> tuple[nn.Module, list[int] | None]:
     """Returns the network of `build_net`, and the column of its outputs for each class of the data; None where they are the
     classes."""
-    if node.get("head") not in (None, "new", "cut"):
-        raise UserError(
-            f"{role}.head={node.get('head')}: set it to new for a classifier that starts from nothing, to cut for a backbone "
-            "without one, or to null."
-        )
+    check_head(node, role)
     if source is None:
         source = node.get("checkpoint")
     backbone, width = node.get("head") == "cut", fact_of(source, "outputs")

@@ -131,7 +131,7 @@ class Ensemble(nn.Module):
     def arranged(self, found: list[Tensor]) -> Tensor:
         """Returns the outputs (N, …) of each member, as they are, as `each` does."""
         if not self.mapped:
-            if len({x.shape for x in found}) > 1:
+            if any(x.shape[-1] != found[0].shape[-1] for x in found):
                 shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in zip(self.names, found, strict=True))
                 raise UserError(
                     f"The members of an ensemble give outputs of other shapes ({shapes}): give their columns."
