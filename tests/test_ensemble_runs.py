@@ -18,6 +18,7 @@ from litdistill.config.build import build_net
 from litdistill.evaluation.crowd import members_figure
 from litdistill.evaluation.evaluate import differences, evaluate, load_run, rebuild
 from litdistill.evaluation.predictions import predict_split, teacher_outputs
+from litdistill.export.outputs import record
 from litdistill.models.ensemble import Ensemble
 from litdistill.report.members import disagreement_in_words
 from litdistill.training.distill import distill
@@ -122,6 +123,11 @@ def test_a_file_of_outputs_is_a_member_as_its_network_is(tmp_path, parts):
         assert one["classes"] == other["classes"]
         assert one["test"]["metrics"]["accuracy"] == other["test"]["metrics"]["accuracy"]
     assert differences(evaluate(filed, device="cpu"), second) == []
+    assert len(second["teacher"]["outputs"]) == 1
+    assert second["teacher"]["macs"] is None
+    for folder in (live, filed):  # neither has one distribution of all classes for each sample
+        with pytest.raises(UserError, match=r"of=teacher.*(other classes than its own|a file of outputs)"):
+            record(folder, tmp_path / "again.safetensors", of="teacher")
     with pytest.raises(UserError, match="member 0 of the teacher is a file of outputs, which has no features to tap"):
         run(tmp_path / "c", f"teacher.ensemble=[{{outputs: {path}}},{{checkpoint: {high}}}]", "method=fitnet",
             "method.teacher_taps=0.last")  # fmt: skip

@@ -111,7 +111,9 @@ def network_facts(
         known = net.file.manifest.get("network") or {}
         about = {key: known.get(key) for key in ("params", "macs", "bytes")}
         return {"name": net.name, "sha256": weights_sha256(net.state_dict()), **about, "outputs": net.file.sha256}
+    files = [member.file.sha256 for member in net.modules() if isinstance(member, RecordedTeacher)]
     return {
+        **({"outputs": files} if files else {}),
         "name": net.name if isinstance(net, Ensemble) and len(net.names) > 1 else net_name(node),
         "sha256": weights_sha256(net.state_dict()),
         "params": count_parameters(net),

@@ -18,13 +18,15 @@ from torch import Tensor, nn
 from litdistill.config.distiller import example_batch
 from litdistill.data.foreign import ForeignData
 from litdistill.data.protocol import IndexedData
+from litdistill.distillation.mixed import reads_ids
 from litdistill.distillation.outputs_tables import MANIFEST
 from litdistill.distillation.outputs_writer import Shape, write_outputs
-from litdistill.distillation.recorded import ALL_ROUNDS, RecordedTeacher, view_facts
+from litdistill.distillation.recorded import ALL_ROUNDS, view_facts
 from litdistill.distillation.teacher import FrozenTeacher, teacher_taps
 from litdistill.evaluation.evaluate import load_run, pick_device, rebuild
 from litdistill.evaluation.predictions import predict_split
 from litdistill.methods.base import CATEGORICAL
+from litdistill.models.ensemble import Ensemble
 from litdistill.tasks.base import Task
 from litdistill.types import Batch, Outputs, Taps
 from litdistill.utils.errors import UserError
@@ -83,8 +85,9 @@ def record(
             f"{data.name} has no sample ids, by which a file of outputs is read: see docs/own.md, or data=folder."
         )
     net = distiller.deployed_student if of == "student" else distiller.teacher.net if distiller.teacher else None
-    if net is None or isinstance(net, RecordedTeacher):
-        what = "has no teacher" if net is None else f"was taught by a file, {net.file.path}"
+    if net is None or reads_ids(net) or (isinstance(net, Ensemble) and net.partial):
+        what = "has no teacher" if net is None else "was taught by networks of other classes than its own"
+        what = "was taught by a file of outputs" if reads_ids(net) else what
         raise UserError(f"of=teacher: {folder} {what}. Write the outputs of its student, of=student.")
     _check_form(form, data, distiller.task)
     place = torch.device(pick_device(device))
