@@ -374,15 +374,15 @@ def test_views_of_a_strangers_data_are_taught_what_the_image_is(logits, tmp_path
 
 def test_the_pages_example_of_scikit_learn_teaches(small, tmp_path, monkeypatch):
     page = (ROOT / "docs" / "teachers.md").read_text()
-    code = next(block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "GradientBoosting" in block)
+    code = next(block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "RandomForest" in block)
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "teachers.md", "exec"), {})
-    (command,) = [line for line in page.splitlines() if "teacher.outputs=boosting.npz" in line]
+    (command,) = [line for line in page.splitlines() if "teacher.outputs=forest.npz" in line]
     words = [word for word in command.split() if "=" in word]
     cfg = compose_config(tmp_path / "run", *words, "trainer=cpu", "trainer.max_epochs=2", "logger=none")
     train(cfg)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["teacher"]["name"] == "boosting"
+    assert summary["teacher"]["name"] == "forest"
     assert summary["teacher"]["test"]["r2"] > 0.3
     assert summary["student"]["deviation"] > 0
 
