@@ -1,13 +1,17 @@
 """Every file of conf/ composes; every experiment trains a step on generated data of its own shape."""
 
+import io
+import itertools
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from scipy.io import wavfile
 
-from litdistill.data import datamodule
+from litdistill.data import datamodule, sound
 from litdistill.data.sources import CIFAR10, CIFAR100, DIGITS, Source, Split
 from litdistill.data.tensors import TensorSource, TensorSplit
 from litdistill.data.text import sets
@@ -91,9 +95,21 @@ def test_every_command_composes_and_says_how_it_is_called(root):
     assert (CONF.parent / "scripts" / f"{root}.py").is_file()
 
 
+def spoken_digits() -> dict[str, bytes]:
+    """Fifteen short recordings of each digit by each speaker of the set, of noise."""
+    recordings = {}
+    for digit, speaker, number in itertools.product(range(10), ("george", "jackson", "lucas", "theo"), range(15)):
+        noise = np.random.default_rng([digit, number, *speaker.encode()]).integers(-999, 999, 400, np.int16)
+        file = io.BytesIO()
+        wavfile.write(file, 8000, noise)
+        recordings[f"{digit}_{speaker}_{number}.wav"] = file.getvalue()
+    return recordings
+
+
 @pytest.mark.parametrize("experiment", options("experiment"))
 def test_every_experiment_trains_a_step(experiment, tmp_path, monkeypatch):
     monkeypatch.setattr(datamodule, "load", generated)
+    monkeypatch.setattr(sound, "local_copy", lambda root: spoken_digits())
     monkeypatch.setattr(sets, "_read_movie_reviews", generated_texts)
     text = (CONF / "experiment" / f"{experiment}.yaml").read_text()
     assert text.startswith("# @package _global_\n# ")  # a diff on train.yaml that says what it is
