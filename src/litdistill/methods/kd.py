@@ -1,6 +1,6 @@
 """Knowledge distillation with softened targets. Hinton, Vinyals & Dean 2015 (arXiv 1503.02531), section 2.
 
-Of a teacher that knows only some of the classes: Vongkulbhaisal et al. 2019 (arXiv 1904.06062), section 3.
+Of a teacher that knows only some of the classes: Vongkulbhisal et al. 2019 (arXiv 1904.06062).
 """
 
 from __future__ import annotations
