@@ -1,8 +1,9 @@
 """Losses that compare a prediction with those of several teachers that know only some of the classes.
 
-What a teacher gives is the distribution of the classes that it knows under the condition that one of them is right, and this is
-what it is compared with in the student. The relation is that of Vongkulbhisal et al. 2019, "Unifying heterogeneous classifiers with
-distillation" (arXiv 1904.06062), who estimate a distribution of all classes from it, where here the student is compared directly.
+What a teacher gives is the distribution of the classes that it knows under the condition that one of them is right, and this
+is what it is compared with in the student. The relation is that of Vongkulbhisal et al. 2019, "Unifying heterogeneous
+classifiers with distillation" (arXiv 1904.06062), who estimate a distribution of all classes from it; here the student is
+compared directly.
 """
 
 from __future__ import annotations
