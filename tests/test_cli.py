@@ -17,6 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from litdistill import cli
 from litdistill.cli.hydra_main import run_task
 from litdistill.cli.resume import resumed
+from litdistill.cli.suggestions import suggestions
 from litdistill.report.tables import rows, summaries
 from litdistill.report.writers import markdown
 from litdistill.utils.errors import UserError
@@ -113,6 +114,13 @@ def test_a_typo_is_answered_with_the_nearest_names(argument, words, monkeypatch,
     assert words in shown
     assert "Traceback" not in shown
     assert "To append to your config" not in shown  # a key that nothing reads
+
+
+def test_a_typo_is_compared_with_the_options_of_what_is_chosen():
+    found = suggestions(["data=texts", "data.tokenzier=bpe", "net@student=text_cnn", "student.kernel=[3]"], "train")
+    assert "data.tokenzier: did you mean data.tokenizer?" in found
+    assert "student.kernel: did you mean student.kernels?" in found
+    assert "did you mean texts" in suggestions(["data=tekst", "experiment=nothing"], "train")
 
 
 def test_a_user_error_is_shown_alone_and_a_defect_with_its_traceback(monkeypatch, capsys, tmp_path):

@@ -23,7 +23,7 @@ NEAR = 0.1  # names this much less alike than the nearest are not suggested besi
 def suggestions(arguments: Sequence[str], config_name: str) -> str:
     """Returns one line with the nearest names for each override whose key or option is unknown; empty if all exist."""
     flags, overrides = split_flags(arguments)
-    keys, groups = _known_names(config_name, config_dir_of(flags))
+    keys, groups = _known_names(config_name, config_dir_of(flags), overrides)
     lines = [line for override in overrides if (line := _check_override(override, keys, groups)) is not None]
     return "".join(f"\n  {line}" for line in lines)
 
@@ -66,11 +66,20 @@ def _suggest(shown: str, name: str, known: Iterable[str], label: str) -> str:
     )
 
 
-def _known_names(config_name: str, config_dir: Path | None) -> tuple[set[str], dict[str, list[str]]]:
-    """Returns all keys of the composed default config, and the options of each group, including the user's own."""
+def _known_names(
+    config_name: str, config_dir: Path | None, overrides: Sequence[str]
+) -> tuple[set[str], dict[str, list[str]]]:
+    """Returns all keys of the config with the groups that the overrides choose, and the options of each group, including the
+    user's own."""
+    ours = options_of_groups()
+    pairs = [override.partition("=")[::2] for override in overrides]
+    chosen = [f"{key}={option}" for key, option in pairs if option in ours.get(key.split("@")[0], ())]
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose(config_name)
+        try:
+            cfg = compose(config_name, chosen)
+        except HydraException:  # they do not go together, which is said of them elsewhere
+            cfg = compose(config_name)
     return set(_keys(OmegaConf.to_container(cfg), "")), options_of_groups(config_dir)
 
 
