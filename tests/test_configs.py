@@ -14,7 +14,7 @@ from scipy.io import wavfile
 from litdistill.data import datamodule, sound
 from litdistill.data.sources import CIFAR10, CIFAR100, DIGITS, Source, Split
 from litdistill.data.tensors import TensorSource, TensorSplit
-from litdistill.data.text import sets
+from litdistill.data.text import docstrings, sets
 from litdistill.training.train import train
 from litdistill.utils.modality import Modality
 from litdistill.utils.paths import CONF
@@ -32,7 +32,7 @@ SHAPES = {
 STEP = [
     "trainer=debug",
     "trainer.max_epochs=1",  # an experiment's own number would stand otherwise
-    "data.val_size=0.5",
+    "++data.val_size=0.5",  # data that hold out what they choose themselves have no such key
     "data.batch_size=8",
     "data.eval_batch_size=64",
     "+data.epoch_size=8",
@@ -111,6 +111,8 @@ def test_every_experiment_trains_a_step(experiment, tmp_path, monkeypatch):
     monkeypatch.setattr(datamodule, "load", generated)
     monkeypatch.setattr(sound, "local_copy", lambda root: spoken_digits())
     monkeypatch.setattr(sets, "_read_movie_reviews", generated_texts)
+    made_up = [docstrings.Docstring(f"module{i}", f"Returns {i} of the {i % 7} values.") for i in range(99)]
+    monkeypatch.setattr(docstrings, "read", lambda root: made_up)
     text = (CONF / "experiment" / f"{experiment}.yaml").read_text()
     assert text.startswith("# @package _global_\n# ")  # a diff on train.yaml that says what it is
     small = [a.replace("+data.epoch_size", "data.epoch_size") for a in STEP]
