@@ -13,7 +13,9 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from litdistill.config.build import build_net
+from litdistill.config.recipes import net_name
 from litdistill.data.datamodule import ImageData
+from litdistill.export.writers import ExportWrapper, _write_onnx
 from litdistill.features.feature_extractor import FeatureExtractor, resolve_taps
 from litdistill.features.outputs import run_network
 from litdistill.models.adaptations import adaptations_of, published_classes
@@ -401,3 +403,21 @@ def test_data_that_do_not_fit(folders):
     refused(r"cannot take samples of 3x24x24.*give it images of 16", folders / "vit", size=24)
     refused("classifier is new or null", folders / "vit", classifier="old")
     refused("pooling=pooler: of texts choose mean or first", folders / "bert_backbone", pooling="pooler")
+
+
+def test_a_run_is_called_by_the_models_folder():
+    node = {"_target_": "litdistill.models.transformers.transformers_model", "path": "models/dinov2-small/"}
+    assert net_name(OmegaConf.create(node)) == "dinov2-small"
+    assert net_name(OmegaConf.create(node | {"path": None})) == "transformers_model"
+
+
+def test_a_student_is_exported_as_onnx_with_its_preprocessing(folders, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    for name, classes in (("vit", 4), ("resnet", 2), ("dinov2", 3)):
+        net = made(folders / name, classes, tuple(NAMES.values()))
+        model, x = ExportWrapper(net, traced=True).eval(), sample(name)
+        path = tmp_path / f"{name}.onnx"
+        _write_onnx(model, x[:2], path, {})
+        found = onnxruntime.InferenceSession(path).run(None, {"images": x.numpy()})[0]
+        with torch.no_grad():
+            torch.testing.assert_close(torch.from_numpy(found), run_network(net, x).main, rtol=1e-3, atol=1e-4)

@@ -220,6 +220,8 @@ def net_name(node: DictConfig) -> str:
         return Path(node["outputs"]).stem
     if "name" in node:
         return str(node["name"])
+    if node.get("path") is not None:  # the folder of a model
+        return Path(str(node["path"])).name
     name = str(node["_target_"]).rsplit(".", 1)[-1]
     for key in ("depth", "width", "widths", "hidden"):
         if key in node:

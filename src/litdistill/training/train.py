@@ -206,7 +206,8 @@ def introduce(data: Any, distiller: Distiller, scale: Scale, role: str) -> None:
     verbs = VERBS | {"train": VERBS["train"] + WITHOUT_LABELS[training_labels(data)]}
     sizes = ", ".join(f"{sample_count(data, split) or 'unknown'} to {verb}" for split, verb in verbs.items())
     shape = "x".join(map(str, data.input_shape or ()))
-    about = f"; {quantity(data.num_classes, 'output')} of {shape}" if data.num_classes and shape else ""
+    counted = data.num_classes and distiller.task.reads_labels
+    about = f"; {quantity(data.num_classes, 'output')} of {shape}" if counted and shape else ""
     log.info("%s: %s%s.", data.name, sizes, about, extra=ONCE)  # a teacher has seen the same
     log.info("%s: %s parameters%s. %s", role, f"{count:,}", teacher, scale)
     if said := sizes_seen(data, {f"the {role.lower()}": distiller.student, "its teacher": net}):

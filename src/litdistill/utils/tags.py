@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-FIRST = ("accuracy", "map", "rmse")  # metrics that select the epoch: a group each, with student, teacher and training
-LIKE = ("agreement", "kl", "deviation")  # of student and teacher
+FIRST = (
+    "accuracy",
+    "map",
+    "rmse",
+    "spearman",
+)  # metrics that select the epoch: a group each, with student, teacher and training
+LIKE = ("agreement", "kl", "deviation", "cosine")  # of student and teacher
 SCORES = (*FIRST, *LIKE, "absolute_error")  # measured in training beside the terms of the loss
 DROPPED = ("epoch", "step")  # the x axis has them
 
