@@ -12,6 +12,7 @@ import torch
 from omegaconf import OmegaConf
 from scipy.io import wavfile
 
+from litdistill.config.build import build_net
 from litdistill.data import fetch, recordings
 from litdistill.data.recordings import to_tar, unpacked
 from litdistill.data.sound import sounds, spoken_digits
@@ -334,3 +335,11 @@ def test_a_run_on_sounds_of_ones_own_is_exported_and_predicts_its_files(tmp_path
     assert [one["sound"] for one in found] == list(map(str, given))
     right = [one["top"][0]["class"] == Path(one["sound"]).parent.name for one in found]
     assert sum(right) > 0.7 * len(right)
+
+
+def test_a_network_of_images_is_refused_with_those_of_sounds(tmp_path, published):
+    data = spoken_digits(tmp_path)
+    data.setup()
+    node = OmegaConf.create({"_target_": "litdistill.models.small.conv4"})
+    with pytest.raises(UserError, match=r"student: conv4 does not take inputs of 8000 .*sound_conv for sounds"):
+        build_net(node, data, "student")

@@ -12,7 +12,7 @@ import inspect
 import pkgutil
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any, get_type_hints
 
@@ -70,9 +70,19 @@ def instantiate(node: Any, key: str = "", **facts: Any) -> Any:
             raise with_key(error.__cause__, node, key) from None
         if error.__cause__ is None and "blocklisted" in str(error):
             raise UserError(str(error)) from error
+        if isinstance(error.__cause__, ValueError) and len(facts.get("input_shape") or (0,) * 3) < 3:
+            raise UserError(_takes_images(key, node, facts["input_shape"], error.__cause__)) from error
         if (said := refused_by_library(node, error.__cause__)) is not None:
             raise UserError(f"{key}: {said}") from error
         raise
+
+
+def _takes_images(key: str, node: Any, shape: Sequence[int], error: ValueError) -> str:
+    """Returns what to do about a network of images that was given inputs of one or two axes."""
+    return (
+        f"{key}: {str(node.get('_target_')).rpartition('.')[2]} does not take inputs of {'x'.join(map(str, shape))} ({error}). "
+        f"Choose a network for such data: net@{key}=mlp for tables, sound_conv for sounds; `litdistill nets` lists all."
+    )
 
 
 def refused_by_library(node: Any, error: BaseException | None) -> str | None:
