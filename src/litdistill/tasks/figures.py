@@ -121,7 +121,7 @@ def worst_mistakes(
     for cell, i in zip(cells, chosen, strict=False):
         left, right = cell.subplots(1, 2, width_ratios=[1, 1.3])
         draw_input(left, image(i), words(i))
-        left.set_title(f"is {shorter(names[int(targets[i])])}", fontsize=9)
+        left.set_title(f"is {shorter(names[int(targets[i])])}", fontsize=9, loc="left")
         top = (p[i] + (q[i] if q is not None else 0)).topk(min(3, p.shape[1])).indices.tolist()
         rows = range(len(top))
         right.barh(

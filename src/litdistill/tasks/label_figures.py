@@ -121,7 +121,7 @@ def _cells(
     for cell, i in zip(figure.subfigures(rows, 4, squeeze=False).ravel(), chosen, strict=False):
         left, right = cell.subplots(1, 2, width_ratios=[1, 1.3])
         draw_input(left, samples.inputs(i), samples.words(i))
-        left.set_title(title(i), fontsize=9)
+        left.set_title(title(i), fontsize=9, loc="left")
         beside(right, i)
         right.spines[["top", "right"]].set_visible(False)
     if samples.teacher is not None:
