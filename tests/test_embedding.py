@@ -10,11 +10,14 @@ from scipy.stats import rankdata, spearmanr
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from litdistill.data.tensors import TensorData, TensorSource, TensorSplit
 from litdistill.distillation.checks import check_pairing
 from litdistill.distillation.distiller import Distiller
 from litdistill.distillation.examine import check_teacher
 from litdistill.distillation.inference import fuse_batchnorm
 from litdistill.distillation.teacher import FrozenTeacher
+from litdistill.export.export import export_student
+from litdistill.export.predict import load
 from litdistill.features.feature_extractor import FeatureExtractor, resolve_taps
 from litdistill.features.outputs import run_network
 from litdistill.methods import KD, PKT, RKD, SRD, Cosine, LogitMSE, Supervised
@@ -23,11 +26,13 @@ from litdistill.models.backbone import cut
 from litdistill.models.preprocess import Preprocess, wrap
 from litdistill.models.small import conv4
 from litdistill.tasks import Classification, Embedding, named_task
+from litdistill.tasks.base import Samples
 from litdistill.tasks.embedding import average_ranks, spearman_of_similarities
 from litdistill.tasks.findings import judge
 from litdistill.training.distill import distill
 from litdistill.types import Batch, Outputs
 from litdistill.utils.errors import UserError
+from litdistill.utils.modality import Modality
 from tests.methods.contract import batch
 
 
@@ -240,3 +245,42 @@ def test_the_guard_refuses_a_backbone_of_nan_and_judges_no_other():
     check_teacher(Embedding(), {"spearman": 0.1}, torch.zeros(4))
     with pytest.raises(UserError, match="not finite"):
         Embedding().quality(draw(4, 3), torch.full((4, 3), float("nan")))
+
+
+class TokenBag(nn.Module):
+    """The mean of the vectors of tokens, as an embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.last = nn.Embedding(20, 4), nn.Linear(4, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.last(self.words(ids).mean(1))
+
+
+def test_a_network_of_token_embeddings_is_written_as_onnx(tmp_path):
+    """Its lookup of tokens is a node that torch calls embedding: the output has another name."""
+    pytest.importorskip("onnxruntime")
+    split = TensorSplit(
+        torch.randint(0, 20, (40, 6), generator=torch.Generator().manual_seed(0)), torch.full((40,), -1)
+    )
+    source = TensorSource(split, split, (), Modality("text"))
+    data = TensorData(lambda: source, "ids", "embedding", val_size=8)
+    data.setup()
+    net = TokenBag().eval()
+    path, entry = export_student(tmp_path, net, data, task=Embedding())
+    assert entry["check"]["agreement"] == 1
+    with torch.no_grad():
+        expected = net(split.inputs).numpy()
+    np.testing.assert_allclose(load(path).run(split.inputs.numpy()), expected, atol=1e-5)
+
+
+def test_the_figure_shows_the_similarities_of_all_pairs():
+    a = draw(12, 5)
+    samples = Samples(lambda i: None, torch.full((12,), -1), (), of(a), of(a))
+    (figure,) = Embedding().figures(samples).values()
+    drawn = figure.axes[0].collections[0].get_array()
+    assert float(np.ma.sum(drawn)) == 12 * 11 / 2
+    bins = np.ma.filled(drawn.reshape(60, 60), 0)
+    assert bins.sum() == np.trace(bins)  # equal embeddings lie on the diagonal
+    assert Embedding().figures(Samples(lambda i: None, torch.zeros(12), (), of(a), None)) == {}

@@ -59,7 +59,7 @@ class TensorSource(NamedTuple):
 def held_out_test(targets: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the ids of `TEST_SHARE` of the samples, of each class where there are classes, and of the others; sorted."""
     ids = torch.arange(len(targets))
-    if targets.ndim == 1 and not targets.is_floating_point():
+    if targets.ndim == 1 and not targets.is_floating_point() and bool((targets >= 0).any()):
         tested, rest = splits.hold_out(ids[targets >= 0], targets, TEST_SHARE)
         return tested, torch.cat([rest, ids[targets < 0]]).sort().values
     order, count = aug.order(TEST_SEED, 0, ids), round(TEST_SHARE * len(ids))
@@ -167,7 +167,7 @@ class TensorData(LightningDataModule):
 
     def _held_out(self, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the ids of the validation set and of the others, sorted."""
-        if self._are_classes(targets):
+        if self._are_classes(targets) and bool((targets >= 0).any()):
             held, rest = splits.hold_out(torch.arange(len(targets))[targets >= 0], targets, self.val_size)
             return held, torch.cat([rest, torch.arange(len(targets))[targets < 0]]).sort().values
         ids = aug.order(VAL_SEED, 0, torch.arange(len(targets)))
@@ -183,7 +183,7 @@ class TensorData(LightningDataModule):
         """Returns the ids to train on, sorted: `fraction` of each class, or of all samples where there are none."""
         if self.fraction is None:
             return ids
-        if self._are_classes(targets):
+        if self._are_classes(targets) and bool((targets >= 0).any()):
             return splits.subset(ids, targets, self.fraction, None, self.subset_seed)
         count = max(1, round(len(ids) * self.fraction))
         return aug.order(self.subset_seed, 0, ids)[:count].sort().values

@@ -141,7 +141,8 @@ def _write_torchscript(model: ExportWrapper, example: Tensor, path: Path) -> Non
 
 def _write_onnx(model: ExportWrapper, example: Tensor, path: Path, metadata: Mapping[str, str]) -> None:
     program = _traced(model, example)
-    name = EMBEDDING if metadata.get("kind") == json.dumps(EMBEDDING) else "logits"
+    # A lookup of tokens is a node called embedding, and names are given once.
+    name = "embeddings" if metadata.get("kind") == json.dumps(EMBEDDING) else "logits"
     try:
         import onnx
 

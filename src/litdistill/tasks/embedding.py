@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from litdistill.methods.base import REAL
-from litdistill.tasks.base import Task, WholeSplit
+from litdistill.tasks.base import Samples, Task, WholeSplit
 from litdistill.tasks.multilabel import check_finite
 from litdistill.types import EMBEDDING, Batch, Outputs
 from litdistill.utils.errors import UserError
@@ -88,6 +88,20 @@ class Embedding(Task):
         if embedding.shape[1] == teacher.shape[1]:
             found["cosine"] = F.cosine_similarity(embedding.double(), teacher.double()).mean().item()
         return found
+
+    def figures(self, samples: Samples) -> dict[str, Any]:
+        """Returns the similarities of pairs of samples, the student's over its teacher's."""
+        if samples.teacher is None or len(samples.teacher.main) < 3:
+            return {}
+        from litdistill.tasks.figures import new_figure
+
+        x, y = (_similarities(o.main[:PAIRED]).cpu().numpy() for o in (samples.teacher, samples.student))
+        figure = new_figure(5, 4.5)
+        axes = figure.add_subplot(xlabel="teacher's cosine similarity", ylabel="student's")
+        counts = axes.hist2d(x, y, bins=60, cmin=1)[3]
+        axes.axline((0, 0), slope=1, linewidth=0.8, color="gray")
+        figure.colorbar(counts, label=f"of {len(x):,} pairs of samples")
+        return {"similarities": figure}
 
     def agreement(self, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
         """Returns the cosine of both embeddings of each sample, (N,), where their widths are equal."""
