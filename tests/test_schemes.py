@@ -204,3 +204,15 @@ def accuracy(cfg, data, state: dict[str, Tensor]) -> float:
     net.load_state_dict(state)
     hits = [(net(b.inputs).argmax(1) == b.targets).float() for b in data.batches("test")]
     return torch.cat(hits).mean().item()
+
+
+def test_backbone(tmp_path):
+    short = ["net@teacher=conv4", SMALL_TEACHER, "teacher.preprocess.size=12", "student.recipe.trainer.max_epochs=2"]
+    folder, student = scheme(tmp_path, "backbone", *short)
+    (path,) = (tmp_path / "students").glob("*/summary.json")
+    first = json.loads(path.read_text())
+    assert (first["task"], first["method"], first["metric"]["name"]) == ("Embedding", "cosine", "spearman")
+    assert first["data"]["train"] > student["data"]["train"] == 100
+    assert student["start"]["run"] == path.parent.name
+    assert student["method"] == "supervised"
+    assert differences(evaluate(folder, device="cpu"), student) == []
