@@ -7,7 +7,7 @@ import xml.etree.ElementTree as ET
 
 import torch
 
-from litdistill.report import plots, points
+from litdistill.report import plots, points, writers
 from litdistill.report.blocks import Card, Code, Fold, Section, Table, Text, Warn, html_page, markdown_page, plain
 from litdistill.tasks import metrics
 from tests.pages import HOSTILE, write_page
@@ -150,3 +150,9 @@ def test_html_escapes_every_kind_of_block():
     assert (
         page.text.count(bad) == 17
     )  # title, h1, fact, h3, text, code, four cells, warning, two of a fold, four of a card
+
+
+def test_a_measure_of_agreement_that_is_a_metric_too_is_one_row():
+    student = {"spearman": 0.8, "cosine": 0.9}
+    _, rows = writers.evaluation_table({"student": student, "teacher": {"spearman": 1.0}, "agreement": {"cosine": 0.9}})
+    assert [row[0] for row in rows] == ["spearman", "cosine"]

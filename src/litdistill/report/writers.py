@@ -197,7 +197,8 @@ FORMATS: dict[str, Callable[[Sequence[tuple[str, Rows]]], str]] = {  # by the en
 
 def evaluation_table(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Returns head and rows of the result of `evaluate`: a row for each metric, a column for each model."""
-    measured, follows = list(found["student"]), list(found.get("agreement", {}))
+    measured = list(found["student"])
+    follows = [name for name in found.get("agreement", {}) if name not in measured]
     titles = {"teacher": "teacher", "student": "student,\nbest epoch\non validation", "last": "student,\nlast epoch"}
     models = [key for key in titles if key in found]
     rows = [[heading(k), *(_precise(k, found[key].get(k)) for key in models)] for k in measured]
