@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from multiprocessing.context import ForkProcess
 from pathlib import Path
+from typing import Any
 
 import torch
 from hydra.core.global_hydra import GlobalHydra
@@ -39,9 +40,22 @@ Setup = Callable[[], object] | None
 def start(script: str, arguments: Sequence[str], cwd: Path, setup: Setup = None) -> ForkProcess:
     """`python scripts/<script>.py <arguments>` in `cwd`, after a call of `setup` in that process."""
     cwd.mkdir(parents=True, exist_ok=True)
-    process = multiprocessing.get_context("fork").Process(target=_command, args=(script, list(arguments), cwd, setup))
+    how = multiprocessing.get_context("spawn" if setup is None and not _forks_can_train() else "fork")
+    process: Any = how.Process(target=_command, args=(script, list(arguments), cwd, setup))
     process.start()
-    return process
+    return process  # type: ignore[no-any-return]
+
+
+def _forks_can_train() -> bool:
+    """Whether a process that is forked from this one can compute gradients: not once autograd has threads of its own here."""
+    child = os.fork()
+    if child == 0:
+        try:
+            torch.ones(2, requires_grad=True).sum().backward()
+        except RuntimeError:
+            os._exit(1)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def finish(process: ForkProcess, seconds: float = 300) -> int:
@@ -66,7 +80,7 @@ def _command(script: str, arguments: list[str], cwd: Path, setup: Setup) -> None
     for descriptor in (1, 2):
         os.dup2(sys.stdout.fileno(), descriptor)
     GlobalHydra.instance().clear()
-    del os.environ["RUN_STAMP"]  # conftest's
+    os.environ.pop("RUN_STAMP", None)  # conftest's
     sys.argv = [str(ROOT / "scripts" / f"{script}.py"), *arguments]
     if setup is not None:
         setup()

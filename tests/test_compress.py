@@ -235,7 +235,7 @@ def test_a_compressed_start_is_given_a_new_head_for_other_classes(tmp_path, way,
         "checkpoint": str(tmp_path),
         "head": "new",
     }
-    data = SimpleNamespace(num_classes=classes, input_shape=(1, 8, 8))
+    data = SimpleNamespace(num_classes=classes, input_shape=(1, 8, 8), class_names=tuple(map(str, range(classes))))
     net = build_net(OmegaConf.create(options), data, "student").eval()
     assert net(images().float()).shape == (6, classes)
     assert isinstance(net.fc, nn.Linear)  # a whole one, for the channels that are left

@@ -45,11 +45,17 @@ def test_the_page_has_every_file_that_it_draws():
     assert [command[1] for command in COMMANDS] == ["train", "train", "evaluate", "report", "export", "predict"]
 
 
-def test_its_commands_train_evaluate_report_export_and_predict(study, capsys, monkeypatch):
+@pytest.fixture(scope="module")
+def printed(study):
+    """What its commands but the last print, one after the other."""
     for _, verb, *arguments in COMMANDS[:-1]:
         more = ["threads=1", "trainer=cpu"] if verb == "train" else []
-        status, printed = call(verb, [*arguments, *more], study)
-        assert status == 0, printed
+        status, said = call(verb, [*arguments, *more], study)
+        assert status == 0, said
+    return said
+
+
+def test_its_commands_train_evaluate_report_export_and_predict(study, printed, capsys, monkeypatch):
     assert "reproduced to the digit" in printed
     found = {
         name: json.loads((study / "runs" / "grades" / name / "summary.json").read_text())
@@ -83,6 +89,7 @@ def test_its_commands_train_evaluate_report_export_and_predict(study, capsys, mo
     assert grades == told  # as the page says, the number of probabilities above one half
 
 
+@pytest.mark.usefixtures("printed")
 def test_what_it_says_is_refused_is_refused(study):
     status, printed = call(
         "train", ["--config-dir", "conf", "experiment=grades", "method=kd", "hydra.run.dir=runs/kd"], study

@@ -256,7 +256,7 @@ def table(name: str, path: Path, count: int = 5) -> tuple[TensorData, np.ndarray
     if path.suffix == ".npy":
         np.save(path, inputs)
     else:
-        names = ",".join(f"feature {i}" for i in range(inputs.shape[1]))
+        names = ",".join(column["name"] for column in data.modality.options["columns"])
         np.savetxt(path, inputs, delimiter=",", header=names, comments="", fmt="%.9g")
     return data, inputs
 
@@ -325,12 +325,12 @@ def test_tables_of_many_rows_are_cut_into_batches(run, tmp_path, monkeypatch):
     ("name", "text", "says"),
     [
         ("rows.csv", "1,2,3\n", "takes rows of 10 numbers"),
-        ("rows.csv", "a,b\nc,d\n", "cannot be read as a table of numbers"),
+        ("rows.csv", "a,b\nc,d\n", "lacks 10 columns of 10: age, sex, .* It has a, b besides"),
         ("rows.csv", ",".join(["1"] * 9 + ["nan"]) + "\n", "row 0 .* no finite number"),
-        ("rows.csv", "", "takes rows of 10 numbers|cannot be read"),
-        ("image.png", "", "in a .npy or a .csv file"),
+        ("rows.csv", "", "is empty"),
+        ("image.png", "", "a table is a .csv, .tsv or .parquet file"),
         ("rows.npy", "no array", "cannot be read as a table of numbers"),
-        ("gone.csv", None, "cannot be read"),
+        ("gone.csv", None, "there is no such file"),
     ],
 )
 def test_files_that_are_no_tables_of_the_student_are_refused(run, tmp_path, name, text, says):
