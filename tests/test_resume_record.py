@@ -47,3 +47,18 @@ def test_a_refused_resume_leaves_the_record_and_an_accepted_one_writes_it(tmp_pa
     assert records(folder) == after
     assert not (folder / ".hydra" / "before").exists()
     assert len(finished(tmp_path)) == 1
+
+
+def test_a_start_that_a_finished_run_refuses_leaves_its_record(tmp_path):
+    named = [*ALONE, "hydra.run.dir=runs/here"]
+    assert call("train", named, tmp_path, no_pictures)[0] == 0
+    folder = tmp_path / "runs" / "here"
+    before = records(folder)
+    for change in ("trainer.max_epochs=9", "optimizer.lr=high", "net@student=nothing"):
+        status, printed = call("train", [*named, change], tmp_path, no_pictures)
+        assert status == 2, printed
+        assert records(folder) == before
+    assert call("train", named, tmp_path, no_pictures)[0] == 0
+    assert not (folder / ".hydra" / "before").exists()
+    status, printed = call("evaluate", ["run=runs/here"], tmp_path)
+    assert status == 0, printed

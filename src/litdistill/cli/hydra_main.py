@@ -28,7 +28,7 @@ from litdistill.cli.help import help_text
 from litdistill.cli.resume import resumed
 from litdistill.cli.suggestions import suggestions
 from litdistill.config.instantiate import import_classes_from
-from litdistill.config.origin import check_foreign, restore_record
+from litdistill.config.origin import check_foreign, restore_record, save_record
 from litdistill.config.schema import check
 from litdistill.utils import run_names
 from litdistill.utils.command_line import as_command, config_dir_flags, literal, split_flags, without_null
@@ -113,6 +113,8 @@ def run_task(task: Callable[[DictConfig], Any], config_name: str, verb: str | No
         if "RUN_STAMP" not in os.environ:  # inherited by all ranks, which share one folder
             os.environ["RUN_STAMP"] = run_stamp()
         sys.argv[1:] = arguments = resumed(arguments, config_name)
+        for folder in _named_folders(arguments) if config_name == "train" else ():
+            save_record(folder)
         published_tables.register(arguments)
         if {"-h", "--help"} & set(arguments):
             starting.end()
@@ -154,6 +156,12 @@ def remove_if_empty(folder: Path) -> None:
         folder.rmdir()
 
 
+def _named_folders(arguments: list[str]) -> list[Path]:
+    """Returns the folder of an earlier run in which a command starts, by a resume or by its name; empty without one."""
+    named = [Path(a.partition("=")[2].strip("'\"")) for a in arguments if a.startswith("hydra.run.dir=")]
+    return [folder for folder in named if (folder / ".hydra").is_dir()]
+
+
 def _quiet_writer(failed: threading.ExceptHookArgs) -> None:
     """Drops the traceback of a thread that cannot write (TensorBoard's): its next write raises in the main thread."""
     if not (isinstance(failed.exc_value, OSError) and failed.exc_value.errno in UNWRITABLE):
@@ -162,9 +170,8 @@ def _quiet_writer(failed: threading.ExceptHookArgs) -> None:
 
 def _exit_or_raise(error: Exception, arguments: list[str], config_name: str) -> NoReturn:
     """Exits with a message for an error that the user can fix; raises a defect."""
-    for argument in arguments:
-        if argument.startswith("hydra.run.dir="):  # of a resume: one that is refused leaves the run's record as it was
-            restore_record(Path(argument.partition("=")[2]))
+    for folder in _named_folders(arguments):  # a start that is refused leaves the run's record as it was
+        restore_record(folder)
     full = os.environ.get("HYDRA_FULL_ERROR") == "1"
     if isinstance(error, OSError) and error.errno in UNWRITABLE and not full:
         _exit(f"Nothing can be written: {error}. Free some space, or choose another folder with runs=…", 2)
