@@ -81,6 +81,7 @@ def _command(script: str, arguments: list[str], cwd: Path, setup: Setup) -> None
         os.dup2(sys.stdout.fileno(), descriptor)
     GlobalHydra.instance().clear()
     os.environ.pop("RUN_STAMP", None)  # conftest's
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a terminal; a shell's background job ignores it
     sys.argv = [str(ROOT / "scripts" / f"{script}.py"), *arguments]
     if setup is not None:
         setup()
