@@ -65,6 +65,7 @@ TERMS = {
     "rkd": {"hard", "distance", "angle"},
     "srd": {"hard", "hint", "soft"},
     "srrl": {"hard", "hint", "soft"},
+    "pairs": {"hard", "kl_logits", "cosine_last"},
     **{k: {"hard", "soft"} for k in SOFT},
 }
 
