@@ -5,9 +5,10 @@ import itertools
 import re
 import xml.etree.ElementTree as ET
 
+import pytest
 import torch
 
-from litdistill.report import plots, points, writers
+from litdistill.report import plots, points, sections, writers
 from litdistill.report.blocks import Card, Code, Fold, Section, Table, Text, Warn, html_page, markdown_page, plain
 from litdistill.tasks import metrics
 from tests.pages import HOSTILE, write_page
@@ -156,3 +157,11 @@ def test_a_measure_of_agreement_that_is_a_metric_too_is_one_row():
     student = {"spearman": 0.8, "cosine": 0.9}
     _, rows = writers.evaluation_table({"student": student, "teacher": {"spearman": 1.0}, "agreement": {"cosine": 0.9}})
     assert [row[0] for row in rows] == ["spearman", "cosine"]
+
+
+@pytest.mark.parametrize(
+    ("quartiles", "shown"),
+    [([0.3, 0.31, 0.334], "0.31 (0.30–0.33)"), ([0.00112, 0.00124, 0.00131], "0.0012 (0.0011–0.0013)")],
+)
+def test_a_small_ratio_keeps_two_digits(quartiles, shown):
+    assert sections.share(quartiles, 1) == shown

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -59,9 +60,10 @@ def with_teachers(row: Row, group: Group) -> list[tuple[Seed, Seed]]:
 
 
 def share(values: Sequence[float], of: float) -> str:
-    """Returns quartiles relative to `of` as `0.31 (0.30–0.33)`."""
+    """Returns quartiles relative to `of` as `0.31 (0.30–0.33)`, with two digits of a small one: `0.0012 (0.0011–0.0013)`."""
     low, middle, high = (v / of for v in values)
-    return f"{middle:.2f} ({low:.2f}–{high:.2f})"
+    digits = 2 if not 0 < middle < 0.1 else 1 - math.floor(math.log10(middle))
+    return f"{middle:.{digits}f} ({low:.{digits}f}–{high:.{digits}f})"
 
 
 # -- what they are worth -----------------------------------------------------------------------------------------------
