@@ -84,7 +84,8 @@ def test_from_a_folder_of_photos_to_a_prediction(photos, tmp_path):
     assert f"{shown:.2f}" in (tmp_path / "page" / "index.html").read_text()
     litdistill(tmp_path, "export", f"run={run}")
 
-    classes, *_, test = read_splits(photos)
+    listed = read_splits(photos)
+    classes, test = listed.classes, listed.test
     model = load(str(run / "export" / "student.onnx"))
     found = predict(model, [str(file.path) for file, _ in test], 1)
     right = sum(one["top"][0]["class"] == classes[label] for one, (_, label) in zip(found, test, strict=True))
