@@ -5,8 +5,6 @@ It needs no classes and no labels: the teacher may be a network that gives featu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor, nn
 
 from litdistill.losses import cosine
@@ -21,15 +19,6 @@ class Cosine(VectorMethod):
     A vector is a network's embedding, or the classifier's input, or the mean of a tapped map or of tokens. W is learned with
     the student and left out where the widths are equal: then the student's vectors can stand in for the teacher's.
     """
-
-    def __init__(
-        self,
-        hard: float = 1.0,
-        hint: float = 1.0,
-        student_taps: Sequence[str] | str = "pooled",
-        teacher_taps: Sequence[str] | str = "pooled",
-    ):
-        super().__init__(hard, hint, student_taps, teacher_taps)
 
     def pairs(self, student: Outputs, teacher: Outputs) -> list[tuple[Tensor, Tensor]]:
         """Returns the last feature of either network as vectors, (N, D_s) and (N, D_t)."""
