@@ -29,7 +29,10 @@ def _random(kind: str, spread: float, count: int = 3) -> tuple[torch.nn.Module, 
     )
     places = [h * w for h, w in LEVELS]
     total = sum(places)
-    raw = {"cls_logits": spread * torch.randn(count, total, CLASSES) - 1, "bbox_regression": torch.randn(count, total, 4)}
+    raw = {
+        "cls_logits": spread * torch.randn(count, total, CLASSES) - 1,
+        "bbox_regression": torch.randn(count, total, 4),
+    }
     if kind == "fcos":
         raw["bbox_regression"] = raw["bbox_regression"].abs()
         raw["bbox_ctrness"] = torch.randn(count, total, 1)
@@ -75,7 +78,9 @@ def test_detections_of_few_anchors_and_of_none_above_the_threshold() -> None:
     heads["boxes"][0] = torch.tensor([[0.0, 0.0, 10.0, 10.0], [0.0, 0.0, 10.0, 9.0]])  # an IoU of 0.9
     found = detections(heads, (20, 20), 0.05, 0.6, 4)
     assert found.shape == (2, 4, 6)
-    torch.testing.assert_close(found[0, 0], torch.tensor([0.0, 0.0, 10.0, 10.0, torch.tensor(2.0).sigmoid().item(), 0.0]))
+    torch.testing.assert_close(
+        found[0, 0], torch.tensor([0.0, 0.0, 10.0, 10.0, torch.tensor(2.0).sigmoid().item(), 0.0])
+    )
     assert found[0, 1:, SCORE].eq(0).all()
     assert found[1, :, CLASS].eq(-1).all()
     assert detections(heads, (20, 20), 0.05, 0.95, 4)[0, :, CLASS].tolist() == [0, 0, -1, -1]

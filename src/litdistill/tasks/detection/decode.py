@@ -87,5 +87,3 @@ def above(found: Tensor, threshold: float) -> Tensor:
     """Returns the detections (N, K, 6) with those below a threshold emptied: score 0, class −1."""
     low = ~(found[..., SCORE] >= threshold)
     return torch.where(low[..., None], found.new_tensor([0.0, 0.0, 0.0, 0.0, 0.0, -1.0]), found)
-
-
