@@ -76,6 +76,7 @@ TENSORS = (
 OWN = (
     "litdistill.data.datamodule.ImageData",
     *(f"litdistill.data.{name}" for name in TENSORS),
+    "litdistill.tasks.detection.scenes.digit_scenes",
     *(f"litdistill.data.{name}" for name in DATA),
     *(f"litdistill.compress.{name}" for name in ("low_rank.low_rank", "prune.prune", "quantize.int8")),
     *(f"litdistill.tasks.{n}" for n in ("Classification", "Embedding", "MultiLabel", "Regression", "LanguageModel")),

@@ -53,6 +53,7 @@ OBJECTS: dict[str, dict[str, type[Node]]] = {
         "spoken_digits": data.SpokenDigits,
         "docstrings": data.Sequences,
         "token_sequences": data.Sequences,
+        "digit_scenes": data.Scenes,
     },
     "task": {
         "Classification": library.Classification,

@@ -180,6 +180,13 @@ class SpokenDigits(TensorData):
     download: bool = option("fetch files that are missing")
 
 
+class Scenes(TensorData):
+    """`data=digit_scenes`: conf/data/digit_scenes.yaml."""
+
+    count: Annotated[int, Field(ge=2)] = option("scenes to train on, those to validate on included")
+    size: Annotated[int, Field(ge=32, le=160)] = option("pixels of a side")
+
+
 class Table(Standardized):
     """`data=table`: conf/data/table.yaml."""
 
