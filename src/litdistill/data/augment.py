@@ -14,7 +14,8 @@ more of them than an int64 can number), a view is numbered by its round and is v
 
 An augmentation that only moves pixels along rows and columns may have `axes(code, height, width)`: the row (N, H) and the
 column (N, W) that each pixel is read from, H or W for a pixel outside the image, which is zero.
-Any number of consecutive augmentations with `axes` is a single gather.
+Any number of consecutive augmentations with `axes` is a single gather. `affine` and `moves` say how boxes and masks follow
+(`litdistill.data.geometry`).
 """
 
 from __future__ import annotations
@@ -160,6 +161,11 @@ class Crop:
             return torch.where(index >= size, 2 * (size - 1) - index, index)
         return torch.where((index < 0) | (index >= size), size, index)
 
+    def affine(self, code: Tensor, height: int, width: int) -> Tensor:
+        """See `litdistill.data.geometry`."""
+        one = torch.ones_like(code)
+        return torch.stack([one, self.pad - code % self.side, one, self.pad - code // self.side], 1).float()
+
     def apply(self, images: Tensor, code: Tensor) -> Tensor:
         return _move((self,), images, code)
 
@@ -176,6 +182,11 @@ class Flip:
         rows, cols = torch.arange(height, device=code.device), torch.arange(width, device=code.device)
         return rows.expand(len(code), -1), torch.where(code[:, None] == 1, width - 1 - cols, cols)
 
+    def affine(self, code: Tensor, height: int, width: int) -> Tensor:
+        """See `litdistill.data.geometry`."""
+        one = torch.ones_like(code)
+        return torch.stack([1 - 2 * code, width * code, one, 0 * one], 1).float()
+
     def apply(self, images: Tensor, code: Tensor) -> Tensor:
         return _move((self,), images, code)
 
@@ -185,6 +196,8 @@ class Cutout:
 
     `image_size`: (H, W) of the images; H · W views.
     """
+
+    moves = False
 
     def __init__(self, size: int, image_size: Sequence[int]):
         self.size, (self.height, self.width) = size, image_size

@@ -31,6 +31,7 @@ class ColorJitter:
     """
 
     views = None
+    moves = False
 
     def __init__(
         self,

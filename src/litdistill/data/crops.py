@@ -58,9 +58,19 @@ class RandomResizedCrop:
         top, left, tall_, wide_ = (torch.where(fits, value, other) for value, other in zip(drawn, middle, strict=True))
         return top, left, tall_, wide_
 
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """Returns the size of the views of images of this size."""
+        return self.size or (height, width)
+
+    def affine(self, code: Tensor, height: int, width: int) -> Tensor:
+        """See `litdistill.data.geometry`."""
+        top, left, tall, wide = self.boxes(code, height, width)
+        down, across = (n / part for n, part in zip(self.output_size(height, width), (tall, wide), strict=True))
+        return torch.stack([across, -left * across, down, -top * down], 1).float()
+
     def apply(self, images: Tensor, code: Tensor) -> Tensor:
         height, width = images.shape[2:]
-        return resized_crops(images, *self.boxes(code, height, width), self.size or (height, width))
+        return resized_crops(images, *self.boxes(code, height, width), self.output_size(height, width))
 
 
 class RandomErasing:
@@ -71,6 +81,7 @@ class RandomErasing:
     """
 
     views = None
+    moves = False
 
     def __init__(
         self,

@@ -20,11 +20,11 @@ from lightning import LightningDataModule
 from torch import Tensor
 
 from litdistill.data import augment as aug
-from litdistill.data import splits
+from litdistill.data import geometry, splits
 from litdistill.data.loading import IndexLoader, Rows
 from litdistill.data.named import augmentations
 from litdistill.data.protocol import split_ids
-from litdistill.types import Batch, Group
+from litdistill.types import Batch, Group, has_label
 from litdistill.utils.errors import UserError
 from litdistill.utils.hashing import stable_repr, weights_sha256
 from litdistill.utils.modality import PADDING, Modality
@@ -37,7 +37,7 @@ class TensorSplit(NamedTuple):
     """The samples of one file or set of files."""
 
     inputs: Tensor  # (N, ...) of any dtype
-    targets: Tensor  # (N,) int64 classes, -1 without a label; (N, outputs) float32; or (N, T) int64 tokens
+    targets: Tensor  # (N,) int64 classes, -1 without a label; (N, outputs) float32; (N, T) int64 tokens; boxes or masks
 
     def rows(self, ids: Tensor) -> TensorSplit:
         """Returns some of the samples."""
@@ -54,6 +54,7 @@ class TensorSource(NamedTuple):
     validation: Tensor | None = None  # ids of `train` that are the validation set; None: `val_size` at random
     facts: Mapping[str, Any] = {}  # further facts that a network's function may name as parameters, such as vocab_size
     show: Callable[[str, int], str] | None = None  # (split, id) -> the sample in words
+    geometry: geometry.Geometry | None = None  # whether targets are boxes (N, M, 6) or masks (N, H, W)
 
 
 def held_out_test(targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -150,6 +151,7 @@ class TensorData(LightningDataModule):
         if self._ready:
             return
         train, validation = self.source.train, self.source.validation
+        geometry.check_followed(self.augment, self.source.geometry)
         if validation is not None:
             every = torch.arange(len(train.inputs))
             self.val_ids, rest = validation.sort().values, every[~torch.isin(every, validation)]
@@ -189,24 +191,29 @@ class TensorData(LightningDataModule):
         return aug.order(self.subset_seed, 0, ids)[:count].sort().values
 
     def _hide_labels(self) -> None:
-        """Keeps the labels of `labels` training samples, of each class its share, and hides those of the others."""
-        targets = self.source.train.targets
-        self._targets = targets
-        if self.labels is None:
-            if self._are_classes(targets) and self.only_labelled:
-                self.train_ids = self.train_ids[targets[self.train_ids] >= 0]
-            return
-        if not self._are_classes(targets):
+        """Keeps the labels of `labels` training samples, of each class its share, and makes the others −1, or NaN of boxes."""
+        targets = self._targets = self.source.train.targets
+        if not self._hides_labels and self.labels is not None:
             raise UserError("data.labels hides labels of classes, and these targets are numbers: use data.fraction.")
-        labelled = self.train_ids[targets[self.train_ids] >= 0]
-        if self.labels > len(labelled):
-            raise UserError(f"labels={self.labels}, and there are {len(labelled)} training samples with a label.")
-        kept = splits.subset(labelled, targets, self.labels / len(labelled), None, self.subset_seed)
-        hidden = self.train_ids[~torch.isin(self.train_ids, kept)]
-        self._targets = targets.clone()
-        self._targets[hidden] = -1
+        if not self._hides_labels or (self.labels is None and not self.only_labelled):
+            return
+        kept = labelled = self.train_ids[has_label(targets[self.train_ids])]
+        if self.labels is not None:
+            if self.labels > len(labelled):
+                raise UserError(f"labels={self.labels}, and there are {len(labelled)} training samples with a label.")
+            if self._are_classes(targets):
+                kept = splits.subset(labelled, targets, self.labels / len(labelled), None, self.subset_seed)
+            else:
+                kept = aug.order(self.subset_seed, 0, labelled)[: self.labels].sort().values
+            hidden = self.train_ids[~torch.isin(self.train_ids, kept)]
+            self._targets = targets.clone()
+            self._targets[hidden] = torch.nan if targets.is_floating_point() else -1
         if self.only_labelled:
             self.train_ids = kept
+
+    @property
+    def _hides_labels(self) -> bool:  # whether targets are such that a sample may have none
+        return self._are_classes(self.source.train.targets) or self.source.geometry is not None
 
     @staticmethod
     def _are_classes(targets: Tensor) -> bool:
@@ -252,9 +259,9 @@ class TensorData(LightningDataModule):
     def train_labels(self) -> Literal["all", "some", "none"]:
         """Returns which of the samples that are trained on have labels; the others have a target of -1."""
         targets = self.train_targets
-        if not self._are_classes(targets):
+        if not self._hides_labels:
             return "all"
-        without = int((targets[self.train_ids] < 0).sum())
+        without = int((~has_label(targets[self.train_ids])).sum())
         return "all" if not without else "some" if without < len(self.train_ids) else "none"
 
     def show(self, split: str, index: int) -> str | None:
@@ -329,8 +336,11 @@ class TensorData(LightningDataModule):
         found = self._split_on("test" if split == "test" else "train", ids.device)
         inputs, targets = found.inputs.index_select(0, ids), found.targets.index_select(0, ids)
         if views is not None and self.augment:
-            codes = aug.draw_views(self.augment, self.view_seed, views, ids) if self.by_round else views
-            inputs = aug.apply_views(self.augment, inputs, codes, self.view_seed, ids)
+            codes, plain = aug.draw_views(self.augment, self.view_seed, views, ids) if self.by_round else views, inputs
+            inputs = aug.apply_views(self.augment, plain, codes, self.view_seed, ids)
+            if self.source.geometry is not None:
+                moves = geometry.moves_of(self.augment, codes, self.view_seed, ids, plain.shape[2:])
+                targets = geometry.follow(self.source.geometry, targets, moves)
         return Batch(inputs, targets, ids, views)
 
     def batches(self, split: str, device: torch.device | str = "cpu") -> Iterator[Batch]:

@@ -268,7 +268,7 @@ class Distiller(LightningModule):
         """Returns the loss of one minibatch, a scalar; `teacher`: its outputs, if already computed."""
         samples = len(batch.targets)
         student, teacher, batch = outputs_of_both(self, batch, teacher)
-        terms = self._label_terms(student, batch) | self.method(student, teacher, batch)
+        terms = self._label_terms(student, self.method.relabel(teacher, batch)) | self.method(student, teacher, batch)
         unknown = self._factors.keys() - terms.keys()
         if unknown and not self.method.init_epochs:
             raise UserError(
@@ -282,7 +282,7 @@ class Distiller(LightningModule):
     def _label_terms(self, student: Outputs, batch: Batch) -> dict[str, Tensor]:
         """Returns the terms of the labels' loss, summed over student and companions and weighted by the method's `hard`."""
         weight = self.method.hard * self.method.hard_factor(self.current_epoch)
-        if not weight or self.labels == "none":
+        if not weight or (self.labels == "none" and not self.method.relabels):
             return {}
         terms = dict(labels_loss(self, student, batch))
         for companion in self.method.companions(student):
@@ -345,7 +345,7 @@ class Distiller(LightningModule):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         batch = self.task.batch(batch)
-        outputs = self.task.forward(self.evaluated, batch, False)
+        outputs = self.task.keep(self.task.forward(self.evaluated, batch, False))
         teacher = self.on_validation.of_batch(self, batch, batch_idx)
         self.val_metrics.update(outputs, self.task.truth(batch.targets, teacher))
         self.on_validation.compare(self.task, outputs, teacher, batch.targets)
@@ -359,7 +359,7 @@ class Distiller(LightningModule):
     def test_step(self, batch: Any, batch_idx: int) -> None:
         batch = self.task.batch(batch)
         teacher = self.on_validation.of_batch(self, batch, -1)
-        outputs = self.task.forward(self.evaluated, batch, False)
+        outputs = self.task.keep(self.task.forward(self.evaluated, batch, False))
         self.test_metrics.update(outputs, self.task.truth(batch.targets, teacher))
 
     def on_test_epoch_end(self) -> None:

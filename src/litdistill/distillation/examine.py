@@ -79,7 +79,7 @@ class TeacherOnValidation:
     def _outputs(self, distiller: Distiller, batch: Batch) -> Outputs:
         assert distiller.teacher is not None
         if self.known is None or batch.ids is None or self.data is None:
-            return distiller.teacher.with_members(batch, "val")
+            return distiller.task.keep(distiller.teacher.with_members(batch, "val"))
         place = torch.searchsorted(self.data.val_ids, batch.ids.cpu())
         return Outputs({name: head[place].to(distiller.device) for name, head in self.known.heads.items()})
 
@@ -95,7 +95,11 @@ class TeacherOnValidation:
         if kept is not None and torch.equal(kept[1], _mark(batch)):
             return kept[0]
         if index < 0:
-            return None if distiller.task.reads_labels else distiller.teacher.with_members(batch, "test")
+            return (
+                None
+                if distiller.task.reads_labels
+                else distiller.task.keep(distiller.teacher.with_members(batch, "test"))
+            )
         return self._outputs(distiller, batch) if kept is not None or not distiller.task.reads_labels else None
 
     def compare(self, task: Task, student: Outputs, teacher: Outputs | None, targets: Any) -> None:

@@ -241,14 +241,23 @@ def _select(inputs: Any, index: Tensor) -> Any:
 
 
 def cached_logits(
-    net: nn.Module, data: IndexedData, split: str, device: torch.device, folder: Path, compute: Callable[[], Tensor]
+    net: nn.Module,
+    data: IndexedData,
+    split: str,
+    device: torch.device,
+    folder: Path,
+    compute: Callable[[], Tensor],
+    run: Callable[[Any], Tensor] | None = None,
+    options: str = "",
 ) -> Tensor:
     """Returns the logits (N, classes) of a frozen `net` for a split, read from `folder`, or computed and stored there.
 
-    The first process computes them by `compute()`; concurrent ones wait for the file.
+    The first process computes them by `compute()`; concurrent ones wait for the file. `run`: the same for a batch of inputs;
+    the network's main head unless given. `options`: what the results depend on besides the network and the data.
     """
     ids = split_ids(data, split)
-    key = logits_key(net, data, split, device)
+    run = run or (lambda inputs: run_network(net, inputs).main)
+    key = logits_key(net, data, split, device, options)
     path = folder / f"{key}.safetensors"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -258,7 +267,7 @@ def cached_logits(
         return compute()
     with lock:
         logits = _read(path)
-        if logits is not None and not _gives(net, data, split, ids[:SPOT_CHECK], device, logits):
+        if logits is not None and not _gives(net, run, data, split, ids[:SPOT_CHECK], device, logits):
             log.warning("%s does not hold the teacher's logits: they are computed anew.", path)
             logits = None
         if logits is None:
@@ -271,11 +280,19 @@ def cached_logits(
     return logits
 
 
-def _gives(net: nn.Module, data: IndexedData, split: str, ids: Tensor, device: torch.device, logits: Tensor) -> bool:
+def _gives(
+    net: nn.Module,
+    run: Callable[[Any], Tensor],
+    data: IndexedData,
+    split: str,
+    ids: Tensor,
+    device: torch.device,
+    logits: Tensor,
+) -> bool:
     """Returns whether `logits` (M, classes) match the network's outputs for the first samples `ids` (N,) of a split."""
     inputs = data.get_batch(split, ids.to(device)).inputs
     with evaluating(net.to(device)):
-        return _close(run_network(net, inputs).main.float().cpu(), logits[: len(ids)].cpu(), TOLERANCE)
+        return _close(run(inputs).float().cpu(), logits[: len(ids)].cpu(), TOLERANCE)
 
 
 def _close(again: Tensor, kept: Tensor, tolerance: float) -> bool:
@@ -313,10 +330,10 @@ def cache_key(teacher: Teacher, data: IndexedData, device: torch.device, dtype: 
     return _key([*about, precision, *_arithmetic(device)])
 
 
-def logits_key(net: nn.Module, data: IndexedData, split: str, device: torch.device) -> str:
-    """Returns 16 hex digits that are equal only if the logits of the split are."""
+def logits_key(net: nn.Module, data: IndexedData, split: str, device: torch.device, options: str = "") -> str:
+    """Returns 16 hex digits that are equal only if the logits of the split are. `options`: what else they depend on."""
     ids = weights_sha256({"": split_ids(data, split)})
-    return _key([network_sha256(net), split, data.identity(split), ids, *_arithmetic(device)])
+    return _key([network_sha256(net), split, data.identity(split), ids, options, *_arithmetic(device)])
 
 
 def _arithmetic(device: torch.device) -> list[str]:

@@ -21,20 +21,22 @@ from litdistill.models.parts import evaluating
 from litdistill.tasks.base import Task, at_places
 from litdistill.tasks.classification import Classification
 from litdistill.tasks.findings import judge
-from litdistill.types import EMBEDDING, Outputs
+from litdistill.types import EMBEDDING, Batch, Outputs
+from litdistill.utils.hashing import stable_repr
 
 
 @torch.no_grad()
 def predict_split(
     net: nn.Module, data: Any, split: str, device: torch.device | str = "cpu", task: Task | None = None
 ) -> tuple[Outputs, Tensor]:
-    """Returns the heads of `net` in eval mode for all of a split, float32, and the targets, all on the CPU."""
+    """Returns what `Task.keep` keeps of the outputs of `net` in eval mode for all of a split, float32, and the targets, all on
+    the CPU."""
     task = task or Classification()
     was_training = net.training
     net.to(device).eval()
     found: list[tuple[Outputs, Tensor]] = []
     for batch in data.batches(split, device):
-        outputs = task.forward(net, batch, False)
+        outputs = task.keep(task.forward(net, batch, False))
         found.append((Outputs({k: v.float().cpu() for k, v in outputs.heads.items()}), batch.targets.cpu()))
     net.train(was_training)
     heads = {name: torch.cat([outputs.heads[name] for outputs, _ in found]) for name in found[0][0].heads}
@@ -74,8 +76,14 @@ def teacher_outputs(
         return Outputs({"logits": teacher.combined(each), "members": each})
     assert folder is not None
     compute = lambda: predict_split(teacher, data, split, device, task)[0].main  # noqa: E731
-    kept = cached_logits(teacher, data, split, torch.device(device), folder, compute)
+    run = lambda inputs: task.keep(task.forward(teacher, Batch(inputs, None), False)).main  # noqa: E731
+    kept = cached_logits(teacher, data, split, torch.device(device), folder, compute, run, _own_keep(task))
     return Outputs({head_name(teacher, data, task, device): kept})
+
+
+def _own_keep(task: Task) -> str:
+    """Returns what the kept outputs depend on besides the network: the options of a task that keeps others than it gets."""
+    return "" if type(task).keep is Task.keep else stable_repr([type(task).__qualname__, vars(task)])
 
 
 @torch.no_grad()
@@ -83,7 +91,7 @@ def head_name(net: nn.Module, data: Any, task: Task, device: torch.device | str)
     """Returns the name of the head that `net` is trained for, `logits` or `embedding`, by a forward of two samples."""
     batch = data.get_batch("train", data.train_ids[:2].to(device))
     with evaluating(net.to(device)):
-        heads = task.forward(net, batch, False).heads
+        heads = task.keep(task.forward(net, batch, False)).heads
     return next((name for name in ("logits", EMBEDDING) if name in heads), next(iter(heads)))
 
 

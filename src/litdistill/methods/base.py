@@ -15,11 +15,9 @@ from torch import Tensor, nn
 from litdistill.types import Batch, Outputs, Taps
 from litdistill.utils.errors import UserError
 
-CATEGORICAL, BERNOULLI, REAL = (
-    "categorical",
-    "bernoulli",
-    "real",
-)  # distributions that logits parametrize: see `Task.kind`
+# What logits are: the parameters of one distribution a sample, or a sigmoid a class of each box; see `Task.kind`.
+CATEGORICAL, BERNOULLI, REAL, BOXES = "categorical", "bernoulli", "real", "boxes"
+ALL_KINDS = (CATEGORICAL, BERNOULLI, REAL, BOXES)
 
 
 # Options of methods of this project that are weights of their own terms of the loss, beside `hard`.
@@ -53,6 +51,7 @@ class Method(nn.Module):
     )
     reads_targets = False  # whether its own terms read the label of every sample
     some_classes = False  # whether it is defined for a teacher that knows only some of the classes
+    relabels = False  # whether `relabel` gives labels to samples without
     init_epochs = 0  # epochs of a first phase that trains other parameters, without the labels' loss
     needs_hard = False  # whether `hard` must be above 0
     fewest_classes = (
@@ -96,6 +95,11 @@ class Method(nn.Module):
     def hard_factor(self, epoch: int) -> float:
         """Returns the factor of the labels' loss in this epoch, beside `hard`: 0 in the first `init_epochs`, then 1."""
         return 0.0 if epoch < self.init_epochs else 1.0
+
+    def relabel(self, teacher: Any, batch: Batch) -> Batch:
+        """Returns the batch with the labels that the method gives to samples without (`litdistill.types.has_label`); it is
+        called before the labels' loss is computed. `teacher`: its `Outputs`, None without. By default nothing is changed."""
+        return batch
 
     def companions(self, student: Outputs) -> Sequence[Outputs]:
         """Returns the outputs of networks that are trained on the labels beside the student; none by default."""
@@ -150,6 +154,8 @@ class PairMethod(Method):
 
 class MapMethod(PairMethod):
     """Base of methods that compare spatial maps of both networks, stage by stage; arguments as of `PairMethod`."""
+
+    kinds = ALL_KINDS  # maps are the same of any task
 
     def __init__(
         self,

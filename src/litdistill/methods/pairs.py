@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from litdistill.features.feature_extractor import resolve_taps
 from litdistill.losses.layouts import align
 from litdistill.losses.named import LOSSES, Loss
-from litdistill.methods.base import Method, summed
+from litdistill.methods.base import ALL_KINDS, Method, summed
 from litdistill.methods.layers import BatchNorm, regressor
 from litdistill.types import Batch, Outputs, Taps
 from litdistill.utils.errors import UserError
@@ -69,7 +69,7 @@ class Pairs(Method):
         self.pairs = {place: pair for place, pair in given.items() if pair.weight}
         self.losses = {place: _loss(pair, place) for place, pair in self.pairs.items()}
         of_logits = [self.losses[k] for k, pair in self.pairs.items() if "logits" in (pair.student, pair.teacher)]
-        self.kinds = tuple(kind for kind in Method.kinds if all(loss.kind in (None, kind) for loss in of_logits))
+        self.kinds = tuple(kind for kind in ALL_KINDS if all(loss.kind in (None, kind) for loss in of_logits))
         self.fewest_classes = max([Method.fewest_classes, *(loss.fewest_classes for loss in of_logits)])
         self.takes_places = all(loss.layout in ("values", "rows") for loss in self.losses.values())
         if not self.kinds:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from litdistill.features.feature_extractor import resolve_taps
-from litdistill.methods.base import Method
+from litdistill.methods.base import ALL_KINDS, Method
 from litdistill.types import Batch, Outputs, Taps
 from litdistill.utils.errors import UserError
 
@@ -40,7 +40,8 @@ class Sum(Method):
         self.needs_hard = any(m.needs_hard for m in methods.values())
         self.init_epochs = max(m.init_epochs for m in methods.values())
         self.takes_places = all(m.takes_places for m in methods.values())
-        self.kinds = tuple(kind for kind in Method.kinds if all(kind in m.kinds for m in methods.values()))
+        self.relabels = any(m.relabels for m in methods.values())
+        self.kinds = tuple(kind for kind in ALL_KINDS if all(kind in m.kinds for m in methods.values()))
         self.names: dict[
             str, tuple[list[str], list[str]]
         ] = {}  # by method: the names of its student and teacher features
@@ -62,6 +63,11 @@ class Sum(Method):
             read = [] if teacher is None else resolve_taps(teacher, example, taps.teacher)
             self.names[key] = resolve_taps(student, example, taps.student), read
         return student
+
+    def relabel(self, teacher: Any, batch: Batch) -> Batch:
+        for part in self.parts().values():
+            batch = part.relabel(teacher, batch)
+        return batch
 
     def taps(self) -> Taps:
         """Returns the union of the methods' taps, as names of submodules."""

@@ -6,13 +6,14 @@ from typing import Any
 
 from torch import Tensor
 
-from litdistill.methods.base import Method
+from litdistill.methods.base import ALL_KINDS, Method
 from litdistill.types import Batch, Outputs
 
 
 class Supervised(Method):
     """`hard` · labels' loss. A teacher, if given, is used for comparison only."""
 
+    kinds = ALL_KINDS
     needs_teacher = False
     takes_places = True
 

@@ -58,6 +58,11 @@ class Task:
         """
         return None
 
+    def keep(self, outputs: Outputs) -> Outputs:
+        """Returns what is kept of the outputs for a batch where those of a whole split are gathered: for metrics, agreement,
+        figures and files. All of them by default; a task whose outputs are large returns its predictions."""
+        return outputs
+
     def decode(self, outputs: Outputs) -> dict[str, Tensor]:
         """Returns the predictions by name, each (N, ...), as `predict` returns them."""
         raise NotImplementedError
