@@ -40,7 +40,15 @@ from litdistill.types import EMBEDDING, Batch, Outputs
 from litdistill.utils.checkpoint import read_metadata, write_atomically, write_text
 from litdistill.utils.errors import UserError
 from litdistill.utils.hashing import weights_sha256
-from litdistill.utils.manifest import MANIFEST, SUFFIXES, check_facts, check_names, read_manifest
+from litdistill.utils.manifest import (
+    BOXES,
+    MANIFEST,
+    MASK,
+    SUFFIXES,
+    check_facts,
+    check_names,
+    read_manifest,
+)
 from litdistill.utils.modality import IMAGE, TABLE, TOKENS, Modality, modality_of
 from litdistill.utils.units import named
 from litdistill.utils.versions import versions
@@ -50,6 +58,9 @@ OUTPUTS = {
     BERNOULLI: "logits, float32: the sigmoid of each gives its probability",
     REAL: "float32: output * std + mean of units gives values",
     EMBEDDING: "float32: one vector a sample",
+    BOXES: "boxes (N, K, 4) float32: x1, y1, x2, y2 in pixels of the input; scores (N, K) float32, best first, 0 for none; "
+    "labels (N, K) int64, the class counted from 0, -1 for none",
+    MASK: "mask (N, H, W) int64: the class of each pixel, counted from 0",
 }
 PRECISIONS = {
     "onnx": ("fp32", "fp16", "int8"),
@@ -139,9 +150,8 @@ def export_student(
     check_names(data.class_names)
     check_links(folder)
     names, shape = names_and_shape(student, data, task)
-    kind = task.kind if task.reads_labels else EMBEDDING
-    preprocess, modality = preprocess_of(student), modality_of(data, shape)
-    check_student(student, shape, format, precision, preprocessing)
+    kind, preprocess, modality = task.output_kind, preprocess_of(student), modality_of(data, shape)
+    check_student(student, shape, format, precision, preprocessing, kind)
     # safetensors holds weights alone
     preprocessing = preprocessing and preprocess is not None and format != "safetensors"
     about = preprocess.facts() if preprocess is not None else {"mean": [], "std": [], "size": None}
@@ -166,7 +176,7 @@ def export_student(
     path = folder / "export" / name
 
     def write(temporary: Path) -> None:
-        write_format(student, data, temporary, entry, facts, calibration)
+        write_format(student, data, temporary, entry, facts, calibration, task)
         content = temporary.read_bytes()
         entry["check"] = check(runtime(content, facts, path), student, data, precision, limits, task)
         _refuse_mismatch(path, entry["check"])
@@ -199,6 +209,8 @@ def names_and_shape(student: nn.Module, data: Any, task: Task) -> tuple[list[str
             "An exported file has one input, and this student takes several: load it with litdistill.load_student(<run>) and "
             "write it with torch.onnx.export."
         )
+    if task.output_kind in (BOXES, MASK):
+        return list(data.class_names), list(data.input_shape)
     outputs = task.forward(student.cpu().eval(), Batch(inputs.cpu(), None), False).heads
     given = outputs.get("logits" if task.reads_labels else EMBEDDING)
     if given is None or given.ndim != (3 if has_places(task) else 2):
@@ -276,8 +288,15 @@ def student_of_run(
     return student.cpu().eval(), data, task, own
 
 
-def check_student(student: nn.Module, shape: Sequence[int], format: str, precision: str, preprocessing: bool) -> None:
+def check_student(
+    student: nn.Module, shape: Sequence[int], format: str, precision: str, preprocessing: bool, kind: str = CATEGORICAL
+) -> None:
     """Raises `UserError` where the format cannot represent the student or its preprocessing."""
+    if kind in (BOXES, MASK) and format in ("safetensors", "torchscript"):
+        raise UserError(
+            f"format={format} has no place for the post-processing of a {kind} task: use format=onnx or pt2. In Python, "
+            "litdistill.load_student(<run>) returns the network."
+        )
     if isinstance(bare(student), Int8) and (format, precision) != ("onnx", "int8"):
         raise UserError("This student was trained to compute in int8: export it with format=onnx precision=int8.")
     if structure_of(student) and format == "safetensors":
@@ -306,44 +325,43 @@ def check(
     regression. `findings`: what is wrong with the exported model's predictions (`litdistill.tasks.findings.judge`).
     """
     task = task or Classification()
-    exported, own, logits, expected, targets = local_metrics(task), local_metrics(task), [], [], []
+    exported, own, name = local_metrics(task), local_metrics(task), task.monitor[0]
+    given: list[Outputs] = []
+    expected: list[Outputs] = []
+    targets = []
     student.eval()
     for batch in data.batches("test"):
-        found = torch.from_numpy(run(batch.inputs.numpy()))
-        outputs = task.forward(student, batch, False)
-        truth = task.truth(batch.targets, outputs)  # without labels, the student's own outputs
-        exported.update(Outputs.of(found), truth)
-        own.update(outputs, truth)
-        logits.append(found.double())
-        expected.append(outputs.main.double())
+        given.append(task.read_exported(torch.from_numpy(run(batch.inputs.numpy()))))
+        expected.append(task.forward(student, batch, False))
+        truth = task.truth(batch.targets, expected[-1])  # without labels, the student's own outputs
+        exported.update(given[-1], truth)
+        own.update(expected[-1], truth)
         targets.append(truth)
-    a, b, name = torch.cat(logits), torch.cat(expected), task.monitor[0]
+    a, b, truth = _whole(given), _whole(expected), torch.cat(targets)
     difference, agreement = (
         default if limit is None else float(limit) for limit, default in zip(limits, TOLERANCES[precision], strict=True)
     )
-    places = task.places(torch.cat(targets))
-    decided = (a, b) if places is None else (a[places], b[places])
-    largest, value = b.abs().max().item(), float(exported.compute()[name])
+    found, largest, equal = task.compare_exported(a, b, truth)
+    value = float(exported.compute()[name])
     return {
-        "difference": (a - b).abs().max().item(),
+        "difference": found,
         "tolerance": {
             "difference": difference * largest if difference < float("inf") else None,
             "agreement": agreement,
         },
-        "agreement": _agreement(*decided, task.kind),
+        "agreement": equal,
+        "compared": list(task.compared),
         "metric": name,
         "exported": value,
         "student": float(own.compute()[name]),
-        "samples": len(a),
-        "findings": judge(task, Outputs.of(a), torch.cat(targets), value, names=data.class_names),
+        "samples": len(truth),
+        "findings": judge(task, a, truth, value, names=data.class_names),
     }
 
 
-def _agreement(logits: Tensor, expected: Tensor, kind: str) -> float:
-    """Returns the fraction of equal decisions of logits (N, outputs): the most probable class, or each label's sign."""
-    if kind == CATEGORICAL:
-        return (logits.argmax(1) == expected.argmax(1)).double().mean().item()
-    return ((logits > 0) == (expected > 0)).double().mean().item() if kind == BERNOULLI else 1.0
+def _whole(batches: Sequence[Outputs]) -> Outputs:
+    """Returns the main heads of all batches as the outputs for a split."""
+    return Outputs({name: torch.cat([outputs.heads[name] for outputs in batches]) for name in batches[0].heads})
 
 
 def _refuse_mismatch(path: Path, found: Mapping[str, Any]) -> None:
@@ -351,10 +369,11 @@ def _refuse_mismatch(path: Path, found: Mapping[str, Any]) -> None:
     # NaN is never within tolerance
     near = np.isfinite(found["difference"]) and (most is None or found["difference"] <= most)
     if not near or not found["agreement"] >= least:
+        values, decisions = found["compared"]
         raise UserError(
-            f"{path.name} is not the student, so it is not kept: logits differ by up to {found['difference']:.3g} "
-            f"(tolerance {'any' if most is None else format(most, '.3g')}), {100 * found['agreement']:.2f} % of predictions "
-            f"agree (at least {100 * least:.2f} %), {found['metric']} {found['exported']:.4g} against "
+            f"{path.name} is not the student, so it is not kept: {values} differ by up to {found['difference']:.3g} "
+            f"(tolerance {'any' if most is None else format(most, '.3g')}), {100 * found['agreement']:.2f} % of "
+            f"{decisions} (at least {100 * least:.2f} %), {found['metric']} {found['exported']:.4g} against "
             f"{found['student']:.4g}. Of a student trained in float choose a higher precision, or for int8 "
             "more images (calibration=2000); or allow it with tolerance.difference and tolerance.agreement."
         )
@@ -363,7 +382,8 @@ def _refuse_mismatch(path: Path, found: Mapping[str, Any]) -> None:
 def check_table(found: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Returns head and rows of the checks of `export` and `verify`: a row for each file."""
     metric = next((named(c["metric"]) for c in found.values()), "")
-    head = ["file", "test\nsamples", "largest\ndifference\nof logits", "agreement %"]
+    values = next((c["compared"][0] for c in found.values()), "logits")
+    head = ["file", "test\nsamples", f"largest\ndifference\nof {values}", "agreement %"]
     head, rows = [*head, f"{metric},\nexported", f"{metric},\nstudent's"], []
     for name, c in found.items():
         most, least = c["tolerance"]["difference"], c["tolerance"]["agreement"]

@@ -35,7 +35,7 @@ from litdistill.export.language import continuation
 from litdistill.export.onnx_safety import external_data
 from litdistill.export.readers import READERS, words
 from litdistill.utils.errors import UserError
-from litdistill.utils.manifest import MANIFEST, MISSING, SUFFIXES, ExportMetadata, verified
+from litdistill.utils.manifest import BOXES, MANIFEST, MASK, MISSING, OUTPUT_NAMES, SUFFIXES, ExportMetadata, verified
 from litdistill.utils.modality import TOKENS
 from litdistill.utils.text import CONTROL_CHARACTERS, printable
 from litdistill.utils.units import quantity
@@ -50,7 +50,9 @@ class Model(NamedTuple):
     """A loaded exported file."""
 
     facts: ExportMetadata
-    run: Callable[[np.ndarray], np.ndarray]  # inputs as its kind of data has them -> logits (N, outputs) float32
+    # Inputs as its kind of data has them -> logits (N, outputs) float32. Of other kinds of outputs: boxes (N, K, 6) float32 as
+    # x1, y1, x2, y2, score, class; a mask (N, H, W) int64.
+    run: Callable[[np.ndarray], np.ndarray]
     folder: Path  # of the exported file
 
 
@@ -64,9 +66,6 @@ def load(path: str | Path, trust: bool = False) -> Model:
             "Use the student's .onnx or .safetensors file, or --trust (allow_code=true) if you exported this one yourself."
         )
     return Model(facts, runtime(content, facts, path), path.parent)
-
-
-# -- the manifest ------------------------------------------------------------------------------------------------------
 
 
 # -- the runtimes ------------------------------------------------------------------------------------------------------
@@ -96,7 +95,7 @@ def runtime(content: bytes, facts: ExportMetadata, path: Path) -> Callable[[np.n
 
     def run(images: np.ndarray) -> np.ndarray:
         try:
-            logits = np.asarray(net(images if as_they_are else images * scale + shift))
+            logits = _as_one(net(images if as_they_are else images * scale + shift), facts.kind)
         except UserError:
             raise
         except (
@@ -107,15 +106,31 @@ def runtime(content: bytes, facts: ExportMetadata, path: Path) -> Callable[[np.n
                 f"{path} cannot be run on inputs of {'x'.join(map(str, images.shape[1:]))}, which {MANIFEST} states "
                 f"(input_shape, preprocessing): {reason}. Export the run again, or fetch both files anew."
             ) from error
-        sequence = facts.input_shape if facts.modality["kind"] == TOKENS else ()
-        if logits.shape != (len(images), *sequence, len(facts.classes)):
+        if logits.shape[:1] != images.shape[:1] or not _fits(logits.shape[1:], facts):
             raise UserError(f"{path} gives {logits.shape} for {len(images)} samples and {len(facts.classes)} outputs.")
         return logits
 
     return run
 
 
-def _onnx(content: bytes, facts: ExportMetadata, path: Path) -> Callable[[np.ndarray], np.ndarray]:
+def _as_one(found: Any, kind: str) -> np.ndarray:
+    """Returns the outputs of a file as the one array of `Model.run`."""
+    if kind != BOXES:
+        return np.asarray(found[0] if isinstance(found, (tuple, list)) else found)
+    boxes, scores, labels = (np.asarray(x, np.float32) for x in found)
+    return np.concatenate([boxes, scores[..., None], labels[..., None]], 2)
+
+
+def _fits(shape: tuple[int, ...], facts: ExportMetadata) -> bool:
+    """Returns whether the outputs for one sample have the shape that the manifest states."""
+    if facts.kind == BOXES:
+        return len(shape) == 2 and shape[1] == 6
+    if facts.kind == MASK:
+        return len(shape) == 2
+    return shape == (*(facts.input_shape if facts.modality["kind"] == TOKENS else ()), len(facts.classes))
+
+
+def _onnx(content: bytes, facts: ExportMetadata, path: Path) -> Callable[[np.ndarray], Any]:
     try:
         outside = external_data(memoryview(content))
     except (ValueError, IndexError) as error:
@@ -132,10 +147,11 @@ def _onnx(content: bytes, facts: ExportMetadata, path: Path) -> Callable[[np.nda
     options.log_severity_level = 4  # what it says of a file that it refuses is in its exception
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     (given,) = session.get_inputs()
-    return lambda images: session.run(None, {given.name: images})[0]
+    names = OUTPUT_NAMES.get(facts.kind, ()) if facts.kind in (BOXES, MASK) else None
+    return lambda images: session.run(names, {given.name: images})
 
 
-def _safetensors(content: bytes, facts: ExportMetadata, path: Path) -> Callable[[np.ndarray], np.ndarray]:
+def _safetensors(content: bytes, facts: ExportMetadata, path: Path) -> Callable[[np.ndarray], Any]:
     return _torch(_network(content, facts, path))
 
 
@@ -165,24 +181,28 @@ def _network(content: bytes, facts: ExportMetadata, path: Path) -> nn.Module:
     return wrap(net.eval(), preprocess)
 
 
-def _pt2(content: bytes, facts: ExportMetadata, path: Path) -> Callable[[np.ndarray], np.ndarray]:
+def _pt2(content: bytes, facts: ExportMetadata, path: Path) -> Callable[[np.ndarray], Any]:
     import torch
+
+    if facts.kind == BOXES:
+        import torchvision  # noqa: F401  (its operator nms is in the file)
 
     return _torch(torch.export.load(io.BytesIO(content)).module())
 
 
-def _torchscript(content: bytes, facts: ExportMetadata, path: Path) -> Callable[[np.ndarray], np.ndarray]:
+def _torchscript(content: bytes, facts: ExportMetadata, path: Path) -> Callable[[np.ndarray], Any]:
     import torch
 
     return _torch(torch.jit.load(io.BytesIO(content), map_location="cpu"))
 
 
-def _torch(net: Callable[..., Any]) -> Callable[[np.ndarray], np.ndarray]:
+def _torch(net: Callable[..., Any]) -> Callable[[np.ndarray], Any]:
     import torch
 
-    def run(images: np.ndarray) -> np.ndarray:
+    def run(images: np.ndarray) -> Any:
         with torch.inference_mode():
-            return net(torch.from_numpy(images)).numpy()
+            found = net(torch.from_numpy(images))
+        return [x.numpy() for x in found] if isinstance(found, (tuple, list)) else found.numpy()
 
     return run
 

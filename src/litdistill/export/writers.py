@@ -28,10 +28,11 @@ from litdistill.models.preprocess import (
     without_preprocessing,
     wrap,
 )
-from litdistill.types import EMBEDDING
+from litdistill.tasks.base import Task
+from litdistill.types import Outputs
 from litdistill.utils.checkpoint import load_state_dict_checked, save_student
 from litdistill.utils.errors import UserError
-from litdistill.utils.manifest import MISSING, ExportMetadata
+from litdistill.utils.manifest import BOXES, MASK, MISSING, OUTPUT_NAMES, ExportMetadata
 
 
 class ExportWrapper(nn.Module):
@@ -39,10 +40,19 @@ class ExportWrapper(nn.Module):
 
     It includes the network's preprocessing, or those of its members where they differ. With `half` the network computes in
     float16 after the preprocessing; inputs and outputs keep their types. `traced`: it is traced, and not stored by its keys.
+    `task`: adds its post-processing, and returns a tuple where it has several outputs (`Task.exported`).
     """
 
-    def __init__(self, net: nn.Module, preprocessing: bool = True, half: bool = False, traced: bool = False):
+    def __init__(
+        self,
+        net: nn.Module,
+        preprocessing: bool = True,
+        half: bool = False,
+        traced: bool = False,
+        task: Task | None = None,
+    ):
         super().__init__()
+        self.task = task or Task()
         own = preprocess_of(net)
         inside = as_plain_modules(net) if preprocessing and own is None else without_preprocessing(net)
         self.net = (plain_modules(inside) if traced else inside).cpu().eval().requires_grad_(False)
@@ -54,20 +64,29 @@ class ExportWrapper(nn.Module):
         if half:
             self.net.half()
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
         images = self.preprocess(images)
         half = self.half_precision and images.is_floating_point()  # token ids stay integers
-        outputs = to_outputs(self.net(images.half() if half else images)).main
-        return outputs.float() if self.half_precision else outputs
+        outputs = to_outputs(self.net(images.half() if half else images))
+        if self.half_precision:
+            outputs = Outputs({k: v.float() for k, v in outputs.heads.items()})
+        found = self.task.exported(outputs)
+        return found if len(found) > 1 else found[0]
 
 
 def write_format(
-    student: nn.Module, data: Any, path: Path, entry: dict[str, Any], facts: ExportMetadata, calibration: int
+    student: nn.Module,
+    data: Any,
+    path: Path,
+    entry: dict[str, Any],
+    facts: ExportMetadata,
+    calibration: int,
+    task: Task | None = None,
 ) -> None:
-    """Writes the file; adds the quantization's settings to `entry`."""
+    """Writes the file; adds the quantization's settings to `entry`. `task`: adds its post-processing."""
     metadata = {k: json.dumps(v) for k, v in entry.items()}
     model = ExportWrapper(
-        student, facts.preprocessing, entry["precision"] == "fp16", facts.format != "safetensors"
+        student, facts.preprocessing, entry["precision"] == "fp16", facts.format != "safetensors", task
     ).eval()
     example = model_inputs(student, data, 2, facts.preprocessing)
     with quiet():
@@ -92,7 +111,7 @@ def write_format(
                 "weights": "int8 per channel, 7 bits",
             }
             small = wrap(converted(bare(student)), preprocess_of(student))  # type: ignore[arg-type]
-            model = ExportWrapper(small, facts.preprocessing)
+            model = ExportWrapper(small, facts.preprocessing, task=task)
             metadata["quantization"] = json.dumps(entry["quantization"])
             _write_onnx(model.eval(), example, path, metadata)
         elif entry["precision"] == "int8":
@@ -141,13 +160,12 @@ def _write_torchscript(model: ExportWrapper, example: Tensor, path: Path) -> Non
 
 def _write_onnx(model: ExportWrapper, example: Tensor, path: Path, metadata: Mapping[str, str]) -> None:
     program = _traced(model, example)
-    # A lookup of tokens is a node called embedding, and names are given once.
-    name = "embeddings" if metadata.get("kind") == json.dumps(EMBEDDING) else "logits"
+    names = OUTPUT_NAMES.get(model.task.output_kind, ("logits",))
     try:
         import onnx
 
         made = torch.onnx.export(
-            program, dynamo=True, external_data=False, input_names=["images"], output_names=[name], verbose=False
+            program, dynamo=True, external_data=False, input_names=["images"], output_names=names, verbose=False
         )
     except (ModuleNotFoundError, torch.onnx.errors.OnnxExporterError) as error:
         missing = error if isinstance(error, ModuleNotFoundError) else error.__cause__
@@ -196,7 +214,7 @@ def _write_int8(
             # would then differ from those that were checked.
             reduce_range=True,
             calibrate_method=CalibrationMethod.MinMax,
-            nodes_to_exclude=_float_nodes(onnx.load(ready), isinstance(model.preprocess, Preprocess)),
+            nodes_to_exclude=_float_nodes(onnx.load(ready), isinstance(model.preprocess, Preprocess), model.task),
         )
         options = {
             "tool": "onnxruntime.quantization.quantize_static",
@@ -219,10 +237,26 @@ class _Reader:
         return next(self.feeds, None)
 
 
-def _float_nodes(proto: Any, preprocessing: bool) -> list[str]:
-    """Returns the names of the nodes that stay in float: those of the preprocessing, where there is one, and of a spectrogram,
-    whose powers have a range of many magnitudes."""
-    return [*(_preprocessing_nodes(proto) if preprocessing else ()), *_spectrogram_nodes(proto)]
+def _float_nodes(proto: Any, preprocessing: bool, task: Task) -> list[str]:
+    """Returns the names of the nodes that stay in float: those of the preprocessing, where there is one, of a spectrogram,
+    whose powers have a range of many magnitudes, and of post-processing, which compares coordinates and scores."""
+    return [
+        *(_preprocessing_nodes(proto) if preprocessing else ()),
+        *_spectrogram_nodes(proto),
+        *(_last_nodes(proto) if task.output_kind in (BOXES, MASK) else ()),
+    ]
+
+
+def _last_nodes(proto: Any) -> list[str]:
+    """Returns the names of the nodes whose results reach no convolution and no product of matrices."""
+    needed: set[str] = set()
+    names = []
+    for node in reversed(proto.graph.node):  # from the last executed
+        if node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul") or needed & set(node.output):
+            needed |= set(node.input)
+        else:
+            names.append(node.name)
+    return names
 
 
 def _spectrogram_nodes(proto: Any) -> list[str]:

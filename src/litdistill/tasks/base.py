@@ -15,8 +15,8 @@ from torchmetrics import Metric, MetricCollection
 from torchmetrics.utilities import dim_zero_cat
 
 from litdistill.features.outputs import run_network
-from litdistill.methods.base import CATEGORICAL
-from litdistill.types import Batch, Outputs
+from litdistill.methods.base import BERNOULLI, CATEGORICAL
+from litdistill.types import EMBEDDING, Batch, Outputs
 from litdistill.utils.errors import UserError
 
 
@@ -33,6 +33,8 @@ class Task:
     kind: str = CATEGORICAL
     reads_labels = True
     monitor: tuple[str, Literal["max", "min"]] = ("accuracy", "max")
+    # What `compare_exported` compares, as the sentences of `export` name it.
+    compared: tuple[str, str] = ("logits", "predictions agree")
 
     def batch(self, raw: Any) -> Batch:
         """Returns the `Batch` for an item of a loader: a `Batch`, a pair (inputs, targets), or a dict with `labels`.
@@ -107,6 +109,38 @@ class Task:
         """Returns `mean` and `std` of each output: logits · std + mean are in the units of the targets. None: logits are not
         standardized. They are stored with the weights, whose outputs cannot be interpreted without them."""
         return None
+
+    @property
+    def output_kind(self) -> str:
+        """Returns how the outputs of an exported file are read: `kind`, "embedding", or another of
+        `litdistill.utils.manifest.OUTPUT_NAMES`, which names the outputs of such a file."""
+        return self.kind if self.reads_labels else EMBEDDING
+
+    def exported(self, outputs: Outputs) -> tuple[Tensor, ...]:
+        """Returns what an exported file gives for the network's outputs, float32, in the order of its names; it is traced.
+
+        The logits by default. A task with post-processing includes it, in fixed shapes, and has an `output_kind` of its own.
+        """
+        return (outputs.main,)
+
+    def read_exported(self, found: Tensor) -> Outputs:
+        """Returns the outputs of an exported file in the form of `keep`.
+
+        `found`: what `litdistill.export.predict.Model.run` returns: logits (N, outputs); boxes (N, K, 6) as x1, y1, x2, y2,
+        score, class; a mask (N, H, W).
+        """
+        return Outputs.of(found)
+
+    def compare_exported(self, exported: Outputs, own: Outputs, targets: Any) -> tuple[float, float, float]:
+        """Returns how the outputs of a file differ from the network's, as kept for a whole split: the largest difference of
+        any value, the largest absolute value of the network's, and the share of equal decisions."""
+        a, b = exported.main.double(), own.main.double()
+        difference, largest = (a - b).abs().max().item(), b.abs().max().item()
+        a, b = (at_places(self, targets, x).main for x in (exported, own))
+        if self.kind == CATEGORICAL:
+            return difference, largest, (a.argmax(1) == b.argmax(1)).double().mean().item()
+        same = ((a > 0) == (b > 0)).double().mean().item() if self.kind == BERNOULLI else 1.0
+        return difference, largest, same
 
     def figures(self, samples: Samples) -> dict[str, Any]:
         """Returns matplotlib figures for TensorBoard by name; none by default."""

@@ -18,6 +18,11 @@ MANIFEST = "manifest.json"
 
 SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2", "safetensors": ".safetensors", "torchscript": ".pt"}
 
+# The named outputs of a file by the kind of its outputs (`ExportMetadata.kind`); of any other kind it is `logits`. In ONNX
+# names are given once, and a lookup of tokens is a node called embedding.
+BOXES, MASK = "boxes", "mask"
+OUTPUT_NAMES = {"embedding": ("embeddings",), BOXES: ("boxes", "scores", "labels"), MASK: ("mask",)}
+
 MISSING = "{} is not installed. Install what exported files need with pip install 'litdistill[export]'."
 
 
@@ -32,7 +37,7 @@ class ExportMetadata(NamedTuple):
     size: list[int] | None  # height and width to which images are resized; None: they are taken as they are
     input_shape: list[int]  # of the inputs before that: (C, H, W) of images, (F,) of a table's rows
     net: dict[str, Any]  # safetensors: the function of litdistill.models that builds the network, and its options
-    kind: str = "categorical"  # how outputs are read (`litdistill.tasks.base.Task.kind`)
+    kind: str = "categorical"  # how outputs are read (`litdistill.tasks.base.Task.output_kind`)
     # The kind of data and its options (`litdistill.utils.modality`), and the digests of its `files`.
     modality: Mapping[str, Any] = MappingProxyType({"kind": "image", "files": {}})
     units: dict[str, Any] | None = (
@@ -92,7 +97,7 @@ def check_facts(entry: Mapping[str, Any], path: Path) -> ExportMetadata:
         "mean": numbers(facts.mean, -1e6, 1e6, (int, float)),
         "std": numbers(facts.std, 1e-6, 1e6, (int, float)),
         "net": isinstance(facts.net, dict),
-        "kind": facts.kind in ("categorical", "bernoulli", "real", "embedding"),
+        "kind": facts.kind in ("categorical", "bernoulli", "real", *OUTPUT_NAMES),
         "modality": isinstance(facts.modality, Mapping)
         and facts.modality.get("kind") in KINDS
         and isinstance(facts.modality.get("files"), dict)
