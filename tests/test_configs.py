@@ -83,7 +83,7 @@ def test_every_option_of_every_group_composes(group, tmp_path):
 def test_every_network_composes_as_student_and_as_teacher(role, tmp_path):
     for option in options("net"):
         cfg = compose_config(tmp_path / "run", f"net@{role}={option}")
-        assert cfg[role]["_target_"].startswith("litdistill.models")
+        assert cfg[role]["_target_"].startswith(("litdistill.models.", "litdistill.tasks."))
         assert "num_classes" not in cfg[role]
 
 

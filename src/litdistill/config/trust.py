@@ -92,6 +92,7 @@ BUILDERS = (
     "lightning.",
     "torchvision.",
     "litdistill.models.",
+    "litdistill.tasks.detection.fcos.",
     "litdistill.distillation.sharding.",
     "litdistill.training.tensorboard.",
 )  # pass options on to libraries
@@ -139,7 +140,7 @@ def _own(package: str) -> Iterator[tuple[str, Any]]:
 
 
 def _own_networks() -> Iterator[str]:
-    for path, found in _own("litdistill.models"):
+    for path, found in (*_own("litdistill.models"), *_own("litdistill.tasks.detection")):
         takes = list(inspect.signature(found).parameters) if inspect.isfunction(found) else []
         if takes[:2] == ["num_classes", "input_shape"]:
             yield path

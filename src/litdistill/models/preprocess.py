@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from litdistill.utils.errors import UserError
 
 SLACK = 1e-3  # tolerance of floats outside 0 to 1, from rounding in resizing or mixing
+BOXES, SCALE = "boxes", "scale"  # heads of a detector: its boxes in pixels, and by what resizing has multiplied them
 
 
 class Preprocess(nn.Module):
@@ -124,7 +125,11 @@ class Preprocessed(nn.Module):
         transparent_state(self)
 
     def forward(self, images: Tensor) -> Any:
-        return self.net(self.preprocess(images))
+        given = self.net(self.preprocess(images))
+        size = self.preprocess.size
+        if size is None or not isinstance(given, Mapping) or BOXES not in given:
+            return given
+        return in_pixels(given, images.shape[-2:], size, self.training)
 
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
@@ -135,6 +140,20 @@ class Preprocessed(nn.Module):
     def get_submodule(self, target: str) -> nn.Module:
         """Returns a submodule by its name in the network."""
         return self if target == "" else self.net.get_submodule(target)
+
+
+def in_pixels(
+    heads: Mapping[str, Tensor], images: Sequence[int], resized: Sequence[int], training: bool
+) -> dict[str, Tensor]:
+    """Returns the heads of a detector with `boxes` (N, A, 4) in pixels of the images and not of the resized ones.
+
+    `images`, `resized`: height and width. While training a head `scale` (N, 4) says by what the boxes of the labels are to be
+    multiplied for the network.
+    """
+    boxes = heads[BOXES]
+    factor = boxes.new_tensor([resized[1] / images[1], resized[0] / images[0]] * 2)
+    scale = {SCALE: factor.expand(len(boxes), -1)} if training else {}
+    return {**heads, BOXES: boxes / factor, **scale}
 
 
 def transparent_modules(
