@@ -1,5 +1,7 @@
 """Image files as pixels, the same in training and for `predict`: what Pillow alone would turn white, black or huge."""
 
+import io
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from sklearn.datasets import load_sample_image
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
 from litdistill.data.datamodule import ImageData
-from litdistill.data.decode import decode, extensions
+from litdistill.data.decode import ORIENTATION, decode, extensions, letterbox
 from litdistill.data.folder import FolderFiles
 from litdistill.data.streaming import Encoded
 from litdistill.export.readers import read_images
@@ -219,3 +221,58 @@ def test_a_scaled_decode_is_of_training_images_and_not_of_test_images(tmp_path):
         assert not torch.equal(exact.get_batch("train", ids).inputs, scaled.get_batch("train", ids).inputs)
         assert torch.equal(exact.get_batch("test", ids).inputs, scaled.get_batch("test", ids).inputs)
         assert exact.identity("train") != scaled.identity("train")
+
+
+# -- the whole picture ---------------------------------------------------------------------------------------------------
+
+
+def stripes(width: int, height: int, exif: int | None = None, kind: str = "PNG") -> io.BytesIO:
+    """A picture that is red in its left half and blue in its right half, as it is stored."""
+    image = Image.new("RGB", (width, height), (0, 0, 255))
+    image.paste((255, 0, 0), (0, 0, width // 2, height))
+    file, options = io.BytesIO(), {}
+    if exif is not None:
+        options["exif"] = Image.Exif()
+        options["exif"][ORIENTATION] = exif
+    image.save(file, kind, **options)
+    file.seek(0)
+    return file
+
+
+@pytest.mark.parametrize(
+    ("size", "target", "inside"),
+    [
+        ((640, 480), (96, 128), (128, 96)),
+        ((200, 100), (64, 64), (64, 32)),
+        ((10, 30), (60, 60), (20, 60)),
+        ((199, 1), (8, 8), (8, 1)),
+    ],
+)
+def test_a_letterboxed_picture_is_whole_and_keeps_its_aspect(size, target, inside):
+    found = letterbox(stripes(*size), "x", 3, *target)
+    assert (found.pixels.shape, found.pixels.dtype) == ((3, *target), np.uint8)
+    assert (found.inside, found.sides) == (inside, size)
+    wide, tall = inside
+    assert found.pixels[:, 0, 0].tolist() == [255, 0, 0]
+    assert found.pixels[:, tall - 1, wide - 1].tolist() == [0, 0, 255]
+    beside = np.ones(target, bool)
+    beside[:tall, :wide] = False
+    assert (found.pixels[:, beside] == 114).all()
+
+
+def test_a_letterboxed_gray_picture_has_one_channel():
+    assert letterbox(stripes(8, 4), "x", 1, 8, 8).pixels.shape == (1, 8, 8)
+
+
+def test_a_picture_is_turned_upright_unless_its_annotation_is_of_the_stored_one():
+    turned = letterbox(stripes(40, 20, 6, "JPEG"), "x", 3, 40, 40)
+    assert turned.sides == (20, 40)  # a quarter to the right: red is on top
+    assert turned.pixels[0, 2, 2] > 200 > 50 > turned.pixels[0, 37, 2]
+    for stated, sides in (((20, 40), (20, 40)), ((40, 20), (40, 20)), ((99, 9), (20, 40))):
+        assert letterbox(stripes(40, 20, 6, "JPEG"), "x", 3, 40, 40, stated).sides == sides
+    assert letterbox(stripes(30, 30, 6, "JPEG"), "x", 3, 30, 30, (30, 30)).pixels[0, 2, 25] > 200  # no doubt: upright
+
+
+def test_a_picture_that_cannot_be_letterboxed_is_named():
+    with pytest.raises(UserError, match=r"^The image x\.jpg cannot be read"):
+        letterbox(io.BytesIO(b"no picture"), "x.jpg", 3, 8, 8)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -15,6 +15,7 @@ from litdistill.utils.text import one_line
 
 MAX_ASPECT_RATIO = 200  # an image is resized before it is cropped, which bounds the memory that this takes
 GROUND = (255, 255, 255)  # transparent pictures are laid on white, as browsers and viewers show them
+BESIDE = 114  # of 255: the gray beside a picture that is fitted in whole, about the mean of photographs
 
 # Raster formats by Pillow's names, those that it has loaded from the start first. Pillow reads others too, and some by running
 # programs: it hands PostScript to Ghostscript, whatever the file is called.
@@ -65,19 +66,7 @@ def decode(
     Raises `UserError` with `name` for an image that cannot be read, that has 32-bit pixels (of unknown range), or whose sides
     differ more than `MAX_ASPECT_RATIO` times.
     """
-    try:
-        with Image.open(file, formats=formats()) as opened:
-            wide, tall = opened.size
-            if max(wide, tall) > MAX_ASPECT_RATIO * min(wide, tall):
-                raise ValueError(f"it is {wide} x {tall} pixels: crop it to the part of interest")
-            if scaled and opened.format in ("JPEG", "MPO"):
-                opened.draft(None, (max(height, width),) * 2)  # never smaller, lying or upright
-            opened.load()
-            image = _upright(_on_white(_in_8_bits(opened)).convert("RGB" if channels == 3 else "L"), opened)
-    except Exception as error:  # Pillow's readers raise many kinds for a damaged file
-        raise UserError(
-            f"The image {one_line(name)} cannot be read ({_reason(error)}). Replace it, or leave it out."
-        ) from error
+    image = _read(file, name, channels, (height, width) if scaled else None)
     wide, tall = image.size
     fitting = (
         (width, wide) if width * tall >= height * wide else (height, tall)
@@ -85,8 +74,67 @@ def decode(
     size = [side * fitting[0] // fitting[1] for side in image.size]
     image = image.resize((max(size[0], width), max(size[1], height)), Image.Resampling.BILINEAR)
     left, top = round((image.width - width) / 2), round((image.height - height) / 2)
-    pixels = np.asarray(image.crop((left, top, left + width, top + height)))
-    return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
+    return _pixels(image.crop((left, top, left + width, top + height)))
+
+
+class Letterboxed(NamedTuple):
+    """A whole picture within H x W, at the top left of a gray ground."""
+
+    pixels: np.ndarray  # (C, H, W) uint8
+    inside: tuple[int, int]  # the width and height that the picture takes of it
+    sides: tuple[int, int]  # its own width and height in pixels, as it was turned
+
+
+def letterbox(
+    file: str | Path | IO[bytes],
+    name: str | Path,
+    channels: int,
+    height: int,
+    width: int,
+    stated: tuple[int, int] | None = None,
+) -> Letterboxed:
+    """Returns the whole picture, resized to just fit within H x W with its aspect kept; boxes are scaled by `inside / sides`.
+
+    It is read as by `decode`. `stated`: the width and height that annotations state; a picture that has these sides as it is
+    stored, and others when it is turned upright, is not turned. Raises `UserError` with `name`, as `decode` does.
+    """
+    image = _read(file, name, channels, None, stated)
+    wide, tall = image.size
+    scale = min(width / wide, height / tall)
+    inside = (max(1, min(width, round(wide * scale))), max(1, min(height, round(tall * scale))))
+    ground = Image.new(image.mode, (width, height), (BESIDE,) * 3 if channels == 3 else BESIDE)
+    ground.paste(image.resize(inside, Image.Resampling.BILINEAR), (0, 0))
+    return Letterboxed(_pixels(ground), inside, (wide, tall))
+
+
+def _read(
+    file: str | Path | IO[bytes],
+    name: str | Path,
+    channels: int,
+    smallest: tuple[int, int] | None,
+    stated: tuple[int, int] | None = None,
+) -> Image.Image:
+    """Returns an image upright, gray or RGB. `smallest`: the height and width that a JPEG may be decoded down to."""
+    try:
+        with Image.open(file, formats=formats()) as opened:
+            wide, tall = opened.size
+            if max(wide, tall) > MAX_ASPECT_RATIO * min(wide, tall):
+                raise ValueError(f"it is {wide} x {tall} pixels: crop it to the part of interest")
+            if smallest is not None and opened.format in ("JPEG", "MPO"):
+                opened.draft(None, (max(smallest),) * 2)  # never smaller, lying or upright
+            opened.load()
+            plain = _on_white(_in_8_bits(opened)).convert("RGB" if channels == 3 else "L")
+            upright = _upright(plain, opened)
+            return plain if stated == plain.size != upright.size else upright
+    except Exception as error:  # Pillow's readers raise many kinds for a damaged file
+        raise UserError(
+            f"The image {one_line(name)} cannot be read ({_reason(error)}). Replace it, or leave it out."
+        ) from error
+
+
+def _pixels(image: Image.Image) -> np.ndarray:
+    pixels = np.asarray(image)
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
 
 def sides(file: str | Path) -> tuple[int, int] | None:
