@@ -134,3 +134,13 @@ def test_the_data_set_is_uint8_pictures_with_padded_boxes():
 def test_scenes_that_cannot_be_made_are_refused(option):
     with pytest.raises(UserError, match=rf"^data\.{next(iter(option))}="):
         digit_scenes(**option)
+
+
+def test_channels_are_standardized_by_the_pictures_that_are_not_held_out():
+    data = digit_scenes(count=60, val_size=20, fraction=0.5)
+    data.setup()
+    rest = torch.ones(60, dtype=torch.bool)
+    rest[data.val_ids] = False
+    pixels = data.source.train.inputs[rest].double() / 255
+    torch.testing.assert_close(torch.tensor(data.mean).double(), pixels.mean((0, 2, 3)), rtol=1e-6, atol=0)
+    torch.testing.assert_close(torch.tensor(data.std).double(), pixels.std((0, 2, 3), correction=0), rtol=1e-6, atol=0)

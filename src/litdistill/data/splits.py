@@ -218,3 +218,14 @@ def mean_std(batches: Iterable[Tensor]) -> tuple[list[float], list[float]]:
         mean.append(float(m))
         std.append(float((p * (levels - m) ** 2).sum().sqrt()) or 1.0)
     return mean, std
+
+
+def measured(inputs: Tensor, ids: Tensor, wanted: bool | Sequence[bool]) -> tuple[list[float], list[float]]:
+    """Returns mean and standard deviation of each feature of samples (N, F), 0 and 1 of those that are not `wanted`; or of each
+    channel of uint8 images (N, C, H, W), as `mean_std`. `ids`: the samples that count."""
+    if inputs.ndim == 4:
+        return mean_std(inputs[chunk] for chunk in ids.split(1024))
+    features, chosen = inputs[ids].double(), torch.tensor(wanted)
+    deviation = features.std(0, correction=0)
+    std = torch.where(chosen & (deviation > 0), deviation, 1.0)
+    return torch.where(chosen, features.mean(0), 0.0).tolist(), std.tolist()

@@ -74,8 +74,8 @@ class TensorData(LightningDataModule):
         read: returns the data set; it is called once.
         name: of the data set, for folders and messages. task: the name of its task.
         augment: objects as `litdistill.data.augment` defines them, which take the inputs (N, ...) on the device.
-        standardize: whether networks standardize each feature of inputs (N, F) by `mean` and `std`, which are measured over all
-            samples that are not held out unless given; or which of the features.
+        standardize: whether networks standardize each feature of inputs (N, F), or each channel of uint8 images, by `mean` and
+            `std`, which are measured over all samples that are not held out unless given; or which of the features.
         val_size: validation samples, a fraction (below 1) or a number of the training set; the same for every `seed`.
         fraction: the fraction of the other samples to train on, of each class.
         labels: how many of these keep their label; None: all. only_labelled: whether to leave the others out,
@@ -161,10 +161,7 @@ class TensorData(LightningDataModule):
         self.train_ids = self._subset(rest, train.targets)
         self._hide_labels()
         if self.standardize and (self.mean is None or self.std is None):
-            inputs = train.inputs[rest].double()
-            deviation, wanted = inputs.std(0, correction=0), torch.tensor(self.standardize)
-            self.mean = torch.where(wanted, inputs.mean(0), 0.0).tolist()
-            self.std = torch.where(wanted & (deviation > 0), deviation, 1.0).tolist()
+            self.mean, self.std = splits.measured(train.inputs, rest, self.standardize)
         self._ready = True
 
     def _held_out(self, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -172,14 +169,17 @@ class TensorData(LightningDataModule):
         if self._are_classes(targets) and bool((targets >= 0).any()):
             held, rest = splits.hold_out(torch.arange(len(targets))[targets >= 0], targets, self.val_size)
             return held, torch.cat([rest, torch.arange(len(targets))[targets < 0]]).sort().values
-        ids = aug.order(VAL_SEED, 0, torch.arange(len(targets)))
+        every = torch.arange(len(targets))
+        labelled = every if self.source.geometry is None else every[has_label(targets)]
+        ids = aug.order(VAL_SEED, 0, labelled)
         count = round(self.val_size * len(ids)) if self.val_size < 1 else int(self.val_size)
         if not 0 < count < len(ids):
             raise UserError(
                 f"val_size={self.val_size} of {len(ids)} samples leaves {len(ids) - count} to train on and {count} to "
                 "validate on. Choose another size, such as 0.1."
             )
-        return ids[:count].sort().values, ids[count:].sort().values
+        held = ids[:count].sort().values
+        return held, every[~torch.isin(every, held)]
 
     def _subset(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Returns the ids to train on, sorted: `fraction` of each class, or of all samples where there are none."""

@@ -59,7 +59,7 @@ def digit_scenes(count: int = 1250, size: int = 64, **options: Any) -> TensorDat
     if not SIZES[0] <= size <= SIZES[1]:
         raise UserError(f"data.size={size} must be {SIZES[0]} to {SIZES[1]} pixels, as the photographs behind allow.")
     read = functools.partial(_read, count, size)
-    return TensorData(read, "digit_scenes", "detection", **options)
+    return TensorData(read, "digit_scenes", "detection", standardize=True, **options)
 
 
 def _read(count: int, size: int) -> TensorSource:
@@ -70,7 +70,12 @@ def _read(count: int, size: int) -> TensorSource:
         return " and ".join(DIGITS[c] for c in found if c >= 0)
 
     return TensorSource(
-        TensorSplit(train.images, train.targets), TensorSplit(test.images, test.targets), DIGITS, Modality(), show=show
+        TensorSplit(train.images, train.targets),
+        TensorSplit(test.images, test.targets),
+        DIGITS,
+        Modality(),
+        show=show,
+        geometry="boxes",
     )
 
 
