@@ -34,6 +34,8 @@ WEIGHTS = (
     "pseudo",
     "distance",
     "angle",
+    "box",
+    "centerness",
 )
 
 
