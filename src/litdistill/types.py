@@ -109,7 +109,8 @@ class Taps(NamedTuple):
     A sequence of names of submodules of the network (`"layer2"`; its output) or with `:in` behind it (`"layer2.0.relu:in"`;
     its input), or one of the words that `litdistill.features.feature_extractor.resolve_taps` resolves on any network:
     `"stages"` (the end of each stage: the last map of each spatial size), `"stages:pre"` (the same before their last
-    activation), `"last"` (the last of the stages), `"pooled"` (the input of the classifier, (N, C)).
+    activation), `"last"` (the last of the stages), `"pooled"` (the input of the classifier, (N, C)), `"pyramid"` (the levels
+    of a feature pyramid network, finest first).
     """
 
     student: Sequence[str] | str = ()

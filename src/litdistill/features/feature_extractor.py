@@ -21,11 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from litdistill.features.outputs import first_tensor, run_network
+from litdistill.features.pyramid import PYRAMID, pyramid
 from litdistill.features.stages import Call, before_activation, map_size, outermost, pooled, stage_ends
 from litdistill.types import EMBEDDING, Outputs
 from litdistill.utils.errors import UserError
 
-ALIASES = ("stages", "stages:pre", "last", "pooled")
+ALIASES = ("stages", "stages:pre", "last", "pooled", PYRAMID)
 OF_HEAD = f":{EMBEDDING}"  # the tap of a network's head `embedding`
 
 
@@ -49,6 +50,7 @@ def resolve_taps(
     - `"last"`: the last of the stages.
     - `"pooled"`: the input of the classifier, (N, C); for a convolutional classifier (SqueezeNet) averaged over positions. Of
       a network without classes its embedding.
+    - `"pyramid"`: the levels of a torchvision `FeaturePyramidNetwork`, finest first; see `litdistill.features.pyramid`.
 
     Suffixes: `":in"` the module's input, `":pool"` its input averaged over positions or tokens to (N, C).
 
@@ -72,6 +74,8 @@ def resolve_taps(
     for tap in requested:
         if tap == "pooled":
             found.append(OF_HEAD if logits is None else pooled(calls, logits))
+        elif tap == PYRAMID:
+            found += pyramid(net, calls)
         elif tap in ALIASES:
             stages = stage_ends(calls, logits, size)
             if tap == "stages:pre":

@@ -6,14 +6,18 @@ To add a method, write one file here with a `Method` and one yaml in `conf/metho
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from litdistill.features.pyramid import PYRAMID, same_stride
 from litdistill.types import Batch, Outputs, Taps
 from litdistill.utils.errors import UserError
+
+log = logging.getLogger(__name__)
 
 # What logits are: the parameters of one distribution a sample, or a sigmoid a class of each box; see `Task.kind`.
 CATEGORICAL, BERNOULLI, REAL, BOXES = "categorical", "bernoulli", "real", "boxes"
@@ -169,9 +173,21 @@ class MapMethod(PairMethod):
         super().__init__(hard, hint, student_taps, teacher_taps)
 
     def pairs(self, student: Outputs, teacher: Outputs) -> list[tuple[Tensor, Tensor]]:
-        """Returns the pairs of maps: (N, C_s, H_s, W_s) of the student and (N, C_t, H_t, W_t) of the teacher."""
+        """Returns the pairs of maps: (N, C_s, H_s, W_s) of the student and (N, C_t, H_t, W_t) of the teacher.
+
+        They are counted from the last. Levels of a pyramid belong together by their stride, and those that one network alone
+        has are left out.
+        """
         name = type(self).__name__.lower()
-        return pair(maps(student.features, name), maps(teacher.features, name))
+        s, t = maps(student.features, name), maps(teacher.features, name)
+        if not any(names_pyramid(taps) for taps in self.read):
+            return pair(s, t)
+        return [(s[i], t[j]) for i, j in paired_levels(s, t, name)]
+
+    def build(self, student: Outputs, teacher: Outputs, targets: Tensor | None) -> None:
+        super().build(student, teacher, targets)
+        if self.hint and any(names_pyramid(taps) for taps in self.read):
+            say_unpaired(student.features, teacher.features, type(self).__name__.lower())
 
 
 class VectorMethod(PairMethod):
@@ -244,3 +260,30 @@ def pair(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> list[tuple[Ten
     """Pairs the features of two networks, counted from the last: the deeper network's first features stay unpaired."""
     n = min(len(student), len(teacher))
     return list(zip(student[len(student) - n :], teacher[len(teacher) - n :], strict=True))
+
+
+def names_pyramid(taps: Sequence[str] | str) -> bool:
+    """Returns whether taps are, or contain, the levels of a pyramid."""
+    return PYRAMID in ([taps] if isinstance(taps, str) else taps)
+
+
+def paired_levels(student: Sequence[Tensor], teacher: Sequence[Tensor], method: str) -> list[tuple[int, int]]:
+    """Returns the indices of maps of one stride; see `same_stride`. Raises `UserError` where no two have the same."""
+    pairs = same_stride(student, teacher)
+    if not pairs:
+        sizes = [", ".join("x".join(map(str, x.shape[2:])) for x in side) for side in (student, teacher)]
+        raise UserError(
+            f"{method} compares the levels of two pyramids that have one stride, and there are none: the student's maps are "
+            f"{sizes[0]}, the teacher's {sizes[1]}. Build both with a common level, or name the maps of both."
+        )
+    return pairs
+
+
+def say_unpaired(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], method: str) -> None:
+    """Logs which maps of either network have no partner of their stride in the other."""
+    sides = [{k: v for k, v in features.items() if v.ndim == 4} for features in (student, teacher)]
+    pairs = same_stride(*(list(side.values()) for side in sides))
+    for who, side, used in zip(("student", "teacher"), sides, zip(*pairs, strict=True), strict=True):
+        alone = [f"{k} ({v.shape[2]}x{v.shape[3]})" for i, (k, v) in enumerate(side.items()) if i not in used]
+        if alone:
+            log.info("%s leaves out levels that the %s alone has: %s.", method, who, ", ".join(alone))

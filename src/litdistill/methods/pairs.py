@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -15,9 +16,10 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from litdistill.features.feature_extractor import resolve_taps
+from litdistill.features.pyramid import PYRAMID
 from litdistill.losses.layouts import align
 from litdistill.losses.named import LOSSES, Loss
-from litdistill.methods.base import ALL_KINDS, Method, summed
+from litdistill.methods.base import ALL_KINDS, Method, paired_levels, say_unpaired, summed
 from litdistill.methods.layers import BatchNorm, regressor
 from litdistill.types import Batch, Outputs, Taps
 from litdistill.utils.errors import UserError
@@ -31,7 +33,8 @@ class Pair(NamedTuple):
 
     student, teacher: the name of a module (its output), with `:in` or `:pool` behind it or an alias as in
         `litdistill.features.feature_extractor.resolve_taps`, or a head: `logits`, `embedding`. An alias of several features
-        (`stages`) pairs them counted from the last, and their losses are added.
+        (`stages`) pairs them counted from the last, the levels of a pyramid (`pyramid`) by their stride; their losses are
+        added.
     loss: a name of `litdistill.losses.named.LOSSES`, or a function (student, teacher) -> scalar, which gets both features
         in one shape.
     weight: of the loss.
@@ -76,29 +79,36 @@ class Pairs(Method):
             raise UserError("pairs has losses of logits for one label and for several labels: keep those of one kind.")
         self.names = dict(zip(self.pairs, _term_names(list(self.pairs.values())), strict=True))
         self.needs_teacher = bool(self.pairs)
-        self.nodes: dict[str, list[tuple[str, str]]] = {}  # by pair: the names of the features to compare, as resolved
+        self.found: dict[
+            str, tuple[list[str], list[str]]
+        ] = {}  # by pair: the names of student's and teacher's features
+        self.nodes: dict[str, list[tuple[str, str]]] = {}  # by pair: the names to compare, two by two
 
     def prepare(self, student: nn.Module, teacher: Any, example: Any) -> nn.Module:
         """Finds the features that each pair names; the student is unchanged."""
         for place, pair in self.pairs.items():
             s = _resolve(student, example, pair.student, f"{place}.student")
             t = _resolve(teacher, example, pair.teacher, f"{place}.teacher")
-            self.nodes[place] = list(zip(reversed(s), reversed(t), strict=False))[::-1]
+            if PYRAMID not in (pair.student, pair.teacher):
+                n = min(len(s), len(t))
+                s, t = s[-n:], t[-n:]
+            self.found[place] = s, t
         return student
 
     def taps(self) -> Taps:
         if not self.pairs:
             return Taps()
-        if len(self.nodes) < len(self.pairs):
+        if len(self.found) < len(self.pairs):
             raise UserError("Pairs finds its nodes in prepare(student, teacher, example): call it before taps().")
-        pairs = [names for found in self.nodes.values() for names in found]
-        student, teacher = ([n for n in dict.fromkeys(names) if n not in HEADS] for names in zip(*pairs, strict=True))
+        sides = zip(*self.found.values(), strict=True)
+        student, teacher = ([n for n in dict.fromkeys(itertools.chain(*side)) if n not in HEADS] for side in sides)
         return Taps(student, teacher)
 
     def build(self, student: Outputs, teacher: Any, targets: Tensor | None) -> None:
         """Creates the projectors, and computes each loss once, which shows whether the shapes can be paired."""
         self.comparisons = nn.ModuleDict()
         for place, pair in self.pairs.items():
+            self.nodes[place] = _partners(place, pair, student, teacher, *self.found[place])
             built = []
             for names, s, t in self._features(place, student, teacher):
                 try:
@@ -243,6 +253,21 @@ def _resolve(net: nn.Module, example: Any, node: str, place: str) -> list[str]:
         return resolve_taps(net, example, node)
     except UserError as error:
         raise UserError(f"{place}={node}: {error} Heads are {', '.join(HEADS)}.") from error
+
+
+def _partners(
+    place: str, pair: Pair, student: Outputs, teacher: Outputs, names_s: list[str], names_t: list[str]
+) -> list[tuple[str, str]]:
+    """Returns the names of features that belong together: by stride if either is a pyramid, else in their order."""
+    if PYRAMID not in (pair.student, pair.teacher):
+        return list(zip(names_s, names_t, strict=True))
+    s = {n: _read(student, n, f"{place}.student") for n in names_s}
+    t = {n: _read(teacher, n, f"{place}.teacher") for n in names_t}
+    if not all(x.ndim == 4 for x in (*s.values(), *t.values())):
+        raise UserError(f"{place}: a pyramid is paired with maps (N, C, H, W) alone: name maps of both networks.")
+    pairs = paired_levels(list(s.values()), list(t.values()), place)
+    say_unpaired(s, t, place)
+    return [(names_s[i], names_t[j]) for i, j in pairs]
 
 
 def _read(outputs: Outputs, node: str, place: str) -> Tensor:
