@@ -13,7 +13,7 @@ from litdistill import Pair, Pairs, losses
 from litdistill.config.instantiate import instantiate
 from litdistill.losses.named import LOSSES
 from litdistill.methods import AT, CWD, DIST, ICKD, KD, NST, PKD, PKT, RKD, SP, FitNet, LogitMSE, Shuffled, Sum
-from litdistill.methods.base import BERNOULLI, CATEGORICAL, REAL, Method
+from litdistill.methods.base import ALL_KINDS, BERNOULLI, CATEGORICAL, Method
 from litdistill.models.resnet import resnet
 from litdistill.types import Outputs
 from litdistill.utils.errors import UserError
@@ -234,7 +234,7 @@ def test_which_logits_the_losses_are_defined_for():
 
     assert on("logits", "kl") == (CATEGORICAL,)
     assert on("logits", "binary_kl") == (BERNOULLI,)
-    assert on("layer1", "kl") == on("logits", "mse") == (CATEGORICAL, BERNOULLI, REAL)
+    assert on("layer1", "kl") == on("logits", "mse") == ALL_KINDS
     with pytest.raises(UserError, match="for one label and for several"):
         Pairs([Pair("logits", "logits", "kl"), Pair("logits", "logits", "binary_kl")])
 

@@ -82,17 +82,20 @@ def resolve_taps(
                 found += [before_activation(calls, stage) or outermost(calls, stage) for stage in stages]
             else:
                 found += [outermost(calls, stage) for stage in (stages[-1:] if tap == "last" else stages)]
-        elif tap == OF_HEAD:
-            found.append(tap)
         else:
-            name, _, where = tap.partition(":")
-            call = next((c for c in calls if c.name == name), None)
-            if call is None or not isinstance(call.given if where else call.output, Tensor):
-                why = "is not called in the forward of this network" if call is None else "is no single tensor there"
-                near = ", ".join(c.name for c in calls if c.name.startswith(name.split(".")[0]))
-                raise UserError(f"Tap {tap!r} {why}. Take another: {near or ', '.join(c.name for c in calls)}.")
-            found.append(tap)
+            found.append(tap if tap == OF_HEAD else _called(tap, calls))
     return list(dict.fromkeys(found))
+
+
+def _called(tap: str, calls: list[Call]) -> str:
+    """Returns a tap that names a module. Raises `UserError` where the forward does not call it or it gives no single tensor."""
+    name, _, where = tap.partition(":")
+    call = next((c for c in calls if c.name == name), None)
+    if call is None or not isinstance(call.given if where else call.output, Tensor):
+        why = "is not called in the forward of this network" if call is None else "is no single tensor there"
+        near = ", ".join(c.name for c in calls if c.name.startswith(name.split(".")[0]))
+        raise UserError(f"Tap {tap!r} {why}. Take another: {near or ', '.join(c.name for c in calls)}.")
+    return tap
 
 
 def _taps_of_parts(
