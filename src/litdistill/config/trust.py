@@ -73,13 +73,14 @@ TENSORS = (
     "text.sequences.docstrings",
     "text.sequences.token_sequences",
 )  # functions that return a `TensorData`
+TASKS = ("Classification", "Detection", "Embedding", "LanguageModel", "MultiLabel", "Regression")
 OWN = (
     "litdistill.data.datamodule.ImageData",
     *(f"litdistill.data.{name}" for name in TENSORS),
     "litdistill.tasks.detection.scenes.digit_scenes",
     *(f"litdistill.data.{name}" for name in DATA),
     *(f"litdistill.compress.{name}" for name in ("low_rank.low_rank", "prune.prune", "quantize.int8")),
-    *(f"litdistill.tasks.{n}" for n in ("Classification", "Embedding", "MultiLabel", "Regression", "LanguageModel")),
+    *(f"litdistill.tasks.{name}" for name in TASKS),
     *(f"litdistill.tasks.detection.{name}" for name in ("dense_kd.DenseKD",)),
     "litdistill.distillation.schedules.warmup_cosine",
     "litdistill.training.callbacks.ClassBias",

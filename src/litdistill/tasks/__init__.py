@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from litdistill.tasks.base import Task
 from litdistill.tasks.classification import Classification
+from litdistill.tasks.detection.task import Detection
 from litdistill.tasks.embedding import Embedding
 from litdistill.tasks.multilabel import MultiLabel
 from litdistill.tasks.regression import Regression
 from litdistill.tasks.sequence import LanguageModel
 from litdistill.utils.errors import UserError
 
-__all__ = ["TASKS", "Classification", "Embedding", "LanguageModel", "MultiLabel", "Regression", "Task", "named_task"]
+__all__ = ["TASKS", "Classification", "Detection", "Embedding", "LanguageModel", "MultiLabel", "Regression", "Task", "named_task"]
 
 TASKS: dict[str, type[Task]] = {
     "classification": Classification,
@@ -18,6 +19,7 @@ TASKS: dict[str, type[Task]] = {
     "regression": Regression,
     "language_model": LanguageModel,
     "embedding": Embedding,
+    "detection": Detection,
 }
 
 

@@ -7,7 +7,8 @@ import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
-SHARES = ("accuracy", "map", "f1", "agreement")  # from 0 to 1, shown in per cent
+MAPS = ("map", "map_50", "map_75", "map_small", "map_medium", "map_large")
+SHARES = ("accuracy", *MAPS, "f1", "agreement")  # from 0 to 1, shown in per cent
 THOUSANDTHS = ("nll", "ece", "brier", "kl", "r2")  # shown with three digits
 NAMES = {
     "map": "mAP",
@@ -19,7 +20,8 @@ NAMES = {
     "rmse": "RMSE",
     "mae": "MAE",
 }
-NAMES |= {"r2": "R²"}
+NAMES |= {"r2": "R²", "map_50": "mAP50", "map_75": "mAP75"}
+NAMES |= {f"map_{size}": f"mAP of {size} objects" for size in ("small", "medium", "large")}
 
 
 def quantity(number: int, noun: str) -> str:

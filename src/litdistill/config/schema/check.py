@@ -57,6 +57,7 @@ OBJECTS: dict[str, dict[str, type[Node]]] = {
     },
     "task": {
         "Classification": library.Classification,
+        "Detection": library.Detection,
         "Embedding": library.Embedding,
         "MultiLabel": library.MultiLabel,
         "Regression": library.Regression,

@@ -132,6 +132,15 @@ class LanguageModel(Node):
     target: str = Field(alias="_target_", description="the task")
 
 
+class Detection(Node):
+    """`task` of boxes with a class each."""
+
+    target: str = Field(alias="_target_", description="the task")
+    score_threshold: Decay = option("detections of a lower score are left out of the metrics")
+    nms: Share = option("of two boxes of a class with a higher IoU the one of the lower score is left out")
+    detections: Count = option("the most that are kept of a picture")
+
+
 class Embedding(Node):
     """`task` of one vector a sample."""
 
