@@ -11,7 +11,17 @@ from litdistill.tasks.regression import Regression
 from litdistill.tasks.sequence import LanguageModel
 from litdistill.utils.errors import UserError
 
-__all__ = ["TASKS", "Classification", "Detection", "Embedding", "LanguageModel", "MultiLabel", "Regression", "Task", "named_task"]
+__all__ = [
+    "TASKS",
+    "Classification",
+    "Detection",
+    "Embedding",
+    "LanguageModel",
+    "MultiLabel",
+    "Regression",
+    "Task",
+    "named_task",
+]
 
 TASKS: dict[str, type[Task]] = {
     "classification": Classification,

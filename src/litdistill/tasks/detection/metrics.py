@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchmetrics import Metric
@@ -25,6 +26,10 @@ from litdistill.utils.errors import UserError
 
 FIGURES = ("map", "map_50", "map_75", "map_small", "map_medium", "map_large")
 OVERLAP = 0.5  # the IoU from which an object counts as found, where one threshold is meant
+IOUS, RECALLS = (
+    np.linspace(0.5, 0.95, 10).tolist(),
+    np.linspace(0, 1, 101).tolist(),
+)  # COCO's; torchmetrics' own are float32
 SAMPLE = 300  # boxes of a split that constant predictions are made of
 PICTURES = 300  # of a split that they are measured on
 
@@ -41,7 +46,8 @@ class Split(NamedTuple):
         known = has_label(targets)
         found, targets = found[known], targets[known]
         return cls(
-            [rows[rows[:, CLASS] >= 0] for rows in found], [rows[kept] for rows, kept in zip(targets, present(targets, crowds=True), strict=True)]
+            [rows[rows[:, CLASS] >= 0] for rows in found],
+            [rows[kept] for rows, kept in zip(targets, present(targets, crowds=True), strict=True)],
         )
 
 
@@ -110,7 +116,9 @@ def mean_ap(split: Split) -> dict[str, float]:
 
 def coco(split: Split, **options: Any) -> MeanAveragePrecision:
     """Returns torchmetrics' metric, updated with a split."""
-    metric = MeanAveragePrecision(backend="faster_coco_eval", sync_on_compute=False, **options)
+    metric = MeanAveragePrecision(
+        iou_thresholds=IOUS, rec_thresholds=RECALLS, backend="faster_coco_eval", sync_on_compute=False, **options
+    )
     metric.warn_on_many_detections = False  # COCO counts the best 100 of a class
     metric.update([as_found(rows) for rows in split.found], [as_truth(rows) for rows in split.truth])
     return metric
@@ -148,7 +156,7 @@ class Curves(NamedTuple):
 def curves(split: Split) -> Curves:
     """Returns the curves of a split, by class in ascending order; of no class where nothing was found and nothing is there."""
     check_scores(split)
-    recall = torch.linspace(0, 1, 101, dtype=torch.float64)
+    recall = torch.tensor(RECALLS, dtype=torch.float64)
     rows = [r[:, column] for part, column in ((split.found, CLASS), (split.truth, LABEL)) for r in part]
     classes = sorted({int(c) for r in rows for c in r.unique()})
     if not classes:

@@ -43,7 +43,8 @@ class Detection(Task):
     def __init__(self, score_threshold: float = 0.05, nms: float = 0.6, detections: int = 100):
         if not 0 <= score_threshold < 1 or not 0 < nms <= 1:
             raise UserError(
-                f"task.score_threshold={score_threshold} must be at least 0 and below 1, and task.nms={nms} above 0 and at most 1."
+                f"task.score_threshold={score_threshold} must be at least 0 and below 1, and task.nms={nms} above 0 and at "
+                "most 1."
             )
         if type(detections) is not int or detections < 1:
             raise UserError(f"task.detections={detections} must be a number of boxes a picture, at least 1.")
@@ -71,8 +72,8 @@ class Detection(Task):
         outputs = super().forward(net, batch, training)
         if "boxes" not in outputs.heads:
             raise UserError(
-                f"The network gives {' and '.join(outputs.heads)}, and detection needs logits and boxes at every anchor: name a "
-                "detector (net=fcos_slim, net=torchvision_detector), or wrap yours in "
+                f"The network gives {' and '.join(outputs.heads)}, and detection needs logits and boxes at every anchor: name "
+                "a detector (net=fcos_slim, net=torchvision_detector), or wrap yours in "
                 "litdistill.tasks.detection.detector.Detector."
             )
         inputs = batch.inputs if isinstance(batch.inputs, Tensor) else next(iter(batch.inputs.values()))
@@ -136,8 +137,8 @@ def stacked(pictures: Sequence[Tensor]) -> Tensor:
     sizes = sorted({tuple(p.shape) for p in pictures})
     if len(sizes) > 1:
         raise UserError(
-            f"The pictures of a batch are of {len(sizes)} sizes, {sizes[0]} and {sizes[1]} among them: give all of them one, with "
-            "their boxes."
+            f"The pictures of a batch are of {len(sizes)} sizes, {sizes[0]} and {sizes[1]} among them: give all of them "
+            "one, with their boxes."
         )
     return torch.stack(list(pictures))
 
@@ -154,12 +155,14 @@ def _rows(objects: Mapping[str, Any], index: int) -> Tensor:
     """Returns the objects of a picture as rows (M, 6). Raises `UserError` for others than boxes with a label each."""
     if not {"boxes", "labels"} <= objects.keys():
         raise UserError(
-            f"The targets of picture {index} of a batch have {', '.join(map(str, objects)) or 'no key'}, and detection needs boxes "
-            "(M, 4) and labels (M,)."
+            f"The targets of picture {index} of a batch have {', '.join(map(str, objects)) or 'no key'}, and detection needs "
+            "boxes (M, 4) and labels (M,)."
         )
     boxes, labels = objects["boxes"], objects["labels"]
     if boxes.numel() != 4 * len(labels):
-        raise UserError(f"Picture {index} of a batch has boxes {tuple(boxes.shape)} and {len(labels)} labels: one of each.")
+        raise UserError(
+            f"Picture {index} of a batch has boxes {tuple(boxes.shape)} and {len(labels)} labels: one of each."
+        )
     if len(labels) and int(labels.min()) < 0:
         raise UserError(f"Picture {index} of a batch has the label {int(labels.min())}: classes count from 0.")
     crowd = objects.get("iscrowd", torch.zeros_like(labels))
