@@ -20,6 +20,7 @@ from litdistill.methods.kd import KD
 from litdistill.methods.kdsvd import KDSVD
 from litdistill.methods.logit_mse import LogitMSE
 from litdistill.methods.logit_std import LogitStdKD
+from litdistill.methods.mgd import MGD
 from litdistill.methods.mlkd import MLKD
 from litdistill.methods.mutual import Mutual
 from litdistill.methods.nst import NST
@@ -55,6 +56,7 @@ __all__ = [
     "ICKD",
     "KD",
     "KDSVD",
+    "MGD",
     "MLKD",
     "NST",
     "OFD",
