@@ -13,13 +13,15 @@ from torch import nn
 
 import litdistill.methods
 from litdistill.methods import AB, CC, CRD, FSP, FT, KD, NAMES, PKT, SP, SRRL, Online, Shuffled
-from litdistill.methods.base import BERNOULLI, CATEGORICAL, REAL, Method
+from litdistill.methods.base import ALL_KINDS, BERNOULLI, BOXES, CATEGORICAL, REAL, Method
 from litdistill.types import Outputs
 from litdistill.utils.errors import UserError
 from tests.methods.contract import batch
 
 CONF = Path(__file__).parents[2] / "conf"
 YAMLS = sorted(p.stem for p in (CONF / "method").glob("*.yaml"))
+OF_TASKS = {name for name in YAMLS if "litdistill.tasks." in (CONF / "method" / f"{name}.yaml").read_text()}  # of boxes
+MAPS = {"ab", "at", "cwd", "fitnet", "fsp", "ft", "ickd", "kdsvd", "mgd", "nst", "ofd", "pkd", "reviewkd", "vid"}
 # The published weight of the labels, where it is not 1.
 HARD = {"kd": 0.1, "soft_target_ce": 0.1, "logit_std": 0.1, "kd_at": 0.1, "mlkd": 0.2, "hard_pseudo_label": 0.5}
 HARD |= {"teacher_free": 0.9, "logit_mse": 0.0, "simkd": 0.0, "feature_only": 0.0}
@@ -42,8 +44,9 @@ def test_the_labels_have_their_published_weight(name):
 
 @pytest.mark.parametrize("name", YAMLS)
 def test_methods_say_which_logits_they_read(name):
-    kinds = (BERNOULLI,) if name == "binary_kd" else (CATEGORICAL, BERNOULLI, REAL)
-    assert make(name).kinds == ((CATEGORICAL,) if name in SOFTMAX else kinds)
+    own = {"binary_kd": (BERNOULLI,), **dict.fromkeys(SOFTMAX, (CATEGORICAL,)), **dict.fromkeys(OF_TASKS, (BOXES,))}
+    own |= dict.fromkeys([*MAPS, "supervised"], ALL_KINDS)
+    assert make(name).kinds == own.get(name, (CATEGORICAL, BERNOULLI, REAL))
 
 
 def test_every_class_has_its_short_name_and_every_yaml_names_one():
@@ -52,8 +55,8 @@ def test_every_class_has_its_short_name_and_every_yaml_names_one():
     assert (NAMES["KD"], NAMES["FitNet"], NAMES["LogitStdKD"]) == ("kd", "fitnet", "logit_std")
     files = {p.stem for p in Path(litdistill.methods.__file__).parent.glob("*.py")} - {"__init__", "base", "layers"}
     assert set(NAMES.values()) == files
-    assert files - {"sum", "shuffled"} == set(YAMLS) - {"kd_at", "kd_crd", "feature_only"}
-    for name in set(YAMLS) - {"feature_only"}:
+    assert files - {"sum", "shuffled"} == set(YAMLS) - OF_TASKS - {"kd_at", "kd_crd", "feature_only"}
+    for name in set(YAMLS) - OF_TASKS - {"feature_only"}:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             target = compose(overrides=[f"+method={name}"]).method["_target_"]
         assert target == f"litdistill.methods.{get_class(target).__name__}"
