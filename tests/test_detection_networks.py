@@ -147,7 +147,7 @@ def test_a_softmax_becomes_sigmoids_of_equal_probabilities():
 
 
 def test_crowds_and_boxes_without_area_are_not_trained_on():
-    net = fcos_slim(3, (3, 64, 64), 4, fpn=32, head=1).double().train()
+    net = fcos_slim(3, (3, 64, 64), 4, fpn=32, convs=1).double().train()
     images = pictures()
     heads, targets = net(images), objects()
     more = torch.cat([targets, torch.zeros(3, 3, 6)], 1)
@@ -182,7 +182,7 @@ def test_images_without_labels_are_left_out_and_those_without_objects_are_backgr
 
 
 def test_evaluation_mode_gives_what_is_kept_alone_and_no_loss():
-    net = fcos_slim(2, (3, 40, 56), 4, fpn=32, head=1)
+    net = fcos_slim(2, (3, 40, 56), 4, fpn=32, convs=1)
     assert set(net.train()(pictures(40, 56).float())) == {"logits", "boxes", "centerness", "deltas", "anchors"}
     heads = net.eval()(pictures(40, 56).float())
     assert {k: v.shape for k, v in heads.items()} == {
@@ -195,7 +195,7 @@ def test_evaluation_mode_gives_what_is_kept_alone_and_no_loss():
 
 
 def test_anchors_survive_the_meta_device_and_other_sizes():
-    net = fcos_slim(2, (3, 64, 64), 4, fpn=32, head=1).eval()
+    net = fcos_slim(2, (3, 64, 64), 4, fpn=32, convs=1).eval()
     before = net(pictures().float())["boxes"]
     assert count_macs(net, (3, 64, 64)) > 0
     meta = copy.deepcopy(net).to("meta")
@@ -207,7 +207,7 @@ def test_anchors_survive_the_meta_device_and_other_sizes():
 
 
 def test_half_precision_keeps_boxes_in_float32():
-    net = fcos_slim(3, (3, 64, 64), 4, fpn=32, head=1).train()
+    net = fcos_slim(3, (3, 64, 64), 4, fpn=32, convs=1).train()
     with torch.autocast("cpu", torch.bfloat16):
         heads = net(pictures().float())
         losses = net.compute_loss(heads, objects())
@@ -215,7 +215,7 @@ def test_half_precision_keeps_boxes_in_float32():
 
 
 def test_preprocessing_that_resizes_gives_boxes_in_pixels_of_the_images():
-    inside = fcos_slim(3, (3, 64, 64), 4, fpn=32, head=1)
+    inside = fcos_slim(3, (3, 64, 64), 4, fpn=32, convs=1)
     net = Preprocessed(inside, Preprocess([0.5] * 3, [0.25] * 3, size=(64, 96)))
     assert detector_of(net) is inside
     images, targets = (pictures(32, 32) * 255).byte(), objects()
@@ -248,7 +248,7 @@ def test_padding_is_at_the_right_and_the_bottom():
 
 
 def test_sizes_count_as_by_hand():
-    net = fcos_slim(5, (3, 64, 64), width=8, depth=1, fpn=32, head=1)
+    net = fcos_slim(5, (3, 64, 64), width=8, depth=1, fpn=32, convs=1)
     body = 27 * 8 + 9 * (8 * 8 + 8 * 16 + 16 * 32 + 32 * 64) + 2 * (8 + 8 + 16 + 32 + 64)
     neck = 32 * (16 + 32 + 64) + 3 * 32 + 3 * (9 * 32 * 32 + 32)
     branch = 9 * 32 * 32 + 32 + 2 * 32
@@ -259,13 +259,13 @@ def test_sizes_count_as_by_hand():
     macs += sum(p * c * 32 for p, c in zip(maps, (16, 32, 64), strict=True)) + sum(maps) * 9 * 32 * 32
     macs += sum(maps) * (2 * 9 * 32 * 32 + 9 * 32 * 10)
     assert count_macs(net, (3, 64, 64)) == macs
-    deep = fcos_slim(5, (3, 64, 64), width=8, depth=3, fpn=32, head=1)
+    deep = fcos_slim(5, (3, 64, 64), width=8, depth=3, fpn=32, convs=1)
     blocks = sum(2 * (9 * c * c + 2 * c) for c in (8, 16, 32, 64))
     assert count_parameters(deep) == body + 2 * blocks + neck + head
 
 
 def test_strides_and_sizes():
-    net = fcos_slim(3, (1, 64, 64), 4, fpn=32, head=1, strides=[4, 8], sizes=[4, 10]).train()
+    net = fcos_slim(3, (1, 64, 64), 4, fpn=32, convs=1, strides=[4, 8], sizes=[4, 10]).train()
     heads = net(torch.rand(1, 1, 36, 64))
     assert heads["logits"].shape[1] == 10 * 16 + 5 * 8  # the sides are multiples of 8
     sides = heads["anchors"][0, :, 2] - heads["anchors"][0, :, 0]

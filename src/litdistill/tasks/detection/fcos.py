@@ -76,7 +76,7 @@ def fcos_slim(
     width: int = 16,
     depth: int = 1,
     fpn: int = 64,
-    head: int = 2,
+    convs: int = 2,
     strides: Sequence[int] = (8, 16, 32),
     sizes: Sequence[int] | None = None,
     radius: float = 1.5,
@@ -84,16 +84,16 @@ def fcos_slim(
     """Returns an FCOS detector on a small backbone of 3x3 convolutions, with a feature pyramid.
 
     `width`: channels of the first stages; those of the later ones double. `depth`: of a stage, one convolution and residual
-    blocks. `fpn`: channels of the pyramid and of the head, a multiple of 32. `head`: convolutions in each of its two branches.
-    `strides`: of the pyramid's maps, powers of two from 4 on. `sizes`: in pixels, of each map, the strides by default: a map
-    finds the objects whose farthest side is 4 to 8 times its size from the place, the first also smaller and the last also
+    blocks. `fpn`: channels of the pyramid and of the head, a multiple of 32. `convs`: convolutions in each of the head's two
+    branches. `strides`: of the pyramid's maps, powers of two from 4 on. `sizes`: in pixels, of each map, the strides if null:
+    a map finds objects whose farthest side is 4 to 8 times its size from the place, the first also smaller and the last also
     larger ones. `radius`: how far from the center of an object, in sizes, a place learns it.
 
     Raises `UserError` for numbers that make no such network.
     """
     strides = list(strides)
     sizes = strides if sizes is None else list(sizes)
-    check_options(width, depth, fpn, head, strides, sizes)
+    check_options(width, depth, fpn, convs, strides, sizes)
     _, tall, wide = input_shape
     if max(tall, wide) <= strides[-1]:
         raise UserError(
@@ -101,11 +101,11 @@ def fcos_slim(
             f"{[s for s in strides if s < max(tall, wide)]}, or use larger images."
         )
     body = SlimBody(input_shape[0], width, depth, strides)
-    return fcos(num_classes, Pyramid(body, body.channels, fpn), head, sizes, radius, max(strides))
+    return fcos(num_classes, Pyramid(body, body.channels, fpn), convs, sizes, radius, max(strides))
 
 
 def fcos(
-    num_classes: int, backbone: nn.Module, head: int, sizes: Sequence[int], radius: float, divisor: int
+    num_classes: int, backbone: nn.Module, convs: int, sizes: Sequence[int], radius: float, divisor: int
 ) -> Detector:
     """Returns torchvision's FCOS on a backbone with `out_channels`, one anchor a place, as a `Detector`.
 
@@ -116,19 +116,19 @@ def fcos(
         backbone,
         num_classes,
         anchor_generator=anchors,
-        head=FCOSHead(backbone.out_channels, 1, num_classes, head),
+        head=FCOSHead(backbone.out_channels, 1, num_classes, convs),
         center_sampling_radius=radius,
         size_divisible=divisor,
     )
     return Detector(model)
 
 
-def check_options(width: int, depth: int, fpn: int, head: int, strides: Sequence[int], sizes: Sequence[int]) -> None:
+def check_options(width: int, depth: int, fpn: int, convs: int, strides: Sequence[int], sizes: Sequence[int]) -> None:
     """Raises `UserError` for options of `fcos_slim` that make no network."""
     if fpn < GROUPS or fpn % GROUPS:
         raise UserError(f"fpn={fpn}: the head normalizes its channels in {GROUPS} groups; give a multiple of {GROUPS}.")
-    if min(width, depth, head) < 1:
-        raise UserError(f"width={width}, depth={depth} and head={head} must be 1 or more.")
+    if min(width, depth, convs) < 1:
+        raise UserError(f"width={width}, depth={depth} and convs={convs} must be 1 or more.")
     if not strides or sorted({int(s) for s in strides}) != strides or any(s < 4 or s & (s - 1) for s in strides):
         raise UserError(
             f"strides={strides} must be powers of two from 4 on, each larger than the one before: [8, 16, 32]."
