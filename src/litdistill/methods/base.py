@@ -40,6 +40,10 @@ WEIGHTS = (
     "angle",
     "box",
     "centerness",
+    "foreground",
+    "background",
+    "attention",
+    "context",
 )
 
 
