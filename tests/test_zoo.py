@@ -31,7 +31,12 @@ from tests.conftest import compose_config
 
 pytestmark = pytest.mark.zoo
 
-OTHER_TASKS = {"binary_kd", "dense_kd"}  # several labels a sample, boxes (tests/test_detection_runs.py)
+OTHER_TASKS = {
+    "binary_kd",
+    "dense_kd",
+    "fgd",
+    "pkd_dense_kd",
+}  # several labels a sample, boxes (tests/test_detection_runs.py)
 NAMES = sorted(p.stem for p in (CONF / "method").glob("*.yaml") if p.stem not in OTHER_TASKS)
 STEPS, EPOCHS, WINDOW = 8, 6, 4  # steps an epoch, epochs, steps that one logged value is the mean of
 RUN = [
