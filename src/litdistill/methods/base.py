@@ -165,7 +165,7 @@ class PairMethod(Method):
 class MapMethod(PairMethod):
     """Base of methods that compare spatial maps of both networks, stage by stage; arguments as of `PairMethod`."""
 
-    kinds = ALL_KINDS  # maps are the same of any task
+    kinds: tuple[str, ...] = ALL_KINDS  # maps are the same of any task
 
     def __init__(
         self,
