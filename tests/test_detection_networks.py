@@ -19,7 +19,7 @@ from torchvision.ops import clip_boxes_to_image
 from litdistill.config.trust import allowed
 from litdistill.models.preprocess import Preprocess, Preprocessed
 from litdistill.models.profile import count_macs, count_parameters
-from litdistill.tasks.detection.detector import Detector, detector_of, padded, sigmoid_logits
+from litdistill.tasks.detection.detector import Detector, detector_of, pad_to, sigmoid_logits
 from litdistill.tasks.detection.fcos import Pyramid, SlimBody, fcos_slim
 from litdistill.utils.errors import UserError
 
@@ -135,10 +135,12 @@ def test_heads_give_all_that_torchvision_detects_without_suppression(kind, size)
 
 def test_a_softmax_becomes_sigmoids_of_equal_probabilities():
     logits = torch.randn(5, 7, 4, dtype=torch.float64, requires_grad=True)
-    torch.testing.assert_close(sigmoid_logits(logits).sigmoid(), logits.softmax(-1)[..., 1:])
-    assert torch.autograd.gradcheck(sigmoid_logits, logits)
+    every, some = torch.arange(3), torch.tensor([2, 0])
+    torch.testing.assert_close(sigmoid_logits(logits, every).sigmoid(), logits.softmax(-1)[..., 1:])
+    torch.testing.assert_close(sigmoid_logits(logits, some).sigmoid(), logits.softmax(-1)[..., [3, 1]])
+    assert torch.autograd.gradcheck(sigmoid_logits, (logits, some))
     sure = torch.tensor([[0.0, 90.0, 0.0], [90.0, 0.0, 0.0]], requires_grad=True)
-    found = sigmoid_logits(sure)
+    found = sigmoid_logits(sure, torch.arange(2))
     assert found.isfinite().all()
     assert found[0, 0] > 15
     assert found[1, 0] < -80
@@ -241,10 +243,10 @@ def test_preprocessing_that_resizes_gives_boxes_in_pixels_of_the_images():
 
 def test_padding_is_at_the_right_and_the_bottom():
     x = torch.ones(1, 3, 33, 64)
-    assert padded(x, 32).shape == (1, 3, 64, 64)
-    assert padded(x, 32)[:, :, :33].eq(1).all()
-    assert padded(x, 32)[:, :, 33:].eq(0).all()
-    assert padded(x, 1) is x
+    assert pad_to(x, 32).shape == (1, 3, 64, 64)
+    assert pad_to(x, 32)[:, :, :33].eq(1).all()
+    assert pad_to(x, 32)[:, :, 33:].eq(0).all()
+    assert pad_to(x, 1) is x
 
 
 def test_sizes_count_as_by_hand():
@@ -300,15 +302,16 @@ def test_images_of_one_place_are_refused():
     )
 
 
-@pytest.mark.parametrize("name", ["fcos_slim"])
+@pytest.mark.parametrize("name", ["fcos_slim", "torchvision_detector"])
 @pytest.mark.parametrize("shape", [(3, 64, 64), (1, 96, 130)])
 def test_every_yaml_builds_a_detector(name, shape):
     path = ROOT / "conf" / "net" / f"{name}.yaml"
     assert path.read_text().startswith("# Detection")
-    net = instantiate(OmegaConf.load(path), num_classes=3, input_shape=shape).eval()
+    node = OmegaConf.load(path)
+    net = instantiate(node, num_classes=3, input_shape=shape).eval()
     heads = detector_of(net)(torch.rand(2, *shape))
     assert heads["logits"].shape[2] == 3
-    assert "litdistill.tasks.detection.fcos.fcos_slim" in allowed()
+    assert node["_target_"] in allowed()
 
 
 def test_other_networks_are_no_detectors():

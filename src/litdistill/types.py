@@ -53,6 +53,7 @@ class Group(NamedTuple):
 
 
 EMBEDDING = "embedding"  # the head of a network without classes, (N, D)
+DETECTIONS = "detections"  # of a detector, (N, K, 6): x1, y1, x2, y2 in pixels, score, class; best first
 
 
 class Outputs(NamedTuple):

@@ -95,6 +95,7 @@ BUILDERS = (
     "torchvision.",
     "litdistill.models.",
     "litdistill.tasks.detection.fcos.",
+    "litdistill.tasks.detection.torchvision.",
     "litdistill.distillation.sharding.",
     "litdistill.training.tensorboard.",
 )  # pass options on to libraries

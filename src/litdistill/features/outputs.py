@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from litdistill.types import EMBEDDING, Outputs
+from litdistill.types import DETECTIONS, EMBEDDING, Outputs
 from litdistill.utils.errors import UserError
 
 
@@ -32,7 +32,7 @@ def to_outputs(raw: Any) -> Outputs:
         return Outputs.of(raw)
     if isinstance(raw, Mapping):
         heads = {str(k): v for k, v in raw.items() if isinstance(v, Tensor) and v.ndim > 0}
-        if "logits" not in heads and len(heads) == 1 and EMBEDDING not in heads:
+        if "logits" not in heads and len(heads) == 1 and not heads.keys() & {EMBEDDING, DETECTIONS}:
             heads = {"logits": next(iter(heads.values()))}
         if heads:
             return Outputs(heads)

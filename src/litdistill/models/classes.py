@@ -80,8 +80,11 @@ def with_columns(net: nn.Module, columns: Sequence[int], example: Tensor) -> boo
     """Selects outputs of `net` in its last layer, in place: the new output i is the old output `columns[i]`.
 
     `example`: a few images (N, C, H, W). Returns whether it could: the outputs must be those of a single layer, and `columns`
-    know all classes; where not, `net` is unchanged.
+    know all classes; where not, `net` is unchanged. A network that has `keep_classes(columns)` does it itself.
     """
+    if callable(own := getattr(net, "keep_classes", None)):
+        own(list(columns))
+        return True
     if UNKNOWN in columns:
         return False
     with evaluating(net):

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from litdistill.types import DETECTIONS
 from litdistill.utils.errors import UserError
 
 SLACK = 1e-3  # tolerance of floats outside 0 to 1, from rounding in resizing or mixing
@@ -127,7 +128,7 @@ class Preprocessed(nn.Module):
     def forward(self, images: Tensor) -> Any:
         given = self.net(self.preprocess(images))
         size = self.preprocess.size
-        if size is None or not isinstance(given, Mapping) or BOXES not in given:
+        if size is None or not isinstance(given, Mapping) or not given.keys() & {BOXES, DETECTIONS}:
             return given
         return in_pixels(given, images.shape[-2:], size, self.training)
 
@@ -145,15 +146,22 @@ class Preprocessed(nn.Module):
 def in_pixels(
     heads: Mapping[str, Tensor], images: Sequence[int], resized: Sequence[int], training: bool
 ) -> dict[str, Tensor]:
-    """Returns the heads of a detector with `boxes` (N, A, 4) in pixels of the images and not of the resized ones.
+    """Returns the heads of a detector with `boxes` (N, A, 4) and the first columns of `detections` (N, K, 6) in pixels of the
+    images and not of the resized ones.
 
     `images`, `resized`: height and width. While training a head `scale` (N, 4) says by what the boxes of the labels are to be
     multiplied for the network.
     """
-    boxes = heads[BOXES]
-    factor = boxes.new_tensor([resized[1] / images[1], resized[0] / images[0]] * 2)
-    scale = {SCALE: factor.expand(len(boxes), -1)} if training else {}
-    return {**heads, BOXES: boxes / factor, **scale}
+    factor = [resized[1] / images[1], resized[0] / images[0]] * 2
+    found = dict(heads)
+    if BOXES in heads:
+        by = heads[BOXES].new_tensor(factor)
+        found[BOXES] = heads[BOXES] / by
+        if training:
+            found[SCALE] = by.expand(len(found[BOXES]), -1)
+    if DETECTIONS in heads:
+        found[DETECTIONS] = heads[DETECTIONS] / heads[DETECTIONS].new_tensor([*factor, 1.0, 1.0])
+    return found
 
 
 def transparent_modules(

@@ -10,6 +10,7 @@ It takes torchvision's FCOS, RetinaNet and SSD. Their resizing, normalization an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,11 +22,16 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.ssd import SSD
 from torchvision.ops import box_iou
 
+from litdistill.models.ensemble import UNKNOWN
 from litdistill.models.preprocess import SCALE
+from litdistill.tasks.detection.boxes import LABEL, present
 from litdistill.types import has_label
 from litdistill.utils.errors import UserError
 
 LOSSES = {"classification": "cls", "bbox_regression": "box", "bbox_ctrness": "centerness"}
+PRIOR = -math.log(
+    (1 - 0.01) / 0.01
+)  # bias of a new class, whose probability begins at 0.01 (arXiv 1708.02002, section 3.3)
 SHAPES = 8  # sizes of images of which the anchors are kept
 
 
@@ -41,6 +47,8 @@ class Detector(nn.Module):
     Raises `UserError` for any other network.
     """
 
+    columns: Tensor
+
     def __init__(self, model: nn.Module):
         super().__init__()
         if not isinstance(model, FCOS | RetinaNet | SSD):
@@ -53,6 +61,9 @@ class Detector(nn.Module):
         self.loss_of = model.compute_loss  # it holds settings of the model, and reads no parameters
         self.softmax = isinstance(model, SSD)
         self.by_level = isinstance(model, FCOS)
+        # Of a softmax over more classes than are detected, those that are. It follows from how the network was built.
+        classes = model.head.classification_head.num_columns - 1 if self.softmax else 0
+        self.register_buffer("columns", torch.arange(classes), persistent=False)
         self.divisor = int(model.transform.size_divisible)
         self.anchors: dict[Any, Tensor] = {}
 
@@ -64,13 +75,13 @@ class Detector(nn.Module):
         `compute_loss` needs. Images whose sides are no multiples of the largest stride are padded with zeros at the right and
         the bottom.
         """
-        images = padded(images, self.divisor)
+        images = pad_to(images, self.divisor)
         maps = self.backbone(images)
         maps = [maps] if isinstance(maps, Tensor) else list(maps.values())
         raw = {k: v.float() if v.dtype in (torch.half, torch.bfloat16) else v for k, v in self.head(maps).items()}
         logits, deltas = raw["cls_logits"], raw["bbox_regression"]
         anchors = self.anchors_of(images, maps, logits.dtype)
-        heads = {"logits": sigmoid_logits(logits) if self.softmax else logits}
+        heads = {"logits": sigmoid_logits(logits, self.columns) if self.softmax else logits}
         heads["boxes"] = self.decoded(deltas, anchors)
         if "bbox_ctrness" in raw:
             heads["centerness"] = raw["bbox_ctrness"].squeeze(2)
@@ -79,6 +90,41 @@ class Detector(nn.Module):
             if self.softmax:
                 heads["softmax"] = logits
         return heads
+
+    def keep_classes(self, columns: Sequence[int], new: bool = False) -> None:
+        """Puts other classes in place of those of the head, in place: the new class i is the old one `columns[i]`.
+
+        A softmax over more classes than are kept stays whole, since the probabilities would be others without the rest: the
+        outputs are then chosen from it. `new`: a column `UNKNOWN` begins anew; otherwise it raises `UserError`.
+        """
+        if UNKNOWN in columns and not new:
+            raise UserError(
+                "This detector does not know all classes of the data, and would teach that there are no such objects: train it "
+                "on these classes, or choose data of the classes that it knows."
+            )
+        head: Any = self.head.classification_head
+        ends = head.module_list if self.softmax else [head.cls_logits]
+        last: list[Any] = [[m for m in end.modules() if isinstance(m, nn.Conv2d)][-1] for end in ends]
+        first = int(self.softmax)
+        part = bool(first) and (sorted(columns) != list(range(head.num_columns - 1)))
+        if part and UNKNOWN not in columns:
+            # With the weights: other data may have the classes in another order.
+            self.register_buffer("columns", self.columns[list(columns)])
+            return
+        count = head.num_columns if self.softmax else head.num_classes
+        index = torch.tensor([*range(first), *(c + first if c != UNKNOWN else -1 for c in columns)])
+        for layer in last:
+            weight = layer.weight.detach().unflatten(0, (-1, count))[:, index]
+            bias = layer.bias.detach().unflatten(0, (-1, count))[:, index]
+            if new and bool((index < 0).any()):
+                weight[:, index < 0] = torch.randn_like(weight[:, index < 0]) * 0.01
+                bias[:, index < 0] = 0.0 if self.softmax else PRIOR
+            layer.weight, layer.bias = (nn.Parameter(x.flatten(0, 1).clone()) for x in (weight, bias))
+            layer.out_channels = len(layer.weight)
+        if self.softmax:
+            head.num_columns, self.columns = len(index), torch.arange(len(columns), device=self.columns.device)
+        else:
+            head.num_classes = len(index)
 
     def anchors_of(self, images: Tensor, maps: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """Returns the anchors (A, 4) of all levels, x1, y1, x2, y2 in pixels of the images."""
@@ -119,7 +165,9 @@ class Detector(nn.Module):
             raw["bbox_ctrness"] = heads["centerness"].unsqueeze(2)
         if not len(targets):  # torchvision stacks what it finds in each image
             return {LOSSES[k]: v.sum() for k, v in zip(LOSSES, raw.values(), strict=False)}
-        objects = trained_on(targets, heads.get(SCALE), int(self.softmax), raw["bbox_regression"].dtype)
+        objects = trained_on(targets, heads.get(SCALE), raw["bbox_regression"].dtype)
+        if self.softmax:  # after the background
+            objects = [{**one, "labels": self.columns[one["labels"]] + 1} for one in objects]
         anchors = list(heads["anchors"])
         found = self.loss_of(objects, raw, anchors, *self._places(objects, anchors))
         return {short: found[name] for name, short in LOSSES.items() if name in found}
@@ -136,29 +184,28 @@ class Detector(nn.Module):
         return ([self.matching(box_iou(o["boxes"], a)) if len(o["boxes"]) else none for o, a in pairs],)
 
 
-def padded(images: Tensor, divisor: int) -> Tensor:
+def pad_to(images: Tensor, divisor: int) -> Tensor:
     """Returns images (N, C, H, W) with zeros at the right and the bottom, up to the next multiples of `divisor`."""
     right, bottom = (-images.shape[-1]) % divisor, (-images.shape[-2]) % divisor
     return F.pad(images, (0, right, 0, bottom)) if right or bottom else images
 
 
-def sigmoid_logits(logits: Tensor) -> Tensor:
-    """Returns for a softmax over the background and the classes (…, 1 + C) logits (…, C), log p - log(1 - p), whose sigmoids
-    are the probabilities p of the classes."""
-    log_p = logits.log_softmax(-1)[..., 1:].clamp(max=-torch.finfo(logits.dtype).eps)
+def sigmoid_logits(logits: Tensor, columns: Tensor) -> Tensor:
+    """Returns for a softmax over the background and the classes, (…, 1 + classes), the logits (…, C) of the classes `columns`,
+    (C,): log p - log(1 - p), whose sigmoids are their probabilities p."""
+    log_p = logits.log_softmax(-1)[..., 1:][..., columns].clamp(max=-torch.finfo(logits.dtype).eps)
     return log_p - torch.where(log_p > -0.6931, (-log_p.expm1()).log(), (-log_p.exp()).log1p())
 
 
-def trained_on(targets: Tensor, scale: Tensor | None, first: int, dtype: torch.dtype) -> list[dict[str, Tensor]]:
-    """Returns the objects of each image (N, M, 6) in torchvision's form: `boxes` and `labels`, which count from `first`.
+def trained_on(targets: Tensor, scale: Tensor | None, dtype: torch.dtype) -> list[dict[str, Tensor]]:
+    """Returns the objects of each image (N, M, 6) in torchvision's form, `boxes` and `labels`.
 
-    `scale`: (N, 4), of which the boxes are multiplied. Crowds and boxes without area are left out.
+    `scale`: (N, 4), by which the boxes are multiplied. Crowds and boxes without area are left out.
     """
-    boxes = targets[..., :4].to(dtype)
+    boxes, real = targets[..., :4].to(dtype), present(targets)
     if scale is not None:
         boxes = boxes * scale[:, None].to(dtype)
-    real = (targets[..., 4] >= 0) & (targets[..., 5] == 0) & (boxes[..., 2:] > boxes[..., :2]).all(-1)
-    labels = targets[..., 4].long() + first
+    labels = targets[..., LABEL].long()
     return [{"boxes": b[r], "labels": c[r]} for b, c, r in zip(boxes, labels, real, strict=True)]
 
 
