@@ -36,6 +36,7 @@ OTHER_TASKS = {
     "dense_kd",
     "fgd",
     "pkd_dense_kd",
+    "pseudo_boxes",
 }  # several labels a sample, boxes (tests/test_detection_runs.py)
 NAMES = sorted(p.stem for p in (CONF / "method").glob("*.yaml") if p.stem not in OTHER_TASKS)
 STEPS, EPOCHS, WINDOW = 8, 6, 4  # steps an epoch, epochs, steps that one logged value is the mean of

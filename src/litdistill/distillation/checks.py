@@ -121,7 +121,7 @@ def check_trained(distiller: Distiller, batch: Batch | None) -> None:
 
     A dry forward of `batch` in eval mode shows which parameters the logits depend on and which the method's own terms.
     """
-    if batch is None or distiller.labels != "none" or distiller.teacher is None:
+    if batch is None or distiller.labels != "none" or distiller.teacher is None or distiller.method.relabels:
         return
     modes = [(module, module.training) for module in [*distiller.student.modules(), *distiller.method.modules()]]
     for module, _ in modes:
@@ -161,7 +161,7 @@ def check_labels(method: Method, labels: str) -> None:
             f"{' and '.join(readers)} compares the labels of all samples, and the images of data.unlabelled have none: use "
             "method=kd or another that reads the teacher alone, or leave data.unlabelled out."
         )
-    if labels == "none" and (not method.needs_teacher or method.needs_hard):
+    if labels == "none" and (not method.needs_teacher or (method.needs_hard and not method.relabels)):
         what = "needs the labels' loss" if method.needs_hard else "has no teacher to learn from"
         raise UserError(
             f"{type(method).__name__} {what}, and no image has a label (data.labelled=false): use method=kd with a teacher, or "

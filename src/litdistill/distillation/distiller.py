@@ -276,7 +276,7 @@ class Distiller(LightningModule):
             )
         terms = {k: v * self._factors[k] if k in self._factors else v for k, v in terms.items()}
         loss = total(self.method, terms)
-        self.means.add(terms, student, teacher, batch.targets, samples)
+        self.means.add(terms, student, teacher, batch.targets, samples, self.method.watched())
         return loss
 
     def _label_terms(self, student: Outputs, batch: Batch) -> dict[str, Tensor]:

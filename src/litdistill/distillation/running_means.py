@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -37,7 +39,9 @@ class RunningMeans:
         self._noted: list[tuple[dict[str, Tensor], Outputs, Outputs | None, Tensor]] = []
         self._sums: dict[str, Tensor] = {}
         self._values = 0  # numbers in the heads that are noted
-        self._counts: dict[str, int] = {}  # of the scores: samples, or places of sequences
+        self._counts: dict[
+            str, int
+        ] = {}  # of the scores: samples, or places of sequences; of what is watched: minibatches
         self._labeled: Tensor | int = 0  # samples with a label
         self._of_labels: set[str] = set()  # scores, of samples with a label alone
 
@@ -58,9 +62,19 @@ class RunningMeans:
         return time.perf_counter() - self._started
 
     def add(
-        self, terms: dict[str, Tensor], student: Outputs, teacher: Outputs | None, targets: Tensor, samples: int
+        self,
+        terms: dict[str, Tensor],
+        student: Outputs,
+        teacher: Outputs | None,
+        targets: Tensor,
+        samples: int,
+        watched: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> None:
-        """Adds a minibatch of `samples`: its weighted loss terms, the outputs of both networks, and the labels."""
+        """Adds a minibatch of `samples`: its weighted loss terms, the outputs of both networks, the labels, and the values
+        that the method wants to be seen (`Method.watched`)."""
+        for name, value in watched.items():
+            self._counts[name] = self._counts.get(name, 0) + 1
+            self._add(name, value.detach().float())
         heads = {name: head.detach().clone() for name, head in student.heads.items()}  # a CUDA graph overwrites these
         self._noted.append(({k: v.detach() for k, v in terms.items()}, Outputs(heads), teacher, targets))
         self.steps += 1

@@ -111,6 +111,10 @@ class Method(nn.Module):
         called before the labels' loss is computed. `teacher`: its `Outputs`, None without. By default nothing is changed."""
         return batch
 
+    def watched(self) -> dict[str, Tensor]:
+        """Returns scalars of the last minibatch to log beside the loss, by name; none by default. The same names each time."""
+        return {}
+
     def companions(self, student: Outputs) -> Sequence[Outputs]:
         """Returns the outputs of networks that are trained on the labels beside the student; none by default."""
         return ()

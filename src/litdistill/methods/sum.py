@@ -69,6 +69,9 @@ class Sum(Method):
             batch = part.relabel(teacher, batch)
         return batch
 
+    def watched(self) -> dict[str, Tensor]:
+        return {name: value for part in self.parts().values() for name, value in part.watched().items()}
+
     def taps(self) -> Taps:
         """Returns the union of the methods' taps, as names of submodules."""
         if not self.names:
