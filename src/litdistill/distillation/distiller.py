@@ -132,7 +132,7 @@ class Distiller(LightningModule):
         self._factors: dict[str, float] = {}  # of the terms, set anew each epoch
         self.teacher_s = 0.0  # seconds spent in the teacher since the fit began
         self.val_metrics, self.test_metrics = self.task.metrics(), self.task.metrics()
-        self.on_validation = TeacherOnValidation(teacher_on_validation, data)
+        self.on_validation = TeacherOnValidation(teacher_on_validation, data, self.task.agreement_metric())
         self._logged_step = 0
         self._note_hyperparameters(batch, ema)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from litdistill.data.protocol import IndexedData
@@ -30,11 +31,11 @@ log = logging.getLogger(__name__)
 class TeacherOnValidation:
     """Stores the teacher's outputs for the validation batches, and accumulates the student's agreement with them.
 
-    `known`: the outputs for `data.val_ids`, in that order, if already computed.
+    `known`: the outputs for `data.val_ids`, in that order, if already computed. `whole`: `Task.agreement_metric`.
     """
 
-    def __init__(self, known: Outputs | None = None, data: IndexedData | None = None):
-        self.known, self.data = known, data
+    def __init__(self, known: Outputs | None = None, data: IndexedData | None = None, whole: Metric | None = None):
+        self.known, self.data, self.whole = known, data, whole
         self.batches: list[tuple[Outputs, Tensor]] = []  # by batch index: outputs, and the batch's `_mark`
         self.metrics: dict[str, float] = {}
         self.members: list[tuple[dict[str, float], Tensor | None]] = []  # of an ensemble: what `run` returns, for each
@@ -107,6 +108,10 @@ class TeacherOnValidation:
         if teacher is None or not task.measures(teacher):
             return
         count = len(targets)
+        if self.whole is not None:
+            self.whole.to(student.main.device).update(student, teacher)
+            self._count += count
+            return
         if has_places(task):
             student, teacher = (at_places(task, targets, x) for x in (student, teacher))
             count = len(student.logits)
@@ -118,6 +123,11 @@ class TeacherOnValidation:
         """Returns the mean agreements over all samples of all processes since the last call, and the teacher's metric."""
         if not self._count:
             return {}
+        if self.whole is not None:
+            found = {name: float(value) for name, value in self.whole.compute().items()}
+            self.whole.reset()
+            self._count = 0
+            return found | self.metrics
         sums = torch.stack([*self._sums.values(), torch.tensor(float(self._count), dtype=torch.float64, device=device)])
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             sums = torch.stack(gather_all_tensors(sums)).sum(0)

@@ -14,7 +14,7 @@ from litdistill.data.foreign import ForeignData
 from litdistill.evaluation.predictions import measured, predict_split
 from litdistill.tasks.base import Task
 from litdistill.tasks.findings import Findings
-from litdistill.types import Batch
+from litdistill.types import Batch, has_label
 from litdistill.utils.units import SHARES, named, quantity, shown
 
 GAP = 0.2  # by how much a share (accuracy, …) on training samples may be above that on others
@@ -61,8 +61,8 @@ class _Some:
             yield from islice(data.batches(split, device), -(-self.count // max(1, data.batch_size)))
             return
         ids, targets = aug.order(0, 0, data.train_ids), data.train_targets
-        if targets.ndim == 1 and not targets.is_floating_point():  # a sample without a label has -1
-            ids = ids[targets[ids] >= 0]
+        if targets.ndim == 1 or targets.is_floating_point():
+            ids = ids[has_label(targets[ids])]
         ids = ids[: self.count]
         for chunk in ids.split(data.batch_size):
             yield data.get_batch(split, chunk.to(device), None)

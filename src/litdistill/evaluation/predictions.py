@@ -104,7 +104,11 @@ def evaluations_folder(cfg: DictConfig) -> Path | None:
 
 def local_metrics(task: Task) -> Metric | MetricCollection:
     """Returns the task's metrics without synchronization between processes."""
-    metrics = task.metrics()
+    return local(task.metrics())
+
+
+def local(metrics: Metric | MetricCollection) -> Metric | MetricCollection:
+    """Returns metrics, which no longer synchronize between processes."""
     for metric in metrics.values() if isinstance(metrics, MetricCollection) else [metrics]:
         metric.distributed_available_fn = lambda: False  # the constructor alone reads `sync_on_compute`
     return metrics
@@ -134,7 +138,12 @@ def quality(
 
 
 def agreement(task: Task, student: Outputs, teacher: Outputs, targets: Tensor) -> dict[str, float]:
-    """Returns the means of `Task.agreement` over all samples, or all places of sequences."""
+    """Returns the means of `Task.agreement` over all samples, or all places of sequences; or what `Task.agreement_metric`
+    computes."""
+    whole = task.agreement_metric()
+    if whole is not None:
+        local(whole).update(student, teacher)
+        return {name: float(value) for name, value in whole.compute().items()}
     student, teacher = (at_places(task, targets, x) for x in (student, teacher))
     return {name: values.double().mean().item() for name, values in task.agreement(student, teacher).items()}
 
@@ -154,7 +163,7 @@ def measure(
     in a task that has them.
 
     `chance`: the monitored metric at chance level; None where it is undefined. `findings`: what is wrong with the student
-    (`litdistill.tasks.findings.judge`).
+    (`litdistill.tasks.findings.judge`). `by_class`: of each network what `Task.by_class` returns, where it returns any.
 
     `folder`: see `teacher_outputs`.
     """
@@ -166,4 +175,7 @@ def measure(
     if expected is not None and task.measures(expected):
         likeness = agreement(task, outputs, expected, targets)
         found |= {"teacher": measured(task, *of_classes_known(expected, truth)), "agreement": likeness}
+    networks = {"student": outputs} | ({"teacher": expected} if expected is not None and "teacher" in found else {})
+    of_classes = {who: task.by_class(kept, truth, data.class_names) for who, kept in networks.items()}
+    found["by_class"] = {who: classes for who, classes in of_classes.items() if classes}
     return found

@@ -74,6 +74,7 @@ def summarize(
         },
         "start": start_of(cfg),
         "val": {"best": best_val},
+        **({"by_class": found["by_class"]} if found.get("by_class") else {}),  # of the test set
         "epochs": trainer.current_epoch,
         "steps": trainer.global_step,
         "time": {

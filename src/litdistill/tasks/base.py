@@ -93,6 +93,24 @@ class Task:
         """Returns measures of agreement between student and teacher: one value per sample by name, each (N,)."""
         return {}
 
+    def agreement_metric(self) -> Metric | None:
+        """Returns a new metric of the agreement over a whole split, for measures that are no mean over samples.
+
+        `update(student, teacher)` takes the outputs of each batch, and `compute()` returns a dict of scalars. None (the
+        default): agreement is the mean of `agreement`.
+        """
+        return None
+
+    def by_class(self, outputs: Outputs, targets: Tensor, names: Sequence[str]) -> dict[str, dict[str, float]]:
+        """Returns for a whole split what `summary.json` keeps of each class by its name, measures and `count` in the targets.
+        None by default."""
+        return {}
+
+    def findings(self, outputs: Outputs, targets: Tensor, where: str) -> dict[str, str]:
+        """Returns what is wrong with a student's predictions for a whole split beyond its metrics, sentences by a word each;
+        `where` is what the split is called in them."""
+        return {}
+
     def chance(self, targets: Tensor) -> float | None:
         """Returns the monitored metric of predictions that ignore the inputs (chance level); None if it is not defined.
 

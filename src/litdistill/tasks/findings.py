@@ -32,9 +32,8 @@ CONSTANT_REMEDY = (
     "Do not use it. Look at the loss of its training, at its learning rate, at how many samples each class has, and at "
     "statistics of batch normalization (student.preprocess, too few steps)."
 )
-Findings = dict[
-    str, str
-]  # from "chance", "constant" or "gap" (litdistill.evaluation.findings) to a sentence with the remedy
+# From "chance", "constant", "gap" (litdistill.evaluation.findings) or a task's own word to a sentence with the remedy.
+Findings = dict[str, str]
 
 
 def judge(
@@ -53,6 +52,7 @@ def judge(
     said = constant(task, outputs, targets, names)
     if said is not None:
         found["constant"] = f"The student is a constant: {said} of the {where} set. {CONSTANT_REMEDY}"
+    found |= task.findings(outputs, targets, where)
     name, chance = task.monitor[0], task.chance(targets)
     if value is not None and chance is not None and not task.better(value, chance):
         enough = task.can_judge(value, targets)

@@ -38,7 +38,7 @@ from litdistill.utils.errors import UserError
 from litdistill.utils.logging import format_seconds
 from litdistill.utils.run_names import varied
 from litdistill.utils.tags import tag
-from litdistill.utils.units import shown
+from litdistill.utils.units import named, shown
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ def finish(run: Run, times: dict[str, float], role: str) -> None:
     reference = f", teacher {shown(name, found['teacher'][name])}" if judged else ""
     log.info(
         "%s: test %s %s (best epoch on validation), %s (last epoch)%s; %s in all. %s",
-        *(role, name, shown(name, found["student"][name]), shown(name, last[name]), reference),
+        *(role, named(name), shown(name, found["student"][name]), shown(name, last[name]), reference),
         *(format_seconds(times["total_s"]), os.path.relpath(run.folder)),
     )
     report_findings({k: text.replace("The student", f"The {role.lower()}") for k, text in summary["findings"].items()})

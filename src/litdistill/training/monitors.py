@@ -15,11 +15,13 @@ from litdistill.config.distiller import example_batch
 from litdistill.config.instantiate import locate
 from litdistill.data.foreign import ForeignData
 from litdistill.distillation.distiller import Distiller
+from litdistill.evaluation.predictions import agreement
 from litdistill.tasks.base import Task
 from litdistill.utils.errors import UserError
+from litdistill.utils.units import MAPS
 
 LOWER_IS_BETTER = ("nll", "brier", "ece", "kl", "loss", "rmse", "mae", "mse", "error", "deviation")
-HIGHER_IS_BETTER = ("accuracy", "agreement", "teacher_accuracy", "map", "f1", "r2", "spearman", "cosine")
+HIGHER_IS_BETTER = ("accuracy", "agreement", "teacher_accuracy", *MAPS, "f1", "r2", "spearman", "cosine")
 
 
 def direction(monitor: str, task: Task) -> str | None:
@@ -77,7 +79,11 @@ def check_monitors(net: nn.Module, data: Any, task: Task, monitors: Mapping[str,
         metrics = task.metrics()
         metrics.update(outputs, task.truth(batch.targets, outputs))
         names = {str(key) for key in metrics.compute()}
-        names |= {*task.agreement(outputs, outputs), f"teacher_{task.monitor[0]}"} if has_teacher else set()
+        if has_teacher:
+            names |= {
+                *agreement(task, task.keep(outputs), task.keep(outputs), batch.targets),
+                f"teacher_{task.monitor[0]}",
+            }
     except Exception:  # a user's task may raise any type for two samples
         return
     finally:

@@ -7,6 +7,7 @@ of processes.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from torchmetrics.utilities import dim_zero_cat
 from torchvision.ops import box_iou
 
 from litdistill.tasks.detection.boxes import CROWD, LABEL, present
-from litdistill.tasks.detection.decode import CLASS, SCORE
+from litdistill.tasks.detection.decode import CLASS, SCORE, above
 from litdistill.types import Outputs, has_label
 from litdistill.utils.errors import UserError
 
@@ -64,6 +65,8 @@ class MeanAP(Metric):
 
     Args:
         keep: from outputs to those with a head `detections` (N, K, 6); `Detection.keep`.
+        of_teacher: a score. `update` then takes the teacher's outputs in place of targets, and the detections from that score
+            on are the objects; `compute` returns the one figure `agreement`, the mAP, and nothing where there is no object.
 
     Crowds are ignored as COCO does; pictures without labels are left out. Raises `UserError` without faster-coco-eval, and for
     scores that are not finite. Without any object all figures are NaN.
@@ -75,14 +78,16 @@ class MeanAP(Metric):
     found_counts: list[Tensor]
     truth_counts: list[Tensor]
 
-    def __init__(self, keep: Callable[[Outputs], Outputs]):
+    def __init__(self, keep: Callable[[Outputs], Outputs], of_teacher: float | None = None):
         super().__init__()
         need_faster_coco_eval()
-        self.keep = keep
+        self.keep, self.of_teacher = keep, of_teacher
         for name in ("found", "truth", "found_counts", "truth_counts"):  # flat: a process may have no picture
             self.add_state(name, default=[], dist_reduce_fx="cat")
 
-    def update(self, outputs: Outputs, targets: Tensor) -> None:
+    def update(self, outputs: Outputs, targets: Any) -> None:
+        if self.of_teacher is not None:
+            targets = as_targets(self.keep(targets).heads["detections"], self.of_teacher)
         split = Split.of(self.keep(outputs).heads["detections"].detach().float(), targets)
         if not split.found:
             return
@@ -102,7 +107,16 @@ class MeanAP(Metric):
         return Split(*parts)
 
     def compute(self) -> dict[str, Tensor]:
-        return {k: torch.tensor(v, dtype=torch.float64) for k, v in mean_ap(self.split()).items()}
+        found = mean_ap(self.split())
+        if self.of_teacher is not None:
+            found = {} if math.isnan(found["map"]) else {"agreement": found["map"]}
+        return {k: torch.tensor(v, dtype=torch.float64) for k, v in found.items()}
+
+
+def as_targets(found: Tensor, score: float) -> Tensor:
+    """Returns the detections (N, K, 6) from a score on as targets (N, K, 6)."""
+    found = above(found, score)
+    return torch.cat([found[..., :4], found[..., CLASS, None], torch.zeros_like(found[..., :1])], -1)
 
 
 def mean_ap(split: Split) -> dict[str, float]:
@@ -116,6 +130,7 @@ def mean_ap(split: Split) -> dict[str, float]:
 
 def coco(split: Split, **options: Any) -> MeanAveragePrecision:
     """Returns torchmetrics' metric, updated with a split."""
+    logging.getLogger("faster_coco_eval").setLevel(logging.WARNING)  # it logs a table of each evaluation
     metric = MeanAveragePrecision(
         iou_thresholds=IOUS, rec_thresholds=RECALLS, backend="faster_coco_eval", sync_on_compute=False, **options
     )

@@ -17,13 +17,19 @@ from torchmetrics import Metric
 
 from litdistill.methods.base import BOXES
 from litdistill.tasks.base import Task, to_batch
-from litdistill.tasks.detection.boxes import padded, present
+from litdistill.tasks.detection.boxes import LABEL, padded, present
 from litdistill.tasks.detection.decode import CLASS, SCORE, detections
 from litdistill.tasks.detection.detector import detector_of
-from litdistill.tasks.detection.metrics import MeanAP, Split, constant_map
+from litdistill.tasks.detection.metrics import MeanAP, Split, constant_map, curves
 from litdistill.types import Batch, Outputs
 from litdistill.utils.errors import UserError
+from litdistill.utils.units import quantity
 
+SURE = 0.5  # the score from which a teacher's detections are what it finds
+NOTHING_REMEDY = (
+    "Train it for longer, look at its learning rate and its loss, and check that objects are not smaller than the finest "
+    "stride of its pyramid; task.score_threshold lowers the score from which a box counts."
+)
 FEWEST = 20  # objects that a detector is judged by
 SIZE = "size"  # a head (N, 2): height and width of the pictures, to which boxes are clipped
 
@@ -108,6 +114,30 @@ class Detection(Task):
 
     def metrics(self) -> Metric:
         return MeanAP(self.keep)
+
+    def agreement_metric(self) -> Metric:
+        """Returns the metric `agreement`: the student's mAP against the teacher's detections from a score of 0.5 on."""
+        return MeanAP(self.keep, SURE)
+
+    def by_class(self, outputs: Outputs, targets: Tensor, names: Sequence[str]) -> dict[str, dict[str, float]]:
+        """Returns of each class with an object `map`, `map_50` and how many objects there are, crowds aside (`count`)."""
+        curve = curves(Split.of(self.keep(outputs).heads["detections"], targets))
+        counts = torch.bincount(targets[present(targets)][:, LABEL].long())
+        return {
+            names[c] if c < len(names) else str(c): {"map": ap.item(), "map_50": ap50.item(), "count": int(counts[c])}
+            for c, ap, ap50 in zip(curve.classes, curve.average, curve.average_50, strict=True)
+            if not ap.isnan()
+        }
+
+    def findings(self, outputs: Outputs, targets: Tensor, where: str) -> dict[str, str]:
+        """Returns `nothing` for a student that finds nothing in any picture."""
+        found = self.keep(outputs).heads["detections"]
+        if bool((found[..., CLASS] >= 0).any()):
+            return {}
+        return {
+            "nothing": f"The student finds nothing: none of its scores is above {self.score_threshold:g} in any of "
+            f"{quantity(len(found), 'picture')} of the {where} set. {NOTHING_REMEDY}"
+        }
 
     def measures(self, outputs: Outputs) -> bool:
         return "detections" in outputs.heads or "boxes" in outputs.heads
