@@ -13,6 +13,7 @@ from litdistill.methods import (
     DIST,
     DKD,
     KD,
+    RKD,
     SP,
     WTTM,
     FitNet,
@@ -196,12 +197,18 @@ def test_scores_and_agreement_are_means_over_tokens():
     assert distiller.means.samples == 2 * N
 
 
-@pytest.mark.parametrize("method", [SP(), FitNet()])
+@pytest.mark.parametrize("method", [SP(), RKD()])
 def test_a_method_that_compares_whole_samples_is_refused_by_name(method):
     with pytest.raises(
         UserError, match=rf"{type(method).__name__} compares whole samples.*\bkd, .*takes_places = True"
     ):
         Distiller(Table(1), method, Table(2), padded(), task="language_model")
+
+
+def test_a_method_of_maps_is_refused_where_features_are_of_tokens():
+    student, teacher = (causal_transformer(V, (T,), layers=2, width=8, heads=2) for _ in range(2))
+    with pytest.raises(UserError, match="fitnet compares spatial maps"):
+        Distiller(student, FitNet(), teacher, padded(), task="language_model")
 
 
 def test_a_sum_with_such_a_method_is_refused():

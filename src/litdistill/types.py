@@ -21,16 +21,17 @@ class Batch(NamedTuple):
     weight: float = 1.0  # of this process's mean among those of all processes, where their parts are unequal
 
     def rows(self, index: Tensor) -> Batch:
-        """Some of the samples, whose inputs are one tensor."""
+        """Some of the samples, whose inputs are one tensor; or some of the places of `at`, with the inputs whole."""
         ids, views = (None if x is None else x[index] for x in (self.ids, self.views))
-        return Batch(self.inputs[index], self.targets[index], ids, views, self.weight)
+        inputs = self.inputs[index] if len(self.inputs) == len(self.targets) else self.inputs
+        return Batch(inputs, self.targets[index], ids, views, self.weight)
 
     def at(self, places: Tensor) -> Batch:
-        """The targets at some places (N, T) bool of sequences, one after the other (P,), with the id and view of the sample
-        of each; the inputs stay whole."""
+        """The targets at some places (N, T) bool of sequences or pictures, one after the other (P,), with the id and view of
+        the sample of each; the inputs stay whole."""
         sample = places.nonzero()[:, 0]
         ids, views = (None if x is None else x[sample] for x in (self.ids, self.views))
-        return self._replace(targets=self.targets[places], ids=ids, views=views)
+        return self._replace(targets=self.targets.flatten(1)[places], ids=ids, views=views)
 
 
 class Group(NamedTuple):
@@ -92,10 +93,11 @@ class Outputs(NamedTuple):
         return Outputs(heads, features, None if self.ids is None else self.ids[index])
 
     def at(self, places: Tensor) -> Outputs:
-        """The outputs at some places (N, T) bool of sequences, one after the other: what is (N, T, …) becomes (P, …), and the
-        id of a place is its sample's."""
+        """The outputs at some places (N, T) bool of sequences or pictures, one after the other: what is (N, T, …) becomes
+        (P, …), and the id of a place is its sample's. Maps (N, C, H, W) among the features stay as they are."""
         take = lambda x: x[places] if x.shape[:2] == places.shape else x  # noqa: E731
-        heads, features = ({k: take(v) for k, v in x.items()} for x in (self.heads, self.features))
+        heads = {k: take(v) for k, v in self.heads.items()}
+        features = {k: v if v.ndim == 4 else take(v) for k, v in self.features.items()}
         return Outputs(heads, features, None if self.ids is None else self.ids[places.nonzero()[:, 0]])
 
     @classmethod

@@ -73,11 +73,13 @@ TENSORS = (
     "text.sequences.docstrings",
     "text.sequences.token_sequences",
 )  # functions that return a `TensorData`
-TASKS = ("Classification", "Detection", "Embedding", "LanguageModel", "MultiLabel", "Regression")
+TASKS = ("Classification", "Detection", "Embedding", "LanguageModel", "MultiLabel", "Regression", "Segmentation")
 OWN = (
     "litdistill.data.datamodule.ImageData",
     *(f"litdistill.data.{name}" for name in TENSORS),
     "litdistill.tasks.detection.scenes.digit_scenes",
+    "litdistill.tasks.segmentation.data.digit_masks",
+    "litdistill.tasks.segmentation.data.masks",
     *(f"litdistill.data.{name}" for name in DATA),
     *(f"litdistill.compress.{name}" for name in ("low_rank.low_rank", "prune.prune", "quantize.int8")),
     *(f"litdistill.tasks.{name}" for name in TASKS),

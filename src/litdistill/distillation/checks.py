@@ -18,7 +18,7 @@ from litdistill.distillation.inference import NORMS
 from litdistill.distillation.recorded import RecordedTeacher
 from litdistill.distillation.teacher import FrozenTeacher
 from litdistill.methods import NAMES
-from litdistill.methods.base import WEIGHTS, Method
+from litdistill.methods.base import WEIGHTS, MapMethod, Method
 from litdistill.methods.shuffled import Shuffled
 from litdistill.methods.sum import Sum
 from litdistill.models.ensemble import Ensemble
@@ -42,10 +42,12 @@ def check_method(method: Method, teacher: object, task: Task) -> None:
             f"{task.kind}: use a method that reads features, LogitMSE, or for several labels BinaryKD."
         )
     if has_places(task) and not method.takes_places:
-        fitting = sorted(NAMES[kind] for kind in NAMES if getattr(methods, kind).takes_places)
+        known = {NAMES[kind]: getattr(methods, kind) for kind in sorted(NAMES, key=NAMES.__getitem__)}
+        fitting = [k for k, found in known.items() if found.takes_places and not issubclass(found, MapMethod)]
         raise UserError(
-            f"{name} compares whole samples, and {type(task).__name__} predicts at each place of a sequence: use a method "
-            f"that takes each as a sample ({', '.join(fitting)}). One of your own says so by takes_places = True."
+            f"{name} compares whole samples, and {type(task).__name__} predicts at each place of one: use a method that takes "
+            f"each as a sample ({', '.join(fitting)}), or of networks with maps one that compares these (cwd, at, fitnet). "
+            "One of your own says so by takes_places = True."
         )
 
 

@@ -114,7 +114,7 @@ class TeacherOnValidation:
             return
         if has_places(task):
             student, teacher = (at_places(task, targets, x) for x in (student, teacher))
-            count = len(student.logits)
+            count = len(student.main)
         for name, values in task.agreement(student, teacher).items():
             self._sums[name] = self._sums.get(name, 0) + values.double().sum()
         self._count += count
@@ -212,7 +212,7 @@ def warn_of_probabilities(outputs: list[Outputs]) -> None:
 def warn_of_few_classes(method: Method, outputs: list[Outputs]) -> None:
     """Warns if a term of the method sees nothing but the teacher's decision, as there are so few classes."""
     heads = [out.heads["logits"] for out in outputs if "logits" in out.heads]
-    parts = [m for m in method.modules() if isinstance(m, Method) and heads and heads[0].shape[1] < m.fewest_classes]
+    parts = [m for m in method.modules() if isinstance(m, Method) and heads and heads[0].shape[-1] < m.fewest_classes]
     for name in sorted({type(part).__name__ for part in parts}):
         log.warning(
             "%s sees only which of the two classes the teacher prefers, not by how much: for two classes use method=kd, dkd "

@@ -57,7 +57,7 @@ class Method(nn.Module):
     needs_teacher = True
     kinds: tuple[str, ...] = (CATEGORICAL, BERNOULLI, REAL)  # kinds of logits that its formula is defined for
     takes_places = (
-        False  # whether its rows may be the places of sequences (`Task.places`): it compares no whole samples
+        False  # whether its rows may be places of sequences or pictures (`Task.places`): it compares no whole samples
     )
     reads_targets = False  # whether its own terms read the label of every sample
     some_classes = False  # whether it is defined for a teacher that knows only some of the classes
@@ -170,6 +170,7 @@ class MapMethod(PairMethod):
     """Base of methods that compare spatial maps of both networks, stage by stage; arguments as of `PairMethod`."""
 
     kinds: tuple[str, ...] = ALL_KINDS  # maps are the same of any task
+    takes_places = True  # maps stay whole where the logits are those of places: see `Outputs.at`
 
     def __init__(
         self,

@@ -74,7 +74,7 @@ class Pairs(Method):
         of_logits = [self.losses[k] for k, pair in self.pairs.items() if "logits" in (pair.student, pair.teacher)]
         self.kinds = tuple(kind for kind in ALL_KINDS if all(loss.kind in (None, kind) for loss in of_logits))
         self.fewest_classes = max([Method.fewest_classes, *(loss.fewest_classes for loss in of_logits)])
-        self.takes_places = all(loss.layout in ("values", "rows") for loss in self.losses.values())
+        self.takes_places = all(loss.layout != "samples" for loss in self.losses.values())
         if not self.kinds:
             raise UserError("pairs has losses of logits for one label and for several labels: keep those of one kind.")
         self.names = dict(zip(self.pairs, _term_names(list(self.pairs.values())), strict=True))

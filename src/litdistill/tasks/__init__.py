@@ -8,6 +8,7 @@ from litdistill.tasks.detection.task import Detection
 from litdistill.tasks.embedding import Embedding
 from litdistill.tasks.multilabel import MultiLabel
 from litdistill.tasks.regression import Regression
+from litdistill.tasks.segmentation import Segmentation
 from litdistill.tasks.sequence import LanguageModel
 from litdistill.utils.errors import UserError
 
@@ -19,6 +20,7 @@ __all__ = [
     "LanguageModel",
     "MultiLabel",
     "Regression",
+    "Segmentation",
     "Task",
     "named_task",
 ]
@@ -30,6 +32,7 @@ TASKS: dict[str, type[Task]] = {
     "language_model": LanguageModel,
     "embedding": Embedding,
     "detection": Detection,
+    "segmentation": Segmentation,
 }
 
 

@@ -53,10 +53,11 @@ class Task:
 
     def places(self, targets: Any) -> Tensor | None:
         """Returns which places of each sample are predicted, (N, T) bool, where logits are (N, T, outputs): tokens of padded
-        sequences. None (the default): a sample has one prediction.
+        sequences, pixels of pictures row by row. None (the default): a sample has one prediction.
 
         Losses, methods, scores and agreement then see the predicted places of all samples one after the other: logits (P,
         outputs), features (P, C) and targets (P,), so that a mean over the batch is one over places, and padding never counts.
+        Targets may have more axes, (N, H, W), whose places are in their order. Maps (N, C, H, W) among the features stay maps.
         """
         return None
 

@@ -46,8 +46,8 @@ def judge(
     """
     found: Findings = {}
     places = task.places(targets)
-    if places is not None:  # each token of sequences is a prediction
-        outputs, targets = outputs.at(places), targets[places]
+    if places is not None:  # each token of sequences, or pixel of pictures, is a prediction
+        outputs, targets = outputs.at(places), targets.flatten(1)[places]
     where = {"val": "validation", "train": "training"}.get(where, where)
     said = constant(task, outputs, targets, names)
     if said is not None:

@@ -54,6 +54,8 @@ OBJECTS: dict[str, dict[str, type[Node]]] = {
         "docstrings": data.Sequences,
         "token_sequences": data.Sequences,
         "digit_scenes": data.Scenes,
+        "digit_masks": data.Scenes,
+        "masks": data.Masks,
     },
     "task": {
         "Classification": library.Classification,
@@ -62,6 +64,7 @@ OBJECTS: dict[str, dict[str, type[Node]]] = {
         "MultiLabel": library.MultiLabel,
         "Regression": library.Regression,
         "LanguageModel": library.LanguageModel,
+        "Segmentation": library.Segmentation,
     },
     "optimizer": {"": library.Optimizer},
     "scheduler": {"": library.Scheduler},

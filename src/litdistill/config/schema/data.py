@@ -187,6 +187,17 @@ class Scenes(TensorData):
     size: Annotated[int, Field(ge=32, le=160)] = option("pixels of a side")
 
 
+class Masks(TensorData):
+    """`data=masks`: conf/data/masks.yaml."""
+
+    root: Text | None = option("a folder of images/ and masks/, whose files have the same names but for the suffix")
+    size: Count | Annotated[list[Count], Field(min_length=2, max_length=2)] | None = option(
+        "side, or height and width, to which pictures and masks are resized and cropped; null: as they are"
+    )
+    classes: Classes | None = option("their names from 0 on; null: class 0, … up to the largest in a mask")
+    unlabelled: bool = option("true: pictures to train on may lack a mask, and the teacher alone says what is there")
+
+
 class Table(Standardized):
     """`data=table`: conf/data/table.yaml."""
 

@@ -126,6 +126,14 @@ class Regression(Node):
     std: Deviations | None = option("likewise; both are given, or neither")
 
 
+class Segmentation(Node):
+    """`task` of a class for each pixel."""
+
+    target: str = Field(alias="_target_", description="the task")
+    ignored: int = option("the class of pixels that count for nothing")
+    class_weights: list[NotNegative] | None = option("of each class in the labels' loss, [1, 3]; null: 1 each")
+
+
 class LanguageModel(Node):
     """`task` of the next token at each place of a sequence."""
 

@@ -54,12 +54,17 @@ def digit_scenes(count: int = 1250, size: int = 64, **options: Any) -> TensorDat
         count: scenes to train on, the validation set included. size: pixels of a side, 32 to 160.
         options: those of `TensorData`.
     """
+    check_options(count, size)
+    read = functools.partial(_read, count, size)
+    return TensorData(read, "digit_scenes", "detection", standardize=True, **options)
+
+
+def check_options(count: int, size: int) -> None:
+    """Raises `UserError` for a number or a size of scenes that cannot be made."""
     if count < 2:
         raise UserError(f"data.count={count} must be at least 2: a scene to train on and one to validate on.")
     if not SIZES[0] <= size <= SIZES[1]:
         raise UserError(f"data.size={size} must be {SIZES[0]} to {SIZES[1]} pixels, as the photographs behind allow.")
-    read = functools.partial(_read, count, size)
-    return TensorData(read, "digit_scenes", "detection", standardize=True, **options)
 
 
 def _read(count: int, size: int) -> TensorSource:
