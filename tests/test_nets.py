@@ -25,12 +25,12 @@ from litdistill.models.wrn import WideBlock, wrn
 from litdistill.utils.errors import UserError
 
 ROOT = Path(__file__).parents[1]
-# Of other data than images, of boxes, or of a folder that has to be there; test_bert, test_text_nets, test_sequence,
-# test_log_mel, test_tables, test_transformers and test_detection_networks build them.
+# Of other data than images, of boxes, of masks, or of a folder that has to be there; test_bert, test_text_nets, test_sequence,
+# test_log_mel, test_tables, test_transformers, test_detection_networks and test_segmentation_networks build them.
 OTHERS = {
     *("minilm", "embedding_bag", "text_cnn", "text_transformer", "causal_transformer"),
     *("sound_conv", "sound_conv_wide", "on_log_mel", "embedding_mlp", "transformers"),
-    *("fcos_slim", "torchvision_detector"),
+    *("fcos_slim", "torchvision_detector", "fcn_slim", "torchvision_segmenter"),
 }
 YAMLS = {p.stem: p for p in sorted((ROOT / "conf" / "net").glob("*.yaml")) if p.stem not in OTHERS}
 DIGITS, GREY, COLOR = (10, (1, 8, 8)), (10, (1, 28, 28)), (100, (3, 32, 32))

@@ -137,7 +137,7 @@ def torchvision_segmenter(
     changes = fit_stem(net, name, input_shape[0], small=False, required=False, keep=bool(state))
     changes += _fit_heads(net, trained, num_classes)
     maps = Maps(net)
-    check_maps(maps, num_classes, input_shape, name)
+    check_maps(net, num_classes, input_shape, name)
     if not weights:
         return adapted(maps, name, changes)
     adapted(maps, name, [*changes, "ImageNet's mean and std"] if input_shape[0] == 3 else changes, Path(weights).name)
@@ -181,12 +181,12 @@ def published_state(name: str, weights: str) -> dict[str, Tensor]:
 
 
 def check_maps(net: nn.Module, num_classes: int, input_shape: Sequence[int], name: str) -> None:
-    """Raises `UserError` unless a forward on the meta device gives a map of logits (1, classes, h, w)."""
+    """Raises `UserError` unless a forward on the meta device gives a map `out` of logits (1, classes, h, w)."""
     state = {k: torch.empty_like(v, device="meta") for k, v in (*net.state_dict().items(), *net.named_buffers())}
     given = "x".join(map(str, input_shape))
     try:
         with evaluating(net):
-            logits = torch.func.functional_call(net, state, (torch.empty(1, *input_shape, device="meta"),))
+            logits = torch.func.functional_call(net, state, (torch.empty(1, *input_shape, device="meta"),))["out"]
     except Exception as error:  # networks raise many kinds of errors for unsupported sizes
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{name} cannot take pictures of {given} ({reason}): resize them.") from error
