@@ -27,7 +27,19 @@ WIDTH, LEFT = 80, 30  # columns of the text, and of its keys
 ABSENT = object()
 # Groups in the order of the help; those of `data`, … choose the node of that name.
 GROUPS = (
-    *("experiment", "data", "net", "task", "method", "compress", "optimizer", "scheduler", "trainer", "callbacks"),
+    *(
+        "experiment",
+        "data",
+        "net",
+        "task",
+        "method",
+        "balance",
+        "compress",
+        "optimizer",
+        "scheduler",
+        "trainer",
+        "callbacks",
+    ),
     *("logger", "sweep"),
 )
 

@@ -36,6 +36,7 @@ FILES: dict[str, type[Node]] = {
     "data/table.yaml": data.Table,
     "sweep/base.yaml": train.SweepOptions,
     "trainer/auto.yaml": library.Trainer,
+    "balance/auto.yaml": train.Balance,
 }
 SECTIONS: tuple[tuple[str, str, type[Node]], ...] = (  # prefix of the keys, title, schema
     ("", "`litdistill train`: conf/train.yaml", train.Train),

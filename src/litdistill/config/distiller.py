@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from litdistill.compress.quantize import Int8
 from litdistill.config.instantiate import instantiate, with_key
 from litdistill.data.protocol import IndexedData
+from litdistill.distillation.balance import Balance
 from litdistill.distillation.distiller import Clip, Distiller, OptimizerFactory, SchedulerOptions
 from litdistill.distillation.teacher import FrozenTeacher
 from litdistill.distillation.teacher_cache import CacheOptions
@@ -129,6 +130,7 @@ def build_distiller(
             optimizer,
             *scheduler,
             schedule=OmegaConf.to_container(cfg.schedule) if cfg.get("schedule") else {},  # type: ignore[arg-type]
+            balance=Balance(**cfg.balance) if cfg.get("balance") else None,
             ema=cfg.get("ema"),
             seed=cfg.seed,
             allow_chance=bool(cfg.teacher is not None and cfg.teacher.allow_chance),

@@ -19,12 +19,21 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from litdistill.data.protocol import IndexedData, training_labels
 from litdistill.distillation import checks
+from litdistill.distillation.balance import Balance
 from litdistill.distillation.batch_statistics import LaggingStatistics
 from litdistill.distillation.examine import TeacherOnValidation, examine
 from litdistill.distillation.logs import log_group, log_step
 from litdistill.distillation.running_means import RunningMeans
 from litdistill.distillation.schedules import average_of, interpolate, step_plateau
-from litdistill.distillation.step import labels_loss, outputs_of_both, seed_step, timed_outputs, total, train_group
+from litdistill.distillation.step import (
+    label_terms,
+    outputs_of_both,
+    seed_step,
+    timed_outputs,
+    total,
+    train_group,
+    weighed,
+)
 from litdistill.distillation.teacher import FrozenTeacher, teacher_taps
 from litdistill.distillation.teacher_cache import CacheOptions, TeacherCache, open_cache
 from litdistill.features.feature_extractor import FeatureExtractor, resolve_taps
@@ -34,7 +43,6 @@ from litdistill.methods.supervised import Supervised
 from litdistill.tasks import TASKS, named_task
 from litdistill.tasks.base import Task, every_place
 from litdistill.types import Batch, Group, Outputs
-from litdistill.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +79,7 @@ class Distiller(LightningModule):
         scheduling: when the scheduler is stepped.
         schedule: for any term of the loss, points (epoch, factor) between which its weight is scaled linearly, with the
             first epoch counted as 1: `{"soft": [[0, 0], [20, 1]]}` warms the soft term up over 20 epochs.
+        balance: sets the weights of hints by their gradients in the first minibatches; None: as the method has them.
         ema: decay of the exponential moving average of the student's weights; the average is then evaluated and deployed.
         seed: seeds each step by seed, epoch, minibatch and rank, so that a run can be resumed at any step.
         allow_chance: trains even with a teacher that is no better than chance.
@@ -95,6 +104,7 @@ class Distiller(LightningModule):
         scheduler: Callable[[Optimizer], LRScheduler] | None = None,
         scheduling: SchedulerOptions = SchedulerOptions(),  # noqa: B008
         schedule: Schedule | None = None,
+        balance: Balance | None = None,
         ema: float | None = None,
         seed: int | None = None,
         allow_chance: bool = False,
@@ -125,11 +135,12 @@ class Distiller(LightningModule):
         self.average = average_of(self.student, ema) if ema is not None else None
         self.optimizer, self.scheduler, self.scheduling = optimizer, scheduler, scheduling
         self.schedule, self.seed, self.allow_chance = dict(schedule or {}), seed, allow_chance
+        self.balance = balance
         self.data, self.cache_options = data, cache or CacheOptions()
         self.cache: TeacherCache | None = None  # opened on the training device when training starts
         self.automatic_optimization, self.clip = not group, clip
         self.means, self.statistics = RunningMeans(self.task, self.labels), LaggingStatistics()
-        self._factors: dict[str, float] = {}  # of the terms, set anew each epoch
+        self.schedule_factors: dict[str, float] = {}  # of terms, set anew each epoch
         self.teacher_s = 0.0  # seconds spent in the teacher since the fit began
         self.val_metrics, self.test_metrics = self.task.metrics(), self.task.metrics()
         self.on_validation = TeacherOnValidation(teacher_on_validation, data, self.task.agreement_metric())
@@ -248,7 +259,7 @@ class Distiller(LightningModule):
         self.means.start_epoch()
         self.method.set_epoch(self.current_epoch)
         self.statistics.batches.clear()
-        self._factors = {k: interpolate(points, self.current_epoch + 1) for k, points in self.schedule.items()}
+        self.schedule_factors = {k: interpolate(points, self.current_epoch + 1) for k, points in self.schedule.items()}
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         if isinstance(batch, Group):
@@ -268,27 +279,11 @@ class Distiller(LightningModule):
         """Returns the loss of one minibatch, a scalar; `teacher`: its outputs, if already computed."""
         samples = len(batch.targets)
         student, teacher, batch = outputs_of_both(self, batch, teacher)
-        terms = self._label_terms(student, self.method.relabel(teacher, batch)) | self.method(student, teacher, batch)
-        unknown = self._factors.keys() - terms.keys()
-        if unknown and not self.method.init_epochs:
-            raise UserError(
-                f"schedule names {', '.join(unknown)}, but the terms of this method are {', '.join(terms)}."
-            )
-        terms = {k: v * self._factors[k] if k in self._factors else v for k, v in terms.items()}
+        labels = label_terms(self, student, self.method.relabel(teacher, batch))
+        terms = weighed(self, student, labels, self.method(student, teacher, batch))
         loss = total(self.method, terms)
         self.means.add(terms, student, teacher, batch.targets, samples, self.method.watched())
         return loss
-
-    def _label_terms(self, student: Outputs, batch: Batch) -> dict[str, Tensor]:
-        """Returns the terms of the labels' loss, summed over student and companions and weighted by the method's `hard`."""
-        weight = self.method.hard * self.method.hard_factor(self.current_epoch)
-        if not weight or (self.labels == "none" and not self.method.relabels):
-            return {}
-        terms = dict(labels_loss(self, student, batch))
-        for companion in self.method.companions(student):
-            for name, value in labels_loss(self, companion, batch).items():
-                terms[name] = terms[name] + value
-        return {name: weight * value for name, value in terms.items()}
 
     @property
     def needs_teacher_outputs(self) -> bool:
@@ -323,12 +318,16 @@ class Distiller(LightningModule):
             log.info("Of %d outputs of the teacher %.0f %% were known.", self.cache.requested, 100 * share)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the method's buffers of all ranks (CRD's memory banks), since a state dict contains only those of rank 0."""
+        """Adds the balance, and the method's buffers of all ranks (CRD's memory banks): a state dict has those of rank 0."""
+        if self.balance is not None:
+            checkpoint["balance"] = self.balance.state_dict()
         if self.trainer.world_size > 1:
             checkpoint["buffers_of_ranks"] = {name: self.all_gather(x) for name, x in self.method.named_buffers()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restores each rank's own buffers if the number of processes is unchanged."""
+        """Restores the balance, and each rank's own buffers if the number of processes is unchanged."""
+        if self.balance is not None and "balance" in checkpoint:
+            self.balance.load_state_dict(checkpoint["balance"])
         for name, of_ranks in checkpoint.get("buffers_of_ranks", {}).items():
             if len(of_ranks) == checks.world_size():
                 checkpoint["state_dict"][f"method.{name}"] = of_ranks[self.global_rank]

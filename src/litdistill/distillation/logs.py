@@ -22,7 +22,7 @@ def log_step(distiller: Distiller) -> None:
     means = _means(distiller)
     for name, value in means.items():
         distiller.log(name, value, prog_bar=name == "train/loss", sync_dist=True)
-    for name, number in _speed(distiller).items():
+    for name, number in (_speed(distiller) | _factors(distiller)).items():
         distiller.log(name, number)
     distiller.means.reset()
 
@@ -35,7 +35,8 @@ def log_group(distiller: Distiller) -> None:
         means = dict(zip(means, reduced, strict=True))
     for name, value in means.items():  # for callbacks and the progress bar
         distiller.log(name, value, prog_bar=name == "train/loss", logger=False)
-    values = {**{name: float(value) for name, value in means.items()}, **_speed(distiller), **_rates(distiller)}
+    values = {name: float(value) for name, value in means.items()} | _speed(distiller) | _factors(distiller)
+    values |= _rates(distiller)
     for logger in distiller.loggers:
         logger.log_metrics(values | {"epoch": float(distiller.current_epoch)}, trainer.global_step)
     distiller.means.reset()
@@ -52,6 +53,12 @@ def _speed(distiller: Distiller) -> dict[str, float]:
     seconds = max(means.elapsed, 1e-9)
     samples = means.samples * distiller.trainer.world_size
     return {"speed/samples_per_s": samples / seconds, "speed/teacher_share": means.teacher_s / seconds}
+
+
+def _factors(distiller: Distiller) -> dict[str, float]:
+    """Returns by what `balance` multiplies terms of the loss; they are constant after its first minibatches."""
+    balance = distiller.balance
+    return {} if balance is None else {f"balance/{name}": factor for name, factor in balance.factors.items()}
 
 
 def _rates(distiller: Distiller) -> dict[str, float]:

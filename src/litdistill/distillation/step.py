@@ -7,7 +7,9 @@ stop happen between groups. `training/grouping.py` decides where groups are equi
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -16,12 +18,15 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from litdistill.distillation.balance import Balance
 from litdistill.methods.base import Method
 from litdistill.types import Batch, Group, Outputs, has_label
 from litdistill.utils.errors import UserError
 
 if TYPE_CHECKING:
     from litdistill.distillation.distiller import Distiller
+
+log = logging.getLogger(__name__)
 
 
 def train_group(distiller: Distiller, group: Group) -> Tensor:
@@ -70,7 +75,9 @@ def outputs_of_both(
     """
     if teacher is None and distiller.needs_teacher_outputs:
         teacher = distiller.teacher_outputs(batch)
-    student = distiller.extractor.run(lambda net: distiller.task.forward(net, batch, True))._replace(ids=batch.ids)
+    # A compiled backward cannot keep its graph, which measuring needs.
+    with torch.compiler.set_stance("force_eager") if measures(distiller) else contextlib.nullcontext():
+        student = distiller.extractor.run(lambda net: distiller.task.forward(net, batch, True))._replace(ids=batch.ids)
     places = distiller.task.places(batch.targets)
     if places is None:
         return student, teacher, batch
@@ -87,6 +94,66 @@ def labels_loss(distiller: Distiller, outputs: Outputs, batch: Batch) -> dict[st
         whole = task.loss(student, outputs, batch._replace(targets=torch.zeros_like(batch.targets)))
         return {name: 0 * value for name, value in whole.items()}
     return task.loss(student, outputs.rows(rows), batch.rows(rows))
+
+
+def label_terms(distiller: Distiller, student: Outputs, batch: Batch) -> dict[str, Tensor]:
+    """Returns the terms of the labels' loss, summed over student and companions and weighted by the method's `hard`."""
+    method = distiller.method
+    weight = method.hard * method.hard_factor(distiller.current_epoch)
+    if not weight or (distiller.labels == "none" and not method.relabels):
+        return {}
+    terms = dict(labels_loss(distiller, student, batch))
+    for companion in method.companions(student):
+        for name, value in labels_loss(distiller, companion, batch).items():
+            terms[name] = terms[name] + value
+    return {name: weight * value for name, value in terms.items()}
+
+
+def measures(distiller: Distiller) -> bool:
+    """Returns whether gradients are measured in this minibatch: one of the first, once the labels' loss counts."""
+    balance = distiller.balance
+    return balance is not None and not balance.finished and distiller.current_epoch >= distiller.method.init_epochs
+
+
+def weighed(
+    distiller: Distiller, student: Outputs, labels: dict[str, Tensor], terms: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Returns the terms of the loss, those of the labels first, each scaled by its balance and by the schedule.
+
+    Raises `UserError` where the schedule names a term that is not among them.
+    """
+    every, schedule = labels | terms, distiller.schedule_factors
+    unknown = schedule.keys() - every.keys()
+    if unknown and not distiller.method.init_epochs:
+        raise UserError(f"schedule names {', '.join(unknown)}, but the terms of this method are {', '.join(every)}.")
+    if (balance := distiller.balance) is None:
+        factors: dict[str, float] = schedule
+    else:
+        if measures(distiller):
+            _measure(distiller, balance, student, labels, terms)
+        factors = balance.factors
+        factors = factors | {k: v * factors.get(k, 1.0) for k, v in schedule.items()}
+    return {k: v * factors[k] if k in factors else v for k, v in every.items()}
+
+
+def _measure(
+    distiller: Distiller, balance: Balance, student: Outputs, labels: dict[str, Tensor], terms: dict[str, Tensor]
+) -> None:
+    """Measures the gradients of one minibatch, on all processes together; logs the factors once they are fixed."""
+    strategy, scaler = distiller.trainer.strategy, getattr(distiller.trainer.precision_plugin, "scaler", None)
+    together = lambda sums: strategy.reduce(sums, reduce_op="sum")  # noqa: E731
+    balance.measure(
+        labels,
+        terms,
+        list(student.heads.values()),
+        [p for p in distiller.student.parameters() if p.requires_grad],
+        together if distiller.trainer.world_size > 1 else None,
+        scale=1.0 if scaler is None else scaler.get_scale(),
+    )
+    if balance.finished and balance.ratios:
+        log.info("%s", balance)
+    elif balance.finished and distiller.method.taps().student:
+        log.info("balance leaves all weights as they are: no hint stands beside another loss.")
 
 
 def total(method: Method, terms: Mapping[str, Tensor]) -> Tensor:

@@ -70,6 +70,8 @@ def finish(run: Run, times: dict[str, float], role: str) -> None:
     student = load_weights_of(run.distiller, checkpoints / "best.ckpt")
     found = measure(student, teacher, run.data, task, "test", device, kept)
     summary = summarize(cfg, run.data, task, student, teacher, found, last, run.best, times, trainer)
+    if run.distiller.balance is not None and (balanced := run.distiller.balance.found()):
+        summary["balance"] = balanced
     if run.changes:  # no run that kept its options is averaged with this one, and its teacher is the one it began with
         summary |= {"changes": run.changes, "start": start_of(as_started(cfg, run.changes))}
         summary["settings"]["changes"] = json.dumps(run.changes)

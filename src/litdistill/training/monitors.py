@@ -102,6 +102,7 @@ def check_train_monitors(distiller: Distiller, example: Any, monitors: Mapping[s
     try:
         with torch.random.fork_rng():
             probe = copy.deepcopy(distiller)
+            probe.balance = None  # measures with a Trainer, and changes no name
             probe.on_train_epoch_start()
             probe.loss(probe.task.batch(example))
             names = set(probe.means.means())

@@ -39,7 +39,7 @@ def split_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def without_null(arguments: Sequence[str]) -> list[str]:
     """Returns the arguments with `logger=null` and its like in Hydra's words: it takes no null for a file of a group."""
-    words = {f"{group}=null": f"{group}=none" for group in ("callbacks", "logger", "scheduler")}
+    words = {f"{group}=null": f"{group}=none" for group in ("balance", "callbacks", "logger", "scheduler")}
     return [{**words, "compress=null": "~compress"}.get(argument, argument) for argument in arguments]
 
 

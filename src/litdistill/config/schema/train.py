@@ -115,6 +115,18 @@ class Compile(Node):
     )
 
 
+class Balance(Node):
+    """`balance`."""
+
+    ratio: NotNegative = option(
+        "the gradient of each term that reads the student's features alone, relative to that of the labels' loss"
+    )
+    terms: dict[str, NotNegative | None] | None = option(
+        "the same of terms by name, also of those that read logits: {soft: 1.0}; null: keeps its weight"
+    )
+    steps: Count = option("minibatches over which gradients are measured; the factors are fixed after them")
+
+
 class Train(Node):
     """conf/train.yaml."""
 
@@ -146,6 +158,9 @@ class Train(Node):
     )
     schedule: dict[str, Points] | None = option(
         "scale a term of the loss over epochs: {soft: [[0, 0], [20, 1]]} warms `soft` up for 20 epochs"
+    )
+    balance: Balance | None = option(
+        "auto: weights of hints fit by themselves, by their gradients in the first minibatches; none: as the method has them"
     )
     ema: Decay | None = option(
         "average the student's weights with this decay (0.999); the average is what is evaluated", usual=0.999

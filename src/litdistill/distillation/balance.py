@@ -1,0 +1,156 @@
+"""Weights of the terms of the loss that fit by themselves: each term's gradient in proportion to that of the labels' loss.
+
+Published weights were tuned for one data set and one pair of networks. On others the gradient of a hint at the student may be
+a hundred times that of the labels' loss. So in the first minibatches the norm of each term's gradient at all parameters of
+the student is measured; a factor then makes it `ratio` times that of the reference, and stays as it is for the rest of the run.
+
+The reference is the loss of the labels and of all terms that keep their weights: terms that read the student's logits. What
+reads its features alone (a hint) is balanced.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils import get_total_norm
+
+from litdistill.utils.errors import UserError
+
+Together = Callable[[Tensor], Tensor]  # adds up a vector over all processes
+
+
+class Balance:
+    """Factors of the terms of a loss.
+
+    Args:
+        ratio: the norm of a hint's gradient relative to the reference's.
+        terms: the same of terms by name, in place of `ratio` and also of those that read logits; None keeps a term's weight.
+        steps: minibatches over which gradients are measured; those in which no sample has a label do not count.
+
+    Until the last of these a factor is that of the minibatches so far, and 0 where the reference has no gradient yet. Raises
+    `UserError` for a ratio that is negative or not finite, and for no minibatch.
+    """
+
+    def __init__(self, ratio: float = 0.1, terms: Mapping[str, float | None] | None = None, steps: int = 16):
+        self.ratio, self.terms, self.steps = ratio, dict(terms or {}), steps
+        for name, value in {"ratio": ratio, **self.terms}.items():
+            if value is not None and not 0 <= value < math.inf:
+                raise UserError(
+                    f"balance: {name}={value} must be 0 or more: the share of a term's gradient in the labels' loss."
+                )
+        if steps < 1:
+            raise UserError(f"balance: steps={steps} must be 1 or more.")
+        self.measured = 0  # minibatches so far
+        self.ratios: dict[str, float] = {}  # of the terms that are balanced
+        self.norms: dict[str, float] = {}  # sums over minibatches and processes; that of the reference is ""
+
+    @property
+    def finished(self) -> bool:
+        """Returns whether the factors are fixed."""
+        return self.measured >= self.steps
+
+    @property
+    def factors(self) -> dict[str, float]:
+        """Returns the factors of balanced terms by name: 0 without a gradient of the reference, 1 without one of their own."""
+        return {
+            name: ratio * self.norms[""] / self.norms[name] if self.norms[name] else float(self.measured > 0)
+            for name, ratio in self.ratios.items()
+        }
+
+    def measure(
+        self,
+        labels: Mapping[str, Tensor],
+        terms: Mapping[str, Tensor],
+        heads: Sequence[Tensor],
+        parameters: Sequence[Tensor],
+        together: Together | None = None,
+        scale: float = 1.0,
+    ) -> None:
+        """Measures one minibatch.
+
+        `labels`, `terms`: the scalar terms of the labels' loss and of the method, weighted. `heads`: what the student gives
+        (its logits). `parameters`: those of the student that are trained. `together`: where there are several processes.
+        `scale`: what the loss is multiplied by in backward, so that no gradient in float16 is lost. The graph is kept.
+
+        Where the labels do not count and no term keeps its weight, all keep theirs. Raises `UserError` for a name in `terms`
+        that no term has, and where `terms` names them all and nothing is left to be in proportion to.
+        """
+        if unknown := self.terms.keys() - terms.keys():
+            raise UserError(
+                f"balance.terms names {', '.join(sorted(unknown))}; the terms of this method are {', '.join(terms)}."
+            )
+        ratios = {name: self._ratio(name, value, heads) for name, value in terms.items()}
+        balanced = {name: ratio for name, ratio in ratios.items() if ratio is not None}
+        kept = [*labels.values(), *(value for name, value in terms.items() if name not in balanced)]
+        if not kept and self.terms:
+            raise UserError(
+                "balance.terms: the labels do not count (hard=0) and every term is named: to what in proportion?"
+            )
+        if not kept or not balanced:  # nothing to measure, now or later
+            self.measured = self.steps
+            return
+        values = {"": torch.stack(kept).sum(), **{name: terms[name] for name in balanced}}
+        norms = [gradient_norm(value * scale, parameters) / scale for value in values.values()]
+        found = torch.stack(norms)
+        counts = bool(found.isfinite().all()) and bool(found[0] > 0)
+        sums = torch.cat([found if counts else torch.zeros_like(found), found.new_tensor([float(counts)])])
+        if together is not None:
+            sums = together(sums)
+        self.ratios = balanced
+        self.norms = {k: self.norms.get(k, 0.0) + v for k, v in zip(values, sums[:-1].tolist(), strict=True)}
+        self.measured += int(sums[-1] > 0)
+
+    def _ratio(self, name: str, value: Tensor, heads: Sequence[Tensor]) -> float | None:
+        """Returns the ratio of a term; None if it keeps its weight: it reads logits, or trains nothing of the student."""
+        if name in self.terms:
+            return self.terms[name]
+        return None if reads(value, heads) else self.ratio
+
+    def found(self) -> dict[str, dict[str, float]]:
+        """Returns for each balanced term its `factor`, its `ratio`, and what the ratio would be `unbalanced`."""
+        reference = self.norms.get("", 0.0)
+        return {
+            name: {
+                "factor": factor,
+                "ratio": self.ratios[name],
+                "unbalanced": self.norms[name] / reference if reference else 0.0,
+            }
+            for name, factor in self.factors.items()
+        }
+
+    def __str__(self) -> str:
+        parts = [
+            f"{name} by {f['factor']:.3g}, so that its gradient is {f['ratio']:g} times that of the other terms, not "
+            f"{f['unbalanced']:.3g} times"
+            for name, f in self.found().items()
+        ]
+        return f"Weights of {self.measured} minibatches' gradients: {'; '.join(parts)}."
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns plain values, exact to the bit."""
+        return {"measured": self.measured, "ratios": dict(self.ratios), "norms": dict(self.norms)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores what `state_dict` returned."""
+        self.measured, self.ratios, self.norms = state["measured"], dict(state["ratios"]), dict(state["norms"])
+
+
+def gradient_norm(value: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    """Returns the norm of a scalar's gradient at all `parameters` together, in float32 or their float64; the graph is kept."""
+    found: Sequence[Tensor | None] = []
+    if value.requires_grad:
+        found = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
+    gradients = [g if g.dtype == torch.float64 else g.float() for g in found if g is not None]
+    return get_total_norm(gradients) if gradients else value.new_zeros(())
+
+
+def reads(value: Tensor, tensors: Sequence[Tensor]) -> bool:
+    """Returns whether a scalar is computed from any of the tensors."""
+    inputs = [t for t in tensors if t.requires_grad]
+    if not inputs or not value.requires_grad:
+        return False
+    return any(g is not None for g in torch.autograd.grad(value, inputs, retain_graph=True, allow_unused=True))
