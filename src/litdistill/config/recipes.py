@@ -42,6 +42,7 @@ OWN_FILES = {
     **dict.fromkeys(("folder", "shards", "sounds"), ("root",)),
     "table": ("root", "test"),
     "texts": ("root", "test", "validation", "unlabelled"),
+    **dict.fromkeys(("coco", "voc"), ("root",)),
 }
 OWN_CALLBACKS = ("best", "last", "learning_rate")  # those of conf/callbacks, which do not change the weights
 

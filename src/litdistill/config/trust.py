@@ -77,9 +77,9 @@ TASKS = ("Classification", "Detection", "Embedding", "LanguageModel", "MultiLabe
 OWN = (
     "litdistill.data.datamodule.ImageData",
     *(f"litdistill.data.{name}" for name in TENSORS),
-    "litdistill.tasks.detection.scenes.digit_scenes",
     "litdistill.tasks.segmentation.data.digit_masks",
     "litdistill.tasks.segmentation.data.masks",
+    *(f"litdistill.tasks.detection.{n}" for n in ("scenes.digit_scenes", "bccd.bccd", "coco.coco", "voc.voc")),
     *(f"litdistill.data.{name}" for name in DATA),
     *(f"litdistill.compress.{name}" for name in ("low_rank.low_rank", "prune.prune", "quantize.int8")),
     *(f"litdistill.tasks.{name}" for name in TASKS),

@@ -1,4 +1,4 @@
-"""Finds, downloads and verifies the files of the published data sets: images, texts, and spoken digits.
+"""Finds, downloads and verifies the files of the published data sets: images, texts, spoken digits and blood cells.
 
 From every source the files are stored as `<root>/<name>/<file>` in their official, pickle-free form (IDX, and the binary
 version of CIFAR), and the returned bytes are those whose digest was checked. Sources are tried in this order: the folders
@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torchvision.datasets as published
 from filelock import FileLock
 
-from litdistill.data import recordings
+from litdistill.data import blood_cells, recordings
 from litdistill.data.download import (
     FAILURES,
     IDX,
@@ -148,6 +148,12 @@ DATASETS: dict[str, Published] = {
         (),
         {recordings.URL: recordings.github},
         copy="the repository's archive, or its folder recordings",
+    ),
+    "bccd": Published(
+        {"bccd.tar": blood_cells.SHA256},
+        (),
+        {blood_cells.URL: blood_cells.github},
+        copy="the repository's archive, or its folder BCCD",
     ),
 }
 IMAGES = ("mnist", "fashion_mnist", "cifar10", "cifar100")  # those of `DATASETS` that hold images

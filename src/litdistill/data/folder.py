@@ -244,15 +244,16 @@ def _nearest(root: Path) -> str:
 _SAID: set[str] = set()  # a run reads its data again for its teacher, which nobody needs to hear of twice
 
 
-def say(lines: list[str], skipped: str) -> None:
-    """Logs `lines`, with a warning of what is `skipped` after the first, once in a process."""
-    told = "\n".join([*lines, skipped])
+def say(lines: list[str], skipped: str | Sequence[str]) -> None:
+    """Logs `lines`, with a warning of what is `skipped`, or one for each, after the first, once in a process."""
+    warnings = [skipped] * bool(skipped) if isinstance(skipped, str) else list(skipped)
+    told = "\n".join([*lines, *warnings])
     if told in _SAID or not is_first_rank():
         return
     _SAID.add(told)
     log.info("%s", lines[0])
-    if skipped:
-        log.warning("%s.", skipped)
+    for text in warnings:
+        log.warning("%s.", text)
     for line in lines[1:]:
         log.info("%s", line)
 

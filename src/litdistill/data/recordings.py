@@ -1,19 +1,17 @@
 """The files of the Free Spoken Digit Dataset: its archive from GitHub, and copies of it on this machine.
 
-The content is verified, not the archive, which may be compressed in another way each time: the recordings are put into an
-uncompressed tar file that has the same bytes everywhere, and its SHA-256 is the published one (`fetch.DATASETS`).
+The content is verified, not the archive (`archives`, `fetch.DATASETS`).
 """
 
 from __future__ import annotations
 
-import io
 import logging
 import lzma
 import re
-import tarfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from litdistill.data import archives
 from litdistill.data.download import FAILURES, digest, download
 
 log = logging.getLogger(__name__)
@@ -22,6 +20,7 @@ COMMIT = "26eb9aaf76e81b692f806f9140c2d2777410d7a1"
 URL = f"https://codeload.github.com/Jakobovski/free-spoken-digit-dataset/tar.gz/{COMMIT}"
 SHA256 = "9cbd40a399fee10d4611dc8ffe6de219695fd804a62dfb43373f183715b43877"  # of `to_tar` of the 3,000 recordings
 NAME = re.compile(r"([0-9])_([a-z]+)_([0-9]{1,2})\.wav")
+PATH = re.compile(rf"(?:.*/)?recordings/({NAME.pattern})")
 LARGEST = 2**20  # bytes of a recording; the longest is 2.3 s
 COUNT = 3000
 
@@ -36,31 +35,15 @@ def unpacked(archive: bytes) -> dict[str, bytes]:
 
     Raises `ValueError` where there are none, or more or larger ones than the set has.
     """
-    found: dict[str, bytes] = {}
-    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
-        for member in tar:
-            *_, folder, name = ("", *member.name.split("/"))
-            if folder != "recordings" or not NAME.fullmatch(name):
-                continue
-            if not member.isreg() or member.size > LARGEST or len(found) >= COUNT:
-                raise ValueError(f"{member.name} in the archive is not a recording of a plausible size")
-            file = tar.extractfile(member)
-            assert file is not None
-            found[name] = file.read()
+    found = archives.unpacked(archive, lambda path: m[1] if (m := PATH.fullmatch(path)) else None, LARGEST, COUNT)
     if not found:
         raise ValueError("the archive holds no recordings/<digit>_<speaker>_<number>.wav")
     return found
 
 
 def to_tar(files: Mapping[str, bytes]) -> bytes:
-    """Returns an uncompressed tar file of these contents: the same bytes for the same contents."""
-    made = io.BytesIO()
-    with tarfile.open(fileobj=made, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for name in sorted(files):
-            about = tarfile.TarInfo(f"recordings/{name}")  # of time 0, and nobody's
-            about.size = len(files[name])
-            tar.addfile(about, io.BytesIO(files[name]))
-    return made.getvalue()
+    """Returns these recordings as a tar file that has the same bytes everywhere."""
+    return archives.to_tar(files, "recordings")
 
 
 def from_tar(archive: bytes) -> dict[str, bytes]:

@@ -25,8 +25,8 @@ NAMES |= {f"map_{size}": f"mAP of {size} objects" for size in ("small", "medium"
 
 
 def quantity(number: int, noun: str) -> str:
-    """Returns a count with its noun: `1 output`, `10 classes`, `1,200 runs`."""
-    plural = "es" if noun.endswith("s") else "s"
+    """Returns a count with its noun: `1 output`, `10 classes`, `1,200 boxes`."""
+    plural = "es" if noun.endswith(("s", "x")) else "s"
     return f"{number:,} {noun}{'' if number == 1 else plural}"
 
 

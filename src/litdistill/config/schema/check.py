@@ -56,6 +56,9 @@ OBJECTS: dict[str, dict[str, type[Node]]] = {
         "digit_scenes": data.Scenes,
         "digit_masks": data.Scenes,
         "masks": data.Masks,
+        "bccd": data.BloodCells,
+        "coco": data.Coco,
+        "voc": data.Voc,
     },
     "task": {
         "Classification": library.Classification,

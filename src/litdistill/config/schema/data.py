@@ -198,6 +198,41 @@ class Masks(TensorData):
     unlabelled: bool = option("true: pictures to train on may lack a mask, and the teacher alone says what is there")
 
 
+Sides = Annotated[
+    list[Annotated[int, Field(ge=16, le=4096)]],
+    Field(min_length=2, max_length=2),
+    Said("[height, width] in pixels, [96, 128]"),
+]
+
+
+class BloodCells(TensorData):
+    """`data=bccd`: conf/data/bccd.yaml."""
+
+    root: Text | None = option("the folder of its files, or a copy of the repository or its archive")
+    size: Sides = option("[height, width] in pixels that each picture is fitted into, whole, its aspect kept")
+    download: bool = option("fetch files that are missing")
+
+
+class Voc(TensorData):
+    """`data=voc`: conf/data/voc.yaml."""
+
+    root: Text | None = option("the folder of the pictures and their boxes")
+    train: Text | None = option("what is trained on: a JSON file, or VOC's list; null: found by its name")
+    validation: Text | None = option("what is validated on, likewise; null: found by its name, else data.val_size")
+    test: Text | None = option("what is tested on, likewise; null: found by its name, else a fifth of train")
+    unlabelled: Text | None = option(
+        "a folder of further pictures to train on, which only the teacher says what they show"
+    )
+    classes: list[Text] | None = option("names in the order of the outputs, [cat, dog]; null: all that are annotated")
+    size: Sides = option("[height, width] in pixels that each picture is fitted into, whole, its aspect kept")
+
+
+class Coco(Voc):
+    """`data=coco`: conf/data/coco.yaml."""
+
+    images: Text | None = option("the folder of the pictures; null: found")
+
+
 class Table(Standardized):
     """`data=table`: conf/data/table.yaml."""
 
