@@ -44,6 +44,10 @@ OWN_FILES = {
     "texts": ("root", "test", "validation", "unlabelled"),
     **dict.fromkeys(("coco", "voc"), ("root",)),
 }
+ANNOTATIONS = {
+    "coco": (".json",),
+    "voc": (".xml", ".txt"),
+}  # extensions of files beside pictures that say what these show
 OWN_CALLBACKS = ("best", "last", "learning_rate")  # those of conf/callbacks, which do not change the weights
 
 
@@ -138,7 +142,7 @@ def recipe_hash(cfg: DictConfig) -> str:
     kept = recipe(cfg)
     own = [cfg.data[key] for key in OWN_FILES.get(data_name(cfg.data), ()) if cfg.data.get(key) is not None]
     if own:
-        found = [contents_digest(Path(path)) for path in own]
+        found = [contents_digest(Path(path), ANNOTATIONS.get(data_name(cfg.data), ())) for path in own]
         kept["files"] = found[0] if len(found) == 1 else found
     labels = cfg.data.get("labels")
     if isinstance(labels, str) and (place := labels_file(cfg.data.get("root") or "", labels)).is_file():

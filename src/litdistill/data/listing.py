@@ -6,7 +6,7 @@ import hashlib
 import os
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -100,16 +100,24 @@ def list_images(folder: Path, kind: Kind = IMAGES) -> Listing:
     return Listing(sorted(files), skipped)
 
 
-def contents_digest(folder: Path) -> str:
+def contents_digest(folder: Path, annotations: Sequence[str] = ()) -> str:
     """Returns ten hex digits of the names and sizes of all images, or of all files where there are none (shards, texts), or of
-    the content of a single file; "" for a path that cannot be read. They are the same where it is moved or copied."""
+    the content of a single file; "" for a path that cannot be read. They are the same where it is moved or copied.
+
+    `annotations`: extensions of files that say what the images show, whose content counts too.
+    """
     try:
         if folder.is_file():
             return hashlib.sha256(folder.read_bytes()).hexdigest()[:10]
         files = list_images(folder).files if folder.is_dir() else []
-        named = [(os.path.relpath(file.path, folder), file.size) for file in files]
+        named: list[tuple[str, object]] = [(os.path.relpath(file.path, folder), file.size) for file in files]
         if not files:
-            named = sorted((os.path.relpath(p, folder), p.stat().st_size) for p in folder.rglob("*") if p.is_file())
+            named += sorted((os.path.relpath(p, folder), p.stat().st_size) for p in folder.rglob("*") if p.is_file())
+        named += [
+            (os.path.relpath(path, folder), digest)
+            for path in sorted(p for kind in annotations for p in folder.rglob(f"*{kind}") if p.is_file())
+            for digest in [hashlib.sha256(path.read_bytes()).hexdigest()]
+        ]
     except (OSError, UserError):
         return ""
     found = hashlib.sha256()
