@@ -16,16 +16,16 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from litdistill.methods.base import BOXES
-from litdistill.tasks.base import Task, to_batch
+from litdistill.tasks.base import Samples, Task, to_batch
 from litdistill.tasks.detection.boxes import LABEL, padded, present
 from litdistill.tasks.detection.decode import CLASS, SCORE, detections
 from litdistill.tasks.detection.detector import detector_of
+from litdistill.tasks.detection.matching import SURE
 from litdistill.tasks.detection.metrics import MeanAP, Split, constant_map, curves
 from litdistill.types import Batch, Outputs
 from litdistill.utils.errors import UserError
 from litdistill.utils.units import quantity
 
-SURE = 0.5  # the score from which a teacher's detections are what it finds
 NOTHING_REMEDY = (
     "Train it for longer, look at its learning rate and its loss, and check that objects are not smaller than the finest "
     "stride of its pyramid; task.score_threshold lowers the score from which a box counts."
@@ -149,6 +149,11 @@ class Detection(Task):
     def can_judge(self, value: float, targets: Tensor) -> bool:
         """Returns whether there are at least 20 objects: a good detector, too, may miss all of fewer."""
         return int(present(targets).sum()) >= FEWEST
+
+    def figures(self, samples: Samples) -> dict[str, Any]:
+        from litdistill.tasks.detection.figures import detection_figures
+
+        return detection_figures(samples)
 
 
 def check_targets(targets: Any) -> None:
