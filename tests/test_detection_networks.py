@@ -302,7 +302,7 @@ def test_images_of_one_place_are_refused():
     )
 
 
-@pytest.mark.parametrize("name", ["fcos_slim", "torchvision_detector"])
+@pytest.mark.parametrize("name", ["fcos_on", "fcos_slim", "torchvision_detector"])
 @pytest.mark.parametrize("shape", [(3, 64, 64), (1, 96, 130)])
 def test_every_yaml_builds_a_detector(name, shape):
     path = ROOT / "conf" / "net" / f"{name}.yaml"

@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[1]
 OTHERS = {
     *("minilm", "embedding_bag", "text_cnn", "text_transformer", "causal_transformer"),
     *("sound_conv", "sound_conv_wide", "on_log_mel", "embedding_mlp", "transformers"),
-    *("fcos_slim", "torchvision_detector", "fcn_slim", "torchvision_segmenter"),
+    *("fcn_slim", "fcos_on", "fcos_slim", "torchvision_detector", "torchvision_segmenter"),
 }
 YAMLS = {p.stem: p for p in sorted((ROOT / "conf" / "net").glob("*.yaml")) if p.stem not in OTHERS}
 DIGITS, GREY, COLOR = (10, (1, 8, 8)), (10, (1, 28, 28)), (100, (3, 32, 32))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from litdistill.compress.quantize import Int8
 from litdistill.compress.restore import restore
 from litdistill.compress.structure import load_structure, structure_of
-from litdistill.config.backbones import as_backbone, check_head, fact_of, student_outputs
+from litdistill.config.backbones import as_backbone, check_head, fact_of, own_backbone, student_outputs
 from litdistill.config.distiller import train_labels
 from litdistill.config.instantiate import NETWORK_META_KEYS, instantiate, locate
 from litdistill.config.members import members_of
@@ -167,7 +167,8 @@ def _build_net(
         outputs = width or len(fact_of(source, "classes") or ()) or data.num_classes or 2
     wanted = wanted_preprocessing(node, source, role)
     shape = shape_after(wanted, data)
-    options = {k: v for k, v in node.items() if k not in NETWORK_META_KEYS}
+    under = own_backbone(node, data, build_net)
+    options = {k: v for k, v in node.items() if k not in (*NETWORK_META_KEYS, *under)}
     facts = _known(
         str(node["_target_"]),
         data,
@@ -175,7 +176,7 @@ def _build_net(
         outputs,
         **{"size": wanted.get("size"), "fetch": None if fetch and source is None else False},
         class_names=tuple(data.class_names),
-        **facts_of(data),
+        **facts_of(data) | under,
     )
     trained = [] if source is None or isinstance(source, nn.Module) else read_metadata(source, "classes") or []
     columns = (

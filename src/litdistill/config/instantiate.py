@@ -132,6 +132,8 @@ def check_objects(cfg: Mapping[str, Any]) -> None:
     for key in ("data", "task", "method", "student", "teacher", "compress", "optimizer", "scheduler", "trainer"):
         node = resolved(cfg.get(key))
         if isinstance(node, dict):
+            if isinstance(under := node.get("backbone"), dict):  # a network of its own
+                node["backbone"] = {k: v for k, v in under.items() if k not in NETWORK_META_KEYS and v is not None}
             check_targets({k: v for k, v in node.items() if k not in apart.get(key, ()) and v is not None}, key)
     for key in ("callbacks", "logger"):
         check_targets(resolved(cfg.get(key)), key)

@@ -96,6 +96,7 @@ BUILDERS = (
     "lightning.",
     "torchvision.",
     "litdistill.models.",
+    "litdistill.tasks.detection.backbones.",
     "litdistill.tasks.detection.fcos.",
     "litdistill.tasks.detection.torchvision.",
     "litdistill.distillation.sharding.",

@@ -14,7 +14,10 @@ ALIASES = {"head": "pooled", "last": "last"}  # part names valid for every netwo
 
 
 def head_of(net: nn.Module, example: Tensor) -> str:
-    """Returns the name of the classifier module, found by a dry forward of `example` (N, C, H, W)."""
+    """Returns the name of the classifier module: `classifier_name` of a network that says it, else found by a dry forward of
+    `example` (N, C, H, W)."""
+    if isinstance(own := getattr(net, "classifier_name", None), str):
+        return own
     return resolve_taps(net, example, "pooled")[0].partition(":")[0]
 
 
@@ -54,7 +57,11 @@ def freeze(net: nn.Module, trainable: Sequence[str], example: Tensor) -> None:
     Raises `UserError` for an unknown name.
     """
     modules = dict(net.named_modules())
-    taps = [resolve_taps(net, example, ALIASES.get(part, part))[0] for part in trainable]
+    own = isinstance(getattr(net, "classifier_name", None), str)  # whose parts are named alone
+    taps = [
+        part if own and part in modules else resolve_taps(net, example, ALIASES.get(part, part))[0]
+        for part in trainable
+    ]
     names = [tap.partition(":")[0] for tap in taps]
     trained = {id(m) for name in names for m in modules[name].modules()}
     if not trained:

@@ -60,6 +60,7 @@ class Detector(nn.Module):
         self.matching: Any = getattr(model, "proposal_matcher", None)
         self.loss_of = model.compute_loss  # it holds settings of the model, and reads no parameters
         self.softmax = isinstance(model, SSD)
+        self.classifier_name = "head.classification_head" + ("" if self.softmax else ".cls_logits")
         self.by_level = isinstance(model, FCOS)
         # Of a softmax over more classes than are detected, those that are. It follows from how the network was built.
         classes = model.head.classification_head.num_columns - 1 if self.softmax else 0
