@@ -44,6 +44,9 @@ VERBS = {
     "evaluate": Verb(
         "litdistill.cli.commands:evaluate", "measure a finished run anew from its folder", "evaluate", TORCH
     ),
+    "doctor": Verb(
+        "litdistill.cli.commands:doctor", "say what is wrong with a finished run, and what to try", "doctor", TORCH
+    ),
     "outputs": Verb(
         "litdistill.cli.commands:outputs",
         "write a run's outputs by sample, to teach without its network",

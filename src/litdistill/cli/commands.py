@@ -64,6 +64,16 @@ def evaluate(cfg: DictConfig) -> None:
     _warn(results["findings"])
 
 
+def doctor(cfg: DictConfig) -> None:
+    """Prints what is wrong with a finished run, the weightiest first, each with the one change to try."""
+    from litdistill.evaluation.doctor import diagnose, lines
+    from litdistill.evaluation.evaluate import pick_device
+
+    starting.end(loaded=True)
+    found = diagnose(cfg.run, OmegaConf.create({"data": cfg.data}), pick_device(cfg.device), cfg.trust)
+    print("\n".join(map(printable, lines(found))))
+
+
 def export(cfg: DictConfig) -> None:
     """Exports the student of a finished run, or verifies its exported files."""
     from litdistill.export.export import check_table, export, verify

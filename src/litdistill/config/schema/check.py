@@ -35,6 +35,7 @@ SCHEMAS: dict[str, type[Node]] = {
     "train": train.Train,
     "sweep": train.Sweep,
     "evaluate": verbs.Evaluate,
+    "doctor": verbs.Doctor,
     "outputs": verbs.OutputsOfRun,
     "export": verbs.Export,
     "report": verbs.Report,

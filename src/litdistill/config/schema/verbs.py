@@ -35,6 +35,15 @@ class Evaluate(Node):
     data: dict[str, Any] | None = option(CHANGED)
 
 
+class Doctor(Node):
+    """conf/doctor.yaml."""
+
+    run: Text = option("the run's folder")
+    device: Device = option("cpu, cuda, or auto: a GPU if there is one")
+    trust: list[Text] | None = option(TRUST)
+    data: dict[str, Any] | None = option(CHANGED)
+
+
 class Tolerance(Node):
     """`tolerance` of an export."""
 
