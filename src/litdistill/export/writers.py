@@ -65,12 +65,12 @@ class ExportWrapper(nn.Module):
             self.net.half()
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
-        images = self.preprocess(images)
-        half = self.half_precision and images.is_floating_point()  # token ids stay integers
-        outputs = to_outputs(self.net(images.half() if half else images))
+        inputs = self.preprocess(images)
+        half = self.half_precision and inputs.is_floating_point()  # token ids stay integers
+        outputs = to_outputs(self.net(inputs.half() if half else inputs))
         if self.half_precision:
             outputs = Outputs({k: v.float() for k, v in outputs.heads.items()})
-        found = self.task.exported(outputs)
+        found = self.task.exported(outputs, images)
         return found if len(found) > 1 else found[0]
 
 

@@ -135,10 +135,11 @@ class Task:
         `litdistill.utils.manifest.OUTPUT_NAMES`, which names the outputs of such a file."""
         return self.kind if self.reads_labels else EMBEDDING
 
-    def exported(self, outputs: Outputs) -> tuple[Tensor, ...]:
+    def exported(self, outputs: Outputs, inputs: Tensor) -> tuple[Tensor, ...]:
         """Returns what an exported file gives for the network's outputs, float32, in the order of its names; it is traced.
 
-        The logits by default. A task with post-processing includes it, in fixed shapes, and has an `output_kind` of its own.
+        `inputs`: of the file, before any preprocessing, for their size. The logits by default. A task with post-processing
+        includes it, in fixed shapes, and has an `output_kind` of its own.
         """
         return (outputs.main,)
 

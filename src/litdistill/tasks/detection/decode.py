@@ -74,7 +74,7 @@ def _kept(boxes: Tensor, score: Tensor, label: Tensor, low: Tensor, size: tuple[
     first suppresses the others at once.
     """
     height, width = size
-    picture = torch.arange(len(boxes), device=boxes.device)[:, None].expand(label.shape)
+    picture = torch.arange(boxes.shape[0], device=boxes.device)[:, None].expand(label.shape)
     x, y = label.to(boxes) * (width + 1), picture.to(boxes) * (height + 1)
     placed = boxes + torch.stack([x, y, x, y], 2)
     placed = torch.where(low[..., None], boxes.new_tensor([-2.0, -2.0, -1.0, -1.0]), placed)
