@@ -102,7 +102,8 @@ def write_format(
             _write_torchscript(model, example, path)
         elif facts.format == "pt2":
             with path.open("wb") as file:
-                torch.export.save(_traced(model, example), file)
+                program, own = _traced(model, example), model.task.own_operators("pt2")
+                torch.export.save(program.run_decompositions(own) if own else program, file)
         elif isinstance(bare(student), Int8):
             entry["quantization"] = {
                 "tool": "torchao.quantization.pt2e",
@@ -165,7 +166,13 @@ def _write_onnx(model: ExportWrapper, example: Tensor, path: Path, metadata: Map
         import onnx
 
         made = torch.onnx.export(
-            program, dynamo=True, external_data=False, input_names=["images"], output_names=names, verbose=False
+            program,
+            dynamo=True,
+            external_data=False,
+            input_names=["images"],
+            output_names=names,
+            verbose=False,
+            custom_translation_table=model.task.own_operators("onnx"),
         )
     except (ModuleNotFoundError, torch.onnx.errors.OnnxExporterError) as error:
         missing = error if isinstance(error, ModuleNotFoundError) else error.__cause__

@@ -143,6 +143,11 @@ class Task:
         """
         return (outputs.main,)
 
+    def own_operators(self, format: str) -> dict[Any, Any]:
+        """Returns for each operator of its own in `exported` the function by which an exported file has it instead: for "onnx"
+        one of onnxscript, for "pt2" one of torch."""
+        return {}
+
     def read_exported(self, found: Tensor) -> Outputs:
         """Returns the outputs of an exported file in the form of `keep`.
 

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torchvision.ops import nms as suppress
+
+from litdistill.tasks.detection.suppress import suppress
 
 SCORE, CLASS = 4, 5  # columns of a detection, after x1, y1, x2, y2
 CANDIDATES = 1000  # of a picture that suppression sees; torchvision takes as many of each level
@@ -53,7 +54,9 @@ def detections(
     boxes = boxes.minimum(boxes.new_tensor([width, height, width, height])).clamp(min=0)
     low = score <= score_threshold  # NaN is not: it is for metrics to see
     score = score.masked_fill(low, 0.0)
-    kept = _kept(boxes, score, label, low, image_size, nms)
+    # Each class has a field of its own, side by side.
+    placed = boxes + (label.to(boxes) * (width + 1))[..., None] * boxes.new_tensor([1.0, 0.0, 1.0, 0.0])
+    kept = suppress(placed, score, nms) | score.isnan()
     score, best = score.masked_fill(~kept, 0.0).topk(min(top, score.shape[1]), 1)
     label = label.gather(1, best).float().masked_fill(score == 0, -1.0)
     boxes = boxes.gather(1, best[..., None].expand(-1, -1, 4)).masked_fill((score == 0)[..., None], 0.0)
@@ -64,23 +67,6 @@ def detections(
     empty = found.new_zeros(1, 1, 6)
     empty[..., CLASS] = -1.0
     return torch.cat([found, empty.expand(count, short, 6)], 1)
-
-
-def _kept(boxes: Tensor, score: Tensor, label: Tensor, low: Tensor, size: tuple[int, int], nms: float) -> Tensor:
-    """Returns which candidates are kept, (N, M) booleans.
-
-    Each picture and class has a field of its own, classes side by side and pictures below each other (offsets in one direction
-    alone would cost the coordinates their digits). Candidates below the threshold are all one box outside of them, of which the
-    first suppresses the others at once.
-    """
-    height, width = size
-    picture = torch.arange(boxes.shape[0], device=boxes.device)[:, None].expand(label.shape)
-    x, y = label.to(boxes) * (width + 1), picture.to(boxes) * (height + 1)
-    placed = boxes + torch.stack([x, y, x, y], 2)
-    placed = torch.where(low[..., None], boxes.new_tensor([-2.0, -2.0, -1.0, -1.0]), placed)
-    index = suppress(placed.flatten(0, 1), score.flatten(), nms)
-    kept = torch.zeros(score.numel(), dtype=torch.bool, device=score.device).index_fill(0, index, True)
-    return kept.view(score.shape)
 
 
 def above(found: Tensor, threshold: float) -> Tensor:

@@ -1,7 +1,4 @@
-"""What an exported detector gives, and how its detections are compared with the network's.
-
-An ONNX file has the choice of detections inside and gives `boxes` (N, K, 4), `scores` (N, K) and `labels` (N, K).
-"""
+"""How the detections of an exported file are compared with those of its network."""
 
 from __future__ import annotations
 
@@ -13,11 +10,6 @@ from litdistill.tasks.detection.decode import CLASS, SCORE
 
 SAME_IOU = 0.9  # from which on two boxes are the same
 SAME_SCORE = 0.1  # up to which two boxes that differ in their scores are the same
-
-
-def as_outputs(found: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns detections (N, K, 6) as boxes (N, K, 4), scores (N, K) and labels (N, K) int64, -1 where there is none."""
-    return found[..., :4], found[..., SCORE], found[..., CLASS].long()
 
 
 def compared(exported: Tensor, own: Tensor) -> tuple[float, float, float]:

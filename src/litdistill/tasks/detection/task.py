@@ -22,6 +22,8 @@ from litdistill.tasks.detection.decode import CLASS, SCORE, detections
 from litdistill.tasks.detection.detector import detector_of
 from litdistill.tasks.detection.matching import SURE
 from litdistill.tasks.detection.metrics import MeanAP, Split, constant_map, curves
+from litdistill.tasks.detection.shipping import compared
+from litdistill.tasks.detection.suppress import OPERATOR, at_once, in_onnx
 from litdistill.types import Batch, Outputs
 from litdistill.utils.errors import UserError
 from litdistill.utils.units import quantity
@@ -45,6 +47,7 @@ class Detection(Task):
 
     kind = BOXES
     monitor: tuple[str, Literal["max", "min"]] = ("map", "max")
+    compared = "scores of the same box", "boxes are the same"
 
     def __init__(self, score_threshold: float = 0.05, nms: float = 0.6, detections: int = 100):
         if not 0 <= score_threshold < 1 or not 0 < nms <= 1:
@@ -99,13 +102,26 @@ class Detection(Task):
         """Returns the detections (N, K, 6) of each picture as the head `detections`: x1, y1, x2, y2, score, class."""
         if "detections" in outputs.heads:
             return outputs
-        heads, found = outputs.heads, []
-        height, width = (int(n) for n in heads[SIZE][0])
-        step = 1 if heads["logits"].device.type == "cpu" else len(heads["logits"])  # a CPU compares all pairs of boxes
-        for i in range(0, len(heads["logits"]), step):
-            part = {k: v[i : i + step] for k, v in heads.items() if k in ("logits", "boxes", "centerness")}
-            found.append(detections(part, (height, width), self.score_threshold, self.nms, self.detections))
-        return Outputs({"detections": torch.cat(found)}, {}, outputs.ids)
+        height, width = (int(n) for n in outputs.heads[SIZE][0])
+        return Outputs({"detections": self._detections(outputs, (height, width))}, {}, outputs.ids)
+
+    def _detections(self, outputs: Outputs, size: tuple[int, int]) -> Tensor:
+        return detections(outputs.heads, size, self.score_threshold, self.nms, self.detections)
+
+    def exported(self, outputs: Outputs, inputs: Tensor) -> tuple[Tensor, ...]:
+        """Returns `boxes` (N, K, 4), `scores` (N, K) and `labels` (N, K), as `decode` does."""
+        found = self._detections(outputs, (inputs.shape[2], inputs.shape[3]))
+        return found[..., :4], found[..., SCORE], found[..., CLASS].long()
+
+    def own_operators(self, format: str) -> dict[Any, Any]:
+        return {OPERATOR: in_onnx() if format == "onnx" else at_once}
+
+    def read_exported(self, found: Tensor) -> Outputs:
+        return Outputs({"detections": found})
+
+    def compare_exported(self, exported: Outputs, own: Outputs, targets: Any) -> tuple[float, float, float]:
+        """See `litdistill.tasks.detection.shipping.compared`."""
+        return compared(exported.heads["detections"], own.heads["detections"])
 
     def decode(self, outputs: Outputs) -> dict[str, Tensor]:
         """Returns `boxes` (N, K, 4) in pixels, `scores` (N, K), 0 where there is no more, and `labels` (N, K), −1 there."""

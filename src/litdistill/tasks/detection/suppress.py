@@ -1,0 +1,74 @@
+"""Non-maximum suppression of a batch of pictures, as one operator: `litdistill::suppress`.
+
+As an operator it exports to the NonMaxSuppression of ONNX, which knows batches and leaves out what has no score. torchvision's
+has neither: over all pictures at once, a CPU compares the boxes of each with those of all others.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision.ops import nms
+
+
+@torch.library.custom_op(
+    "litdistill::suppress", mutates_args=(), schema="(Tensor boxes, Tensor scores, float iou) -> Tensor"
+)
+def suppress(boxes: Tensor, scores: Tensor, iou: float) -> Tensor:
+    """Returns which boxes of each picture are kept, (N, M) booleans: those with a score above 0 whose IoU with any kept box
+    of a higher score is at most `iou`.
+
+    `boxes`: (N, M, 4), x1, y1, x2, y2. `scores`: (N, M).
+    """
+    if boxes.device.type != "cpu":
+        return at_once(boxes, scores, iou)
+    kept = torch.zeros_like(scores, dtype=torch.bool)
+    for picture, some, score in zip(kept, boxes, scores, strict=True):
+        scored = (score > 0).nonzero()[:, 0]
+        picture[scored[nms(some[scored], score[scored], iou)]] = True
+    return kept
+
+
+OPERATOR = torch.ops.litdistill.suppress.default
+
+
+@suppress.register_fake
+def _(boxes: Tensor, scores: Tensor, iou: float) -> Tensor:
+    return torch.empty_like(scores, dtype=torch.bool)
+
+
+def at_once(boxes: Tensor, scores: Tensor, iou: float) -> Tensor:
+    """Returns `suppress` by one call of torchvision's operator, in fixed shapes.
+
+    Pictures lie in fields of their own, one below the other. Boxes without a score are all one box outside of these, of which
+    the first suppresses the others at once.
+    """
+    low = ~(scores > 0)
+    height = boxes[..., 3].amax().clamp(min=0) + 1
+    down = (torch.arange(boxes.shape[0], device=boxes.device)[:, None] * height).expand(scores.shape)
+    placed = boxes + torch.stack([torch.zeros_like(down), down] * 2, 2)
+    outside = torch.cat([torch.full_like(boxes[..., :2], -2.0), torch.full_like(boxes[..., 2:], -1.0)], 2)
+    placed = torch.where(low[..., None], outside, placed)
+    index = nms(placed.flatten(0, 1), scores.flatten(), iou)
+    kept = torch.zeros_like(scores, dtype=torch.bool).flatten().index_fill(0, index, True)
+    return kept.view(scores.shape) & ~low
+
+
+def in_onnx() -> Callable[..., Any]:
+    """Returns what the operator is in ONNX, for the custom_translation_table of `torch.onnx.export`. It needs onnxscript."""
+    op: Any = importlib.import_module("onnxscript").opset18
+
+    def suppressed(boxes: Any, scores: Any, iou: float) -> Any:
+        every = op.Gather(op.Shape(scores), op.Constant(value_ints=[1]))
+        limits = op.Constant(value_floats=[float(iou)]), op.Constant(value_floats=[0.0])
+        found = op.NonMaxSuppression(boxes, op.Unsqueeze(scores, op.Constant(value_ints=[1])), every, *limits)
+        places = op.Gather(found, op.Constant(value_ints=[0, 2]), axis=1)
+        ones = op.Expand(op.Constant(value_float=1.0), op.Gather(op.Shape(found), op.Constant(value_ints=[0])))
+        none = op.Mul(scores, op.Constant(value_float=0.0))
+        return op.Greater(op.ScatterND(none, places, ones), op.Constant(value_float=0.0))
+
+    return suppressed
