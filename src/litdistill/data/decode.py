@@ -107,6 +107,11 @@ def letterbox(
     return Letterboxed(_pixels(ground), inside, (wide, tall))
 
 
+def upright(file: str | Path | IO[bytes], name: str | Path) -> Image.Image:
+    """Returns the whole picture in RGB as it is, read as by `decode`."""
+    return _read(file, name, 3, None)
+
+
 def _read(
     file: str | Path | IO[bytes],
     name: str | Path,

@@ -71,6 +71,7 @@ PRECISIONS = {
 # The largest difference of any logit, relative to the student's largest absolute logit, and the least agreement.
 # int8 has no useful bound on the difference of logits.
 TOLERANCES = {"fp32": (1e-4, 0.999), "fp16": (2e-2, 0.99), "int8": (float("inf"), 0.95)}
+CHECKED = 64  # samples that are run at once
 Limits = tuple[float | None, float | None]
 
 
@@ -331,7 +332,8 @@ def check(
     targets = []
     student.eval()
     for batch in data.batches("test"):
-        given.append(task.read_exported(torch.from_numpy(run(batch.inputs.numpy()))))
+        found = np.concatenate([run(some.numpy()) for some in batch.inputs.split(CHECKED)])
+        given.append(task.read_exported(torch.from_numpy(found)))
         expected.append(task.keep(task.forward(student, batch, False)))
         truth = task.truth(batch.targets, expected[-1])  # without labels, the student's own outputs
         exported.update(given[-1], truth)
@@ -341,10 +343,10 @@ def check(
     difference, agreement = (
         default if limit is None else float(limit) for limit, default in zip(limits, TOLERANCES[precision], strict=True)
     )
-    found, largest, equal = task.compare_exported(a, b, truth)
+    apart, largest, equal = task.compare_exported(a, b, truth)
     value = float(exported.compute()[name])
     return {
-        "difference": found,
+        "difference": apart,
         "tolerance": {
             "difference": difference * largest if difference < float("inf") else None,
             "agreement": agreement,

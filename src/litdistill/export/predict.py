@@ -5,6 +5,7 @@
     python -m litdistill.export.predict <run>/export/student.onnx patients.csv
     python -m litdistill.export.predict <run>/export/student.onnx reviews.txt
     python -m litdistill.export.predict <run>/export/student.onnx --text "a joy from start to end"
+    python -m litdistill.export.predict <run> street.jpg --score 0.3 --out found    draws boxes, and writes them as JSON
 
 A student takes files of its kind of data (`litdistill.export.readers`): of images, image files; of tables, .npy and .csv files
 with one sample per row; of texts, .txt files with one a line, and .tsv, .csv and .jsonl files.
@@ -25,7 +26,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -33,11 +34,12 @@ import numpy as np
 
 from litdistill.export.language import continuation
 from litdistill.export.onnx_safety import external_data
+from litdistill.export.pictures import RESULTS, line, new_folder, predict_pictures
 from litdistill.export.readers import READERS, words
 from litdistill.utils.errors import UserError
 from litdistill.utils.manifest import BOXES, MANIFEST, MASK, MISSING, OUTPUT_NAMES, SUFFIXES, ExportMetadata, verified
 from litdistill.utils.modality import TOKENS
-from litdistill.utils.text import CONTROL_CHARACTERS, printable
+from litdistill.utils.text import CONTROL_CHARACTERS, one_line, printable
 from litdistill.utils.units import quantity
 
 if TYPE_CHECKING:
@@ -263,14 +265,24 @@ def decoded(logits: np.ndarray, facts: ExportMetadata, top: int) -> list[dict[st
 
 
 def predict(
-    model: Model, paths: Sequence[str | Path], top: int = 5, more: int = 0, texts: Sequence[str] = ()
+    model: Model,
+    paths: Sequence[str | Path],
+    top: int = 5,
+    more: int = 0,
+    texts: Sequence[str] = (),
+    out: Path | None = None,
+    score: float = 0.5,
 ) -> list[dict[str, Any]]:
     """Returns for each sample what it is called, such as `{"image": path}`, with the result of `decoded`.
 
     `more`: the tokens by which a language model continues each text. `texts`: for a student of texts, texts themselves, before
-    those of files.
+    those of files. `out`, `score`: of boxes and masks; see `litdistill.export.pictures.predict_pictures`.
     """
     found, facts = [], model.facts
+    if facts.kind in (BOXES, MASK):
+        if texts:
+            raise UserError("This student takes pictures and no texts: name files.")
+        return predict_pictures(model.run, facts, paths, out, score)
     said = list(words(texts, facts, model.folder))
     if facts.modality["kind"] == TOKENS:
         return [continuation(model.run, facts, model.folder, path, top, more) for path in paths]
@@ -295,7 +307,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m litdistill.export.predict", description="Predicts with an exported student."
     )
-    parser.add_argument("model", help="an exported file, manifest.json beside it")
+    parser.add_argument(
+        "model", help="an exported file, manifest.json beside it; or a run folder, for its student.onnx"
+    )
     parser.add_argument(
         "files", nargs="*", help="of the student's kind of data: image files; .npy and .csv files, a sample a row; …"
     )
@@ -306,37 +320,61 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--continue", type=int, default=0, dest="more", help="tokens by which a language model continues each text (0)"
     )
+    parser.add_argument("--score", type=float, default=0.5, help="the least score of a box (0.5)")
+    parser.add_argument("--out", type=Path, help="folder of drawings of boxes or masks, and their JSON (predictions)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
     parser.add_argument("--trust", action="store_true", help="open .pt2 and .pt too, whose loaders can run code")
     args = parser.parse_intermixed_args(arguments)
     if args.top < 1:
         parser.error("--top must be at least 1")
+    if not 0 <= args.score <= 1:
+        parser.error("--score must be from 0 to 1")
     if args.more < 0:
         parser.error("--continue must be at least 0")
     if not args.files and not args.text:
         parser.error("name the files to predict")
     try:
-        model = load(args.model, args.trust)
+        model = load(file_of(args.model), args.trust)
+        pictures = model.facts.kind in (BOXES, MASK)
+        if args.out is not None and not pictures:
+            raise UserError("--out is for students that find boxes or masks, and this one finds neither: leave it out.")
+        out = new_folder() if args.out is None and pictures and not args.json else args.out
         said = {key: value for key in ("encoding", "column") if (value := getattr(args, key)) is not None}
         model = model._replace(facts=model.facts._replace(modality={**model.facts.modality, **said}))
-        found = predict(model, args.files, args.top, args.more, args.text)
+        found = predict(model, args.files, args.top, args.more, args.text, out, args.score)
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
     if args.json:
         print(json.dumps(found, indent=2))
         return
+    print("\n".join(lines(found)))
+    if out is not None:
+        print(f"Drawn to {one_line(out)}, with {RESULTS}")
+
+
+def file_of(source: str) -> Path:
+    """Returns the exported file that `source` names: itself, or the `export/student.onnx` of a run folder."""
+    path = Path(source.removeprefix("run="))
+    return path / "export" / "student.onnx" if path.is_dir() else path
+
+
+def lines(found: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Yields what `predict` returns as lines."""
     for one in found:
         # A file name need not be valid UTF-8, and may hold characters that control a terminal.
         name = CONTROL_CHARACTERS.sub("?", os.fsencode(next(iter(one.values()))).decode(errors="replace"))
+        if "boxes" in one or "areas" in one:
+            yield f"{name}: {line(one)}"
+            continue
         texts = [f"'{c['class']}'" if "perplexity" in one else c["class"] for c in one.get("top", ())]
         texts = [f"{t} {100 * c['probability']:.1f} %" for t, c in zip(texts, one.get("top", ()), strict=True)]
         texts += [f"{k} {v:.6g}" for k, v in one.get("values", {}).items()]
         if "perplexity" in one:
             name += f": perplexity {one['perplexity']:.4g} over {quantity(one['tokens'], 'token')}; next"
-        print(f"{name}: " + ", ".join(texts))
+        yield f"{name}: " + ", ".join(texts)
         if "continuation" in one:
-            print(f"… {printable(one['continuation'])}")
+            yield f"… {printable(one['continuation'])}"
 
 
 if __name__ == "__main__":

@@ -42,20 +42,13 @@ def _(boxes: Tensor, scores: Tensor, iou: float) -> Tensor:
 
 
 def at_once(boxes: Tensor, scores: Tensor, iou: float) -> Tensor:
-    """Returns `suppress` by one call of torchvision's operator, in fixed shapes.
-
-    Pictures lie in fields of their own, one below the other. Boxes without a score are all one box outside of these, of which
-    the first suppresses the others at once.
-    """
-    low = ~(scores > 0)
+    """Returns `suppress` by one call of torchvision's operator: pictures lie in fields of their own, one below the other."""
     height = boxes[..., 3].amax().clamp(min=0) + 1
     down = (torch.arange(boxes.shape[0], device=boxes.device)[:, None] * height).expand(scores.shape)
-    placed = boxes + torch.stack([torch.zeros_like(down), down] * 2, 2)
-    outside = torch.cat([torch.full_like(boxes[..., :2], -2.0), torch.full_like(boxes[..., 2:], -1.0)], 2)
-    placed = torch.where(low[..., None], outside, placed)
-    index = nms(placed.flatten(0, 1), scores.flatten(), iou)
-    kept = torch.zeros_like(scores, dtype=torch.bool).flatten().index_fill(0, index, True)
-    return kept.view(scores.shape) & ~low
+    placed = (boxes + torch.stack([torch.zeros_like(down), down] * 2, 2)).flatten(0, 1)
+    scored = (scores.flatten() > 0).nonzero()[:, 0]
+    index = scored[nms(placed[scored], scores.flatten()[scored], iou)]
+    return torch.zeros_like(scores, dtype=torch.bool).flatten().index_fill(0, index, True).view(scores.shape)
 
 
 def in_onnx() -> Callable[..., Any]:
