@@ -135,8 +135,9 @@ class Segmentation(Task):
         present = int((counts > 0).sum())
         return float(counts.max() / counts.sum() / present) if present else None
 
-    def exported(self, outputs: Outputs) -> tuple[Tensor, ...]:
-        return (outputs.logits.argmax(1),)
+    def exported(self, outputs: Outputs, inputs: Tensor) -> tuple[Tensor, ...]:
+        size = tuple(inputs.shape[2:])
+        return (by_pixel(outputs.logits, size).argmax(2).unflatten(1, size),)
 
     def read_exported(self, found: Tensor) -> Outputs:
         return Outputs({"label": found.flatten(1)})
