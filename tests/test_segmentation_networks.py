@@ -22,8 +22,8 @@ def test_fcn_slim_gives_a_map_of_the_pictures_size(size):
 
 
 def test_fcn_slim_has_the_parameters_of_its_layers():
-    stages = sum(9 * i * o + 2 * o for i, o in ((3, 16), (16, 32), (32, 64)))
-    pyramid = sum(c * 32 + 32 for c in (16, 32, 64)) + 9 * 32 * 32 + 2 * 32
+    stages = sum(9 * i * o + 2 * o for i, o in ((3, 16), (16, 32), (32, 64), (64, 64)))
+    pyramid = sum(c * 32 + 32 for c in (16, 32, 64, 64)) + 9 * 32 * 32 + 2 * 32
     assert sum(p.numel() for p in fcn_slim(11, (3, 64, 64)).parameters()) == stages + pyramid + 32 * 11 + 11
 
 
@@ -32,11 +32,11 @@ def test_its_classifier_and_stages_are_taps():
     assert resolve_taps(net, images, ["classifier"]) == ["classifier"]
     stages = resolve_taps(net, images, "stages")
     assert stages[-1] == "fuse"
-    assert len(stages) == 3
+    assert len(stages) == 4
 
 
 def test_pictures_that_vanish_are_refused():
-    with pytest.raises(UserError, match="fcn_slim needs images of at least 8x8"):
+    with pytest.raises(UserError, match="fcn_slim needs images of at least 16x16"):
         fcn_slim(5, (3, 6, 6))
     with pytest.raises(UserError, match="needs channels of one stage"):
         fcn_slim(5, (3, 64, 64), [])

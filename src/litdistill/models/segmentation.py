@@ -64,7 +64,7 @@ def _block(channels: int, out: int, stride: int = 1) -> nn.Sequential:
 def fcn_slim(
     num_classes: int,
     input_shape: Sequence[int],
-    widths: Sequence[int] = (16, 32, 64),
+    widths: Sequence[int] = (16, 32, 64, 64),
     depth: int = 1,
     pyramid: int = 32,
 ) -> nn.Module:
@@ -77,7 +77,7 @@ def fcn_slim(
     """
     if not widths or min(*widths, depth, pyramid, 1) < 1:
         raise UserError(
-            "fcn_slim needs channels of one stage at least, a depth and channels of its pyramid: widths=[16,32,64]."
+            "fcn_slim needs channels of one stage at least, a depth and channels of its pyramid: widths=[16,32,64,64]."
         )
     require_size("fcn_slim", input_shape, 2 ** len(widths))
     return FCN(num_classes, input_shape[0], widths, depth, pyramid)

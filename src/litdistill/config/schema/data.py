@@ -192,7 +192,7 @@ class Masks(TensorData):
 
     root: Text | None = option("a folder of images/ and masks/, whose files have the same names but for the suffix")
     size: Count | Annotated[list[Count], Field(min_length=2, max_length=2)] | None = option(
-        "side, or height and width, to which pictures and masks are resized and cropped; null: as they are"
+        "side, or height and width, into which pictures and masks are fitted; null: as they are, all of one size"
     )
     classes: Classes | None = option("their names from 0 on; null: class 0, … up to the largest in a mask")
     unlabelled: bool = option("true: pictures to train on may lack a mask, and the teacher alone says what is there")

@@ -10,7 +10,6 @@ where a pixel does not count.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 from collections import Counter
@@ -24,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from litdistill.data import augment as aug
-from litdistill.data.decode import ORIENTATION, decode, extensions, formats, sides
+from litdistill.data.decode import extensions, formats, letterbox, sides
 from litdistill.data.sources import DIGITS
 from litdistill.data.tensors import TEST_SEED, TEST_SHARE, VAL_SEED, TensorData, TensorSource, TensorSplit
 from litdistill.tasks.detection.scenes import TESTED, check_options, compose
@@ -72,8 +71,8 @@ def masks(
     the validation set, both the same for every seed.
 
     Args:
-        root: the folder. size: the side, or height and width, to which pictures and masks are resized (bilinear; nearest);
-            None: as they are, all of one size.
+        root: the folder. size: the side, or height and width, into which pictures and masks are fitted as a whole (bilinear;
+            nearest), at the left and top; None: as they are, all of one size.
         classes: their names, from 0 on; None: `class 0`, … up to the largest in a mask.
         unlabelled: whether pictures to train on may lack a mask; their labels are then −1, and the teacher alone says what is
             there.
@@ -102,8 +101,8 @@ def _read_folder(
     root: Path, size: tuple[int, ...] | None, names: tuple[str, ...] | None, unlabelled: bool, val_size: float
 ) -> TensorSource:
     splits = find_files(root, unlabelled)
-    check_sizes(splits.values(), size)
-    read = {split: _read(files, size) for split, files in splits.items()}
+    height, width = size or _common_size(splits.values())
+    read = {split: _read(files, height, width) for split, files in splits.items()}
     largest = max(int(torch.where(found.targets == IGNORED, 0, found.targets).max()) for found in read.values())
     names = names or tuple(f"class {i}" for i in range(largest + 1))
     _check_classes(splits, read, names)
@@ -196,69 +195,60 @@ def _few(paths: Sequence[Path]) -> str:
     return ", ".join(path.name for path in paths[:FEW]) + (", …" if len(paths) > FEW else "")
 
 
-def check_sizes(splits: Collection[Files], size: tuple[int, ...] | None) -> None:
-    """Raises `UserError` where masks are not of their picture's size; and without `size`, for pictures of several sizes."""
-    pictures = {path: _upright_size(path) for files in splits for path in files.pictures}
-    pairs = [pair for files in splits for pair in zip(files.pictures, files.masks, strict=True)]
-    wrong = [(p, m, own) for p, m in pairs if m is not None and (own := sides(m)) is not None and own != pictures[p]]
-    if wrong:
-        picture, mask, own = wrong[0]
-        sizes = [f"{wide}x{tall}" for wide, tall in (own, pictures[picture])]
-        raise UserError(
-            f"{quantity(len(wrong), 'mask')} of {len(pairs)} have another size than their picture: {mask} is {sizes[0]}, and "
-            f"{picture.name} {sizes[1]}. Draw them at the size of the picture, or resize both."
-        )
-    found = Counter(pictures.values())
-    if size is None and len(found) > 1:
+def _common_size(splits: Collection[Files]) -> tuple[int, int]:
+    """Returns the height and width of all pictures. Raises `UserError` for pictures of several sizes."""
+    found = Counter(size for files in splits for path in files.pictures if (size := sides(path)) is not None)
+    if len(found) > 1:
         shown = ", ".join(f"{count} of {wide}x{tall}" for (wide, tall), count in found.most_common(3))
         raise UserError(f"Pictures are of {len(found)} sizes ({shown}): set data.size=[height,width].")
+    if not found:
+        raise UserError(f"None of the pictures can be read, such as {next(iter(splits)).pictures[0]}. Replace them.")
+    wide, tall = next(iter(found))
+    return tall, wide
 
 
-def _upright_size(path: Path) -> tuple[int, int]:
-    """Returns width and height of a picture that is turned upright. Raises `UserError` where it cannot be read."""
-    found = sides(path)
-    if found is None:
-        raise UserError(f"The picture {path} cannot be read. Replace it, or leave it out.")
-    with contextlib.suppress(Exception), Image.open(path, formats=formats()) as opened:
-        if opened.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8):
-            return found[::-1]
-    return found
-
-
-def _read(files: Files, size: tuple[int, ...] | None) -> TensorSplit:
-    height, width = size or _upright_size(files.pictures[0])[::-1]
+def _read(files: Files, height: int, width: int) -> TensorSplit:
+    """Returns pictures and masks fitted into H x W; what is beside the picture does not count. Raises `UserError` for masks of
+    another size than their picture."""
     inputs = np.empty((len(files.pictures), 3, height, width), np.uint8)
     targets = np.full((len(files.pictures), height, width), NO_LABEL, np.int64)
-    for i, (picture, mask) in enumerate(zip(files.pictures, files.masks, strict=True)):
-        inputs[i] = decode(picture, picture, 3, height, width)
-        if mask is not None:
-            targets[i] = read_mask(mask, height, width)
+    wrong: list[str] = []
+    for i, (path, file) in enumerate(zip(files.pictures, files.masks, strict=True)):
+        mask = None if file is None else open_mask(file)
+        picture = letterbox(path, path, 3, height, width, None if mask is None else mask.size)
+        inputs[i] = picture.pixels
+        if mask is None:
+            continue
+        if mask.size != picture.sides:
+            sizes = [f"{wide}x{tall}" for wide, tall in (mask.size, picture.sides)]
+            wrong.append(f"{file} is {sizes[0]}, and its picture {sizes[1]}")
+            continue
+        wide, tall = picture.inside
+        targets[i] = IGNORED
+        targets[i, :tall, :wide] = np.asarray(mask.resize((wide, tall), Image.Resampling.NEAREST))
+    if wrong:
+        raise UserError(
+            f"{quantity(len(wrong), 'mask')} of {len(files.masks)} have another size than their picture: {wrong[0]}. Draw them "
+            "at the size of the picture, or resize both."
+        )
     return TensorSplit(torch.from_numpy(inputs), torch.from_numpy(targets))
 
 
-def read_mask(path: Path, height: int, width: int) -> np.ndarray:
-    """Returns the classes of a mask, (H, W), resized (nearest) to just cover H x W and center-cropped, as `decode` does with
-    its picture. Raises `UserError` for a file that holds no classes."""
+def open_mask(path: Path) -> Image.Image:
+    """Returns a mask whose pixels are its classes. Raises `UserError` for a file that holds none."""
     try:
         with Image.open(path, formats=formats()) as opened:
             opened.load()
-            image, kind = opened, opened.format
+            image, kind = opened.copy(), opened.format
     except Exception as error:  # Pillow's readers raise many kinds for a damaged file
         raise UserError(f"The mask {path} cannot be read ({' '.join(str(error).split())}). Replace it.") from error
-    if kind in ("JPEG", "MPO", "WEBP") or image.mode not in ("1", "L", "P", "I;16", "I"):
-        what = f"a {kind}" if kind in ("JPEG", "MPO", "WEBP") else f"a picture of colors ({image.mode})"
+    lossy = kind in ("JPEG", "MPO", "WEBP", "AVIF", "HEIF")
+    if lossy or image.mode not in ("1", "L", "P", "I;16", "I"):
+        what = f"a {kind}" if lossy else f"a picture of colors ({image.mode})"
         raise UserError(
             f"{path} is {what}, and a mask is a PNG of one channel, gray or of a palette, whose values are the classes."
         )
-    wide, tall = image.size
-    side, length = (width, wide) if width * tall >= height * wide else (height, tall)
-    scaled = [max(least, n * side // length) for n, least in zip(image.size, (width, height), strict=True)]
-    left, top = round((scaled[0] - width) / 2), round((scaled[1] - height) / 2)
-    columns, rows = (
-        np.minimum(((np.arange(count) + start + 0.5) * n / many).astype(np.int64), n - 1)
-        for count, start, n, many in zip((width, height), (left, top), image.size, scaled, strict=True)
-    )
-    return np.asarray(image).astype(np.int64)[rows[:, None], columns]
+    return image
 
 
 def _check_classes(splits: Mapping[str, Files], read: Mapping[str, TensorSplit], names: Sequence[str]) -> None:
