@@ -88,8 +88,10 @@ class Outputs(NamedTuple):
         return [self.rows(slice(a, b)) for a, b in itertools.pairwise(at)]
 
     def rows(self, index: slice | Tensor) -> Outputs:
-        """The outputs of some of the samples."""
-        heads, features = ({k: v[index] for k, v in x.items()} for x in (self.heads, self.features))
+        """The outputs of some of the samples; or of some of the places of `at`, with maps among the features whole."""
+        count = len(self.main)
+        heads = {k: v[index] for k, v in self.heads.items()}
+        features = {k: v[index] if len(v) == count else v for k, v in self.features.items()}
         return Outputs(heads, features, None if self.ids is None else self.ids[index])
 
     def at(self, places: Tensor) -> Outputs:
