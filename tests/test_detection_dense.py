@@ -114,6 +114,14 @@ def test_least_leaves_out_boxes_of_which_the_teacher_is_unsure():
     assert {k for k in sure if not moved[k]} == set(dropped)
 
 
+def test_a_box_of_the_teacher_without_area_teaches_nothing():
+    t = boxes(2)
+    t[0, 0, 2:] = t[0, 0, :2]
+    s, weight = boxes(1).requires_grad_(), torch.ones(N, A, dtype=torch.float64)
+    (gradient,) = torch.autograd.grad(losses.weighted_giou(s, t, weight), s)
+    assert (gradient.abs().amax(2) == 0).nonzero().tolist() == [[0, 0]]
+
+
 def test_a_student_that_agrees_has_no_loss_and_no_gradient():
     t = heads(2)
     s = {k: v.clone().requires_grad_() for k, v in t.items()}

@@ -33,6 +33,7 @@ pytestmark = pytest.mark.zoo
 
 OTHER_TASKS = {
     "binary_kd",
+    "crosskd",
     "dense_kd",
     "fgd",
     "pkd_dense_kd",

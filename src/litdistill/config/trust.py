@@ -83,7 +83,10 @@ OWN = (
     *(f"litdistill.data.{name}" for name in DATA),
     *(f"litdistill.compress.{name}" for name in ("low_rank.low_rank", "prune.prune", "quantize.int8")),
     *(f"litdistill.tasks.{name}" for name in TASKS),
-    *(f"litdistill.tasks.detection.{name}" for name in ("dense_kd.DenseKD", "fgd.FGD", "pseudo_boxes.PseudoBoxes")),
+    *(
+        f"litdistill.tasks.detection.{name}"
+        for name in ("crosskd.CrossKD", "dense_kd.DenseKD", "fgd.FGD", "pseudo_boxes.PseudoBoxes")
+    ),
     "litdistill.distillation.schedules.warmup_cosine",
     "litdistill.training.callbacks.ClassBias",
     "litdistill.training.tensorboard.TensorBoard",

@@ -52,7 +52,8 @@ def resolve_taps(
       a network without classes its embedding.
     - `"pyramid"`: the levels of a torchvision `FeaturePyramidNetwork`, finest first; see `litdistill.features.pyramid`.
 
-    Suffixes: `":in"` the module's input, `":pool"` its input averaged over positions or tokens to (N, C).
+    Suffixes: `":in"` the module's input, `":pool"` its input averaged over positions or tokens to (N, C); then `"@0"` its first
+    call in a forward, `"@1"` its second, where a head is called once for each level of a pyramid (`"head.conv.3:in@2"`).
 
     A network of several (`litdistill.models.ensemble.Ensemble`, which names them by `parts()`) is told whose: `"0.layer3"`,
     `"1.stages"`; with one part its number may be left out.
@@ -89,7 +90,8 @@ def resolve_taps(
 
 def _called(tap: str, calls: list[Call]) -> str:
     """Returns a tap that names a module. Raises `UserError` where the forward does not call it or it gives no single tensor."""
-    name, _, where = tap.partition(":")
+    name = tap.partition("@")[0].partition(":")[0]
+    where = ":" in tap
     call = next((c for c in calls if c.name == name), None)
     if call is None or not isinstance(call.given if where else call.output, Tensor):
         why = "is not called in the forward of this network" if call is None else "is no single tensor there"
@@ -124,11 +126,11 @@ def _taps_of_parts(
 class FeatureExtractor:
     """Calls `net` and returns `Outputs` with its heads and the named features, in their order.
 
-    Hooks are registered once on the live modules. Where a module is called several times in a forward, its last call
-    counts. Features keep their graph; no reference is held after the call. Hooks act only during a call of this object:
-    `net(x)` itself, and copies of `net`, take no features. In-place activations of a tapped network are made
-    out-of-place, since they would overwrite their input; in-place operations outside modules (`out += x`) still change
-    the features. Tap a network before its first compiled forward (`net.compile()`), which fixes hooks.
+    Hooks are registered once on the live modules. Where a module is called several times in a forward, its last call counts,
+    unless a tap says which (`"@0"`). Features keep their graph; no reference is held after the call. Hooks act only during a
+    call of this object: `net(x)` itself, and copies of `net`, take no features. In-place activations of a tapped network are
+    made out-of-place, since they would overwrite their input; in-place operations outside modules (`out += x`) still change the
+    features. Tap a network before its first compiled forward (`net.compile()`), which fixes hooks.
     Raises `UserError` for an unknown name and, when called, for a tap that the forward did not reach.
     """
 
@@ -165,6 +167,7 @@ class FeatureExtractor:
         finally:
             self._state.active = False
             self._state.features.clear()
+            self._state.calls.clear()
         for name in self.names:
             if not isinstance(taken.get(name), Tensor):
                 why = "gave no single tensor" if name in taken else "was not reached in this forward"
@@ -188,15 +191,24 @@ class _State:
     def __init__(self) -> None:
         self.active = False
         self.features: dict[str, Any] = {}
+        self.calls: dict[str, int] = {}  # so far in this forward, of taps that name one of several
+
+    def takes(self, name: str) -> bool:
+        """Returns whether this call of a module is the one that a tap names: `"@1"` its second; any, where none is named."""
+        number = name.rpartition("@")[2] if "@" in name else ""
+        if not self.active or not number:
+            return self.active
+        self.calls[name] = self.calls.get(name, -1) + 1
+        return self.calls[name] == int(number)
 
 
 def _save_output(state: _State, name: str, module: nn.Module, args: tuple, output: Any) -> None:
-    if state.active:
+    if state.takes(name):
         state.features[name] = output
 
 
 def _save_input(state: _State, name: str, where: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
-    if state.active:
+    if state.takes(name):
         x = _first_tensor(args, kwargs)
         state.features[name] = _average(x) if where == "pool" and x is not None else x
 
@@ -211,13 +223,15 @@ def _first_tensor(args: tuple, kwargs: dict) -> Tensor | None:
 
 
 def _resolve(modules: dict[str, nn.Module], tap: str) -> tuple[nn.Module, str]:
-    name, _, where = tap.partition(":")
-    if name and name in modules and where in ("", "in", "pool") and not tap.endswith(":"):
+    place, at, number = tap.partition("@")
+    name, colon, where = place.partition(":")
+    whole = (not colon or where in ("in", "pool")) and (not at or number.isdecimal())
+    if name and name in modules and whole:
         return modules[name], where
     names = [n for n in modules if n]
     near = difflib.get_close_matches(name, names, n=5, cutoff=0.4) or names[:5]
     raise UserError(
-        f"No tap {tap!r}. Nearest modules: {', '.join(near)}; a suffix is ':in' or ':pool'; "
+        f"No tap {tap!r}. Nearest modules: {', '.join(near)}; suffixes are ':in' or ':pool', and '@0' for a first call; "
         f"aliases are {', '.join(ALIASES)}. All modules: [name for name, _ in net.named_modules()]."
     )
 

@@ -61,14 +61,14 @@ class DenseKD(Method):
 def dense_terms(student: Outputs, teacher: Outputs, options: Any) -> dict[str, Tensor]:
     """Returns the weighted terms of `DenseKD` by name; `options`: has its attributes."""
     weight = above(confidence(teacher.logits), options.least)
+    s, t = student.heads, teacher.heads
     terms = {}
     if options.soft:
-        terms["soft"] = options.soft * quality_focal(student.logits, teacher.logits, options.power)
-    if options.box:
-        terms["soft_box"] = options.box * weighted_giou(student.heads["boxes"], teacher.heads["boxes"], weight)
-    if options.centerness and "centerness" in student.heads and "centerness" in teacher.heads:
-        pair = student.heads["centerness"], teacher.heads["centerness"]
-        terms["soft_centerness"] = options.centerness * weighted_entropy(*pair, weight)
+        terms["soft"] = options.soft * quality_focal(s["logits"], t["logits"], options.power)
+    if options.box and "boxes" in s:
+        terms["soft_box"] = options.box * weighted_giou(s["boxes"], t["boxes"], weight)
+    if options.centerness and "centerness" in s and "centerness" in t:
+        terms["soft_centerness"] = options.centerness * weighted_entropy(s["centerness"], t["centerness"], weight)
     return terms
 
 

@@ -41,8 +41,10 @@ def quality_focal(student: Tensor, teacher: Tensor, power: float = 2.0) -> Tenso
 def weighted_giou(student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
     """Σ w · (1 − GIoU) / Σ w over anchors; boxes (N, A, 4) as x1, y1, x2, y2, weights (N, A).
 
-    The weights are the teacher's confidences, as GFL weighs its box loss by the classification score.
+    The weights are the teacher's confidences, as GFL weighs its box loss by the classification score. A box of the teacher
+    without area (a ReLU may give one) weighs nothing.
     """
+    weight = weight * (teacher[..., 2:] > teacher[..., :2]).all(2)
     losses = generalized_box_iou_loss(wide(student), wide(teacher))
     return (weight * losses).sum() / total(weight)
 
