@@ -12,8 +12,9 @@ from torch import Tensor
 from litdistill.report import plots
 from litdistill.report.blocks import Block, Fold, Grid, Picture, Section, Table
 from litdistill.report.collect import Group, Row, Seed, spread_out
+from litdistill.report.of_boxes import of_boxes
 from litdistill.report.sections import MEASURED, class_names, looks
-from litdistill.tasks import MultiLabel, Regression
+from litdistill.tasks import Detection, MultiLabel, Regression
 from litdistill.tasks.multilabel import average_precision
 from litdistill.utils.units import quantity
 
@@ -27,6 +28,8 @@ def of_task(group: Group, key: str) -> list[Section]:
     tasks = [seed.task for row in group.rows for seed in row.seeds]
     if all(isinstance(task, MultiLabel) for task in tasks):
         return [per_label(group, key)]
+    if all(isinstance(task, Detection) for task in tasks):
+        return of_boxes(group, key)
     return [errors(group, key)] if all(isinstance(task, Regression) for task in tasks) else []
 
 

@@ -17,7 +17,7 @@ from litdistill.evaluation.predictions import agreement
 from litdistill.report import headline, plots, points
 from litdistill.report.blocks import Block, Fold, Grid, Picture, Section, Table, Text, Thumb, Thumbs
 from litdistill.report.collect import Group, Row, Seed, Settings
-from litdistill.tasks import metrics
+from litdistill.tasks import Detection, metrics
 from litdistill.utils.units import SHARES, axis, factor, heading, named, quantity, shown_mean, spread
 
 FAILURES = 8  # images per row
@@ -126,8 +126,13 @@ def _worth(group: Group, like: Sequence[str]) -> str:
     if group.less_is_better:
         text += f" Of {metric} less is better."
     if "agreement" in like:
-        text += f" Agreement: the share of {things} for which the student decides as the teacher does; KL: from the "
-        text += "teacher, in nats."
+        if isinstance(group.rows[0].seeds[0].task, Detection):
+            text += " Agreement: the mAP of the student's boxes against those that the teacher gives a score of at least 0.5."
+        else:
+            text += (
+                f" Agreement: the share of {things} for which the student decides as the teacher does; KL: from the "
+            )
+            text += "teacher, in nats."
     return text
 
 

@@ -121,7 +121,7 @@ def precision_recall(models: Sequence[tuple[str, Curves]], names: Sequence[str])
         axes.set(xlabel="recall", xlim=(0, 1), ylim=(0, 1.02))
         axes.spines[["top", "right"]].set_visible(False)
     left.set_ylabel("precision at an IoU of 0.5")
-    left.legend(frameon=False, fontsize=8, loc="lower left")
+    left.legend(frameon=False, fontsize=8, loc="best")
     right.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
