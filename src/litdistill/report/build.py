@@ -32,7 +32,7 @@ def build(places: Sequence[str | Path], out: str | Path, title: str, settings: S
     for group in found:
         time_rows(group, settings)
     problems = [problem for group in found for problem in group.problems]
-    found = [group for group in found if group.rows]
+    found = [group for group in found if any(not row.teacher for row in group.rows)]
     if not found:
         raise UserError("None of these runs could be measured. " + " ".join(problems[:3]))
     shown: list[Section] = []
