@@ -218,8 +218,9 @@ def _measure_run(
         teacher.seeds.append(seed)
         teacher.checkpoint = load_run(folder, settings.trust)[0].teacher.checkpoint
         if exports:
-            teacher.file = write_teacher(distiller.teacher.net, data, out / "cache" / f"teacher-{sha[:12]}.onnx")
-        teacher.net = ExportWrapper(distiller.teacher.net)
+            file = out / "cache" / f"teacher-{sha[:12]}.onnx"
+            teacher.file = write_teacher(distiller.teacher.net, data, file, task)
+        teacher.net = ExportWrapper(distiller.teacher.net, task=task)
     net = distiller.deployed_student
     path = None
     if exports and (row.precision == "int8" or row.file is None):
@@ -232,7 +233,7 @@ def _measure_run(
             one.val_targets, one.test_targets = reference.val.main, reference.test.main
     row.seeds.append(seed)
     if row.file is None:
-        row.file, row.net = path, None if row.precision == "int8" else ExportWrapper(net)
+        row.file, row.net = path, None if row.precision == "int8" else ExportWrapper(net, task=task)
 
 
 def _adopt(group: Group, data: Any, corrupted: dict[str, list[Tensor]], settings: Settings) -> None:
@@ -307,7 +308,7 @@ def _measure(
         (val, seed.val_targets), (test, seed.test_targets) = whole_split(data, "val"), whole_split(data, "test")
         assert val is not None
         assert test is not None
-        seed.val, seed.test = Outputs.of(predict(val)), Outputs.of(predict(test))
+        seed.val, seed.test = (seed.task.read_exported(predict(inputs)) for inputs in (val, test))
         weights = hashlib.sha256(content).hexdigest()
     if not one_label(seed.test, seed.test_targets):
         return

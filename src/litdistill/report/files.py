@@ -12,11 +12,14 @@ from torch import nn
 from litdistill.export.export import export
 from litdistill.export.predict import runtime
 from litdistill.export.writers import write_format
-from litdistill.features.outputs import run_network
 from litdistill.models.preprocess import Preprocessed
+from litdistill.tasks import Task
+from litdistill.types import Batch
 from litdistill.utils.checkpoint import write_atomically
 from litdistill.utils.errors import UserError
 from litdistill.utils.manifest import MANIFEST, ExportMetadata, read_manifest, verified
+
+SAME = 0.95  # the least share of decisions that a teacher's file has in common with it
 
 
 def shipped_file(folder: Path, precision: str, summary: dict[str, Any], trust: Sequence[str] = ()) -> Path:
@@ -33,17 +36,22 @@ def shipped_file(folder: Path, precision: str, summary: dict[str, Any], trust: S
     return export(folder, "onnx", precision, trust=trust)[0]
 
 
-def write_teacher(net: nn.Module, data: Any, path: Path) -> Path:
-    """Writes the teacher as ONNX, like an exported student; raises `UserError` where its logits differ from the network's."""
+def write_teacher(net: nn.Module, data: Any, path: Path, task: Task | None = None) -> Path:
+    """Writes the teacher as ONNX, like an exported student, with the post-processing of `task`; raises `UserError` where its
+    outputs differ from the network's."""
+    task = task or Task()
     preprocessing = any(isinstance(m, Preprocessed) for m in net.modules())
     entry = {"format": "onnx", "precision": "fp32", "preprocessing": preprocessing}
     # The file includes the preprocessing, which may differ between members of an ensemble.
-    inputs = next(iter(data.batches("test"))).inputs[:64]
-    facts = ExportMetadata("onnx", preprocessing, list(data.class_names), [], [], None, list(inputs.shape[1:]), {})
-    write_atomically(path, lambda temporary: write_format(net.cpu(), data, temporary, entry, facts, 0))
+    batch = next(iter(data.batches("test")))
+    inputs, targets = batch.inputs[:64], batch.targets[:64]
+    shape, kind = list(inputs.shape[1:]), task.output_kind
+    facts = ExportMetadata("onnx", preprocessing, list(data.class_names), [], [], None, shape, {}, kind)
+    write_atomically(path, lambda temporary: write_format(net.cpu(), data, temporary, entry, facts, 0, task))
     with torch.no_grad():
-        expected = run_network(net.eval(), inputs).main
-    given = torch.from_numpy(runtime(path.read_bytes(), facts, path)(inputs.numpy()))
-    if not torch.allclose(given, expected, atol=1e-3 * float(expected.abs().max()), rtol=0):
-        raise UserError(f"{path} gives other logits than the teacher: it cannot be timed in the students' runtime.")
+        expected = task.keep(task.forward(net.eval(), Batch(inputs, None), False))
+    given = task.read_exported(torch.from_numpy(runtime(path.read_bytes(), facts, path)(inputs.numpy())))
+    difference, largest, same = task.compare_exported(given, expected, targets)
+    if not difference <= 1e-3 * largest or same < SAME:
+        raise UserError(f"{path} gives other outputs than the teacher: it cannot be timed in the students' runtime.")
     return path

@@ -85,7 +85,9 @@ def only_teacher(group: Group, key: str) -> Section:
         lost, won, total = only_one(student, teacher), only_one(teacher, student), sum(len(t) for t in student.truth)
         worst = [i for i, _, only in missed(student, teacher) if only][:FAILURES]
         thumbs = [_thumb(f"{key}miss-{style.number}-{i}", group, student, teacher, i) for i in worst]
-        title = f"{style.name}: of {quantity(total, 'object')}, {lost} only the teacher finds and {won} only the student"
+        title = (
+            f"{style.name}: of {quantity(total, 'object')}, {lost} only the teacher finds and {won} only the student"
+        )
         blocks.append(Thumbs(title, thumbs) if thumbs else Text(title))
     return Section(f"{key}misses", "What the teacher finds and the student misses", blocks)
 
