@@ -31,7 +31,7 @@ from litdistill.features.outputs import run_network
 from litdistill.models.preprocess import preprocess_of
 from litdistill.report import tables as report
 from litdistill.report.controls import is_measured
-from litdistill.report.files import shipped_file, write_teacher
+from litdistill.report.files import or_untimed, shipped_file, write_teacher
 from litdistill.tasks import Classification, Task
 from litdistill.types import Outputs
 from litdistill.utils.checkpoint import write_text
@@ -109,9 +109,8 @@ class Group:
     name: str
     facts: dict[str, Any]  # `tables.facts` of the summaries
     rows: list[Row] = field(default_factory=list)
-    inputs: Tensor | None = (
-        None  # of the test set, (N, ...) without preprocessing; None where they are no single tensor
-    )
+    # Of the test set, (N, ...) without preprocessing; None where they are no single tensor.
+    inputs: Tensor | None = None
     classes: tuple[str, ...] | None = None  # of the outputs; None until a run was measured
     problems: list[str] = field(default_factory=list)
 
@@ -219,12 +218,14 @@ def _measure_run(
         teacher.checkpoint = load_run(folder, settings.trust)[0].teacher.checkpoint
         if exports:
             file = out / "cache" / f"teacher-{sha[:12]}.onnx"
-            teacher.file = write_teacher(distiller.teacher.net, data, file, task)
+            write = partial(write_teacher, distiller.teacher.net, data, file, task)
+            teacher.file = or_untimed(write, group.problems, f"The teacher of {folder.name}")
         teacher.net = ExportWrapper(distiller.teacher.net, task=task)
     net = distiller.deployed_student
     path = None
     if exports and (row.precision == "int8" or row.file is None):
-        path = shipped_file(folder, row.precision, summary, settings.trust)
+        ship = partial(shipped_file, folder, row.precision, summary, settings.trust)
+        path = ship() if row.precision == "int8" else or_untimed(ship, group.problems, f"{folder.name} ({row.label})")
     seed = Seed(summary, folder, task, sha256=summary["student"]["sha256"], starts=_starts(folder, summary, settings))
     _measure(seed, net, path if row.precision == "int8" else None, data, device, group, corrupted, out, settings)
     if not task.reads_labels:
@@ -319,9 +320,8 @@ def _measure(
         chosen = spread_out(settings.robustness, len(group.inputs))
         images, targets = group.inputs[chosen], seed.test_targets[chosen]
         seen = hashlib.sha256(images.contiguous().numpy().tobytes()).hexdigest()
-        how = hashlib.sha256(
-            inspect.getsource(robustness).encode()
-        ).hexdigest()  # changes of the code invalidate the cache
+        code = inspect.getsource(robustness).encode()  # changes of the code invalidate the cache
+        how = hashlib.sha256(code).hexdigest()
         preprocess = preprocess_of(net)
         cache_key = [group.facts, seen, settings.epsilons, preprocess.facts() if preprocess is not None else None, how]
         logits_of = lambda x: run_network(net, x).logits  # noqa: E731

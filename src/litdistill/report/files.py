@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,15 @@ def shipped_file(folder: Path, precision: str, summary: dict[str, Any], trust: S
             runtime(content, facts, path)  # raises UserError for external weights
             return path
     return export(folder, "onnx", precision, trust=trust)[0]
+
+
+def or_untimed(make: Callable[[], Path], problems: list[str], whose: str) -> Path | None:
+    """Returns the file that `make` returns; where it raises `UserError`, None, and why in `problems`: the row is not timed."""
+    try:
+        return make()
+    except UserError as error:
+        problems.append(f"{whose} is not timed: {error}")
+        return None
 
 
 def write_teacher(net: nn.Module, data: Any, path: Path, task: Task | None = None) -> Path:
