@@ -1,4 +1,5 @@
-"""The sections of several labels a sample (average precision of each) and of numbers (predicted over true, and errors)."""
+"""The sections of several labels a sample (average precision of each), of masks (IoU of each class) and of numbers (predicted
+over true, and errors)."""
 
 from __future__ import annotations
 
@@ -14,8 +15,9 @@ from litdistill.report.blocks import Block, Fold, Grid, Picture, Section, Table
 from litdistill.report.collect import Group, Row, Seed, spread_out
 from litdistill.report.of_boxes import of_boxes
 from litdistill.report.sections import MEASURED, class_names, looks
-from litdistill.tasks import Detection, MultiLabel, Regression
+from litdistill.tasks import Detection, MultiLabel, Regression, Segmentation
 from litdistill.tasks.multilabel import average_precision
+from litdistill.tasks.segmentation.metrics import class_iou, confusion, labels_of
 from litdistill.utils.units import quantity
 
 DRAWN = 30  # labels at most that have bars; the table has all
@@ -30,6 +32,8 @@ def of_task(group: Group, key: str) -> list[Section]:
         return [per_label(group, key)]
     if all(isinstance(task, Detection) for task in tasks):
         return of_boxes(group, key)
+    if all(isinstance(task, Segmentation) for task in tasks):
+        return [per_class(group, key)]
     return [errors(group, key)] if all(isinstance(task, Regression) for task in tasks) else []
 
 
@@ -52,6 +56,32 @@ def per_label(group: Group, key: str) -> Section:
         alt = f"Average precision of each of {quantity(len(labels), 'label')}; the numbers are in the table above."
         blocks.append(Picture(f"{key}label-precision", svg, alt))
     return Section(f"{key}per-label", "Average precision of each label", blocks)
+
+
+def per_class(group: Group, key: str) -> Section:
+    """Returns the section of the intersection over union of each class of masks, in a table and as bars."""
+    styles, labels = looks(group), class_names(group)
+    means = [_overlaps(row, len(labels)) for row in group.rows]
+    rows = [
+        [style.name, *("" if math.isnan(v) else f"{v:.1f}" for v in each)]
+        for style, each in zip(styles, means, strict=True)
+    ]
+    about = (
+        f"In per cent of all pixels of the test {group.things}, the mean over seeds: the pixels of a class that are found, "
+        "over those that are it or are taken for it. A class that is neither there nor found is left empty."
+    )
+    blocks: list[Block] = [Table(f"{key}classes", ["model", *labels], rows), Fold(MEASURED, [about])]
+    if len(labels) <= DRAWN:
+        svg = plots.levels(styles, means, labels, "intersection over union (%)", (0, 100))
+        alt = f"IoU of each of {quantity(len(labels), 'class')}; the numbers are in the table above."
+        blocks.append(Picture(f"{key}class-iou", svg, alt))
+    return Section(f"{key}per-class-iou", "Intersection over union of each class", blocks)
+
+
+def _overlaps(row: Row, classes: int) -> list[float]:
+    """Returns the IoU in per cent of each class, averaged over seeds; NaN for a class that is neither there nor found."""
+    found = [class_iou(confusion(labels_of(s.test), s.test_targets, classes, s.task.ignored)) for s in row.seeds]  # type: ignore[attr-defined]
+    return (100 * torch.stack(found).nanmean(0)).tolist()
 
 
 def _precisions(row: Row) -> list[float]:
