@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
 from PIL import Image
+from sklearn.metrics import jaccard_score
 
 from litdistill.evaluation.evaluate import differences, evaluate, load_run, rebuild
 from litdistill.evaluation.predictions import predict_split
 from litdistill.export.export import export, verify
-from litdistill.export.predict import load
+from litdistill.export.predict import load, main
+from litdistill.report.build import build
+from litdistill.report.collect import Settings
 from litdistill.tasks.base import Samples
 from litdistill.tasks.segmentation.figures import colored, mask_figures, picture_iou
 from litdistill.training.train import train
@@ -61,6 +66,31 @@ def test_an_exported_file_gives_the_class_of_each_pixel(run):
     assert (found.reshape(5, -1) == expected[:5].numpy()).mean() > 0.999
     assert model.facts.kind == "mask"
     assert list(verify(run)) == ["student.onnx"]
+
+
+def test_predict_writes_masks_of_the_pictures_own_size(run, tmp_path):
+    if not (run / "export" / "student.onnx").is_file():
+        export(run)
+    scene = next(iter(rebuild(run)[0].batches("test"))).inputs[0].permute(1, 2, 0).numpy()
+    Image.fromarray(scene).resize((80, 40)).save(tmp_path / "street.png")
+    main([str(run / "export" / "student.onnx"), str(tmp_path / "street.png"), "--out", str(tmp_path / "out")])
+    (found,) = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    with Image.open(tmp_path / "out" / found["mask"]) as mask, Image.open(tmp_path / "out" / found["drawn"]) as drawn:
+        assert (mask.mode, mask.size, drawn.size) == ("P", (80, 40), (80, 40))
+        classes, shown = np.asarray(mask), np.asarray(mask.convert("RGB"))
+    for area in found["areas"]:
+        assert (classes == area["index"]).mean() == pytest.approx(area["share"])
+        assert len(np.unique(shown[classes == area["index"]], axis=0)) == 1  # one color a class
+
+
+def test_the_page_shows_the_iou_of_each_class(run, tmp_path):
+    build([run], tmp_path / "page.html", "masks", Settings(rounds=1, robustness=10, device="cpu"))
+    page = (tmp_path / "page.html").read_text()
+    assert "Intersection over union of each class" in page
+    data, distiller = rebuild(run)
+    outputs, targets = predict_split(distiller.deployed_student, data, "test", task=distiller.task)
+    iou = jaccard_score(targets.flatten(), outputs.heads["label"].flatten().long(), average=None, labels=[0])
+    assert f">{100 * iou[0]:.1f}<" in page
 
 
 def test_cwd_on_the_logit_maps_trains(run):

@@ -19,6 +19,7 @@ from litdistill.data.decode import Letterboxed, letterbox, upright
 from litdistill.export.readers import batches
 from litdistill.utils.errors import UserError
 from litdistill.utils.manifest import BOXES, ExportMetadata
+from litdistill.utils.palette import palette
 from litdistill.utils.text import one_line
 from litdistill.utils.units import quantity
 
@@ -163,7 +164,7 @@ def _drawn(
         image = _with_boxes(image, about["boxes"]) if mask is None else _with_mask(image, mask)
         image.save(out / files["drawn"])
         if mask is not None:
-            Image.fromarray(mask).save(out / files["mask"])
+            _with_palette(mask).save(out / files["mask"])
     except OSError as error:
         raise UserError(f"{one_line(out / name)}.png cannot be written: {error.strerror or error}.") from error
     return files
@@ -188,6 +189,13 @@ def _with_boxes(image: Image.Image, boxes: Sequence[dict[str, Any]]) -> Image.Im
 
 
 def _with_mask(image: Image.Image, mask: np.ndarray) -> Image.Image:
-    palette = np.array([[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in COLORS], np.uint8)
-    colored = Image.fromarray(palette[mask % len(COLORS)])
+    colored = Image.fromarray(np.array(palette(int(mask.max()) + 1), np.uint8)[mask])
     return Image.blend(image, colored, 0.5)
+
+
+def _with_palette(mask: np.ndarray) -> Image.Image:
+    """Returns a mask whose pixels are its classes, and which viewers show in their colors; one of 32 bits has none."""
+    image = Image.fromarray(mask)
+    if image.mode == "L":
+        image.putpalette([value for color in palette(256) for value in color])
+    return image

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import colorsys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from litdistill.tasks.base import Samples
 from litdistill.tasks.figures import STUDENT_COLOR, TEACHER_COLOR, draw_input, new_figure, shorter
 from litdistill.tasks.segmentation.metrics import class_iou, confusion, labels_of
+from litdistill.utils.palette import palette
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,13 +32,6 @@ def mask_figures(samples: Samples, ignored: int, count: int = 8) -> dict[str, Fi
         "masks, worst first": worst_masks(samples, student, teacher, ignored, count),
         "IoU of classes": class_bars([(name, class_iou(counts)) for name, counts in matrices], samples.names),
     }
-
-
-def palette(classes: int) -> list[tuple[int, int, int]]:
-    """Returns a color for each class: black for the first, which is mostly ground, then hues by the golden ratio."""
-    hues = [(0.09 + i * 0.618034) % 1 for i in range(classes - 1)]
-    colors = [colorsys.hsv_to_rgb(hue, 0.85 - 0.3 * (i % 2), 0.95) for i, hue in enumerate(hues)]
-    return [(0, 0, 0), *(tuple(round(255 * v) for v in color) for color in colors)]  # type: ignore[list-item]
 
 
 def colored(labels: Tensor, classes: int, counted: Tensor | None = None) -> np.ndarray:
