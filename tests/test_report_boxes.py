@@ -1,0 +1,70 @@
+"""The sections of the page that only detectors have."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from litdistill.report.blocks import Table, Text, Thumbs
+from litdistill.report.collect import Group, Row, Seed
+from litdistill.report.of_boxes import drawn, only_one
+from litdistill.report.of_task import of_task
+from litdistill.tasks.detection.boxes import padded
+from litdistill.tasks.detection.metrics import Split
+from litdistill.tasks.detection.task import Detection
+from litdistill.types import Outputs
+
+TRUTH = torch.tensor([[0.0, 0, 10, 10, 0, 0], [20, 20, 30, 30, 1, 0]])
+BOTH = torch.tensor([[0.0, 0, 10, 10, 0.9, 0], [20, 20, 30, 30, 0.8, 1]])
+ONE = torch.tensor([[0.0, 0, 10, 10, 0.9, 0], [0, 0, 0, 0, 0, -1]])
+
+
+def _seed(found: Tensor, sha: str, teacher: str | None = None) -> Seed:
+    summary = {"seed": 0, "method": "kd", "teacher": None if teacher is None else {"sha256": teacher}}
+    outputs, targets = Outputs({"detections": found}), padded([TRUTH] * len(found))
+    return Seed(summary, Path(), Detection(), test=outputs, test_targets=targets, sha256=sha)
+
+
+def _group(inputs: Tensor) -> Group:
+    about = {"name": "net", "params": 1, "macs": 1}
+    teacher = Row("teacher", about, [_seed(torch.stack([BOTH] * 3), "t")], teacher=True)
+    student = Row("distilled", about, [_seed(torch.stack([BOTH, ONE, ONE]), "s", "t")])
+    facts = {"metric": {"name": "map", "direction": "max"}}
+    return Group("scenes", facts, [teacher, student], inputs, ("red", "green", "blue"))
+
+
+def test_each_class_and_what_only_the_teacher_finds() -> None:
+    classes, misses = of_task(_group(torch.zeros(3, 3, 40, 40, dtype=torch.uint8)), "")
+    table = classes.blocks[0]
+    assert isinstance(table, Table)
+    assert list(table.head) == ["model", "worst class", "red", "green", "blue"]
+    assert list(table.rows[0])[2:] == ["100.0", "100.0", ""]
+    assert list(table.rows[1])[1:] == ["green", "100.0", "33.7", ""]  # COCO takes 34 of 101 recalls up to a third
+    text, thumbs = misses.blocks
+    assert isinstance(text, Text)
+    assert isinstance(thumbs, Thumbs)
+    assert thumbs.title.endswith("of 6 objects, 2 only the teacher finds and 0 only the student")
+    assert [t.caption for t in thumbs.thumbs] == ["misses green", "misses green"]
+
+
+def test_data_that_are_no_pictures_have_no_misses() -> None:
+    assert len(of_task(_group(torch.zeros(3, 3, 40, 40)), "")) == 1
+
+
+def test_objects_that_one_of_two_finds() -> None:
+    first, second = Split([ONE[:1], BOTH], [TRUTH] * 2), Split([BOTH, BOTH], [TRUTH] * 2)
+    assert (only_one(first, second), only_one(second, first)) == (1, 0)
+
+
+def test_boxes_are_drawn_on_enlarged_and_reduced_pictures() -> None:
+    for side, shown in ((64, 256), (1024, 256)):
+        box = torch.tensor([[0.25, 0.25, 0.75, 0.75]]) * side
+        png = drawn(torch.zeros(3, side, side, dtype=torch.uint8), [(box, "#0072B2", [])])
+        picture = Image.open(io.BytesIO(png))
+        assert picture.size == (shown, shown)
+        assert picture.getpixel((shown // 4, shown // 2)) == (0x00, 0x72, 0xB2)
+        assert picture.getpixel((shown // 2, shown // 2)) == (0, 0, 0)
