@@ -60,6 +60,7 @@ class Grid(NamedTuple):
 class Thumbs(NamedTuple):
     title: str
     thumbs: Sequence[Thumb]
+    large: bool = False  # pictures with something small in them
 
 
 class Link(NamedTuple):

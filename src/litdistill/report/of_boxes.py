@@ -88,7 +88,7 @@ def only_teacher(group: Group, key: str) -> Section:
         title = (
             f"{style.name}: of {quantity(total, 'object')}, {lost} only the teacher finds and {won} only the student"
         )
-        blocks.append(Thumbs(title, thumbs) if thumbs else Text(title))
+        blocks.append(Thumbs(title, thumbs, large=True) if thumbs else Text(title))
     return Section(f"{key}misses", "What the teacher finds and the student misses", blocks)
 
 
