@@ -1,6 +1,7 @@
 # make distill   a teacher, a student and the table that compares them, on bundled digits; sets itself up in .venv first;
 #                PICTURE=docs/digits.png draws the table's picture too
 # make compare   what distillation competes with, on one page; make compare DATA=mnist
+# make detect    an object detector: a teacher, the same student alone and distilled, a table and a page with pictures of boxes
 # make test      style, types, the order of the rooms, and the tests that need nothing but this process
 # make docs      the documentation site, in runs/site
 # make test-processes      the tests that need fresh processes, an environment or a terminal
@@ -10,7 +11,7 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 BIN := .venv/bin
 SETUP := .venv/.ready
 
-.PHONY: distill compare docs test test-processes zoo setup requirements clean
+.PHONY: distill compare detect docs test test-processes zoo setup requirements clean
 .DEFAULT_GOAL := distill
 
 distill: $(SETUP)
@@ -26,6 +27,15 @@ distill: $(SETUP)
 DATA ?= digits
 compare: $(SETUP)
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/compare.py dataset=$(DATA) $(if $(PICTURE),picture=$(PICTURE))
+
+# One seed; SEEDS=0,1,2 gives the figures of conf/experiment/detection.
+SEEDS ?= 0
+detect: $(SETUP)
+	@stamp=$$(date +%Y-%m-%d_%H-%M-%S)_$$$$; export RUN_STAMP=$$stamp OMP_NUM_THREADS=1; \
+	$(BIN)/python scripts/train.py --multirun seed=$(SEEDS) \
+		experiment=detection/digit_scenes_alone,detection/digit_scenes && \
+	$(BIN)/python scripts/report.py runs=runs/digit_scenes/$$stamp out=runs/digit_scenes/$$stamp/table.md && \
+	echo "Pictures with boxes: $(BIN)/tensorboard --logdir runs/digit_scenes/$$stamp"
 
 test: $(SETUP)
 	$(BIN)/ruff check .

@@ -15,6 +15,7 @@ from litdistill.data import datamodule, sound
 from litdistill.data.sources import CIFAR10, CIFAR100, DIGITS, Source, Split
 from litdistill.data.tensors import TensorSource, TensorSplit
 from litdistill.data.text import docstrings, sets
+from litdistill.tasks.detection import coco
 from litdistill.training.train import train
 from litdistill.utils.modality import Modality
 from litdistill.utils.paths import CONF
@@ -45,6 +46,13 @@ def generated_texts(root: str, download: bool, tokens: sets.Tokens) -> TensorSou
     ids = torch.randint(1, 30522, (16, tokens.length), generator=torch.Generator().manual_seed(0))
     split = TensorSplit(ids, torch.arange(16) % 2)
     return TensorSource(split, split, ("negative", "positive"), Modality("text"), facts={"vocab_size": 30522})
+
+
+def generated_boxes(*_: object) -> TensorSource:
+    """Random pictures with a box each."""
+    images = torch.randint(0, 256, (16, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    split = TensorSplit(images, torch.tensor([8.0, 8, 40, 40, 1, 0]).repeat(16, 1, 1))
+    return TensorSource(split, split, ("cat", "dog"), Modality(), geometry="boxes")
 
 
 def options(group: str) -> list[str]:
@@ -111,6 +119,7 @@ def test_every_experiment_trains_a_step(experiment, tmp_path, monkeypatch):
     monkeypatch.setattr(datamodule, "load", generated)
     monkeypatch.setattr(sound, "local_copy", lambda root: spoken_digits())
     monkeypatch.setattr(sets, "_read_movie_reviews", generated_texts)
+    monkeypatch.setattr(coco, "_read", generated_boxes)
     made_up = [docstrings.Docstring(f"module{i}", f"Returns {i} of the {i % 7} values.") for i in range(99)]
     monkeypatch.setattr(docstrings, "read", lambda root: made_up)
     text = (CONF / "experiment" / f"{experiment}.yaml").read_text()

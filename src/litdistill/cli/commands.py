@@ -50,8 +50,9 @@ def evaluate(cfg: DictConfig) -> None:
     starting.end(loaded=True)
     data = OmegaConf.create({"data": cfg.data})
     if cfg.pictures:
-        draw(cfg.run, data, cfg.device, cfg.trust)
-        print(f"Drawn: tensorboard --logdir {cfg.run} shows the pictures.")
+        place = Path(cfg.pictures) if isinstance(cfg.pictures, str) else None
+        draw(cfg.run, data, cfg.device, cfg.trust, place)
+        print(f"Drawn: {f'tensorboard --logdir {cfg.run} shows the pictures' if place is None else place}.")
         return
     results = evaluate(cfg.run, data, cfg.device, cfg.trust)
     terminal.show(*evaluation_table(results), terminal.stdout(140))

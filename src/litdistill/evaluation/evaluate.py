@@ -190,9 +190,14 @@ def evaluate(
 
 
 def draw(
-    folder: str | Path, overrides: DictConfig | None = None, device: str = "auto", trust: Sequence[str] = ()
+    folder: str | Path,
+    overrides: DictConfig | None = None,
+    device: str = "auto",
+    trust: Sequence[str] = (),
+    to: Path | None = None,
 ) -> None:
-    """Writes the pictures of a finished run to TensorBoard's files in its folder anew. `trust`: see `load_run`."""
+    """Writes the pictures of a finished run to TensorBoard's files in its folder anew, or as PNG files to the folder `to`.
+    `trust`: see `load_run`."""
     from torch.utils.tensorboard import SummaryWriter
 
     folder = Path(folder)
@@ -200,7 +205,7 @@ def draw(
     check_links(folder)
     teacher = distiller.teacher.net if distiller.teacher is not None else None
     step = int(load_run(folder, trust)[1]["steps"])
-    with SummaryWriter(str(folder)) as writer:
+    with figures.PngFiles(to) if to is not None else SummaryWriter(str(folder)) as writer:
         figures.show(writer, distiller.deployed_student, teacher, data, distiller.task, pick_device(device), step)
 
 

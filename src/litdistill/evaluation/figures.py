@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -111,6 +112,24 @@ def show(
             found["members of the teacher"] = members_figure(task, teacher, expected.heads["members"], targets)
         for name, figure in found.items():
             writer.add_figure(f"validation/{name}", figure, step)
+
+
+class PngFiles:
+    """Writes figures as PNG files to a folder, `worst_misses.png`, in place of a SummaryWriter."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __enter__(self) -> PngFiles:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def add_figure(self, tag: str, figure: Any, step: int) -> None:
+        """Writes a figure of matplotlib. Raises `UserError` where the folder cannot be written to."""
+        name = re.sub(r"\W+", "_", tag.rpartition("/")[2]).strip("_")
+        figure.savefig(self.folder / f"{name}.png", dpi=110, bbox_inches="tight")
 
 
 def picture(data: Any, inputs: Tensor | None) -> Tensor | None:

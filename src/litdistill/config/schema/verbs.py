@@ -31,7 +31,9 @@ class Evaluate(Node):
     run: Text = option("the run's folder")
     device: Device = option("cpu, cuda, or auto: a GPU if there is one")
     trust: list[Text] | None = option(TRUST)
-    pictures: bool = option("true: draw TensorBoard's pictures of the run anew, and measure nothing")
+    pictures: bool | Text = option(
+        "true: draw TensorBoard's pictures of the run anew, and measure nothing; a folder: write them there as PNG"
+    )
     data: dict[str, Any] | None = option(CHANGED)
 
 

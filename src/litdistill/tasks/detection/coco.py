@@ -52,15 +52,13 @@ def coco(
         classes: names of categories in the order of the outputs; None: all, by their id. size: (height, width) in pixels.
         options: those of `TensorData`.
     """
-    if root is None:
-        raise UserError("data=coco needs the folder of the pictures and their JSON files: data.root=<folder>.")
     files = {"train": train, "validation": validation, "test": test}
-    read = functools.partial(_read, Path(root), files, images, unlabelled, classes, check_size(size))
+    read = functools.partial(_read, root, files, images, unlabelled, classes, check_size(size))
     return TensorData(read, "coco", "detection", standardize=True, **options)
 
 
 def _read(
-    root: Path,
+    place: str | Path | None,
     named: dict[str, str | None],
     images: str | None,
     unlabelled: str | None,
