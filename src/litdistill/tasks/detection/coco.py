@@ -65,6 +65,9 @@ def _read(
     classes: Sequence[str] | None,
     size: tuple[int, int],
 ) -> TensorSource:
+    if place is None:
+        raise UserError("data=coco needs the folder of the pictures and their JSON files: data.root=<folder>.")
+    root = Path(place)
     if not root.is_dir():
         raise UserError(
             f"There is no folder {one_line(root)}. Set data.root to the folder of the pictures and JSON files."
