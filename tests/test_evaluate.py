@@ -125,3 +125,15 @@ def test_a_teacher_that_preprocesses_otherwise_than_the_runs_is_refused(small):
     train(cfg)
     with pytest.raises(UserError, match=r"The run's teacher preprocessed images by .* and now by .*0\.123"):
         evaluate(cfg.folder, OmegaConf.create({"teacher": {"preprocess": {"mean": [0.123], "std": [0.3]}}}), "cpu")
+
+
+def test_figures_are_written_as_png_files(tmp_path):
+    from matplotlib.figure import Figure
+
+    with figures.PngFiles(tmp_path / "new" / "pictures") as writer:
+        figure = Figure()
+        figure.subplots().plot([1, 2])
+        writer.add_figure("validation/worst misses", figure, 7)
+    (written,) = (tmp_path / "new" / "pictures").iterdir()
+    assert written.name == "worst_misses.png"
+    assert Image.open(written).size[0] > 100
