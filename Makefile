@@ -34,8 +34,8 @@ detect: $(SETUP)
 	@stamp=$$(date +%Y-%m-%d_%H-%M-%S)_$$$$; export RUN_STAMP=$$stamp OMP_NUM_THREADS=1; \
 	$(BIN)/python scripts/train.py --multirun seed=$(SEEDS) \
 		experiment=detection/digit_scenes_alone,detection/digit_scenes && \
-	$(BIN)/python scripts/report.py runs=runs/digit_scenes/$$stamp out=runs/digit_scenes/$$stamp/table.md && \
-	echo "Pictures with boxes: $(BIN)/tensorboard --logdir runs/digit_scenes/$$stamp"
+	$(BIN)/python scripts/report.py runs=runs/detection_digits/$$stamp out=runs/detection_digits/$$stamp/table.md && \
+	echo "Pictures with boxes: $(BIN)/tensorboard --logdir runs/detection_digits/$$stamp"
 
 test: $(SETUP)
 	$(BIN)/ruff check .

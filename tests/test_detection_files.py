@@ -19,6 +19,7 @@ from litdistill.tasks.detection import annotated, voc
 from litdistill.tasks.detection.annotated import Box, Faults, Picture, check_memory, clean
 from litdistill.tasks.detection.bccd import bccd
 from litdistill.tasks.detection.coco import coco, find_files
+from litdistill.training.train import train
 from litdistill.types import has_label
 from litdistill.utils.errors import UserError
 from tests.conftest import compose_config
@@ -569,3 +570,23 @@ def test_many_threads_decode_to_the_same_pictures(root, monkeypatch):
     one = read(written(root, listed()))
     monkeypatch.setattr(annotated, "THREADS", 1)
     assert np.array_equal(read(root).source.train.inputs, one.source.train.inputs)
+
+
+def test_the_first_of_five_commands_trains_a_detector_of_ones_own_boxes(root, tmp_path):
+    written(root, listed())
+    small = [
+        "data.size=[64,64]",
+        "data.val_size=2",
+        "data.batch_size=4",
+        "trainer=debug",
+        "trainer.max_epochs=1",
+        "logger=none",
+    ]
+    nets = ["student.width=8", "teacher.width=8", "teacher.depth=1", "teacher.fpn=32", "teacher.checkpoint=null"]
+    cfg = compose_config(
+        tmp_path / "run", "experiment=detection", f"data.root={root}", *small, *nets, "teacher.allow_chance=true"
+    )
+    train(cfg)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["task"], summary["metric"]["name"]) == ("Detection", "map")
+    assert (summary["data"]["train"], summary["data"]["val"], summary["data"]["test"]) == (6, 2, 2)

@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file
 
+from litdistill.evaluation import figures
 from litdistill.evaluation.evaluate import differences, evaluate, load_run, pick_device
 from litdistill.export.export import export
 from litdistill.export.predict import load

@@ -35,9 +35,17 @@ COMMANDS = list(
     )
 )
 # Those that need processes of their own are in test_cli.py, test_ddp.py, test_scale.py, test_launch.py and test_slurm.py, and
-# those that need other runs in test_techniques.py.
+# those that need other runs in test_techniques.py; that of a detector is in test_detection_files.py.
 OTHER_LOGGERS = ("MLFlowLogger", "CometLogger")  # of packages that are not installed for tests
-ELSEWHERE = ("resume=auto", "trainer=ddp", "trainer=fsdp", "hydra/launcher", "experiment=compare/", *OTHER_LOGGERS)
+ELSEWHERE = (
+    "resume=auto",
+    "trainer=ddp",
+    "trainer=fsdp",
+    "hydra/launcher",
+    "experiment=compare/",
+    "experiment=detection ",
+    *OTHER_LOGGERS,
+)
 TRAINS = [c for c in COMMANDS if c.startswith("litdistill train") and not any(e in c for e in ELSEWHERE)]
 
 
