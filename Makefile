@@ -28,14 +28,17 @@ DATA ?= digits
 compare: $(SETUP)
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/compare.py dataset=$(DATA) $(if $(PICTURE),picture=$(PICTURE))
 
-# One seed; SEEDS=0,1,2 gives the figures of conf/experiment/detection.
+# On two cores: the student alone beside the teacher. SEEDS=0,1,2 gives the figures of conf/experiment/detection.
 SEEDS ?= 0
 detect: $(SETUP)
-	@stamp=$$(date +%Y-%m-%d_%H-%M-%S)_$$$$; export RUN_STAMP=$$stamp OMP_NUM_THREADS=1; \
-	$(BIN)/python scripts/train.py --multirun seed=$(SEEDS) \
-		experiment=detection/digit_scenes_alone,detection/digit_scenes && \
-	$(BIN)/python scripts/report.py runs=runs/detection_digits/$$stamp out=runs/detection_digits/$$stamp/table.md && \
-	echo "Pictures with boxes: $(BIN)/tensorboard --logdir runs/detection_digits/$$stamp"
+	@stamp=$$(date +%Y-%m-%d_%H-%M-%S)_$$$$; runs=runs/detection_digits/$$stamp; mkdir -p $$runs; \
+	export RUN_STAMP=$$stamp OMP_NUM_THREADS=1; \
+	$(BIN)/python scripts/train.py --multirun seed=$(SEEDS) experiment=detection/digit_scenes_alone \
+		> $$runs/alone.log 2>&1 & alone=$$!; \
+	$(BIN)/python scripts/train.py --multirun seed=$(SEEDS) experiment=detection/digit_scenes && \
+	{ wait $$alone || { cat $$runs/alone.log; exit 1; }; } && \
+	$(BIN)/python scripts/report.py runs=$$runs out=$$runs/table.md && \
+	$(BIN)/python scripts/evaluate.py run=$$(ls -d $$runs/detection-digit_scenes-s* | head -1) pictures=$$runs/pictures
 
 test: $(SETUP)
 	$(BIN)/ruff check .
