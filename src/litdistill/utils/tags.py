@@ -9,7 +9,7 @@ FIRST = (
     "spearman",
 )  # metrics that select the epoch: a group each, with student, teacher and training
 LIKE = ("agreement", "kl", "deviation", "cosine")  # of student and teacher
-SCORES = (*FIRST, *LIKE, "absolute_error")  # measured in training beside the terms of the loss
+SCORES = (*FIRST, *LIKE, "absolute_error", "pseudo_share")  # measured in training beside the terms of the loss
 DROPPED = ("epoch", "step")  # the x axis has them
 
 

@@ -1,0 +1,69 @@
+"""Methods of detectors in whole runs on scenes of which few have labels: terms, resumes, the cache, what is shipped."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from litdistill.config.build import build_data, build_net
+from litdistill.evaluation.evaluate import load_run
+from litdistill.utils.errors import Stopped
+from tests.conftest import compose_config
+from tests.test_zoo import StopAt, equal, logged, run, weights
+
+STEPS = 8
+RUN = [
+    *("data=digit_scenes", "task=detection", "net@student=fcos_slim", "net@teacher=fcos_slim", "trainer=cpu"),
+    *("data.count=96", "data.val_size=32", "data.labels=16", "data.batch_size=8", "data.eval_batch_size=32"),
+    *("student.width=4", "student.fpn=32", "student.convs=1", "teacher.width=4", "teacher.fpn=64", "teacher.convs=1"),
+    *("trainer.max_epochs=2", "trainer.log_every_n_steps=4", "teacher.allow_chance=true"),
+    "++teacher.recipe.trainer.max_epochs=1",
+]
+LABELS = {"cls", "box", "centerness"}
+DENSE = {"soft", "soft_box", "soft_centerness"}
+TERMS = {"dense_kd": LABELS | DENSE, "crosskd": LABELS | DENSE, "pseudo_boxes": LABELS}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+def config(runs, folder, name, *more):
+    extra = ["method.threshold=0.02"] if name == "pseudo_boxes" else ["method.least=0"]
+    cfg = compose_config(folder, *RUN, f"method={name}", *extra, *more)
+    cfg.runs = str(runs)
+    return cfg
+
+
+@pytest.mark.parametrize("name", sorted(TERMS))
+def test_a_run_logs_its_terms_goes_on_to_the_bit_and_ships_the_student(runs, tmp_path, name):
+    folder = run(config(runs, tmp_path / "whole", name, "teacher.cache.mode=disk"))
+    assert set(logged(folder)) - {"total"} == TERMS[name]
+    state = weights(folder)
+    assert {k.split(".")[0] for k in state} <= {"student", "method"}
+    assert {k.split(".")[1] for k in state if k.startswith("method.")} <= {"projectors"}
+    cfg, _summary = load_run(folder)
+    data, _ = build_data(cfg)
+    plain = build_net(cfg.student, data, "student").state_dict()
+    assert {k: v.shape for k, v in load_file(folder / "student.safetensors").items()} == {
+        k: v.shape for k, v in plain.items()
+    }
+
+    # Stopped in the middle of an epoch, and continued, it ends where it would have ended.
+    with pytest.raises(Stopped):
+        run(config(runs, tmp_path / "parts", name), StopAt(STEPS + 2))
+    assert equal(state, weights(run(config(runs, tmp_path / "parts", name))))
+
+
+def test_the_share_of_pseudo_boxes_is_in_tensorboard(runs, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = run(config(runs, tmp_path / "run", "pseudo_boxes"))
+    events = EventAccumulator(str(next(folder.rglob("events.out.tfevents.*")).parent)).Reload()
+    tags = [t for t in events.Tags()["scalars"] if t.endswith("pseudo_share")]
+    assert len(tags) == 1
+    values = [e.value for e in events.Scalars(tags[0])]
+    assert 0 < min(values) <= max(values) <= 1
+    assert torch.tensor(values).isfinite().all()
