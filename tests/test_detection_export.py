@@ -10,8 +10,10 @@ from torchvision.ops import nms
 from litdistill.data.tensors import TensorData
 from litdistill.export import export as export_module
 from litdistill.export.export import export_student
+from litdistill.export.outputs import Form, _check_form
 from litdistill.export.predict import load
 from litdistill.models.preprocess import Preprocess, Preprocessed
+from litdistill.report.files import write_teacher
 from litdistill.tasks.detection.fcos import fcos_slim
 from litdistill.tasks.detection.scenes import digit_scenes
 from litdistill.tasks.detection.shipping import compared
@@ -157,6 +159,9 @@ def test_boxes_are_compared_by_place_class_and_score():
     assert compared(rows(a, (20.5, 0, 30.5, 10, 0.6, 2)), rows(a, b))[2] == pytest.approx(1)  # IoU 9.5 / 10.5
     assert compared(rows(a, (*b[:4], 0.55, 2)), rows(a, b)) == pytest.approx((0.05, 0.9, 1))
     assert compared(rows(a, (*b[:4], 0.3, 2)), rows(a, b)) == pytest.approx((0.3, 0.9, 0.5))
+    line, sliver = (0.0, 30, 10, 30, 0.4, 1), (0.0, 20, 10, 20.001, 0.4, 1)
+    assert compared(rows(a, line, line), rows(a)) == pytest.approx((0, 0.9, 1))  # boxes without area do not count
+    assert compared(rows(a, sliver), rows(a, (*sliver[:3], 20.003, *sliver[4:])))[2] == 1
     assert compared(rows(), rows())[2] == 1
     assert compared(rows(a), rows())[2] == 0
     assert np.isnan(compared(rows((*a[:4], float("nan"), 1)), rows(a))[0])
@@ -177,3 +182,13 @@ def test_suppression_of_a_batch_is_torchvisions_of_each_picture():
         assert 0 < int(kept.sum()) < int((scores > 0).sum())
     assert not suppress(boxes, torch.full_like(scores, torch.nan), 0.4).any()
     torch.library.opcheck(suppress, (boxes, scores, 0.4))
+
+
+def test_a_teacher_is_written_for_timing_with_its_post_processing(net, data, tmp_path):
+    path = write_teacher(net, data, tmp_path / "teacher.onnx", TASK)
+    assert [o.name for o in onnx.load(path).graph.output] == ["boxes", "scores", "labels"]
+
+
+def test_a_file_of_dense_outputs_is_refused(data):
+    with pytest.raises(UserError, match="networks of Detection give them at every place"):
+        _check_form(Form(), data, TASK)

@@ -31,6 +31,7 @@ from litdistill.tasks.base import Task
 from litdistill.types import Batch, Outputs, Taps
 from litdistill.utils.errors import UserError
 from litdistill.utils.hashing import file_sha256, weights_sha256
+from litdistill.utils.manifest import BOXES, MASK
 from litdistill.utils.units import quantity
 from litdistill.utils.versions import versions
 
@@ -162,6 +163,11 @@ def _taps(net: nn.Module, form: Form, data: IndexedData, task: Task) -> list[str
 
 
 def _check_form(form: Form, data: IndexedData, task: Task) -> None:
+    if task.output_kind in (BOXES, MASK):
+        raise UserError(
+            f"A file of outputs holds one row of logits a sample, and networks of {type(task).__name__} give them at every "
+            "place: teach from the network itself, whose outputs are cached while training."
+        )
     if form.views and not data.draws_views:
         raise UserError(f"views={form.views}: these data have one view of each sample, as it is. Leave views at 0.")
     if form.views and data.view_count(ALL_ROUNDS) != form.views:
