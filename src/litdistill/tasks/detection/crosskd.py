@@ -28,14 +28,14 @@ BRANCHES = {"classification_head": "cls_logits", "regression_head": "bbox_reg"}
 class CrossKD(Method):
     """`hard` · labels' loss + the terms of `DenseKD` between the cross-head predictions and the teacher's.
 
-    The paper's features are those after the third of four convolutions of each branch of the head: `remaining` = 1. Both heads
-    are counted from their end, so that heads of other depths fit; a head without so many convolutions is crossed at its input,
-    the pyramid. Where channels differ, a 1x1 convolution for each branch maps the student's to the teacher's (the paper's
-    networks have the same); it is trained, and is not deployed.
+    The features are those before the last `remaining` convolutions of each branch of the head: with 1 those after the third of
+    four, the usual depth. Both heads are counted from their end, so that heads of other depths fit; a head without so many
+    convolutions is crossed at its input, the pyramid. Where channels differ, a 1x1 convolution for each branch maps the
+    student's to the teacher's; it is trained, and is not deployed.
 
-    Simplifications: the paper compares boxes where labels put objects; here they count by the teacher's confidence, which
-    needs no labels. The classes are compared by the quality focal loss for each kind of head (the paper takes it for GFL, and
-    the binary cross-entropy for RetinaNet, ATSS and FCOS, which is `power` = 0). The centerness is compared, too.
+    Own choices beside the paper's scheme: which anchors count is said by the teacher's confidence, which needs no labels; the
+    classes are compared by the quality focal loss for each kind of head (`power` = 0 is the binary cross-entropy); the
+    centerness is compared, too.
 
     Args:
         hard, soft, box, centerness, power, least: as of `DenseKD`.
