@@ -33,6 +33,7 @@ SHAPES = {
 STEP = [
     "trainer=debug",
     "trainer.max_epochs=1",  # an experiment's own number would stand otherwise
+    "trainer.check_val_every_n_epoch=1",
     "++data.val_size=0.5",  # data that hold out what they choose themselves have no such key
     "data.batch_size=8",
     "data.eval_batch_size=64",
