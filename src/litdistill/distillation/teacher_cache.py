@@ -126,8 +126,10 @@ class TeacherCache:
         assert self._shapes is not None
         heads, features = self._shapes
         shapes = [*heads.values(), *features.values()]
+        # Contiguous, as a network gives them: sums over a part of each row round otherwise.
         parts = [
-            x.view(-1, *shape) for x, shape in zip(values.split([n.numel() for n in shapes], 1), shapes, strict=True)
+            x.contiguous().view(-1, *shape)
+            for x, shape in zip(values.split([n.numel() for n in shapes], 1), shapes, strict=True)
         ]
         return Outputs(
             dict(zip(heads, parts, strict=False)), dict(zip(features, parts[len(heads) :], strict=True)), ids
