@@ -178,6 +178,14 @@ def test_factors_are_fixed_and_nothing_is_measured_after_the_first_minibatches(t
     assert f"hint by {factor:.3g}, so that its gradient is 0.1 times" in caplog.text
 
 
+def test_the_methods_own_weight_of_a_balanced_term_has_no_effect_and_that_is_said(tmp_path, caplog):
+    light, _ = run(tmp_path / "a", AT(hint=1.0), balance=Balance(steps=2))
+    with caplog.at_level(logging.INFO, "litdistill"):
+        heavy, _ = run(tmp_path / "b", AT(hint=1024.0), balance=Balance(steps=2))
+    assert same(light.student, heavy.student)  # a power of two: no rounding
+    assert "own weights of these terms have no effect: balance.terms={hint: 0.1} sets" in caplog.text
+
+
 def test_each_term_of_a_sum_is_balanced_and_logits_count_as_labels_do(tmp_path):
     sum_of = Sum({"kd": KD(), "at": AT(hard=0), "fitnet": FitNet(hard=0)})
     distiller, trainer = run(tmp_path, sum_of, balance=Balance(steps=2))

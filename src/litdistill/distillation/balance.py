@@ -128,7 +128,11 @@ class Balance:
             f"{f['unbalanced']:.3g} times"
             for name, f in self.found().items()
         ]
-        return f"Weights of {self.measured} minibatches' gradients: {'; '.join(parts)}."
+        terms = ", ".join(f"{name}: {ratio:g}" for name, ratio in self.ratios.items())
+        return (
+            f"Weights of {self.measured} minibatches' gradients: {'; '.join(parts)}. The method's own weights of these terms "
+            f"have no effect: balance.terms={{{terms}}} sets their ratios, balance=none keeps the weights."
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Returns plain values, exact to the bit."""
