@@ -10,6 +10,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import benchmark
+import benchmark_detector_step as detector
 import benchmark_parts as parts
 import benchmark_questions as questions
 
@@ -53,6 +54,19 @@ def test_the_page_shows_the_figures_that_are_kept():
     kept = json.loads((ROOT / "docs" / "performance.json").read_text())
     assert set(kept) <= set(benchmark.QUESTIONS)
     assert f"<!-- benchmark -->\n{benchmark.page(kept)}\n<!-- end -->" in (ROOT / "docs" / "performance.md").read_text()
+
+
+def test_the_bare_loop_of_detectors_has_the_same_loss_on_the_same_pictures():
+    data = detector.scenes(8, batch=4)
+    tiny = {"width": 4, "fpn": 32, "convs": 1, "strides": [4, 8]}
+    student, teacher = detector.networks(data, tiny, {**tiny, "width": 8})
+    bare, distiller = detector.Bare(data, student, teacher), detector.distiller_of(data, student, teacher)
+    views = torch.tensor([0, 1, 1, 0])
+    batch = data.get_batch("train", data.train_ids[:4], views)
+    for module in (bare.student, student):
+        module.train()
+    expected = bare.loss(*bare.view(torch.arange(4), views == 1))
+    torch.testing.assert_close(distiller.loss(batch), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
