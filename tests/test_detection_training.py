@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import functools
 import json
+from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import DDPStrategy
 
 from litdistill.data.augment import Flip
 from litdistill.distillation.distiller import Distiller
@@ -60,7 +63,7 @@ def test_a_frozen_detector_gives_the_heads_that_it_gave(make, mode):
         torch.testing.assert_close(heads[name], value, rtol=1e-4, atol=1e-3 if name == "boxes" else 1e-4)
 
 
-def fitted(folder, mode, ema=None, lr=0.1):
+def fitted(folder, mode, ema=None, lr=0.1, **options):
     """A student of dense_kd after two epochs of flipped scenes, and how many rows its cache has computed."""
     data = digit_scenes(count=40, val_size=8, batch_size=8, augment=[Flip()])
     data.setup()
@@ -72,7 +75,7 @@ def fitted(folder, mode, ema=None, lr=0.1):
         student, DenseKD(least=0), teacher, data.get_batch("train", data.train_ids[:2]), Detection(),
         functools.partial(torch.optim.SGD, lr=lr), ema=ema, seed=0, allow_chance=True, data=data, cache=CacheOptions(mode),
     )  # fmt: skip
-    fit(distiller, grouped(data, 0), folder, limit_val_batches=0, enable_checkpointing=False)
+    fit(distiller, grouped(data, 0), folder, limit_val_batches=0, enable_checkpointing=False, **options)
     return distiller
 
 
@@ -99,6 +102,22 @@ def test_the_average_of_a_detectors_weights_is_what_is_deployed(tmp_path):
     heads, last = (net.eval()(x) for net in (averaged.deployed_student, averaged.student))
     assert heads["boxes"].shape == last["boxes"].shape
     assert not torch.allclose(heads["logits"], last["logits"])
+
+
+class Kept(Callback):
+    """Writes the weights with which each process ends."""
+
+    def on_train_end(self, trainer, pl_module):
+        weights = dict(pl_module.student.named_parameters())
+        torch.save(weights, Path(trainer.default_root_dir) / f"{trainer.global_rank}.pt")
+
+
+def test_both_processes_end_with_the_same_weights(tmp_path):
+    fitted(tmp_path, "off", devices=2, strategy=DDPStrategy(start_method="fork"), callbacks=[Kept()])
+    ours, theirs = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert equal(ours, theirs)
+    alone = fitted(tmp_path / "alone", "off")
+    assert not equal(ours, dict(alone.student.named_parameters()))  # other minibatches: both have learned from both
 
 
 @pytest.mark.process
