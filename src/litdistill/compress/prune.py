@@ -43,8 +43,10 @@ def prune(net: nn.Module, images: Tensor, budget: float, of: str = "parameters")
         raise UserError("Pruning needs torch-pruning: pip install 'litdistill[compress]'.") from error
     size = (lambda n: count_macs(n, images.shape[1:])) if of == "macs" else count_parameters
     small, example = copy.deepcopy(net).eval().requires_grad_(True), images[:2]
+    if not isinstance(out := small(example), Tensor):
+        raise _cannot(f"its outputs are several, {', '.join(out)}, and which layers make them is not known")
     head = resolve_taps(small, example, "pooled")[0].partition(":")[0]
-    allowed, classes = budget * size(small), small(example).shape[1]
+    allowed, classes = budget * size(small), out.shape[1]
     try:
         pruner = tp.pruner.BasePruner(
             small,

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from litdistill.compress.structure import tag_structure
+from litdistill.models.parts import evaluating
 from litdistill.utils.errors import UserError
 
 
@@ -53,6 +54,14 @@ def int8(net: nn.Module, images: Tensor) -> nn.Module:
 
 def fake_quantized(net: nn.Module, images: Tensor) -> Int8:
     """Returns `net` with fake quantization of all weights and activations of the int8 form, calibrated on `images`."""
+    with evaluating(net):
+        out = net(images[:2])
+    if not isinstance(out, Tensor):
+        raise UserError(
+            f"compress=int8: this network gives several outputs ({', '.join(out)}), as detectors do, and only networks with "
+            "one are trained in int8. Train it in float, then write its int8 file: litdistill export run=<its run folder> "
+            "precision=int8."
+        )
     with quiet():
         try:
             from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e

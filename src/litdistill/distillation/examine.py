@@ -234,6 +234,11 @@ def check_teacher(
     value = metrics.get(name)
     if value is None:
         return
+    if value != value and targets is not None and task.chance(targets) is None and not task.can_judge(value, targets):
+        raise UserError(
+            f"{name} is not defined on the validation set: its {quantity(len(targets), 'sample')} have no object, so that no "
+            "epoch could be chosen. Give validation data with labels, or another data.val_size."
+        )
     if value != value:
         raise UserError(f"{who}'s {name} is not a number. Its weights are damaged or of another network.")
     chance = task.chance(targets) if targets is not None else None

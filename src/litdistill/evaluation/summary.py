@@ -191,11 +191,18 @@ def _settings_at(run: str) -> str | None:
 
 
 def method_name(cfg: DictConfig) -> str:
-    """Returns the method's short name (`kd`, `fitnet`, …): for a sum those of its parts, else the class's name."""
+    """Returns the method's short name (`kd`, `fitnet`, …): for a sum those of its parts, else the class's name.
+
+    The methods of a task's folder are named by their file, as all of this project.
+    """
     parts = cfg.method.get("methods")
     nodes = [cfg.method] if not parts else parts.values() if OmegaConf.is_dict(parts) else parts
-    classes = [str(node["_target_"]).rpartition(".")[2] for node in nodes]
-    return "+".join(NAMES.get(name, name) for name in classes)
+    return "+".join(_short(str(node["_target_"])) for node in nodes)
+
+
+def _short(target: str) -> str:
+    where, _, name = target.rpartition(".")
+    return where.rpartition(".")[2] if where.startswith("litdistill.tasks.") else NAMES.get(name, name)
 
 
 def hyperparameters(cfg: DictConfig, trainer: Trainer | None = None, batch_size: int = 1) -> dict[str, Any]:

@@ -92,13 +92,13 @@ def quality(group: Group, key: str) -> Section:
         add("over labels alone", headline.signed(group, headline.against(row, group, headline.control(row, group))))
         add("last epoch" + (" %" if metric in SHARES else ""), shown_mean(metric, last) if last else "")
         for k in agreed:
-            add(heading(k), shown_mean(k, [one[k] for one in found]) if found else "")
+            add(heading(k), shown_mean(k, known) if (known := [one[k] for one in found if k in one]) else "")
         add("seeds", str(len({s.summary.get("seed") for s in row.seeds})))
         add("trained on", counted(first["data"]["train"]) if first else "")
         for k in others:
             add(heading(k), shown_mean(k, [q[k] for q in measures]))
         for k in (k for k in like if k not in agreed):
-            add(heading(k), shown_mean(k, [one[k] for one in found]) if found else "")
+            add(heading(k), shown_mean(k, known) if (known := [one[k] for one in found if k in one]) else "")
         add("network", row.about["name"])
         add("starts from", starts_from(first, group.things) if first else "")
     columns = {name: cells for name, cells in columns.items() if any(cells)}

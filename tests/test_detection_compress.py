@@ -1,0 +1,62 @@
+"""What of compression a detector takes, what is refused with what to use instead, and how its methods and data are named."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from litdistill.compress.low_rank import low_rank
+from litdistill.compress.prune import prune
+from litdistill.compress.quantize import int8
+from litdistill.compress.restore import restore
+from litdistill.compress.structure import structure_of
+from litdistill.distillation.examine import check_teacher
+from litdistill.evaluation.summary import method_name
+from litdistill.models.profile import count_parameters
+from litdistill.tasks.detection.fcos import fcos_slim
+from litdistill.tasks.detection.task import Detection
+from litdistill.utils.errors import UserError
+from tests.conftest import compose_config
+
+IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+def net():
+    torch.manual_seed(0)
+    return fcos_slim(3, (3, 64, 64), width=8, fpn=32, convs=1, strides=[4, 8])
+
+
+def test_a_detector_is_factorized_and_restored():
+    small = low_rank(net(), IMAGES, 0.5).eval()
+    assert count_parameters(small) <= 0.5 * count_parameters(net())
+    again = restore(net(), structure_of(small), IMAGES).eval()
+    again.load_state_dict(small.state_dict())
+    with torch.no_grad():
+        assert all(torch.equal(v, again(IMAGES)[k]) for k, v in small(IMAGES).items())
+
+
+def test_a_detector_is_not_pruned_nor_trained_in_int8_and_is_told_what_to_use():
+    with pytest.raises(UserError, match=r"cannot be pruned .*logits, boxes, centerness.*compress=low_rank"):
+        prune(net(), IMAGES, 0.5)
+    with pytest.raises(
+        UserError, match=r"compress=int8: .*logits, boxes, centerness.*litdistill export .*precision=int8"
+    ):
+        int8(net(), IMAGES)
+
+
+@pytest.mark.parametrize("name", ["dense_kd", "pkd_dense_kd", "pseudo_boxes", "crosskd", "fgd", "mgd"])
+def test_methods_of_detectors_have_their_short_names_in_tables(tmp_path, name):
+    cfg = compose_config(tmp_path, "data=digit_scenes", "task=detection", "net@student=fcos_slim", f"method={name}")
+    assert method_name(cfg) == {"pkd_dense_kd": "pkd+dense_kd"}.get(name, name)
+
+
+def test_a_validation_set_without_objects_is_named_and_the_weights_are_not_blamed():
+    nothing = torch.full((4, 2, 6), -1.0)
+    with pytest.raises(UserError, match="4 samples have no object"):
+        check_teacher(Detection(), {"map": math.nan}, nothing, allow_chance=True)
+    some = nothing.clone()
+    some[0, 0] = torch.tensor([1.0, 1, 9, 9, 0, 0])
+    with pytest.raises(UserError, match="weights are damaged"):
+        check_teacher(Detection(), {"map": math.nan}, some)
