@@ -260,8 +260,8 @@ def over_seeds(group: Group, key: str) -> Section:
     pairs = [(s, follows(t)) for s, r in zip(styles, group.rows, strict=True) if (t := with_teachers(r, group))]
     between = ""
     for name in dict.fromkeys(k for _, found in pairs for one in found for k in one if k != "kl"):
-        found = [[one[name] for one in found] for _, found in pairs]
-        styles, by = [s for s, _ in pairs], factor(name)
+        measured = [(s, known) for s, found in pairs if (known := [one[name] for one in found if name in one])]
+        styles, found, by = [s for s, _ in measured], [known for _, known in measured], factor(name)
         words = "; ".join(f"{s.label} {shown_mean(name, v)}" for s, v in zip(styles, found, strict=True))
         form = ".1f" if name in SHARES else ".4g"
         between = f"{named(name)} {'with' if name == 'agreement' else 'from'} the teacher"
