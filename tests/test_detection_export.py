@@ -174,14 +174,15 @@ def test_suppression_of_a_batch_is_torchvisions_of_each_picture():
     scores = torch.rand(5, 60)
     scores[:, ::3] = 0
     scores[3] = 0
-    for kept in (suppress(boxes, scores, 0.4), at_once(boxes, scores, 0.4)):
+    more = torch.zeros(5, 60, dtype=torch.long), 0.4, 1, 60
+    for kept in (suppress(boxes, scores, *more), at_once(boxes, scores, *more)):
         for i in range(5):
             scored = scores[i].nonzero()[:, 0]
             expected = scored[nms(boxes[i, scored], scores[i, scored], 0.4)].sort().values
             assert torch.equal(kept[i].nonzero()[:, 0], expected)
         assert 0 < int(kept.sum()) < int((scores > 0).sum())
-    assert not suppress(boxes, torch.full_like(scores, torch.nan), 0.4).any()
-    torch.library.opcheck(suppress, (boxes, scores, 0.4))
+    assert not suppress(boxes, torch.full_like(scores, torch.nan), *more).any()
+    torch.library.opcheck(suppress, (boxes, scores, *more))
 
 
 def test_a_teacher_is_written_for_timing_with_its_post_processing(net, data, tmp_path):

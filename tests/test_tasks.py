@@ -377,7 +377,7 @@ def test_narrow_integers_are_labels_too():
         (lambda: MultiLabel(threshold=0), "threshold=0 is a probability"),
         (lambda: Regression([0.0], [0.0]), "std above 0"),
         (lambda: Regression([0.0, 1.0], [1.0]), "one of each"),
-        (lambda: named_task("detection"), "choose classification, multilabel, regression"),
+        (lambda: named_task("boxes"), "choose classification, multilabel, regression"),
     ],
 )
 def test_wrong_options_are_refused(make, says):

@@ -62,7 +62,9 @@ if TYPE_CHECKING:
     from litdistill.methods.base import Method
     from litdistill.methods.pairs import Pair
     from litdistill.models.ensemble import Ensemble
-    from litdistill.tasks import Classification, Embedding, LanguageModel, MultiLabel, Regression, Task
+    from litdistill.tasks import Classification, Detection, Embedding, LanguageModel, MultiLabel, Regression, Task
+    from litdistill.tasks.detection.dense_kd import DenseKD
+    from litdistill.tasks.detection.fcos import fcos_slim
     from litdistill.training.distill import distill
     from litdistill.training.run import run
     from litdistill.types import Batch, Outputs, Taps
@@ -97,6 +99,8 @@ __all__ = [
     "BinaryKD",
     "Classification",
     "Cosine",
+    "DenseKD",
+    "Detection",
     "Distiller",
     "Embedding",
     "Ensemble",
@@ -126,6 +130,7 @@ __all__ = [
     "TeacherFree",
     "__version__",
     "distill",
+    "fcos_slim",
     "load_student",
     "read_outputs",
     "run",
@@ -145,10 +150,13 @@ _MODULES = {
     "Pair": "litdistill.methods.pairs",
     "Task": "litdistill.tasks",
     "Classification": "litdistill.tasks",
+    "Detection": "litdistill.tasks",
     "Embedding": "litdistill.tasks",
     "MultiLabel": "litdistill.tasks",
     "Regression": "litdistill.tasks",
     "LanguageModel": "litdistill.tasks",
+    "DenseKD": "litdistill.tasks.detection.dense_kd",
+    "fcos_slim": "litdistill.tasks.detection.fcos",
     "Batch": "litdistill.types",
     "Outputs": "litdistill.types",
     "Taps": "litdistill.types",

@@ -56,7 +56,7 @@ def detections(
     score = score.masked_fill(low, 0.0)
     # Each class has a field of its own, side by side.
     placed = boxes + (label.to(boxes) * (width + 1))[..., None] * boxes.new_tensor([1.0, 0.0, 1.0, 0.0])
-    kept = suppress(placed, score, nms) | score.isnan()
+    kept = suppress(placed, score, label, nms, classes, top) | score.isnan()
     score, best = score.masked_fill(~kept, 0.0).topk(min(top, score.shape[1]), 1)
     label = label.gather(1, best).float().masked_fill(score == 0, -1.0)
     boxes = boxes.gather(1, best[..., None].expand(-1, -1, 4)).masked_fill((score == 0)[..., None], 0.0)
