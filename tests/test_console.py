@@ -29,7 +29,13 @@ RESULT = {
     "agreement": {"agreement": 0.9377, "kl": 0.0789},
 }
 CHECK = {"samples": 12_345, "difference": 1.23e-6, "tolerance": {"difference": 0.0017, "agreement": 0.98}}
-CHECK |= {"agreement": 0.9876, "metric": "accuracy", "exported": 0.9543, "student": 0.9544}
+CHECK |= {
+    "compared": ["logits", "predictions agree"],
+    "agreement": 0.9876,
+    "metric": "accuracy",
+    "exported": 0.9543,
+    "student": 0.9544,
+}
 
 
 def printed(capsys, width, head, rows):

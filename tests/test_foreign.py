@@ -192,7 +192,7 @@ def test_tasks_are_named(tmp_path, task, targets, method):
         ({"teacher": None, "method": KD()}, "KD learns from a teacher: give one, or use Supervised"),
         ({"teacher": mlp(4), "method": BinaryKD()}, "BinaryKD is defined for logits that are bernoulli"),
         ({"teacher": mlp(4), "method": FitNet()}, "compares spatial maps"),
-        ({"task": "detection"}, "choose classification, multilabel, regression"),
+        ({"task": "boxes"}, "choose classification, multilabel, regression"),
         ({"train": once(torch.zeros(2, 4))}, r"should be a pair \(inputs, targets\)"),
         ({"train": DataLoader([])}, "yields no batch"),
         ({"train": [points()]}, "train is a list, which Lightning takes for several loaders"),

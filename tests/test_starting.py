@@ -176,5 +176,5 @@ def test_the_modules_that_wait_are_those_that_say_so():
     assert not {"torch", "lightning"} & vars(commands).keys()
     assert not {"torch", "lightning"} & vars(hydra_main).keys()
     assert {name for name, verb in cli.VERBS.items() if verb.loads == cli.TORCH} == {
-        *("train", "sweep", "evaluate", "outputs", "export", "compare"),
+        *("train", "sweep", "evaluate", "outputs", "export", "compare", "doctor"),
     }

@@ -265,7 +265,7 @@ def test_no_name_in_a_run_of_another_reaches_the_terminal_as_a_command_to_it(for
     )
     assert "then '[/x]'" in capsys.readouterr().out
     check = {"samples": 1, "difference": 0.0, "tolerance": {"difference": None, "agreement": 1}, "agreement": 1.0}
-    check |= {"metric": "accuracy", "exported": 1.0, "student": 1.0}
+    check |= {"compared": ["logits", "predictions agree"], "metric": "accuracy", "exported": 1.0, "student": 1.0}
     show(*check_table({f"[/x]{ESCAPE}": check}), Console(width=140))
     assert "[/x]?]52;c;ZXZpbA==?" in capsys.readouterr().out
 
