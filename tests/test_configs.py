@@ -15,7 +15,7 @@ from litdistill.data import datamodule, sound
 from litdistill.data.sources import CIFAR10, CIFAR100, DIGITS, Source, Split
 from litdistill.data.tensors import TensorSource, TensorSplit
 from litdistill.data.text import docstrings, sets
-from litdistill.tasks.detection import coco
+from litdistill.tasks.detection import bccd, coco
 from litdistill.training.train import train
 from litdistill.utils.modality import Modality
 from litdistill.utils.paths import CONF
@@ -121,6 +121,7 @@ def test_every_experiment_trains_a_step(experiment, tmp_path, monkeypatch):
     monkeypatch.setattr(sound, "local_copy", lambda root: spoken_digits())
     monkeypatch.setattr(sets, "_read_movie_reviews", generated_texts)
     monkeypatch.setattr(coco, "_read", generated_boxes)
+    monkeypatch.setattr(bccd, "_read", generated_boxes)
     made_up = [docstrings.Docstring(f"module{i}", f"Returns {i} of the {i % 7} values.") for i in range(99)]
     monkeypatch.setattr(docstrings, "read", lambda root: made_up)
     text = (CONF / "experiment" / f"{experiment}.yaml").read_text()
