@@ -102,6 +102,11 @@ def test_a_teacher_that_is_too_sure_is_found_with_the_temperature_that_calibrate
     assert right > 6
 
 
+def test_a_teacher_of_which_predictions_alone_are_kept_is_not_calibrated(case):
+    kept = case.teacher._replace(heads={"label": case.teacher.logits.argmax(1)})
+    assert doctor.overconfident(case._replace(teacher=kept)) is None
+
+
 def test_statistics_that_lag_are_found_and_the_network_is_left_as_it_was(case):
     norms = [m for m in case.distiller.evaluated.modules() if has_lag(m)]
     with torch.no_grad():

@@ -197,6 +197,8 @@ def overconfident(case: Case) -> Finding | None:
     temperature = case.cfg.method.get("temperature")
     if case.teacher is None or case.task.kind != CATEGORICAL or not isinstance(temperature, (int, float)):
         return None
+    if "logits" not in case.teacher.heads:  # a task that keeps its predictions alone, such as masks
+        return None
     logits, targets = case.teacher.logits, case.targets
     if logits.ndim != 2 or targets.ndim != 1 or targets.is_floating_point():
         return None
