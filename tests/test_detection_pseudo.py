@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from litdistill.distillation.running_means import RunningMeans
+from litdistill.distillation.running_means import RunningMeans, Seen
 from litdistill.methods import Sum
 from litdistill.tasks import Classification
 from litdistill.tasks.detection.boxes import padded, present
@@ -125,7 +125,7 @@ def test_what_is_watched_is_a_mean_over_minibatches_and_no_term_of_the_loss():
     logits, targets = torch.randn(2, 3), torch.tensor([0, 1])
     for loss, share in ((1.0, 0.5), (2.0, 0.0), (6.0, 0.25)):
         terms = {"hard": torch.tensor(loss)}
-        means.add(terms, Outputs.of(logits), None, targets, 2, {"pseudo_share": torch.tensor(share)})
+        means.add(Seen(terms, Outputs.of(logits), None, targets, 2, {"pseudo_share": torch.tensor(share)}))
     found = means.means()
     assert float(found["loss"]) == 3
     assert float(found["pseudo_share"]) == 0.25

@@ -145,10 +145,10 @@ def test_what_is_logged_of_accumulated_steps_is_the_mean_of_all_their_minibatche
 def test_accuracy_and_agreement_are_shares_of_the_samples_since_the_last_log(tmp_path, monkeypatch, group):
     seen, inner = [], RunningMeans.add
 
-    def add(self, terms, student, teacher, targets, samples, *more):
-        guess = student.logits.argmax(1)
-        seen.append(torch.stack([guess == targets, guess == teacher.logits.argmax(1)]))
-        inner(self, terms, student, teacher, targets, samples, *more)
+    def add(self, one):
+        guess = one.student.logits.argmax(1)
+        seen.append(torch.stack([guess == one.targets, guess == one.teacher.logits.argmax(1)]))
+        inner(self, one)
 
     monkeypatch.setattr(RunningMeans, "add", add)
     _, trainer = run(tmp_path, group, max_epochs=1, log_every=6)  # 12 minibatches, the last one smaller

@@ -17,7 +17,7 @@ from litdistill.data.columns import read_table
 from litdistill.data.datamodule import ImageData
 from litdistill.data.mixing import Mixup
 from litdistill.data.targets import read_targets
-from litdistill.distillation.running_means import RunningMeans
+from litdistill.distillation.running_means import RunningMeans, Seen
 from litdistill.tasks import MultiLabel, Regression
 from litdistill.tasks.base import Samples
 from litdistill.types import Outputs, has_label
@@ -153,7 +153,7 @@ def test_unlabelled_pictures_have_no_part_in_the_labels_loss(tmp_path, columns):
     task = MultiLabel() if len(columns) > 1 else Regression([3.0], [2.0])
     means = RunningMeans(task, "some")
     outputs = Outputs.of(torch.randn(len(targets), len(columns)))
-    means.add({}, outputs, None, targets, len(targets))
+    means.add(Seen({}, outputs, None, targets, len(targets)))
     found = means.means()
     known = has_label(targets)
     for name, values in task.scores(outputs.rows(known.nonzero().squeeze(1)), targets[known]).items():

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from litdistill import Distiller, methods
 from litdistill.config.schema import rules
 from litdistill.data.datamodule import ImageData
-from litdistill.distillation.running_means import RunningMeans
+from litdistill.distillation.running_means import RunningMeans, Seen
 from litdistill.methods import AT, CRD, DKD, KD, PKT, SRRL, LogitMSE, SimKD, Sum, Supervised, TeacherFree
 from litdistill.methods.base import Method
 from litdistill.methods.shuffled import Shuffled
@@ -130,7 +130,7 @@ def test_the_accuracy_of_training_counts_those_with_labels():
     for labels, expected in (("all", 0.5), ("some", 2 / 3), ("none", None)):
         means = RunningMeans(Classification(), labels)
         targets = torch.tensor([0, 1, 1, -1 if labels != "all" else 0])
-        means.add({"hard": torch.tensor(1.0)}, Outputs.of(logits), None, targets, len(targets))
+        means.add(Seen({"hard": torch.tensor(1.0)}, Outputs.of(logits), None, targets, len(targets)))
         found = means.means().get("accuracy")
         assert (None if found is None else found.item()) == (expected and pytest.approx(expected))
 

@@ -17,6 +17,7 @@ from litdistill.compress.quantize import Int8
 from litdistill.config.instantiate import instantiate, with_key
 from litdistill.data.protocol import IndexedData
 from litdistill.distillation.balance import Balance
+from litdistill.distillation.captured import CudaGraphs
 from litdistill.distillation.distiller import Clip, Distiller, OptimizerFactory, SchedulerOptions
 from litdistill.distillation.teacher import FrozenTeacher
 from litdistill.distillation.teacher_cache import CacheOptions
@@ -140,6 +141,7 @@ def build_distiller(
             cache=CacheOptions("off") if sharded else cache_options(cfg),
             group=group,
             labels=labels,
+            recorder=CudaGraphs() if records_steps(cfg) else None,
             clip=Clip(cfg.trainer.get("gradient_clip_val"), cfg.trainer.get("gradient_clip_algorithm") or "norm"),
         )
     except UserError as error:
@@ -148,6 +150,12 @@ def build_distiller(
     if modes.get("student") is not None:
         distiller.student.compile(mode=modes["student"])
     return distiller
+
+
+def records_steps(cfg: DictConfig) -> bool:
+    """Returns whether steps are recorded as CUDA graphs: not where a compiled network records graphs of its own."""
+    modes = set((cfg.get("compile") or {}).values())
+    return cfg.get("capture", "auto") == "auto" and not modes & {"reduce-overhead", "max-autotune"}
 
 
 def _of_int8(error: UserError, student: nn.Module, method: Method) -> UserError:

@@ -21,19 +21,12 @@ from litdistill.data.protocol import IndexedData, training_labels
 from litdistill.distillation import checks
 from litdistill.distillation.balance import Balance
 from litdistill.distillation.batch_statistics import LaggingStatistics
+from litdistill.distillation.captured import CapturedStep, CudaGraphs, Recorder, captured_step
 from litdistill.distillation.examine import TeacherOnValidation, examine
 from litdistill.distillation.logs import log_group, log_step
 from litdistill.distillation.running_means import RunningMeans
-from litdistill.distillation.schedules import average_of, interpolate, step_plateau
-from litdistill.distillation.step import (
-    label_terms,
-    outputs_of_both,
-    seed_step,
-    timed_outputs,
-    total,
-    train_group,
-    weighed,
-)
+from litdistill.distillation.schedules import average_of, follow, interpolate, step_plateau
+from litdistill.distillation.step import loss_of, seed_step, timed_outputs, train_group
 from litdistill.distillation.teacher import FrozenTeacher, teacher_taps
 from litdistill.distillation.teacher_cache import CacheOptions, TeacherCache, open_cache
 from litdistill.features.feature_extractor import FeatureExtractor, resolve_taps
@@ -89,6 +82,7 @@ class Distiller(LightningModule):
         group: the maximum number of minibatches in a step of Lightning; 0: one, with automatic optimization. Above 0,
             optimization is manual, loaders yield `Group`s (`litdistill.training.grouping`), and `clip` clips gradients.
         labels: which training samples have a label, "all", "some" or "none"; others have a target of -1. None: as `data` says.
+        recorder: records the step of a minibatch in a group, to replay it (`litdistill.distillation.captured`); None: no step.
 
     Raises `UserError` for a method that is not defined for the task or for these networks.
     """
@@ -115,6 +109,7 @@ class Distiller(LightningModule):
         group: int = 0,
         clip: Clip = Clip(),  # noqa: B008
         labels: str | None = None,
+        recorder: Recorder | None = CudaGraphs(),  # noqa: B008
     ):
         super().__init__()
         self.task, self.method = named_task(task), method or Supervised()
@@ -138,6 +133,8 @@ class Distiller(LightningModule):
         self.balance = balance
         self.data, self.cache_options = data, cache or CacheOptions()
         self.cache: TeacherCache | None = None  # opened on the training device when training starts
+        self.recorder, self.captured = recorder, None  # the second is made when training starts
+        self._first_update = True  # of the average in this process
         self.automatic_optimization, self.clip = not group, clip
         self.means, self.statistics = RunningMeans(self.task, self.labels), LaggingStatistics()
         self.schedule_factors: dict[str, float] = {}  # of terms, set anew each epoch
@@ -148,6 +145,7 @@ class Distiller(LightningModule):
         self._note_hyperparameters(batch, ema)
 
     teacher: FrozenTeacher | None
+    captured: CapturedStep | None
 
     def _example(self, example: Any) -> Batch:
         if isinstance(example, str):  # a checkpoint stores the types and shapes of the example
@@ -187,7 +185,9 @@ class Distiller(LightningModule):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Distiller:
         """Returns a copy that shares the data, the cache and the teacher's outputs; callbacks that average weights copy."""
-        memo |= {id(shared): shared for shared in (self.data, self.cache, self.on_validation)}
+        memo |= {
+            id(shared): shared for shared in (self.data, self.cache, self.on_validation, self.recorder, self.captured)
+        }
         memo[id(self)] = copied = type(self).__new__(type(self))
         copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return copied
@@ -211,7 +211,8 @@ class Distiller(LightningModule):
     def update_average(self) -> None:
         """Updates the average of the weights; called after each step of the optimizer."""
         if self.average is not None:
-            self.average.update_parameters(self.student)
+            follow(self.average, self.student, self._first_update)
+            self._first_update = False
 
     # -- training ----------------------------------------------------------------------------------------------------
 
@@ -254,6 +255,7 @@ class Distiller(LightningModule):
         if self.teacher is not None:
             self._examine_teacher()
             self._open_cache()
+        self.captured = captured_step(self, Distiller)
 
     def on_train_epoch_start(self) -> None:
         self.means.start_epoch()
@@ -277,12 +279,8 @@ class Distiller(LightningModule):
 
     def loss(self, batch: Batch, teacher: Outputs | None = None) -> Tensor:
         """Returns the loss of one minibatch, a scalar; `teacher`: its outputs, if already computed."""
-        samples = len(batch.targets)
-        student, teacher, batch = outputs_of_both(self, batch, teacher)
-        labels = label_terms(self, student, self.method.relabel(teacher, batch))
-        terms = weighed(self, student, labels, self.method(student, teacher, batch))
-        loss = total(self.method, terms)
-        self.means.add(terms, student, teacher, batch.targets, samples, self.method.watched())
+        loss, seen = loss_of(self, batch, teacher)
+        self.means.add(seen)
         return loss
 
     @property
@@ -313,6 +311,7 @@ class Distiller(LightningModule):
         self.statistics.refresh(self)  # of an epoch without validation
 
     def on_train_end(self) -> None:
+        self.captured = None  # its graphs hold memory
         if self.cache is not None and self.cache.requested:
             share = 1 - self.cache.computed / self.cache.requested
             log.info("Of %d outputs of the teacher %.0f %% were known.", self.cache.requested, 100 * share)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +15,17 @@ from litdistill.types import Outputs, has_label
 
 AT_ONCE = 16  # minibatches summed together: a dozen small operations for each would cost as much as an optimizer's step
 VALUES = 2**22  # numbers of one network's outputs that are held for that at most: those of sequences are many
+
+
+class Seen(NamedTuple):
+    """What is measured of a minibatch in training; see `RunningMeans.add`."""
+
+    terms: Mapping[str, Tensor]  # of the loss by name, weighted
+    student: Outputs
+    teacher: Outputs | None
+    targets: Tensor
+    samples: int
+    watched: Mapping[str, Tensor] = MappingProxyType({})  # what the method wants to be seen (`Method.watched`)
 
 
 class RunningMeans:
@@ -61,17 +73,9 @@ class RunningMeans:
         """Returns the seconds since the last log."""
         return time.perf_counter() - self._started
 
-    def add(
-        self,
-        terms: dict[str, Tensor],
-        student: Outputs,
-        teacher: Outputs | None,
-        targets: Tensor,
-        samples: int,
-        watched: Mapping[str, Tensor] = MappingProxyType({}),
-    ) -> None:
-        """Adds a minibatch of `samples`: its weighted loss terms, the outputs of both networks, the labels, and the values
-        that the method wants to be seen (`Method.watched`)."""
+    def add(self, seen: Seen) -> None:
+        """Adds a minibatch."""
+        terms, student, teacher, targets, samples, watched = seen
         for name, value in watched.items():
             self._counts[name] = self._counts.get(name, 0) + 1
             self._add(name, value.detach().float())

@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -71,3 +72,27 @@ def average_of(student: nn.Module, decay: float) -> AveragedModel:
     """Returns the exponential moving average of the student's weights and buffers, without gradients."""
     average = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
     return average.requires_grad_(False)
+
+
+@torch.no_grad()
+def follow(average: AveragedModel, student: nn.Module, first: bool) -> None:
+    """Updates the average as its `update_parameters` does, which reads from the device how often it was called.
+
+    `first`: whether that may be the first time, when the weights are copied.
+    """
+    if first or average.multi_avg_fn is None:
+        average.update_parameters(student)
+        return
+    pairs = zip(_state(average.module), _state(student), strict=True)
+    by_type: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+    for mean, value in pairs:
+        means, values = by_type.setdefault(mean.dtype, ([], []))
+        means.append(mean.detach())
+        values.append(value.detach())
+    for means, values in by_type.values():
+        average.multi_avg_fn(means, values, average.n_averaged)
+    average.n_averaged += 1
+
+
+def _state(net: nn.Module) -> list[Tensor]:
+    return [*net.parameters(), *net.buffers()]

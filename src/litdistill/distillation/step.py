@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from litdistill.distillation.balance import Balance
+from litdistill.distillation.running_means import Seen
 from litdistill.methods.base import Method
 from litdistill.types import Batch, Group, Outputs, has_label
 from litdistill.utils.errors import UserError
@@ -31,25 +32,39 @@ log = logging.getLogger(__name__)
 
 def train_group(distiller: Distiller, group: Group) -> Tensor:
     """Optimizes on the minibatches of `group` one after the other; returns the loss of the last one."""
-    trainer, optimizer = distiller.trainer, distiller.optimizers()
+    trainer, captured = distiller.trainer, distiller.captured
     teacher = teacher_ahead(distiller, group)
     loss = torch.zeros(())
     for i, batch in enumerate(group.minibatches()):
         distiller.seed_step(group.first + i)
         distiller.statistics.remember(distiller, batch)
-        loss = distiller.loss(batch, teacher[i] if teacher else None)
-        optimizer.zero_grad()  # type: ignore[union-attr]
-        distiller.manual_backward(loss * batch.weight if batch.weight != 1 else loss)
-        if distiller.clip.value is not None:
-            distiller.clip_gradients(optimizer, distiller.clip.value, distiller.clip.algorithm)  # type: ignore[arg-type]
-        optimizer.step()  # type: ignore[union-attr]
-        distiller.update_average()
+        outputs = teacher[i] if teacher else None
+        taken = None if captured is None else captured.train(batch, outputs)
+        loss = optimize(distiller, batch, outputs) if taken is None else taken
         step_schedulers(distiller, "step")
         if trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps:
             break
     if trainer.is_last_batch:
         step_schedulers(distiller, "epoch")
     return loss.detach()
+
+
+def optimize(distiller: Distiller, batch: Batch, teacher: Outputs | None) -> Tensor:
+    """Takes the optimizer's step of one minibatch of a group; returns its loss. `teacher`: its outputs, if already computed."""
+    optimizer = distiller.optimizers()
+    loss = distiller.loss(batch, teacher)
+    optimizer.zero_grad()  # type: ignore[union-attr]
+    distiller.manual_backward(loss * batch.weight if batch.weight != 1 else loss)
+    clip(distiller)
+    optimizer.step()  # type: ignore[union-attr]
+    distiller.update_average()
+    return loss
+
+
+def clip(distiller: Distiller) -> None:
+    """Clips the gradients of a minibatch in a group; without groups the Trainer does."""
+    if distiller.clip.value is not None:
+        distiller.clip_gradients(distiller.optimizers(), distiller.clip.value, distiller.clip.algorithm)  # type: ignore[arg-type]
 
 
 def teacher_ahead(distiller: Distiller, group: Group) -> Sequence[Outputs] | None:
@@ -64,6 +79,15 @@ def teacher_ahead(distiller: Distiller, group: Group) -> Sequence[Outputs] | Non
     if distiller.cache is None and (distiller.teacher.taps or distiller.device.type == "cpu"):
         return None
     return distiller.teacher_outputs(group.batch).split(group.sizes)
+
+
+def loss_of(distiller: Distiller, batch: Batch, teacher: Outputs | None) -> tuple[Tensor, Seen]:
+    """Returns the loss of one minibatch, a scalar, and what is measured of it; `teacher`: its outputs, if already computed."""
+    method, samples = distiller.method, len(batch.targets)
+    student, teacher, batch = outputs_of_both(distiller, batch, teacher)
+    labels = label_terms(distiller, student, method.relabel(teacher, batch))
+    terms = weighed(distiller, student, labels, method(student, teacher, batch))
+    return total(method, terms), Seen(terms, student, teacher, batch.targets, samples, method.watched())
 
 
 def outputs_of_both(

@@ -63,6 +63,9 @@ class Method(nn.Module):
     some_classes = False  # whether it is defined for a teacher that knows only some of the classes
     relabels = False  # whether `relabel` gives labels to samples without
     init_epochs = 0  # epochs of a first phase that trains other parameters, without the labels' loss
+    by_epoch = (
+        False  # whether its terms change with `epoch` beyond the two phases: a step is then recorded anew each epoch
+    )
     needs_hard = False  # whether `hard` must be above 0
     fewest_classes = (
         2  # with fewer, the teacher's logits say no more than its decision, in one of the method's terms at least

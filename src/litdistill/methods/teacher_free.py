@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -17,7 +18,8 @@ def virtual_teacher(target: Tensor, classes: int, correct: float, temperature: f
 
     `target`: (N,) indices, or (N, classes) probabilities, which mix p.
     """
-    label = F.one_hot(target, classes).float() if target.ndim == 1 else target.float()
+    every = torch.arange(classes, device=target.device)
+    label = (target[:, None] == every).float() if target.ndim == 1 else target.float()
     p = label * correct + (1 - label) * (1 - correct) / (classes - 1)
     return F.softmax(p / temperature, dim=1)
 

@@ -178,6 +178,9 @@ class Train(Node):
     group: Literal["auto"] | Count = option(
         "minibatches that one step of Lightning holds, so that its own cost is paid once for all; 1: one"
     )
+    capture: Literal["auto", "off"] = option(
+        "a step as one CUDA graph, which saves the time of launching its kernels; off: kernel by kernel"
+    )
     compile: Compile | None = option(
         "torch.compile, which pays on a GPU and for long runs: default, reduce-overhead (CUDA graphs), …"
     )

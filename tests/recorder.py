@@ -1,0 +1,108 @@
+"""A CPU stand-in for CUDA graphs: what torch's dispatcher runs while a step is recorded, run again on the same tensors.
+
+As in a graph, numbers of Python are constants, nothing of Python is run again, and all tensors keep their addresses. What a
+graph refuses is refused: values that are read on the host, and shapes that depend on values.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from litdistill.distillation.captured import Taken
+
+aten = torch.ops.aten
+HOST = {  # these read values, or give shapes that depend on them
+    aten._local_scalar_dense,
+    aten.nonzero,
+    aten.masked_select,
+    aten.unique_dim,
+    aten._unique2,
+    aten.equal,
+    aten.bincount,
+}
+
+UNMARKED = {
+    aten.native_batch_norm,
+    aten.cudnn_batch_norm,
+}  # these write running statistics, and their schemas do not say so
+
+
+def tensors(found: Any) -> Iterator[Tensor]:
+    if isinstance(found, Tensor):
+        yield found
+    elif isinstance(found, (tuple, list)):
+        for one in found:
+            yield from tensors(one)
+    elif isinstance(found, dict):
+        yield from tensors(list(found.values()))
+
+
+def reads_on_host(func: Any, args: Any) -> bool:
+    if func.overloadpacket in (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_):
+        return any(index.dtype in (torch.bool, torch.uint8) for index in tensors(args[1]))
+    return func.overloadpacket in HOST
+
+
+class Operations(TorchDispatchMode):
+    """Notes each operation; with `undo` what it overwrites, too."""
+
+    def __init__(self, undo: bool):
+        super().__init__()
+        self.undo, self.steps, self.refused = undo, [], []
+        self._made: set[int] = set()  # storages that the recorded operations allocated
+        self._before: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if reads_on_host(func, args):
+            self.refused.append(str(func))
+        known = {x.untyped_storage().data_ptr() for x in tensors([args, kwargs])}
+        if self.undo and (func._schema.is_mutable or func.overloadpacket in UNMARKED):
+            for x in tensors([args, kwargs]):
+                place = x.untyped_storage().data_ptr()
+                if place not in self._made and place not in self._before:
+                    self._before[place] = (x, x.clone())
+        out = func(*args, **kwargs)
+        fresh = [x for x in tensors(out) if x.untyped_storage().data_ptr() not in known and x.numel()]
+        self._made |= {x.untyped_storage().data_ptr() for x in fresh}
+        self.steps.append((func, args, kwargs, out, {id(x) for x in fresh}))
+        return out
+
+    def take_back(self) -> None:
+        for x, value in self._before.values():
+            x.data.copy_(value)
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        for func, args, kwargs, out, fresh in self.steps:
+            again = func(*args, **kwargs)
+            for old, new in zip(tensors(out), tensors(again), strict=True):
+                if id(old) in fresh:
+                    old.copy_(new)
+
+
+class Replays:
+    """See the module's docstring; a `litdistill.distillation.captured.Recorder`."""
+
+    device = "cpu"
+
+    def __init__(self) -> None:
+        self.recorded = 0
+
+    def watch(self, step: Callable[[], Taken]) -> tuple[Taken, str | None]:
+        with Operations(undo=False) as operations:
+            taken = step()
+        return taken, operations.refused[0] if operations.refused else None
+
+    def record(self, step: Callable[[], Taken]) -> tuple[Taken, Callable[[], Any]]:
+        self.recorded += 1
+        state = torch.get_rng_state()
+        with Operations(undo=True) as operations:
+            taken = step()
+        assert not operations.refused
+        operations.take_back()
+        torch.set_rng_state(state)
+        return taken, operations.replay

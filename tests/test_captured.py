@@ -1,0 +1,148 @@
+"""Recorded steps train as steps that are launched operation by operation; recorded here by a stand-in for CUDA graphs."""
+
+import functools
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD, Adam, AdamW, RMSprop
+from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
+
+from litdistill.config.distiller import build_method
+from litdistill.data.augment import Crop
+from litdistill.distillation.balance import Balance
+from litdistill.distillation.distiller import Clip, Distiller, SchedulerOptions
+from litdistill.distillation.teacher_cache import CacheOptions
+from litdistill.methods.ab import AB
+from litdistill.methods.fitnet import FitNet
+from litdistill.methods.kd import KD
+from tests.conftest import compose_config
+from tests.fits import digits, example, fit, grouped, net, same
+from tests.recorder import Replays
+from tests.test_zoo import NAMES, TWO_PHASES
+
+EACH_STEP = SchedulerOptions("step")
+
+
+def warm(optimizer):
+    return LambdaLR(optimizer, lambda step: 1 / (1 + step % 7))
+
+
+SGD_01 = functools.partial(SGD, lr=0.1, momentum=0.9, fused=True)
+
+
+def run(folder, recorder, optimizer=SGD_01, student=None, method=None, kind=Distiller, ckpt=None, **options):
+    """Three epochs of 12 minibatches, the last one smaller, with dropout, views and a learning rate of each step."""
+    data = digits(**{"per_class": 23, "batch_size": 20, "augment": [Crop(1)], **options.pop("data", {})})
+    torch.manual_seed(0)
+    trainer = {"max_epochs": 3, **options.pop("trainer", {})}
+    settings = {
+        "scheduler": warm, "scheduling": EACH_STEP, "schedule": {"soft": [(0, 0), (4, 1)]}, "cache": CacheOptions("off")
+    }  # fmt: skip
+    distiller = kind(
+        student or nn.Sequential(net(), nn.Dropout(0.1)), method or KD(), net(16), example(data), "classification",
+        optimizer, allow_chance=True, seed=0, group=4, train_targets=data.train_targets, recorder=recorder,
+        **settings | options,
+    )  # fmt: skip
+    return distiller, fit(distiller, grouped(data, 4, 5), folder, ckpt, **trainer)
+
+
+def close(one, many):
+    """Weights as close as a learning rate in float32 is to one in float64, where it enters a quotient as in Adam."""
+    a, b = one.state_dict(), many.state_dict()
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-6)
+    return True
+
+
+@pytest.mark.parametrize(
+    ("options", "equal"),
+    [
+        (lambda: {}, same),
+        (lambda: {"ema": 0.9, "clip": Clip(0.5)}, same),
+        (lambda: {"optimizer": functools.partial(AdamW, lr=0.01, fused=True)}, close),
+        (lambda: {"optimizer": functools.partial(Adam, lr=0.01, amsgrad=True, fused=True)}, close),
+        (lambda: {"cache": CacheOptions("memory")}, same),
+        (lambda: {"method": FitNet(), "schedule": {}}, same),
+        (lambda: {"method": FitNet(), "schedule": {}, "balance": Balance(steps=3)}, same),
+        (lambda: {"trainer": {"precision": "bf16-mixed"}}, same),
+        (lambda: {"trainer": {"max_steps": 17, "max_epochs": -1}}, same),
+    ],
+)
+def test_weights_and_means_are_those_of_launched_steps(tmp_path, options, equal):
+    one, trainer = run(tmp_path / "one", None, **options())
+    recorder = Replays()
+    many, captured = run(tmp_path / "many", recorder, **options())
+    assert recorder.recorded > 0
+    assert equal(one, many)
+    assert trainer.global_step == captured.global_step
+    a, b = trainer.callback_metrics, captured.callback_metrics
+    assert a.keys() == b.keys()
+    assert all(torch.allclose(a[k], b[k], rtol=1e-4) for k in a if not k.startswith("speed"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_method_is_recorded(tmp_path, name, caplog):
+    two = name in TWO_PHASES
+    cfg = compose_config(tmp_path, f"method={name}", *(["method.init_epochs=1"] if two else []))
+
+    def trained(recorder):
+        # A power of two is the same in float32, in which a recorded step reads the learning rate.
+        options = {"optimizer": functools.partial(AdamW, lr=2**-7, fused=True), "scheduler": None} if two else {}
+        more = {"schedule": {}, "trainer": {"max_epochs": 2}, "data": {"batch_size": 40}}
+        return run(tmp_path, recorder, method=build_method(cfg), student=net(), **options, **more)[0]
+
+    one, recorder = trained(None), Replays()
+    many = trained(recorder)
+    assert recorder.recorded > 0, caplog.text
+    assert same(one, many)
+
+
+class OwnHook(Distiller):
+    def on_before_optimizer_step(self, optimizer):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (lambda: {"kind": OwnHook}, "OwnHook has its own on_before_optimizer_step"),
+        (lambda: {"optimizer": functools.partial(RMSprop, lr=0.01)}, "RMSprop may keep a state in Python"),
+        (lambda: {"labels": "some"}, "aten.nonzero"),
+        (
+            lambda: {"scheduler": functools.partial(OneCycleLR, max_lr=0.1, total_steps=36)},
+            "an option of the optimizer, changes too often",
+        ),
+        (lambda: {"method": AB(init_epochs=1), "schedule": {}}, "parameters that are trained later"),
+    ],
+)
+def test_what_cannot_be_recorded_is_launched_and_said(tmp_path, options, words, caplog):
+    caplog.set_level("INFO", "litdistill")
+    optimizer = {"optimizer": functools.partial(SGD, lr=0.1, momentum=0.9)}
+    one, _ = run(tmp_path / "one", None, **optimizer | options())
+    recorder = Replays()
+    many, _ = run(tmp_path / "many", recorder, **optimizer | options())
+    assert [words in line for line in caplog.messages].count(True) == 1
+    assert all(
+        torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in zip(one.parameters(), many.parameters(), strict=True)
+    )
+
+
+def test_a_run_goes_on_by_recorded_steps_to_the_bit(tmp_path):
+    whole, _ = run(tmp_path / "whole", Replays())
+    _, trainer = run(tmp_path / "part", Replays(), trainer={"max_epochs": 2})
+    trainer.save_checkpoint(tmp_path / "part.ckpt")
+    recorder = Replays()
+    rest, _ = run(tmp_path / "rest", recorder, ckpt=tmp_path / "part.ckpt")
+    assert recorder.recorded > 0
+    assert same(whole, rest)
+
+
+def test_a_constant_that_changes_is_recorded_anew(tmp_path):
+    """Each epoch has its own factor of the soft term, and each shape of a minibatch its own record."""
+    recorder = Replays()
+    run(tmp_path, recorder)
+    assert (
+        recorder.recorded == 3
+    )  # 12 minibatches an epoch: the first of a key is watched, and the smaller one is alone
