@@ -13,6 +13,7 @@ CUDA graphs: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
 
 from __future__ import annotations
 
+import functools
 import logging
 import warnings
 from collections.abc import Callable
@@ -140,21 +141,31 @@ class CapturedStep:
             self._give_up("a constant of the step, such as an option of the optimizer, changes too often")
             return None
         self._fill(shapes, batch, teacher)
+        step = functools.partial(self._step, *self._read[shapes])
         if key not in self._steps:
             self._steps[key] = None
             self._watched += 1
-            taken, reason = self.recorder.watch(lambda: self._step(*self._read[shapes]))
+            taken, reason = self._counted(lambda: self.recorder.watch(step))
             if reason is not None:
                 self._give_up(reason)
         else:
             found = self._steps[key]
             if found is None:
-                found = self._steps[key] = self.recorder.record(lambda: self._step(*self._read[shapes]))
+                found = self._steps[key] = self.recorder.record(step)
             taken, replay = found
-            replay()
+            self._counted(replay)
             self.replayed += 1
         self._note(taken, batch, teacher)
         return taken.loss
+
+    def _counted(self, step: Callable[[], Any]) -> Any:
+        """Takes a step as the closure of the optimizer, so that Lightning counts it; returns what the step returns.
+
+        The optimizer then finds no gradient, and updates nothing itself.
+        """
+        found: list[Any] = []
+        self.distiller.optimizers().step(closure=lambda: found.append(step()))  # type: ignore[union-attr]
+        return found[0]
 
     def _give_up(self, reason: str) -> None:
         self.reason = reason
@@ -185,21 +196,18 @@ class CapturedStep:
         finally:
             for group, number in zip(groups, rates, strict=True):
                 group["lr"] = number
+        self.optimizer.zero_grad()  # see `_counted`
         distiller.update_average()
         return Taken(loss.detach(), seen, torch.stack([v.detach().float() for v in seen.terms.values()]))
 
     def _note(self, taken: Taken, batch: Batch, teacher: Outputs | None) -> None:
-        """Counts a step, and adds copies of what it leaves to the means: the next replay overwrites it."""
+        """Adds copies of what a step leaves to the means: the next replay overwrites it."""
         seen = taken.seen
         terms = dict(zip(seen.terms, taken.terms.clone().unbind(), strict=True))
         if teacher is None and seen.teacher is not None:
             teacher = Outputs({name: head.clone() for name, head in seen.teacher.heads.items()})
         watched = {name: value.clone() for name, value in seen.watched.items()}
         self.distiller.means.add(Seen(terms, seen.student, teacher, batch.targets, seen.samples, watched))
-        # What Lightning's wrapper of an optimizer does at a step of manual optimization: `trainer.global_step` is this count.
-        progress = self.distiller.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
-        progress.increment_ready()
-        progress.increment_completed()
 
 
 def captured_step(distiller: Distiller, base: type) -> CapturedStep | None:
