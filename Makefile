@@ -34,11 +34,12 @@ detect: $(SETUP)
 	@stamp=$$(date +%Y-%m-%d_%H-%M-%S)_$$$$; runs=runs/detection_digits/$$stamp; mkdir -p $$runs; \
 	export RUN_STAMP=$$stamp OMP_NUM_THREADS=1; \
 	$(BIN)/python scripts/train.py --multirun seed=$(SEEDS) experiment=detection/digit_scenes_alone \
-		> $$runs/alone.log 2>&1 & alone=$$!; \
-	$(BIN)/python scripts/train.py --multirun seed=$(SEEDS) experiment=detection/digit_scenes && \
+		'hydra.sweep.subdir=alone-s$${seed}' > $$runs/alone.log 2>&1 & alone=$$!; \
+	$(BIN)/python scripts/train.py --multirun seed=$(SEEDS) experiment=detection/digit_scenes \
+		'hydra.sweep.subdir=distilled-s$${seed}' && \
 	{ wait $$alone || { cat $$runs/alone.log; exit 1; }; } && \
 	$(BIN)/python scripts/report.py runs=$$runs out=$$runs/table.md && \
-	$(BIN)/python scripts/evaluate.py run=$$(ls -d $$runs/detection-digit_scenes-s* | head -1) pictures=$$runs/pictures
+	$(BIN)/python scripts/evaluate.py run=$$(ls -d $$runs/distilled-s* | head -1) pictures=$$runs/pictures
 
 test: $(SETUP)
 	$(BIN)/ruff check .

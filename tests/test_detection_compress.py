@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from litdistill.compress.low_rank import low_rank
-from litdistill.compress.prune import prune
+from litdistill.compress.prune import last_layers, prune
 from litdistill.compress.quantize import int8
 from litdistill.compress.restore import restore
 from litdistill.compress.structure import structure_of
@@ -37,9 +37,33 @@ def test_a_detector_is_factorized_and_restored():
         assert all(torch.equal(v, again(IMAGES)[k]) for k, v in small(IMAGES).items())
 
 
-def test_a_detector_is_not_pruned_nor_trained_in_int8_and_is_told_what_to_use():
-    with pytest.raises(UserError, match=r"cannot be pruned .*logits, boxes, centerness.*compress=low_rank"):
-        prune(net(), IMAGES, 0.5)
+def test_a_detector_is_pruned_to_its_budget_with_all_its_outputs_and_restored():
+    small = prune(net(), IMAGES, 0.5).eval()
+    assert count_parameters(small) <= 0.5 * count_parameters(net())
+    assert small.backbone.body.stem[0].out_channels < 8
+    again = restore(net(), structure_of(small), IMAGES).eval()
+    again.load_state_dict(small.state_dict())
+    with torch.no_grad():
+        whole = net().eval()(IMAGES)
+        found, restored = small(IMAGES), again(IMAGES)
+    assert {k: v.shape for k, v in found.items()} == {k: v.shape for k, v in whole.items()}
+    assert all(torch.equal(v, restored[k]) for k, v in found.items())
+
+
+def test_the_last_layers_are_those_that_make_the_outputs():
+    whole = net()
+    made = list(whole(IMAGES).values())
+    names = {name for name, m in whole.named_modules() for last in last_layers(whole, made) if m is last}
+    assert names == {
+        "head.classification_head.cls_logits",
+        "head.regression_head.bbox_reg",
+        "head.regression_head.bbox_ctrness",
+    }
+    plain = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2, bias=False))
+    assert last_layers(plain, [plain(torch.zeros(2, 4))]) == [plain[2]]
+
+
+def test_a_detector_is_not_trained_in_int8_and_is_told_what_to_use():
     with pytest.raises(
         UserError, match=r"compress=int8: .*logits, boxes, centerness.*litdistill export .*precision=int8"
     ):

@@ -46,3 +46,10 @@ def test_a_workflow_calls_targets_that_exist(path):
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert all(run.split()[1] in targets for run in runs if run.startswith("make"))
     assert all("uses" in step or "run" in step for job in jobs.values() for step in job["steps"])
+
+
+def test_the_two_runs_of_detect_that_run_at_once_have_folders_of_their_own():
+    recipe = (ROOT / "Makefile").read_text().partition("\ndetect:")[2].partition("\ntest:")[0]
+    folders = re.findall(r"'hydra.sweep.subdir=([^']*)'", recipe)
+    assert len(folders) == len(set(folders)) == recipe.count("train.py --multirun") == 2
+    assert all("$${seed}" in folder for folder in folders)

@@ -9,7 +9,9 @@ from litdistill.methods import Supervised
 from litdistill.tasks import Classification
 from litdistill.training.train import train
 from litdistill.training.trainer import build_trainer, named_callbacks
-from litdistill.utils.command_line import without_null
+from litdistill.utils.command_line import check_null, without_null
+from litdistill.utils.errors import UserError
+from tests.conftest import compose_config
 
 
 @pytest.mark.parametrize("override", ["callbacks=null", "callbacks.learning_rate=null"])
@@ -32,3 +34,15 @@ def test_a_run_of_nulls_ends(small):
     nulls = ["callbacks=null", "logger=null", "scheduler=null", "compress=null", "data.augment=null", "teacher=null"]
     cfg = small(*without_null(nulls), "+callbacks.mine=null", "method=supervised", "trainer.max_epochs=1")
     assert 0 < train(cfg) < 1
+
+
+def test_an_experiment_of_null_is_the_default(tmp_path):
+    assert compose_config(tmp_path, *without_null(["experiment=null", "seed=3"])) == compose_config(tmp_path, "seed=3")
+
+
+def test_a_null_for_what_a_run_needs_is_refused_in_a_line_of_what_there_is():
+    check_null(["teacher=null", "data.labels=null", "seed=0", "logger=none", "-m"])
+    with pytest.raises(UserError, match=r"^data=null: a run needs one of conf/data: base, bccd, .*$"):
+        check_null(["seed=0", "data=null"])
+    with pytest.raises(UserError, match=r"net@teacher=null.*Without a teacher: teacher=null"):
+        check_null(["net@teacher=null"])

@@ -159,6 +159,19 @@ def test_a_measure_of_agreement_that_is_a_metric_too_is_one_row():
     assert [row[0] for row in rows] == ["spearman", "cosine"]
 
 
+def test_classes_are_listed_from_the_worst_on_with_both_networks():
+    each = lambda *values: {n: {"map": v, "map_50": 1.0, "count": 9} for n, v in zip("ab", values, strict=True)}  # noqa: E731
+    head, rows = writers.class_table({"student": each(0.9, 0.25), "teacher": each(0.95, 0.5)})
+    assert [" ".join(h.split()) for h in head] == ["class", "in the test set", "mAP %, teacher", "mAP %, student"]
+    assert rows == [["b", "9", "50.00", "25.00"], ["a", "9", "95.00", "90.00"]]
+    many = {str(i): {"map": i / 100, "count": 1} for i in range(80)}
+    head, rows = writers.class_table({"student": many})
+    assert "20\nworst of 80" in head[0]
+    assert [row[0] for row in rows] == [str(i) for i in range(20)]
+    assert all(len(row) == len(head) == 3 for row in rows)
+    assert writers.class_table({}) == ([], [])
+
+
 @pytest.mark.parametrize(
     ("quartiles", "shown"),
     [([0.3, 0.31, 0.334], "0.31 (0.30–0.33)"), ([0.00112, 0.00124, 0.00131], "0.0012 (0.0011–0.0013)")],

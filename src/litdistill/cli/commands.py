@@ -45,7 +45,7 @@ def compare(cfg: DictConfig) -> None:
 def evaluate(cfg: DictConfig) -> None:
     """Evaluates a finished run again, and prints the differences from its summary."""
     from litdistill.evaluation.evaluate import differences, draw, evaluate, load_run
-    from litdistill.report.writers import evaluation_table
+    from litdistill.report.writers import class_table, evaluation_table
 
     starting.end(loaded=True)
     data = OmegaConf.create({"data": cfg.data})
@@ -56,6 +56,9 @@ def evaluate(cfg: DictConfig) -> None:
         return
     results = evaluate(cfg.run, data, cfg.device, cfg.trust)
     terminal.show(*evaluation_table(results), terminal.stdout(140))
+    head, rows = class_table(results["by_class"])
+    if rows:
+        terminal.show(head, rows, terminal.stdout(140))
     changed = differences(results, load_run(Path(cfg.run), cfg.trust)[1])
     if changed:
         Console().print("[bold yellow]The run's summary differs:[/]")

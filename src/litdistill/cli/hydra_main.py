@@ -31,7 +31,7 @@ from litdistill.config.instantiate import import_classes_from
 from litdistill.config.origin import check_foreign, restore_record, save_record
 from litdistill.config.schema import check
 from litdistill.utils import run_names
-from litdistill.utils.command_line import as_command, config_dir_flags, literal, split_flags, without_null
+from litdistill.utils.command_line import as_command, check_null, config_dir_flags, literal, split_flags, without_null
 from litdistill.utils.distributed import run_stamp
 from litdistill.utils.errors import Stopped, UserError
 from litdistill.utils.logging import filter_warnings
@@ -110,6 +110,8 @@ def run_task(task: Callable[[DictConfig], Any], config_name: str, verb: str | No
     arguments = without_null(sys.argv[1 if verb is None else 2 :])
     command = [sys.argv[0], *([verb] if verb is not None else [])]
     try:
+        if config_name in ("train", "sweep"):
+            check_null(arguments)
         if "RUN_STAMP" not in os.environ:  # inherited by all ranks, which share one folder
             os.environ["RUN_STAMP"] = run_stamp()
         sys.argv[1:] = arguments = resumed(arguments, config_name)

@@ -7,7 +7,7 @@ Torch-Pruning finds the groups of coupled channels (through residual sums, for e
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ SIZES: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Linear: ("in_features", "out_features"),
     nn.BatchNorm2d: ("num_features",),
     nn.BatchNorm1d: ("num_features",),
+    nn.GroupNorm: ("num_channels",),
 }
 STEPS = 200  # pruning steps, each of which removes the share 1 / STEPS of every layer's channels
 
@@ -30,12 +31,10 @@ STEPS = 200  # pruning steps, each of which removes the share 1 / STEPS of every
 def prune(net: nn.Module, images: Tensor, budget: float, of: str = "parameters") -> nn.Module:
     """Returns a copy without the least important channels, an equal share of every layer's, of the share `budget` in size.
 
-    `budget`: of the network's `parameters` or `macs`. The classifier's outputs are not pruned. `images`: two or more
+    `budget`: of the network's `parameters` or `macs`. The layers that make its outputs keep these. `images`: two or more
     (N, C, H, W). Raises `UserError` for a network whose forward depends on the number of its channels, and for a budget that
     is too small.
     """
-    from litdistill.features.feature_extractor import resolve_taps
-
     check_budget(budget, of)
     try:
         import torch_pruning as tp
@@ -43,10 +42,7 @@ def prune(net: nn.Module, images: Tensor, budget: float, of: str = "parameters")
         raise UserError("Pruning needs torch-pruning: pip install 'litdistill[compress]'.") from error
     size = (lambda n: count_macs(n, images.shape[1:])) if of == "macs" else count_parameters
     small, example = copy.deepcopy(net).eval().requires_grad_(True), images[:2]
-    if not isinstance(out := small(example), Tensor):
-        raise _cannot(f"its outputs are several, {', '.join(out)}, and which layers make them is not known")
-    head = resolve_taps(small, example, "pooled")[0].partition(":")[0]
-    allowed, classes = budget * size(small), out.shape[1]
+    outputs, allowed = _outputs(small(example)), budget * size(small)
     try:
         pruner = tp.pruner.BasePruner(
             small,
@@ -55,27 +51,57 @@ def prune(net: nn.Module, images: Tensor, budget: float, of: str = "parameters")
             pruning_ratio=1.0,
             max_pruning_ratio=1.0,
             iterative_steps=STEPS,
-            ignored_layers=[small.get_submodule(head)],
+            ignored_layers=last_layers(small, outputs),
         )
         for _ in range(STEPS):
             if size(small) <= allowed:
                 break
             pruner.step()
-        fits = small(example).shape[1] == classes
+        fits = [t.shape for t in _outputs(small(example))] == [t.shape for t in outputs]
     except (RuntimeError, ZeroDivisionError, IndexError, ValueError) as error:
         raise _cannot(str(error).splitlines()[0]) from error
     if not fits:
-        raise _cannot("its classifier lost outputs")
+        raise _cannot("it lost outputs")
     if size(small) > allowed:
         raise UserError(f"compress.budget={budget} is too small: one channel everywhere is still more than that.")
     before, after = sizes(net), sizes(small)
     layers = {name: after[name] for name in after if after[name] != before[name]}
     shapes = lambda n: {k: v.shape for k, v in n.state_dict().items()}  # noqa: E731
     if shapes(set_sizes(copy.deepcopy(net), layers)) != shapes(small):
-        raise _cannot("it has parameters outside of convolutions, linear layers and batch normalization")
+        raise _cannot("it has parameters outside of convolutions, linear layers and normalization by batch or group")
     for (_, old), (_, new) in zip(net.named_parameters(), small.named_parameters(), strict=True):
         new.requires_grad_(old.requires_grad)
     return tag_structure(net, small.train(net.training), {"kind": "prune", "layers": layers})
+
+
+def _outputs(given: Any) -> list[Tensor]:
+    """Returns the outputs of a network as a list: a tensor, or tensors by name."""
+    return [given] if isinstance(given, Tensor) else list(given.values())
+
+
+def last_layers(net: nn.Module, outputs: Sequence[Tensor]) -> list[nn.Module]:
+    """Returns the convolutions and linear layers that make the outputs of `net`: the last ones on each path to them."""
+    kinds = (nn.Conv2d, nn.Linear)
+    owner = {id(p): m for m in net.modules() if isinstance(m, kinds) for p in m.parameters(recurse=False)}
+    found: dict[int, nn.Module] = {}
+    todo, seen = [t.grad_fn for t in outputs], set()
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        before = [step for step, _ in node.next_functions]
+        layers = [owner[id(p)] for step in before if id(p := _parameter(step)) in owner]
+        found |= {id(layer): layer for layer in layers}
+        todo += [] if layers else before
+    return list(found.values())
+
+
+def _parameter(node: Any) -> Tensor | None:
+    """Returns the parameter that a node of autograd's graph passes on by itself, perhaps transposed; None for others."""
+    while node is not None and len(node.next_functions) == 1:
+        node = node.next_functions[0][0]
+    return getattr(node, "variable", None)
 
 
 def _cannot(reason: str) -> UserError:
@@ -108,6 +134,8 @@ def _like(layer: nn.Module, size: Mapping[str, int]) -> nn.Module:
         options |= {k: getattr(layer, k) for k in kept} | {"bias": layer.bias is not None}
     elif isinstance(layer, nn.Linear):
         options["bias"] = layer.bias is not None
+    elif isinstance(layer, nn.GroupNorm):
+        options |= {k: getattr(layer, k) for k in ("num_groups", "eps", "affine")}
     else:
         options |= {k: getattr(layer, k) for k in ("eps", "momentum", "affine", "track_running_stats")}
     like = next(layer.parameters(), torch.empty(0))

@@ -207,6 +207,31 @@ def evaluation_table(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]
     return ["on the test set", *(titles[key] for key in models)], rows
 
 
+CLASSES = 20  # that the terminal shows of `by_class`
+
+
+def class_table(by_class: dict[str, dict[str, dict[str, float]]]) -> tuple[list[str], list[list[str]]]:
+    """Returns head and rows of what `Task.by_class` says of teacher and student: a row for each class, at most `CLASSES`, those
+    that the student is worst at; the first measure of each. Empty rows without any class."""
+    own, its = by_class.get("student", {}), by_class.get("teacher", {})
+    if not own:
+        return [], []
+    name = next(key for key in next(iter(own.values())) if key != "count")
+    worst = sorted(own, key=lambda c: own[c][name])[:CLASSES]
+    left = f", {len(worst)}\nworst of {len(own)}" if len(worst) < len(own) else ""
+    head = [
+        f"class{left}",
+        "in the\ntest set",
+        *([f"{heading(name)},\nteacher"] if its else []),
+        f"{heading(name)},\nstudent",
+    ]
+    models = [its, own] if its else [own]
+    rows = [
+        [c, f"{int(own[c]['count']):,}", *(_precise(name, one.get(c, {}).get(name)) for one in models)] for c in worst
+    ]
+    return head, rows
+
+
 def _precise(name: str, value: float | None) -> str:
     if value is None:
         return ""

@@ -15,7 +15,8 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Quote, QuotedString
 
-from litdistill.utils.paths import PACKAGE, ROOT
+from litdistill.utils.errors import UserError
+from litdistill.utils.paths import CONF, PACKAGE, ROOT
 
 RANKS = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # Hydra's flags that take a value as the next argument.
@@ -40,7 +41,19 @@ def split_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 def without_null(arguments: Sequence[str]) -> list[str]:
     """Returns the arguments with `logger=null` and its like in Hydra's words: it takes no null for a file of a group."""
     words = {f"{group}=null": f"{group}=none" for group in ("balance", "callbacks", "logger", "scheduler")}
-    return [{**words, "compress=null": "~compress"}.get(argument, argument) for argument in arguments]
+    words |= {"compress=null": "~compress", "experiment=null": ""}  # no experiment is the default
+    return [word for argument in arguments if (word := words.get(argument, argument))]
+
+
+def check_null(arguments: Sequence[str]) -> None:
+    """Raises `UserError` for a null in place of a file of a group of `conf` that a run needs (`data=null`)."""
+    for argument in arguments:
+        group, _, value = argument.partition("=")
+        folder = CONF / group.partition("@")[0]
+        if value == "null" and group and folder.is_dir():
+            some = ", ".join(sorted(p.stem for p in folder.glob("*.yaml"))[:8])
+            none = " Without a teacher: teacher=null." if group == "net@teacher" else ""
+            raise UserError(f"{argument}: a run needs one of conf/{folder.name}: {some}, ….{none}")
 
 
 def config_dir_of(arguments: Sequence[str]) -> Path | None:
