@@ -85,18 +85,21 @@ def jobs(cfg: DictConfig) -> list[Job]:
     return found
 
 
-def run_all(todo: list[Job], at_once: int) -> list[Path]:
-    """Returns the folders of the finished runs, in the order of the jobs. The error of a failed run ends them all."""
+def run_all(todo: list[Job], at_once: int, split: str = "test") -> list[Path]:
+    """Returns the folders of the finished runs, in the order of the jobs. The error of a failed run ends them all.
+
+    `split`: of which a line on the console says what a run reached, "test" or "val".
+    """
     started, done = time.perf_counter(), {}
     for job, folder in _results(todo, at_once):
         done[job] = folder
         summary = json.loads((folder / "summary.json").read_text())
         metric = summary["metric"]["name"]
-        test = shown(metric, summary["student"]["test"][metric]["best"])
+        value = summary["val"]["best"] if split == "val" else summary["student"]["test"][metric]["best"]
         left = (time.perf_counter() - started) / len(done) * (len(todo) - len(done))
         name = f"{job.technique} {job.variant}".rstrip()
         print(
-            f"{len(done):3d}/{len(todo)}  {name}, seed {job.seed}: {test}   {format_seconds(left)} left",
+            f"{len(done):3d}/{len(todo)}  {name}, seed {job.seed}: {shown(metric, value)}   {format_seconds(left)} left",
             flush=True,
         )
     return [done[job] for job in todo]
@@ -133,8 +136,8 @@ def end_with(parent: int, pause: float = 15) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def run(job: Job) -> Path:
-    """Trains one run unless it is finished, and returns its folder.
+def config_of(job: Job) -> DictConfig:
+    """Returns the config of a run, with its folder.
 
     The hash of its recipe is in the folder's name, so a run with another config is trained anew.
     """
@@ -142,8 +145,14 @@ def run(job: Job) -> Path:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("train", [*job.overrides, "folder=''"])
     name = f"{job.technique}-{job.variant}".rstrip("-")
-    folder = Path(job.runs) / "compare" / name / f"{job.seed}-{recipe_hash(cfg)}"
-    cfg.folder = str(folder)
+    cfg.folder = str(Path(job.runs) / "compare" / name / f"{job.seed}-{recipe_hash(cfg)}")
+    return cfg
+
+
+def run(job: Job) -> Path:
+    """Trains one run unless it is finished, and returns its folder."""
+    cfg = config_of(job)
+    folder = Path(cfg.folder)
     write_text(folder / ".hydra" / "config.yaml", OmegaConf.to_yaml(cfg))
     write_text(folder / ".hydra" / "overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(list(job.overrides))))
     with logged_to(folder / "train.log"):
