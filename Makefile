@@ -2,6 +2,7 @@
 #                PICTURE=docs/digits.png draws the table's picture too
 # make compare   what distillation competes with, on one page; make compare DATA=mnist
 # make detect    an object detector: a teacher, the same student alone and distilled, a table and a page with pictures of boxes
+# make few       the same student of few labels: alone, fine-tuned, distilled, as curves; make few DATA=mnist
 # make test      style, types, the order of the rooms, and the tests that need nothing but this process
 # make docs      the documentation site, in runs/site
 # make test-processes      the tests that need fresh processes, an environment or a terminal
@@ -11,7 +12,7 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 BIN := .venv/bin
 SETUP := .venv/.ready
 
-.PHONY: distill compare detect docs test test-processes zoo setup requirements clean
+.PHONY: distill compare few detect docs test test-processes zoo setup requirements clean
 .DEFAULT_GOAL := distill
 
 distill: $(SETUP)
@@ -27,6 +28,10 @@ distill: $(SETUP)
 DATA ?= digits
 compare: $(SETUP)
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/compare.py dataset=$(DATA) $(if $(PICTURE),picture=$(PICTURE))
+
+# Writes docs/few.md, its picture and what both are made of, docs/few.json, in which other data sets stay as they are.
+few: $(SETUP)
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/few_table.py dataset=$(DATA) jobs=2
 
 # On two cores: the student alone beside the teacher. SEEDS=0,1,2 gives the figures of conf/experiment/detection.
 SEEDS ?= 0
