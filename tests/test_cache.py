@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hydra import compose, initialize_config_dir
+from lightning.pytorch.callbacks import LambdaCallback
 from safetensors.torch import load_file
 
 from litdistill.data.augment import Crop, Flip
@@ -41,7 +42,7 @@ from litdistill.types import Batch
 from litdistill.utils.errors import UserError
 from litdistill.utils.hashing import stable_repr
 from litdistill.utils.paths import CONF
-from tests.fits import example, fit, grouped
+from tests.fits import digits, example, fit, grouped, net
 
 
 class Dim:
@@ -505,3 +506,17 @@ def test_outputs_beyond_half_precision_are_refused():
     store.put(torch.tensor([0]), torch.full((1, 3), 60000.0))
     with pytest.raises(UserError, match="float32"):
         store.put(torch.tensor([1]), torch.full((1, 3), 70000.0))
+
+
+def test_a_cache_that_is_complete_asks_no_device_what_is_missing(tmp_path, monkeypatch):
+    data, asked = digits(), []
+    distiller = Distiller(
+        net(), KD(), net(16), example(data), data=data, allow_chance=True, cache=CacheOptions("memory"), group=4
+    )
+    inner = RowStore.refresh
+    monkeypatch.setattr(RowStore, "refresh", lambda self, index: asked.append(len(index)) or inner(self, index))
+    complete = []
+    watch = LambdaCallback(on_train_epoch_end=lambda trainer, module: complete.append(module.cache.complete))
+    fit(distiller, grouped(data, 4), tmp_path, max_epochs=3, callbacks=[watch])
+    assert complete == [False, True, True]
+    assert distiller.cache.computed == sum(asked) == len(data.train_ids)

@@ -16,6 +16,8 @@ from litdistill.distillation.teacher_cache import CacheOptions
 from litdistill.methods.ab import AB
 from litdistill.methods.fitnet import FitNet
 from litdistill.methods.kd import KD
+from litdistill.tasks import Classification
+from litdistill.tasks.base import Task
 from tests.conftest import compose_config
 from tests.fits import digits, example, fit, grouped, net, same
 from tests.recorder import Replays
@@ -31,7 +33,17 @@ def warm(optimizer):
 SGD_01 = functools.partial(SGD, lr=0.1, momentum=0.9, fused=True)
 
 
-def run(folder, recorder, optimizer=SGD_01, student=None, method=None, kind=Distiller, ckpt=None, **options):
+def run(
+    folder,
+    recorder,
+    optimizer=SGD_01,
+    student=None,
+    method=None,
+    task="classification",
+    kind=Distiller,
+    ckpt=None,
+    **options,
+):
     """Three epochs of 12 minibatches, the last one smaller, with dropout, views and a learning rate of each step."""
     data = digits(**{"per_class": 23, "batch_size": 20, "augment": [Crop(1)], **options.pop("data", {})})
     torch.manual_seed(0)
@@ -40,8 +52,8 @@ def run(folder, recorder, optimizer=SGD_01, student=None, method=None, kind=Dist
         "scheduler": warm, "scheduling": EACH_STEP, "schedule": {"soft": [(0, 0), (4, 1)]}, "cache": CacheOptions("off")
     }  # fmt: skip
     distiller = kind(
-        student or nn.Sequential(net(), nn.Dropout(0.1)), method or KD(), net(16), example(data), "classification",
-        optimizer, allow_chance=True, seed=0, group=4, train_targets=data.train_targets, recorder=recorder,
+        student or nn.Sequential(net(), nn.Dropout(0.1)), method or KD(), net(16), example(data), task, optimizer,
+         allow_chance=True, seed=0, group=4, train_targets=data.train_targets, recorder=recorder,
         **settings | options,
     )  # fmt: skip
     return distiller, fit(distiller, grouped(data, 4, 5), folder, ckpt, **trainer)
@@ -67,6 +79,7 @@ def close(one, many):
         (lambda: {"method": FitNet(), "schedule": {}}, same),
         (lambda: {"method": FitNet(), "schedule": {}, "balance": Balance(steps=3)}, same),
         (lambda: {"trainer": {"precision": "bf16-mixed"}}, same),
+        (lambda: {"labels": "some"}, same),
         (lambda: {"trainer": {"max_steps": 17, "max_epochs": -1}}, same),
     ],
 )
@@ -99,6 +112,12 @@ def test_every_method_is_recorded(tmp_path, name, caplog):
     assert same(one, many)
 
 
+class HalfLabelled(Classification):
+    """Chooses the samples with labels, whose number a graph cannot hold."""
+
+    labelled_loss = Task.labelled_loss
+
+
 class OwnHook(Distiller):
     def on_before_optimizer_step(self, optimizer):
         pass
@@ -109,7 +128,7 @@ class OwnHook(Distiller):
     [
         (lambda: {"kind": OwnHook}, "OwnHook has its own on_before_optimizer_step"),
         (lambda: {"optimizer": functools.partial(RMSprop, lr=0.01)}, "RMSprop may keep a state in Python"),
-        (lambda: {"labels": "some"}, "aten.nonzero"),
+        (lambda: {"labels": "some", "task": HalfLabelled()}, "aten.nonzero"),
         (
             lambda: {"scheduler": functools.partial(OneCycleLR, max_lr=0.1, total_steps=36)},
             "an option of the optimizer, changes too often",

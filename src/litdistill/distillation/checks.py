@@ -208,7 +208,7 @@ def check_trainer(trainer: Trainer, method: Method) -> None:
         )
 
 
-def check_finite(distiller: Distiller, means: Mapping[str, Tensor], weights: bool = False) -> None:
+def check_finite(distiller: Distiller, means: Mapping[str, float | Tensor], weights: bool = False) -> None:
     """Raises `UserError` if the mean loss since the last log, or with `weights` a weight of the student, is not finite."""
     if means and not math.isfinite(means["loss"]):
         bad = ", ".join(f"{k} = {float(v):g}" for k, v in means.items())

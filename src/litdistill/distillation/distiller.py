@@ -261,6 +261,8 @@ class Distiller(LightningModule):
         self.means.start_epoch()
         self.method.set_epoch(self.current_epoch)
         self.statistics.batches.clear()
+        if self.cache is not None:
+            self.cache.start_epoch()
         self.schedule_factors = {k: interpolate(points, self.current_epoch + 1) for k, points in self.schedule.items()}
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:

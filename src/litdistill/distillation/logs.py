@@ -35,7 +35,7 @@ def log_group(distiller: Distiller) -> None:
         means = dict(zip(means, reduced, strict=True))
     for name, value in means.items():  # for callbacks and the progress bar
         distiller.log(name, value, prog_bar=name == "train/loss", logger=False)
-    values = {name: float(value) for name, value in means.items()} | _speed(distiller) | _factors(distiller)
+    values = _numbers(means) | _speed(distiller) | _factors(distiller)
     values |= _rates(distiller)
     for logger in distiller.loggers:
         logger.log_metrics(values | {"epoch": float(distiller.current_epoch)}, trainer.global_step)
@@ -44,8 +44,15 @@ def log_group(distiller: Distiller) -> None:
 
 def _means(distiller: Distiller) -> dict[str, Tensor]:
     means = distiller.means.means()
-    check_finite(distiller, means)
+    check_finite(distiller, _numbers(means))
     return {f"train/{name}": value for name, value in means.items()}
+
+
+def _numbers(means: dict[str, Tensor]) -> dict[str, float]:
+    """Returns the values of scalars, in one read from the device."""
+    if not means:
+        return {}
+    return dict(zip(means, torch.stack([value.float() for value in means.values()]).tolist(), strict=True))
 
 
 def _speed(distiller: Distiller) -> dict[str, float]:

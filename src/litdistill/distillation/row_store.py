@@ -31,13 +31,15 @@ class RowStore:
         self.valid = torch.zeros(rows, dtype=torch.bool)
         for index in self.marks.nonzero().flatten().split(max(1, 2**22 // width)):  # 16 MiB at a time
             self.valid[index] = self.marks[index] == fingerprint(self.values[index], index)
-        # On a CPU rows are gathered from the mapped file itself; a GPU has a copy.
-        self.rows = self.values if device.type == "cpu" else self.values.to(device)
+        # On a CPU rows are gathered from the mapped file itself; a GPU has a copy where it has room for one.
+        self.rows = (
+            self.values.to(device) if device.type != "cpu" and has_room(device, self.values.nbytes) else self.values
+        )
         self.valid = self.valid.to(device)
 
     def get(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the rows (N, width) float32, and which of them are valid (N,) bool."""
-        return self.rows[index].float(), self.valid[index]
+        return self.rows[index.to(self.rows.device)].to(self.device).float(), self.valid[index]
 
     def put(self, index: Tensor, values: Tensor) -> None:
         """Stores rows (N, width) at `index` (N,). Raises `UserError` where a finite value overflows float16."""
@@ -69,6 +71,11 @@ class RowStore:
         """Makes every row invalid."""
         self.marks.zero_()
         self.valid.zero_()
+
+
+def has_room(device: torch.device, size: int) -> bool:
+    """Returns whether `size` bytes take at most half of what is free on a device, which training needs too."""
+    return device.type != "cuda" or size <= torch.cuda.mem_get_info(device)[0] // 2
 
 
 def _mapped(path: Path | None, suffix: str, count: int, dtype: torch.dtype) -> Tensor:

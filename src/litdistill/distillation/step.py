@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from litdistill.distillation.balance import Balance
 from litdistill.distillation.running_means import Seen
 from litdistill.methods.base import Method
-from litdistill.types import Batch, Group, Outputs, has_label
+from litdistill.types import Batch, Group, Outputs
 from litdistill.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -108,27 +108,17 @@ def outputs_of_both(
     return student.at(places), None if teacher is None else teacher.at(places), batch.at(places)
 
 
-def labels_loss(distiller: Distiller, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
-    """Returns the task's loss over the samples with a label, a target of -1 or NaN being none; 0 where no sample has one."""
-    task, student = distiller.task, distiller.student
-    if distiller.labels == "all":
-        return task.loss(student, outputs, batch)
-    rows = has_label(batch.targets).nonzero().squeeze(1)
-    if len(rows) == 0:
-        whole = task.loss(student, outputs, batch._replace(targets=torch.zeros_like(batch.targets)))
-        return {name: 0 * value for name, value in whole.items()}
-    return task.loss(student, outputs.rows(rows), batch.rows(rows))
-
-
 def label_terms(distiller: Distiller, student: Outputs, batch: Batch) -> dict[str, Tensor]:
     """Returns the terms of the labels' loss, summed over student and companions and weighted by the method's `hard`."""
     method = distiller.method
     weight = method.hard * method.hard_factor(distiller.current_epoch)
     if not weight or (distiller.labels == "none" and not method.relabels):
         return {}
-    terms = dict(labels_loss(distiller, student, batch))
+    task = distiller.task
+    loss = task.loss if distiller.labels == "all" else task.labelled_loss
+    terms = dict(loss(distiller.student, student, batch))
     for companion in method.companions(student):
-        for name, value in labels_loss(distiller, companion, batch).items():
+        for name, value in loss(distiller.student, companion, batch).items():
             terms[name] = terms[name] + value
     return {name: weight * value for name, value in terms.items()}
 

@@ -79,6 +79,7 @@ class TeacherCache:
         self.teacher, self.data, self.device, self.dtype, self.rounds = teacher, data, device, dtype, rounds
         self.folder = folder / cache_key(teacher, data, device, dtype, precision) if folder is not None else None
         self.computed = self.requested = 0
+        self.complete = False  # whether all rows of the training samples are known to be valid
         self._shapes: tuple[dict[str, torch.Size], dict[str, torch.Size]] | None = None  # of heads, of features
 
     def outputs(self, batch: Batch) -> Outputs:
@@ -88,7 +89,7 @@ class TeacherCache:
         index = batch.ids if batch.views is None else batch.views * len(self.data.train_targets) + batch.ids
         values, valid = store.get(index)
         self.requested += len(index)
-        if not bool(valid.all()):
+        if not self.complete and not bool(valid.all()):
             missing = (~valid).nonzero().flatten()
             missing = missing[~store.refresh(index[missing])]
             if len(missing):
@@ -96,6 +97,12 @@ class TeacherCache:
                 self.computed += len(missing)
             values, _ = store.get(index)
         return self._unpack(values, batch.ids)
+
+    def start_epoch(self) -> None:
+        """Notes whether all rows are known: then no batch waits for the device to say which are missing."""
+        if not self.complete and self.requested >= len(self.data.train_ids):
+            views = self.store.valid.view(-1, len(self.data.train_targets))
+            self.complete = bool(views[:, self.data.train_ids.to(self.device)].all())
 
     def bytes(self) -> int:
         """Returns the size in bytes of the complete cache of the training samples."""

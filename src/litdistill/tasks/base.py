@@ -16,7 +16,7 @@ from torchmetrics.utilities import dim_zero_cat
 
 from litdistill.features.outputs import run_network
 from litdistill.methods.base import BERNOULLI, CATEGORICAL
-from litdistill.types import EMBEDDING, Batch, Outputs
+from litdistill.types import EMBEDDING, Batch, Outputs, has_label
 from litdistill.utils.errors import UserError
 
 
@@ -50,6 +50,17 @@ class Task:
     def loss(self, net: nn.Module, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         """Returns the labels' loss: unweighted scalar terms by name, each a mean over the batch."""
         raise NotImplementedError
+
+    def labelled_loss(self, net: nn.Module, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
+        """Returns `loss` over the samples with a label (`litdistill.types.has_label`); 0 where no sample has one.
+
+        A task may compute the same without choosing rows, whose number depends on values: such a step can be recorded.
+        """
+        rows = has_label(batch.targets).nonzero().squeeze(1)
+        if len(rows) == 0:
+            whole = self.loss(net, outputs, batch._replace(targets=torch.zeros_like(batch.targets)))
+            return {name: 0 * value for name, value in whole.items()}
+        return self.loss(net, outputs.rows(rows), batch.rows(rows))
 
     def places(self, targets: Any) -> Tensor | None:
         """Returns which places of each sample are predicted, (N, T) bool, where logits are (N, T, outputs): tokens of padded

@@ -53,12 +53,22 @@ class Classification(Task):
         Raises `UserError` for targets that are neither classes nor probabilities.
         """
         logits, targets = outputs.logits.float(), _classes(outputs.logits, batch.targets)
+        if self.class_weights is None:
+            return {"hard": self._cross_entropy(logits, targets, reduction="mean")}
+        return {"hard": self._cross_entropy(logits, targets, reduction="sum") / len(logits)}
+
+    def labelled_loss(self, net: nn.Module, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
+        """Returns `hard` over the samples with a label, 0 where no sample has one; a target of -1 is none."""
+        logits, targets = outputs.logits.float(), _classes(outputs.logits, batch.targets)
+        if targets.ndim != 1:
+            return super().labelled_loss(net, outputs, batch)
+        total = self._cross_entropy(logits, targets, reduction="sum", ignore_index=-1)
+        return {"hard": total / (targets >= 0).sum().clamp(min=1)}
+
+    def _cross_entropy(self, logits: Tensor, targets: Tensor, **options: Any) -> Tensor:
+        weight = None if self.class_weights is None else self._weights_for(logits)
         try:
-            if self.class_weights is None:
-                return {"hard": F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)}
-            weight, smoothing = self._weights_for(logits), self.label_smoothing
-            loss = F.cross_entropy(logits, targets, weight, label_smoothing=smoothing, reduction="sum")
-            return {"hard": loss / len(logits)}
+            return F.cross_entropy(logits, targets, weight, label_smoothing=self.label_smoothing, **options)
         except IndexError as error:  # raised on a CPU only; a check on a GPU would need a synchronization
             raise UserError(
                 f"Labels go from {int(targets.min())} to {int(targets.max())}, and the network gives {logits.shape[1]} logits: "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -73,7 +74,7 @@ def train(cfg: DictConfig, callbacks: Sequence[Callback] = (), role: str = "Stud
     with run_lock(folder), translate_worker_errors(), translate_interrupts(folder), wandb_finished():
         started = time.perf_counter()
         admit(cfg, folder)
-        prepare_process(cfg.threads)
+        prepare_process(cfg)
         method = build_method(cfg)  # first, to raise errors in options before a teacher is trained
         data, task = build_data(cfg)
         check_data(cfg, data, task)
@@ -137,14 +138,19 @@ def trains_teacher(node: DictConfig) -> bool:
     return node.get("checkpoint") == "auto" and not node.get("ensemble") and node.get("outputs") is None
 
 
-def prepare_process(threads: int | None) -> None:
-    """Applies the settings of the whole process, and reads the versions for the summary now to raise their errors early."""
+def prepare_process(cfg: DictConfig) -> None:
+    """Applies the settings of the whole process, and reads the versions for the summary now to raise their errors early.
+
+    What torch.compile has compiled is kept beside the teacher's cache, for runs to come.
+    """
     versions()
     adopt_lightning_logs()
     keep_freed_memory()
     torch.set_float32_matmul_precision("high")
-    if threads is not None:
-        torch.set_num_threads(threads)
+    if cfg.threads is not None:
+        torch.set_num_threads(cfg.threads)
+    if any((cfg.get("compile") or {}).values()):
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str((Path(cfg.runs) / "cache" / "compile").absolute()))
 
 
 def fit(cfg: DictConfig, built: Built, distiller: Distiller, data: Any, last: Path | None) -> float:
