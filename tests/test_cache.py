@@ -42,7 +42,7 @@ from litdistill.types import Batch
 from litdistill.utils.errors import UserError
 from litdistill.utils.hashing import stable_repr
 from litdistill.utils.paths import CONF
-from tests.fits import digits, example, fit, grouped, net
+from tests.fits import example, fit, grouped
 
 
 class Dim:
