@@ -22,7 +22,14 @@ RUN = [
 ]
 LABELS = {"cls", "box", "centerness"}
 DENSE = {"soft", "soft_box", "soft_centerness"}
-TERMS = {"dense_kd": LABELS | DENSE, "crosskd": LABELS | DENSE, "pseudo_boxes": LABELS}
+TERMS = {
+    "dense_kd": LABELS | DENSE,
+    "crosskd": LABELS | DENSE,
+    "pseudo_boxes": LABELS,
+    "ld": LABELS | {"dfl", "soft", "valuable"},
+}
+OWN = {"pseudo_boxes": ["method.threshold=0.02"], "ld": ["method.near=0", "method.least=0.01", "method.valuable=1"]}
+BINS = ["student.bins=8", "teacher.bins=8"]
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +38,7 @@ def runs(tmp_path_factory):
 
 
 def config(runs, folder, name, *more):
-    extra = ["method.threshold=0.02"] if name == "pseudo_boxes" else ["method.least=0"]
+    extra = OWN.get(name, ["method.least=0"]) + (BINS if name == "ld" else [])
     cfg = compose_config(folder, *RUN, f"method={name}", *extra, *more)
     cfg.runs = str(runs)
     return cfg

@@ -36,6 +36,7 @@ OTHER_TASKS = {
     "crosskd",
     "dense_kd",
     "fgd",
+    "ld",
     "pkd_dense_kd",
     "pseudo_boxes",
 }  # several labels a sample, boxes (tests/test_detection_runs.py)

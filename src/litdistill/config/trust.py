@@ -85,7 +85,7 @@ OWN = (
     *(f"litdistill.tasks.{name}" for name in TASKS),
     *(
         f"litdistill.tasks.detection.{name}"
-        for name in ("crosskd.CrossKD", "dense_kd.DenseKD", "fgd.FGD", "pseudo_boxes.PseudoBoxes")
+        for name in ("crosskd.CrossKD", "dense_kd.DenseKD", "fgd.FGD", "ld.LD", "pseudo_boxes.PseudoBoxes")
     ),
     "litdistill.distillation.schedules.warmup_cosine",
     "litdistill.training.callbacks.ClassBias",

@@ -60,6 +60,16 @@ def weighted_entropy(student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor
     return (weight * (losses - least)).sum() / total(weight)
 
 
+def weighted_sides(student: Tensor, teacher: Tensor, weight: Tensor, temperature: float) -> Tensor:
+    """Σ w · T² · mean over sides of KL(teacher ‖ student) / Σ w over anchors; logits (N, A, 4, bins + 1), weights (N, A).
+
+    Both softmaxes are at temperature T. Localization distillation (Zheng et al. 2022, LD, arXiv 2102.12252, section 3.2).
+    """
+    s, t = ((wide(x) / temperature).log_softmax(-1) for x in (student, teacher))
+    losses = temperature**2 * (t.exp() * (t - s)).sum(-1).mean(-1)
+    return (weight * losses).sum() / total(weight)
+
+
 def above(weight: Tensor, least: float) -> Tensor:
     """Returns the weights (N, A) that are `least` or more, and 0 for the others."""
     return torch.where(weight >= least, weight, 0)

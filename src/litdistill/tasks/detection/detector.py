@@ -25,10 +25,11 @@ from torchvision.ops import box_iou
 from litdistill.models.ensemble import UNKNOWN
 from litdistill.models.preprocess import SCALE
 from litdistill.tasks.detection.boxes import LABEL, present
+from litdistill.tasks.detection.sides import DISTRIBUTION, distances, split
 from litdistill.types import has_label
 from litdistill.utils.errors import UserError
 
-LOSSES = {"classification": "cls", "bbox_regression": "box", "bbox_ctrness": "centerness"}
+LOSSES = {"classification": "cls", "bbox_regression": "box", "bbox_ctrness": "centerness", DISTRIBUTION: "dfl"}
 PRIOR = -math.log(
     (1 - 0.01) / 0.01
 )  # bias of a new class, whose probability begins at 0.01 (arXiv 1708.02002, section 3.3)
@@ -72,20 +73,22 @@ class Detector(nn.Module):
         """Returns the heads at the A anchors of all levels, finest first, for images (N, C, H, W).
 
         `logits` (N, A, classes): a sigmoid of each is the probability of its class; `boxes` (N, A, 4): x1, y1, x2, y2 in pixels
-        of `images`, not clipped; `centerness` (N, A): logits, where the network has them. In training mode also what
-        `compute_loss` needs. Images whose sides are no multiples of the largest stride are padded with zeros at the right and
-        the bottom.
+        of `images`, not clipped; `centerness` (N, A): logits, where the network has them; `sides` (N, A, 4, bins + 1): logits,
+        where its boxes are expectations. In training mode also what `compute_loss` needs. Images whose sides are no multiples
+        of the largest stride are padded with zeros at the right and the bottom.
         """
         images = pad_to(images, self.divisor)
         maps = self.backbone(images)
         maps = [maps] if isinstance(maps, Tensor) else list(maps.values())
         raw = {k: v.float() if v.dtype in (torch.half, torch.bfloat16) else v for k, v in self.head(maps).items()}
-        logits, deltas = raw["cls_logits"], raw["bbox_regression"]
+        logits, deltas = raw["cls_logits"], distances(raw["bbox_regression"])
         anchors = self.anchors_of(images, maps, logits.dtype)
         heads = {"logits": sigmoid_logits(logits, self.columns) if self.softmax else logits}
         heads["boxes"] = self.decoded(deltas, anchors)
         if "bbox_ctrness" in raw:
             heads["centerness"] = raw["bbox_ctrness"].squeeze(2)
+        if deltas is not raw["bbox_regression"]:
+            heads["sides"] = split(raw["bbox_regression"])
         if self.training:
             heads |= {"deltas": deltas, "anchors": anchors.expand(len(deltas), -1, -1)}
             if self.softmax:
@@ -143,14 +146,16 @@ class Detector(nn.Module):
         return self.anchors[key]
 
     def decoded(self, deltas: Tensor, anchors: Tensor) -> Tensor:
-        """Returns the boxes (N, A, 4) of what the head says beside each anchor, (N, A, 4)."""
+        """Returns the boxes (N, A, 4) of what the head says beside each anchor, (N, A, 4) or as of `sides.distances`."""
+        deltas = distances(deltas) if self.by_level else deltas
         if self.by_level:
             return self.box_coder.decode(deltas, anchors)
         repeated = anchors.expand(len(deltas), -1, -1).reshape(-1, 4)
         return self.box_coder.decode_single(deltas.reshape(-1, 4), repeated).view_as(deltas)
 
     def compute_loss(self, heads: Mapping[str, Tensor], targets: Tensor) -> dict[str, Tensor]:
-        """Returns the labels' loss by torchvision's own `compute_loss`: `cls`, `box` and, where the head has it, `centerness`.
+        """Returns the labels' loss by torchvision's own `compute_loss`: `cls`, `box` and, where the head has them, `centerness`
+        and `dfl` (`litdistill.tasks.detection.sides`).
 
         `heads`: of a forward in training mode. `targets`: (N, M, 6), x1, y1, x2, y2 in pixels, class, crowd; rows of class -1
         hold no object. Images without any object are background; images without labels (NaN) are left out. Crowds and boxes
@@ -164,6 +169,8 @@ class Detector(nn.Module):
         raw = {"cls_logits": heads["softmax" if self.softmax else "logits"], "bbox_regression": heads["deltas"]}
         if "centerness" in heads:
             raw["bbox_ctrness"] = heads["centerness"].unsqueeze(2)
+        if "sides" in heads:
+            raw["sides"] = heads["sides"]
         if not len(targets):  # torchvision stacks what it finds in each image
             return {LOSSES[k]: v.sum() for k, v in zip(LOSSES, raw.values(), strict=False)}
         objects = trained_on(targets, heads.get(SCALE), raw["bbox_regression"].dtype)

@@ -14,6 +14,7 @@ from torchvision.ops import FeaturePyramidNetwork
 from litdistill.models.parts import he_init
 from litdistill.models.resnet import BasicBlock, conv
 from litdistill.tasks.detection.detector import Detector
+from litdistill.tasks.detection.sides import SidesHead
 from litdistill.utils.errors import UserError
 
 GROUPS = 32  # of the group normalization in the head of torchvision's FCOS
@@ -80,6 +81,7 @@ def fcos_slim(
     strides: Sequence[int] = (8, 16, 32),
     sizes: Sequence[int] | None = None,
     radius: float = 1.5,
+    bins: int | None = None,
 ) -> Detector:
     """Returns an FCOS detector on a small backbone of 3x3 convolutions, with a feature pyramid.
 
@@ -88,12 +90,14 @@ def fcos_slim(
     branches. `strides`: of the pyramid's maps, powers of two from 4 on. `sizes`: in pixels, of each map, the strides if null:
     a map finds objects whose farthest side is 4 to 8 times its size from the place, the first also smaller and the last also
     larger ones. `radius`: how far from the center of an object, in sizes, a place learns it.
+    `bins`: None, or each side of a box is a distribution over 0, …, `bins` sizes from the place, whose expectation is the side
+    (`litdistill.tasks.detection.sides`); 8 reaches all objects but the largest of the last map.
 
     Raises `UserError` for numbers that make no such network.
     """
     strides = list(strides)
     sizes = strides if sizes is None else list(sizes)
-    check_options(width, depth, fpn, convs, strides, sizes)
+    check_options(width, depth, fpn, convs, strides, sizes, bins)
     _, tall, wide = input_shape
     if max(tall, wide) <= strides[-1]:
         raise UserError(
@@ -101,34 +105,47 @@ def fcos_slim(
             f"{[s for s in strides if s < max(tall, wide)]}, or use larger images."
         )
     body = SlimBody(input_shape[0], width, depth, strides)
-    return fcos(num_classes, Pyramid(body, body.channels, fpn), convs, sizes, radius, max(strides))
+    return fcos(num_classes, Pyramid(body, body.channels, fpn), convs, sizes, radius, max(strides), bins)
 
 
 def fcos(
-    num_classes: int, backbone: nn.Module, convs: int, sizes: Sequence[int], radius: float, divisor: int
+    num_classes: int,
+    backbone: nn.Module,
+    convs: int,
+    sizes: Sequence[int],
+    radius: float,
+    divisor: int,
+    bins: int | None = None,
 ) -> Detector:
     """Returns torchvision's FCOS on a backbone with `out_channels`, one anchor a place, as a `Detector`.
 
     Options: as of `fcos_slim`. `divisor`: of which the sides of images are made multiples, the backbone's largest stride.
     """
+    head = FCOSHead(backbone.out_channels, 1, num_classes, convs)
     anchors = AnchorGenerator(tuple((s,) for s in sizes), ((1.0,),) * len(sizes))
     model = FCOS(
         backbone,
         num_classes,
         anchor_generator=anchors,
-        head=FCOSHead(backbone.out_channels, 1, num_classes, convs),
+        head=SidesHead(head, bins) if bins else head,
         center_sampling_radius=radius,
         size_divisible=divisor,
     )
     return Detector(model)
 
 
-def check_options(width: int, depth: int, fpn: int, convs: int, strides: Sequence[int], sizes: Sequence[int]) -> None:
+def check_options(
+    width: int, depth: int, fpn: int, convs: int, strides: Sequence[int], sizes: Sequence[int], bins: int | None
+) -> None:
     """Raises `UserError` for options of `fcos_slim` that make no network."""
     if fpn < GROUPS or fpn % GROUPS:
         raise UserError(f"fpn={fpn}: the head normalizes its channels in {GROUPS} groups; give a multiple of {GROUPS}.")
     if min(width, depth, convs) < 1:
         raise UserError(f"width={width}, depth={depth} and convs={convs} must be 1 or more.")
+    if bins is not None and (type(bins) is not int or bins < 1):
+        raise UserError(
+            f"bins={bins}: give null for plain distances, or the largest distance of a side in sizes: 8 or 16."
+        )
     if not strides or sorted({int(s) for s in strides}) != strides or any(s < 4 or s & (s - 1) for s in strides):
         raise UserError(
             f"strides={strides} must be powers of two from 4 on, each larger than the one before: [8, 16, 32]."
