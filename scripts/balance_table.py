@@ -27,6 +27,7 @@ from litdistill.config.recipes import is_complete
 from litdistill.utils.errors import UserError
 from litdistill.utils.logging import filter_warnings
 from litdistill.utils.paths import CONF
+from litdistill.utils.text import markdown_table
 
 CONTROL = "supervised"
 METHODS = (
@@ -104,27 +105,25 @@ def interval(values: Sequence[float], tests: int = 1) -> tuple[float, float]:
 
 def table(found: Mapping[str, Sequence[float]]) -> str:
     """Returns the table of differences from the control in points, by method, and below it their mean over all methods."""
-    rows = ["| method | over the control | interval |", "|---|---:|---:|"]
+    rows = []
     for method, values in found.items():
         low, high = interval(values, len(found))
-        rows.append(f"| `{method}` | {mean(values):+.2f} ± {stdev(values):.2f} | {low:+.2f} to {high:+.2f} |")
+        rows.append((f"`{method}`", f"{mean(values):+.2f} ± {stdev(values):.2f}", f"{low:+.2f} to {high:+.2f}"))
     by_seed = [mean(values) for values in zip(*found.values(), strict=True)]
     low, high = interval(by_seed)
-    rows.append(f"| **mean of {len(found)}** | **{mean(by_seed):+.2f}** | {low:+.2f} to {high:+.2f} |")
-    return "\n".join(rows)
+    rows.append((f"**mean of {len(found)}**", f"**{mean(by_seed):+.2f}**", f"{low:+.2f} to {high:+.2f}"))
+    return markdown_table(("method", "over the control", "interval"), rows)
 
 
 def by_ratio(found: Mapping[Column, Sequence[float]]) -> str:
     """Returns the table of mean differences from the control, a column for each ratio; below it their mean and the worst."""
     ratios = list(dict.fromkeys(ratio for _, ratio in found))
     methods = [m for m in dict.fromkeys(method for method, _ in found) if all((m, r) in found for r in ratios)]
-    rows = ["| method | " + " | ".join(f"{r:g}" for r in ratios) + " |", "|---|" + "---:|" * len(ratios)]
-    for method in methods:
-        rows.append(f"| `{method}` | " + " | ".join(f"{mean(found[method, r]):+.2f}" for r in ratios) + " |")
+    rows = [(f"`{method}`", *(f"{mean(found[method, r]):+.2f}" for r in ratios)) for method in methods]
     means = [[mean(found[method, r]) for method in methods] for r in ratios]
-    rows.append(f"| **mean of {len(methods)}** | " + " | ".join(f"**{mean(values):+.2f}**" for values in means) + " |")
-    rows.append("| **worst** | " + " | ".join(f"{min(values):+.2f}" for values in means) + " |")
-    return "\n".join(rows)
+    rows.append((f"**mean of {len(methods)}**", *(f"**{mean(values):+.2f}**" for values in means)))
+    rows.append(("**worst**", *(f"{min(values):+.2f}" for values in means)))
+    return markdown_table(("method", *(f"{r:g}" for r in ratios)), rows)
 
 
 def main() -> None:

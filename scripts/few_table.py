@@ -25,6 +25,7 @@ from litdistill.tasks.figures import new_figure
 from litdistill.utils.checkpoint import write_text
 from litdistill.utils.errors import UserError
 from litdistill.utils.logging import filter_warnings, format_seconds
+from litdistill.utils.text import markdown_table
 from litdistill.utils.units import measured, spread
 from litdistill.utils.versions import versions
 
@@ -158,8 +159,7 @@ def section(name: str, found: Mapping[str, Any]) -> str:
     (student, params), (large, many, accuracy) = found["student"], found["teacher"]
     columns = ["labels a class", *WAYS]
     rows = [[count, *(cell(found["cells"], way, count) for way in WAYS)] for count in found["cells"]["alone"]]
-    line = lambda cells: "| " + " | ".join(cells) + " |"  # noqa: E731
-    table = "\n".join([line(columns), "|" + "---:|" * len(columns), *map(line, rows)])
+    table = markdown_table(columns, rows, 0)
     used = ", ".join(f"{k} {v}" for k, v in found["versions"].items() if v is not None)
     return f"""## {name}
 

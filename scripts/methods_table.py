@@ -36,7 +36,8 @@ from litdistill.utils.checkpoint import write_text
 from litdistill.utils.errors import UserError
 from litdistill.utils.logging import filter_warnings
 from litdistill.utils.paths import CONF
-from litdistill.utils.units import spread
+from litdistill.utils.text import markdown_table
+from litdistill.utils.units import gain, spread
 from litdistill.utils.versions import versions
 
 DEFAULTS = {"out": "docs/methods.md", "seeds": 5, "rounds": 7, "runs": "runs"}
@@ -222,23 +223,11 @@ def accuracies(summaries: Sequence[Mapping[str, Any]]) -> list[float]:
     return [100 * s["student"]["test"]["accuracy"]["last"] for s in summaries]
 
 
-def gain(values: Sequence[float], control: Sequence[float]) -> str:
-    """Mean ± spread of the differences seed by seed, with its sign."""
-    text = spread([a - b for a, b in zip(values, control, strict=True)])
-    return text if text.startswith("-") else f"+{text}"
-
-
 def outcome(values: Sequence[float] | None, control: Sequence[float]) -> tuple[str, str]:
     """The last two cells; dashes of a method for several labels a sample, which these images do not have."""
-    return ("–", "–") if values is None else (spread(values), gain(values, control))
-
-
-def line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |"
-
-
-def table(rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join([line(COLUMNS), "|" + "---|" * 4 + "---:|" * 3, *map(line, rows)]) + "\n"
+    if values is None:
+        return "–", "–"
+    return spread(values), gain(dict(enumerate(values)), dict(enumerate(control)))
 
 
 def head(cfg: DictConfig, summary: Mapping[str, Any], teacher: float, seeds: int, rounds: int) -> str:
@@ -300,7 +289,10 @@ def main() -> None:
         print(f"{name}: cost {rows[-1][4]}", flush=True)
     cfg, summary = results[CONTROL][0]
     teacher = 100 * summary["teacher"]["test"]["accuracy"]
-    write_text(choices.out, head(cfg, summary, teacher, choices.seeds, choices.rounds) + table(rows))
+    write_text(
+        choices.out,
+        head(cfg, summary, teacher, choices.seeds, choices.rounds) + markdown_table(COLUMNS, rows, 4) + "\n",
+    )
     print(f"Written to {choices.out}")
 
 

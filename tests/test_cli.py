@@ -21,7 +21,8 @@ from litdistill.cli.suggestions import suggestions
 from litdistill.report.tables import rows, summaries
 from litdistill.report.writers import markdown
 from litdistill.utils.errors import UserError
-from litdistill.utils.units import spread
+from litdistill.utils.text import markdown_table
+from litdistill.utils.units import gain, spread
 
 ROOT = Path(__file__).parents[1]
 FAST = [
@@ -247,5 +248,9 @@ def test_a_report_groups_seeds_and_gives_mean_and_spread(tmp_path):
     assert table[1]["test accuracy %"] == "50.00"
     assert markdown(table).count("\n") == 5
     assert spread([1.0, 2.0, 3.0]) == "2.00 ± 1.00"
+    assert gain({0: 50.0, 1: 60.0, 2: 0.0}, {0: 40.0, 1: 50.0}) == "+10.00 ± 0.00"  # of the seeds that both have
+    assert gain({0: 89.0, 1: 80.0}, {0: 90.0, 1: 83.0}) == "−2.00 ± 1.41"
+    assert gain({0: 1.0}, {1: 1.0}) == "–"
+    assert markdown_table(["a", "b", "c"], [["x|y", 1, "z"]], 2) == "| a | b | c |\n|---|---|---:|\n| x\\|y | 1 | z |"
     with pytest.raises(UserError, match="no folder"):
         summaries([tmp_path / "nowhere"])

@@ -9,10 +9,14 @@ from types import ModuleType
 
 import pytest
 from hydra.utils import instantiate
+from omegaconf import DictConfig
 
+from litdistill.benchmarks.compare import config_of
+from litdistill.config.recipes import teacher_folder
 from litdistill.methods.base import BOXES
 from litdistill.utils.errors import UserError
 from litdistill.utils.paths import CONF
+from tests.conftest import compose_config
 
 
 @pytest.fixture(scope="module")
@@ -25,74 +29,104 @@ def script() -> ModuleType:
     return module
 
 
-def there(script: ModuleType) -> list[str]:
-    return [name for name in script.METHODS if (CONF / "method" / f"{name}.yaml").is_file()]
+def config(script: ModuleType, name: str, seed: int, runs: Path) -> DictConfig:
+    return config_of(script.job(name, seed, str(runs)))
 
 
 def test_every_row_is_a_method_of_detectors_and_every_file_of_them_has_one(script, tmp_path):
-    for name in there(script):
-        cfg = script.config(name, 1, str(tmp_path))
+    for name, row in script.ROWS.items():
+        cfg = config(script, name, 1, tmp_path)
         assert BOXES in instantiate(cfg.method, _convert_="all").kinds
         assert cfg.seed == 1
-        if script.METHODS[name][0] and name != script.CONTROL:
+        assert (row.control is None) == (row.method == "supervised")
+        assert row.control is None or script.ROWS[row.control].control is None
+        if "pyramid" in row.reads and "student_taps" in cfg.method:
             assert cfg.method.student_taps == cfg.method.teacher_taps == "pyramid"
     of_boxes = {p.stem for p in (CONF / "method").glob("*.yaml") if "litdistill.tasks.detection" in p.read_text()}
-    assert of_boxes <= set(script.METHODS)
+    assert of_boxes <= {row.method for row in script.ROWS.values()}
 
 
-def test_the_control_has_the_labelled_scenes_alone_and_all_have_one_teacher(script, tmp_path):
-    control, other = (script.config(name, 0, str(tmp_path)) for name in ("supervised", "pkd"))
-    assert (control.data.labels, control.data.only_labelled, control.data.epoch_size) == (250, True, 1000)
-    assert (other.data.labels, other.data.only_labelled, other.data.epoch_size) == (250, False, 1000)
-    from litdistill.config.recipes import teacher_folder
+def test_a_control_has_the_labelled_scenes_alone_and_its_methods_have_its_network_and_options(script, tmp_path):
+    for name, row in script.ROWS.items():
+        cfg = config(script, name, 0, tmp_path)
+        assert (cfg.data.labels, cfg.data.only_labelled, cfg.data.epoch_size) == (250, row.control is None, 1000)
+        if row.control is not None:
+            control = config(script, row.control, 0, tmp_path)
+            assert [cfg[k] for k in ("student", "optimizer", "trainer")] == [
+                control[k] for k in ("student", "optimizer", "trainer")
+            ]
+            assert teacher_folder(cfg) == teacher_folder(control)
 
-    assert teacher_folder(control) == teacher_folder(other)
+
+def test_the_rows_have_the_options_of_make_detect(script, tmp_path):
+    row = config(script, "pkd_dense_kd", 0, tmp_path)
+    made = compose_config(tmp_path, "experiment=detection/digit_scenes", "method=pkd_dense_kd")
+    for key in ("student", "method", "optimizer", "scheduler"):
+        assert row[key] == made[key]
+    assert row.trainer.max_epochs == made.trainer.max_epochs
+    assert teacher_folder(row).name == teacher_folder(made).name
 
 
 def test_another_seed_or_option_is_another_folder(script, tmp_path, monkeypatch):
-    first = script.config("mgd", 0, str(tmp_path)).folder
-    assert first == script.config("mgd", 0, str(tmp_path)).folder
-    assert first != script.config("mgd", 1, str(tmp_path)).folder
-    monkeypatch.setitem(script.METHODS, "mgd", (["method.hint=3"], "pyramid"))
-    assert first != script.config("mgd", 0, str(tmp_path)).folder
+    first = config(script, "mgd", 0, tmp_path).folder
+    assert first == config(script, "mgd", 0, tmp_path).folder
+    assert first != config(script, "mgd", 1, tmp_path).folder
+    monkeypatch.setitem(script.ROWS, "mgd", script.Row("mgd", "pyramid", ("method.hint=3",)))
+    assert first != config(script, "mgd", 0, tmp_path).folder
 
 
-def test_a_gain_is_of_the_seeds_that_both_have(script):
-    assert script.gain({0: 50.0, 1: 60.0, 2: 0.0}, {0: 40.0, 1: 50.0}) == "+10.00 ± 0.00"
-    rows = script.rows({"supervised": {0: 40.0, 1: 50.0}, "pkd": {0: 41.0}, "cwd": {}})
-    assert [row[0] for row in rows] == ["`supervised`", "`pkd`"]
-    assert next(row[-1] for row in rows) == "control"
-    assert rows[1][3:5] == ["1", "41.00"]
+def test_what_is_missing_is_trained_and_first_beside_each_teacher(script, tmp_path, monkeypatch):
+    done = []
+    monkeypatch.setattr(script, "run_all", lambda todo, at_once: done.extend([at_once, *todo]))
+    cells = [("supervised", 0), ("pkd", 0), ("fgd", 0), ("supervised", 1), ("ld", 1)]
+    todo = {(one := script.job(*cell, str(tmp_path))): config_of(one) for cell in cells}
+    write(todo[script.job("supervised", 0, str(tmp_path))].folder, 0.3)
+    script.train_missing(todo, 16)
+    assert done[0] == 16
+    assert {(c.technique, c.seed) for c in done[1:3]} == {("pkd", 0), ("ld", 1)}
+    assert [(c.technique, c.seed) for c in done[3:]] == [("fgd", 0), ("supervised", 1)]
+    done.clear()
+    for cfg in list(todo.values())[1:]:
+        write(cfg.folder, 0.3)
+    script.train_missing(todo, 16)
+    assert not done
 
 
-def write(folder: str, value: float) -> None:
+def write(folder: str, value: float, train: int = 1000) -> None:
     found = {
         "student": {"params": 5, "test": {"map": {"last": value, "best": 0.9}}},
         "teacher": {"params": 1234, "test": {"map": 0.8}},
-        "data": {"train": 1000, "test": 500},
+        "data": {"train": train, "test": 500},
         "steps": 378,
+        "versions": {"torch": "9.9", "lightning": None},
     }
     Path(folder).mkdir(parents=True)
     (Path(folder) / "summary.json").write_text(json.dumps(found))
 
 
-def test_a_table_of_what_is_there_replaces_its_section_alone(script, tmp_path, monkeypatch, capsys):
+def test_a_table_of_what_is_there_replaces_its_section_alone(script, tmp_path, monkeypatch):
     page = tmp_path / "methods.md"
     page.write_text("# Methods\n\n| a | table |\n\n## Detectors\n\nold\n")
     for seed, value in enumerate((0.3, 0.4)):
-        write(script.config("supervised", seed, str(tmp_path)).folder, value)
-        write(script.config("pkd", seed, str(tmp_path)).folder, value + 0.1)
+        write(config(script, "supervised", seed, tmp_path).folder, value, 250)
+        write(config(script, "pkd", seed, tmp_path).folder, value + 0.1)
+        write(config(script, script.CONTROL_OF_SIDES, seed, tmp_path).folder, value + 0.2, 250)
+    write(config(script, "ld", 1, tmp_path).folder, 0.5)
     monkeypatch.setattr("sys.argv", ["x", f"out={page}", f"runs={tmp_path}", "seeds=3", "only=true"])
     script.main()
     text = page.read_text()
     assert text.startswith("# Methods\n\n| a | table |\n\n## Detectors\n\nWritten by")
     assert text.count("## Detectors") == 1
-    assert "old" not in text
+    assert "\nold\n" not in text
     assert "80.00 % mAP on the 500 scenes" in text
+    assert "378 steps on\n1,000 scenes" in text
+    assert "Made with torch 9.9." in text
     lines = [line for line in text.splitlines() if line.startswith("| `")]
-    assert len(lines) == 2
+    assert len(lines) == 4
     assert lines[0].endswith("| 2 | 35.00 ± 7.07 | control |")
     assert lines[1].endswith("| 2 | 45.00 ± 7.07 | +10.00 ± 0.00 |")
+    assert lines[2].endswith("| 2 | 55.00 ± 7.07 | control |")
+    assert lines[3].endswith("| 1 | 50.00 | −10.00 |")  # of the control with the same head and seed
     script.main()
     assert page.read_text() == text
 

@@ -86,21 +86,10 @@ def test_first_phases_keep_their_share_of_a_run(script):
     assert [script.first_epochs(30, n) for n in (240, 16, 1)] == [30, 2, 1]
 
 
-def test_a_gain_is_taken_seed_by_seed(script):
-    assert script.gain([90.0, 80.0, 70.0], [89.0, 79.0, 69.0]) == "+1.00 ± 0.00"
-    assert script.gain([89.0, 80.0], [90.0, 83.0]) == "-2.00 ± 1.41"
-
-
 def test_a_method_for_several_labels_has_no_accuracy(script):
     assert script.outcome([90.0, 80.0], [89.0, 79.0]) == ("85.00 ± 7.07", "+1.00 ± 0.00")
+    assert script.outcome([89.0, 80.0], [90.0, 83.0])[1] == "−2.00 ± 1.41"
     assert script.outcome(None, [89.0, 79.0]) == ("–", "–")
-
-
-def test_a_table_has_a_cell_for_every_column(script):
-    text = script.table([["a|b", *"cdefgh"]]).splitlines()
-    assert len(text) == 3
-    assert text[2] == "| a\\|b | c | d | e | f | g | h |"
-    assert text[0].count("|") == text[1].count("|") == text[2].count("|") - 1
 
 
 def test_unknown_options_are_refused(script, monkeypatch):

@@ -23,6 +23,7 @@ from litdistill.evaluation.predictions import collect as logits_of
 from litdistill.utils.checkpoint import write_text
 from litdistill.utils.errors import UserError
 from litdistill.utils.paths import CONF
+from litdistill.utils.text import markdown_table
 from litdistill.utils.units import spread
 
 RESULTS = Path("docs/results")
@@ -140,7 +141,7 @@ def by_class(own: Results) -> str:
     }
     classes = [str(i) for i in range(max(map(len, counts.values())))]
     rows = [[cell, *(f"{c:.0f}" for c in found)] for cell, found in counts.items()]
-    return "The same errors (best on validation) by the class of the image:\n\n" + markdown(
+    return "The same errors (best on validation) by the class of the image:\n\n" + markdown_table(
         ["experiment", *classes], rows
     )
 
@@ -156,12 +157,6 @@ def hardware(runs: Sequence[dict[str, Any]]) -> str:
     return "; ".join(sorted(kinds))
 
 
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Returns a Markdown table whose first `left` columns are left-aligned."""
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * left + "---:|" * (len(head) - left)]
-    return "\n".join([*lines, *("| " + " | ".join(r) + " |" for r in rows)])
-
-
 def section(name: str, title: str, results: Results, theirs: Mapping[str, Published], notes: str) -> str:
     """Returns the section of one paper: table, notes, hardware and commands."""
     own = {cell: runs for cell, runs in results.items() if cell.startswith(f"{name}/")}
@@ -175,7 +170,7 @@ def section(name: str, title: str, results: Results, theirs: Mapping[str, Publis
             own, key=lambda c: (place.get(c, len(place)), [float(n) for n in re.findall(r"\d+\.?\d*", c)], c)
         )
         rows = [row(c, own[c], theirs.get(re.sub("/[^/]*=.*", "", c)), errors) for c in order]
-        parts.append(f"In {unit}, mean ± standard deviation over seeds.\n\n" + markdown(head, rows))
+        parts.append(f"In {unit}, mean ± standard deviation over seeds.\n\n" + markdown_table(head, rows))
         if errors:
             parts.append(by_class({c.split("/", 1)[1]: own[c] for c in order}))
         everything = [run for runs in own.values() for run in runs]
@@ -201,7 +196,7 @@ def not_run(table: Table, name: str, results: Results) -> str:
     key = "; ".join(f"{c}: `{'_'.join(table.pairs[c])}`" for c in columns)
     why = "" if name.endswith("_short") else ": needs a GPU"
     return (
-        f"Not run here{why}. Top-1 accuracy in %, of {table.source}:\n\n{markdown(['', *columns], rows)}\n\n"
+        f"Not run here{why}. Top-1 accuracy in %, of {table.source}:\n\n{markdown_table(['', *columns], rows)}\n\n"
         f"`python scripts/train.py experiment={name}/<pair>/<method> watch_test=true` runs a cell. Pairs: {key}."
     )
 

@@ -19,6 +19,7 @@ from rich.text import Text
 
 from litdistill.utils.checkpoint import write_text
 from litdistill.utils.command_line import command_argv, command_text
+from litdistill.utils.text import markdown_table
 
 log = logging.getLogger(__name__)
 
@@ -101,11 +102,16 @@ def markdown(study: optuna.Study, overrides: Sequence[str], names: Sequence[str]
     best = best_trial(study)
     if best is not None:
         lines += ["", f"Best: trial {best.number}. `best.yaml` reruns it."]
-    lines += ["", "## Trials", "", *table(head, [row(t, names, params) for t in ranked(study)])]
+    lines += ["", "## Trials", "", markdown_table(head, [row(t, names, params) for t in ranked(study)], len(head))]
     if len(names) > 1 and best is not None:
         front = sorted(study.best_trials, key=lambda t: t.values)
         head = ["trial", *names, *params]
-        lines += ["", "## Pareto front", "", *table(head, [row(t, names, params)[: len(head)] for t in front])]
+        lines += [
+            "",
+            "## Pareto front",
+            "",
+            markdown_table(head, [row(t, names, params)[: len(head)] for t in front], len(head)),
+        ]
     found = {name: importances(study, i) for i, name in enumerate(names)}
     if any(found.values()):
         weight = lambda key: found[names[0]].get(key, 0)  # noqa: E731
@@ -117,7 +123,7 @@ def markdown(study: optuna.Study, overrides: Sequence[str], names: Sequence[str]
             "The share of the objective's variance that each parameter explains (fANOVA).",
             "",
         ]
-        lines += table(["parameter", *names], rows)
+        lines.append(markdown_table(["parameter", *names], rows, 1 + len(names)))
     return "\n".join(lines) + "\n"
 
 
@@ -131,7 +137,7 @@ def ranked(study: optuna.Study) -> list[FrozenTrial]:
 
 def row(trial: FrozenTrial, names: Sequence[str], params: Sequence[str]) -> list[str]:
     values = list(trial.values) if trial.state == TrialState.COMPLETE else [None] * len(names)
-    reason = str(trial.user_attrs.get("reason", "")).replace("|", "\\|")
+    reason = str(trial.user_attrs.get("reason", ""))
     cells = [number(v) for v in values] + [number(trial.params.get(p)) for p in params]
     return [str(trial.number), *cells, trial.state.name.lower(), reason]
 
@@ -140,10 +146,6 @@ def number(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if value.is_integer() and abs(value) >= 10 else f"{value:.4g}"
     return "" if value is None else str(value)
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return ["| " + " | ".join(r) + " |" for r in (head, ["---"] * len(head), *rows)]
 
 
 def importances(study: optuna.Study, i: int) -> dict[str, float]:

@@ -1,8 +1,9 @@
-"""Texts that somebody else wrote, as they may be printed: without what controls a terminal."""
+"""Texts as they are printed: those that somebody else wrote without what controls a terminal, and Markdown tables."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 # Control characters, line and paragraph separators, surrogates, and bidirectional formatting characters.
@@ -26,3 +27,9 @@ def printable_values(node: Any) -> Any:
     if isinstance(node, list):
         return [printable_values(value) for value in node]
     return printable(node) if isinstance(node, str) else node
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[object]], left: int = 1) -> str:
+    """Returns a Markdown table whose first `left` columns are left-aligned, without a newline at its end."""
+    line = lambda cells: "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"  # noqa: E731
+    return "\n".join([line(head), "|" + "---|" * left + "---:|" * (len(head) - left), *map(line, rows)])

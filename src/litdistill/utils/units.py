@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 MAPS = ("map", "map_50", "map_75", "map_small", "map_medium", "map_large")
@@ -99,6 +99,12 @@ def shown_mean(name: str, values: Sequence[float]) -> str:
     return str(measured(name, values))
 
 
-def spread(values: Sequence[float], digits: int = 2) -> str:
+def spread(values: Sequence[float], digits: int = 2, signed: bool = False) -> str:
     """Mean ± standard deviation over seeds (the sample's, n - 1), or the value alone where there is one."""
-    return str(Number(statistics.mean(values), deviation(values), digits))
+    return str(Number(statistics.mean(values), deviation(values), digits, signed=signed))
+
+
+def gain(values: Mapping[int, float], others: Mapping[int, float]) -> str:
+    """Mean ± standard deviation, with its sign, of the differences seed by seed, of the seeds that both have; – without any."""
+    differences = [values[seed] - others[seed] for seed in values if seed in others]
+    return spread(differences, signed=True) if differences else "–"
