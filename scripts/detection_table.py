@@ -52,7 +52,7 @@ ROWS = {
     "mgd": Row("mgd", "pyramid", ("method.hint=2e-5", "method.masked=0.65", "method.mask=places", *TAPS)),
     "fgd": Row("fgd", "pyramid; detections where there are no boxes"),
     "dense_kd": Row("dense_kd", "classes, boxes and centerness at every anchor", ("method.soft=3", "method.box=2")),
-    "crosskd": Row("crosskd", "the teacher's head on the student's maps"),
+    "crosskd": Row("crosskd", "the teacher's head on the student's maps", ("method.soft=6", "method.box=4")),
     "pseudo_boxes": Row("pseudo_boxes", "detections"),
     "pkd_dense_kd": Row("pkd_dense_kd", "pyramid; classes, boxes and centerness", (f"{PART}.soft=3", f"{PART}.box=2")),
     "cwd": Row("cwd", "pyramid", ("balance=auto", *TAPS)),
