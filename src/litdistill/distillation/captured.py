@@ -93,7 +93,8 @@ class CudaGraphs:
         """See `Recorder`."""
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        graph, stream, current = torch.cuda.CUDAGraph(), torch.cuda.Stream(), torch.cuda.current_stream()
+            self._stream = torch.cuda.Stream()
+        graph, stream, current = torch.cuda.CUDAGraph(), self._stream, torch.cuda.current_stream()
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
@@ -116,9 +117,8 @@ class CapturedStep:
         self.replayed = 0  # steps
         self._rates = [torch.zeros((), device=distiller.device) for _ in self.optimizer.param_groups]
         self._read: dict[Any, tuple[Batch, Outputs | None]] = {}  # the tensors that steps read, by shapes
-        self._steps: dict[
-            Any, tuple[Taken, Callable[[], Any]] | None
-        ] = {}  # by key; None: to record at the next minibatch
+        # By key; None: to record at the next minibatch.
+        self._steps: dict[Any, tuple[Taken, Callable[[], Any]] | None] = {}
         self._constants: Any = None
         self._begun, self._watched = False, 0
 
@@ -198,7 +198,11 @@ class CapturedStep:
                 group["lr"] = number
         self.optimizer.zero_grad()  # see `_counted`
         distiller.update_average()
-        return Taken(loss.detach(), seen, torch.stack([v.detach().float() for v in seen.terms.values()]))
+        terms = torch.stack([value.detach().float() for value in seen.terms.values()])
+        student = Outputs(
+            {name: head.detach() for name, head in seen.student.heads.items()}
+        )  # no graph of gradients is kept
+        return Taken(loss.detach(), seen._replace(student=student), terms)
 
     def _note(self, taken: Taken, batch: Batch, teacher: Outputs | None) -> None:
         """Adds copies of what a step leaves to the means: the next replay overwrites it."""
@@ -206,7 +210,7 @@ class CapturedStep:
         terms = dict(zip(seen.terms, taken.terms.clone().unbind(), strict=True))
         if teacher is None and seen.teacher is not None:
             teacher = Outputs({name: head.clone() for name, head in seen.teacher.heads.items()})
-        watched = {name: value.clone() for name, value in seen.watched.items()}
+        watched = {name: value.detach().clone() for name, value in seen.watched.items()}
         self.distiller.means.add(Seen(terms, seen.student, teacher, batch.targets, seen.samples, watched))
 
 
