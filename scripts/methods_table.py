@@ -213,6 +213,11 @@ def run(name: str, seed: int, runs: str) -> tuple[DictConfig, dict[str, Any]]:
     return cfg, json.loads((folder / "summary.json").read_text())
 
 
+def trains_here(method: Method) -> bool:
+    """Whether it learns from one label an image, as it is."""
+    return CATEGORICAL in method.kinds and not method.reads_adversarial
+
+
 def first_epochs(published: int, epochs: int) -> int:
     """As large a share of a run as the published one of 240 epochs, and one epoch at least."""
     return max(1, round(published / 240 * epochs))
@@ -252,7 +257,8 @@ the accuracy is that of the last epoch.
   ResNet-20 teaches ResNet-8, {BATCH} images of {"x".join(map(str, SHAPE))}, {CLASSES} classes, one CPU thread; the median of
   {rounds} ratios of neighboring steps. Of methods in two phases, the second.
 - **test accuracy %**, **over the control**: mean ± standard deviation over {seeds} seed(s), which draw the images, the
-  first weights and the order; the difference is taken seed by seed. A method for several labels a sample has none.
+  first weights and the order; the difference is taken seed by seed. A method for several labels a sample has none, nor
+  has one that learns at adversarial inputs ([Safe students](security.md)), whose cost here is without the attack.
 
 Each run is `python scripts/train.py experiment=methods method=<method> seed=<seed>`, with {cfg.trainer.max_epochs} epochs.
 Made with {used}.
@@ -270,7 +276,7 @@ def main() -> None:
     torch.set_num_threads(1)
     paths = {p.stem: p for p in sorted((CONF / "method").glob("*.yaml")) if p.stem != "pairs"}  # of no paper
     results = {}
-    for name in (n for n, path in paths.items() if CATEGORICAL in instantiate(options(path)).kinds):
+    for name in (n for n, path in paths.items() if trains_here(instantiate(options(path)))):
         results[name] = [run(name, seed, choices.runs) for seed in range(choices.seeds)]
         print(f"{name}: {spread(accuracies([s for _, s in results[name]]))} %", flush=True)
 

@@ -54,6 +54,7 @@ RUN = [
     "teacher.widths=[16,24,32]",
 ]
 TWO_PHASES = {"ab", "fsp", "ft"}
+ROBUST = {"ard", "rslad"}
 REUSES_CLASSIFIER = {"simkd", "feature_only"}
 
 SOFT = ("kd", "logit_std", "mutual", "online", "soft_target_ce", "teacher_free", "wttm")
@@ -66,6 +67,8 @@ TERMS = {
     "feature_only": {"hint"},
     "dist": {"hard", "inter", "intra"},
     "dkd": {"hard", "tckd", "nckd"},
+    "ard": {"soft"},
+    "rslad": {"adversarial", "soft"},
     "ft": {"hard", "hint", "paraphraser"},
     "hard_pseudo_label": {"hard", "pseudo"},
     "kd_at": {"hard", "kd_soft", "at_hint"},
@@ -91,7 +94,8 @@ def runs(tmp_path_factory) -> Path:
 
 def config(runs: Path, folder: Path, name: str) -> DictConfig:
     first = ["method.init_epochs=2"] if name in TWO_PHASES else []
-    cfg = compose_config(folder, *RUN, f"method={name}", *first)
+    attacked = ["adversarial=pgd", "adversarial.steps=2"] if name in ROBUST else []
+    cfg = compose_config(folder, *RUN, f"method={name}", *first, *attacked)
     cfg.runs = str(runs)
     return cfg
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from litdistill.features.feature_extractor import FeatureExtractor
     from litdistill.methods import (
         AB,
+        ARD,
         AT,
         CC,
         CRD,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
         PKD,
         PKT,
         RKD,
+        RSLAD,
         SP,
         SRD,
         SRRL,
@@ -74,6 +76,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AB",
+    "ARD",
     "AT",
     "CC",
     "CRD",
@@ -92,6 +95,7 @@ __all__ = [
     "PKD",
     "PKT",
     "RKD",
+    "RSLAD",
     "SP",
     "SRD",
     "SRRL",

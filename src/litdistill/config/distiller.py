@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from litdistill.compress.quantize import Int8
 from litdistill.config.instantiate import instantiate, with_key
 from litdistill.data.protocol import IndexedData
+from litdistill.distillation.adversarial import PGD
 from litdistill.distillation.balance import Balance
 from litdistill.distillation.captured import CudaGraphs
 from litdistill.distillation.distiller import Clip, Distiller, OptimizerFactory, SchedulerOptions
@@ -81,6 +82,8 @@ def build_method(cfg: DictConfig) -> Method:
             f"{type(method).__name__} learns from a teacher, and there is none: name one (net@teacher=conv4_wide), or train "
             "on the labels alone with method=supervised."
         )
+    if method.reads_adversarial and not cfg.get("adversarial"):
+        raise UserError(f"{type(method).__name__} learns at adversarial inputs, and there are none: adversarial=pgd.")
     return method
 
 
@@ -132,6 +135,7 @@ def build_distiller(
             *scheduler,
             schedule=OmegaConf.to_container(cfg.schedule) if cfg.get("schedule") else {},  # type: ignore[arg-type]
             balance=Balance(**cfg.balance) if cfg.get("balance") else None,
+            adversarial=PGD(**cfg.adversarial) if cfg.get("adversarial") else None,
             ema=cfg.get("ema"),
             seed=cfg.seed,
             allow_chance=bool(cfg.teacher is not None and cfg.teacher.allow_chance),

@@ -21,7 +21,7 @@ from litdistill.utils.hashing import digest, file_sha256
 # Keys of a config that decide the final weights of a run; their hash identifies a teacher.
 RECIPE = (
     *("data", "student", "compress", "teacher", "task", "method", "optimizer", "scheduler", "schedule", "ema", "seed"),
-    *("trainer", "min_steps", "balance"),
+    *("trainer", "min_steps", "balance", "adversarial"),
 )
 NO_RECIPE = {  # options of these that change only paths and speed
     "teacher": ("cache",),
@@ -71,7 +71,8 @@ def teacher_config(cfg: DictConfig) -> DictConfig:
             teacher.teacher.recipe = {**recipe, "seed": recipe.get("seed", cfg.seed) + 1}  # other initial weights
         else:
             teacher.teacher = None
-            teacher.method, teacher.balance = {"_target_": "litdistill.methods.Supervised"}, None
+            teacher.method = {"_target_": "litdistill.methods.Supervised"}
+            teacher.balance = teacher.adversarial = None
         teacher.schedule, teacher.ema, teacher.resume = {}, None, None
         _drop_replaced(teacher, recipe, ("optimizer", "scheduler"))
     return _by_recipe(teacher, _fitting(recipe, cfg), "teachers")
@@ -158,7 +159,7 @@ def recipe(cfg: DictConfig) -> dict[str, Any]:
     kept: dict[str, Any] = {}
     for key in RECIPE:
         node = cfg.get(key)
-        if not node and key in ("compress", "min_steps", "balance"):
+        if not node and key in ("compress", "min_steps", "balance", "adversarial"):
             continue
         value = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
         if isinstance(value, dict):

@@ -236,6 +236,8 @@ def reason_for_launching(distiller: Distiller, overridden: list[str]) -> str | N
         return "processes exchange gradients"
     if overridden:
         return f"{type(distiller).__name__} has its own {overridden[0]}"
+    if distiller.adversarial is not None:
+        return "an attack (adversarial=pgd) runs the student several times a step"
     if type(optimizer) not in OPTIMIZERS:
         return f"{type(optimizer).__name__} may keep a state in Python, and SGD, Adam and AdamW do not"
     if distiller.method.init_epochs and any(group.get("momentum") for group in optimizer.param_groups):

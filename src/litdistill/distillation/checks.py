@@ -26,6 +26,7 @@ from litdistill.models.preprocess import check_scale
 from litdistill.tasks.base import Task, has_places
 from litdistill.types import Batch, Outputs
 from litdistill.utils.errors import UserError
+from litdistill.utils.modes import eval_mode
 
 if TYPE_CHECKING:
     from litdistill.distillation.distiller import Distiller
@@ -125,16 +126,11 @@ def check_trained(distiller: Distiller, batch: Batch | None) -> None:
     """
     if batch is None or distiller.labels != "none" or distiller.teacher is None or distiller.method.relabels:
         return
-    modes = [(module, module.training) for module in [*distiller.student.modules(), *distiller.method.modules()]]
-    for module, _ in modes:
-        module.training = False
-    with torch.enable_grad():
+    with eval_mode(distiller.student, distiller.method), torch.enable_grad():
         student = distiller.extractor.run(lambda net: distiller.task.forward(net, batch, False))
         terms = distiller.method(student._replace(ids=batch.ids), distiller.teacher(batch), batch)
         idle = _parameters_of(student.main.sum(), distiller.student)
         idle -= _parameters_of(torch.stack([*terms.values()]).sum(), distiller.student)
-    for module, training in modes:
-        module.training = training
     if idle:
         layers = sorted({name.rpartition(".")[0] for name in idle})
         what = "classifier" if distiller.task.reads_labels else "last layer"

@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from litdistill.data.protocol import IndexedData, training_labels
 from litdistill.distillation import checks
+from litdistill.distillation.adversarial import PGD, check_adversarial
 from litdistill.distillation.balance import Balance
 from litdistill.distillation.batch_statistics import LaggingStatistics
 from litdistill.distillation.captured import CapturedStep, CudaGraphs, Recorder, captured_step
@@ -36,6 +37,7 @@ from litdistill.methods.supervised import Supervised
 from litdistill.tasks import TASKS, named_task
 from litdistill.tasks.base import Task, every_place
 from litdistill.types import Batch, Group, Outputs
+from litdistill.utils.modes import eval_mode
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +75,7 @@ class Distiller(LightningModule):
         schedule: for any term of the loss, points (epoch, factor) between which its weight is scaled linearly, with the
             first epoch counted as 1: `{"soft": [[0, 0], [20, 1]]}` warms the soft term up over 20 epochs.
         balance: sets the weights of hints by their gradients in the first minibatches; None: as the method has them.
+        adversarial: the attack of adversarial training (`litdistill.distillation.adversarial`); None: none.
         ema: decay of the exponential moving average of the student's weights; the average is then evaluated and deployed.
         seed: seeds each step by seed, epoch, minibatch and rank, so that a run can be resumed at any step.
         allow_chance: trains even with a teacher that is no better than chance.
@@ -99,6 +102,7 @@ class Distiller(LightningModule):
         scheduling: SchedulerOptions = SchedulerOptions(),  # noqa: B008
         schedule: Schedule | None = None,
         balance: Balance | None = None,
+        adversarial: PGD | None = None,
         ema: float | None = None,
         seed: int | None = None,
         allow_chance: bool = False,
@@ -127,10 +131,11 @@ class Distiller(LightningModule):
         self.__dict__["teacher"] = wrapped  # not registered as a submodule: see the class's docstring
         self._build(batch, train_targets)
         checks.check_trained(self, batch)
+        check_adversarial(adversarial, self.method, self.task, self.student, batch, self.labels)
         self.average = average_of(self.student, ema) if ema is not None else None
         self.optimizer, self.scheduler, self.scheduling = optimizer, scheduler, scheduling
         self.schedule, self.seed, self.allow_chance = dict(schedule or {}), seed, allow_chance
-        self.balance = balance
+        self.balance, self.adversarial = balance, adversarial
         self.data, self.cache_options = data, cache or CacheOptions()
         self.cache: TeacherCache | None = None  # opened on the training device when training starts
         self.recorder, self.captured = recorder, None  # the second is made when training starts
@@ -165,16 +170,11 @@ class Distiller(LightningModule):
         """Calls `method.build` with the outputs of a dry forward in eval mode, which leaves both networks unchanged."""
         if batch is None:
             return
-        modes = [(module, module.training) for module in self.student.modules()]
-        for module, _ in modes:
-            module.training = False
-        with torch.no_grad():
+        with eval_mode(self.student), torch.no_grad():
             student = self.extractor.run(lambda net: self.task.forward(net, batch, False))
             teacher = self.teacher(batch) if self.teacher is not None and self.method.needs_teacher else None
             self.method.build(every_place(self.task, student), every_place(self.task, teacher), train_targets)
             checks.check_readable(self.method, self.task, student, teacher, batch)
-        for module, training in modes:
-            module.training = training
 
     def _note_hyperparameters(self, batch: Batch | None, ema: float | None) -> None:
         """Saves numbers and strings as hyperparameters for `load_from_checkpoint`, whose caller passes the objects again."""

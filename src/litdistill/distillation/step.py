@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from litdistill.distillation.adversarial import attacked_batch
 from litdistill.distillation.balance import Balance
 from litdistill.distillation.running_means import Seen
 from litdistill.methods.base import Method
-from litdistill.types import Batch, Group, Outputs
+from litdistill.types import ADVERSARIAL, Batch, Group, Outputs
 from litdistill.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -95,13 +96,19 @@ def outputs_of_both(
 ) -> tuple[Outputs, Outputs | None, Batch]:
     """Returns the outputs of student and teacher for a batch, and the batch, all at the places that the task predicts.
 
-    `teacher`: its outputs, if already computed.
+    `teacher`: its outputs, if already computed. In adversarial training the student's are those at the inputs that the attack
+    has found; for a method that reads both (`Method.reads_adversarial`) those at the batch's own, and a head `adversarial`.
     """
     if teacher is None and distiller.needs_teacher_outputs:
         teacher = distiller.teacher_outputs(batch)
     # A compiled backward cannot keep its graph, which measuring needs.
     with torch.compiler.set_stance("force_eager") if measures(distiller) else contextlib.nullcontext():
-        student = distiller.extractor.run(lambda net: distiller.task.forward(net, batch, True))._replace(ids=batch.ids)
+        attacked = batch if distiller.adversarial is None else attacked_batch(distiller, batch, teacher, labels_loss)
+        seen = batch if distiller.method.reads_adversarial else attacked
+        student = distiller.extractor.run(lambda net: distiller.task.forward(net, seen, True))._replace(ids=batch.ids)
+        if distiller.method.reads_adversarial:
+            found = distiller.task.forward(distiller.student, attacked, True)
+            student = student._replace(heads={**student.heads, ADVERSARIAL: found.logits})
     places = distiller.task.places(batch.targets)
     if places is None:
         return student, teacher, batch

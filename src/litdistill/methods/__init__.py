@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from litdistill.methods.ab import AB
+from litdistill.methods.ard import ARD
 from litdistill.methods.at import AT
 from litdistill.methods.binary_kd import BinaryKD
 from litdistill.methods.cc import CC
@@ -31,6 +32,7 @@ from litdistill.methods.pkd import PKD
 from litdistill.methods.pkt import PKT
 from litdistill.methods.reviewkd import ReviewKD
 from litdistill.methods.rkd import RKD
+from litdistill.methods.rslad import RSLAD
 from litdistill.methods.shuffled import Shuffled
 from litdistill.methods.simkd import SimKD
 from litdistill.methods.soft_target_ce import SoftTargetCE
@@ -45,6 +47,7 @@ from litdistill.methods.wttm import WTTM
 
 __all__ = [
     "AB",
+    "ARD",
     "AT",
     "CC",
     "CRD",
@@ -63,6 +66,7 @@ __all__ = [
     "PKD",
     "PKT",
     "RKD",
+    "RSLAD",
     "SP",
     "SRD",
     "SRRL",

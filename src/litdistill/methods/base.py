@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from litdistill.features.pyramid import PYRAMID, same_stride
-from litdistill.types import Batch, Outputs, Taps
+from litdistill.types import ADVERSARIAL, Batch, Outputs, Taps
 from litdistill.utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -27,6 +27,7 @@ ALL_KINDS = (CATEGORICAL, BERNOULLI, REAL, BOXES)
 # Options of methods of this project that are weights of their own terms of the loss, beside `hard`.
 WEIGHTS = (
     "soft",
+    "adversarial",
     "hint",
     "tckd",
     "nckd",
@@ -61,6 +62,7 @@ class Method(nn.Module):
     )
     reads_targets = False  # whether its own terms read the label of every sample
     some_classes = False  # whether it is defined for a teacher that knows only some of the classes
+    reads_adversarial = False  # whether it reads logits at adversarial inputs (`adversarial_logits`) beside those at its own
     relabels = False  # whether `relabel` gives labels to samples without
     init_epochs = 0  # epochs of a first phase that trains other parameters, without the labels' loss
     by_epoch = (
@@ -114,6 +116,13 @@ class Method(nn.Module):
         called before the labels' loss is computed. `teacher`: its `Outputs`, None without. By default nothing is changed."""
         return batch
 
+    def attacked_loss(self, student: Outputs, teacher: Any, batch: Batch) -> Tensor | None:
+        """Returns what the attack of adversarial training ascends, a scalar; None (the default): the labels' loss.
+
+        `student`: its outputs at the attacked inputs, without features. `teacher`, `batch`: as of `forward`, at the batch's own.
+        """
+        return None
+
     def watched(self) -> dict[str, Tensor]:
         """Returns scalars of the last minibatch to log beside the loss, by name; none by default. The same names each time."""
         return {}
@@ -129,6 +138,11 @@ class Method(nn.Module):
         needs none. A term whose weight is 0 is left out and not computed.
         """
         raise NotImplementedError
+
+
+def adversarial_logits(student: Outputs) -> Tensor:
+    """Returns the student's logits at adversarial inputs, (N, classes); in a dry forward, which attacks nothing, its logits."""
+    return student.heads.get(ADVERSARIAL, student.logits)
 
 
 class PairMethod(Method):

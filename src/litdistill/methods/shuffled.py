@@ -37,7 +37,7 @@ class Shuffled(Method):
         self.method = method
         self.needs_teacher, self.needs_hard = method.needs_teacher, method.needs_hard
         self.init_epochs, self.some_classes = method.init_epochs, method.some_classes
-        self.takes_places = method.takes_places
+        self.takes_places, self.reads_adversarial = method.takes_places, method.reads_adversarial
         self.kinds = tuple(kind for kind in method.kinds if kind == CATEGORICAL)  # samples of one class are paired
 
     def taps(self) -> Taps:
@@ -63,9 +63,16 @@ class Shuffled(Method):
         return self.method.companions(student)
 
     def forward(self, student: Outputs, teacher: Any, batch: Batch) -> dict[str, Tensor]:
-        if teacher is not None:
-            other = same_class_partners(batch.targets)
-            heads = {name: x[other] for name, x in teacher.heads.items()}
-            features = {name: x[other] for name, x in teacher.features.items()}
-            teacher = teacher._replace(heads=heads, features=features)
-        return self.method(student, teacher, batch)
+        return self.method(student, _of_partners(teacher, batch), batch)
+
+    def attacked_loss(self, student: Outputs, teacher: Any, batch: Batch) -> Tensor | None:
+        return self.method.attacked_loss(student, _of_partners(teacher, batch), batch)
+
+
+def _of_partners(teacher: Outputs | None, batch: Batch) -> Outputs | None:
+    if teacher is None:
+        return None
+    other = same_class_partners(batch.targets)
+    heads = {name: x[other] for name, x in teacher.heads.items()}
+    features = {name: x[other] for name, x in teacher.features.items()}
+    return teacher._replace(heads=heads, features=features)

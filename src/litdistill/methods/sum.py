@@ -40,6 +40,7 @@ class Sum(Method):
         self.needs_hard = any(m.needs_hard for m in methods.values())
         self.init_epochs = max(m.init_epochs for m in methods.values())
         self.takes_places = all(m.takes_places for m in methods.values())
+        self.reads_adversarial = any(m.reads_adversarial for m in methods.values())
         self.relabels = any(m.relabels for m in methods.values())
         self.kinds = tuple(kind for kind in ALL_KINDS if all(kind in m.kinds for m in methods.values()))
         self.names: dict[
@@ -68,6 +69,11 @@ class Sum(Method):
         for part in self.parts().values():
             batch = part.relabel(teacher, batch)
         return batch
+
+    def attacked_loss(self, student: Outputs, teacher: Any, batch: Batch) -> Tensor | None:
+        """Returns that of the first method that names one."""
+        found = (part.attacked_loss(student, teacher, batch) for part in self.parts().values())
+        return next((loss for loss in found if loss is not None), None)
 
     def watched(self) -> dict[str, Tensor]:
         return {name: value for part in self.parts().values() for name, value in part.watched().items()}

@@ -34,6 +34,7 @@ from litdistill.training.callbacks import EpochLogger, TestAccuracyMonitor
 from litdistill.training.preemption import GracefulStop
 from litdistill.types import Batch, Group
 from litdistill.utils.errors import UserError
+from litdistill.utils.modes import eval_mode
 
 log = logging.getLogger(__name__)
 
@@ -114,22 +115,20 @@ def group_size(distiller: Distiller, data: IndexedData, most: int = GROUP) -> in
 
 def step_seconds(distiller: Distiller, batch: Batch) -> float:
     """Returns the approximate seconds of a step: the student's forward and backward in eval mode, the teacher's forward."""
-    modes = [(module, module.training) for module in distiller.student.modules()]
-    for module, _ in modes:
-        module.training = False
-    try:
+    with eval_mode(distiller.student):
         start = time.perf_counter()
         outputs = distiller.task.forward(distiller.student, batch, False)
         total = sum(head.float().sum() for head in outputs.heads.values())
         if isinstance(total, Tensor) and total.requires_grad:
             total.backward()
+        passes = 1 if distiller.adversarial is None else 1 + distiller.adversarial.steps
+        seconds = passes * (time.perf_counter() - start)
         if distiller.needs_teacher_outputs and distiller.teacher is not None:
+            start = time.perf_counter()
             distiller.teacher(batch)
-        return time.perf_counter() - start
-    finally:
-        distiller.zero_grad(set_to_none=True)
-        for module, training in modes:
-            module.training = training
+            seconds += time.perf_counter() - start
+    distiller.zero_grad(set_to_none=True)
+    return seconds
 
 
 class Layout(NamedTuple):

@@ -11,7 +11,7 @@ from litdistill.utils.command_line import literal
 # Options of methods that are weights of terms of the loss.
 WEIGHTS = (
     *("hard", "soft", "hint", "tckd", "nckd", "inter", "intra", "instance", "batch", "classes", "pseudo", "distance"),
-    *("angle", "box", "centerness", "foreground", "background", "attention", "context"),
+    *("adversarial", "angle", "box", "centerness", "foreground", "background", "attention", "context"),
 )
 WITHOUT_TEACHER = ("Supervised", "Mutual", "Online", "TeacherFree")  # methods of this project
 READ_LABELS = ("CRD", "DKD", "Shuffled", "TeacherFree")  # whose own terms read the label of every sample

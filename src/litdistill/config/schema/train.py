@@ -19,6 +19,7 @@ from litdistill.config.schema.fields import (
     Positive,
     Said,
     Seed,
+    Share,
     Text,
     Texts,
     option,
@@ -127,6 +128,14 @@ class Balance(Node):
     steps: Count = option("minibatches over which gradients are measured; the factors are fixed after them")
 
 
+class Adversarial(Node):
+    """`adversarial`."""
+
+    eps: Share = option("the largest change of any pixel, on the scale 0 to 1; published for CIFAR-10: 0.0314")
+    step: Positive | None = option("the size of a step, on the same scale; null: 2.5 eps / steps")
+    steps: Count = option("of the attack: each costs a forward and a backward of the student")
+
+
 class Train(Node):
     """conf/train.yaml."""
 
@@ -161,6 +170,9 @@ class Train(Node):
     )
     balance: Balance | None = option(
         "auto: weights of hints fit by themselves, by their gradients in the first minibatches; none: as the method has them"
+    )
+    adversarial: Adversarial | None = option(
+        "pgd: the student is trained at inputs that an attack has changed (docs/security.md); none: at those it is given"
     )
     ema: Decay | None = option(
         "average the student's weights with this decay (0.999); the average is what is evaluated", usual=0.999
