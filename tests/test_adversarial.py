@@ -256,7 +256,7 @@ class SaveAt(Callback):
 
 @pytest.mark.parametrize(("method", "group"), [(Supervised, 0), (ARD, 0), (RSLAD, 2)])
 def test_a_stopped_run_goes_on_to_the_bit_and_groups_change_nothing(tmp_path, method, group):
-    whole, _ = run(tmp_path / "a", method(), group, callbacks=[SaveAt(tmp_path, 4)])
+    whole, _ = run(tmp_path / "a", method(), group, callbacks=[SaveAt(tmp_path, 5)])
     other, _ = run(tmp_path / "b", method(), 3 - group)
     assert same(whole.student, other.student)
     resumed, trainer = run(tmp_path / "c", method(), group, tmp_path / "at.ckpt")

@@ -10,10 +10,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2.functional import gaussian_blur
+
+from litdistill.evaluation import attacks
 
 SEVERITIES = (1, 2, 3, 4, 5)
 
@@ -114,47 +115,20 @@ def _by_pillow(images: Tensor, change: Callable[[Image.Image], Image.Image]) -> 
 
 # -- attacks -----------------------------------------------------------------------------------------------------------
 
-Logits = Callable[[Tensor], Tensor]  # floats from 0 to 1 (N, C, H, W) -> logits (N, classes), differentiable
+Logits = attacks.Logits  # floats from 0 to 1 (N, C, H, W) -> logits (N, classes), differentiable
 
 
 def fgsm(logits_of: Logits, images: Tensor, targets: Tensor, epsilon: int) -> Tensor:
-    """Returns x + ε · sign of the loss's gradient at x (Goodfellow et al. 2015, arXiv 1412.6572, section 4).
-
-    `epsilon`: the largest change of any pixel, in levels of 255.
-    """
-    step = epsilon * _gradient(logits_of, images.float(), targets).sign()
-    return (images + step).round().clamp(0, 255).to(torch.uint8)
+    """`attacks.fgsm`, rounded to whole levels. `epsilon`: the largest change of any pixel, in levels of 255."""
+    return levels(attacks.fgsm(logits_of, images / 255, targets, epsilon / 255))
 
 
 def pgd(logits_of: Logits, images: Tensor, targets: Tensor, epsilon: int, steps: int = 10, seed: int = 0) -> Tensor:
-    """Projected gradient ascent of the loss in the L∞ ball of radius ε (Madry et al. 2018, arXiv 1706.06083, 2.1).
-
-    It starts at a random point and moves by 2.5 ε / steps, so that any point of the ball can be reached from any other. The
-    result is rounded to integer levels, which keeps it in the ball.
-    """
-    low, high = (images.float() - epsilon).clamp(min=0), (images.float() + epsilon).clamp(max=255)
-    noise = torch.rand(images.shape, generator=torch.Generator().manual_seed(seed)).to(images.device)
-    x = (images + epsilon * (2 * noise - 1)).clamp(low, high)
-    for _ in range(steps):
-        x = (x + 2.5 * epsilon / steps * _gradient(logits_of, x, targets).sign()).clamp(low, high)
-    return x.round().to(torch.uint8)
+    """`attacks.pgd` from one start, rounded to whole levels, which keeps it in the ball."""
+    return levels(attacks.pgd(logits_of, images / 255, targets, epsilon / 255, steps, seed=seed))
 
 
 ATTACKS = {"FGSM": fgsm, "PGD": pgd}
-
-
-def _gradient(logits_of: Logits, images: Tensor, targets: Tensor) -> Tensor:
-    """Returns the gradient of m = log Σ exp(other logits) - label's logit with respect to images on the scale 0 to 255.
-
-    The cross-entropy is log(1 + exp m), so its gradient is sigmoid(m) times this one: it has the same sign, but underflows
-    to zero for a confident network, which would then appear robust (gradient masking).
-    """
-    images = images.detach().requires_grad_()
-    logits = logits_of(images / 255)
-    others = logits.masked_fill(F.one_hot(targets, logits.shape[1]).bool(), float("-inf")).logsumexp(1)
-    (others - logits.gather(1, targets[:, None])[:, 0]).sum().backward()
-    assert images.grad is not None
-    return images.grad
 
 
 def attacked(

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from litdistill.data.protocol import as_indexed
-from litdistill.evaluation import robustness
+from litdistill.evaluation import attacks, robustness
 from litdistill.evaluation.calibration import fit_temperature
 from litdistill.evaluation.evaluate import load_run, pick_device, rebuild
 from litdistill.evaluation.predictions import measured, predict_split
@@ -320,7 +320,7 @@ def _measure(
         chosen = spread_out(settings.robustness, len(group.inputs))
         images, targets = group.inputs[chosen], seed.test_targets[chosen]
         seen = hashlib.sha256(images.contiguous().numpy().tobytes()).hexdigest()
-        code = inspect.getsource(robustness).encode()  # changes of the code invalidate the cache
+        code = (inspect.getsource(robustness) + inspect.getsource(attacks)).encode()  # changes of the code invalidate the cache
         how = hashlib.sha256(code).hexdigest()
         preprocess = preprocess_of(net)
         cache_key = [group.facts, seen, settings.epsilons, preprocess.facts() if preprocess is not None else None, how]
