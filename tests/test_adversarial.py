@@ -15,7 +15,7 @@ from torch.optim import SGD
 from litdistill.config.recipes import recipe, recipe_hash, teacher_config
 from litdistill.distillation.adversarial import PGD, ascend, attacked_batch
 from litdistill.distillation.distiller import Distiller
-from litdistill.distillation.step import labels_loss, outputs_of_both
+from litdistill.distillation.step import outputs_of_both
 from litdistill.distillation.teacher_cache import CacheOptions
 from litdistill.methods import ARD, KD, RSLAD, Shuffled, Sum, Supervised
 from litdistill.types import Batch, Outputs
@@ -72,7 +72,7 @@ def test_a_student_is_trained_at_inputs_in_the_ball_where_its_loss_is_higher(met
     teacher, batch = net(12, seed=1), minibatch()
     made = distiller(method, teacher)
     torch.manual_seed(0)
-    attacked = attacked_batch(made, batch, None, labels_loss)
+    attacked = attacked_batch(made, batch, None)
     difference = (attacked.inputs - batch.inputs.float() / 255).abs()
     assert 0.9 * EPS < difference.max() <= EPS + 1e-6
     assert attacked.inputs.min() >= 0
@@ -94,7 +94,7 @@ def test_the_attack_changes_no_statistics_no_weight_and_no_mode():
     next(m for m in made.student.modules() if isinstance(m, nn.BatchNorm2d)).eval()  # a frozen layer stays frozen
     before = {k: v.clone() for k, v in made.student.state_dict().items()}
     modes = [m.training for m in made.student.modules()]
-    attacked_batch(made, minibatch(), None, labels_loss)
+    attacked_batch(made, minibatch(), None)
     assert same(before, made.student.state_dict())
     assert modes == [m.training for m in made.student.modules()]
     assert all(p.grad is None for p in made.student.parameters())
@@ -158,7 +158,7 @@ def test_rslad_reads_no_label_and_its_attack_leads_away_from_the_teacher():
         losses.append(made.loss(given))
     assert torch.equal(*losses)
     soft = made.teacher(batch)
-    attacked = attacked_batch(made, batch, soft, labels_loss)
+    attacked = attacked_batch(made, batch, soft)
     made.student.eval()
     kl = lambda x: RSLAD().attacked_loss(Outputs.of(made.student(x)), soft, batch).item()  # noqa: E731
     assert kl(attacked.inputs) > kl(batch.inputs)
@@ -172,7 +172,7 @@ def test_of_a_method_that_reads_both_the_labels_count_at_the_inputs_as_they_are(
     assert torch.equal(student.logits, net().train()(batch.inputs))
     other = distiller(ARD(hard=1.0), teacher)
     torch.manual_seed(0)
-    attacked = attacked_batch(other, batch, None, labels_loss)
+    attacked = attacked_batch(other, batch, None)
     again = net().train()
     again(batch.inputs)  # its statistics, which the outputs in train mode do not depend on
     assert torch.equal(student.heads["adversarial"], again(attacked.inputs))
@@ -285,5 +285,7 @@ def test_the_attack_belongs_to_the_recipe_and_a_teachers_is_its_own(tmp_path):
     assert "adversarial" not in recipe(plain)  # so that the hashes of runs without are as ever
     assert recipe_hash(plain) != recipe_hash(robust)
     assert not teacher_config(robust).adversarial
-    both = compose_config(tmp_path, "adversarial=pgd", "+adversarial@teacher.recipe.adversarial=pgd", "adversarial.eps=0.2")
+    both = compose_config(
+        tmp_path, "adversarial=pgd", "+adversarial@teacher.recipe.adversarial=pgd", "adversarial.eps=0.2"
+    )
     assert teacher_config(both).adversarial == {"eps": 0.1, "step": None, "steps": 10}

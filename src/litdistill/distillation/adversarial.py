@@ -7,15 +7,15 @@ The attack is projected gradient ascent (PGD; Madry et al. 2018, arXiv 1706.0608
 labels' loss, or what the method names in its place (`Method.attacked_loss`). The teacher sees the inputs as they are, so that
 its outputs are cached as ever.
 
-While the attack runs, the student is in eval mode, as in the code of RSLAD (Zi et al. 2021) and of TRADES: batch normalization
-then attacks the network that is deployed, a sample's attack does not depend on its batch, and running statistics are unaffected.
-The code of ARD (Goldblum et al. 2020) attacks in train mode instead.
+While the attack runs, the student is in eval mode, as in the code of RSLAD (Zi et al. 2021): what is attacked is the network that
+is deployed, a sample's attack does not depend on its batch, and the running statistics of batch normalization are unaffected. The
+code of ARD (Goldblum et al. 2020) attacks in train mode instead.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -74,15 +74,11 @@ def unit_images(inputs: Tensor) -> Tensor:
     return inputs if inputs.is_floating_point() else inputs.float() / 255
 
 
-def attacked_batch(
-    distiller: Distiller,
-    batch: Batch,
-    teacher: Outputs | None,
-    labels_loss: Callable[[Distiller, Outputs, Batch], Mapping[str, Tensor]],
-) -> Batch:
+def attacked_batch(distiller: Distiller, batch: Batch, teacher: Outputs | None) -> Batch:
     """Returns the batch with the inputs that the attack finds for the student.
 
-    `teacher`: its outputs at the batch's inputs. `labels_loss`: what is ascended where the method names nothing else. The random start is drawn on the inputs' device, by the generator that `seed_step` has seeded for the minibatch.
+    `teacher`: its outputs at the batch's inputs. The random start is drawn on the inputs' device, by the generator that
+    `seed_step` has seeded for the minibatch.
     """
     pgd, task, net = distiller.adversarial, distiller.task, distiller.student
     assert pgd is not None
@@ -95,7 +91,7 @@ def attacked_batch(
             outputs = task.forward(net, changed, True)
             loss = distiller.method.attacked_loss(outputs, teacher, batch)
             if loss is None:
-                loss = torch.stack(list(labels_loss(distiller, outputs, changed).values())).sum()
+                loss = torch.stack(list(task.loss(net, outputs, changed).values())).sum()
             return torch.autograd.grad(loss * len(x), x)[0]  # of the sum: a mean's may underflow in half precision
 
     start = images + pgd.eps * (2 * torch.rand_like(images) - 1)

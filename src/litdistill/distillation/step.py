@@ -103,7 +103,7 @@ def outputs_of_both(
         teacher = distiller.teacher_outputs(batch)
     # A compiled backward cannot keep its graph, which measuring needs.
     with torch.compiler.set_stance("force_eager") if measures(distiller) else contextlib.nullcontext():
-        attacked = batch if distiller.adversarial is None else attacked_batch(distiller, batch, teacher, labels_loss)
+        attacked = batch if distiller.adversarial is None else attacked_batch(distiller, batch, teacher)
         seen = batch if distiller.method.reads_adversarial else attacked
         student = distiller.extractor.run(lambda net: distiller.task.forward(net, seen, True))._replace(ids=batch.ids)
         if distiller.method.reads_adversarial:

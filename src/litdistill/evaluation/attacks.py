@@ -161,7 +161,7 @@ def square(
     area: float = 0.8,
     seed: int = 0,
 ) -> Tensor:
-    """A black-box attack: random squares at ±ε, kept where they raise the margin (Andriushchenko et al. 2020, arXiv 1912.00049).
+    """A black-box attack: random squares at ±ε, kept where they raise the margin (Andriushchenko et al., arXiv 1912.00049).
 
     It reads logits alone, so that no masked gradient withstands it. It starts at vertical stripes; the squares' share of the
     image begins at `area`, as in AutoAttack, and is halved on the published schedule. A sample that is misclassified is left as

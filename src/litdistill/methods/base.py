@@ -62,7 +62,9 @@ class Method(nn.Module):
     )
     reads_targets = False  # whether its own terms read the label of every sample
     some_classes = False  # whether it is defined for a teacher that knows only some of the classes
-    reads_adversarial = False  # whether it reads logits at adversarial inputs (`adversarial_logits`) beside those at its own
+    reads_adversarial = (
+        False  # whether it reads logits at adversarial inputs (`adversarial_logits`) beside those at its own
+    )
     relabels = False  # whether `relabel` gives labels to samples without
     init_epochs = 0  # epochs of a first phase that trains other parameters, without the labels' loss
     by_epoch = (
@@ -119,7 +121,7 @@ class Method(nn.Module):
     def attacked_loss(self, student: Outputs, teacher: Any, batch: Batch) -> Tensor | None:
         """Returns what the attack of adversarial training ascends, a scalar; None (the default): the labels' loss.
 
-        `student`: its outputs at the attacked inputs, without features. `teacher`, `batch`: as of `forward`, at the batch's own.
+        `student`: its outputs at the attacked inputs, without features. The teacher's are those at the batch's own.
         """
         return None
 

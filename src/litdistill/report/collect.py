@@ -320,7 +320,9 @@ def _measure(
         chosen = spread_out(settings.robustness, len(group.inputs))
         images, targets = group.inputs[chosen], seed.test_targets[chosen]
         seen = hashlib.sha256(images.contiguous().numpy().tobytes()).hexdigest()
-        code = (inspect.getsource(robustness) + inspect.getsource(attacks)).encode()  # changes of the code invalidate the cache
+        code = (
+            inspect.getsource(robustness) + inspect.getsource(attacks)
+        ).encode()  # changes of the code invalidate the cache
         how = hashlib.sha256(code).hexdigest()
         preprocess = preprocess_of(net)
         cache_key = [group.facts, seen, settings.epsilons, preprocess.facts() if preprocess is not None else None, how]
