@@ -7,9 +7,9 @@ The attack is projected gradient ascent (PGD; Madry et al. 2018, arXiv 1706.0608
 labels' loss, or what the method names in its place (`Method.attacked_loss`). The teacher sees the inputs as they are, so that
 its outputs are cached as ever.
 
-While the attack runs, the student is in eval mode, as in the code of RSLAD (Zi et al. 2021): what is attacked is the network that
-is deployed, a sample's attack does not depend on its batch, and the running statistics of batch normalization are unaffected. The
-code of ARD (Goldblum et al. 2020) attacks in train mode instead.
+While the attack runs, the student is in eval mode, as in the code of RSLAD (Zi et al. 2021): what is attacked is the network
+that is deployed, a sample's attack does not depend on its batch, and running statistics of batch normalization are unaffected.
+The code of ARD (Goldblum et al. 2020) attacks in train mode instead.
 """
 
 from __future__ import annotations
