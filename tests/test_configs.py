@@ -16,6 +16,7 @@ from litdistill.data.sources import CIFAR10, CIFAR100, DIGITS, Source, Split
 from litdistill.data.tensors import TensorSource, TensorSplit
 from litdistill.data.text import docstrings, sets
 from litdistill.tasks.detection import bccd, coco
+from litdistill.tasks.segmentation import data as segmentation
 from litdistill.training.train import train
 from litdistill.utils.modality import Modality
 from litdistill.utils.paths import CONF
@@ -54,6 +55,13 @@ def generated_boxes(*_: object) -> TensorSource:
     images = torch.randint(0, 256, (16, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     split = TensorSplit(images, torch.tensor([8.0, 8, 40, 40, 1, 0]).repeat(16, 1, 1))
     return TensorSource(split, split, ("cat", "dog"), Modality(), geometry="boxes")
+
+
+def generated_masks(*_: object) -> TensorSource:
+    """Random pictures with masks of two classes."""
+    images = torch.randint(0, 256, (16, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    split = TensorSplit(images, images[:, 0].long() % 2)
+    return TensorSource(split, split, ("ground", "cat"), Modality(), geometry="mask")
 
 
 def options(group: str) -> list[str]:
@@ -122,6 +130,7 @@ def test_every_experiment_trains_a_step(experiment, tmp_path, monkeypatch):
     monkeypatch.setattr(sets, "_read_movie_reviews", generated_texts)
     monkeypatch.setattr(coco, "_read", generated_boxes)
     monkeypatch.setattr(bccd, "_read", generated_boxes)
+    monkeypatch.setattr(segmentation, "_read_folder", generated_masks)
     made_up = [docstrings.Docstring(f"module{i}", f"Returns {i} of the {i % 7} values.") for i in range(99)]
     monkeypatch.setattr(docstrings, "read", lambda root: made_up)
     text = (CONF / "experiment" / f"{experiment}.yaml").read_text()

@@ -7,8 +7,13 @@ import torch
 from safetensors.torch import load_file
 
 from litdistill.config.build import build_data, build_net
+from litdistill.distillation.checks import check_pairing
 from litdistill.evaluation.evaluate import load_run
-from litdistill.utils.errors import Stopped
+from litdistill.methods import Supervised
+from litdistill.models.ensemble import Ensemble
+from litdistill.tasks.detection.fcos import fcos_slim
+from litdistill.tasks.detection.task import Detection
+from litdistill.utils.errors import Stopped, UserError
 from tests.conftest import compose_config
 from tests.test_zoo import StopAt, equal, logged, run, weights
 
@@ -74,3 +79,11 @@ def test_the_share_of_pseudo_boxes_is_in_tensorboard(runs, tmp_path):
     values = [e.value for e in events.Scalars(tags[0])]
     assert 0 < min(values) <= max(values) <= 1
     assert torch.tensor(values).isfinite().all()
+
+
+def test_several_detectors_as_one_teacher_are_refused_before_any_is_trained(runs, tmp_path):
+    with pytest.raises(UserError, match="Detection takes one teacher, and there are 2"):
+        run(config(runs, tmp_path, "dense_kd", "teacher.ensemble=[{recipe: {seed: 0}},{recipe: {seed: 1}}]"))
+    nets = [fcos_slim(3, (3, 64, 64), width=4, fpn=32) for _ in range(3)]
+    with pytest.raises(UserError, match="Detection takes one teacher, and there are 2"):
+        check_pairing(Supervised(), nets[0], Ensemble(nets[1:]), Detection(), None)

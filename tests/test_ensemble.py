@@ -60,6 +60,29 @@ def softmax(z: np.ndarray) -> np.ndarray:
 # -- means ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("average", ["logits", "probabilities"])
+def test_maps_are_averaged_at_each_place(average):
+    fine, coarse = drawn(2, 3, 4, 6), drawn(2, 3, 2, 3, seed=1)
+    net = Ensemble([Fixed(fine), Fixed(coarse)], [3, 1], average, columns=[[0, 1, 2], [2, 0, 1]])
+    found = net(torch.zeros(2, 3, 4, 6))
+    resized = torch.nn.functional.interpolate(coarse, (4, 6), mode="bilinear", align_corners=False)[:, [2, 0, 1]]
+    assert found.shape == (2, 3, 4, 6)
+    for n, y, x in [(0, 0, 0), (1, 3, 5), (1, 2, 1)]:
+        own = [m[n, :, y, x].numpy() for m in (fine, resized)]
+        if average == "logits":
+            expected = 0.75 * own[0] + 0.25 * own[1]
+        else:
+            expected = np.log(0.75 * softmax(own[0]) + 0.25 * softmax(own[1]))
+        np.testing.assert_allclose(found[n, :, y, x].detach(), expected, rtol=1e-6)  # weights are float32
+    assert Members(net)(torch.zeros(1)).logits.equal(found)
+
+
+def test_a_teacher_of_masks_knows_all_classes():
+    net = Ensemble([Fixed(drawn(1, 4, 2, 2)), Fixed(drawn(1, 6, 2, 2))], columns=COLUMNS)
+    with pytest.raises(UserError, match="A teacher of masks that knows some of the classes"):
+        net(torch.zeros(1))
+
+
 @pytest.mark.parametrize("weights", [None, [2.0, 1.0, 5.0]])
 @pytest.mark.parametrize("mean", ["logits", "probabilities"])
 def test_the_mean_of_networks_that_know_all_classes(weights, mean):

@@ -201,5 +201,5 @@ def test_bad_input_is_one_line(tmp_path, change, said):
 
 
 def test_a_root_is_needed():
-    with pytest.raises(UserError, match=r"data=masks needs data.root"):
-        masks()
+    with pytest.raises(UserError, match=r"data=masks needs the folder that holds images/"):
+        masks().setup()

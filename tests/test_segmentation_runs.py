@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 from sklearn.metrics import jaccard_score
 
+from litdistill.evaluation.doctor import diagnose
 from litdistill.evaluation.evaluate import differences, evaluate, load_run, rebuild
 from litdistill.evaluation.predictions import predict_split
 from litdistill.export.export import export, verify
@@ -19,10 +20,12 @@ from litdistill.report.build import build
 from litdistill.report.collect import Settings
 from litdistill.tasks.base import Samples
 from litdistill.tasks.segmentation.figures import colored, mask_figures, picture_iou
+from litdistill.tasks.segmentation.task import by_pixel
 from litdistill.training.train import train
 from litdistill.types import Outputs
 from litdistill.utils.checkpoint import write_text
 from tests.conftest import compose_config
+from tests.test_cli import call
 
 SMALL = [
     *("experiment=segmentation/digit_scenes", "data.count=60", "data.val_size=20", "data.labels=20"),
@@ -66,6 +69,60 @@ def test_an_exported_file_gives_the_class_of_each_pixel(run):
     assert (found.reshape(5, -1) == expected[:5].numpy()).mean() > 0.999
     assert model.facts.kind == "mask"
     assert list(verify(run)) == ["student.onnx"]
+
+
+@pytest.mark.parametrize(("precision", "share"), [("fp16", 0.99), ("int8", 0.95)])
+def test_files_of_less_precision_give_the_same_masks(run, precision, share):
+    path, checked = export(run, precision=precision)
+    assert path.name == f"student-{precision}.onnx"
+    assert checked["agreement"] >= share
+    assert checked["samples"] == 500
+    assert checked["exported"] == pytest.approx(checked["student"], abs=0.01)
+
+
+def test_the_doctor_examines_a_run(run):
+    assert "teacher at chance" in {finding.name for finding in diagnose(run)}  # it has had one epoch on 40 scenes
+
+
+def test_a_teacher_of_two_networks_averages_their_maps(run):
+    """The first is that of `run`, which is found again."""
+    both = "teacher.ensemble=[{},{widths: [8, 8], recipe: {seed: 5}}]"
+    folder = trained(run.parent, "two", both, "teacher.ensemble_weights=[3,1]", "trainer.max_epochs=1")
+    _, summary = load_run(folder)
+    assert differences(evaluate(folder, device="cpu"), summary) == []
+    assert summary["teacher"]["name"] == "fcn_slim-1-8x16 + fcn_slim-1-8x8"
+    data, distiller = rebuild(folder)
+    batch = next(iter(data.batches("test")))
+    first, second = (by_pixel(net(batch.inputs), (32, 32)) for net in distiller.teacher.net.parts().values())
+    outputs = distiller.task.forward(distiller.teacher.net, batch, False)
+    assert torch.allclose(outputs.logits, 0.75 * first + 0.25 * second, atol=1e-5)
+
+
+def test_a_student_that_resizes_its_pictures_gives_masks_of_their_size(run):
+    folder = trained(run.parent, "small", "student.preprocess={size: [16, 24]}", "trainer.max_epochs=1")
+    assert differences(evaluate(folder, device="cpu"), load_run(folder)[1]) == []
+    path, checked = export(folder)
+    assert checked["agreement"] >= 0.999
+    data, distiller = rebuild(folder)
+    images = next(iter(data.batches("test"))).inputs
+    assert load(path).run(images.numpy()).shape == (len(images), 32, 32)
+    assert distiller.deployed_student(images).shape[2:] == (16, 24)
+
+
+@pytest.mark.process
+def test_two_processes_measure_masks_as_one(run, tmp_path):
+    options = [option for option in SMALL if option != "trainer=cpu"]
+    ddp = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "data.eval_batch_size=7", "name=two"]
+    done = call("train", *options, *ddp, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / "runs" / "two").iterdir()
+    _, summary = load_run(folder)
+    assert summary["device"]["world_size"] == 2
+    assert differences(evaluate(folder, device="cpu"), summary) == []  # one process
+    data, distiller = rebuild(folder)
+    found, targets = predict_split(distiller.deployed_student, data, "val", task=distiller.task)
+    labels = [targets.flatten().numpy(), found.heads["label"].flatten().long().numpy()]
+    assert summary["val"]["best"] == pytest.approx(jaccard_score(*labels, average="macro", zero_division=0), abs=1e-6)
 
 
 def test_predict_writes_masks_of_the_pictures_own_size(run, tmp_path):

@@ -28,6 +28,7 @@ from litdistill.config.recipes import is_complete, net_name, teacher_folder
 from litdistill.data.foreign import ForeignData, training_inputs
 from litdistill.data.protocol import as_indexed, facts_of, input_dtype
 from litdistill.distillation.boosting import FOLDS, boosted_outputs
+from litdistill.distillation.checks import check_average
 from litdistill.distillation.outputs_tables import read_outputs
 from litdistill.distillation.recorded import RecordedTeacher
 from litdistill.methods.base import CATEGORICAL
@@ -339,6 +340,7 @@ def build_teacher(
         net, columns = _build_teacher(cfg, data, task, absent)
         return net if columns is None else Ensemble([net], columns=[columns], kind=task.kind)
     configs = members_of(cfg)
+    check_average(task, len(configs))
     found = [_build_teacher(one, data, task, absent, f"Member {i} of the teacher") for i, one in enumerate(configs)]
     members, columns_of = [net for net, _ in found], [columns for _, columns in found]
     check_apart(members)

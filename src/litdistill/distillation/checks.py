@@ -52,6 +52,15 @@ def check_method(method: Method, teacher: object, task: Task) -> None:
         )
 
 
+def check_average(task: Task, teachers: int) -> None:
+    """Raises `UserError` for several teachers whose outputs have no mean."""
+    if teachers > 1 and not task.averages:
+        raise UserError(
+            f"{type(task).__name__} takes one teacher, and there are {teachers}: what they find has no mean, since each has "
+            "anchors of its own. Take one of them, without teacher.ensemble."
+        )
+
+
 def check_classes(method: Method, teacher: nn.Module | None) -> None:
     """Raises `UserError` if the teacher knows only some of the classes, and the method reads the probabilities of all."""
     if teacher is None or not method.needs_teacher or not isinstance(teacher, (Ensemble, RecordedTeacher)):
@@ -75,7 +84,9 @@ def check_pairing(
     """Raises `UserError` if the method lacks the teacher, the kind of logits, the labels or the example that it needs, or if
     student and teacher share parameters."""
     check_method(method, teacher, task)
-    check_classes(method, teacher.net if isinstance(teacher, FrozenTeacher) else teacher)
+    net = teacher.net if isinstance(teacher, FrozenTeacher) else teacher
+    check_average(task, len(net.weights) if isinstance(net, Ensemble) else 1)
+    check_classes(method, net)
     check_weighted(method, labels)
     if not task.reads_labels and (not method.needs_teacher or method.needs_hard or method.reads_targets):
         raise UserError(

@@ -30,7 +30,8 @@ FEWEST = 2  # classes that two networks must both know to be compared
 def describe_crowd(
     teacher: nn.Module | None, data: Any, task: Task, device: torch.device | str = "cpu", folder: Path | None = None
 ) -> dict[str, Any]:
-    """Returns `members` and `disagreement` of a teacher that is several networks, on "val" and "test"; empty for any other.
+    """Returns `members` and `disagreement` of a teacher that is several networks, on "val" and "test"; empty for any other, and
+    where a task keeps the predictions of a split alone.
 
     Of each member: `name`, `weight`, `classes` (the names of those that it knows; None: all), and on each split its `metrics`
     and the metric at `chance` over the samples of these classes. `folder`: see `predictions.teacher_outputs`.
@@ -47,6 +48,8 @@ def describe_crowd(
         outputs_of_all = teacher_outputs(teacher, data, task, split, device, folder)
         if outputs_of_all is None:
             continue
+        if "members" not in outputs_of_all.heads:
+            return {}
         logits = outputs_of_all.heads["members"]
         targets = torch.cat([batch.targets.cpu() for batch in data.batches(split)])
         for i, member in enumerate(members):

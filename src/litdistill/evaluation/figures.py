@@ -108,7 +108,7 @@ def show(
     )
     with any_names():
         found = dict(task.figures(samples))
-        if isinstance(teacher, Ensemble) and expected is not None:
+        if isinstance(teacher, Ensemble) and expected is not None and "members" in expected.heads:
             found["members of the teacher"] = members_figure(task, teacher, expected.heads["members"], targets)
         for name, figure in found.items():
             writer.add_figure(f"validation/{name}", figure, step)

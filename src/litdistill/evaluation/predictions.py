@@ -61,13 +61,15 @@ def teacher_outputs(
     """Returns the teacher's outputs for a split; runs with the same cache `folder` compute them once.
 
     None for a file of outputs that lacks a sample of the split. Those of an ensemble have the head `members`
-    (`litdistill.models.ensemble.Members`).
+    (`litdistill.models.ensemble.Members`), unless the task keeps predictions alone: these are not known one by one.
     """
     if isinstance(teacher, RecordedTeacher):
         return teacher.of_split(split) if teacher.judges(split) else None
     mixed, kept_by_id = reads_ids(teacher), folder is not None and hasattr(data, "get_batch")
     if not mixed and not kept_by_id:
         return predict_split(with_members(teacher), data, split, device, task)[0]
+    if isinstance(teacher, Ensemble) and _own_keep(task):
+        return predict_split(teacher, data, split, device, task)[0]
     if isinstance(teacher, Ensemble):  # members are known one by one, to every ensemble that they are in
         found = [teacher_outputs(net, data, task, split, device, folder) for net in teacher.parts().values()]
         if any(outputs is None for outputs in found):

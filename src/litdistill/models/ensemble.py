@@ -24,10 +24,12 @@ from litdistill.utils.errors import UserError
 from litdistill.utils.hashing import weights_sha256
 
 UNKNOWN = -1  # the column of a class that a network does not know
+MAPS = 5  # axes of the logits of each member, where these are maps
 
 
 class Ensemble(nn.Module):
     """Returns one prediction of several networks: logits (N, classes), and where a member does not know all classes, `members`.
+    Maps of logits (N, classes, H, W) are averaged at each place, resized to the largest of the members' (bilinear).
 
     With weights w that sum to 1 and the members' logits z, over the members that know class c:
 
@@ -118,15 +120,30 @@ class Ensemble(nn.Module):
         return heads if self.partial else heads["logits"]
 
     def heads(self, each: Tensor) -> dict[str, Tensor]:
-        """Returns the heads for the logits of each member, (N, members, classes)."""
-        heads = {"logits": self.combined(each)}
+        """Returns the heads for the logits of each member, as `each` gives them."""
+        heads = {"logits": self.mean_of(each)}
         if self.partial:
             heads["members"] = each.log_softmax(-1) + self.log_weights.to(each.device)[:, None]
         return heads
 
     def each(self, *inputs: Any, **named: Any) -> Tensor:
-        """Returns the logits of each member for each class, (N, members, classes); −∞ for a class that it does not know."""
-        return self.arranged([run_network(member, named or inputs).logits for member in self.parts().values()])
+        """Returns the logits of each member for each class, (N, members, classes), or of maps (N, H, W, members, classes); −∞
+        for a class that it does not know."""
+        return self.arranged(
+            by_place([run_network(member, named or inputs).logits for member in self.parts().values()])
+        )
+
+    def mean_of(self, each: Tensor) -> Tensor:
+        """Returns the mean of what `each` gives, (N, classes), or a map (N, classes, H, W)."""
+        mean = self.combined(each)
+        if each.ndim != MAPS:
+            return mean
+        if self.partial:
+            raise UserError(
+                "A teacher of masks that knows some of the classes only says nothing of the pixels of the others: use one that "
+                "knows all of them, or data of the classes that it knows."
+            )
+        return mean.movedim(-1, 1)
 
     def arranged(self, found: list[Tensor]) -> Tensor:
         """Returns the outputs (N, …) of each member, as they are, as `each` does."""
@@ -157,7 +174,7 @@ class Ensemble(nn.Module):
 
 class Members(nn.Module):
     """An ensemble whose outputs include those of each member: heads `logits` (N, classes) and `members`, (N, members, classes),
-    the logits of each."""
+    the logits of each, as `Ensemble.each` gives them."""
 
     def __init__(self, ensemble: Ensemble):
         super().__init__()
@@ -165,12 +182,21 @@ class Members(nn.Module):
 
     def forward(self, *inputs: Any, **named: Any) -> Outputs:
         each = self.ensemble.each(*inputs, **named)
-        return Outputs({"logits": self.ensemble.combined(each), "members": each})
+        return Outputs({"logits": self.ensemble.mean_of(each), "members": each})
 
 
 def with_members(net: nn.Module) -> nn.Module:
     """Returns an ensemble as `Members`, and any other network as it is."""
     return Members(net) if isinstance(net, Ensemble) else net
+
+
+def by_place(found: list[Tensor]) -> list[Tensor]:
+    """Returns maps of logits (N, classes, h, w) as (N, H, W, classes), resized to the largest of them; others as they are."""
+    if any(x.ndim != 4 for x in found):
+        return found
+    size = max((tuple(x.shape[2:]) for x in found), key=math.prod)
+    resize = lambda x: F.interpolate(x, size, mode="bilinear", align_corners=False)  # noqa: E731
+    return [(x if tuple(x.shape[2:]) == size else resize(x)).movedim(1, -1) for x in found]
 
 
 def check_apart(members: Sequence[nn.Module]) -> None:

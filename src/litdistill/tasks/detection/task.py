@@ -46,6 +46,7 @@ class Detection(Task):
     """
 
     kind = BOXES
+    averages = False  # boxes of several networks stand at anchors of their own
     monitor: tuple[str, Literal["max", "min"]] = ("map", "max")
     compared = "scores of the same box", "boxes are the same"
 

@@ -80,14 +80,12 @@ def masks(
 
     Raises `UserError` for files that do not fit, with how many and the first of their names.
     """
-    if root is None:
-        raise UserError("data=masks needs data.root, a folder that holds images/ and masks/.")
     shape = (size, size) if isinstance(size, int) else None if size is None else tuple(size)
     if shape is not None and (len(shape) != 2 or min(shape) < 1):
         raise UserError(f"data.size={size} must be a number of pixels, or height and width.")
     names = None if classes is None else tuple(map(str, classes))
-    read = functools.partial(_read_folder, Path(root), shape, names, unlabelled, options.get("val_size", 0.1))
-    return TensorData(read, Path(root).name, "segmentation", standardize=True, **options)
+    read = functools.partial(_read_folder, root, shape, names, unlabelled, options.get("val_size", 0.1))
+    return TensorData(read, Path(root or "masks").name, "segmentation", standardize=True, **options)
 
 
 class Files(NamedTuple):
@@ -98,8 +96,15 @@ class Files(NamedTuple):
 
 
 def _read_folder(
-    root: Path, size: tuple[int, ...] | None, names: tuple[str, ...] | None, unlabelled: bool, val_size: float
+    place: str | Path | None,
+    size: tuple[int, ...] | None,
+    names: tuple[str, ...] | None,
+    unlabelled: bool,
+    val_size: float,
 ) -> TensorSource:
+    if place is None:
+        raise UserError("data=masks needs the folder that holds images/ and masks/: data.root=<folder>.")
+    root = Path(place)
     splits = find_files(root, unlabelled)
     height, width = size or _common_size(splits.values())
     read = {split: _read(files, height, width) for split, files in splits.items()}
