@@ -3,6 +3,7 @@
 # make compare   what distillation competes with, on one page; make compare DATA=mnist
 # make detect    an object detector: a teacher, the same student alone and distilled, a table and a page with pictures of boxes
 # make few       the same student of few labels: alone, fine-tuned, distilled, as curves; make few DATA=mnist
+# make gpu       what only a GPU can show, with tables: OUT=runs/gpu STAGES=equality,steps SECONDS=400; DEVICE=cpu is the dry form
 # make test      style, types, the order of the rooms, and the tests that need nothing but this process
 # make docs      the documentation site, in runs/site
 # make test-processes      the tests that need fresh processes, an environment or a terminal
@@ -12,7 +13,7 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 BIN := .venv/bin
 SETUP := .venv/.ready
 
-.PHONY: distill compare few detect docs test test-processes zoo setup requirements clean
+.PHONY: distill compare few detect docs test test-processes gpu zoo setup requirements clean
 .DEFAULT_GOAL := distill
 
 distill: $(SETUP)
@@ -45,6 +46,12 @@ detect: $(SETUP)
 	{ wait $$alone || { cat $$runs/alone.log; exit 1; }; } && \
 	$(BIN)/python scripts/report.py runs=$$runs out=$$runs/table.md && \
 	$(BIN)/python scripts/evaluate.py run=$$(ls -d $$runs/distilled-s* | head -1) pictures=$$runs/pictures
+
+# Goes on where it was stopped; nothing in it hangs. The head of scripts/gpu.py says what the stages are.
+DEVICE ?= cuda
+OUT ?= runs/gpu
+gpu: $(SETUP)
+	$(BIN)/python scripts/gpu.py device=$(DEVICE) out=$(OUT) $(if $(STAGES),stages=$(STAGES)) $(if $(SECONDS),seconds=$(SECONDS))
 
 test: $(SETUP)
 	$(BIN)/ruff check .

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import inspect
 import logging
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -240,8 +241,27 @@ class Known(Distiller):
         self.cache.store.rows.normal_()
 
 
-def project(bench: Bench, kind: str, minibatches: int = GROUP) -> float:
-    """A fit with what a run has: callbacks, a TensorBoard log, groups of at most so many `minibatches`."""
+def project(bench: Bench, kind: str, minibatches: int = GROUP, captured: bool = True) -> float:
+    """Seconds a step of what `trained` trains, after as many steps to warm up."""
+    watch = Stopwatch(bench, bench.pair.steps, 2 * bench.pair.steps)
+    trained(bench, kind, 2 * bench.pair.steps, [watch], min(minibatches, bench.pair.steps), captured)
+    return watch.seconds
+
+
+def trained(
+    bench: Bench,
+    kind: str,
+    steps: int,
+    callbacks: Sequence[Callback] = (),
+    minibatches: int = GROUP,
+    captured: bool = True,
+    precision: str | None = None,
+) -> Distiller:
+    """A fit with what a run has: callbacks, a TensorBoard log, groups of at most so many `minibatches`.
+
+    `captured`: on a GPU, by a recorded step where there is one. `precision`: of the Trainer; None: bf16 on a GPU, where the
+    `kind` says so on a CPU.
+    """
     student, teacher = bench.preprocessed()
     ids, hard = bench.data.train_ids[:2].to(bench.device), kind == "hard"
     example = bench.data.get_batch("train", ids, None)
@@ -257,16 +277,17 @@ def project(bench: Bench, kind: str, minibatches: int = GROUP) -> float:
         data=bench.data,
         cache=CacheOptions("off"),
         group=minibatches,
+        **({} if captured else launched_one_by_one()),
     )
-    group = min(bench.pair.steps, group_size(distiller, bench.data, minibatches))
+    group = min(steps, group_size(distiller, bench.data, minibatches))
+    low = bench.device.type == "cuda" or kind == "bf16"
     with tempfile.TemporaryDirectory() as folder:
-        watch = Stopwatch(bench, bench.pair.steps, 2 * bench.pair.steps)
         trainer = Trainer(
             accelerator="cpu" if bench.device.type == "cpu" else "gpu",
             devices=1,
-            max_steps=2 * bench.pair.steps,
+            max_steps=steps,
             max_epochs=-1,
-            callbacks=[EpochLogger(), GracefulStop(folder), watch],
+            callbacks=[EpochLogger(), GracefulStop(folder), *callbacks],
             logger=TensorBoardLogger(folder),
             log_every_n_steps=1,  # of groups: the Distiller knows after which one something is logged
             limit_val_batches=0,
@@ -276,10 +297,15 @@ def project(bench: Bench, kind: str, minibatches: int = GROUP) -> float:
             enable_checkpointing=False,
             default_root_dir=folder,
             use_distributed_sampler=False,
-            precision="32-true" if bench.device.type == "cpu" and kind != "bf16" else "bf16-mixed",
+            precision=precision or ("bf16-mixed" if low else "32-true"),  # type: ignore[arg-type]
         )
         trainer.fit(distiller, datamodule=GroupedData(bench.data, Layout(group, LOG_EVERY)))
-    return watch.seconds
+    return distiller
+
+
+def launched_one_by_one() -> dict[str, Any]:
+    """Arguments of a Distiller whose steps are launched operation by operation."""
+    return {"recorder": None} if "recorder" in inspect.signature(Distiller).parameters else {}
 
 
 def losses(student: nn.Module, teacher_outputs: Outputs, batch: Batch, method: KD) -> Tensor:

@@ -47,8 +47,15 @@ def endless(loader: Any) -> Iterator[Any]:
 def peers(bench: Bench, workers: int = 0) -> Callable[[], float]:
     student, teacher = bench.networks()
     optimizer = bench.optimizer(student.parameters())
-    workers = workers if bench.device.type == "cpu" else 8
-    batches = endless(DataLoader(OneByOne(bench), batch_size=bench.pair.batch, shuffle=True, num_workers=workers))
+    loader = DataLoader(
+        OneByOne(bench),
+        batch_size=bench.pair.batch,
+        shuffle=True,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        timeout=30 if workers else 0,
+    )
+    batches = endless(loader)
 
     def run() -> float:
         student.train()

@@ -41,6 +41,7 @@ from litdistill.training.last_batch import (
     require_two_samples,
     say_what_is_left_out,
 )
+from litdistill.training.precision import precision_of
 from litdistill.training.trainer import progress_bar
 from litdistill.types import Batch
 from litdistill.utils.checkpoint import AtomicCheckpointIO
@@ -86,6 +87,8 @@ def distill(
     check_last_batch(student, train, data, task, example, trainer or {})
     every = log_interval(max_epochs, max_epochs * batches_of_epoch(train, data))
     arguments = {"accelerator": "auto", "devices": 1, "log_every_n_steps": every, **(trainer or {})}
+    if "plugins" not in arguments:  # which may be about precision
+        arguments["precision"] = precision_of({"precision": "auto", **arguments})
     layout = Layout(0, arguments["log_every_n_steps"])
     if data is not None:
         options = {"data": data, "train_targets": train_labels(data), "seed": 0, **options}

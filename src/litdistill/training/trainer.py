@@ -26,6 +26,7 @@ from litdistill.training.callbacks import EpochLogger, TestAccuracyMonitor
 from litdistill.training.grouping import GROUP, Layout, log_interval, reason_for_single, without_rate_monitor
 from litdistill.training.loggers import build_loggers
 from litdistill.training.monitors import mode_of, monitored
+from litdistill.training.precision import precision_of
 from litdistill.training.preemption import GracefulStop
 from litdistill.training.preflight import horizon, steps_per_epoch
 from litdistill.training.progress import EpochBar
@@ -80,6 +81,7 @@ def build_trainer(
     options = cfg.trainer.copy()
     OmegaConf.set_struct(options, False)  # keys for the launch or the method may be absent from the trainer's file
     fit_to_launch(options)
+    options.precision = precision_of(options)
     options.log_every_n_steps = log_every(options, data)
     if isinstance(data, ForeignData):
         options.use_distributed_sampler = True  # our loaders divide samples among processes themselves

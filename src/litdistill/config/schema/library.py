@@ -23,7 +23,7 @@ from litdistill.config.schema.fields import (
 )
 
 Batches = Count | Share
-Precision = Literal["32-true", "16-mixed", "bf16-mixed", "32", 32, "16-true", "bf16-true", "64-true", "64", 64]
+Precision = Literal["auto", "32-true", "16-mixed", "bf16-mixed", "32", 32, "16-true", "bf16-true", "64-true", "64", 64]
 
 
 class Trainer(Node):
@@ -41,7 +41,9 @@ class Trainer(Node):
     max_steps: Count | Literal[-1] | None = option("steps of the run; -1: no limit")
     min_steps: Count | None = option("steps before anything may stop the run")
     max_time: Text | dict[str, CountFromZero] | None = option("the time after which the run stops: 00:12:00:00")
-    precision: Precision | None = option("32-true; 16-mixed or bf16-mixed: autocast")
+    precision: Precision | None = option(
+        "32-true; 16-mixed or bf16-mixed: autocast; auto: bf16-mixed on a GPU that has it, else 32-true"
+    )
     gradient_clip_val: NotNegative | None = option("to which gradients are clipped; null: they are not")
     gradient_clip_algorithm: Literal["norm", "value"] | None = option("norm or value")
     accumulate_grad_batches: Count | None = option("minibatches whose gradients make one step")
