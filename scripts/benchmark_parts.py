@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import inspect
 import logging
 import statistics
 import tempfile
@@ -25,6 +24,7 @@ from litdistill.config.instantiate import NETWORK_META_KEYS, instantiate
 from litdistill.data.augment import Crop, Flip
 from litdistill.data.datamodule import ImageData
 from litdistill.data.sources import Source, Split
+from litdistill.distillation.captured import CudaGraphs
 from litdistill.distillation.distiller import Distiller
 from litdistill.distillation.teacher import FrozenTeacher
 from litdistill.distillation.teacher_cache import CacheOptions, TeacherCache
@@ -277,7 +277,7 @@ def trained(
         data=bench.data,
         cache=CacheOptions("off"),
         group=minibatches,
-        **({} if captured else launched_one_by_one()),
+        recorder=CudaGraphs() if captured else None,
     )
     group = min(steps, group_size(distiller, bench.data, minibatches))
     low = bench.device.type == "cuda" or kind == "bf16"
@@ -301,11 +301,6 @@ def trained(
         )
         trainer.fit(distiller, datamodule=GroupedData(bench.data, Layout(group, LOG_EVERY)))
     return distiller
-
-
-def launched_one_by_one() -> dict[str, Any]:
-    """Arguments of a Distiller whose steps are launched operation by operation."""
-    return {"recorder": None} if "recorder" in inspect.signature(Distiller).parameters else {}
 
 
 def losses(student: nn.Module, teacher_outputs: Outputs, batch: Batch, method: KD) -> Tensor:

@@ -124,14 +124,12 @@ def accuracies(device: torch.device, runs: Path) -> dict[str, Any]:
 
 
 def digits(folder: Path, runs: Path, seed: int, epochs: int, device: torch.device, capture: str) -> DictConfig:
-    """The config of a short run on the digits; `capture` where there is such an option."""
+    """The config of a short run on the digits."""
     small = [f"folder={folder}", f"runs={runs}", f"seed={seed}", f"trainer.max_epochs={epochs}", "logger=none"]
     small += ["+teacher.recipe.trainer.max_epochs=5", "teacher.allow_chance=true"]
     small += ["trainer=auto" if device.type == "cuda" else "trainer=cpu", "trainer.precision=32-true"]
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = compose("train", small)
-        name = "capture" if "capture" in config else "trainer.capture" if "capture" in config.trainer else None
-        return config if name is None else compose("train", [*small, f"{name}={capture}"])
+        return compose("train", [*small, f"capture={capture}"])
 
 
 # -- steps -----------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from litdistill.config.distiller import build_scheduler
 from litdistill.distillation.distiller import Distiller
 from litdistill.distillation.schedules import warmup_cosine
+from litdistill.training.precision import precision_of
 from litdistill.training.train import train
 from litdistill.utils.checkpoint import load_checkpoint
 from litdistill.utils.errors import UserError
@@ -178,3 +179,36 @@ def test_what_would_lose_or_spoil_a_training_is_refused(small, overrides, words)
 
     with pytest.raises(UserError, match=words):
         train(small(*ALONE, *overrides), [NoStep()])
+
+
+@pytest.mark.parametrize(
+    ("cuda", "bf16", "options", "expected"),
+    [
+        (True, True, {"accelerator": "auto"}, "bf16-mixed"),
+        (True, True, {"accelerator": "gpu"}, "bf16-mixed"),
+        (True, True, {"accelerator": "cpu"}, "32-true"),
+        (True, False, {"accelerator": "auto"}, "32-true"),
+        (False, False, {"accelerator": "auto"}, "32-true"),
+        (True, True, {"accelerator": "auto", "precision": "16-mixed"}, "16-mixed"),
+        (True, True, {"accelerator": "auto", "precision": None}, None),
+    ],
+)
+def test_precision_is_bf16_on_a_gpu_that_has_it_and_the_log_says_so(monkeypatch, caplog, cuda, bf16, options, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: bf16)
+    with caplog.at_level("INFO"):
+        assert precision_of({"precision": "auto", **options}) == expected
+    chosen = "precision" not in options and cuda and options["accelerator"] != "cpu"
+    assert ("Precision: " + str(expected) in caplog.text) == chosen
+
+
+def test_a_run_on_a_cpu_computes_in_float32(small):
+    class Note(Callback):
+        def on_fit_start(self, trainer, *_):
+            found.append(trainer.precision)
+
+    found: list[str] = []
+    cfg = small(*ALONE, "trainer.max_epochs=1")
+    assert cfg.trainer.precision == "auto"
+    train(cfg, [Note()])
+    assert found == ["32-true"]

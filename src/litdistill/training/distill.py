@@ -86,9 +86,7 @@ def distill(
     example, data = prepared(train, module)
     check_last_batch(student, train, data, task, example, trainer or {})
     every = log_interval(max_epochs, max_epochs * batches_of_epoch(train, data))
-    arguments = {"accelerator": "auto", "devices": 1, "log_every_n_steps": every, **(trainer or {})}
-    if "plugins" not in arguments:  # which may be about precision
-        arguments["precision"] = precision_of({"precision": "auto", **arguments})
+    arguments = trainer_arguments(every, trainer or {})
     layout = Layout(0, arguments["log_every_n_steps"])
     if data is not None:
         options = {"data": data, "train_targets": train_labels(data), "seed": 0, **options}
@@ -114,6 +112,14 @@ def distill(
         load_weights_of(distiller, Path(best.best_model_path))
     warn(distiller, (data or Validation(val, module, task)) if validated else None, fitted.strategy.root_device)
     return distiller.eval().cpu()
+
+
+def trainer_arguments(log_every: int, given: dict[str, Any]) -> dict[str, Any]:
+    """Returns arguments of Lightning's Trainer: one device, and `given` over it."""
+    arguments = {"accelerator": "auto", "devices": 1, "log_every_n_steps": log_every, **given}
+    if "plugins" not in arguments:  # which may be about precision
+        arguments["precision"] = precision_of({"precision": "auto", **arguments})
+    return arguments
 
 
 def on_cpu(teacher: nn.Module | OutputsFile | None, task: Task, data: IndexedData | None) -> nn.Module | None:
