@@ -64,12 +64,12 @@ def first_phase(method: str, overrides: tuple[str, ...]) -> list[str]:
 
 
 def jobs(choices: DictConfig) -> dict[tuple[Column, int], Job]:
-    """Returns the runs by method, ratio and seed; one of each seed that trains its teacher comes first, then the controls."""
+    """Returns the runs by method, ratio and seed: all of a seed before the next, so that an interrupted table has few seeds."""
     columns: list[Column] = [(method, float(ratio)) for method in choices.methods for ratio in choices.ratios]
     return {
         (column, seed): job(*column, seed, choices)
-        for column in [columns[0], (CONTROL, 0.0), *columns[1:]]
         for seed in range(choices.seeds)
+        for column in [columns[0], (CONTROL, 0.0), *columns[1:]]  # the first run trains the teacher of all
     }
 
 

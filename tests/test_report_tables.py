@@ -7,7 +7,7 @@ import statistics
 
 import pytest
 
-from litdistill.report.controls import control_of, difference
+from litdistill.evaluation.controls import control_of, difference
 from litdistill.report.pivot import pivot
 from litdistill.report.tables import data_title, kinds, records
 from litdistill.report.writers import FORMATS, csv_text, ending, escape_latex, latex

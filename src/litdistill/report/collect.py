@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from litdistill.data.protocol import as_indexed
 from litdistill.evaluation import attacks, robustness
 from litdistill.evaluation.calibration import fit_temperature
+from litdistill.evaluation.controls import is_measured
 from litdistill.evaluation.evaluate import load_run, pick_device, rebuild
 from litdistill.evaluation.predictions import measured, predict_split
 from litdistill.evaluation.privacy import Membership, losses, membership
@@ -30,7 +31,6 @@ from litdistill.export.writers import ExportWrapper
 from litdistill.features.outputs import run_network
 from litdistill.models.preprocess import preprocess_of
 from litdistill.report import tables as report
-from litdistill.report.controls import is_measured
 from litdistill.report.files import or_untimed, shipped_file, write_teacher
 from litdistill.tasks import Classification, Task
 from litdistill.types import Outputs

@@ -6,10 +6,10 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
+from litdistill.evaluation.controls import LABELS_ALONE, Difference, control_of, difference, is_distilled
 from litdistill.evaluation.predictions import measured
 from litdistill.report.blocks import Card, Warn
 from litdistill.report.collect import Group, Row, Seed
-from litdistill.report.controls import LABELS_ALONE, Difference, control_of, difference, is_distilled
 from litdistill.tasks.findings import judge
 from litdistill.utils.units import SHARES, decimals, factor, named, quantity
 

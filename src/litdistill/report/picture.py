@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from litdistill.report.controls import is_distilled, is_measured
+from litdistill.evaluation.controls import is_distilled, is_measured
 from litdistill.report.tables import by_data, data_title, kinds, label, tell_apart
 from litdistill.utils.units import axis, factor, measured
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from litdistill.report.controls import control_of, difference, is_distilled, is_measured, shown_difference
+from litdistill.evaluation.controls import control_of, difference, is_distilled, is_measured, shown_difference
 from litdistill.report.tables import Cell, differing, kinds
 from litdistill.report.writers import ADDED
 from litdistill.utils.units import Number, heading, measured

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from litdistill.report.controls import is_measured
+from litdistill.evaluation.controls import is_measured
 from litdistill.utils.errors import UserError
 from litdistill.utils.text import printable_values
 from litdistill.utils.units import SHARES, Number, heading, measured, quantity

@@ -31,6 +31,7 @@ from litdistill.models.metadata import student_metadata
 from litdistill.models.preprocess import bare
 from litdistill.tasks.base import Task
 from litdistill.tasks.findings import Findings, report_findings
+from litdistill.training.consult import consult
 from litdistill.training.loggers import guarded, note_results, picture_writer
 from litdistill.training.trainer import Built
 from litdistill.utils.checkpoint import STUDENT, save_student, write_text
@@ -100,6 +101,8 @@ def finish(run: Run, times: dict[str, float], role: str) -> None:
     )
     report_findings({k: text.replace("The student", f"The {role.lower()}") for k, text in summary["findings"].items()})
     show(run, student, teacher, device, kept, summary)
+    if trainer.world_size == 1:
+        consult(cfg, run.data, run.distiller, summary, device)
 
 
 def judge_student(student: nn.Module, run: Run, found: Findings, device: torch.device) -> Findings:
