@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from litdistill.benchmarks import compare
+from litdistill.config.recipes import teacher_folder
 from litdistill.report.sections import scores
 from litdistill.utils.errors import UserError
 from litdistill.utils.paths import CONF
+from tests.conftest import compose_config
 from tests.pages import group
 
 torch.set_num_threads(1)
@@ -44,10 +46,47 @@ def test_every_technique_is_run_with_every_seed(tmp_path):
     assert all(f"experiment=compare/{j.technique}" in j.overrides for j in found)
 
 
-@pytest.mark.parametrize("wrong", ["techniques=[scratsh]", "seeds=0", "jobs=0"])
+def test_data_with_boxes_have_techniques_of_their_own(tmp_path):
+    found = compare.jobs(config(tmp_path, "dataset=digit_scenes", "seeds=2"))
+    files = {p.stem for p in (CONF / "experiment" / "compare" / "detection").glob("*.yaml")} - {"_base"}
+    assert {j.technique for j in found} == files - {"fine_tuned"}
+    assert len(found) == 2 * (len(files) - 1) == len(set(found))
+    assert all(f"experiment=compare/detection/{j.technique}" in j.overrides for j in found)
+    assert compare.left_out(config(tmp_path)) is None
+    assert "fine_tuned is left out" in compare.left_out(config(tmp_path, "dataset=digit_scenes"))
+    named = config(tmp_path, "dataset=voc", "backbone=runs/train/a", "techniques=[fine_tuned]", "seeds=1")
+    assert compare.left_out(named) is None
+    assert "student.backbone=runs/train/a" in compare.jobs(named)[0].overrides
+
+
+def test_detectors_share_data_and_teacher_and_the_small_ones_a_network(tmp_path):
+    teachers, networks = set(), []
+    for path in sorted((CONF / "experiment" / "compare" / "detection").glob("*.yaml")):
+        cfg = compose_config(tmp_path / "run", f"experiment=compare/detection/{path.stem}")
+        OmegaConf.to_container(cfg, resolve=True)
+        assert cfg.technique == (None if path.stem == "_base" else path.stem)
+        assert f"experiment=compare/detection/{path.stem}" in path.read_text()
+        assert (cfg.name, cfg.trainer.max_epochs, cfg.data.labels) == ("compare", 10, 250)
+        teachers.add(str(teacher_folder(cfg)))
+        if path.stem in ("scratch", "distilled", "pseudo_boxes"):
+            networks.append(OmegaConf.to_container(cfg.student))
+    assert len(teachers) == 1
+    assert networks[0] == networks[1] == networks[2]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "techniques=[scratsh]",
+        "seeds=0",
+        "jobs=0",
+        "dataset=digit_scenes_masks",
+        "dataset=digit_scenes techniques=[fine_tuned]",
+    ],
+)
 def test_what_cannot_be_run_is_told_before_anything_runs(tmp_path, wrong):
     with pytest.raises(UserError):
-        compare.jobs(config(tmp_path, wrong))
+        compare.jobs(config(tmp_path, *wrong.split()))
 
 
 def test_a_run_is_not_repeated_and_a_changed_one_has_a_folder_of_its_own(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+from litdistill.report import costs as costs_section
 from litdistill.report import history, sections
 from litdistill.report.blocks import Fold, Section, Table, Text
 from litdistill.report.build import build
@@ -148,7 +149,7 @@ def test_the_tables_hold_what_was_measured():
                 for s in row.seeds
             ]
             assert cell(worth, i, "agreement %") == f"{statistics.mean(same):.2f} ± {statistics.stdev(same):.2f}"
-    costs = table(sections.cost(made, "", SETTINGS), "cost")
+    costs = table(costs_section.cost(made, "", SETTINGS), "cost")
     assert cell(costs, 1, "file, kB") == "20.0"
     assert cell(costs, 1, "of teacher's") == f"{20_000 / 1_500_000:.3f}"
     assert cell(costs, 3, "precision") == "int8"

@@ -28,12 +28,15 @@ from litdistill.report.headline import chosen
 from litdistill.report.sections import looks, scores
 from litdistill.training.train import train
 from litdistill.utils.checkpoint import write_text
+from litdistill.utils.command_line import literal
 from litdistill.utils.errors import UserError
 from litdistill.utils.logging import filter_warnings, format_seconds, logged_to
 from litdistill.utils.paths import CONF
 from litdistill.utils.units import axis, quantity, shown
 
 log = logging.getLogger(__name__)
+DETECTION = "compare/detection"
+BACKBONE = "fine_tuned"  # the technique of detectors that starts from a run of the user's
 
 
 class Job(NamedTuple):
@@ -50,10 +53,14 @@ def compare(cfg: DictConfig) -> list[Group]:
     """Trains the runs of `conf/compare.yaml` and writes the page; returns the measured groups."""
     started = time.perf_counter()
     todo = jobs(cfg)
+    if (left := left_out(cfg)) is not None:
+        print(left, flush=True)
     print(f"Training {quantity(len(todo), 'run')}, {min(cfg.jobs, len(todo))} at a time, in {cfg.runs}", flush=True)
     folders = run_all(todo, cfg.jobs)
     print(f"Trained in {format_seconds(time.perf_counter() - started)}; measuring", flush=True)
-    settings = Settings(cfg.threads, cfg.rounds, cfg.robustness, tuple(cfg.epsilons), cfg.device)
+    settings = Settings(
+        cfg.threads, cfg.rounds, cfg.robustness, tuple(cfg.epsilons), cfg.device, int8=place_of(cfg) == DETECTION
+    )
     torch.set_num_threads(cfg.threads)
     groups = build(folders, cfg.out, f"Techniques compared on {cfg.dataset}", settings)
     if cfg.picture is not None:
@@ -66,20 +73,45 @@ def compare(cfg: DictConfig) -> list[Group]:
     return groups
 
 
+def place_of(cfg: DictConfig) -> str:
+    """Returns the folder of conf/experiment that holds the techniques: that of detectors where the data are of their task's
+    folder, else that of classifiers. Raises `UserError` for data of a task that has none."""
+    file = CONF / "data" / f"{cfg.dataset}.yaml"
+    target = OmegaConf.select(OmegaConf.load(file), "_target_") if file.is_file() else None
+    room, _, rest = str(target or "").removeprefix("litdistill.").partition(".")
+    task = rest.partition(".")[0]
+    if room == "tasks" and not (CONF / "experiment" / "compare" / task).is_dir():
+        raise UserError(
+            f"dataset={cfg.dataset}: no techniques are compared for {task}; there are those of images and boxes."
+        )
+    return f"compare/{task}" if room == "tasks" else "compare"
+
+
+def left_out(cfg: DictConfig) -> str | None:
+    """Returns in a line which technique of detectors is left out for want of a backbone; None without one."""
+    if place_of(cfg) != DETECTION or cfg.backbone is not None:
+        return None
+    return f"{BACKBONE} is left out: name a finished classification run of images as these by backbone=<its folder>."
+
+
 def jobs(cfg: DictConfig) -> list[Job]:
     """Returns one job for each technique and seed; seeds vary fastest."""
-    known = sorted(p.stem for p in (CONF / "experiment" / "compare").glob("*.yaml") if not p.stem.startswith("_"))
-    chosen = known if cfg.techniques is None else list(cfg.techniques)
+    place = place_of(cfg)
+    known = sorted(p.stem for p in (CONF / "experiment" / place).glob("*.yaml") if not p.stem.startswith("_"))
+    chosen = [n for n in known if n != BACKBONE or cfg.backbone] if cfg.techniques is None else list(cfg.techniques)
     if unknown := [name for name in chosen if name not in known]:
         raise UserError(f"No such technique: {', '.join(unknown)}. There are {', '.join(known)}.")
+    if BACKBONE in chosen and cfg.backbone is None:
+        raise UserError(f"{BACKBONE} needs backbone=<folder of a finished classification run>.")
     if cfg.seeds < 1 or cfg.jobs < 1:
         raise UserError("seeds and jobs must be at least 1.")
     found = []
     for name in chosen:
         for widths in list(cfg.family) if name == "family" else [""]:
             for seed in range(cfg.seeds):
-                overrides = [f"experiment=compare/{name}", f"data={cfg.dataset}", f"seed={seed}", f"runs={cfg.runs}"]
+                overrides = [f"experiment={place}/{name}", f"data={cfg.dataset}", f"seed={seed}", f"runs={cfg.runs}"]
                 overrides += [f"student.widths={widths}"] if widths else []
+                overrides += [f"student.backbone={literal(str(cfg.backbone))}"] if name == BACKBONE else []
                 variant = "x".join(str(widths).strip("[]").split(","))
                 found.append(Job(name, variant, seed, (*overrides, *cfg.overrides), str(cfg.runs)))
     return found

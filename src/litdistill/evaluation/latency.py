@@ -45,14 +45,15 @@ def _session(content: bytes | str, threads: int) -> Any:
 
 
 def torch_run(net: Any, device: str) -> Run:
-    """Returns a function that runs a network on uint8 images on a device, both transfers included."""
+    """Returns a function that runs a network of one output or several on uint8 images on a device, both transfers included."""
     import torch
 
     net = net.to(device).eval()
 
     def run(images: np.ndarray) -> Any:
         with torch.inference_mode():
-            return net(torch.from_numpy(images).to(device)).cpu()  # .cpu() synchronizes
+            found = net(torch.from_numpy(images).to(device))
+            return [t.cpu() for t in ([found] if isinstance(found, torch.Tensor) else found)]  # .cpu() synchronizes
 
     return run
 
@@ -60,7 +61,7 @@ def torch_run(net: Any, device: str) -> Run:
 def time_models(
     runs: Mapping[str, Run],
     images: np.ndarray,
-    reference: str,
+    reference: str | Mapping[str, str],
     rounds: int = ROUNDS,
     slice_s: float = SLICE_S,
     clock: Callable[[], float] = time.perf_counter,
@@ -70,7 +71,8 @@ def time_models(
 
     Models take turns: each of `rounds` times every model for `slice_s`, in reverse order in every second round. A machine
     that slows down affects all models equally, so the ratio of a round's medians varies less than either median. `ratio` is
-    the quartiles over rounds of time / reference time: below 1 is faster. First, each model is warmed up for three slices.
+    the quartiles over rounds of time / reference time: below 1 is faster; `reference` names one model, or one for each.
+    First, each model is warmed up for three slices.
 
     `work_clock`: the clock of the ratios, `clock` by default. The thread's CPU time (`time.thread_time`) does not count
     the time of other processes on the CPU, which interrupt long calls more often than short ones.
@@ -84,11 +86,12 @@ def time_models(
     for turn in range(rounds):
         for name in back if turn % 2 else there:
             taken[name].append(np.array([_timed(runs[name], images, both) for _ in range(calls[name])]))
-    base = [np.median(times[:, 1]) for times in taken[reference]]
+    work = {name: [np.median(times[:, 1]) for times in turns] for name, turns in taken.items()}
     found = {}
     for name, turns in taken.items():
         times = np.concatenate(turns)[:, 0]
-        ratios = [np.median(t[:, 1]) / b for t, b in zip(turns, base, strict=True)]
+        base = work[reference if isinstance(reference, str) else reference[name]]
+        ratios = [own / its for own, its in zip(work[name], base, strict=True)]
         found[name] = {
             "p50_ms": 1e3 * float(np.percentile(times, 50)),
             "p95_ms": 1e3 * float(np.percentile(times, 95)),

@@ -250,11 +250,11 @@ def _float_nodes(proto: Any, preprocessing: bool, task: Task) -> list[str]:
     return [
         *(_preprocessing_nodes(proto) if preprocessing else ()),
         *_spectrogram_nodes(proto),
-        *(_last_nodes(proto) if task.output_kind in (BOXES, MASK) else ()),
+        *(last_nodes(proto) if task.output_kind in (BOXES, MASK) else ()),
     ]
 
 
-def _last_nodes(proto: Any) -> list[str]:
+def last_nodes(proto: Any) -> list[str]:
     """Returns the names of the nodes whose results reach no convolution and no product of matrices."""
     needed: set[str] = set()
     names = []

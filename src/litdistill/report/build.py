@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import quote
 
-from litdistill.report import headline, history, members, of_task, sections
+from litdistill.report import costs, headline, history, members, of_task, sections
 from litdistill.report.blocks import Block, Link, Section, Warn, write
 from litdistill.report.collect import Group, Settings, groups
 from litdistill.report.membership import privacy
@@ -70,7 +70,7 @@ def page_sections(group: Group, key: str, settings: Settings) -> list[Section]:
     found = [
         sections.quality(group, key),
         sections.tradeoffs(group, key),
-        sections.cost(group, key, settings),
+        costs.cost(group, key, settings),
         sections.over_seeds(group, key),
     ]
     if group.one_label:

@@ -31,7 +31,7 @@ from litdistill.export.writers import ExportWrapper
 from litdistill.features.outputs import run_network
 from litdistill.models.preprocess import preprocess_of
 from litdistill.report import tables as report
-from litdistill.report.files import or_untimed, shipped_file, write_teacher
+from litdistill.report.files import check_of, or_untimed, own_summary, shipped_file, starts, write_teacher
 from litdistill.tasks import Classification, Task
 from litdistill.types import Outputs
 from litdistill.utils.checkpoint import write_text
@@ -51,6 +51,7 @@ class Settings(NamedTuple):
     epsilons: tuple[int, ...] = (4, 8, 16, 32)
     device: str = "auto"
     trust: tuple[str, ...] = ()
+    int8: bool = False
 
 
 @dataclass
@@ -97,6 +98,7 @@ class Row:
     teacher: bool = False
     checkpoint: str | None = "auto"  # of a teacher: `teacher.checkpoint` in its first student's config
     precision: str = "fp32"
+    converted: bool = False  # to int8 after the training: the runs are those of another row
     file: Path | None = None  # the ONNX file of the first seed, for timing
     net: nn.Module | None = None  # the network, for timing on the GPU; None for int8
     timing: dict[str, Any] = field(default_factory=dict)
@@ -175,18 +177,29 @@ def _group(facts: dict[str, Any], runs: Sequence[tuple[Path, dict[str, Any]]], o
     corrupted: dict[str, list[Tensor]] = {}
     rows = []
     for kind in kinds:
-        about = kind[0]["student"]
-        row = Row(report.label(kind[0], kinds), about, precision=about.get("precision", "fp32"))
-        for summary in kind:
-            log.info("Measuring %s, seed %s", row.label, summary["seed"])
-            try:
-                _measure_run(group, row, folders[id(summary)], summary, teachers, corrupted, out, settings)
-            except UserError as error:
-                group.problems.append(f"{folders[id(summary)].name} ({row.label}) was not measured: {error}")
-        rows.append(row)
+        about, label = kind[0]["student"], report.label(kind[0], kinds)
+        precision = about.get("precision", "fp32")
+        made = [(Row(label, about, precision=precision), kind)]
+        if settings.int8 and precision == "fp32":
+            converted = Row(f"{label}, then int8", about, precision="int8", converted=True)
+            made.append((converted, [_converted(summary) for summary in kind]))
+        for row, summaries in made:
+            for summary, source in zip(summaries, kind, strict=True):
+                folder = folders[id(source)]
+                log.info("Measuring %s, seed %s", row.label, summary["seed"])
+                try:
+                    _measure_run(group, row, folder, summary, teachers, corrupted, out, settings)
+                except UserError as error:
+                    group.problems.append(f"{folder.name} ({row.label}) was not measured: {error}")
+            rows.append(row)
     group.rows = [r for r in (*teachers.values(), *rows) if r.seeds]
     _tell_apart(group.rows)
     return group
+
+
+def _converted(summary: dict[str, Any]) -> dict[str, Any]:
+    """Returns the summary of a run for its int8 file: nothing was trained of that, and its findings are the run's."""
+    return {**summary, "epochs": 0, "findings": {}, "student": {**summary["student"], "precision": "int8"}}
 
 
 def _tell_apart(rows: Sequence[Row]) -> None:
@@ -212,7 +225,7 @@ def _measure_run(
     sha = summary["teacher"]["sha256"] if distiller.teacher is not None else None
     if sha in teachers and not (teacher := teachers[sha]).seeds:
         assert distiller.teacher is not None
-        seed = Seed(_own_summary(folder, sha, settings) or {}, folder, task, sha256=sha)
+        seed = Seed(own_summary(folder, sha, settings.trust) or {}, folder, task, sha256=sha)
         _measure(seed, distiller.teacher.net, None, data, device, group, corrupted, out, settings)
         teacher.seeds.append(seed)
         teacher.checkpoint = load_run(folder, settings.trust)[0].teacher.checkpoint
@@ -226,8 +239,12 @@ def _measure_run(
     if exports and (row.precision == "int8" or row.file is None):
         ship = partial(shipped_file, folder, row.precision, summary, settings.trust)
         path = ship() if row.precision == "int8" else or_untimed(ship, group.problems, f"{folder.name} ({row.label})")
-    seed = Seed(summary, folder, task, sha256=summary["student"]["sha256"], starts=_starts(folder, summary, settings))
+    seed = Seed(
+        summary, folder, task, sha256=summary["student"]["sha256"], starts=starts(folder, summary, settings.trust)
+    )
     _measure(seed, net, path if row.precision == "int8" else None, data, device, group, corrupted, out, settings)
+    if row.converted and path is not None:
+        summary["check"] = check_of(path)
     if not task.reads_labels:
         reference = teachers[str(sha)].seeds[0]
         for one in (reference, seed):  # their measure is the teacher
@@ -257,29 +274,6 @@ def whole_split(data: Any, split: str) -> tuple[Tensor | None, Tensor]:
     batches = list(data.batches(split))
     one = all(isinstance(batch.inputs, Tensor) for batch in batches)
     return torch.cat([b.inputs for b in batches]) if one else None, torch.cat([b.targets for b in batches])
-
-
-def _own_summary(folder: Path, sha: str, settings: Settings) -> dict[str, Any] | None:
-    """Returns the summary of the run that trained the teacher, from the `teachers` folder; None if it is not there."""
-    cfg, _ = load_run(folder, settings.trust)
-    for path in Path(cfg.runs, "teachers").glob("*/summary.json"):
-        summary = json.loads(path.read_text())
-        if summary["student"]["sha256"] == sha:
-            return dict(summary)
-    return None
-
-
-def _starts(folder: Path, summary: dict[str, Any], settings: Settings) -> dict[str, float]:
-    """Returns the seconds of each run among a student's starting points, by name, each without its predecessors."""
-    cfg, _ = load_run(folder, settings.trust)
-    found: dict[str, float] = {}
-    while (start := summary.get("start")) is not None and "run" in start:
-        file = Path(cfg.runs, "students", Path(start["run"]).name, "summary.json")
-        if not file.is_file():
-            return found | {start["run"]: start["total_s"]}  # the total, predecessors included
-        summary = json.loads(file.read_text())
-        found[start["run"]] = summary["time"]["total_s"]
-    return found
 
 
 def _measure(

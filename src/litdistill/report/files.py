@@ -1,7 +1,9 @@
-"""The ONNX files for timing: each student's exported file, and each teacher's, which is written for the page only."""
+"""The files that the page reads beside a run: its ONNX file, its teacher's, which is written for the page only, and the
+summaries of the runs that it starts from."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from litdistill.evaluation.evaluate import load_run
 from litdistill.export.export import export
 from litdistill.export.predict import runtime
 from litdistill.export.writers import write_format
@@ -34,6 +37,11 @@ def shipped_file(folder: Path, precision: str, summary: dict[str, Any], trust: S
             runtime(content, facts, path)  # raises UserError for external weights
             return path
     return export(folder, "onnx", precision, trust=trust)[0]
+
+
+def check_of(path: Path) -> dict[str, Any]:
+    """Returns how an exported file was compared with its network; see `litdistill.export.export.check`."""
+    return dict(read_manifest(path.parent / MANIFEST)[path.name].get("check") or {})
 
 
 def or_untimed(make: Callable[[], Path], problems: list[str], whose: str) -> Path | None:
@@ -64,3 +72,26 @@ def write_teacher(net: nn.Module, data: Any, path: Path, task: Task | None = Non
     if not difference <= 1e-3 * largest or same < SAME:
         raise UserError(f"{path} gives other outputs than the teacher: it cannot be timed in the students' runtime.")
     return path
+
+
+def own_summary(folder: Path, sha: str, trust: Sequence[str]) -> dict[str, Any] | None:
+    """Returns the summary of the run that trained the teacher, from the `teachers` folder; None if it is not there."""
+    cfg, _ = load_run(folder, trust)
+    for path in Path(cfg.runs, "teachers").glob("*/summary.json"):
+        summary = json.loads(path.read_text())
+        if summary["student"]["sha256"] == sha:
+            return dict(summary)
+    return None
+
+
+def starts(folder: Path, summary: dict[str, Any], trust: Sequence[str]) -> dict[str, float]:
+    """Returns the seconds of each run among a student's starting points, by name, each without its predecessors."""
+    cfg, _ = load_run(folder, trust)
+    found: dict[str, float] = {}
+    while (start := summary.get("start")) is not None and "run" in start:
+        file = Path(cfg.runs, "students", Path(start["run"]).name, "summary.json")
+        if not file.is_file():
+            return found | {start["run"]: start["total_s"]}  # the total, predecessors included
+        summary = json.loads(file.read_text())
+        found[start["run"]] = summary["time"]["total_s"]
+    return found

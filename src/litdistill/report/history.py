@@ -55,7 +55,8 @@ def curves(group: Group, key: str) -> Section:
 
 
 def _both(group: Group) -> list[tuple[plots.Style, Row]]:
-    return list(zip(looks(group), group.rows, strict=True))
+    """Returns the rows that were trained, with their styles: what was converted afterwards has the history of another."""
+    return [(s, r) for s, r in zip(looks(group), group.rows, strict=True) if not r.converted]
 
 
 def curve(folder: Path, metric: str) -> tuple[list[int], list[float]] | None:
@@ -152,7 +153,10 @@ def device(summary: dict[str, Any]) -> str:
 def rerun(group: Group, key: str) -> Section:
     """Returns the section with the command of each row."""
     blocks: list[Block] = []
-    for style, row in _both(group):
+    for style, row in zip(looks(group), group.rows, strict=True):
+        if row.converted:
+            blocks += [Text(f"{style.name}: litdistill export run=<folder of each of these runs> precision=int8")]
+            continue
         if row.teacher:
             blocks += [Text(f"{style.name}: {origin(row.checkpoint)}.")]
             continue

@@ -79,7 +79,7 @@ def only_teacher(group: Group, key: str) -> Section:
         )
     ]
     for style, row in zip(looks(group), group.rows, strict=True):
-        if not (pairs := with_teachers(row, group)):
+        if row.converted or not (pairs := with_teachers(row, group)):
             continue
         student, teacher = (split_of(seed) for seed in pairs[0])
         lost, won, total = only_one(student, teacher), only_one(teacher, student), sum(len(t) for t in student.truth)

@@ -12,13 +12,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from litdistill.evaluation.latency import NOT_REPORTED
 from litdistill.evaluation.predictions import agreement
 from litdistill.report import headline, plots, points
 from litdistill.report.blocks import Block, Fold, Grid, Picture, Section, Table, Text, Thumb, Thumbs
-from litdistill.report.collect import Group, Row, Seed, Settings
+from litdistill.report.collect import Group, Row, Seed
 from litdistill.tasks import Detection, metrics
-from litdistill.utils.units import SHARES, axis, factor, heading, named, quantity, shown_mean, spread
+from litdistill.utils.units import SHARES, axis, factor, heading, named, shown_mean, spread
 
 FAILURES = 8  # images per row
 MEASURED = "How this was measured"
@@ -104,7 +103,27 @@ def quality(group: Group, key: str) -> Section:
     columns = {name: cells for name, cells in columns.items() if any(cells)}
     left = [i for i, name in enumerate(columns) if name in ("model", "network", "starts from")]
     table = Table(f"{key}quality", list(columns), list(zip(*columns.values(), strict=True)), left, marked)
-    return Section(f"{key}worth", "What each is worth", [table, Fold(MEASURED, [_worth(group, like)])])
+    blocks: list[Block] = [table, *map(Text, _parity(group)), Fold(MEASURED, [_worth(group, like)])]
+    return Section(f"{key}worth", "What each is worth", blocks)
+
+
+def _parity(group: Group) -> list[str]:
+    """Returns how far the int8 files that were made after training are from their networks, a line a row of such."""
+    found = []
+    for name, row in zip(names(group), group.rows, strict=True):
+        if row.converted:
+            checks = [seed.summary["check"] for seed in row.seeds]
+            same = shown_mean("agreement", [c["agreement"] for c in checks])
+            metric, decided = (
+                group.metric,
+                checks[0]["compared"][1].removesuffix(" agree").removesuffix(" are the same"),
+            )
+            pairs = [shown_mean(metric, [c[who] for c in checks]) for who in ("exported", "student")]
+            found.append(
+                f"{name}: {same} % of {decided} are those of the float network; {named(metric)} {pairs[0]}, of the float "
+                f"network {pairs[1]}."
+            )
+    return found
 
 
 def _worth(group: Group, like: Sequence[str]) -> str:
@@ -151,75 +170,6 @@ def starts_from(summary: Mapping[str, Any], things: str = "images") -> str:
         "teacher": f"the teacher ({images})",
         "published": "published weights",
     }.get(start.get("from"), f"a network of {images}" + (f" ({start['method']})" if "method" in start else ""))
-
-
-def cost(group: Group, key: str, settings: Settings) -> Section:
-    things = group.things
-    head = ["model", "precision", "parameters", "MACs", "file, kB", "of teacher's"]
-    for batch in (1, 64):
-        head += [f"batch {batch}: p50, ms", "p95, ms", "of teacher's (quartiles)"]
-    head += [f"{things}/s at 64", "peak memory, MB", f"J per 1,000 {things}"]
-    timed = [(n, r) for n, r in zip(names(group), group.rows, strict=True) if "cpu" in r.timing]
-    reference = next((r for _, r in timed if r.teacher), None)
-    rows = []
-    for name, row in timed:
-        t = row.timing
-        cells = [
-            name,
-            row.precision,
-            f"{row.about['params']:,}",
-            counted(row.about["macs"]),
-            f"{t['bytes'] / 1e3:,.1f}",
-        ]
-        cells.append(f"{t['bytes'] / reference.timing['bytes']:.3f}" if reference else "")
-        cells += times(t["cpu"], reference is not None)
-        cells += [NOT_REPORTED if t["memory"] is None else f"{t['memory'] / 1e6:.1f}", joules(t["cpu"]["energy"])]
-        rows.append(cells)
-    inputs = "uint8 images" if group.pictured else "samples as they are read"
-    about = (
-        f"All models, the teacher too, are ONNX files that take {inputs}, each that of its row's first seed, run by "
-        f"onnxruntime on {quantity(settings.threads, 'CPU thread')}. They are warmed up and timed in turn: "
-        f"{settings.rounds} rounds through all of them, every other one backwards, and a ratio is that of a round's medians"
-        f"{', of the time that the thread had the CPU' if settings.threads == 1 else ''} (median and quartiles over "
-        "rounds; below 1 is faster than the teacher). Peak memory: by how much a fresh process grows that has "
-        f"onnxruntime loaded, loads the file and runs it on 64 {things}. Energy: of the whole CPU package, whatever else it "
-        f"does. Multiply-accumulates are those of one {things[:-1]}. Parameters are those of the network that was "
-        "trained: in int8 its batch normalization is folded into the convolutions, which leaves fewer. Of networks as small "
-        "as some here most of the latency is what a call of the runtime costs, whatever it computes, and int8 need not be "
-        "faster there."
-    )
-    if timed:
-        about += f" While it timed, this process had {timed[0][1].timing['cpu_share']:.2f} CPUs."
-    blocks: list[Block] = [Table(f"{key}cost", head, rows, (0, 1)), *_on_gpu(timed, reference, key, things)]
-    blocks.append(Fold(MEASURED, [about]))
-    return Section(f"{key}costs", "What each costs", blocks)
-
-
-def _on_gpu(timed: Sequence[tuple[str, Row]], reference: Row | None, key: str, things: str) -> list[Block]:
-    on_gpu = [(n, r) for n, r in timed if "cuda" in r.timing]
-    if not on_gpu:
-        return [Text("GPU: none here.")]
-    head = ["model"]
-    for batch in (1, 64):
-        head += [f"batch {batch}: p50, ms", "p95, ms", "of teacher's (quartiles)"]
-    head += [f"{things}/s at 64", f"J per 1,000 {things}"]
-    rows = [[n, *times(r.timing["cuda"], reference is not None), joules(r.timing["cuda"]["energy"])] for n, r in on_gpu]
-    return [
-        Text(f"On the GPU, by torch in float32, the way of the {things} there and of the logits back included."),
-        Table(f"{key}gpu", head, rows),
-    ]
-
-
-def times(timing: Mapping[Any, Any], ratios: bool) -> list[str]:
-    cells = []
-    for batch in (1, 64):
-        t = timing[batch]
-        cells += [f"{t['p50_ms']:.3f}", f"{t['p95_ms']:.3f}", share(t["ratio"], 1) if ratios else ""]
-    return [*cells, f"{timing[64]['images_per_s']:,.0f}"]
-
-
-def joules(value: float | None) -> str:
-    return NOT_REPORTED if value is None else f"{value:.3g}"
 
 
 def tradeoffs(group: Group, key: str) -> Section:

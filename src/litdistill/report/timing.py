@@ -11,14 +11,22 @@ from typing import Any
 import torch
 
 from litdistill.evaluation import latency as measure
+from litdistill.export import latency as postprocessing
 from litdistill.report.collect import Group, Row, Settings
 
 BATCHES = (1, 64)
 
 
+def batches_of(group: Group) -> tuple[int, ...]:
+    """Returns the batch sizes that a group is timed with: smaller ones of files with post-processing, which give pictures."""
+    own = any(postprocessing.has_postprocessing(s.task) for row in group.rows for s in row.seeds)
+    return postprocessing.BATCHES if own else BATCHES
+
+
 def time_rows(group: Group, settings: Settings) -> None:
     """Fills `Row.timing`: "bytes", "memory" (bytes or None), the times of each batch size and "energy" for "cpu" and "cuda",
-    and "cpu_share": the mean number of CPUs this process used. Below its threads, other processes competed for the CPU.
+    those without post-processing on the CPU (`litdistill.export.latency.WITHOUT`) of files that have some, and "cpu_share":
+    the mean number of CPUs this process used. Below its threads, other processes competed for the CPU.
 
     On the CPU all models, teachers included, are ONNX files in onnxruntime; on the GPU they are networks in torch, without
     int8. Ratios are to the group's first teacher, or to its first row where there is none.
@@ -31,7 +39,7 @@ def time_rows(group: Group, settings: Settings) -> None:
         assert row.file is not None
         row.timing |= {
             "bytes": row.file.stat().st_size,
-            "memory": measure.peak_memory(row.file, BATCHES[-1], settings.threads),
+            "memory": measure.peak_memory(row.file, batches_of(group)[-1], settings.threads),
         }
     _on(group, rows, reference, "cpu", lambda row: measure.onnx_run(row.file.read_bytes(), settings.threads), settings)  # type: ignore[union-attr]
     nets = [r for r in rows if r.net is not None]
@@ -47,24 +55,23 @@ def _on(
     make: Callable[[Row], measure.Run],
     settings: Settings,
 ) -> None:
-    runs = {row.label: make(row) for row in rows}
-    for row in rows:
-        row.timing[device] = {}
+    runs, bare, batches = {row.label: make(row) for row in rows}, {}, batches_of(group)
+    if device == "cpu" and batches == postprocessing.BATCHES:
+        files = {row.label: row.file.read_bytes() for row in rows if row.file is not None}
+        cut = {name: postprocessing.without_postprocessing(content) for name, content in files.items()}
+        bare = {name: measure.onnx_run(content, settings.threads) for name, content in cut.items()}
     start = time.perf_counter(), time.process_time()
-    for batch in BATCHES:
-        assert group.inputs is not None
-        images = group.inputs[torch.arange(batch) % len(group.inputs)].numpy()
-        alone = device == "cpu" and settings.threads == 1
-        times_of = measure.time_models(
-            runs, images, reference.label, settings.rounds, work_clock=time.thread_time if alone else None
-        )
-        for name, times in times_of.items():
-            next(r for r in rows if r.label == name).timing[device][batch] = times
+    assert group.inputs is not None
+    clock = time.thread_time if device == "cpu" and settings.threads == 1 else None
+    found = postprocessing.time_batches(runs, bare, group.inputs, reference.label, batches, settings.rounds, clock)
+    for row in rows:
+        row.timing[device] = found[row.label]
+    largest = group.inputs[torch.arange(batches[-1]) % len(group.inputs)].numpy()
     share = (time.process_time() - start[1]) / (time.perf_counter() - start[0])
     for row in rows:
         if device == "cpu":
             row.timing["cpu_share"] = share
-        row.timing[device]["energy"] = measure.energy_per_1000(runs[row.label], images, device)
+        row.timing[device]["energy"] = measure.energy_per_1000(runs[row.label], largest, device)
 
 
 def machine() -> dict[str, Any]:

@@ -27,6 +27,7 @@ from litdistill.evaluation.findings import judge_gap
 from litdistill.evaluation.predictions import evaluations_folder, measure, output_width
 from litdistill.evaluation.summary import hyperparameters, start_of, summarize
 from litdistill.export.export import export_student
+from litdistill.export.latency import WITHOUT, has_postprocessing, onnx_of, time_files
 from litdistill.models.metadata import student_metadata
 from litdistill.models.preprocess import bare
 from litdistill.tasks.base import Task
@@ -88,6 +89,11 @@ def finish(run: Run, times: dict[str, float], role: str) -> None:
     save_student(student, run.folder / STUDENT, metadata)
     if isinstance(bare(student), Int8):
         summary["student"] |= {"precision": "int8", "bytes": _write_int8(run.folder, student, run.data, task)}
+    if cfg.get("latency") and role == "Student":
+        nets = {"student": student} | ({} if teacher is None else {"teacher": teacher})
+        summary["latency"] = latency_of(nets, run.data, task)
+        for net in nets.values():  # files are written on the CPU
+            net.to(device)
     summary["findings"] = judge_student(student, run, found["findings"], device)
     # This file marks the run as finished: pictures come after it, and none can lose it.
     write_text(run.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
@@ -103,6 +109,32 @@ def finish(run: Run, times: dict[str, float], role: str) -> None:
     show(run, student, teacher, device, kept, summary)
     if trainer.world_size == 1:
         consult(cfg, run.data, run.distiller, summary, device)
+
+
+def latency_of(nets: Mapping[str, nn.Module], data: Any, task: Task) -> dict[str, Any] | None:
+    """Returns by network and batch size p50 and p95 in ms, with and without post-processing, of ONNX files on one CPU thread;
+    None, with a warning, where networks cannot be written as such."""
+    try:
+        if not has_postprocessing(task):
+            raise UserError(
+                "latency=true times files with post-processing, of boxes and masks; the page times all others."
+            )
+        files = {name: onnx_of(net, data, task) for name, net in nets.items()}
+        found = time_files(files, next(iter(data.batches("test"))).inputs.cpu(), list(files)[-1])
+    except (UserError, ModuleNotFoundError) as error:
+        log.warning("The run is finished without its latency. %s", error)
+        return None
+    kept = lambda one: {key: one[key] for key in ("p50_ms", "p95_ms")}  # noqa: E731
+    return {
+        "runtime": "onnxruntime",
+        "threads": 1,
+        **{
+            name: {
+                str(batch): {**kept(one), WITHOUT.replace(" ", "_"): kept(one[WITHOUT])} for batch, one in times.items()
+            }
+            for name, times in found.items()
+        },
+    }
 
 
 def judge_student(student: nn.Module, run: Run, found: Findings, device: torch.device) -> Findings:

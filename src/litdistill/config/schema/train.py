@@ -196,6 +196,9 @@ class Train(Node):
     compile: Compile | None = option(
         "torch.compile, which pays on a GPU and for long runs: default, reduce-overhead (CUDA graphs), …"
     )
+    latency: bool = option(
+        "true: at the end time student and teacher as ONNX files, with and without post-processing, for summary.json"
+    )
     threads: Count | None = option("CPU threads; null: all cores, which tiny networks are slower for")
     deterministic: bool | Literal["warn"] = option(
         "on GPU: deterministic kernels (on CPU runs are deterministic as they are)"

@@ -108,6 +108,7 @@ class Report(Node):
     rounds: Count = option("how often each model has its turn to be timed")
     robustness: CountFromZero = option("test images to spoil and to attack, of classifiers; 0: none")
     epsilons: Levels = option("of the attacks, in levels of 255")
+    int8: bool = option("measure each student of float weights as an int8 file too, made after its training")
     device: Device = option("where students are evaluated: cpu, cuda, or auto; they are timed on both")
     trust: list[Text] | None = option(TRUST)
 
@@ -119,6 +120,9 @@ class Compare(Node):
     seeds: Count = option("runs of each technique")
     techniques: Texts | None = option("[distilled, int8]: only these; null: all")
     family: Annotated[list[Text | list[Count]], Field(min_length=1)] = option("widths of the students of `family`")
+    backbone: Text | None = option(
+        "of detectors: the folder of a finished classification run, for the technique fine_tuned; null: without it"
+    )
     jobs: Count = option("runs at a time; models are timed afterwards, one at a time")
     overrides: list[Text] = option(
         "of every run, as for litdistill train, each in quotes: \"overrides=['trainer.max_epochs=5']\""
