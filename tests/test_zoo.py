@@ -38,6 +38,7 @@ OTHER_TASKS = {
     "fgd",
     "ld",
     "pkd_dense_kd",
+    "ld_dense_kd",
     "pseudo_boxes",
 }  # several labels a sample, boxes (tests/test_detection_runs.py)
 NAMES = sorted(p.stem for p in (CONF / "method").glob("*.yaml") if p.stem not in OTHER_TASKS)

@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from litdistill.methods.base import BOXES, Method, check_weights
+from litdistill.methods.base import BOXES, Method
 from litdistill.models.preprocess import SCALE
-from litdistill.tasks.detection.dense_kd import check_anchors, check_dense, dense_terms
+from litdistill.tasks.detection.dense_kd import DenseTerms, check_anchors
 from litdistill.tasks.detection.detector import Detector, detector_of
 from litdistill.types import Batch, Outputs, Taps
 from litdistill.utils.errors import UserError
@@ -57,11 +57,9 @@ class CrossKD(Method):
         remaining: int = 1,
     ):
         super().__init__(hard)
-        check_weights(soft=soft, box=box, centerness=centerness)
-        check_dense(power, least)
+        self.terms = DenseTerms(soft, box, centerness, power, least)
         if remaining < 0:
             raise UserError(f"remaining={remaining} is a number of convolutions of the teacher's head, 0 or more.")
-        self.soft, self.box, self.centerness, self.power, self.least = soft, box, centerness, power, least
         self.remaining = remaining
         self.names: dict[str, list[str]] = {}  # by branch, of the student's features of each level
         self.rest: Rest | None = None
@@ -85,7 +83,7 @@ class CrossKD(Method):
 
     def _used(self) -> tuple[str, ...]:
         """Returns the branches with a term: an unused projector would stop DDP."""
-        wanted = (self.soft, self.box or self.centerness)
+        wanted = (self.terms.soft, self.terms.box or self.terms.centerness)
         return tuple(branch for branch, weight in zip(BRANCHES, wanted, strict=True) if weight)
 
     def taps(self) -> Taps:
@@ -101,7 +99,7 @@ class CrossKD(Method):
                 self.projectors[branch] = nn.Conv2d(first.shape[1], channels, 1, device=first.device)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
-        return dense_terms(Outputs(self.cross(student)), teacher, self)
+        return self.terms(Outputs(self.cross(student)), teacher)
 
     def cross(self, student: Outputs) -> dict[str, Tensor]:
         """Returns the cross-head predictions, heads as of a detector; without `boxes` for a student in evaluation mode."""

@@ -8,8 +8,6 @@ targets; boxes and centerness count as the teacher is confident there. No label 
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from litdistill.methods.base import BOXES, Method, check_weights
@@ -47,41 +45,45 @@ class DenseKD(Method):
         least: float = 0.05,
     ):
         super().__init__(hard)
-        check_weights(soft=soft, box=box, centerness=centerness)
-        check_dense(power, least)
-        self.soft, self.box, self.centerness, self.power, self.least = soft, box, centerness, power, least
+        self.terms = DenseTerms(soft, box, centerness, power, least)
 
     def build(self, student: Outputs, teacher: Outputs, targets: Tensor | None) -> None:
         check_anchors(student, teacher, "dense_kd")
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
-        return dense_terms(student, teacher, self)
+        return self.terms(student, teacher)
 
 
-def dense_terms(student: Outputs, teacher: Outputs, options: Any) -> dict[str, Tensor]:
-    """Returns the weighted terms of `DenseKD` by name; `options`: has its attributes."""
-    weight = above(confidence(teacher.logits), options.least)
-    s, t = student.heads, teacher.heads
-    terms = {}
-    if options.soft:
-        terms["soft"] = options.soft * quality_focal(s["logits"], t["logits"], options.power)
-    if options.box and "boxes" in s:
-        terms["soft_box"] = options.box * weighted_giou(s["boxes"], t["boxes"], weight)
-    if options.centerness and "centerness" in s and "centerness" in t:
-        terms["soft_centerness"] = options.centerness * weighted_entropy(s["centerness"], t["centerness"], weight)
-    return terms
+class DenseTerms:
+    """The weighted terms of `DenseKD` by name, of two networks' outputs.
 
+    Args: as of `DenseKD`. Raises `UserError` for a weight below 0, an exponent without a gradient at agreement, or a confidence
+    that is no probability.
+    """
 
-def check_dense(power: float, least: float) -> None:
-    """Raises `UserError` for an exponent without a gradient at agreement, or a confidence that is no probability."""
-    if not (power == 0 or power >= 1):
-        raise UserError(
-            f"power={power}: an exponent between 0 and 1 has no gradient where both agree. Use 0, or 1 to 4."
-        )
-    if not 0 <= least < 1:
-        raise UserError(
-            f"least={least} is a confidence of the teacher, from 0 to below 1. Common values are 0.05 to 0.3."
-        )
+    def __init__(self, soft: float, box: float, centerness: float, power: float, least: float):
+        check_weights(soft=soft, box=box, centerness=centerness)
+        if not (power == 0 or power >= 1):
+            raise UserError(
+                f"power={power}: an exponent between 0 and 1 has no gradient where both agree. Use 0, or 1 to 4."
+            )
+        if not 0 <= least < 1:
+            raise UserError(
+                f"least={least} is a confidence of the teacher, from 0 to below 1. Common values are 0.05 to 0.3."
+            )
+        self.soft, self.box, self.centerness, self.power, self.least = soft, box, centerness, power, least
+
+    def __call__(self, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
+        weight = above(confidence(teacher.logits), self.least)
+        s, t = student.heads, teacher.heads
+        terms = {}
+        if self.soft:
+            terms["soft"] = self.soft * quality_focal(s["logits"], t["logits"], self.power)
+        if self.box and "boxes" in s:
+            terms["soft_box"] = self.box * weighted_giou(s["boxes"], t["boxes"], weight)
+        if self.centerness and "centerness" in s and "centerness" in t:
+            terms["soft_centerness"] = self.centerness * weighted_entropy(s["centerness"], t["centerness"], weight)
+        return terms
 
 
 def check_anchors(student: Outputs, teacher: Outputs, method: str) -> None:
