@@ -214,6 +214,9 @@ FAULTS = {
     "Pictures that are listed and are not there, left out: 1 (gone.jpg).": lambda c, i, a: i.update(
         file_name="gone.jpg"
     ),
+    f"Pictures that are listed and are not there, left out: 1 ({'x' * 5000}).": lambda c, i, a: i.update(
+        file_name="x" * 5000
+    ),
     "Boxes that are listed twice, kept once: 1 (1.jpg).": lambda c, i, a: c["annotations"].append(dict(a, id=77)),
     "Boxes under an id that another has, kept: 1 (2.jpg).": lambda c, i, a: c["annotations"][1].update(id=1),
     "Pictures of another shape than their annotation states, left out: 1 (1.jpg).": lambda c, i, a: i.update(width=77),
@@ -284,6 +287,7 @@ BAD = {
     "has two categories of the name cat": lambda c: c["categories"][1].update(name="cat"),
     "has a category without id and name": lambda c: c["categories"][0].pop("name"),
     "has a picture without id and file_name": lambda c: c["images"][0].update(id=[1]),
+    "has a picture without a name, of id 1": lambda c: c["images"][0].update(file_name=""),
     "has no box to train on": lambda c: [a.update(bbox=[1, 1, 0, 0]) for a in c["annotations"]],
     "None of the pictures of": lambda c: [i.update(file_name=f"x{i['id']}.jpg") for i in c["images"]],
 }
@@ -311,6 +315,12 @@ def test_a_file_from_which_nothing_can_be_learnt_is_refused_in_a_line(root, line
 def test_json_that_is_none_is_refused_in_a_line(root, text, line):
     with pytest.raises(UserError, match=line):
         read(written(root, text))
+
+
+def test_a_side_without_end_is_no_crash(root):
+    content = listed()
+    content["images"][0]["width"] = 10**400
+    assert read(written(root, content)).source is not None
 
 
 def test_a_number_without_end_is_no_crash(root, caplog):
@@ -446,6 +456,13 @@ FILE = '<!DOCTYPE a [<!ENTITY e SYSTEM "file:///etc/passwd">]>'
 def test_a_hostile_or_broken_annotation_is_refused_by_name(tree, content, line):
     (tree / "Annotations" / "7.xml").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError, match=rf"^The annotation 7\.xml cannot be read \(.*{line}"):
+        read(tree, voc.voc)
+
+
+def test_all_annotations_that_cannot_be_read_are_counted(tree):
+    for name in ("3", "7", "8"):
+        (tree / "Annotations" / f"{name}.xml").write_text("<annotation>")
+    with pytest.raises(UserError, match=r"3\.xml cannot be read .* Others that cannot be used: 2 \(7, 8\)"):
         read(tree, voc.voc)
 
 

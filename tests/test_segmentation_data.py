@@ -140,7 +140,7 @@ def test_masks_without_a_picture_are_left_out_with_a_line(tmp_path, caplog):
     (tmp_path / "images" / "p5.jpg").unlink()
     with caplog.at_level("WARNING"):
         masks(tmp_path, val_size=1).setup()
-    assert "1 mask have no picture, and are left out: p5.png." in caplog.text
+    assert "Masks without a picture, left out: 1 (p5.png)." in caplog.text
 
 
 def bad_size(root):
@@ -167,6 +167,30 @@ def damaged(root):
     (root / "masks" / "p1.png").write_bytes(b"no picture")
 
 
+def damaged_thrice(root):
+    for name in ("p1", "p2"):
+        (root / "masks" / f"{name}.png").write_bytes(b"")
+    (root / "images" / "p4.jpg").write_bytes(b"no picture")
+
+
+def below_0(root):
+    write(root, "x", picture=".png")
+    Image.fromarray(np.full((8, 12), -5, np.int32)).save(root / "masks" / "x.tif")
+    (root / "masks" / "x.png").unlink()
+
+
+def uncounted(root):
+    for path in (root / "masks").iterdir():
+        Image.fromarray(np.full((8, 12), 255, np.uint8)).save(path)
+
+
+def unprintable(root):
+    (root / "masks" / "p1.png").rename(root / "masks" / "p\x1b[31m.png")
+    (root / "images" / "p1.jpg").rename(root / "images" / "p\x1b[31m.jpg")
+    damaged(root)
+    (root / "masks" / "p1.png").rename(root / "masks" / "p\x1b[31m.png")
+
+
 def empty(root):
     for path in (root / "images").iterdir():
         path.unlink()
@@ -188,6 +212,10 @@ def no_masks(root):
         (other_size, r"Pictures are of 2 sizes \(6 of 12x8, 1 of 9x9\): set data.size"),
         (twice, r"p1.jpg and p1.png have the same name but for the suffix"),
         (damaged, r"The mask .*p1.png cannot be read"),
+        (damaged_thrice, r"The mask .*p1.png cannot be read .* Others that cannot be used: 2 \(p2.jpg, p4.jpg\)"),
+        (below_0, r"The mask .*x.tif cannot be read \(it holds numbers below 0\)"),
+        (uncounted, r"No pixel of the masks in .* \(train\) has a class: all are 255"),
+        (unprintable, r"The mask .*p\?\[31m.png cannot be read"),
         (empty, r"images holds no picture"),
         (no_masks, r"There is no folder .*masks: data.root is one that holds images/ and masks/"),
     ],
@@ -203,3 +231,25 @@ def test_bad_input_is_one_line(tmp_path, change, said):
 def test_a_root_is_needed():
     with pytest.raises(UserError, match=r"data=masks needs the folder that holds images/"):
         masks().setup()
+
+
+@pytest.mark.parametrize(
+    "size", [10**6, [10**6, 32], True, [1.5, 2], [float("nan")] * 2, ["a", "b"], "big", [0, 5], [1, 2, 3]]
+)
+def test_a_size_is_whole_numbers_of_pixels(tmp_path, size):
+    with pytest.raises(UserError, match=r"must be a number of pixels, or height and width, up to 8192 each"):
+        masks(tmp_path, size=size)
+
+
+@pytest.mark.parametrize("classes", [[], ["a"], "ab", ["a", "a"]])
+def test_classes_are_two_names_at_least(tmp_path, classes):
+    with pytest.raises(UserError, match=r"must be the names of two classes at least, each once"):
+        masks(tmp_path, classes=classes)
+
+
+def test_pictures_beyond_the_memory_are_refused(tmp_path, monkeypatch):
+    for i in range(6):
+        write(tmp_path, f"p{i}")
+    monkeypatch.setattr("os.sysconf", lambda name: 40)  # bytes of a page, and pages
+    with pytest.raises(UserError, match=r"6 pictures of 64 x 64 pixels take .* GB of memory"):
+        masks(tmp_path, size=64).setup()

@@ -95,6 +95,15 @@ def first_names(names: Sequence[str]) -> str:
     return ", ".join(one_line(name) for name in names[:FEW]) + (", …" if len(names) > FEW else "")
 
 
+def refuse(wrong: Mapping[str, UserError]) -> None:
+    """Raises the first of these errors, with how many others there are; they go by the names of their files."""
+    if not wrong:
+        return
+    first, *others = wrong
+    more = f" Others that cannot be used: {len(others):,} ({first_names(others)})." if others else ""
+    raise UserError(f"{wrong[first]}{more}") from wrong[first]
+
+
 def check_size(size: Sequence[int]) -> tuple[int, int]:
     """Returns `data.size` as (height, width). Raises `UserError` for any but two numbers of `SIDES`."""
     given = [size, size] if isinstance(size, int) else list(size)

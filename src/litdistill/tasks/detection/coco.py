@@ -27,6 +27,7 @@ WORDS = {"train": "train", "validation": r"val(id(ation)?)?", "test": "test"}
 OTHERS = re.compile(
     r"^(captions|person_keypoints|panoptic|stuff|image_info)", re.IGNORECASE
 )  # COCO's other annotations
+LONGEST = 2**31  # pixels of a side that annotations may state
 LOOKED_AT = 20  # pictures by which the folder is found
 
 
@@ -189,10 +190,12 @@ class Annotations:
                 raise self._wrong("has a picture without id and file_name")
             name = one["file_name"].replace("\\", "/")
             path = PurePosixPath(name)
-            if path.is_absolute() or ".." in path.parts or ":" in path.parts[0] or not path.name or "\0" in name:
+            if not path.name:
+                raise self._wrong(f"has a picture without a name, of id {one_line(one['id'])}")
+            if path.is_absolute() or ".." in path.parts or ":" in path.parts[0] or "\0" in name:
                 raise self._wrong(f"names the picture {one_line(name)}, which leads out of its folder")
             sides = (one.get("width"), one.get("height"))
-            entry = Entry(name, sides if all(type(n) is int and n > 0 for n in sides) else None)
+            entry = Entry(name, sides if all(type(n) is int and 0 < n < LONGEST for n in sides) else None)
             if self.images.setdefault(one["id"], entry) != entry:
                 first = one_line(self.images[one["id"]].name)
                 raise self._wrong(f"has two pictures of id {one['id']}: {first} and {one_line(name)}. Number them anew")
@@ -231,11 +234,18 @@ class Annotations:
                 )
         made = []
         for number, (name, sides) in self.images.items():
-            if (folder / name).is_file():
+            if _is_file(folder / name):
                 made.append(Picture(name, folder / name, boxes[number], sides))
             else:
                 faults.add("Pictures that are listed and are not there, left out", name)
         return made
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # such as a name that is longer than any can be
+        return False
 
 
 def _is_id(value: object) -> bool:
@@ -269,7 +279,7 @@ def _folder(root: Path, annotated: Annotations, part: str) -> Path:
     candidates = [path.parent, path.parent / "images", root, root / "images", root / "JPEGImages"]
     candidates += [base / word for base in (root, root / "images") for word in (split, part) if word]
     places = [place for place in dict.fromkeys(candidates) if place.is_dir()]
-    hits = [sum((place / name).is_file() for name in names) for place in places]
+    hits = [sum(_is_file(place / name) for name in names) for place in places]
     if not max(hits):
         raise UserError(
             f"None of the pictures of {one_line(path)}, such as {one_line(names[0])}, is in "

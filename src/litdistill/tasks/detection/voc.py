@@ -19,7 +19,17 @@ from xml.parsers import expat
 
 from litdistill.data.decode import extensions
 from litdistill.data.tensors import TensorData, TensorSource
-from litdistill.tasks.detection.annotated import Box, Faults, Parts, Picture, as_source, check_size, chosen, first_names
+from litdistill.tasks.detection.annotated import (
+    Box,
+    Faults,
+    Parts,
+    Picture,
+    as_source,
+    check_size,
+    chosen,
+    first_names,
+    refuse,
+)
 from litdistill.tasks.detection.coco import without_labels
 from litdistill.utils.errors import UserError
 from litdistill.utils.text import one_line
@@ -109,13 +119,18 @@ def source_of(
     faults = Faults()
     listed = list(dict.fromkeys(name for names in parts.values() for name in names))
     found: dict[str, Annotation] = {}
+    broken: dict[str, UserError] = {}
     for name in listed:
         if name not in tree.annotations:
             faults.add("Pictures that are listed and have no annotation, left out", name)
         elif name not in tree.pictures:
             faults.add("Annotations without a picture, left out", name)
         else:
-            found[name] = read_annotation(tree.annotations[name], f"{name}.xml")
+            try:
+                found[name] = read_annotation(tree.annotations[name], f"{name}.xml")
+            except UserError as error:
+                broken[name] = error
+    refuse(broken)
     for name in tree.pictures:
         if name not in tree.annotations:
             faults.add("Pictures without an annotation, left out (data.unlabelled=<folder>)", name)

@@ -26,16 +26,18 @@ from litdistill.data import augment as aug
 from litdistill.data.decode import extensions, formats, letterbox, sides
 from litdistill.data.sources import DIGITS
 from litdistill.data.tensors import TEST_SEED, TEST_SHARE, VAL_SEED, TensorData, TensorSource, TensorSplit
+from litdistill.tasks.detection.annotated import check_memory, first_names, refuse
 from litdistill.tasks.detection.scenes import TESTED, check_options, compose
 from litdistill.tasks.segmentation.metrics import IGNORED, MOST
 from litdistill.utils.errors import UserError
 from litdistill.utils.modality import Modality
+from litdistill.utils.text import one_line
 from litdistill.utils.units import quantity
 
 log = logging.getLogger(__name__)
 
 SPLITS = ("train", "val", "test")
-FEW = 5  # files that are named
+LONGEST = 8192  # pixels of a side of `data.size`
 NO_LABEL = -1
 
 
@@ -81,9 +83,11 @@ def masks(
     Raises `UserError` for files that do not fit, with how many and the first of their names.
     """
     shape = (size, size) if isinstance(size, int) else None if size is None else tuple(size)
-    if shape is not None and (len(shape) != 2 or min(shape) < 1):
-        raise UserError(f"data.size={size} must be a number of pixels, or height and width.")
-    names = None if classes is None else tuple(map(str, classes))
+    if shape is not None and (len(shape) != 2 or not all(type(n) is int and 1 <= n <= LONGEST for n in shape)):
+        raise UserError(f"data.size={size} must be a number of pixels, or height and width, up to {LONGEST} each.")
+    names = None if classes is None else (classes,) if isinstance(classes, str) else tuple(map(str, classes))
+    if names is not None and len(set(names)) < max(len(names), 2):
+        raise UserError(f"data.classes={list(names)} must be the names of two classes at least, each once.")
     read = functools.partial(_read_folder, root, shape, names, unlabelled, options.get("val_size", 0.1))
     return TensorData(read, Path(root or "masks").name, "segmentation", standardize=True, **options)
 
@@ -107,7 +111,13 @@ def _read_folder(
     root = Path(place)
     splits = find_files(root, unlabelled)
     height, width = size or _common_size(splits.values())
+    check_memory(sum(len(files.pictures) for files in splits.values()), (height, width))
     read = {split: _read(files, height, width) for split, files in splits.items()}
+    for split, found in read.items():
+        if not bool(((found.targets != IGNORED) & (found.targets != NO_LABEL)).any()):
+            raise UserError(
+                f"No pixel of the masks in {root} ({split}) has a class: all are {IGNORED}, or there is no mask."
+            )
     largest = max(int(torch.where(found.targets == IGNORED, 0, found.targets).max()) for found in read.values())
     names = names or tuple(f"class {i}" for i in range(largest + 1))
     _check_classes(splits, read, names)
@@ -175,7 +185,7 @@ def find_files(root: Path, unlabelled: bool) -> dict[str, Files]:
         lonely += [path for stem, path in of_masks.items() if stem not in pictures]
         found[split] = Files(list(pictures.values()), [of_masks.get(stem) for stem in pictures])
     if lonely:
-        log.warning("%s no picture, and are left out: %s.", f"{quantity(len(lonely), 'mask')} have", _few(lonely))
+        log.warning("Masks without a picture, left out: %d (%s).", len(lonely), _few(lonely))
     return found
 
 
@@ -197,7 +207,7 @@ def _by_stem(folder: Path) -> dict[str, Path]:
 
 
 def _few(paths: Sequence[Path]) -> str:
-    return ", ".join(path.name for path in paths[:FEW]) + (", …" if len(paths) > FEW else "")
+    return first_names([path.name for path in paths])
 
 
 def _common_size(splits: Collection[Files]) -> tuple[int, int]:
@@ -218,19 +228,25 @@ def _read(files: Files, height: int, width: int) -> TensorSplit:
     inputs = np.empty((len(files.pictures), 3, height, width), np.uint8)
     targets = np.full((len(files.pictures), height, width), NO_LABEL, np.int64)
     wrong: list[str] = []
+    broken: dict[str, UserError] = {}
     for i, (path, file) in enumerate(zip(files.pictures, files.masks, strict=True)):
-        mask = None if file is None else open_mask(file)
-        picture = letterbox(path, path, 3, height, width, None if mask is None else mask.size)
+        try:
+            mask = None if file is None else open_mask(file)
+            picture = letterbox(path, one_line(path), 3, height, width, None if mask is None else mask.size)
+        except UserError as error:
+            broken[path.name] = error
+            continue
         inputs[i] = picture.pixels
         if mask is None:
             continue
         if mask.size != picture.sides:
             sizes = [f"{wide}x{tall}" for wide, tall in (mask.size, picture.sides)]
-            wrong.append(f"{file} is {sizes[0]}, and its picture {sizes[1]}")
+            wrong.append(f"{one_line(file)} is {sizes[0]}, and its picture {sizes[1]}")
             continue
         wide, tall = picture.inside
         targets[i] = IGNORED
         targets[i, :tall, :wide] = np.asarray(mask.resize((wide, tall), Image.Resampling.NEAREST))
+    refuse(broken)
     if wrong:
         raise UserError(
             f"{quantity(len(wrong), 'mask')} of {len(files.masks)} have another size than their picture: {wrong[0]}. Draw them "
@@ -245,13 +261,18 @@ def open_mask(path: Path) -> Image.Image:
         with Image.open(path, formats=formats()) as opened:
             opened.load()
             image, kind = opened.copy(), opened.format
+            if image.mode == "I" and int(np.asarray(image).min()) < 0:
+                raise ValueError("it holds numbers below 0")
     except Exception as error:  # Pillow's readers raise many kinds for a damaged file
-        raise UserError(f"The mask {path} cannot be read ({' '.join(str(error).split())}). Replace it.") from error
+        raise UserError(
+            f"The mask {one_line(path)} cannot be read ({' '.join(str(error).split())}). Replace it."
+        ) from error
     lossy = kind in ("JPEG", "MPO", "WEBP", "AVIF", "HEIF")
     if lossy or image.mode not in ("1", "L", "P", "I;16", "I"):
         what = f"a {kind}" if lossy else f"a picture of colors ({image.mode})"
         raise UserError(
-            f"{path} is {what}, and a mask is a PNG of one channel, gray or of a palette, whose values are the classes."
+            f"{one_line(path)} is {what}, and a mask is a PNG of one channel, gray or of a palette, whose values are the "
+            "classes."
         )
     return image
 
@@ -265,7 +286,7 @@ def _check_classes(splits: Mapping[str, Files], read: Mapping[str, TensorSplit],
     if wrong:
         raise UserError(
             f"{quantity(len(wrong), 'mask')} hold a class beyond the {len(names)} of data.classes, which count from 0: "
-            f"{', '.join(wrong[:FEW])}{', …' * (len(wrong) > FEW)}. Name all; {IGNORED} is for pixels that do not count."
+            f"{first_names(wrong)}. Name all; {IGNORED} is for pixels that do not count."
         )
     if len(names) > MOST:
         raise UserError(f"There are {len(names)} classes, and a mask has {MOST} at most, 0 to {MOST - 1}.")
