@@ -17,7 +17,6 @@ from torch.utils.data import DataLoader, TensorDataset
 from litdistill.distillation.distiller import Distiller, SchedulerOptions
 from litdistill.methods.dist import DIST
 from litdistill.methods.kd import KD
-from litdistill.methods.logit_std import LogitStdKD
 from litdistill.methods.supervised import Supervised
 from litdistill.models.small import conv4
 from litdistill.tasks.classification import Classification
@@ -258,11 +257,12 @@ def test_overfitting_a_loader_that_is_not_torchs_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("method", "classes", "said"), [(DIST, 2, True), (LogitStdKD, 2, True), (DIST, 3, False), (KD, 2, False)]
+    ("method", "classes", "said"),
+    [(DIST(), 2, True), (KD(standardized=True), 2, True), (DIST(), 3, False), (KD(), 2, False)],
 )
 def test_a_method_that_sees_two_classes_decisions_alone_says_which_does_not(tmp_path, caplog, method, classes, said):
     images, labels = tensors().tensors
     loader = DataLoader(TensorDataset(images, labels % classes), 8)
     nets = [conv4(classes, (1, 8, 8), widths=[4]) for _ in range(2)]
-    fit(Distiller(nets[0], method(), nets[1], allow_chance=True), (loader, loader), tmp_path, max_epochs=1)
-    assert (f"{method.__name__} sees only which of the two classes" in caplog.text) is said
+    fit(Distiller(nets[0], method, nets[1], allow_chance=True), (loader, loader), tmp_path, max_epochs=1)
+    assert (f"{type(method).__name__} sees only which of the two classes" in caplog.text) is said

@@ -19,7 +19,6 @@ from litdistill.methods import (
     FitNet,
     HardPseudoLabel,
     LogitMSE,
-    LogitStdKD,
     Mutual,
     Online,
     Shuffled,
@@ -112,7 +111,7 @@ def of_teacher_free(s: Tensor, t: Tensor, y: int) -> Tensor:
 METHODS = [
     (KD(hard=0, soft=1), of_kd),
     (DKD(hard=0), of_dkd),
-    (LogitStdKD(hard=0), of_logit_std),
+    (KD(hard=0, soft=9.0, temperature=2.0, standardized=True), of_logit_std),
     (WTTM(hard=0), of_wttm),
     (LogitMSE(), of_mse),
     (SoftTargetCE(hard=0, soft=1), of_soft_target),

@@ -52,11 +52,16 @@ def test_methods_say_which_logits_they_read(name):
 def test_every_class_has_its_short_name_and_every_yaml_names_one():
     public = {name for name, x in vars(litdistill.methods).items() if inspect.isclass(x)}
     assert public == set(NAMES) == set(litdistill.methods.__all__)
-    assert (NAMES["KD"], NAMES["FitNet"], NAMES["LogitStdKD"]) == ("kd", "fitnet", "logit_std")
-    files = {p.stem for p in Path(litdistill.methods.__file__).parent.glob("*.py")} - {"__init__", "base", "layers"}
+    assert (NAMES["KD"], NAMES["FitNet"], NAMES["LogitMSE"]) == ("kd", "fitnet", "logit_mse")
+    files = {p.stem for p in Path(litdistill.methods.__file__).parent.glob("*.py")} - {
+        "__init__",
+        "base",
+        "layers",
+        "softening",
+    }
     assert set(NAMES.values()) == files
-    assert files - {"sum", "shuffled"} == set(YAMLS) - OF_TASKS - {"kd_at", "kd_crd", "feature_only"}
-    for name in set(YAMLS) - OF_TASKS - {"feature_only"}:
+    assert files - {"sum", "shuffled"} == set(YAMLS) - OF_TASKS - {"kd_at", "kd_crd", "feature_only", "logit_std"}
+    for name in set(YAMLS) - OF_TASKS - {"feature_only", "logit_std"}:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             target = compose(overrides=[f"+method={name}"]).method["_target_"]
         assert target == f"litdistill.methods.{get_class(target).__name__}"

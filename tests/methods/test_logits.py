@@ -13,8 +13,8 @@ from litdistill.methods.base import Method
 from litdistill.methods.dist import DIST
 from litdistill.methods.dkd import DKD
 from litdistill.methods.hard_pseudo_label import HardPseudoLabel
+from litdistill.methods.kd import KD
 from litdistill.methods.logit_mse import LogitMSE
-from litdistill.methods.logit_std import LogitStdKD
 from litdistill.methods.mlkd import MLKD
 from litdistill.methods.soft_target_ce import SoftTargetCE
 from litdistill.methods.teacher_free import TeacherFree
@@ -122,7 +122,7 @@ def ref_hard_pseudo_label(s, t, y):
 
 
 CASES: dict[str, tuple[Callable[[], Method], Callable]] = {
-    "logit_std": (lambda: LogitStdKD(0.5, 3.0), ref_logit_std),
+    "logit_std": (lambda: KD(0.5, 3.0, 2.0, standardized=True), ref_logit_std),
     "dkd": (lambda: DKD(0.7, 1.3, 2.0, 3.0), ref_dkd),
     "dist": (lambda: DIST(1.0, 1.5, 2.5, 4.0), ref_dist),
     "mlkd": (lambda: MLKD(0.4, 0.6, 0.8, 1.1, [2.0, 5.0]), ref_mlkd),

@@ -19,8 +19,8 @@ from litdistill.losses.logits import pearson_distance
 from litdistill.methods.base import Method
 from litdistill.methods.dist import DIST
 from litdistill.methods.dkd import DKD
+from litdistill.methods.kd import KD
 from litdistill.methods.logit_mse import LogitMSE
-from litdistill.methods.logit_std import LogitStdKD
 from litdistill.methods.soft_target_ce import SoftTargetCE
 from litdistill.methods.teacher_free import TeacherFree
 from litdistill.methods.wttm import WTTM
@@ -83,7 +83,7 @@ def test_centered_logit_mse_does_not_see_a_shift_and_the_plain_one_does():
 @given(st.floats(0.05, 50), st.floats(-100, 100), st.integers(0, 100))
 def test_standardized_kd_sees_neither_scale_nor_shift(scale, shift, seed):
     student, teacher, target = draw((4, 10), seed=seed)
-    method = LogitStdKD(hard=0)
+    method = KD(hard=0, soft=9.0, temperature=2.0, standardized=True)
     base = method(Outputs.of(student), Outputs.of(teacher), batch(target))["soft"].item()
     moved = method(Outputs.of(student * scale + shift), Outputs.of(teacher), batch(target))["soft"].item()
     assert moved == pytest.approx(base, rel=1e-2, abs=1e-3)
@@ -125,7 +125,11 @@ def test_dist_of_a_student_equal_to_its_teacher_is_zero_however_many_classes_and
 def test_logits_that_are_equal_have_the_gradient_of_those_with_a_deviation_of_one(value, dtype):
     student = torch.full((3, 10), value, dtype=dtype, requires_grad=True)
     _, teacher, target = draw((3, 10))
-    sum(LogitStdKD(hard=0)(Outputs.of(student), Outputs.of(teacher), batch(target)).values()).backward()
+    sum(
+        KD(hard=0, soft=9.0, temperature=2.0, standardized=True)(
+            Outputs.of(student), Outputs.of(teacher), batch(target)
+        ).values()
+    ).backward()
     z = torch.zeros(3, 10, dtype=torch.float64, requires_grad=True)
     t = (teacher.double() - teacher.double().mean(1, keepdim=True)) / teacher.double().std(1, keepdim=True)
     centered = z - z.mean(1, keepdim=True)
@@ -144,7 +148,6 @@ NAMES = [
     *(
         "supervised",
         "kd",
-        "logit_std",
         "dkd",
         "dist",
         "mlkd",

@@ -14,7 +14,6 @@ from litdistill.methods.cc import CC
 from litdistill.methods.crd import CRD
 from litdistill.methods.dist import DIST
 from litdistill.methods.kd import KD
-from litdistill.methods.logit_std import LogitStdKD
 from litdistill.methods.rkd import RKD
 from litdistill.methods.sp import SP
 from litdistill.types import Outputs
@@ -81,7 +80,7 @@ def test_logit_std():
     s, t = draw(6, 10, 10, scale=3.0)
     s.requires_grad_()
     y = labels(6, 10)
-    ours = LogitStdKD(hard=0.1, soft=9.0, temperature=2.0)(Outputs.of(s), Outputs.of(t), batch(y))
+    ours = KD(hard=0.1, soft=9.0, temperature=2.0, standardized=True)(Outputs.of(s), Outputs.of(t), batch(y))
     theirs = peer.LogitStdKDLoss(**LOGITS, temperature=2.0, alpha=0.1, beta=9.0)(io(s), io(t), y)
     assert_same(ours["soft"] + 0.1 * F.cross_entropy(s, y), theirs, s)
 

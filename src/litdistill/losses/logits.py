@@ -9,7 +9,7 @@ from torch import Tensor
 from litdistill.losses.values import wide
 
 
-def kl(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> Tensor:
+def kl(student: Tensor, teacher: Tensor, temperature: float | Tensor = 4.0) -> Tensor:
     """T² · KL(teacher ‖ student) of both softmaxes at temperature T over dimension 1; a scalar, averaged over all else.
 
     Of logits (N, classes) it is averaged over the batch and not over the classes; of features (N, C, ...) over positions

@@ -15,7 +15,7 @@ from torch import Tensor
 from litdistill.losses.values import wide
 
 
-def members_kl(student: Tensor, members: Tensor, temperature: float = 4.0) -> Tensor:
+def members_kl(student: Tensor, members: Tensor, temperature: float | Tensor = 4.0) -> Tensor:
     """T² · Σ w · KL(teacher ‖ student) over teachers that know only some of the classes; a scalar, averaged over the batch.
 
     Each divergence is among the classes that the teacher knows: the student's softmax is taken over these alone, so that its
@@ -34,7 +34,9 @@ def members_cross_entropy(student: Tensor, members: Tensor, temperature: float =
     return -(weights * (p * log_q).sum(2)).sum() / len(student) * temperature**2
 
 
-def _distributions(student: Tensor, members: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _distributions(
+    student: Tensor, members: Tensor, temperature: float | Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns the weights (N, teachers), and at temperature T, among the classes that each teacher knows, its probabilities,
     their logarithms and the student's, (N, teachers, classes); 0 for other classes."""
     members = wide(members)

@@ -20,7 +20,6 @@ from litdistill.methods.ickd import ICKD
 from litdistill.methods.kd import KD
 from litdistill.methods.kdsvd import KDSVD
 from litdistill.methods.logit_mse import LogitMSE
-from litdistill.methods.logit_std import LogitStdKD
 from litdistill.methods.mgd import MGD
 from litdistill.methods.mlkd import MLKD
 from litdistill.methods.mutual import Mutual
@@ -77,7 +76,6 @@ __all__ = [
     "FitNet",
     "HardPseudoLabel",
     "LogitMSE",
-    "LogitStdKD",
     "Mutual",
     "Online",
     "Pairs",

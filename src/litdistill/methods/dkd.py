@@ -6,11 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from litdistill.methods.base import CATEGORICAL, Method, check_temperature, check_weights
+from litdistill.methods.base import CATEGORICAL, Method, check_weights
+from litdistill.methods.softening import Softening, use_softening
 from litdistill.types import Batch, Outputs
 
 
-def decoupled_losses(student: Tensor, teacher: Tensor, target: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def decoupled_losses(
+    student: Tensor, teacher: Tensor, target: Tensor, temperature: float | Tensor
+) -> tuple[Tensor, Tensor]:
     """Returns the two terms of KD, each times T² and averaged over the batch: TCKD and NCKD.
 
     TCKD is KL(teacher ‖ student) of the pair (target class, all others together); NCKD is the same among the
@@ -38,23 +41,35 @@ class DKD(Method):
     """`hard` · labels' loss + `tckd` · TCKD + `nckd` · NCKD; the paper's α is `tckd`, its β is `nckd`.
 
     The authors' linear warm-up of both terms over 20 epochs belongs to the training schedule.
-    For mixed labels, the class with the largest share is the target of both terms.
+    For mixed labels, the class with the largest share is the target of both terms. `standardized`, `learnt`: see `Softening`.
     """
 
     reads_targets = True
     kinds = (CATEGORICAL,)
     takes_places = True
 
-    def __init__(self, hard: float = 1.0, tckd: float = 1.0, nckd: float = 8.0, temperature: float = 4.0):
+    def __init__(
+        self,
+        hard: float = 1.0,
+        tckd: float = 1.0,
+        nckd: float = 8.0,
+        temperature: float = 4.0,
+        standardized: bool = False,
+        learnt: int = 0,
+    ):
         super().__init__(hard)
         check_weights(tckd=tckd, nckd=nckd)
-        check_temperature(temperature)
-        self.tckd, self.nckd, self.temperature = tckd, nckd, temperature
+        self.tckd, self.nckd = tckd, nckd
+        self.softening = use_softening(self, Softening([temperature], standardized, learnt if tckd or nckd else 0))
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         if not (self.tckd or self.nckd):
             return {}
         target = batch.targets if batch.targets.ndim == 1 else batch.targets.argmax(dim=1)
-        tckd, nckd = decoupled_losses(student.logits, teacher.logits, target, self.temperature)
+        logits = self.softening.logits(student.logits, teacher.logits)
+        tckd, nckd = decoupled_losses(*logits, target, self.softening.temperatures(self.epoch)[0])
         terms = {"tckd": self.tckd * tckd} if self.tckd else {}
         return terms | ({"nckd": self.nckd * nckd} if self.nckd else {})
+
+    def watched(self) -> dict[str, Tensor]:
+        return self.softening.watched()

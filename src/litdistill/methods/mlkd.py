@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from litdistill.losses import gram_distance, kl
-from litdistill.methods.base import CATEGORICAL, Method, check_temperature, check_weights, summed
+from litdistill.methods.base import CATEGORICAL, Method, check_weights, summed
+from litdistill.methods.softening import Softening, use_softening
 from litdistill.types import Batch, Outputs
 from litdistill.utils.errors import UserError
 
@@ -23,6 +24,9 @@ class MLKD(Method):
     weighs the first view's terms by a mask of the samples (classes) whose confidence is not above the median, but after
     the mean: the mask is a constant factor of ½. The default weights are those of their code for two equal views
     (CE .1, KD .9): hard 2 · .1, instance (½ + 1) · .9, batch and classes ½ · .9.
+
+    `standardized`, `learnt`: see `Softening`. Standardized logits are those of the instance level alone, as in the code of
+    Sun et al. 2024; learnt temperatures, one for each that is given, are those of all three levels.
     """
 
     kinds = (CATEGORICAL,)
@@ -34,26 +38,33 @@ class MLKD(Method):
         batch: float = 0.45,
         classes: float = 0.45,
         temperatures: Sequence[float] = (2.0, 3.0, 4.0, 5.0, 6.0),
+        standardized: bool = False,
+        learnt: int = 0,
     ):
         super().__init__(hard)
         check_weights(instance=instance, batch=batch, classes=classes)
         if not temperatures:
             raise UserError("temperatures is empty. Give at least one temperature; the paper's are [2, 3, 4, 5, 6].")
-        for temperature in temperatures:
-            check_temperature(temperature)
         self.instance, self.batch, self.classes = instance, batch, classes
-        self.temperatures = tuple(temperatures)
+        self.softening = use_softening(
+            self, Softening(temperatures, standardized, learnt if instance or batch or classes else 0)
+        )
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         terms = {}
         s, t = student.logits.float(), teacher.logits.float()
+        temperatures = self.softening.temperatures(self.epoch)
         if self.instance:
-            terms["instance"] = self.instance * summed([kl(s, t, tau) for tau in self.temperatures])
+            logits = self.softening.logits(s, t)
+            terms["instance"] = self.instance * summed([kl(*logits, tau) for tau in temperatures])
         if not (self.batch or self.classes):
             return terms
-        pairs = [(F.softmax(s / tau, dim=1), F.softmax(t / tau, dim=1)) for tau in self.temperatures]
+        pairs = [(F.softmax(s / tau, dim=1), F.softmax(t / tau, dim=1)) for tau in temperatures]
         if self.batch:
             terms["batch"] = self.batch * summed([gram_distance(q, p) for q, p in pairs])
         if self.classes:
             terms["classes"] = self.classes * summed([gram_distance(q.T, p.T) for q, p in pairs])
         return terms
+
+    def watched(self) -> dict[str, Tensor]:
+        return self.softening.watched()
