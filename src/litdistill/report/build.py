@@ -11,8 +11,8 @@ from urllib.parse import quote
 from litdistill.report import costs, headline, history, members, of_task, sections
 from litdistill.report.blocks import Block, Link, Section, Warn, write
 from litdistill.report.collect import Group, Settings, groups
-from litdistill.report.membership import privacy
 from litdistill.report.robust import robust
+from litdistill.report.security import security, trained_attacks
 from litdistill.report.tables import data_title
 from litdistill.report.timing import machine, time_rows
 from litdistill.utils.errors import UserError
@@ -38,7 +38,7 @@ def build(places: Sequence[str | Path], out: str | Path, title: str, settings: S
     shown: list[Section] = []
     for i, group in enumerate(found):
         shown += chapter(group, f"d{i}-" if len(found) > 1 else "", settings)
-    if more := _sweeps(places, out):
+    if more := [*trained_attacks(places), *_sweeps(places, out)]:
         shown += [Section("more", "Beside these runs", [], chapter=True), *more]
     if problems:
         shown.insert(0, Section("problems", "What could not be measured", list(map(Warn, problems)), chapter=True))
@@ -77,7 +77,7 @@ def page_sections(group: Group, key: str, settings: Settings) -> list[Section]:
         found += [sections.per_class(group, key), sections.calibration(group, key)]
         if group.pictured:
             found += [sections.failures(group, key), robust(group, key, settings)]
-        found.append(privacy(group, key))
+        found.append(security(group, key, settings))
     found += [*of_task.of_task(group, key), *members.of_members(group, key)]
     return [*found, history.curves(group, key), history.compute(group, key), history.rerun(group, key)]
 
