@@ -4,6 +4,7 @@
 # make detect    an object detector: a teacher, the same student alone and distilled, a table and a page with pictures of boxes
 # make few       the same student of few labels: alone, fine-tuned, distilled, as curves; make few DATA=mnist
 # make gpu       what only a GPU can show, with tables: OUT=runs/gpu STAGES=equality,steps SECONDS=400; DEVICE=cpu is the dry form
+# make secure    robust students and what attacks leave of them, on bundled digits: the tables of docs/security.md
 # make test      style, types, the order of the rooms, and the tests that need nothing but this process
 # make docs      the documentation site, in runs/site
 # make test-processes      the tests that need fresh processes, an environment or a terminal
@@ -52,6 +53,11 @@ DEVICE ?= cuda
 OUT ?= runs/gpu
 gpu: $(SETUP)
 	$(BIN)/python scripts/gpu.py device=$(DEVICE) out=$(OUT) $(if $(STAGES),stages=$(STAGES)) $(if $(SECONDS),seconds=$(SECONDS))
+
+# About 20 minutes on two cores; what is finished in runs/secure is not repeated. SEEDS_OF=1 for a first look.
+SEEDS_OF ?= 3
+secure: $(SETUP)
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/secure_table.py out=docs/security.md seeds=$(SEEDS_OF)
 
 test: $(SETUP)
 	$(BIN)/ruff check .

@@ -10,6 +10,11 @@ from torch import nn
 
 from litdistill.evaluation import attacks
 from litdistill.evaluation.attacks import apgd, fgsm, margin, pgd, robust_accuracy, square, withstood
+from litdistill.evaluation.evaluate import under_attack
+from litdistill.report.writers import attack_table
+from litdistill.tasks import Classification, MultiLabel
+from litdistill.utils.errors import UserError
+from tests.fits import digits, net
 
 torch.set_num_threads(1)
 EPS = 0.1
@@ -216,3 +221,19 @@ def test_torchattacks_finds_as_many_adversarial_examples(trained):
         assert difference <= 3 / 200, name
         if name != "Square":  # whose squares never reach the last row and column there, which counts for 8x8 pixels
             assert difference >= -3 / 200, name
+
+
+def test_both_networks_of_a_run_are_attacked_on_images_spread_over_the_test_set(trained):
+    data, other = digits(), net()
+    found = under_attack(
+        {"teacher": other, "student": trained[0], "none": None}, data, Classification(), 50, EPS, "cpu"
+    )
+    images, targets = (torch.cat(x) for x in zip(*((b.inputs, b.targets) for b in data.batches("test")), strict=True))
+    chosen = torch.linspace(0, len(images) - 1, 50, dtype=torch.float64).long()
+    assert found.keys() == {"teacher", "student"}
+    assert found["student"] == robust_accuracy(trained[0], images[chosen].float() / 255, targets[chosen], EPS)
+    head, rows = attack_table(found, EPS)
+    assert head == ["accuracy %, attacked by eps = 0.1", "teacher", "student"]
+    assert rows[0] == ["clean", *(f"{100 * found[k]['clean']:.2f}" for k in ("teacher", "student"))]
+    with pytest.raises(UserError, match="attacks classifiers of images"):
+        under_attack({"student": other}, data, MultiLabel(), 50, EPS, "cpu")

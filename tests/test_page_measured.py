@@ -11,10 +11,10 @@ from omegaconf import OmegaConf
 from litdistill.evaluation import robustness
 from litdistill.evaluation.calibration import fit_temperature
 from litdistill.evaluation.evaluate import rebuild
-from litdistill.evaluation.predictions import collect
+from litdistill.evaluation.predictions import collect, spread_out
 from litdistill.export.predict import load
 from litdistill.report import collect as page
-from litdistill.report.collect import Seed, Settings, groups, spread_out
+from litdistill.report.collect import Seed, Settings, groups
 from litdistill.report.sections import starts_from
 from litdistill.training.train import train
 from litdistill.types import Batch

@@ -45,7 +45,7 @@ def compare(cfg: DictConfig) -> None:
 def evaluate(cfg: DictConfig) -> None:
     """Evaluates a finished run again, and prints the differences from its summary."""
     from litdistill.evaluation.evaluate import differences, draw, evaluate, load_run
-    from litdistill.report.writers import class_table, evaluation_table
+    from litdistill.report.writers import attack_table, class_table, evaluation_table
 
     starting.end(loaded=True)
     data = OmegaConf.create({"data": cfg.data})
@@ -54,8 +54,10 @@ def evaluate(cfg: DictConfig) -> None:
         draw(cfg.run, data, cfg.device, cfg.trust, place)
         print(f"Drawn: {f'tensorboard --logdir {cfg.run} shows the pictures' if place is None else place}.")
         return
-    results = evaluate(cfg.run, data, cfg.device, cfg.trust)
+    results = evaluate(cfg.run, data, cfg.device, cfg.trust, cfg.robustness, cfg.eps)
     terminal.show(*evaluation_table(results), terminal.stdout(140))
+    if cfg.robustness:
+        terminal.show(*attack_table(results["robustness"], cfg.eps), terminal.stdout(140))
     head, rows = class_table(results["by_class"])
     if rows:
         terminal.show(head, rows, terminal.stdout(140))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,12 +22,16 @@ from litdistill.config.origin import check_links, made_here
 from litdistill.config.recipes import is_complete, teacher_by_weights, teacher_folder
 from litdistill.config.trust import check_trusted, packages
 from litdistill.data.foreign import ForeignData
+from litdistill.distillation.adversarial import unit_images
 from litdistill.distillation.distiller import Distiller
+from litdistill.distillation.recorded import RecordedTeacher
 from litdistill.evaluation import figures
+from litdistill.evaluation.attacks import robust_accuracy
 from litdistill.evaluation.findings import judge_gap
-from litdistill.evaluation.predictions import measure, quality
+from litdistill.evaluation.predictions import measure, quality, spread_out, whole_split
+from litdistill.features.outputs import run_network
 from litdistill.models.preprocess import preprocessing
-from litdistill.tasks.base import Task
+from litdistill.tasks import Classification, Task
 from litdistill.utils.checkpoint import STUDENT, load_checkpoint, load_state_dict_checked, load_weights, read_metadata
 from litdistill.utils.errors import UserError
 from litdistill.utils.hashing import weights_sha256
@@ -168,13 +172,20 @@ def _gone(cfg: DictConfig, folder: Path) -> None:
 
 
 def evaluate(
-    folder: str | Path, overrides: DictConfig | None = None, device: str = "auto", trust: Sequence[str] = ()
+    folder: str | Path,
+    overrides: DictConfig | None = None,
+    device: str = "auto",
+    trust: Sequence[str] = (),
+    robustness: int = 0,
+    eps: float = 0.1,
 ) -> dict[str, Any]:
     """Rebuilds a finished run and returns its metrics on the test set, those of the last checkpoint too if it exists.
 
-    `findings`: what is wrong with the student, by sentences. `trust`: see `load_run`.
+    `findings`: what is wrong with the student, by sentences. `trust`: see `load_run`. `robustness`: so many test images are
+    attacked in the ball of radius `eps`; what `robust_accuracy` returns is then in `robustness`, by model.
 
-    Raises `UserError` where the student's weights or an exported file have changed since the run.
+    Raises `UserError` where the student's weights or an exported file have changed since the run, and where there is nothing to
+    attack.
     """
     folder = Path(folder)
     verify_files(folder, trust)
@@ -183,9 +194,32 @@ def evaluate(
     teacher = distiller.teacher.net if distiller.teacher is not None else None
     found = measure(distiller.deployed_student, teacher, data, distiller.task, "test", device)
     found["findings"] |= judge_gap(distiller.deployed_student, data, distiller.task, device)
+    if robustness:
+        both = {"teacher": teacher, "student": distiller.deployed_student}
+        found["robustness"] = under_attack(both, data, distiller.task, robustness, eps, device)
     last = folder / "checkpoints" / "last.ckpt"
     if last.is_file():
         found["last"] = measure_last(distiller, last, data, device)
+    return found
+
+
+def under_attack(
+    networks: Mapping[str, nn.Module | None], data: Any, task: Task, count: int, eps: float, device: str
+) -> dict[str, dict[str, float]]:
+    """Returns `robust_accuracy` of each network, by name, on `count` test images, evenly spaced among all.
+
+    Networks that are None, or files of outputs, are left out. Raises `UserError` for anything but a classifier of images.
+    """
+    images, targets = whole_split(data, "test")
+    if type(task) is not Classification or images is None or images.ndim != 4:
+        raise UserError("robustness=… attacks classifiers of images with one label each: leave it at 0.")
+    chosen = spread_out(count, len(images))
+    images, targets = unit_images(images[chosen]).to(device), targets[chosen].to(device)
+    found = {}
+    for name, net in networks.items():
+        if net is not None and not isinstance(net, RecordedTeacher):
+            net.to(device).eval().requires_grad_(False)
+            found[name] = robust_accuracy(lambda x, net=net: run_network(net, x).logits, images, targets, eps)
     return found
 
 

@@ -181,3 +181,15 @@ def measure(
     of_classes = {who: task.by_class(kept, truth, data.class_names) for who, kept in networks.items()}
     found["by_class"] = {who: classes for who, classes in of_classes.items() if classes}
     return found
+
+
+def whole_split(data: Any, split: str) -> tuple[Tensor | None, Tensor]:
+    """Returns the inputs (N, ...) of "val" or "test", None where they are no single tensor, and the targets."""
+    batches = list(data.batches(split))
+    one = all(isinstance(batch.inputs, Tensor) for batch in batches)
+    return torch.cat([b.inputs for b in batches]) if one else None, torch.cat([b.targets for b in batches])
+
+
+def spread_out(n: int, of: int) -> Tensor:
+    """Returns `n` evenly spaced indices below `of` (some data sets are sorted by class)."""
+    return torch.linspace(0, of - 1, min(n, of), dtype=torch.float64).long()

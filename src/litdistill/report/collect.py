@@ -24,7 +24,7 @@ from litdistill.evaluation import attacks, robustness
 from litdistill.evaluation.calibration import fit_temperature
 from litdistill.evaluation.controls import is_measured
 from litdistill.evaluation.evaluate import load_run, pick_device, rebuild
-from litdistill.evaluation.predictions import measured, predict_split
+from litdistill.evaluation.predictions import measured, predict_split, spread_out, whole_split
 from litdistill.evaluation.privacy import Membership, losses, membership
 from litdistill.export.predict import runtime
 from litdistill.export.writers import ExportWrapper
@@ -269,13 +269,6 @@ def _adopt(group: Group, data: Any, corrupted: dict[str, list[Tensor]], settings
         raise UserError("it was tested on other samples than the runs before it. Give it a page of its own.")
 
 
-def whole_split(data: Any, split: str) -> tuple[Tensor | None, Tensor]:
-    """Returns the inputs (N, ...) of "val" or "test", None where they are no single tensor, and the targets."""
-    batches = list(data.batches(split))
-    one = all(isinstance(batch.inputs, Tensor) for batch in batches)
-    return torch.cat([b.inputs for b in batches]) if one else None, torch.cat([b.targets for b in batches])
-
-
 def _measure(
     seed: Seed,
     net: nn.Module,
@@ -335,11 +328,6 @@ def _membership(predict: Callable[[Tensor], Tensor], data: Any, test: Outputs, t
     batches = [data.get_batch("train", chunk) for chunk in ids[spread_out(MEMBERS, len(ids))].split(BATCH)]
     own = torch.cat([losses(predict(batch.inputs), batch.targets) for batch in batches])
     return membership(own, losses(test.logits, targets))
-
-
-def spread_out(n: int, of: int) -> Tensor:
-    """Returns `n` evenly spaced indices below `of` (some data sets are sorted by class)."""
-    return torch.linspace(0, of - 1, min(n, of), dtype=torch.float64).long()
 
 
 @torch.no_grad()

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from litdistill.evaluation.predictions import spread_out
 from litdistill.report import plots
 from litdistill.report.blocks import Block, Fold, Grid, Picture, Section, Table
-from litdistill.report.collect import Group, Row, Seed, spread_out
+from litdistill.report.collect import Group, Row, Seed
 from litdistill.report.of_boxes import of_boxes
 from litdistill.report.sections import MEASURED, class_names, looks
 from litdistill.tasks import Detection, MultiLabel, Regression, Segmentation

@@ -232,6 +232,12 @@ def class_table(by_class: dict[str, dict[str, dict[str, float]]]) -> tuple[list[
     return head, rows
 
 
+def attack_table(found: dict[str, dict[str, float]], eps: float) -> tuple[list[str], list[list[str]]]:
+    """Returns head and rows of what `evaluate` finds under attack: a row for each attack, a column for each model."""
+    rows = [[name, *(f"{100 * scores[name]:.2f}" for scores in found.values())] for name in found["student"]]
+    return [f"accuracy %, attacked by eps = {eps:g}", *found], rows
+
+
 def _precise(name: str, value: float | None) -> str:
     if value is None:
         return ""

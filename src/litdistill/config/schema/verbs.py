@@ -14,6 +14,7 @@ from litdistill.config.schema.fields import (
     NotNegative,
     Object,
     Seed,
+    Share,
     Text,
     Texts,
     Unit,
@@ -34,6 +35,8 @@ class Evaluate(Node):
     pictures: bool | Text = option(
         "true: draw TensorBoard's pictures of the run anew, and measure nothing; a folder: write them there as PNG"
     )
+    robustness: CountFromZero = option("test images to attack, of classifiers of images; 0: none")
+    eps: Share = option("of the attacks: the largest change of a pixel, on the scale 0 to 1")
     data: dict[str, Any] | None = option(CHANGED)
 
 
