@@ -14,7 +14,7 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 BIN := .venv/bin
 SETUP := .venv/.ready
 
-.PHONY: distill compare few detect docs test test-processes gpu zoo setup requirements clean
+.PHONY: distill compare few detect secure docs test test-processes gpu zoo setup requirements clean
 .DEFAULT_GOAL := distill
 
 distill: $(SETUP)

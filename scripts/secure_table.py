@@ -159,68 +159,73 @@ teacher {teacher["params"]:,}; the weights are those of the last of {example["ep
 
 # -- defensive distillation ---------------------------------------------------------------------------------------------
 
-TEMPERATURE = 100.0
+TEMPERATURES = {"labels alone": 1.0, "distilled at T = 20": 20.0, "distilled at T = 100": 100.0}
 EPOCHS = {"digits": 30, "mnist": 3}  # of either network
-DEFENSE = {
-    "FGSM": partial(fgsm, loss=cross_entropy),
-    "PGD": partial(pgd, steps=20, loss=cross_entropy),
-    "FGSM, logits / T": lambda f, x, y, e: fgsm(lambda v: f(v) / TEMPERATURE, x, y, e, cross_entropy),
-    "PGD, logits / T": lambda f, x, y, e: pgd(lambda v: f(v) / TEMPERATURE, x, y, e, 20, loss=cross_entropy),
-    "Square": partial(square, queries=1000),
-}
+
+
+def defense(temperature: float) -> dict[str, Any]:
+    """Returns the attacks that are compared, by name."""
+    cooled = lambda attack: lambda f, x, y, eps: attack(lambda v: f(v) / temperature, x, y, eps, loss=cross_entropy)  # noqa: E731
+    return {
+        "FGSM": partial(fgsm, loss=cross_entropy),
+        "PGD": partial(pgd, loss=cross_entropy),
+        "FGSM, logits / T": cooled(fgsm),
+        "PGD, logits / T": cooled(pgd),
+        "Square": partial(square, queries=1000),
+    }
 
 
 class AtTemperature(Classification):
     """Labels at a temperature: the cross-entropy of logits / T, which makes logits T times as large."""
 
+    def __init__(self, temperature: float):
+        super().__init__()
+        self.temperature = temperature
+
     def loss(self, net: nn.Module, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
-        return super().loss(net, Outputs.of(outputs.logits / TEMPERATURE), batch)
+        return super().loss(net, Outputs.of(outputs.logits / self.temperature), batch)
 
 
 def defended(kind: str, seed: int, choices: Mapping[str, Any]) -> Scores:
     """Returns the scores of a network trained on labels, or distilled defensively from one like it (arXiv 1511.04508)."""
     torch.set_num_threads(1)
-    folder = Path(choices["runs"]) / "secure" / "defensive" / choices["data"] / f"{kind}-{seed}"
+    temperature = TEMPERATURES[kind]
+    folder = Path(choices["runs"]) / "secure" / "defensive" / choices["data"] / f"{temperature:g}-{seed}"
 
     def compute() -> Scores:
-        large = choices["data"] != "digits"
-        data = ImageData(choices["data"], choices["root"], batch_size=128 if large else 64, seed=seed)
+        data = ImageData(choices["data"], choices["root"], batch_size=64, seed=seed)
         data.prepare_data()
         data.setup()
-        shape = tuple(data.input_shape)
 
         def fresh(start: int) -> nn.Module:
             torch.manual_seed(start)
-            return Preprocessed(conv4(data.num_classes, shape, widths=[16, 32, 64]), Preprocess([0.3], [0.35]))
+            net = conv4(data.num_classes, tuple(data.input_shape), widths=[16, 32, 64])
+            return Preprocessed(net, Preprocess([0.3], [0.35]))
 
+        run = partial(distill, train=data, max_epochs=EPOCHS[choices["data"]], task=AtTemperature(temperature))
         run = partial(
-            distill, train=data, max_epochs=EPOCHS[choices["data"]], trainer={"accelerator": "cpu", "logger": False}
+            run, optimizer=partial(torch.optim.Adam, lr=3e-3), trainer={"accelerator": "cpu", "logger": False}
         )
-        run = partial(run, optimizer=partial(torch.optim.Adam, lr=3e-3))
-        if kind == "labels alone":
-            net = run(fresh(seed), None, method=Supervised(), out=folder).deployed_student
-        else:
-            task = AtTemperature()
-            teacher = run(fresh(seed), None, method=Supervised(), task=task, out=folder / "teacher").deployed_student
-            method = KD(hard=0.0, soft=1.0, temperature=TEMPERATURE)
-            net = run(fresh(seed + 1000), teacher, method=method, task=task, out=folder).deployed_student
-        return evaluated(net, data, DEFENSE, 1000)
+        net = run(fresh(seed), None, method=Supervised(), out=folder / "first").deployed_student
+        if temperature != 1:
+            method = KD(hard=0.0, soft=1.0, temperature=temperature)
+            net = run(fresh(seed + 1000), net, method=method, out=folder / "second").deployed_student
+        return evaluated(net, data, defense(temperature), 1000)
 
     return kept(folder / "robust.json", compute)
 
 
 def defensive(choices: DictConfig) -> str:
     """Defensive distillation, and what undoes it."""
-    kinds = ("labels alone", "defensively distilled")
     plain = {"runs": choices.runs, "data": choices.data, "root": choices.root}
-    cells = [(kind, seed, plain) for kind in kinds for seed in range(choices.seeds)]
+    cells = [(kind, seed, plain) for kind in TEMPERATURES for seed in range(choices.seeds)]
     found = together(defended, cells, choices.jobs)
-    columns = ["clean", *DEFENSE]
-    by_kind = {k: [s for (kind, *_), s in zip(cells, found, strict=True) if kind == k] for k in kinds}
+    columns = ["clean", *defense(1.0)]
+    by_kind = {k: [s for (kind, *_), s in zip(cells, found, strict=True) if kind == k] for k in TEMPERATURES}
     rows = [[kind, *(percent(scores, c) for c in columns)] for kind, scores in by_kind.items()]
-    return f"""Accuracy in per cent on {choices.data}, at most 1,000 test images, eps = {EPS}, T = {TEMPERATURE:g}, mean ±
-standard deviation over {choices.seeds} seed(s). FGSM and PGD follow the gradient of the cross-entropy, as they are
-usually written.
+    return f"""Accuracy in per cent on {choices.data}, at most 1,000 test images, eps = {EPS}, mean ± standard deviation over
+{choices.seeds} seed(s), {EPOCHS[choices.data]} epochs. FGSM and PGD (20 steps) follow the gradient of the cross-entropy, as they
+are usually written; T is 1 for labels alone.
 
 {table(["network", *columns], rows)}"""
 

@@ -48,7 +48,8 @@ def test_students_differ_in_what_their_names_say_and_share_one_robust_teacher(sc
 @pytest.mark.parametrize("part", ["robust", "defensive"])
 def test_a_short_run_of_a_part_fills_its_table_and_is_not_repeated(script, part, tmp_path, monkeypatch):
     monkeypatch.setattr(script, "ATTACKS", {"FGSM": fgsm})
-    monkeypatch.setattr(script, "DEFENSE", {"FGSM": fgsm})
+    monkeypatch.setattr(script, "defense", lambda temperature: {"FGSM": fgsm})
+    monkeypatch.setattr(script, "TEMPERATURES", {"labels alone": 1.0, "distilled": 2.0})
     monkeypatch.setattr(script, "EPOCHS", {"digits": 1})
     short = ["trainer.max_epochs=1", "trainer.check_val_every_n_epoch=1", "data.epoch_size=128", "adversarial.steps=1",
              "++teacher.recipe.data.epoch_size=256", "teacher.allow_chance=true"]  # fmt: skip
