@@ -165,7 +165,10 @@ EPOCHS = {"digits": 30, "mnist": 3}  # of either network
 
 def defense(temperature: float) -> dict[str, Any]:
     """Returns the attacks that are compared, by name."""
-    cooled = lambda attack: lambda f, x, y, eps: attack(lambda v: f(v) / temperature, x, y, eps, loss=cross_entropy)  # noqa: E731
+
+    def cooled(attack: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda f, x, y, eps: attack(lambda v: f(v) / temperature, x, y, eps, loss=cross_entropy)
+
     return {
         "FGSM": partial(fgsm, loss=cross_entropy),
         "PGD": partial(pgd, loss=cross_entropy),
@@ -224,8 +227,8 @@ def defensive(choices: DictConfig) -> str:
     by_kind = {k: [s for (kind, *_), s in zip(cells, found, strict=True) if kind == k] for k in TEMPERATURES}
     rows = [[kind, *(percent(scores, c) for c in columns)] for kind, scores in by_kind.items()]
     return f"""Accuracy in per cent on {choices.data}, at most 1,000 test images, eps = {EPS}, mean ± standard deviation over
-{choices.seeds} seed(s), {EPOCHS[choices.data]} epochs. FGSM and PGD (20 steps) follow the gradient of the cross-entropy, as they
-are usually written; T is 1 for labels alone.
+{choices.seeds} seed(s), {EPOCHS[choices.data]} epochs. FGSM and PGD (20 steps) follow the gradient of the cross-entropy, as
+they are usually written; T is 1 for labels alone.
 
 {table(["network", *columns], rows)}"""
 
@@ -247,6 +250,7 @@ def insert(document: str, name: str, text: str) -> str:
 def main() -> None:
     filter_warnings()
     choices = OmegaConf.merge(DEFAULTS, OmegaConf.from_cli())
+    assert isinstance(choices, DictConfig)
     chosen = choices.parts or list(PARTS)
     if set(choices) != set(DEFAULTS) or choices.seeds < 1 or not set(chosen) <= set(PARTS):
         options = ", ".join(f"{k}={v}" for k, v in DEFAULTS.items())

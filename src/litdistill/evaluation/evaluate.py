@@ -6,6 +6,7 @@ import io
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -203,6 +204,10 @@ def evaluate(
     return found
 
 
+def _logits(net: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    return run_network(net, images).logits
+
+
 def under_attack(
     networks: Mapping[str, nn.Module | None], data: Any, task: Task, count: int, eps: float, device: str
 ) -> dict[str, dict[str, float]]:
@@ -219,7 +224,7 @@ def under_attack(
     for name, net in networks.items():
         if net is not None and not isinstance(net, RecordedTeacher):
             net.to(device).eval().requires_grad_(False)
-            found[name] = robust_accuracy(lambda x, net=net: run_network(net, x).logits, images, targets, eps)
+            found[name] = robust_accuracy(partial(_logits, net), images, targets, eps)
     return found
 
 
