@@ -10,7 +10,7 @@ measured again. The table comes at the end; what is printed is in `log.txt` too.
 
 equality: 20 steps as CUDA graphs and launched one by one, in float32. tests: `pytest -m gpu`. peers: the loop that most code
 has. steps: this project's steps, a bare captured graph of the same networks, kernels, memory, share of the peak.
-cards: two GPUs.
+grid: parts of steps by network and batch, for docs/scale.md. cards: two GPUs.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ STAGES = (
     Stage("tests", 90),
     Stage("peers", 60),
     Stage("steps", 150),
+    Stage("grid", 120),
     Stage("cards", 120),
 )
 OPTIONS = {"device": "cuda", "out": "runs/gpu", "stages": "", "seconds": "", "runs": ""}

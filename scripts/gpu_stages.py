@@ -22,6 +22,7 @@ from gpu_graph import EventWatch, KernelWatch, bare_step, captured, seconds_of
 from hydra import compose, initialize_config_dir
 from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig
+from scale import measure_grid
 from torch import Tensor
 
 from litdistill.training.train import train
@@ -222,7 +223,12 @@ def peak(bench: Bench, seconds: float) -> dict[str, float]:
     }
 
 
-WORK = {"equality": equality, "peers": loops_of_peers, "steps": steps_of_ours}
+def parts_by_size(figures: Figures, device: torch.device, runs: Path) -> None:
+    """The grid of docs/scale.md."""
+    measure_grid(figures, device)
+
+
+WORK = {"equality": equality, "peers": loops_of_peers, "steps": steps_of_ours, "grid": parts_by_size}
 
 
 def main(stage: str, given: Mapping[str, str]) -> None:
