@@ -122,7 +122,7 @@ def measured(size: Size, device: torch.device, kind: str) -> float:
     """Median seconds of a forward or a training step; on a GPU captured and in bf16, on a CPU of the processor, one thread."""
     cuda = device.type == "cuda"
     form = torch.channels_last
-    net = built(size, 10).to(device, memory_format=form).train(kind == "train")
+    net = built(size, 10).to(device).to(memory_format=form).train(kind == "train")
     images = torch.randn(size.batch, *size.shape, device=device).contiguous(memory_format=form)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9, fused=True)
     low = lambda: torch.autocast(device.type, torch.bfloat16, cuda, cache_enabled=False)  # noqa: E731
