@@ -64,6 +64,7 @@ def test_the_rows_have_the_options_of_make_detect(script, tmp_path):
     for key in ("student", "method", "optimizer", "scheduler"):
         assert row[key] == made[key]
     assert row.trainer.max_epochs == made.trainer.max_epochs
+    made.trainer.precision = row.trainer.precision
     assert teacher_folder(row).name == teacher_folder(made).name
 
 
