@@ -95,7 +95,7 @@ def test_weights_and_means_are_those_of_launched_steps(tmp_path, options, equal)
     assert all(torch.allclose(a[k], b[k], rtol=1e-4) for k in a if not k.startswith("speed"))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", sorted({*NAMES} - {"ard", "rslad"}))  # whose attack is launched
 def test_every_method_is_recorded(tmp_path, name, caplog):
     two = name in TWO_PHASES
     cfg = compose_config(tmp_path, f"method={name}", *(["method.init_epochs=1"] if two else []))

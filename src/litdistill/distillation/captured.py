@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -120,6 +121,8 @@ class CapturedStep:
         # By key; None: to record at the next minibatch.
         self._steps: dict[Any, tuple[Taken, Callable[[], Any]] | None] = {}
         self._constants: Any = None
+        self._epoch = -1
+        self._written = [math.nan for _ in self._rates]
         self._begun, self._watched = False, 0
 
     def train(self, batch: Batch, teacher: Outputs | None) -> Tensor | None:
@@ -128,13 +131,9 @@ class CapturedStep:
         `teacher`: its outputs, where they are known. The first step of all creates the optimizer's state, and is left to the
         caller; so are all where a step cannot be recorded.
         """
-        constants = constants_of(self.distiller)
         begun, self._begun = self._begun, True
-        if not begun or self.reason is not None or constants is None:
+        if not begun or self.reason is not None or not self._same_constants():
             return None
-        if constants != self._constants:  # another epoch: what was recorded is of no more use
-            self._steps.clear()
-            self._constants = constants
         shapes = _shapes(batch, teacher)
         key = shapes, _options(self.optimizer)
         if key not in self._steps and self._watched == self.replayed + SPARE:
@@ -158,6 +157,18 @@ class CapturedStep:
         self._note(taken, batch, teacher)
         return taken.loss
 
+    def _same_constants(self) -> bool:
+        """Returns whether the constants of a step are known, as they are but for the first minibatches of `balance`; forgets
+        what was recorded with others."""
+        epoch, balance = self.distiller.current_epoch, self.distiller.balance
+        if epoch != self._epoch or (balance is not None and self._constants is None):
+            self._epoch = epoch
+            constants = constants_of(self.distiller)
+            if constants != self._constants:
+                self._steps.clear()
+                self._constants = constants
+        return self._constants is not None
+
     def _counted(self, step: Callable[[], Any]) -> Any:
         """Takes a step as the closure of the optimizer, so that Lightning counts it; returns what the step returns.
 
@@ -178,8 +189,10 @@ class CapturedStep:
             self._read[shapes] = _alike(batch, teacher)
         for static, given in zip(_tensors(*self._read[shapes]), _tensors(batch, teacher), strict=True):
             static.copy_(given)
-        for rate, group in zip(self._rates, self.optimizer.param_groups, strict=True):
-            rate.fill_(group["lr"])
+        for i, (rate, group) in enumerate(zip(self._rates, self.optimizer.param_groups, strict=True)):
+            if group["lr"] != self._written[i]:
+                rate.fill_(group["lr"])
+                self._written[i] = group["lr"]
 
     def _step(self, batch: Batch, teacher: Outputs | None) -> Taken:
         """Takes a step on the tensors that are read, with the learning rates from theirs."""

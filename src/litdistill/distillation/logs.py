@@ -33,8 +33,9 @@ def log_group(distiller: Distiller) -> None:
     if trainer.world_size > 1 and means:
         reduced = trainer.strategy.reduce(torch.stack([v.float() for v in means.values()]), reduce_op="mean")
         means = dict(zip(means, reduced, strict=True))
-    for name, value in means.items():  # for callbacks and the progress bar
-        distiller.log(name, value, prog_bar=name == "train/loss", logger=False)
+    for name, value in means.items():  # the loss for the progress bar, all for callbacks at the end of an epoch
+        if name == "train/loss" or trainer.is_last_batch:
+            distiller.log(name, value, prog_bar=name == "train/loss", logger=False)
     values = _numbers(means) | _speed(distiller) | _factors(distiller)
     values |= _rates(distiller)
     for logger in distiller.loggers:

@@ -189,6 +189,11 @@ class GroupedData(LightningDataModule):
     def test_dataloader(self) -> IndexLoader:
         return self.data.eval_loader("test", *self._world())
 
+    def transfer_batch_to_device(self, batch: Rows, device: torch.device, dataloader_idx: int) -> Rows:
+        """Lightning's hook; it would look for tensors among the sizes and weights of a group, too."""
+        views, images = (None if x is None else x.to(device, non_blocking=True) for x in (batch.views, batch.images))
+        return batch._replace(ids=batch.ids.to(device, non_blocking=True), views=views, images=images)
+
     def on_after_batch_transfer(self, batch: Rows, dataloader_idx: int) -> Batch | Group:
         """Lightning's hook; returns the batch or group for the ids, which are on the device."""
         return self.data.make_batch(batch)
