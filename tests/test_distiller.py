@@ -23,7 +23,7 @@ from litdistill.methods.sum import Sum
 from litdistill.methods.supervised import Supervised
 from litdistill.models.preprocess import bare
 from litdistill.tasks.classification import Classification
-from litdistill.types import Outputs
+from litdistill.types import Batch, Outputs
 from litdistill.utils.errors import UserError
 from litdistill.utils.hashing import weights_sha256
 from tests.fits import digits, example, fit, net, same
@@ -358,3 +358,15 @@ def test_a_teacher_is_known_by_the_hash_of_its_weights():
     assert weights_sha256(dict(reversed(a.state_dict().items()))) == weights_sha256(a.state_dict())
     next(iter(b.state_dict().values())).view(-1)[0] += 1e-3
     assert weights_sha256(a.state_dict()) != weights_sha256(b.state_dict())
+
+
+def test_a_teacher_that_was_left_on_another_device_joins_the_student():
+    moved = []
+
+    class Moved(torch.nn.Linear):
+        def to(self, *args, **kwargs):
+            moved.append(args[0])
+            return super().to(*args, **kwargs)
+
+    Distiller(torch.nn.Linear(4, 3), KD(), Moved(4, 3), Batch(torch.randn(2, 4), torch.tensor([0, 1])))
+    assert torch.device("cpu") in moved

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning import LightningModule
+from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
@@ -122,6 +123,9 @@ class Distiller(LightningModule):
         batch = None if example is None else self._example(example)
         frozen = teacher if isinstance(teacher, FrozenTeacher) else None
         network = frozen.net if frozen is not None else teacher
+        device = next(student.parameters(), torch.empty(0)).device  # an evaluation may have left the teacher on another
+        network = network if network is None else network.to(device)
+        batch = None if batch is None else move_data_to_device(batch, device)
         checks.check_images(batch, student, network)
         self.student = self.method.prepare(student, network, None if batch is None else batch.inputs)
         student_taps, teacher_taps = self._taps(self.student, network, batch)
