@@ -18,6 +18,7 @@ from litdistill.methods.fitnet import FitNet
 from litdistill.methods.kd import KD
 from litdistill.tasks import Classification
 from litdistill.tasks.base import Task
+from litdistill.training.train import train
 from tests.conftest import compose_config
 from tests.fits import digits, example, fit, grouped, net, same
 from tests.recorder import Replays
@@ -165,3 +166,33 @@ def test_a_constant_that_changes_is_recorded_anew(tmp_path):
     assert (
         recorder.recorded == 3
     )  # 12 minibatches an epoch: the first of a key is watched, and the smaller one is alone
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("group", [0, 4])
+def test_gradients_of_a_fused_optimizer_are_clipped_in_any_precision_without_scaling(tmp_path, precision, group):
+    data = digits(per_class=23, batch_size=20)
+    distiller = Distiller(
+        net(), KD(), net(16), example(data), allow_chance=True, seed=0, group=group, clip=Clip(1e-4),
+        optimizer=functools.partial(SGD, lr=1.0, fused=True),
+    )  # fmt: skip
+    before = [p.detach().clone() for p in distiller.parameters()]
+    clipping = {} if group else {"gradient_clip_val": 1e-4}
+    fit(distiller, grouped(data, group), tmp_path, max_steps=3, max_epochs=-1, precision=precision, **clipping)
+    moved = (
+        torch.stack([(a - b).square().sum() for a, b in zip(before, distiller.parameters(), strict=True)]).sum().sqrt()
+    )
+    assert 0 < moved <= 3.01e-4
+
+
+def test_places_of_pictures_are_measured_as_the_task_sees_them(tmp_path, monkeypatch, caplog):
+    """Labelled pixels are places, whose number depends on values: such steps are launched, and their means are right."""
+    options = [
+        "experiment=segmentation/digit_scenes", "data.epoch_size=64", "trainer.max_epochs=1", "teacher.allow_chance=true",
+        "++teacher.recipe.trainer.max_epochs=1", "++teacher.recipe.data.epoch_size=32", "logger=none", "trainer=cpu",
+    ]  # fmt: skip
+    monkeypatch.setattr("litdistill.config.distiller.CudaGraphs", Replays)
+    cfg = compose_config(tmp_path / "run", *options)
+    caplog.set_level("INFO", "litdistill")
+    assert 0 <= train(cfg) <= 1
+    assert "not as CUDA graphs" in caplog.text

@@ -365,7 +365,7 @@ def test_a_teacher_that_was_left_on_another_device_joins_the_student():
 
     class Moved(torch.nn.Linear):
         def to(self, *args, **kwargs):
-            moved.append(args[0])
+            moved.extend(args)
             return super().to(*args, **kwargs)
 
     Distiller(torch.nn.Linear(4, 3), KD(), Moved(4, 3), Batch(torch.randn(2, 4), torch.tensor([0, 1])))

@@ -154,7 +154,7 @@ class CapturedStep:
             taken, replay = found
             self._counted(replay)
             self.replayed += 1
-        self._note(taken, batch, teacher)
+        self._note(shapes, taken, batch, teacher)
         return taken.loss
 
     def _same_constants(self) -> bool:
@@ -201,7 +201,7 @@ class CapturedStep:
         self.optimizer.zero_grad()
         loss, seen = loss_of(distiller, batch, teacher)
         distiller.manual_backward(loss)
-        clip(distiller)
+        clip(self.optimizer, *distiller.clip)
         for group, rate in zip(groups, self._rates, strict=True):
             group["lr"] = rate
         try:
@@ -217,14 +217,19 @@ class CapturedStep:
         )  # no graph of gradients is kept
         return Taken(loss.detach(), seen._replace(student=student), terms)
 
-    def _note(self, taken: Taken, batch: Batch, teacher: Outputs | None) -> None:
+    def _note(self, shapes: Any, taken: Taken, batch: Batch, teacher: Outputs | None) -> None:
         """Adds copies of what a step leaves to the means: the next replay overwrites it."""
-        seen = taken.seen
+        seen, read = taken.seen, self._read[shapes]
         terms = dict(zip(seen.terms, taken.terms.clone().unbind(), strict=True))
-        if teacher is None and seen.teacher is not None:
-            teacher = Outputs({name: head.clone() for name, head in seen.teacher.heads.items()})
+        if teacher is None or seen.teacher is not read[1]:  # computed in the step, or those of some places
+            teacher = _copied(seen.teacher)
+        targets = batch.targets if seen.targets is read[0].targets else seen.targets.clone()
         watched = {name: value.detach().clone() for name, value in seen.watched.items()}
-        self.distiller.means.add(Seen(terms, seen.student, teacher, batch.targets, seen.samples, watched))
+        self.distiller.means.add(Seen(terms, seen.student, teacher, targets, seen.samples, watched))
+
+
+def _copied(outputs: Outputs | None) -> Outputs | None:
+    return None if outputs is None else Outputs({name: head.clone() for name, head in outputs.heads.items()})
 
 
 def captured_step(distiller: Distiller, base: type) -> CapturedStep | None:

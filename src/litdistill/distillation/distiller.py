@@ -28,7 +28,7 @@ from litdistill.distillation.examine import TeacherOnValidation, examine
 from litdistill.distillation.logs import log_group, log_step
 from litdistill.distillation.running_means import RunningMeans
 from litdistill.distillation.schedules import average_of, follow, interpolate, step_plateau
-from litdistill.distillation.step import loss_of, seed_step, timed_outputs, train_group
+from litdistill.distillation.step import clip, loss_of, seed_step, timed_outputs, train_group
 from litdistill.distillation.teacher import FrozenTeacher, teacher_taps
 from litdistill.distillation.teacher_cache import CacheOptions, TeacherCache, open_cache
 from litdistill.features.feature_extractor import FeatureExtractor, resolve_taps
@@ -122,9 +122,8 @@ class Distiller(LightningModule):
         checks.check_pairing(self.method, student, teacher, self.task, example, self.labels)
         batch = None if example is None else self._example(example)
         frozen = teacher if isinstance(teacher, FrozenTeacher) else None
-        network = frozen.net if frozen is not None else teacher
         device = next(student.parameters(), torch.empty(0)).device  # an evaluation may have left the teacher on another
-        network = network if network is None else network.to(device)
+        network = None if teacher is None else (frozen.net if frozen is not None else teacher).to(device)
         batch = None if batch is None else move_data_to_device(batch, device)
         checks.check_images(batch, student, network)
         self.student = self.method.prepare(student, network, None if batch is None else batch.inputs)
@@ -142,12 +141,11 @@ class Distiller(LightningModule):
         self.balance, self.adversarial = balance, adversarial
         self.data, self.cache_options = data, cache or CacheOptions()
         self.cache: TeacherCache | None = None  # opened on the training device when training starts
-        self.recorder, self.captured = recorder, None  # the second is made when training starts
-        self._first_update = True  # of the average in this process
+        self.recorder, self.captured, self._first_update = recorder, None, True  # the second: while training
         self.automatic_optimization, self.clip = not group, clip
         self.means, self.statistics = RunningMeans(self.task, self.labels), LaggingStatistics()
         self.schedule_factors: dict[str, float] = {}  # of terms, set anew each epoch
-        self.teacher_s = 0.0  # seconds spent in the teacher since the fit began
+        self.teacher_s = 0.0  # spent in the teacher since the fit began
         self.val_metrics, self.test_metrics = self.task.metrics(), self.task.metrics()
         self.on_validation = TeacherOnValidation(teacher_on_validation, data, self.task.agreement_metric())
         self._logged_step = 0
@@ -216,7 +214,7 @@ class Distiller(LightningModule):
         """Updates the average of the weights; called after each step of the optimizer."""
         if self.average is not None:
             follow(self.average, self.student, self._first_update)
-            self._first_update = False
+        self._first_update = False
 
     # -- training ----------------------------------------------------------------------------------------------------
 
@@ -242,6 +240,12 @@ class Distiller(LightningModule):
         """Lightning's hook of automatic optimization; updates the average, so that each checkpoint includes all steps."""
         super().optimizer_step(*args, **kwargs)
         self.update_average()
+
+    def configure_gradient_clipping(self, optimizer: Optimizer, *options: Any, **named: Any) -> None:
+        """Lightning's hook of automatic optimization; where no loss is scaled, it clips as a group does."""
+        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+            return super().configure_gradient_clipping(optimizer, *options, **named)
+        return clip(optimizer, *options, *named.values())
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         """Lightning's hook. `step_plateau` steps ReduceLROnPlateau instead, before the epoch's checkpoint is written."""
@@ -357,8 +361,7 @@ class Distiller(LightningModule):
     def on_validation_epoch_end(self) -> None:
         values = {name: float(value) for name, value in self.val_metrics.compute().items()}
         self.val_metrics.reset()
-        values |= self.on_validation.agreement(self.device)
-        self._log_evaluation("val", values)
+        self._log_evaluation("val", values | self.on_validation.agreement(self.device))
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         batch = self.task.batch(batch)

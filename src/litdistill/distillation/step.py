@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from litdistill.distillation.adversarial import attacked_batch
@@ -56,16 +57,24 @@ def optimize(distiller: Distiller, batch: Batch, teacher: Outputs | None) -> Ten
     loss = distiller.loss(batch, teacher)
     optimizer.zero_grad()  # type: ignore[union-attr]
     distiller.manual_backward(loss * batch.weight if batch.weight != 1 else loss)
-    clip(distiller)
+    clip(optimizer.optimizer, *distiller.clip)  # type: ignore[union-attr]
     optimizer.step()  # type: ignore[union-attr]
     distiller.update_average()
     return loss
 
 
-def clip(distiller: Distiller) -> None:
-    """Clips the gradients of a minibatch in a group; without groups the Trainer does."""
-    if distiller.clip.value is not None:
-        distiller.clip_gradients(distiller.optimizers(), distiller.clip.value, distiller.clip.algorithm)  # type: ignore[arg-type]
+def clip(optimizer: Optimizer, value: float | None, algorithm: str | None) -> None:
+    """Clips the gradients of an optimizer's parameters: by their common "norm" (the default), or each by "value".
+
+    Lightning's own clipping refuses fused optimizers in mixed precision, also in bfloat16, which scales no loss.
+    """
+    if not value:
+        return
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if algorithm == "value":
+        torch.nn.utils.clip_grad_value_(parameters, value)
+    else:
+        torch.nn.utils.clip_grad_norm_(parameters, value)
 
 
 def teacher_ahead(distiller: Distiller, group: Group) -> Sequence[Outputs] | None:
