@@ -188,7 +188,7 @@ def test_gradients_of_a_fused_optimizer_are_clipped_in_any_precision_without_sca
 def test_places_of_pictures_are_measured_as_the_task_sees_them(tmp_path, monkeypatch, caplog):
     """Labelled pixels are places, whose number depends on values: such steps are launched, and their means are right."""
     options = [
-        "experiment=segmentation/digit_scenes", "data.epoch_size=64", "trainer.max_epochs=1", "teacher.allow_chance=true",
+        "experiment=segmentation/digit_scenes", "data.epoch_size=192", "trainer.max_epochs=1", "teacher.allow_chance=true",
         "++teacher.recipe.trainer.max_epochs=1", "++teacher.recipe.data.epoch_size=32", "logger=none", "trainer=cpu",
     ]  # fmt: skip
     monkeypatch.setattr("litdistill.config.distiller.CudaGraphs", Replays)
@@ -196,3 +196,21 @@ def test_places_of_pictures_are_measured_as_the_task_sees_them(tmp_path, monkeyp
     caplog.set_level("INFO", "litdistill")
     assert 0 <= train(cfg) <= 1
     assert "not as CUDA graphs" in caplog.text
+
+
+def test_a_step_that_waits_once_is_watched_again(tmp_path):
+    """As the first step of a compiled network does, which reads values while it is compiled."""
+
+    class Compiling(Replays):
+        watched = 0
+
+        def watch(self, step):
+            taken, reason = super().watch(step)
+            self.watched += 1
+            return taken, "compiled" if self.watched == 1 else reason
+
+    one, _ = run(tmp_path / "one", None)
+    recorder = Compiling()
+    many, _ = run(tmp_path / "many", recorder)
+    assert recorder.recorded > 0
+    assert same(one, many)

@@ -7,7 +7,7 @@ are constants of a graph, so they are its key: where one changes, another graph 
 
 What no graph can hold (a value that is read on the host, a shape that depends on values, an optimizer that keeps its state in
 Python) runs operation by operation as everywhere else, and a line in the log says why: `reason_for_launching` before the first
-step, `Recorder.watch` in the first step of each key.
+step, `Recorder.watch` in the first steps of each key.
 CUDA graphs: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
 """
 
@@ -120,6 +120,7 @@ class CapturedStep:
         self._read: dict[Any, tuple[Batch, Outputs | None]] = {}  # the tensors that steps read, by shapes
         # By key; None: to record at the next minibatch.
         self._steps: dict[Any, tuple[Taken, Callable[[], Any]] | None] = {}
+        self._doubtful: set[Any] = set()
         self._constants: Any = None
         self._epoch = -1
         self._written = [math.nan for _ in self._rates]
@@ -142,11 +143,13 @@ class CapturedStep:
         self._fill(shapes, batch, teacher)
         step = functools.partial(self._step, *self._read[shapes])
         if key not in self._steps:
-            self._steps[key] = None
             self._watched += 1
             taken, reason = self._counted(lambda: self.recorder.watch(step))
-            if reason is not None:
+            if reason is None:
+                self._steps[key] = None
+            elif key in self._doubtful:
                 self._give_up(reason)
+            self._doubtful.add(key)  # what waits once may have been compiled: it is watched again
         else:
             found = self._steps[key]
             if found is None:

@@ -190,7 +190,7 @@ def constant_map(truth: Sequence[Tensor]) -> float | None:
     overlaps by an IoU of 0.5: boxes that are good guesses wherever the picture. Of a large split some pictures and some boxes,
     evenly spaced, are taken.
     """
-    pictures = [rows[rows[:, CROWD] == 0] for rows in truth]
+    pictures = [rows[rows[:, CROWD] == 0].cpu() for rows in truth]
     pictures = [pictures[i] for i in spaced(len(pictures), PICTURES)]
     whole = torch.cat(pictures) if pictures else torch.zeros(0, 6)
     if not len(whole):
