@@ -2,6 +2,7 @@
 
 import functools
 import logging
+from datetime import timedelta
 
 import pytest
 import torch
@@ -258,7 +259,7 @@ class Factors(Callback):
 
 @pytest.mark.parametrize("group", [0, 2])
 def test_two_processes_have_the_same_factors_of_the_samples_of_both(tmp_path, group):
-    forked = DDPStrategy(start_method="fork")
+    forked = DDPStrategy(start_method="fork", timeout=timedelta(seconds=100))
     run(
         tmp_path, group=group, balance=Balance(steps=2), devices=2, strategy=forked, callbacks=[Factors(tmp_path)],
         enable_checkpointing=False, max_epochs=1,

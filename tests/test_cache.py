@@ -391,6 +391,9 @@ def test_a_second_run_asks_the_teacher_nothing_at_all(tmp_path, monkeypatch):
     options = [f"runs={tmp_path}", "data.per_class=12", "trainer=cpu", "trainer.max_epochs=3", "logger=none", "threads=1",
                "net@teacher=conv4", "+teacher.recipe.trainer.max_epochs=1", "teacher.allow_chance=true"]  # fmt: skip
     monkeypatch.setattr(predictions, "predict_split", predicted)
+    monkeypatch.setattr(
+        "litdistill.training.finish.consult", lambda *_: None
+    )  # which runs the teacher of a poor student
     for i, extra in enumerate(([], ["method.temperature=8", "method.hard=0.5"])):
         with initialize_config_dir(str(CONF), version_base="1.3"):
             cfg = compose("train", [*options, *extra, f"folder={tmp_path}/{i}"])

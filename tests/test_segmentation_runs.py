@@ -81,7 +81,9 @@ def test_files_of_less_precision_give_the_same_masks(run, precision, share):
 
 
 def test_the_doctor_examines_a_run(run):
-    assert "teacher at chance" in {finding.name for finding in diagnose(run)}  # it has had one epoch on 40 scenes
+    assert "teacher at chance" in {
+        finding.name for finding in diagnose(run).findings
+    }  # it has had one epoch on 40 scenes
 
 
 def test_a_teacher_of_two_networks_averages_their_maps(run):

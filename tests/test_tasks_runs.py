@@ -195,7 +195,7 @@ def test_a_method_trains_perceptrons_for_an_epoch_or_says_in_a_line_what_else_wo
         assert any(not torch.equal(a, b) for a, b in zip(before, student.parameters(), strict=True))
         return
     assert "\n" not in refusal
-    assert re.search("use a method|Use a method|name its taps|Name its taps|name a tap", refusal)
+    assert re.search("use a method|Use a method|name its taps|Name its taps|name a tap|adversarial=pgd", refusal)
 
 
 @pytest.mark.parametrize(

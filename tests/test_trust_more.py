@@ -261,7 +261,17 @@ def test_no_name_in_a_run_of_another_reaches_the_terminal_as_a_command_to_it(for
     assert "x?]52" in markdown(rows(found))
     change(folder / "summary.json", student__test__nll="[/x]")
     commands.evaluate(
-        OmegaConf.create({"run": str(folder), "data": {}, "device": "cpu", "trust": [], "pictures": False})
+        OmegaConf.create(
+            {
+                "run": str(folder),
+                "data": {},
+                "device": "cpu",
+                "trust": [],
+                "pictures": False,
+                "robustness": None,
+                "eps": 0.1,
+            }
+        )
     )
     assert "then '[/x]'" in capsys.readouterr().out
     check = {"samples": 1, "difference": 0.0, "tolerance": {"difference": None, "agreement": 1}, "agreement": 1.0}
