@@ -257,6 +257,7 @@ class Factors(Callback):
         torch.save(pl_module.balance.state_dict(), self.folder / f"{trainer.global_rank}.pt")
 
 
+@pytest.mark.process  # forked from a process that has run many other tests, they were seen to wait for each other
 @pytest.mark.parametrize("group", [0, 2])
 def test_two_processes_have_the_same_factors_of_the_samples_of_both(tmp_path, group):
     forked = DDPStrategy(start_method="fork", timeout=timedelta(seconds=100))
