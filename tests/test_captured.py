@@ -73,7 +73,7 @@ def close(one, many):
     ("options", "equal"),
     [
         (lambda: {}, same),
-        (lambda: {"ema": 0.9, "clip": Clip(0.5)}, same),
+        (lambda: {"ema": 0.9, "clip": Clip(0.02)}, same),
         (lambda: {"optimizer": functools.partial(AdamW, lr=0.01, fused=True)}, close),
         (lambda: {"optimizer": functools.partial(Adam, lr=0.01, amsgrad=True, fused=True)}, close),
         (lambda: {"cache": CacheOptions("memory")}, same),
@@ -81,6 +81,7 @@ def close(one, many):
         (lambda: {"method": FitNet(), "schedule": {}, "balance": Balance(steps=3)}, same),
         (lambda: {"trainer": {"precision": "bf16-mixed"}}, same),
         (lambda: {"labels": "some"}, same),
+        (lambda: {"method": KD(learnt=3), "schedule": {}}, close),
         (lambda: {"trainer": {"max_steps": 17, "max_epochs": -1}}, same),
     ],
 )
@@ -116,6 +117,7 @@ def test_every_method_is_recorded(tmp_path, name, caplog):
 class HalfLabelled(Classification):
     """Chooses the samples with labels, whose number a graph cannot hold."""
 
+    recordable = True
     labelled_loss = Task.labelled_loss
 
 
@@ -124,10 +126,31 @@ class OwnHook(Distiller):
         pass
 
 
+class Ramp(KD):
+    """Weighs its term by how often it was called, which a graph would keep as it was."""
+
+    calls = 0
+
+    def forward(self, student, teacher, batch):
+        self.calls += 1
+        return {name: self.calls * value for name, value in super().forward(student, teacher, batch).items()}
+
+
+class Own(KD):
+    recordable = True
+
+
+def test_a_method_of_ones_own_is_recorded_where_it_says_so(tmp_path):
+    recorder = Replays()
+    run(tmp_path, recorder, method=Own())
+    assert recorder.recorded > 0
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         (lambda: {"kind": OwnHook}, "OwnHook has its own on_before_optimizer_step"),
+        (lambda: {"method": Ramp()}, "Ramp may change with each step in Python"),
         (lambda: {"optimizer": functools.partial(RMSprop, lr=0.01)}, "RMSprop may keep a state in Python"),
         (lambda: {"labels": "some", "task": HalfLabelled()}, "aten.nonzero"),
         (

@@ -28,6 +28,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from litdistill.distillation.running_means import Seen
 from litdistill.distillation.step import clip, loss_of
 from litdistill.methods.base import Method
+from litdistill.tasks.base import Task
 from litdistill.types import Batch, Outputs
 
 if TYPE_CHECKING:
@@ -149,7 +150,8 @@ class CapturedStep:
                 self._steps[key] = None
             elif key in self._doubtful:
                 self._give_up(reason)
-            self._doubtful.add(key)  # what waits once may have been compiled: it is watched again
+            else:
+                self._doubtful.add(key)  # it may have been compiled: it is watched again
         else:
             found = self._steps[key]
             if found is None:
@@ -215,9 +217,8 @@ class CapturedStep:
         self.optimizer.zero_grad()  # see `_counted`
         distiller.update_average()
         terms = torch.stack([value.detach().float() for value in seen.terms.values()])
-        student = Outputs(
-            {name: head.detach() for name, head in seen.student.heads.items()}
-        )  # no graph of gradients is kept
+        # Detached, so that no graph of gradients is kept.
+        student = Outputs({name: head.detach() for name, head in seen.student.heads.items()})
         return Taken(loss.detach(), seen._replace(student=student), terms)
 
     def _note(self, shapes: Any, taken: Taken, batch: Batch, teacher: Outputs | None) -> None:
@@ -257,6 +258,10 @@ def reason_for_launching(distiller: Distiller, overridden: list[str]) -> str | N
         return "processes exchange gradients"
     if overridden:
         return f"{type(distiller).__name__} has its own {overridden[0]}"
+    parts: list[Task | Method] = [distiller.task, *(m for m in distiller.method.modules() if isinstance(m, Method))]
+    for part in parts:
+        if not (part.recordable or type(part).__module__.startswith("litdistill.")):
+            return f"{type(part).__name__} may change with each step in Python; if not, it says recordable = True"
     if distiller.adversarial is not None:
         return "an attack (adversarial=pgd) runs the student several times a step"
     if type(optimizer) not in OPTIMIZERS:

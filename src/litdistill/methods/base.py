@@ -67,6 +67,9 @@ class Method(nn.Module):
     )
     relabels = False  # whether `relabel` gives labels to samples without
     init_epochs = 0  # epochs of a first phase that trains other parameters, without the labels' loss
+    recordable = (
+        False  # of a class of your own: whether nothing but `epoch` changes its terms in Python from step to step
+    )
     by_epoch = (
         False  # whether its terms change with `epoch` beyond the two phases: a step is then recorded anew each epoch
     )

@@ -27,12 +27,15 @@ class Task:
         kind: the distribution that logits parametrize: "categorical" (softmax over classes), "bernoulli" (a sigmoid each) or
             "real". A method that is not defined for it is refused.
         reads_labels: whether its loss reads labels. False: no sample needs one, and a student learns from its teacher alone.
+        recordable: of a class of your own: whether nothing in Python changes its loss from step to step, so that a CUDA graph
+            may hold it (`litdistill.distillation.captured`).
         averages: whether the outputs of several teachers have a mean (`litdistill.models.ensemble.Ensemble`).
         monitor: the metric that selects the best epoch, and whether it is maximized or minimized.
     """
 
     kind: str = CATEGORICAL
     reads_labels = True
+    recordable = False
     averages = True
     monitor: tuple[str, Literal["max", "min"]] = ("accuracy", "max")
     # What `compare_exported` compares, as the sentences of `export` name it.
