@@ -51,10 +51,23 @@ def compose_config(folder: Path, *overrides: str, root: str = "train") -> DictCo
 
 
 @pytest.fixture(autouse=True)
-def own_runs() -> Iterator[None]:
-    """Ends what `resume=` of a folder that was not made here leaves in the environment of a command."""
+def nothing_left() -> Iterator[None]:
+    """Ends what a command leaves in its process: `resume=` of a folder that was not made here, and a group of processes.
+
+    Lightning keeps such a group until the process ends. What is forked then would take it for its own, and wait for good.
+    """
     yield
-    os.environ.pop(FOREIGN, None)
+    for name in (FOREIGN, "MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        os.environ.pop(name, None)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Gives the tests that may take minutes half an hour: pyproject.toml's limit is for all others."""
+    for item in items:
+        if any(item.get_closest_marker(name) for name in ("slow", "zoo", "network", "slurm")):
+            item.add_marker(pytest.mark.timeout(1800))
 
 
 @pytest.fixture(scope="session")

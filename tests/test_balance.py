@@ -2,7 +2,6 @@
 
 import functools
 import logging
-from datetime import timedelta
 
 import pytest
 import torch
@@ -257,10 +256,9 @@ class Factors(Callback):
         torch.save(pl_module.balance.state_dict(), self.folder / f"{trainer.global_rank}.pt")
 
 
-@pytest.mark.process  # forked from a process that has run many other tests, they were seen to wait for each other
 @pytest.mark.parametrize("group", [0, 2])
 def test_two_processes_have_the_same_factors_of_the_samples_of_both(tmp_path, group):
-    forked = DDPStrategy(start_method="fork", timeout=timedelta(seconds=100))
+    forked = DDPStrategy(start_method="fork")
     run(
         tmp_path, group=group, balance=Balance(steps=2), devices=2, strategy=forked, callbacks=[Factors(tmp_path)],
         enable_checkpointing=False, max_epochs=1,

@@ -48,8 +48,6 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
 
     yield make
     torch.use_deterministic_algorithms(False)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 def in_processes(cwd: Path, *arguments: str) -> tuple[Path, dict[str, Any]]:
