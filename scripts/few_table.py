@@ -5,7 +5,7 @@
     python scripts/few_table.py only=true                  writes the page of what is kept and trains nothing
 
 Runs are those of conf/experiment/compare with other numbers of labels, in <runs>/<dataset>; what is finished there is not
-repeated. What the page says is kept in one JSON file of all data sets.
+repeated, so seeds=1 gives a first look, and seeds=3 goes on from it. What the page says is kept in one JSON file.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ import multiprocessing
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
+from scipy.stats import t as student_t
 
 from litdistill.benchmarks.compare import Job, run_all
 from litdistill.report.plots import COLORS, LINES, MARKERS
@@ -26,7 +28,7 @@ from litdistill.utils.checkpoint import write_text
 from litdistill.utils.errors import UserError
 from litdistill.utils.logging import filter_warnings, format_seconds
 from litdistill.utils.text import markdown_table
-from litdistill.utils.units import measured, spread
+from litdistill.utils.units import deviation, measured, spread
 from litdistill.utils.versions import versions
 
 DEFAULTS = {
@@ -55,45 +57,46 @@ class Setting(NamedTuple):
     teacher: tuple[str, ...] = ()
 
 
-def _images(crop: str, teacher: str, epochs: int, places: bool) -> Setting:
-    """Real data sets: minibatches of 128, 32 steps an epoch for the student, whole epochs for the teacher.
+def _images(student: str, teacher: str, crop: str, samples: int, epochs: int, places: bool) -> Setting:
+    """Real data sets: minibatches of 64, `samples` an epoch for the student, `epochs` of all images for the teacher.
 
-    `places`: whether the classifiers see places too, as in conf/experiment/mnist.yaml.
+    Small networks and short schedules, chosen before any figure was seen, so that a core makes three seeds of a data set in
+    less than an hour. As nothing is chosen on validation images, there are few. `places`: whether the classifiers see places
+    too, as in conf/experiment/mnist.yaml.
     """
-    steps = ("data.batch_size=128", "data.epoch_size=4096", f"data.augment=[{crop}]")
-    student = ("student.widths=[16,32,64]", f"student.global_pool={not places}")
+    steps = ("data.batch_size=64", f"data.epoch_size={samples}", "data.val_size=500", f"data.augment=[{crop}]")
+    small = (f"student.widths={student}", f"student.global_pool={not places}")
     recipe = ("teacher.recipe.data.epoch_size=null", f"teacher.recipe.trainer.max_epochs={epochs}")
     large = (f"teacher.widths={teacher}", f"teacher.global_pool={not places}", *recipe)
-    return Setting((10, 20, 50, 100, 200, 500), (*steps, *student), large)
+    return Setting((10, 30, 100, 500), (*steps, *small), large)
 
 
 SETTINGS = {
     "digits": Setting((10, 20, 50, 100)),
-    "mnist": _images("{Crop:{pad:2}}", "[32,64,128]", 3, True),
-    "fashion_mnist": _images("{Crop:{pad:2}}", "[32,64,128]", 6, True),
-    "cifar10": _images("{Crop:{pad:4}},Flip", "[64,128,256]", 6, False),
+    "mnist": _images("[8,16,32]", "[24,48,96]", "{Crop:{pad:2}}", 2048, 2, True),
+    "fashion_mnist": _images("[8,16,32]", "[24,48,96]", "{Crop:{pad:2}}", 2048, 4, True),
+    "cifar10": _images("[16,32,64]", "[32,64,128]", "{Crop:{pad:4}},Flip", 3072, 6, False),
 }
 
 
 def jobs(choices: DictConfig) -> list[Job]:
-    """Returns one job for each way, number of labels and seed.
+    """Returns one job for each way, number of labels and seed: all of a seed before the next.
 
-    What others wait for comes first: a run of each seed from a starting point, and one beside the teacher.
+    What others wait for comes first in a seed: the run beside the teacher, and one from a starting point.
     """
     setting, runs = SETTINGS[choices.dataset], f"{choices.runs}/{choices.dataset}"
     counts = list(choices.labels or setting.labels)
     found = []
-    for way, (experiment, own, _) in WAYS.items():
-        teacher = setting.teacher if experiment == "distilled" else ("teacher=null",)
-        for count in counts[:1] if way == ALL else counts:
-            for seed in range(choices.seeds):
+    for seed in range(choices.seeds):
+        for way, (experiment, own, _) in WAYS.items():
+            teacher = setting.teacher if experiment == "distilled" else ("teacher=null",)
+            for count in counts[:1] if way == ALL else counts:
                 said = [f"experiment=compare/{experiment}", f"data={choices.dataset}", f"seed={seed}", f"runs={runs}"]
                 said += ["logger=none", f"data.per_class={count}", *setting.overrides, *teacher, *own]
                 variant = "" if way == ALL else str(count)
                 found.append(Job(slug(way), variant, seed, (*said, *choices.overrides), runs))
-    starts = [job for job in found if job.technique == "fine-tuned" and job.variant == str(counts[0])]
-    beside = [job for job in found if job.technique == slug(ALL)][:1]
-    return list(dict.fromkeys([*beside, *starts, *found]))
+    waited = {(slug(ALL), ""): 0, ("fine-tuned", str(counts[0])): 1}
+    return sorted(found, key=lambda job: (job.seed, waited.get((job.technique, job.variant), 2)))
 
 
 def slug(way: str) -> str:
@@ -114,13 +117,14 @@ def record(choices: DictConfig) -> dict[str, Any]:
         value = 100 * summaries[job]["student"]["test"]["accuracy"]["last"]
         cells[named[job.technique]].setdefault(job.variant or "all", []).append(round(value, 4))
     some = next(s for j, s in summaries.items() if j.technique == slug(ALL))
+    [steps] = {s["steps"] for s in summaries.values()}  # the page says that all ways take as many
     own = {key: choices[key] for key in ("dataset", "seeds", "labels")}
     own["overrides"] = [text for text in choices.overrides if not text.startswith("data.root=")]
     said = [f"{key}={value}".replace(", ", ",") for key, value in own.items() if value != DEFAULTS[key]]
     return {
         "command": " ".join(["python scripts/few_table.py", *said]),
         "seconds": round(sum(s["time"]["total_s"] for s in summaries.values())),
-        "steps": some["steps"],
+        "steps": steps,
         "student": [some["student"]["name"], some["student"]["params"]],
         "teacher": [some["teacher"]["name"], some["teacher"]["params"], 100 * some["teacher"]["test"]["accuracy"]],
         "data": {key: some["data"][key] for key in ("test", "input_shape")},
@@ -133,25 +137,80 @@ def record(choices: DictConfig) -> dict[str, Any]:
 # -- the page -----------------------------------------------------------------------------------------------------------
 
 
+QUESTION = """## I have ten pictures a class: what do I do?
+
+Look for more pictures first: they need no labels. Then:
+
+| what there is | what to do |
+|---|---|
+| a good network for these classes, of any size | 1: it teaches a small one on all pictures, with labels and without |
+| no such network | 2: fine-tune one pretrained on ImageNet. Where its size does not matter, this is the model |
+| that, and more pictures without labels | 3: it teaches the small one on all of them |
+| the labelled pictures alone | 4: it teaches the small one on these, beside the same small one on the labels alone |
+
+```bash
+litdistill train data=folder data.root=<folder> data.image_size=32 data.unlabelled=<another> teacher.checkpoint=<run>   # 1
+litdistill train experiment=photos/fine_tuned_cpu data.root=<folder>                                                   # 2
+litdistill train -m experiment=photos/cpu data.root=<folder> data.unlabelled=<another> seed=0,1,2                      # 3
+litdistill train -m experiment=photos/cpu data.root=<folder> method=kd,supervised seed=0,1,2                           # 4
+```
+
+Read the last epoch and several seeds: a validation set of a picture a class chooses an epoch badly. With a GPU take
+`experiment=photos`. How a folder is read stands in [Your photos](your_photos.md).
+
+On this page the teacher has seen all labels of the data set, as in the first row above. A teacher of your ten pictures a class
+knows less. [Photos](photos.md) measures one that is fine-tuned on 20 and on 100 a class: with the same pictures the student
+gained nothing there, and with others without labels it did at 20.
+"""
+
+
 def page(kept: Mapping[str, Mapping[str, Any]], picture: str) -> str:
     """Returns the page of all data sets that are kept."""
     ways = "\n".join(f"- **{name}**: {learns}." for name, (_, _, learns) in WAYS.items())
     return f"""# Few labels
 
-Written by `python scripts/few_table.py`; not to be edited by hand.
-
-The same small student, of few labelled images a class, in {len(WAYS)} ways. Each takes as many steps. The teacher has seen all
-labels: it is for the case that a good network is there already, and the labels that it was trained on are not.
+The same small student, of few labelled images a class, in {len(WAYS)} ways:
 
 {ways}
 
-![Test accuracy over labels a class]({picture})
+{QUESTION}
+## What each way gave
 
-Test accuracy in per cent at the last epoch, mean ± standard deviation over seeds, which draw the images, the first weights and
-the order. Nothing is chosen on the test set or the validation set, and weights and temperature are those of `method=kd`. A gain
-is taken seed by seed.
+{worth(kept)}
 
-{"".join(section(name, found) for name, found in kept.items())}"""
+In brackets: the fewest labels a class, of those tried, with which the student alone is as good on average.
+
+![Test accuracy over labels a class: a panel for each data set, a curve for each way]({picture}){{ width="680" }}
+
+Lines are means, bands the range of the seeds. In the tables below: test accuracy in per cent at the last epoch, mean ± standard
+deviation over seeds, which draw the images, the student's first weights and the order; the teacher is one. In brackets: the
+gain over the student alone, seed by seed. A difference counts where its 95 % interval (Student's t, of so many seeds, each
+comparison by itself) leaves out zero.
+
+All ways take as many steps, of as many images. On top come the teacher and what fine-tuning starts from, which are trained
+once. Learning rates, weights and temperature are those of `conf/experiment/compare` for the digits, and nothing was chosen on
+any of these images: a schedule for each data set could give more.
+
+{"".join(section(name, found) for name, found in kept.items())}This page is written by
+`python scripts/few_table.py` and not edited by hand.
+"""
+
+
+def worth(kept: Mapping[str, Mapping[str, Any]]) -> str:
+    """Returns a table of all data sets at the fewest labels, with how many labels the student alone needs to be as good."""
+    rows = []
+    for name, found in kept.items():
+        alone = {count: mean(values) for count, values in found["cells"]["alone"].items()}
+        count = next(iter(alone))
+        row = [name, count]
+        for way in WAYS:
+            values = of_way(found["cells"], way, count)
+            reached = next(
+                (other for other, value in alone.items() if value >= mean(values)), f"over {list(alone)[-1]}"
+            )
+            row.append(f"{mean(values):.2f}" + ("" if way == "alone" else f" ({reached})"))
+        rows.append([*row, f"{found['teacher'][2]:.2f}"])
+    return markdown_table(["data", "labels a class", *WAYS, "teacher"], rows, 1)
 
 
 def section(name: str, found: Mapping[str, Any]) -> str:
@@ -159,11 +218,12 @@ def section(name: str, found: Mapping[str, Any]) -> str:
     (student, params), (large, many, accuracy) = found["student"], found["teacher"]
     columns = ["labels a class", *WAYS]
     rows = [[count, *(cell(found["cells"], way, count) for way in WAYS)] for count in found["cells"]["alone"]]
-    table = markdown_table(columns, rows, 0)
     used = ", ".join(f"{k} {v}" for k, v in found["versions"].items() if v is not None)
     return f"""## {name}
 
-{table}
+{markdown_table(columns, rows, 0)}
+
+{verdict(found["cells"])}
 
 Student {student}, {params:,} parameters, {found["steps"]:,} steps; teacher {large}, {many:,} parameters, {accuracy:.2f} %;
 {found["data"]["test"]:,} test images of {"x".join(map(str, found["data"]["input_shape"]))}. Made by
@@ -173,44 +233,70 @@ with {used}.
 """
 
 
+def of_way(cells: Mapping[str, Mapping[str, Sequence[float]]], way: str, count: str) -> Sequence[float]:
+    """Returns the accuracies of a way with so many labels, by seed."""
+    return cells[way].get(count) or cells[way]["all"]
+
+
+def gains(cells: Mapping[str, Mapping[str, Sequence[float]]], way: str, count: str) -> list[float]:
+    """Returns by how many points a way is above the student alone, by seed."""
+    return [a - b for a, b in zip(of_way(cells, way, count), cells["alone"][count], strict=True)]
+
+
 def cell(cells: Mapping[str, Mapping[str, Sequence[float]]], way: str, count: str) -> str:
     """Returns mean ± spread, and how much that is above the student alone."""
-    values = cells[way].get(count) or cells[way].get("all")
-    if not values:
-        return "–"
+    text = spread(of_way(cells, way, count))
     if way == "alone":
-        return spread(values)
-    differences = [(a - b) / 100 for a, b in zip(values, cells["alone"][count], strict=True)]
-    return f"{spread(values)} ({measured('accuracy', differences, signed=True)})"
+        return text
+    return f"{text} ({measured('accuracy', [gain / 100 for gain in gains(cells, way, count)], signed=True)})"
+
+
+def verdict(cells: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
+    """Returns a line for each way: at which numbers of labels it is better than the student alone, and where that is open."""
+    seeds = len(next(iter(cells["alone"].values())))
+    if seeds < 2:
+        return "Of one seed nothing can be said of differences."
+    lines = []
+    for way in list(WAYS)[1:]:
+        found: dict[str, list[str]] = {"better": [], "worse": [], f"no difference that {seeds} seeds can tell": []}
+        for count in cells["alone"]:
+            values = gains(cells, way, count)
+            half = float(student_t.ppf(0.975, seeds - 1)) * (deviation(values) or 0) / seeds**0.5
+            place = 0 if mean(values) > half else 1 if mean(values) < -half else 2
+            list(found.values())[place].append(count)
+        said = "; ".join(f"{what} at {', '.join(counts)}" for what, counts in found.items() if counts)
+        lines.append(f"- {way}: {said}.")
+    return "\n".join(lines)
 
 
 def draw(kept: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     """Writes the curves as a PNG: a panel for each data set, the mean as a line and the range of the seeds as a band."""
-    figure = new_figure(3.6 * len(kept) + 0.4, 4.0)
-    for axes, (name, found) in zip(figure.subplots(1, len(kept), squeeze=False)[0], kept.items(), strict=True):
+    columns = min(len(kept), 2)  # no more, so that it can be read on a phone
+    rows = -(-len(kept) // columns)
+    figure = new_figure(2.9 * columns + 0.2, 2.7 * rows + 0.9)
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes, (name, found) in zip(panels, kept.items(), strict=False):
         counts = [int(count) for count in found["cells"]["alone"]]
-        for i, (way, values) in enumerate(found["cells"].items()):
-            each = [values.get(str(count)) or values["all"] for count in counts]
-            means = [sum(v) / len(v) for v in each]
-            look = {"color": COLORS[i], "marker": "" if "all" in values else MARKERS[i], "linestyle": LINES[i]}
-            axes.plot(counts, means, **look, markersize=4, linewidth=1.5, label=way)
-            axes.fill_between(
-                counts, list(map(min, each)), list(map(max, each)), color=COLORS[i], alpha=0.15, linewidth=0
-            )
+        for i, way in enumerate(WAYS):
+            each = [of_way(found["cells"], way, str(count)) for count in counts]
+            look = {"color": COLORS[i], "marker": "" if way == ALL else MARKERS[i], "linestyle": LINES[i]}
+            axes.plot(counts, list(map(mean, each)), **look, markersize=4, linewidth=1.5, label=way)
+            low, high = list(map(min, each)), list(map(max, each))
+            axes.fill_between(counts, low, high, color=COLORS[i], alpha=0.15, linewidth=0)
         axes.axhline(found["teacher"][2], color="black", linewidth=0.8, linestyle=":", label="teacher")
         axes.set_xscale("log")
         axes.set_xticks(counts, [str(count) for count in counts])
         axes.minorticks_off()
         axes.set_xlabel("labels a class")
+        axes.set_ylabel("test accuracy (%)")
         axes.set_title(name, fontsize=10, loc="left", parse_math=False)
         axes.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("test accuracy (%)")
+    for axes in panels[len(kept) :]:
+        axes.set_axis_off()
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(
-        handles, labels, fontsize=8, frameon=False, loc="outside lower center", ncols=min(len(labels), 2 + len(kept))
-    )
+    figure.legend(handles, labels, fontsize=9, frameon=False, loc="outside lower center", ncols=columns)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=150)
 
 
 def main() -> None:

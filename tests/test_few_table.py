@@ -46,16 +46,18 @@ def test_every_run_composes_and_has_what_the_page_says(script: ModuleType, datas
     assert alone.data.per_class == tuned.data.per_class == same.data.per_class == 10
     assert (everything.data.per_class, everything.method.hard, everything.method.soft) == (None, 0, 1)
     assert {cfg.trainer.max_epochs * cfg.data.epoch_size for cfg in configs.values()} == {20 * alone.data.epoch_size}
-    assert {json.dumps(OmegaConf.to_container(cfg.student.widths)) for cfg in configs.values()} == {"[16, 32, 64]"}
+    assert len({json.dumps(OmegaConf.to_container(cfg.student.widths)) for cfg in configs.values()}) == 1
+    assert all(large > small for large, small in zip(same.teacher.widths, same.student.widths, strict=True))
     assert same.teacher == everything.teacher
 
 
-def test_what_others_wait_for_comes_first(script: ModuleType) -> None:
+def test_what_others_wait_for_comes_first_and_a_seed_before_the_next(script: ModuleType) -> None:
     found = script.jobs(choices(script, seeds=3))
-    assert [(j.technique, j.seed) for j in found[:4]] == [
-        ("distilled-all-images", 0),
-        *(("fine-tuned", seed) for seed in range(3)),
-    ]
+    size = len(found) // 3
+    for seed in range(3):
+        assert {job.seed for job in found[seed * size : (seed + 1) * size]} == {seed}
+        assert [j.technique for j in found[seed * size :][:2]] == ["distilled-all-images", "fine-tuned"]
+    assert found[:size] == script.jobs(choices(script, seeds=1))
 
 
 KEPT = {
@@ -89,9 +91,38 @@ def test_the_page_and_the_picture_are_those_of_what_is_kept(script, tmp_path, mo
     ) in text
     assert "| 20 | 95.00 ± 0.00 | 95.00 ± 0.00 (+0.00 ± 0.00) |" in text
     assert "teacher large, 20,000 parameters, 99.20 %" in text
+    assert "| digits | 10 | 91.00 | 90.00 (10) | 93.50 (20) | 97.00 (over 20) | 99.20 |" in text
     assert "(few.png)" in text
     assert Image.open(picture).size[0] > 300
     assert json.loads(keep.read_text()) == KEPT
+
+
+def test_a_difference_counts_where_its_interval_leaves_out_zero(script) -> None:
+    cells = {
+        "alone": {"10": [90.0, 91.0, 92.0], "20": [95.0, 95.0, 95.0]},
+        "fine-tuned": {"10": [89.0, 89.9, 91.1], "20": [95.0, 95.0, 95.0]},
+        "distilled, same images": {"10": [93.0, 94.1, 94.9], "20": [95.0, 95.1, 95.9]},  # the last: 0.33 ± 1.19
+        "distilled, all images": {"all": [97.0, 97.0, 97.0]},
+    }
+    assert script.verdict(cells).splitlines() == [
+        "- fine-tuned: worse at 10; no difference that 3 seeds can tell at 20.",
+        "- distilled, same images: better at 10; no difference that 3 seeds can tell at 20.",
+        "- distilled, all images: better at 10, 20.",
+    ]
+    one = {way: {count: values[:1] for count, values in found.items()} for way, found in cells.items()}
+    assert script.verdict(one) == "Of one seed nothing can be said of differences."
+
+
+def test_a_command_of_the_page_composes(script) -> None:
+    commands = [
+        line.split("   #")[0].split() for line in script.QUESTION.splitlines() if line.startswith("litdistill train")
+    ]
+    assert len(commands) == 4
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        for words in commands:
+            said = [word.split(",")[0].replace("<", "").replace(">", "") for word in words[2:] if word != "-m"]
+            cfg = compose("train", [*said, "folder=''"])
+            assert cfg.data.root == "folder"
 
 
 def test_the_page_of_the_docs_is_that_of_what_is_kept(script) -> None:
