@@ -29,9 +29,10 @@ SHORT = [a.replace("+data.epoch_size", "data.epoch_size") for a in STEP]
 
 
 def test_the_tables_hold_as_many_cells_as_the_published_ones():
-    # 13 pairs and 13 methods and the student alone, FSP on 6 pairs; DKD 12, DIST 6, KD+LS, MLKD, OFD and SimKD 10, SRRL 2.
-    assert len(papers.cells(papers.CRD)) == 14 * 13 + 6 + 12 + 6 + 4 * 10 + 2
-    assert len(papers.cells(papers.IMAGENET)) == 2 * 8 + 1
+    # 13 pairs and 13 methods and the student alone, FSP on 6 pairs; DKD 12, DIST 6, KD+LS, MLKD, OFD and SimKD 10, SRRL 2,
+    # NKD 6, CTKD, CTKD+LS, DKD+LS and MLKD+LS 10.
+    assert len(papers.cells(papers.CRD)) == 14 * 13 + 6 + 12 + 6 + 4 * 10 + 2 + 6 + 4 * 10
+    assert len(papers.cells(papers.IMAGENET)) == 2 * 12 + 1
     assert papers.published()["crd/wrn_40_2_shufflenet_v1/reviewkd"] == (
         77.14,
         papers.CRD.source,
@@ -58,7 +59,7 @@ def check(name: str, cfg) -> None:
     schedule = (cfg.data.batch_size, cfg.optimizer.lr, cfg.scheduler.gamma, cfg.trainer.max_epochs)
     if paper.startswith("crd"):
         small = pair.endswith(("mobilenet_v2", "shufflenet_v1", "shufflenet_v2"))
-        lr, epochs = (0.025, 480) if method == "mlkd" else (0.01 if small else 0.05, 240)
+        lr, epochs = (0.025, 480) if method.startswith("mlkd") else (0.01 if small else 0.05, 240)
         if method in ("ab", "ft", "fsp"):
             assert cfg.method.init_epochs == 30
             assert list(cfg.scheduler.milestones) == [180, 210, 240]
@@ -107,7 +108,18 @@ def test_decoupled_distillation_has_its_weight_for_each_pair():
     assert beta("crd/resnet32x4_resnet8x4/dkd") == 8
     assert beta("crd/resnet56_resnet20/dkd") == 2
     assert beta("crd/vgg13_vgg8/dkd") == 6
+    assert beta("crd/resnet56_resnet20/dkd_std") == 18
     assert beta("imagenet/resnet34_resnet18/dkd") == 0.5
+
+
+def test_rows_of_switches_are_their_method_with_the_published_numbers():
+    method = lambda name: next(composed([name]))[1].method  # noqa: E731
+    ctkd, both, dkd, mlkd = (method(f"crd/vgg13_vgg8/{row}") for row in ("ctkd", "ctkd_std", "dkd_std", "mlkd_std"))
+    assert (ctkd.hard, ctkd.soft, ctkd.learnt, ctkd.temperature, ctkd.standardized) == (0.1, 0.9, 10, 15.62, False)
+    assert (both.hard, both.soft, both.learnt, both.temperature, both.standardized) == (0.1, 9.0, 10, 15.62, True)
+    assert (dkd.hard, dkd.tckd, dkd.nckd, dkd.temperature, dkd.standardized) == (1.0, 9.0, 54.0, 2.0, True)
+    assert (mlkd.instance, mlkd.batch, mlkd.classes, mlkd.standardized) == (13.5, 4.5, 4.5, True)
+    assert list(mlkd.temperatures) == [2, 2, 3, 5, 6]
 
 
 def test_knowledge_review_has_its_weight_for_each_pair():

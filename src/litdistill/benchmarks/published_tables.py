@@ -36,6 +36,21 @@ class Table(NamedTuple):
 # a first phase of 30 epochs, then 240
 FIRST_EPOCHS = {"trainer": {"max_epochs": 270}, "scheduler": {"milestones": [180, 210, 240]}}
 
+DECOUPLED = {"schedule": {"tckd": [[0, 0], [20, 1]], "nckd": [[0, 0], [20, 1]]}}
+MULTI_LEVEL = {
+    "trainer": {"max_epochs": 480},
+    "scheduler": {"milestones": [300, 360, 420]},
+    "optimizer": {"lr": 0.025},
+}
+# Standardized logits and learnt temperatures are switches of other methods: the method of such a row, and what is switched. The
+# numbers are those of the authors' code: all weights of MLKD times ten but the labels', its temperature of 4 becomes 2.
+SWITCHED = {"ctkd": "kd", "ctkd_std": "logit_std", "dkd_std": "dkd", "mlkd_std": "mlkd"}
+CURRICULUM = {"learnt": 10, "temperature": 15.62}
+MULTI_LEVEL_STD = {
+    **{"standardized": True, "instance": 13.5, "batch": 4.5, "classes": 4.5},
+    "temperatures": [2.0, 2.0, 3.0, 5.0, 6.0],
+}
+
 CRD = Table(
     source="RepDistiller's README; the rows from dkd on are the methods' own papers', which report the best test epoch",
     protocol="last",
@@ -79,26 +94,33 @@ CRD = Table(
         reviewkd        76.12 75.09 71.89 71.34 73.89 75.63 74.84 70.37 69.89 75.34 77.45 77.78 77.14
         simkd           75.53 74.53 71.05 71.06 73.92 78.08 74.89 69.44 69.97 -     -     78.39 -
         srrl            -     74.64 -     -     -     75.39 -     -     -     -     -     -     -
+        nkd             -     -     -     -     -     -     -     68.72 69.39 74.01 75.31 76.26 75.96
+        ctkd            75.45 73.93 71.19 70.99 73.52 73.39 73.52 68.50 68.67 -     -     75.37 -
+        ctkd_std        76.08 74.58 71.34 71.39 74.01 76.67 74.47 68.98 69.36 -     -     76.18 -
+        dkd_std         76.39 74.89 72.32 71.85 74.29 77.01 74.81 69.98 70.45 -     -     77.37 -
+        mlkd_std        76.95 75.56 72.33 72.27 74.32 78.28 75.22 70.94 71.19 -     -     78.76 -
     """,
     methods={
         "ft": {"method": {"pool_channels": True, "hint": 200.0}, **FIRST_EPOCHS},
         "ab": FIRST_EPOCHS,
         "fsp": FIRST_EPOCHS,
-        "dkd": {"schedule": {"tckd": [[0, 0], [20, 1]], "nckd": [[0, 0], [20, 1]]}},
-        "mlkd": {
-            "trainer": {"max_epochs": 480},
-            "scheduler": {"milestones": [300, 360, 420]},
-            "optimizer": {"lr": 0.025},
-        },
+        "dkd": DECOUPLED,
+        "dkd_std": {"method": {"standardized": True, "tckd": 9.0, "temperature": 2.0}, **DECOUPLED},
+        "mlkd": MULTI_LEVEL,
+        "mlkd_std": {"method": MULTI_LEVEL_STD, **MULTI_LEVEL},
+        "ctkd": {"method": CURRICULUM},
+        "ctkd_std": {"method": CURRICULUM},
         "reviewkd": {"schedule": {"hint": [[0, 0], [20, 1]]}},
     },
 )
+NCKD = dict.fromkeys("FKLIM", 8.0) | dict.fromkeys("CDE", 2.0) | dict.fromkeys("ABGHJ", 6.0)
 BY_PAIR = {  # a weight of a method by column of the CRD table; its yaml's for other columns
-    "dkd": ("nckd", dict.fromkeys("FKLIM", 8.0) | dict.fromkeys("CDE", 2.0) | dict.fromkeys("ABGHJ", 6.0)),
+    "dkd": ("nckd", NCKD),
+    "dkd_std": ("nckd", {column: 9 * weight for column, weight in NCKD.items()}),
     "reviewkd": ("hint", {"C": 0.6, "E": 1.0}),
 }
 # Rows reported for the best epoch on the test set.
-FROM_BEST_EPOCH = ("dkd", "dist", "logit_std", "mlkd", "ofd", "reviewkd", "simkd", "srrl")
+FROM_BEST_EPOCH = ("dkd", "dist", "logit_std", "mlkd", "ofd", "reviewkd", "simkd", "srrl", "nkd", *SWITCHED)
 SMALL_STEPS = ("mobilenet_v2", "shufflenet_v1", "shufflenet_v2")  # learning rate 0.01
 
 CRD_CIFAR10 = Table(
@@ -188,8 +210,17 @@ IMAGENET = Table(
         dkd       71.70 72.05
         mlkd      71.90 73.01
         srd       71.92 -
+        nkd       71.96 72.58
+        ctkd      71.38 71.16
+        ctkd_std  71.81 72.92
+        mlkd_std  72.08 73.22
     """,
-    methods={"dkd": {"method": {"nckd": 0.5, "temperature": 1.0}}},
+    methods={
+        "dkd": {"method": {"nckd": 0.5, "temperature": 1.0}},
+        "ctkd": {"method": CURRICULUM},
+        "ctkd_std": {"method": CURRICULUM},
+        "mlkd_std": {"method": MULTI_LEVEL_STD},
+    },
 )
 
 TABLES = {
@@ -252,14 +283,15 @@ def _node(name: str, table: Table, column: str, method: str) -> dict[str, Any]:
     diff = dict(table.methods.get(method, {}))
     if table.base == "crd/base" and method in BY_PAIR:
         weight, by_column = BY_PAIR[method]
-        diff |= {"method": {weight: by_column[column]}} if column in by_column else {}
+        if column in by_column:
+            diff["method"] = {**diff.get("method", {}), weight: by_column[column]}
     if table.base == "crd/base" and student in SMALL_STEPS:
         diff.setdefault("optimizer", {"lr": 0.01})
     defaults: list[Any] = [
         f"/experiment/{table.base}",
         {"override /net@student": student},
         {"override /net@teacher": teacher},
-        {"override /method": "supervised" if method == "student" else method},
+        {"override /method": "supervised" if method == "student" else SWITCHED.get(method, method)},
     ]
     if table.data is not None:
         defaults.append({"override /data": table.data})
