@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from litdistill.config.build import build_data
+from litdistill.config.recipes import teacher_config
 from litdistill.data import mixing
 from litdistill.data.augment import Crop, Flip, apply_views, draw_views
 from litdistill.data.datamodule import ImageData
@@ -181,3 +182,18 @@ def test_a_config_names_them(tmp_path):
     batch = found.make_batch(next(iter(found.train_dataloader())))
     assert batch.targets.shape == (cfg.data.batch_size, 10)
     assert 0.2 < (batch.targets.max(1).values == 1).float().mean() < 0.95
+
+
+def test_the_patient_teacher_is_asked_of_mixed_views_and_the_labels_count_for_nothing(tmp_path):
+    """Beyer et al. 2022: the view that the student sees, mixed without limit; a teacher of its own learns without mixing."""
+    cfg = compose_config(tmp_path / "run", "experiment=schemes/patient")
+    mix = build_data(cfg)[0].mix
+    assert isinstance(mix, Mixup)
+    assert (mix.alpha, mix.probability) == (1.0, 1.0)
+    assert torch.quantile(mix.shares, 0.25).item() == pytest.approx(0.25, abs=1e-3)  # uniform
+    assert (cfg.method.hard, cfg.method.soft, cfg.method.temperature) == (0.0, 1.0, 1.0)
+    assert cfg.data.fixed_views is None
+    assert cfg.scheduler._target_.endswith("warmup_cosine")
+    recipe = teacher_config(cfg)
+    assert recipe.data.mix is None
+    assert recipe.trainer.max_epochs < cfg.trainer.max_epochs

@@ -88,6 +88,14 @@ def test_assistant(tmp_path):
     assert differences(evaluate(folder, device="cpu"), student) == []
 
 
+def test_patient(tmp_path):
+    folder, student = scheme(tmp_path, "patient")
+    (teacher,) = trained_before(tmp_path)
+    assert (teacher["method"], student["method"]) == ("supervised", "kd")
+    assert student["teacher"]["sha256"] == teacher["student"]["sha256"]
+    assert differences(evaluate(folder, device="cpu"), student) == []
+
+
 def test_ensemble(tmp_path):
     folder, student = scheme(tmp_path, "ensemble", SMALL_TEACHER)
     members = sorted((tmp_path / "teachers").glob("*/summary.json"))
