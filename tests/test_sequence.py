@@ -13,6 +13,8 @@ from litdistill.methods import (
     DIST,
     DKD,
     KD,
+    MFT,
+    NKD,
     RKD,
     SP,
     WTTM,
@@ -108,10 +110,25 @@ def of_teacher_free(s: Tensor, t: Tensor, y: int) -> Tensor:
     return kl(soft(p / 20), soft(s))
 
 
+def of_nkd(s: Tensor, t: Tensor, y: int) -> Tensor:
+    p, q = soft(t), soft(s)
+    others = [i for i in range(V) if i != y]
+    return -p[y] * q[y].log() - 1.5 * (p[others] / (1 - p[y]) * (q[others] / (1 - q[y])).log()).sum()
+
+
+def of_mft(s: Tensor, t: Tensor, y: int) -> Tensor:
+    p = soft(t)
+    share = (0.2 + p.max() - p[y]) / (1 + p.max() - p[y]) if p.argmax() != y else min(1.0, (0.2 / (1 - p[y])).item())
+    p = (1 - share) * p + share * (torch.arange(V) == y)
+    return (torch.xlogy(p, p) - p * soft(s).log()).sum()
+
+
 METHODS = [
     (KD(hard=0, soft=1), of_kd),
     (DKD(hard=0), of_dkd),
     (KD(hard=0, soft=9.0, temperature=2.0, standardized=True), of_logit_std),
+    (NKD(hard=0), of_nkd),
+    (MFT(), of_mft),
     (WTTM(hard=0), of_wttm),
     (LogitMSE(), of_mse),
     (SoftTargetCE(hard=0, soft=1), of_soft_target),

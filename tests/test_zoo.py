@@ -74,10 +74,13 @@ TERMS = {
     "hard_pseudo_label": {"hard", "pseudo"},
     "kd_at": {"hard", "kd_soft", "at_hint"},
     "kd_crd": {"hard", "kd_soft", "crd_hint"},
+    "mft": {"soft"},
     "mlkd": {"hard", "instance", "batch", "classes"},
+    "nkd": {"hard", "target", "others"},
     "rkd": {"hard", "distance", "angle"},
     "srd": {"hard", "hint", "soft"},
     "srrl": {"hard", "hint", "soft"},
+    "wkd": {"hard", "target", "others"},
     "pairs": {"hard", "kl_logits", "cosine_last"},
     **{k: {"hard", "soft"} for k in SOFT},
 }

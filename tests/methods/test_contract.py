@@ -24,9 +24,9 @@ OF_TASKS = {name for name in YAMLS if "litdistill.tasks." in (CONF / "method" / 
 MAPS = {"ab", "at", "cwd", "fitnet", "fsp", "ft", "ickd", "kdsvd", "mgd", "nst", "ofd", "pkd", "reviewkd", "vid"}
 # The published weight of the labels, where it is not 1.
 HARD = {"kd": 0.1, "soft_target_ce": 0.1, "logit_std": 0.1, "kd_at": 0.1, "mlkd": 0.2, "hard_pseudo_label": 0.5}
-HARD |= {"teacher_free": 0.9, "logit_mse": 0.0, "simkd": 0.0, "feature_only": 0.0, "ard": 0.0, "rslad": 0.0}
+HARD |= {"teacher_free": 0.9, "logit_mse": 0.0, "simkd": 0.0, "feature_only": 0.0, "ard": 0.0, "rslad": 0.0, "mft": 0.0}
 SOFTMAX = {"kd", "dkd", "dist", "mlkd", "wttm", "soft_target_ce", "teacher_free", "hard_pseudo_label", "logit_std"}
-SOFTMAX |= {"mutual", "online", "srd", "crd", "kd_at", "kd_crd", "pairs", "ard", "rslad"}
+SOFTMAX |= {"mutual", "online", "srd", "crd", "kd_at", "kd_crd", "pairs", "ard", "rslad", "mft", "nkd", "wkd"}
 
 
 def make(name: str) -> Method:

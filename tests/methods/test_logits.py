@@ -15,7 +15,9 @@ from litdistill.methods.dkd import DKD
 from litdistill.methods.hard_pseudo_label import HardPseudoLabel
 from litdistill.methods.kd import KD
 from litdistill.methods.logit_mse import LogitMSE
+from litdistill.methods.mft import MFT
 from litdistill.methods.mlkd import MLKD
+from litdistill.methods.nkd import NKD
 from litdistill.methods.soft_target_ce import SoftTargetCE
 from litdistill.methods.teacher_free import TeacherFree
 from litdistill.methods.wttm import WTTM
@@ -87,6 +89,33 @@ def ref_mlkd(s, t, y):
     return {"instance": 0.6 * instance, "batch": 0.8 * batch, "classes": 1.1 * classes}
 
 
+def ref_nkd(s, t, y):
+    def target(a, b, c):
+        return -(log_p(b)[c].exp() * log_p(a)[c])
+
+    def others(a, b, c):
+        rest = [k for k in range(len(a)) if k != c]
+        return -(log_p(b[rest] / 3).exp() * log_p(a[rest] / 3)).sum()
+
+    return {"target": 0.8 * mean(target, s, t, y), "others": 1.7 * 9 * mean(others, s, t, y)}
+
+
+def ref_mft(s, t, y):
+    def corrected(p, c):
+        """Whose share m of the label makes it lead by 0.3 where it does not lead, and 0.3 larger where it does."""
+        if (first := p.max()) > p[c]:
+            m = (0.3 + first - p[c]) / (1 + first - p[c])
+        else:
+            m = min((0.3 / (1 - p[c])).item(), 1.0) if p[c] < 1 else 0.0
+        return (1 - m) * p + m * (torch.arange(len(p)) == c)
+
+    def divergence(a, b, c):
+        p = corrected(log_p(b / 2).exp(), c)
+        return (torch.xlogy(p, p) - p * log_p(a / 2)).sum()
+
+    return {"soft": 0.9 * 4 * mean(divergence, s, t, y)}
+
+
 def ref_wttm(s, t, y, weighted=True):
     def matching(a, b):
         power = torch.exp(0.3 * log_p(b))
@@ -126,6 +155,8 @@ CASES: dict[str, tuple[Callable[[], Method], Callable]] = {
     "dkd": (lambda: DKD(0.7, 1.3, 2.0, 3.0), ref_dkd),
     "dist": (lambda: DIST(1.0, 1.5, 2.5, 4.0), ref_dist),
     "mlkd": (lambda: MLKD(0.4, 0.6, 0.8, 1.1, [2.0, 5.0]), ref_mlkd),
+    "nkd": (lambda: NKD(0.5, 0.8, 1.7, 3.0), ref_nkd),
+    "mft": (lambda: MFT(0.5, 0.9, 2.0, 0.3), ref_mft),
     "wttm": (lambda: WTTM(gamma=0.3), ref_wttm),
     "ttm": (lambda: WTTM(gamma=0.3, weighted=False), lambda s, t, y: ref_wttm(s, t, y, weighted=False)),
     "teacher_free": (lambda: TeacherFree(0.9, 0.2, 0.9, 20.0), ref_teacher_free),
@@ -235,6 +266,8 @@ def test_no_gradient_is_asked_of_the_teacher(name):
         (lambda: DKD(temperature=0), "temperature"),
         (lambda: MLKD(temperatures=[]), "temperatures"),
         (lambda: MLKD(temperatures=[2.0, -1.0]), "temperature"),
+        (lambda: NKD(temperature=0), "temperature"),
+        (lambda: MFT(margin=1.5), "margin"),
         (lambda: WTTM(gamma=0), "gamma"),
         (lambda: TeacherFree(correct=1.5), "correct"),
     ],

@@ -142,6 +142,12 @@ def is_rounding(residual: Tensor, x: Tensor) -> Tensor:
     return residual.detach().norm(dim=1, keepdim=True) <= rounding
 
 
+def non_target(logits: Tensor, target: Tensor) -> Tensor:
+    """Returns the logits of all classes but the target's, in their order: (N, classes), (N,) -> (N, classes − 1)."""
+    others = torch.arange(logits.shape[1] - 1, device=target.device)
+    return logits.gather(1, others + (others >= target[:, None]))
+
+
 def sample_gram(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> Tensor:
     """‖Q Qᵀ − P Pᵀ‖² / N of both softmaxes at temperature T: similarity of samples; a scalar.
 

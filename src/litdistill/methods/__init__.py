@@ -20,9 +20,11 @@ from litdistill.methods.ickd import ICKD
 from litdistill.methods.kd import KD
 from litdistill.methods.kdsvd import KDSVD
 from litdistill.methods.logit_mse import LogitMSE
+from litdistill.methods.mft import MFT
 from litdistill.methods.mgd import MGD
 from litdistill.methods.mlkd import MLKD
 from litdistill.methods.mutual import Mutual
+from litdistill.methods.nkd import NKD
 from litdistill.methods.nst import NST
 from litdistill.methods.ofd import OFD
 from litdistill.methods.online import Online
@@ -42,6 +44,7 @@ from litdistill.methods.sum import Sum
 from litdistill.methods.supervised import Supervised
 from litdistill.methods.teacher_free import TeacherFree
 from litdistill.methods.vid import VID
+from litdistill.methods.wkd import WKD
 from litdistill.methods.wttm import WTTM
 
 __all__ = [
@@ -58,8 +61,10 @@ __all__ = [
     "ICKD",
     "KD",
     "KDSVD",
+    "MFT",
     "MGD",
     "MLKD",
+    "NKD",
     "NST",
     "OFD",
     "PKD",
@@ -70,6 +75,7 @@ __all__ = [
     "SRD",
     "SRRL",
     "VID",
+    "WKD",
     "WTTM",
     "BinaryKD",
     "Cosine",

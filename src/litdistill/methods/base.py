@@ -37,6 +37,8 @@ WEIGHTS = (
     "batch",
     "classes",
     "pseudo",
+    "target",
+    "others",
     "distance",
     "angle",
     "box",

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from litdistill.losses.logits import non_target
 from litdistill.methods.base import CATEGORICAL, Method, check_weights
 from litdistill.methods.softening import Softening, use_softening
 from litdistill.types import Batch, Outputs
@@ -22,18 +23,18 @@ def decoupled_losses(
     authors' code subtracts 1,000 from its logit: the same value, for logits of any size.
     """
     z_s, z_t = student.float() / temperature, teacher.float() / temperature
-    others = torch.arange(z_s.shape[1] - 1, device=target.device)
-    others = others + (others >= target[:, None])  # (N, classes - 1), every class but the target
 
     def target_vs_others(z: Tensor) -> Tensor:
         log_p = F.log_softmax(z, dim=1)
-        return torch.cat([log_p.gather(1, target[:, None]), log_p.gather(1, others).logsumexp(1, keepdim=True)], dim=1)
+        return torch.cat(
+            [log_p.gather(1, target[:, None]), non_target(log_p, target).logsumexp(1, keepdim=True)], dim=1
+        )
 
-    def non_target(z: Tensor) -> Tensor:
-        return F.log_softmax(z.gather(1, others), dim=1)
+    def others(z: Tensor) -> Tensor:
+        return F.log_softmax(non_target(z, target), dim=1)
 
     tckd = F.kl_div(target_vs_others(z_s), target_vs_others(z_t), reduction="batchmean", log_target=True)
-    nckd = F.kl_div(non_target(z_s), non_target(z_t), reduction="batchmean", log_target=True)
+    nckd = F.kl_div(others(z_s), others(z_t), reduction="batchmean", log_target=True)
     return tckd * temperature**2, nckd * temperature**2
 
 

@@ -90,14 +90,33 @@ def reusable_classifier(teacher: nn.Module, example: Any, taps: Sequence[str] | 
     """
     name, outputs, called = dry_forward(teacher, example, taps)
     pooled, logits = maps(outputs.features, method)[-1].mean((2, 3)), outputs.logits
-    last = next((m for m in reversed(called) if isinstance(m, nn.Linear)), None)
-    if last is not None and last.in_features == pooled.shape[1]:
-        with torch.no_grad():
-            given = last(pooled)
-        if given.shape == logits.shape and float((given - logits).abs().max()) <= 1e-3 * float(logits.abs().max()):
-            return copy.deepcopy(last).requires_grad_(False)
+    if (last := layer_between(pooled, logits, called)) is not None:
+        return copy.deepcopy(last).requires_grad_(False)
     raise UserError(
         f"{method} reuses the teacher's classifier, which must be one linear layer on the mean over positions "
         f"of a map, and is not that on {name!r} of this teacher. Name the map in front of its pooling "
         "(teacher_taps), take a teacher such as a ResNet, or use another method (kd, dkd, fitnet)."
     )
+
+
+def output_layer(net: nn.Module, example: Any, method: str) -> nn.Linear:
+    """Returns the network's linear layer that gives its logits. Raises `UserError` where there is none."""
+    outputs, called = dry_forward(net, example, "pooled")[1:]
+    last = layer_between(list(outputs.features.values())[-1], outputs.logits, called)
+    if last is None:
+        raise UserError(
+            f"{method} reads the weights of the teacher's classifier, which must be one linear layer, and this teacher ends in "
+            "none. Take another teacher, or another method of logits (kd, dkd, nkd)."
+        )
+    return last
+
+
+def layer_between(given: Tensor, logits: Tensor, called: Sequence[nn.Module]) -> nn.Linear | None:
+    """Returns the last linear layer of those called if it makes the logits (N, classes) of the vectors (N, C), else None."""
+    last = next((m for m in reversed(called) if isinstance(m, nn.Linear)), None)
+    if last is None or given.ndim != 2 or last.in_features != given.shape[1]:
+        return None
+    with torch.no_grad():
+        found = last(given)
+    same = found.shape == logits.shape and float((found - logits).abs().max()) <= 1e-3 * float(logits.abs().max())
+    return last if same else None
