@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torchvision.models import get_model, get_model_weights
 
 from litdistill.features.outputs import run_network
@@ -18,6 +20,7 @@ from litdistill.tasks.detection.boxes import padded
 from litdistill.tasks.detection.detector import Detector, detector_of
 from litdistill.tasks.detection.torchvision import torchvision_detector
 from litdistill.tasks.detection.two_stage import TwoStage
+from litdistill.utils.checkpoint import load_state_dict_checked, load_weights
 from litdistill.utils.errors import UserError
 
 LITE, RETINA, FASTER = (
@@ -145,8 +148,55 @@ def test_a_two_stage_network_gives_detections_and_is_not_trained(hub):
     with pytest.raises(UserError, match="none of the data's classes"):
         torchvision_detector(2, (3, 64, 64), FASTER, "DEFAULT", class_names=("red cell", "white cell"))
     own = torchvision_detector(2, (3, 64, 64), FASTER)
-    assert isinstance(own, TwoStage)
-    assert own.place.tolist() == [-1.0, 0.0, 1.0]
+    assert isinstance(bare(own), TwoStage)
+    assert own.preprocess.facts()["size"] == [320, 320]  # nobody has trained one here on the data's own mean and size
+    assert bare(own).place.tolist() == [-1.0, 0.0, 1.0]
+
+
+def saved(folder, name, classes, names=None):
+    """The path of a file of random weights of torchvision's own network, as its user saves them, and the network."""
+    torch.manual_seed(1)
+    model = get_model(name, weights=None, weights_backbone=None, num_classes=classes).eval()
+    state = {k: v for k, v in model.state_dict().items() if names or not k.endswith("num_batches_tracked")}
+    path = folder / ("mine.safetensors" if names else "mine.pth")
+    save_file(state, path, {"classes": json.dumps(names)}) if names else torch.save({"model": state}, path)
+    return str(path), model
+
+
+def test_a_file_of_weights_is_read_as_torchvision_reads_it(tmp_path):
+    path, model = saved(tmp_path, FASTER, 4)
+    model.transform.min_size, model.transform.max_size = (64,), 1000
+    images = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(2))
+    net = torchvision_detector(3, (3, 64, 64), FASTER, path, size=64, class_names=("a", "b", "c"))
+    with torch.no_grad():
+        found, rows = model(list(images))[0], net(images)["detections"][0]
+    assert len(found["scores"]) > 1
+    assert "its classes are taken to be the data's, in their order" in adaptations_of(net)
+    torch.testing.assert_close(rows[: len(found["scores"]), 4], found["scores"], rtol=1e-4, atol=1e-6)
+    # A checkpoint of the node gives the same network: no two-stage network is trained here on the data's own mean.
+    built = torchvision_detector(3, (3, 64, 64), FASTER, size=64)
+    load_state_dict_checked(bare(built), load_weights(path, bare(built).state_dict()), path, "teacher")
+    with torch.no_grad():
+        torch.testing.assert_close(built(images)["detections"][0], rows)
+    with pytest.raises(UserError, match="of 3 classes without names, and the data have 2"):
+        torchvision_detector(2, (3, 64, 64), FASTER, path, class_names=("a", "b"))
+
+
+def test_classes_of_a_file_are_found_by_their_names(tmp_path):
+    path, model = saved(tmp_path, FASTER, 4, ["c", "a", "z"])
+    net = torchvision_detector(3, (3, 64, 64), FASTER, path, class_names=("a", "b", "c"))
+    assert bare(net).place.tolist() == [-1.0, 2.0, 0.0, -1.0]
+    assert "of its 3 classes the data's 2 are kept, not detected are b" in adaptations_of(net)
+    path, model = saved(tmp_path, LITE, 91)  # all of COCO's, as torchvision's own file has them
+    lite = torchvision_detector(3, (3, 64, 64), LITE, path, class_names=PETS)
+    assert bare(lite).columns.tolist() == [categories(LITE).index(pet) - 1 for pet in PETS]
+    path, model = saved(tmp_path, LITE, 5)
+    new = torchvision_detector(2, (3, 64, 64), LITE, path, class_names=("a", "b"))
+    assert "head new, 4 to 2 classes" in adaptations_of(new)
+    torch.testing.assert_close(bare(new).backbone.state_dict(), model.backbone.state_dict())
+    assert lite.preprocess.facts()["size"] == [320, 320]
+    # Rebuilt from a run's folder, where the file is gone.
+    assert bare(torchvision_detector(3, (3, 64, 64), LITE, "gone.pth", fetch=False)).state_dict()
 
 
 @pytest.mark.parametrize("name", ["fcos_resnet50_fpn", LITE])

@@ -19,7 +19,7 @@ from litdistill.models.finetune import zero_head
 from litdistill.models.parts import evaluating, he_init, keep_inputs, require_size, tensors_only
 from litdistill.models.preprocess import Preprocess, Preprocessed, transparent_modules, transparent_state
 from litdistill.models.torchvision import fit_stem
-from litdistill.utils.checkpoint import load_state_dict_checked, load_weights
+from litdistill.utils.checkpoint import load_state_dict_checked, load_weights, names_file
 from litdistill.utils.errors import UserError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, which all of torchvision's weights expect
@@ -158,7 +158,7 @@ def published_state(name: str, weights: str) -> dict[str, Tensor]:
 
     Files are read as tensors only. Raises `UserError` for a name that is not published, and for weights that cannot be had.
     """
-    if Path(weights).suffix in (".pth", ".pt", ".safetensors", ".ckpt"):
+    if names_file(weights):
         state = load_weights(weights)
     else:
         offered: Any = get_model_weights(name)

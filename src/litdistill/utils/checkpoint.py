@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from litdistill.utils.errors import UserError
 
 STUDENT = "student.safetensors"
+FILES = (".pth", ".pt", ".ckpt", ".safetensors")  # extensions of files of weights
+COUNTER = "num_batches_tracked"  # of a batch normalization: it changes no output, and frozen ones do not count
 PART = ".part"  # suffix of files that are still being written
 
 
@@ -188,6 +190,11 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         ) from error
 
 
+def names_file(weights: str) -> bool:
+    """Returns whether weights are named by a file, and not by a published name."""
+    return Path(weights).suffix in FILES
+
+
 def _nearby(path: Path) -> str:
     """Returns a sentence that lists up to four checkpoints in the nearest existing folder above `path`."""
     folder = path.parent
@@ -252,11 +259,12 @@ def _state_dicts(loaded: Any, name: str = "", depth: int = 3) -> dict[str, dict[
 
 
 def _fitting(state: Mapping[str, Tensor], keys: Collection[str]) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Yields each prefix of `state` under which its keys are exactly `keys`, with that part of the state dict."""
+    """Yields each prefix of `state` under which its keys are `keys`, with that part of the state dict. Counters of batch
+    normalization may be missing."""
     first = next(iter(keys))
     for prefix in sorted({k.removesuffix(first) for k in state if k == first or k.endswith(f".{first}")}):
         part = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-        if part.keys() == set(keys):
+        if part.keys() <= set(keys) and all(k.endswith(COUNTER) for k in set(keys) - part.keys()):
             yield prefix, part
 
 
@@ -275,12 +283,14 @@ def _unprefixed(states: Mapping[str, dict[str, Tensor]], path: Path) -> dict[str
 
 
 def load_state_dict_checked(net: nn.Module, state: Mapping[str, Tensor], source: str | Path, role: str) -> None:
-    """Loads `state` into `net`, strictly. Raises `UserError` that lists missing, unexpected and mismatched keys."""
+    """Loads `state` into `net`, strictly but for counters of batch normalization, which may be missing. Raises `UserError` that
+    lists missing, unexpected and mismatched keys."""
     own = net.state_dict()
+    state = {k: v for k, v in own.items() if k.endswith(COUNTER)} | dict(state)
     shapes = [k for k in own if k in state and own[k].shape != state[k].shape]
     missing, extra = [k for k in own if k not in state], [k for k in state if k not in own]
     if not (shapes or missing or extra):
-        net.load_state_dict(dict(state))
+        net.load_state_dict(state)
         return
     lines = [f"{len(missing)} missing: {_abbreviate(missing)}"] if missing else []
     lines += [f"{len(extra)} not in this network: {_abbreviate(extra)}"] if extra else []

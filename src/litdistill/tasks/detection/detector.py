@@ -23,7 +23,7 @@ from torchvision.models.detection.ssd import SSD
 from torchvision.ops import box_iou
 
 from litdistill.models.ensemble import UNKNOWN
-from litdistill.models.preprocess import SCALE
+from litdistill.models.preprocess import SCALE, bare
 from litdistill.tasks.detection.boxes import LABEL, present
 from litdistill.tasks.detection.sides import DISTRIBUTION, distances, split
 from litdistill.types import has_label
@@ -223,6 +223,7 @@ def detector_of(net: nn.Module) -> Detector:
         if isinstance(module, Detector):
             return module
     raise UserError(
-        f"{type(net).__name__} is no detector: name one (net=fcos_slim), or wrap a model of torchvision in "
-        "litdistill.tasks.detection.detector.Detector."
+        f"{type(bare(net)).__name__} is no one-stage detector, and no other is trained here: name one (net@student=fcos_slim), "
+        "or wrap a model of torchvision in litdistill.tasks.detection.detector.Detector. A two-stage one teaches with weights "
+        "that it has: teacher.checkpoint=<file>, or teacher.checkpoint=null teacher.weights=DEFAULT."
     )

@@ -24,7 +24,7 @@ from litdistill.tasks.detection.matching import SURE
 from litdistill.tasks.detection.metrics import MeanAP, Split, constant_map, curves
 from litdistill.tasks.detection.shipping import compared
 from litdistill.tasks.detection.suppress import OPERATOR, at_once, in_onnx
-from litdistill.types import Batch, Outputs
+from litdistill.types import DETECTIONS, Batch, Outputs
 from litdistill.utils.errors import UserError
 from litdistill.utils.units import quantity
 
@@ -78,8 +78,11 @@ class Detection(Task):
         return batch
 
     def forward(self, net: nn.Module, batch: Batch, training: bool) -> Outputs:
-        """Returns the dense heads, and `size`. Raises `UserError` for a network that is no detector."""
+        """Returns the dense heads, and `size`; of a two-stage teacher its detections. Raises `UserError` for a network that is
+        no detector."""
         outputs = super().forward(net, batch, training)
+        if DETECTIONS in outputs.heads:
+            return outputs
         if "boxes" not in outputs.heads:
             raise UserError(
                 f"The network gives {' and '.join(outputs.heads)}, and detection needs logits and boxes at every anchor: name "

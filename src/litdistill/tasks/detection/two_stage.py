@@ -28,6 +28,8 @@ class TwoStage(nn.Module):
         name: for messages.
     """
 
+    place: Tensor
+
     def __init__(self, model: nn.Module, columns: Sequence[int] | None = None, name: str = "this network"):
         super().__init__()
         if not isinstance(model, FasterRCNN):
@@ -41,12 +43,19 @@ class TwoStage(nn.Module):
         self.roi_heads.mask_roi_pool = self.roi_heads.mask_head = self.roi_heads.mask_predictor = None
         self.divisor, self.top = int(model.transform.size_divisible), int(self.roi_heads.detections_per_img)
         classes = int(self.roi_heads.box_predictor.cls_score.out_features)
-        place = [-1.0] * classes  # of each of the model's classes among the data's; the background is none
-        for i, column in enumerate(range(classes - 1) if columns is None else columns):
-            if column != UNKNOWN:
-                place[column + 1] = float(i)
-        self.register_buffer("place", torch.tensor(place), persistent=False)
+        self.register_buffer("place", torch.full((classes,), -1.0), persistent=False)
+        self.keep_classes(range(classes - 1) if columns is None else columns)
         self.eval()
+
+    def keep_classes(self, columns: Sequence[int]) -> None:
+        """Sets for each class of the data its place among the model's, in place, as `columns` of the constructor.
+
+        `place` (classes,) holds of each of the model's classes that among the data's, and -1 of one that the data do not have,
+        as of the background."""
+        self.place.fill_(-1.0)
+        for i, column in enumerate(columns):
+            if column != UNKNOWN:
+                self.place[column + 1] = float(i)
 
     def train(self, mode: bool = True) -> TwoStage:
         """Raises `UserError` for training mode."""
@@ -66,7 +75,7 @@ class TwoStage(nn.Module):
         rows = images.new_zeros(len(images), self.top, 6)
         rows[..., 5] = -1.0
         for i, one in enumerate(found):
-            label = self.place[one["labels"]]  # type: ignore[index]
+            label = self.place[one["labels"]]
             known = torch.cat([one["boxes"], one["scores"][:, None], label[:, None]], 1)[label >= 0]
             rows[i, : len(known)] = known[known[:, 4].argsort(descending=True)]
         return {DETECTIONS: rows}
