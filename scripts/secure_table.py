@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -28,6 +29,7 @@ from litdistill.data.datamodule import ImageData
 from litdistill.distillation.adversarial import unit_images
 from litdistill.evaluation.attacks import ATTACKS, cross_entropy, fgsm, pgd, robust_accuracy, square
 from litdistill.evaluation.evaluate import rebuild
+from litdistill.evaluation.predictions import spread_out, whole_split
 from litdistill.methods import KD, Supervised
 from litdistill.models.preprocess import Preprocess, Preprocessed
 from litdistill.models.small import conv4
@@ -52,22 +54,27 @@ DEFAULTS = {
     "root": "data",
 }
 EPS = 0.1  # of all attacks: chosen before any run, a tenth of the range of a pixel
+IMAGES = 500  # that are attacked, spread over the test set: all of the digits'
+SECONDS = "seconds"  # of a core, beside the scores
 
 Scores = dict[str, float]
 
 
-def evaluated(net: nn.Module, data: Any, attacks: Mapping[str, Any], limit: int | None = None) -> Scores:
-    """Returns the accuracy on the test set under each attack, as `robust_accuracy` does."""
-    batches = [(unit_images(b.inputs), b.targets) for b in data.batches("test")]
-    images, targets = (torch.cat(parts)[:limit] for parts in zip(*batches, strict=True))
+def evaluated(net: nn.Module, data: Any, attacks: Mapping[str, Any]) -> Scores:
+    """Returns the accuracy under each attack on test images that are spread out, as `robust_accuracy` does."""
+    images, targets = whole_split(data, "test")
+    assert images is not None
+    chosen = spread_out(IMAGES, len(images))
     net.eval().requires_grad_(False)
-    return robust_accuracy(net, images, targets, EPS, attacks)
+    return robust_accuracy(net, unit_images(images[chosen]), targets[chosen], EPS, attacks)
 
 
 def kept(path: Path, compute: Callable[[], Scores]) -> Scores:
-    """Returns the numbers in a file, computed and written there unless it is there."""
+    """Returns the numbers in a file, computed and written there unless it is there, with the seconds of a core they took."""
     if not path.is_file():
-        write_text(path, json.dumps(compute()))
+        start = time.process_time()
+        found = compute()
+        write_text(path, json.dumps({**found, SECONDS: time.process_time() - start}))
     return json.loads(path.read_text())
 
 
@@ -213,7 +220,7 @@ def defended(kind: str, seed: int, choices: Mapping[str, Any]) -> Scores:
         if temperature != 1:
             method = KD(hard=0.0, soft=1.0, temperature=temperature)
             net = run(fresh(seed + 1000), net, method=method, out=folder / "second").deployed_student
-        return evaluated(net, data, defense(temperature), 1000)
+        return evaluated(net, data, defense(temperature))
 
     return kept(folder / "robust.json", compute)
 
@@ -221,7 +228,7 @@ def defended(kind: str, seed: int, choices: Mapping[str, Any]) -> Scores:
 def defensive(choices: DictConfig) -> str:
     """Defensive distillation, and what undoes it."""
     plain = {"runs": choices.runs, "data": choices.data, "root": choices.root}
-    cells = [(kind, seed, plain) for kind in TEMPERATURES for seed in range(choices.seeds)]
+    cells = [(kind, seed, plain) for seed in range(choices.seeds) for kind in TEMPERATURES]
     found = together(defended, cells, choices.jobs)
     columns = ["clean", *defense(1.0)]
     by_kind = {k: [s for (kind, *_), s in zip(cells, found, strict=True) if kind == k] for k in TEMPERATURES}
