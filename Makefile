@@ -4,7 +4,8 @@
 # make detect    an object detector: a teacher, the same student alone and distilled, a table and a page with pictures of boxes
 # make few       the same student of few labels: alone, fine-tuned, distilled, as curves; make few DATA=mnist
 # make gpu       what only a GPU can show, with tables: OUT=runs/gpu STAGES=equality,steps SECONDS=400; DEVICE=cpu is the dry form
-# make secure    robust students and what attacks leave of them, on bundled digits: the tables of docs/security.md
+# make secure    students under attack, who betrays the training samples, and copies by a thief, on bundled digits: the tables and
+#                the picture of docs/security.md; make secure DATA=mnist PARTS=[defensive] for defensive distillation on MNIST
 # make test      style, types, the order of the rooms, and the tests that need nothing but this process
 # make docs      the documentation site, in runs/site
 # make test-processes      the tests that need fresh processes, an environment or a terminal
@@ -57,7 +58,7 @@ gpu: $(SETUP)
 # About 20 minutes on two cores; what is finished in runs/secure is not repeated. SEEDS_OF=1 for a first look.
 SEEDS_OF ?= 3
 secure: $(SETUP)
-	OMP_NUM_THREADS=1 $(BIN)/python scripts/secure_table.py out=docs/security.md seeds=$(SEEDS_OF)
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/secure_table.py dataset=$(DATA) seeds=$(SEEDS_OF) $(if $(PARTS),parts=$(PARTS))
 
 test: $(SETUP)
 	$(BIN)/ruff check .

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -19,13 +18,13 @@ from statistics import mean, stdev
 from typing import Any
 
 from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from scipy.stats import t as student_t
 
 from litdistill.benchmarks.compare import Job, config_of, run_all
+from litdistill.benchmarks.tables import read_options, run_script
 from litdistill.config.recipes import is_complete
 from litdistill.utils.errors import UserError
-from litdistill.utils.logging import filter_warnings
 from litdistill.utils.paths import CONF
 from litdistill.utils.text import markdown_table
 
@@ -127,21 +126,11 @@ def by_ratio(found: Mapping[Column, Sequence[float]]) -> str:
 
 
 def main() -> None:
-    filter_warnings()
-    choices = OmegaConf.merge(DEFAULTS, OmegaConf.from_cli())
-    assert isinstance(choices, DictConfig)
-    if set(choices) != set(DEFAULTS) or choices.seeds < 2:
-        raise UserError(
-            f"Give {', '.join(f'{k}={v}' for k, v in DEFAULTS.items())} or other values, two seeds at least."
-        )
+    choices = read_options(DEFAULTS, {"seeds": 2})
     os.environ.setdefault("RUN_STAMP", "balance")
     found = differences(choices)
     print(table({method: v for (method, _), v in found.items()}) if len(choices.ratios) == 1 else by_ratio(found))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    run_script(main)

@@ -11,19 +11,18 @@ summary.json, is not repeated.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from litdistill.benchmarks.compare import Job, config_of, run_all
+from litdistill.benchmarks.tables import read_options, run_script
 from litdistill.config.recipes import teacher_folder
 from litdistill.utils.checkpoint import write_text
 from litdistill.utils.errors import UserError
-from litdistill.utils.logging import filter_warnings
 from litdistill.utils.text import markdown_table
 from litdistill.utils.units import gain, spread
 
@@ -134,12 +133,7 @@ Made with {used}.
 
 
 def main() -> None:
-    filter_warnings()
-    choices = OmegaConf.merge(DEFAULTS, OmegaConf.from_cli())
-    if set(choices) != set(DEFAULTS) or min(choices.seeds, choices.jobs) < 1:
-        raise UserError(
-            f"Give {', '.join(f'{k}={v}' for k, v in DEFAULTS.items())} or other values, one seed and one job at least."
-        )
+    choices = read_options(DEFAULTS, {"seeds": 1, "jobs": 1})
     torch.set_num_threads(1)
     # All rows of one seed first: what is stopped has a table.
     cells = {(name, seed): job(name, seed, choices.runs) for seed in range(choices.seeds) for name in ROWS}
@@ -160,8 +154,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    run_script(main)

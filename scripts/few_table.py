@@ -11,22 +11,21 @@ repeated, so seeds=1 gives a first look, and seeds=3 goes on from it. What the p
 from __future__ import annotations
 
 import json
-import multiprocessing
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from scipy.stats import t as student_t
 
 from litdistill.benchmarks.compare import Job, run_all
+from litdistill.benchmarks.tables import read_options, run_script
 from litdistill.report.plots import COLORS, LINES, MARKERS
 from litdistill.tasks.figures import new_figure
 from litdistill.utils.checkpoint import write_text
 from litdistill.utils.errors import UserError
-from litdistill.utils.logging import filter_warnings, format_seconds
+from litdistill.utils.logging import format_seconds
 from litdistill.utils.text import markdown_table
 from litdistill.utils.units import deviation, measured, spread
 from litdistill.utils.versions import versions
@@ -300,14 +299,7 @@ def draw(kept: Mapping[str, Mapping[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    filter_warnings()
-    choices = OmegaConf.merge(DEFAULTS, OmegaConf.from_cli())
-    assert isinstance(choices, DictConfig)
-    if set(choices) != set(DEFAULTS) or min(choices.seeds, choices.jobs) < 1 or choices.dataset not in SETTINGS:
-        raise UserError(
-            f"Give {', '.join(f'{k}={v}' for k, v in DEFAULTS.items())} or other values, at least one seed and one job; "
-            f"dataset: {', '.join(SETTINGS)}."
-        )
+    choices = read_options(DEFAULTS, {"seeds": 1, "jobs": 1}, {"dataset": SETTINGS})
     keep = Path(choices.keep)
     kept = json.loads(keep.read_text()) if keep.is_file() else {}
     if not choices.only:
@@ -322,9 +314,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    multiprocessing.freeze_support()
-    try:
-        main()
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    run_script(main)

@@ -12,7 +12,6 @@ import importlib.util
 import json
 import re
 import statistics
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor
 
+from litdistill.benchmarks.tables import read_options, run_script
 from litdistill.config.instantiate import instantiate
 from litdistill.config.recipes import recipe_hash
 from litdistill.features.feature_extractor import FeatureExtractor, resolve_taps
@@ -33,8 +33,6 @@ from litdistill.tasks import Classification, MultiLabel, Task
 from litdistill.training.train import train
 from litdistill.types import Batch, Outputs, Taps
 from litdistill.utils.checkpoint import write_text
-from litdistill.utils.errors import UserError
-from litdistill.utils.logging import filter_warnings
 from litdistill.utils.paths import CONF
 from litdistill.utils.text import markdown_table
 from litdistill.utils.units import gain, spread
@@ -267,12 +265,7 @@ Made with {used}.
 
 
 def main() -> None:
-    filter_warnings()
-    choices = OmegaConf.merge(DEFAULTS, OmegaConf.from_cli())
-    if set(choices) != set(DEFAULTS) or min(choices.seeds, choices.rounds) < 1:
-        raise UserError(
-            f"Give {', '.join(f'{k}={v}' for k, v in DEFAULTS.items())} or other values, at least 1 of each."
-        )
+    choices = read_options(DEFAULTS, {"seeds": 1, "rounds": 1})
     torch.set_num_threads(1)
     paths = {p.stem: p for p in sorted((CONF / "method").glob("*.yaml")) if p.stem != "pairs"}  # of no paper
     results = {}
@@ -303,8 +296,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    run_script(main)

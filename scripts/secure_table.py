@@ -1,30 +1,33 @@
-"""Measures how safe students are, and writes the tables of docs/security.md: `make secure`.
+"""Measures how safe students are, and writes the tables and the picture of docs/security.md: `make secure`.
 
-    python scripts/secure_table.py out=docs/security.md
-    python scripts/secure_table.py parts=[robust] seeds=1 jobs=1
+    python scripts/secure_table.py                              on the bundled digits, three seeds
+    python scripts/secure_table.py parts=[defensive] dataset=mnist root=data
+    python scripts/secure_table.py parts=[]                     writes the tables of what is kept and trains nothing
 
-A part is a function of `PARTS`; its text stands in the document between `<!-- part -->` and `<!-- end part -->`. Runs are in
-runs/secure/; what is finished there is not repeated.
+A part is one of `PARTS`; its tables stand in the document between `<!-- part -->` and `<!-- end part -->`. Runs are in
+<runs>; what is finished there is not repeated. What was found is kept in a JSON file, by part and data set, and beside the
+runs, where `litdistill report` finds it.
 """
 
 from __future__ import annotations
 
 import json
 import multiprocessing
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from litdistill.config.recipes import recipe_hash
+from litdistill.benchmarks import extraction, shadows
+from litdistill.benchmarks.compare import Job, config_of, run
+from litdistill.benchmarks.tables import between_marks, read_options, run_script
 from litdistill.data.datamodule import ImageData
 from litdistill.distillation.adversarial import unit_images
 from litdistill.evaluation.attacks import ATTACKS, cross_entropy, fgsm, pgd, robust_accuracy, square
@@ -33,35 +36,31 @@ from litdistill.evaluation.predictions import spread_out, whole_split
 from litdistill.methods import KD, Supervised
 from litdistill.models.preprocess import Preprocess, Preprocessed
 from litdistill.models.small import conv4
+from litdistill.report.blocks import Fold, Table
+from litdistill.report.plots import COLORS, MARKERS
+from litdistill.report.security import FILE, SECTIONS, TEACHER
 from litdistill.tasks import Classification
+from litdistill.tasks.figures import new_figure
 from litdistill.training.distill import distill
-from litdistill.training.train import train
 from litdistill.types import Batch, Outputs
 from litdistill.utils.checkpoint import write_text
-from litdistill.utils.errors import UserError
-from litdistill.utils.logging import filter_warnings
-from litdistill.utils.paths import CONF
-from litdistill.utils.units import spread
+from litdistill.utils.logging import format_seconds
+from litdistill.utils.text import markdown_table
 from litdistill.utils.versions import versions
 
 DEFAULTS = {
-    "out": "docs/security.md",
-    "parts": None,
-    "seeds": 3,
-    "jobs": 2,
-    "runs": "runs",
-    "data": "digits",
-    "root": "data",
+    **{"dataset": "digits", "root": "data", "seeds": 3, "shadows": 16, "jobs": 2, "runs": "runs/secure"},
+    **{"keep": "docs/security.json", "out": "docs/security.md", "picture": "docs/security.png"},
 }
 EPS = 0.1  # of all attacks: chosen before any run, a tenth of the range of a pixel
 IMAGES = 500  # that are attacked, spread over the test set: all of the digits'
-SECONDS = "seconds"  # of a core, beside the scores
 
 Scores = dict[str, float]
+Kept = dict[str, Any]
 
 
 def evaluated(net: nn.Module, data: Any, attacks: Mapping[str, Any]) -> Scores:
-    """Returns the accuracy under each attack on test images that are spread out, as `robust_accuracy` does."""
+    """Returns the accuracy under each attack on `IMAGES` test images, as `robust_accuracy` does."""
     images, targets = whole_split(data, "test")
     assert images is not None
     chosen = spread_out(IMAGES, len(images))
@@ -70,12 +69,12 @@ def evaluated(net: nn.Module, data: Any, attacks: Mapping[str, Any]) -> Scores:
 
 
 def kept(path: Path, compute: Callable[[], Scores]) -> Scores:
-    """Returns the numbers in a file, computed and written there unless it is there, with the seconds of a core they took."""
+    """Returns the numbers in a file, computed and written there unless it is there; `seconds` are those of a core."""
     if not path.is_file():
         start = time.process_time()
         found = compute()
-        write_text(path, json.dumps({**found, SECONDS: time.process_time() - start}))
-    return json.loads(path.read_text())
+        write_text(path, json.dumps({**found, "seconds": time.process_time() - start}))
+    return dict(json.loads(path.read_text()))
 
 
 def together(function: Callable[..., Any], cells: Sequence[tuple[Any, ...]], jobs: int) -> list[Any]:
@@ -87,81 +86,73 @@ def together(function: Callable[..., Any], cells: Sequence[tuple[Any, ...]], job
         return first + list(pool.map(function, *zip(*cells[1:], strict=True)))
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    line = lambda cells: "| " + " | ".join(cells) + " |"  # noqa: E731
-    return "\n".join([line(head), "|---" + "|---:" * (len(head) - 1) + "|", *map(line, rows)])
-
-
-def percent(scores: Sequence[Scores], name: str) -> str:
-    """Returns mean ± standard deviation over runs, in per cent."""
-    return spread([100 * s[name] for s in scores])
+def by_row(
+    names: Sequence[str], found: Mapping[tuple[str, int], Scores], seeds: int
+) -> dict[str, dict[str, list[float]]]:
+    """Returns the scores of cells (row, seed) as lists over seeds, by row and column."""
+    rows = {name: [found[name, seed] for seed in range(seeds)] for name in names}
+    return {name: {c: [s[c] for s in each] for c in each[0] if c != "seconds"} for name, each in rows.items()}
 
 
 # -- robust students ----------------------------------------------------------------------------------------------------
 
 # By name: what stands on the command line beside experiment=secure/robust.
 STUDENTS = {
-    "labels alone": ["method=supervised", "adversarial=none"],
-    "`kd`": ["method=kd", "adversarial=none"],
-    "labels, adversarial": ["method=supervised"],
-    "`kd`, adversarial": ["method=kd"],
-    "`ard`": ["method=ard"],
-    "`rslad`": ["method=rslad"],
+    "labels alone": ("method=supervised", "adversarial=none"),
+    "`kd`": ("method=kd", "adversarial=none"),
+    "labels, adversarial": ("method=supervised",),
+    "`kd`, adversarial": ("method=kd",),
+    "`ard`": ("method=ard",),
+    "`rslad`": ("method=rslad",),
 }
 
 
-def cell(overrides: Sequence[str], seed: int, runs: str) -> DictConfig:
-    """Returns the config of a run, whose folder is named by all that decides its weights."""
-    given = ["experiment=secure/robust", *overrides, f"seed={seed}", f"runs={runs}", "folder=''"]
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("train", given)
-    cfg.folder = str(Path(runs) / "secure" / f"{seed}-{recipe_hash(cfg)}")
-    return cfg
+def job(name: str, seed: int, choices: Mapping[str, Any]) -> Job:
+    """Returns the run of a student."""
+    said = [
+        "experiment=secure/robust",
+        f"data={choices['dataset']}",
+        f"data.root={choices['root']}",
+        "data.batch_size=64",
+    ]
+    said += [*STUDENTS[name], f"seed={seed}", f"runs={choices['runs']}"]
+    return Job(
+        "robust-" + "-".join(name.replace("`", "").replace(",", "").split()), "", seed, tuple(said), choices["runs"]
+    )
 
 
-def robust_student(overrides: Sequence[str], seed: int, runs: str) -> tuple[Scores, Scores]:
+def robust_student(one: Job) -> tuple[Scores, Scores]:
     """Returns the scores of a student, trained unless it is there, and of its teacher."""
     torch.set_num_threads(1)
-    cfg = cell(overrides, seed, runs)
-    folder = Path(cfg.folder)
+    folder = Path(config_of(one).folder)
     if not (folder / "summary.json").is_file():
-        write_text(folder / ".hydra" / "config.yaml", OmegaConf.to_yaml(cfg))
-        train(cfg)
+        run(one)
     data, distiller = rebuild(folder)
     teacher = distiller.teacher
     assert teacher is not None
-    place = folder.parent / f"teacher-{teacher.sha256[:16]}.json"
-    return (
-        kept(folder / "robust.json", lambda: evaluated(distiller.deployed_student, data, ATTACKS)),
-        kept(place, lambda: evaluated(teacher.net, data, ATTACKS)),
-    )
+    scores = kept(folder / "robust.json", lambda: evaluated(distiller.deployed_student, data, ATTACKS))
+    scores["seconds"] += json.loads((folder / "summary.json").read_text())["time"]["core_s"]
+    place = Path(one.runs) / f"teacher-{teacher.sha256[:16]}.json"
+    return scores, kept(place, lambda: evaluated(teacher.net, data, ATTACKS))
 
 
-def robust(choices: DictConfig) -> str:
+def robust(choices: DictConfig) -> Kept:
     """Students of a robust teacher, with and without adversarial training."""
-    names = ["`rslad`", *(name for name in STUDENTS if name != "`rslad`")]
-    cells = [(STUDENTS[name], seed, choices.runs) for name in names for seed in range(choices.seeds)]
-    found = dict(
-        zip(
-            [(n, s) for n in names for s in range(choices.seeds)],
-            together(robust_student, cells, choices.jobs),
-            strict=True,
-        )
-    )
-    columns = ["clean", *ATTACKS, "worst"]
-    rows = [["its teacher, by PGD", *(f"{100 * found[names[0], 0][1][c]:.2f}" for c in columns)]]
-    for name in STUDENTS:
-        scores = [found[name, seed][0] for seed in range(choices.seeds)]
-        rows.append([name, *(percent(scores, c) for c in columns)])
-    example = json.loads((Path(cell(STUDENTS[names[0]], 0, choices.runs).folder) / "summary.json").read_text())
-    student, teacher, count = (example[key] for key in ("student", "teacher", "data"))
-    return f"""Accuracy in per cent on the {count["test"]} test images of the digits (8x8), as they are and under attacks with
-eps = {EPS}, which was chosen before any run, as was everything else. The student has {student["params"]:,} parameters, its
-teacher {teacher["params"]:,}; the weights are those of the last of {example["epochs"]} epochs. Mean ± standard deviation over
-{choices.seeds} seed(s). `worst`: under all attacks at once. Each row is
-`python scripts/train.py experiment=secure/robust <options> seed=<seed>`, with the options of `STUDENTS` in the script.
-
-{table(["student", *columns], rows)}"""
+    cells = [(name, seed) for seed in range(choices.seeds) for name in STUDENTS]
+    todo = [job(name, seed, choices) for name, seed in cells]
+    found = together(robust_student, [(one,) for one in todo], choices.jobs)
+    scores = dict(zip(cells, (student for student, _ in found), strict=True))
+    summary = json.loads((Path(config_of(todo[0]).folder) / "summary.json").read_text())
+    teacher = found[0][1]
+    rows = {
+        TEACHER: {c: [v] for c, v in teacher.items() if c != "seconds"},
+        **by_row(list(STUDENTS), scores, choices.seeds),
+    }
+    return {
+        **{"eps": EPS, "images": min(IMAGES, summary["data"]["test"]), "epochs": summary["epochs"], "rows": rows},
+        **{"params": [summary[one]["params"] for one in ("student", "teacher")]},
+        "seconds": round(sum(s["seconds"] for s in scores.values()) + teacher["seconds"]),
+    }
 
 
 # -- defensive distillation ---------------------------------------------------------------------------------------------
@@ -200,10 +191,10 @@ def defended(kind: str, seed: int, choices: Mapping[str, Any]) -> Scores:
     """Returns the scores of a network trained on labels, or distilled defensively from one like it (arXiv 1511.04508)."""
     torch.set_num_threads(1)
     temperature = TEMPERATURES[kind]
-    folder = Path(choices["runs"]) / "secure" / "defensive" / choices["data"] / f"{temperature:g}-{seed}"
+    folder = Path(choices["runs"]) / "defensive" / choices["dataset"] / f"{temperature:g}-{seed}"
 
     def compute() -> Scores:
-        data = ImageData(choices["data"], choices["root"], batch_size=64, seed=seed)
+        data = ImageData(choices["dataset"], choices["root"], batch_size=64, seed=seed)
         data.prepare_data()
         data.setup()
 
@@ -212,7 +203,7 @@ def defended(kind: str, seed: int, choices: Mapping[str, Any]) -> Scores:
             net = conv4(data.num_classes, tuple(data.input_shape), widths=[16, 32, 64])
             return Preprocessed(net, Preprocess([0.3], [0.35]))
 
-        run = partial(distill, train=data, max_epochs=EPOCHS[choices["data"]], task=AtTemperature(temperature))
+        run = partial(distill, train=data, max_epochs=EPOCHS[choices["dataset"]], task=AtTemperature(temperature))
         run = partial(
             run, optimizer=partial(torch.optim.Adam, lr=3e-3), trainer={"accelerator": "cpu", "logger": False}
         )
@@ -225,56 +216,96 @@ def defended(kind: str, seed: int, choices: Mapping[str, Any]) -> Scores:
     return kept(folder / "robust.json", compute)
 
 
-def defensive(choices: DictConfig) -> str:
+def defensive(choices: DictConfig) -> Kept:
     """Defensive distillation, and what undoes it."""
-    plain = {"runs": choices.runs, "data": choices.data, "root": choices.root}
-    cells = [(kind, seed, plain) for seed in range(choices.seeds) for kind in TEMPERATURES]
-    found = together(defended, cells, choices.jobs)
-    columns = ["clean", *defense(1.0)]
-    by_kind = {k: [s for (kind, *_), s in zip(cells, found, strict=True) if kind == k] for k in TEMPERATURES}
-    rows = [[kind, *(percent(scores, c) for c in columns)] for kind, scores in by_kind.items()]
-    return f"""Accuracy in per cent on {choices.data}, at most 1,000 test images, eps = {EPS}, mean ± standard deviation over
-{choices.seeds} seed(s), {EPOCHS[choices.data]} epochs. FGSM and PGD (20 steps) follow the gradient of the cross-entropy, as
-they are usually written; T is 1 for labels alone.
-
-{table(["network", *columns], rows)}"""
+    plain = {key: choices[key] for key in ("runs", "dataset", "root")}
+    cells = [(kind, seed) for seed in range(choices.seeds) for kind in TEMPERATURES]
+    found = together(defended, [(*cell, plain) for cell in cells], choices.jobs)
+    rows = by_row(list(TEMPERATURES), dict(zip(cells, found, strict=True)), choices.seeds)
+    about = {"eps": EPS, "images": IMAGES, "epochs": EPOCHS[choices.dataset]}
+    return {**about, "rows": rows, "seconds": round(sum(s["seconds"] for s in found))}
 
 
-PARTS: dict[str, Callable[[DictConfig], str]] = {"robust": robust, "defensive": defensive}
+# -- the document -------------------------------------------------------------------------------------------------------
 
 
-def insert(document: str, name: str, text: str) -> str:
-    """Returns the document with the text of a part between its marks. Raises `UserError` where it has none."""
-    begin, end = f"<!-- {name} -->", f"<!-- end {name} -->"
-    if document.count(begin) != 1 or document.count(end) != 1:
-        raise UserError(
-            f"The document needs {begin} and {end}, each on a line of its own, for what is written between them."
-        )
-    before, after = document.split(begin)[0], document.split(end)[1]
-    return f"{before}{begin}\n\n{text}\n\n{end}{after}"
+def by_training(record: Callable[[shadows.Choices], Kept]) -> Callable[[DictConfig], Kept]:
+    """Returns a part of the attacks that train models."""
+    own = ("runs", "dataset", "shadows", "jobs", "seeds")
+    root = lambda choices: (f"data.root={choices.root}",)  # noqa: E731
+    return lambda choices: record(shadows.Choices(**{key: choices[key] for key in own}, overrides=root(choices)))
+
+
+# What is measured, in the order of the page. Each part has a section on it, by the same name.
+PARTS: dict[str, Callable[[DictConfig], Kept]] = {
+    "robust": robust,
+    "defensive": defensive,
+    "membership": by_training(shadows.record),
+    "extraction": by_training(extraction.record),
+}
+
+
+def measured(part: str, choices: DictConfig) -> Kept:
+    """Returns what a part found on a data set, with its command and versions."""
+    own = {"dataset": choices.dataset, "seeds": choices.seeds, "shadows": choices.shadows}
+    said = [f"{key}={value}" for key, value in own.items() if value != DEFAULTS[key]]
+    command = " ".join(["python scripts/secure_table.py", f"parts=[{part}]", *said])
+    return {"dataset": choices.dataset, "command": command, "versions": versions(), **PARTS[part](choices)}
+
+
+def markdown(part: str, found: Mapping[str, Kept]) -> str:
+    """Returns the tables of a part, one for each data set, how each was measured, and what it took."""
+    texts = []
+    for one in found.values():
+        for block in SECTIONS[part](one).blocks:
+            if isinstance(block, Table):
+                texts.append(markdown_table(block.head, block.rows))
+            if isinstance(block, Fold):
+                texts += block.texts
+        used = ", ".join(f"{k} {v}" for k, v in one["versions"].items() if v is not None)
+        texts.append(f"Made by `{one['command']}` in {format_seconds(one['seconds'])} of one core, with {used}.")
+    return "\n\n".join(texts)
+
+
+def draw(found: Mapping[str, Mapping[str, Kept]], path: Path) -> None:
+    """Writes the picture: a panel for each table of accuracy under attack, a line for each of its rows."""
+    tables = [(part, one) for part in ("robust", "defensive") for one in found.get(part, {}).values()]
+    if not tables:
+        return
+    figure = new_figure(4.4 * len(tables), 4.6)
+    for axes, (part, one) in zip(figure.subplots(1, len(tables), squeeze=False)[0], tables, strict=True):
+        for i, (name, scores) in enumerate(one["rows"].items()):
+            means = [100 * mean(values) for values in scores.values()]
+            look = {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i], "linewidth": 1.2, "markersize": 4}
+            columns = [column.split(" steps")[0].replace(", 1000 queries", "") for column in scores]
+            axes.plot(columns, means, label=name.replace("`", ""), **look)
+        axes.set_ylim(0, 101)
+        axes.tick_params("x", rotation=30)
+        axes.set_title(f"{part}, {one['dataset']}", fontsize=10, loc="left")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7, frameon=False, loc="lower left")
+    figure.axes[0].set_ylabel("accuracy (%)")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
-    filter_warnings()
-    choices = OmegaConf.merge(DEFAULTS, OmegaConf.from_cli())
-    assert isinstance(choices, DictConfig)
-    chosen = choices.parts or list(PARTS)
-    if set(choices) != set(DEFAULTS) or choices.seeds < 1 or not set(chosen) <= set(PARTS):
-        options = ", ".join(f"{k}={v}" for k, v in DEFAULTS.items())
-        raise UserError(f"Give {options} or other values; the parts are {', '.join(PARTS)}.")
+    names = {"dataset": EPOCHS, "parts": PARTS}
+    choices = read_options({**DEFAULTS, "parts": list(PARTS)}, {"seeds": 1, "shadows": 1, "jobs": 1}, names)
     torch.set_num_threads(1)
-    path = Path(choices.out)
-    used = ", ".join(f"{k} {v}" for k, v in versions().items())
-    for name in chosen:
-        text = f"{PARTS[name](choices)}\n\nMade by `python scripts/secure_table.py parts=[{name}]` with {used}."
-        print(f"\n{text}\n", flush=True)
-        write_text(path, insert(path.read_text(), name, text))
-    print(f"Written to {path}")
+    keep, path = Path(choices.keep), Path(choices.out)
+    found = json.loads(keep.read_text()) if keep.is_file() else {}
+    for part in choices.parts:
+        print(f"{part}, {choices.dataset}", flush=True)
+        found.setdefault(part, {})[choices.dataset] = measured(part, choices)
+        for place in (keep, Path(choices.runs, FILE)):
+            write_text(place, json.dumps(found) + "\n")
+    for part in [name for name in PARTS if name in found]:
+        text = markdown(part, found[part])
+        write_text(path, between_marks(path.read_text(), part, text))
+    draw(found, Path(choices.picture))
+    print(f"Written to {path}, {choices.picture} and {keep}")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    run_script(main)

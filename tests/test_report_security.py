@@ -10,29 +10,37 @@ from litdistill.benchmarks.shadows import KINDS, PLAIN, TEACHER
 from litdistill.report.blocks import Table, html_page
 from litdistill.report.sections import looks
 from litdistill.report.security import FILE, security, trained_attacks
+from litdistill.report.security import TEACHER as TEACHER_BY_PGD
 from tests.pages import SETTINGS, group
 
-KEPT = {
-    "membership": {
-        **{"dataset": "digits", "shadows": 2, "members": 585, "others": 583},
-        "kinds": {
-            kind: {
-                "accuracy": [0.9 + i / 100, 0.92, 0.94],
-                "threshold": [[0.5, 0.01], [0.6, 0.02], [0.7, 0.03]],
-                "shadows": [[0.6, 0.1], [0.7, None if kind == TEACHER else 0.2], [0.8, 0.3]],
-            }
-            for i, kind in enumerate(KINDS)
-        },
-    },
-    "extraction": {
-        "dataset": "digits",
-        "copies": {
-            form: {"117": {"accuracy": [0.9, 0.8], "agreement": [0.91, 0.81], "kl": [0.1, 0.2]}}
-            for form in (*FORMS, LABELS)
-        },
-        "honest": {form: {"accuracy": [0.9, 0.92], "brier": [0.1, 0.2], "ece": [0.01, 0.03]} for form in FORMS},
+UNDER_ATTACK = {
+    **{"dataset": "digits", "eps": 0.1, "images": 500, "epochs": 30, "params": [10, 20]},
+    "rows": {
+        TEACHER_BY_PGD: {"clean": [0.99], "FGSM": [0.9], "worst": [0.8]},
+        "labels alone": {"clean": [0.9, 0.8], "FGSM": [0.5, 0.4], "worst": [0.1, 0.2]},
+        "`ard`": {"clean": [0.89, 0.81], "FGSM": [0.7, 0.6], "worst": [0.5, 0.6]},
     },
 }
+MEMBERSHIP = {
+    **{"dataset": "digits", "shadows": 2, "members": 585, "others": 583},
+    "kinds": {
+        kind: {
+            "accuracy": [0.9 + i / 100, 0.92, 0.94],
+            "threshold": [[0.5, 0.01], [0.6, 0.02], [0.7, 0.03]],
+            "shadows": [[0.6, 0.1], [0.7, None if kind == TEACHER else 0.2], [0.8, 0.3]],
+        }
+        for i, kind in enumerate(KINDS)
+    },
+}
+EXTRACTION = {
+    "dataset": "digits",
+    "copies": {
+        form: {"117": {"accuracy": [0.9, 0.8], "agreement": [0.91, 0.81], "kl": [0.1, 0.2]}}
+        for form in (*FORMS, LABELS)
+    },
+    "honest": {form: {"accuracy": [0.9, 0.92], "brier": [0.1, 0.2], "ece": [0.01, 0.03]} for form in FORMS},
+}
+KEPT = {"membership": {"digits": MEMBERSHIP}, "extraction": {"digits": EXTRACTION}}
 
 
 def table(section):
@@ -84,6 +92,18 @@ def test_trained_attacks_are_shown_where_their_file_lies_below_the_folders(tmp_p
     assert copies.rows[0][1:] == ["86.00 ± 7.07", "85.00 ± 7.07", "91.00 ± 1.41", "0.150 ± 0.071", "0.020 ± 0.014"]
     assert copies.rows[-1][3:] == ["", "", ""]
     assert "0.600 ± 0.100" in html_page("x", [], trained_attacks([tmp_path]))
-    (tmp_path / FILE).write_text('{"extraction": {"copies": 3}}')
+    (tmp_path / FILE).write_text('{"extraction": {"digits": {"copies": 3}}}')
     assert len(trained_attacks([tmp_path])) == 2
     assert "is damaged, and not shown" in caplog.text
+
+
+def test_accuracy_under_attack_stands_beside_what_each_protection_cost(tmp_path):
+    (tmp_path / FILE).write_text(json.dumps({"robust": {"digits": UNDER_ATTACK}, "defensive": {"mnist": UNDER_ATTACK}}))
+    for section in trained_attacks([tmp_path]):
+        shown = table(section)
+        assert list(shown.head) == ["network", "clean", "cost", "FGSM", "worst"]
+        assert shown.rows == [
+            [TEACHER_BY_PGD, "99.00", "", "90.00", "80.00"],
+            ["labels alone", "85.00 ± 7.07", "", "45.00 ± 7.07", "15.00 ± 7.07"],
+            ["`ard`", "85.00 ± 5.66", "+0.00 ± 1.41", "65.00 ± 7.07", "55.00 ± 7.07"],
+        ]

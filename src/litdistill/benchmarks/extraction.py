@@ -29,7 +29,6 @@ from litdistill.export.outputs import training_ids
 from litdistill.export.predict import load
 from litdistill.tasks import metrics
 from litdistill.utils.checkpoint import load_checkpoint, load_state_dict_checked, write_atomically
-from litdistill.utils.versions import versions
 
 DIGITS = 2  # of a rounded probability
 LABELS = "their labels"
@@ -133,12 +132,10 @@ def record(choices: Choices) -> dict[str, Any]:
         cell = copies[form].setdefault(str(images), {"accuracy": [], "agreement": [], "kl": []})
         for key, value in {"accuracy": right, **like}.items():
             cell[key].append(value)
-        seconds += json.loads((folder / "summary.json").read_text())["time"]["total_s"]
+        seconds += json.loads((folder / "summary.json").read_text())["time"]["core_s"]
     users = {form: [honest(victim, form) for victim in victims] for form in FORMS}
     return {
-        "dataset": choices.dataset,
         "seconds": round(seconds),
-        "versions": versions(),
         "copies": copies,
         "honest": {form: {key: [one[key] for one in each] for key in each[0]} for form, each in users.items()},
     }

@@ -23,7 +23,6 @@ from litdistill.evaluation.predictions import predict_split
 from litdistill.evaluation.privacy import Membership, likelihood_ratio, log_odds, losses, membership
 from litdistill.export.outputs import training_ids
 from litdistill.features.outputs import run_network
-from litdistill.utils.versions import versions
 
 TEACHER, PLAIN, DISTILLED = "teacher", "student alone", "distilled student"
 KINDS = {  # by name: the experiment and its own overrides
@@ -112,18 +111,16 @@ def record(choices: Choices) -> dict[str, Any]:
     for kind, own in folders.items():
         measured = [scores(folder) for folder in own]
         found = attack(measured)
-        seconds += sum(json.loads((folder / "summary.json").read_text())["time"]["total_s"] for folder in own)
+        seconds += sum(json.loads((folder / "summary.json").read_text())["time"]["core_s"] for folder in own)
         kinds[kind] = {
             "accuracy": [run.accuracy for run in measured],
             **{name: [[one.auc, one.found] for one in attacks] for name, attacks in found.items()},
         }
     trained = measured[0].trained
     return {
-        "dataset": choices.dataset,
         "shadows": choices.shadows,
         "members": int(trained.sum()),
         "others": int((~trained).sum()),
         "seconds": round(seconds),
-        "versions": versions(),
         "kinds": kinds,
     }

@@ -1,6 +1,6 @@
-"""What the scripts that write tables share: their options, how they end, and the marks in a document that a table stands between.
+"""What scripts that write tables share: their options, how they end, and the marks in a document that a table stands between.
 
-    run(main)                          in place of main(), under `if __name__ == "__main__":`
+run_script(main)                   in place of main(), under `if __name__ == "__main__":`
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def read_options(
 ) -> DictConfig:
     """Returns the defaults with what the command line says in their place: `seeds=2 jobs=1`.
 
-    `at_least`: the smallest value of options that are numbers. `among`: the values of options that are names, or lists of names.
+    `at_least`: the smallest value of options that are numbers. `among`: the values of those that are names, or lists of names.
     Raises `UserError` for an unknown option and for any other value.
     """
     found = OmegaConf.merge(dict(defaults), OmegaConf.from_cli())
@@ -36,7 +36,9 @@ def read_options(
         given = ", ".join(f"{key}={value}" for key, value in defaults.items())
         least = ", ".join(f"{key} from {value}" for key, value in lowest.items())
         choice = "; ".join(f"{key}: {', '.join(values)}" for key, values in names.items())
-        raise UserError(f"Give {given} or other values" + "".join(f"; {text}" for text in (least, choice) if text) + ".")
+        raise UserError(
+            f"Give {given} or other values" + "".join(f"; {text}" for text in (least, choice) if text) + "."
+        )
     return found
 
 
@@ -54,7 +56,7 @@ def between_marks(document: str, name: str, text: str) -> str:
     return f"{before}{begin}\n\n{text}\n\n{end}{after}"
 
 
-def run(main: Callable[[], None]) -> None:
+def run_script(main: Callable[[], None]) -> None:
     """Runs a script; one that its user can help ends with the error's line and status 2."""
     filter_warnings()
     try:

@@ -81,6 +81,7 @@ def summarize(
             "fit_s": times["fit_s"],
             "teacher_s": times["teacher_s"],
             "total_s": times["total_s"],
+            "core_s": times["core_s"],
             "samples_per_s": samples / times["fit_s"],
         },
         "device": _device(trainer),

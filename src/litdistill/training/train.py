@@ -72,7 +72,7 @@ def train(cfg: DictConfig, callbacks: Sequence[Callback] = (), role: str = "Stud
         log.info("%s is finished already.", folder)
         return float(json.loads((folder / "summary.json").read_text())["val"]["best"])
     with run_lock(folder), translate_worker_errors(), translate_interrupts(folder), wandb_finished():
-        started = time.perf_counter()
+        started, of_core = time.perf_counter(), time.process_time()
         admit(cfg, folder)
         prepare_process(cfg)
         method = build_method(cfg)  # first, to raise errors in options before a teacher is trained
@@ -113,7 +113,8 @@ def train(cfg: DictConfig, callbacks: Sequence[Callback] = (), role: str = "Stud
         times = {"fit_s": time.perf_counter() - fit_started, "teacher_s": distiller.teacher_s}
         total_s = time.perf_counter() - started - before.seconds
         if trainer.is_global_zero or sharded:  # all ranks run a sharded teacher together
-            finish(run, {**times, "total_s": total_s}, role)
+            core_s = time.process_time() - of_core  # of a teacher that was trained first, too
+            finish(run, {**times, "total_s": total_s, "core_s": core_s}, role)
         trainer.strategy.barrier()
         return best
 
