@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -257,7 +257,7 @@ def markdown(part: str, found: Mapping[str, Kept]) -> str:
     """Returns the tables of a part, one for each data set, how each was measured, and what it took."""
     texts = []
     for one in found.values():
-        for block in SECTIONS[part](one).blocks:
+        for block in SECTIONS[part](one, "").blocks:
             if isinstance(block, Table):
                 texts.append(markdown_table(block.head, block.rows))
             if isinstance(block, Fold):
@@ -290,7 +290,7 @@ def draw(found: Mapping[str, Mapping[str, Kept]], path: Path) -> None:
 
 
 def main() -> None:
-    names = {"dataset": EPOCHS, "parts": PARTS}
+    names: dict[str, Collection[str]] = {"dataset": EPOCHS, "parts": PARTS}
     choices = read_options({**DEFAULTS, "parts": list(PARTS)}, {"seeds": 1, "shadows": 1, "jobs": 1}, names)
     torch.set_num_threads(1)
     keep, path = Path(choices.keep), Path(choices.out)

@@ -30,8 +30,8 @@ def read_options(
     lowest, names = at_least or {}, among or {}
     right = set(found) == set(defaults) and all(found[key] >= least for key, least in lowest.items())
     for key, values in names.items() if right else ():
-        given = [found[key]] if isinstance(found[key], str) else list(found[key])
-        right = right and set(given) <= set(values)
+        chosen = [found[key]] if isinstance(found[key], str) else list(found[key])
+        right = right and set(chosen) <= set(values)
     if not right:
         given = ", ".join(f"{key}={value}" for key, value in defaults.items())
         least = ", ".join(f"{key} from {value}" for key, value in lowest.items())
