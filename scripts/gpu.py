@@ -8,9 +8,11 @@ Each stage is a process with a time limit: at the limit it is killed, and the ne
 to `figures.jsonl` in `out` as soon as it is known. The same command goes on where it was stopped: what stands there is not
 measured again. The table comes at the end; what is printed is in `log.txt` too. It needs no network.
 
-equality: 20 steps as CUDA graphs and launched one by one, in float32. tests: `pytest -m gpu`. peers: the loop that most code
-has. steps: this project's steps, a bare captured graph of the same networks, kernels, memory, share of the peak.
-grid: parts of steps by network and batch, for docs/scale.md. cards: two GPUs.
+equality: 20 steps as CUDA graphs and launched one by one, in float32, and whole runs of 5 seeds. tests: `pytest -m gpu`.
+peers: the loop that most code has. steps: this project's steps, a bare captured graph of the same networks, kernels, memory,
+share of the peak. grid: parts of steps by network and batch, for docs/scale.md. cards: two GPUs. mnist, cells: Hinton's table,
+and cells of the tables on CIFAR-10, from the files in data= (data_files); hours in all, which go on from the last epoch where
+they were stopped.
 """
 
 from __future__ import annotations
@@ -40,14 +42,16 @@ class Stage(NamedTuple):
 
 
 STAGES = (
-    Stage("equality", 100),
+    Stage("equality", 150),
     Stage("tests", 90),
     Stage("peers", 60),
     Stage("steps", 150),
     Stage("grid", 120),
     Stage("cards", 120),
+    Stage("mnist", 3600),
+    Stage("cells", 4 * 3600),
 )
-OPTIONS = {"device": "cuda", "out": "runs/gpu", "stages": "", "seconds": "", "runs": ""}
+OPTIONS = {"device": "cuda", "out": "runs/gpu", "stages": "", "seconds": "", "runs": "", "data": "data_files"}
 
 
 def options(arguments: Sequence[str]) -> dict[str, str]:
@@ -59,6 +63,7 @@ def options(arguments: Sequence[str]) -> dict[str, str]:
             sys.exit(f"{argument} is no option. Options: {', '.join(f'{k}=' for k in OPTIONS)}.")
         found[key] = value
     found["out"] = str(Path(found["out"]).resolve())
+    found["data"] = str(Path(found["data"]).resolve())
     found["runs"] = found["runs"] or str(Path(found["out"]) / "runs")
     unknown = set(filter(None, found["stages"].split(","))) - {stage.name for stage in STAGES}
     if unknown:

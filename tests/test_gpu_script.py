@@ -13,8 +13,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import benchmark_parts as parts
 import gpu
+import gpu_cells
 import gpu_graph
 import gpu_stages
+
+from litdistill.benchmarks import published_tables
+from litdistill.utils.errors import UserError
 
 CPU = torch.device("cpu")
 TINY = parts.PAIRS["small"]._replace(steps=2, light_steps=2, batch=4)
@@ -113,6 +117,40 @@ def test_losses_and_weights_of_captured_and_eager_steps_are_compared():
     found = gpu_stages.same_training(parts.Bench(TINY, CPU), "live", 3)
     assert (found["steps"], found["equal"], found["loss"], found["weights"]) == (3, True, 0.0, 0.0)
     assert gpu_stages.apart([1.0, 2.0], [1.0, 2.5]) == pytest.approx(0.2)
+
+
+def test_accuracies_are_the_same_within_their_spread_over_seeds():
+    assert gpu_stages.within_seeds([0.90, 0.92], [0.91, 0.93])
+    assert not gpu_stages.within_seeds([0.90, 0.91], [0.92, 0.93])
+
+
+def given(out: Path) -> dict[str, str]:
+    return {"out": str(out), "runs": str(out / "runs"), "data": str(out / "none"), "device": "cpu"}
+
+
+def test_a_teacher_is_trained_first_and_kept_and_summaries_are_copied_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        gpu_cells, "HINTON", tuple(gpu_cells.HINTON[i] for i in (0, 2))
+    )  # the teacher, and one of its students
+    figures = gpu.Figures(tmp_path / "figures.jsonl")
+    gpu_cells.hinton_on_mnist(figures, CPU, given(tmp_path))
+    teacher, student = figures.read()
+    assert student["its_teacher"] == teacher["best"]
+    places = {Path(f["summary"]) for f in (teacher, student)}
+    assert {p.parts[:3] for p in places} == {("results", "hinton2015", n) for n in ("teacher_long", "distilled")}
+    assert "teacher=teacher_long" in student["summary"]
+    assert all((tmp_path / p).is_file() for p in places)
+    monkeypatch.setattr(gpu_cells, "run", lambda *_, **__: pytest.fail("trained again"))
+    gpu_cells.hinton_on_mnist(figures, CPU, given(tmp_path))
+    assert figures.read() == [teacher, student]
+
+
+def test_cells_are_those_of_published_tables_and_need_their_data(tmp_path):
+    found = published_tables.experiments()
+    assert all(f"{pair}/{method}" in found for pair, methods in gpu_cells.PAIRS.items() for method in methods)
+    with pytest.raises(UserError, match="cifar10"):
+        gpu_cells.cells_of_tables(gpu.Figures(tmp_path / "f.jsonl"), torch.device("cuda"), given(tmp_path))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("cached", [False, True])

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from litdistill.config.distiller import build_scheduler
 from litdistill.distillation.distiller import Distiller
-from litdistill.distillation.schedules import warmup_cosine
+from litdistill.distillation.schedules import MomentumRamp, warmup_cosine
 from litdistill.training.precision import precision_of
 from litdistill.training.train import train
 from litdistill.utils.checkpoint import load_checkpoint
@@ -53,6 +53,10 @@ SCHEDULES = {
         ["scheduler=warmup_cosine", "scheduler.warmup=0.25"],
         [0.001 * (i + 1) / 7 for i in range(6)] + [0.0005 * (1 + math.cos(math.pi * i / 18)) for i in range(18)],
     ),
+    "momentum": (
+        ["optimizer=sgd", "optimizer.lr=0.1", "scheduler=momentum", "scheduler.gamma=0.5", "scheduler.ramp=2"],
+        [0.1 * 0.5**e * (1 - m) for e, m in enumerate((0.5, 0.745, 0.99, 0.99)) for _ in range(6)],
+    ),
     "a scheduler of one's own": (
         ["scheduler._target_=torch.optim.lr_scheduler.LinearLR", "~scheduler.factor", "+scheduler.total_iters=5",
          "+scheduler.start_factor=0.5", "+scheduler.interval=step"],
@@ -72,6 +76,29 @@ def test_the_rate_of_each_step_is_the_schedules_in_groups_and_one_by_one(small, 
         assert rates == pytest.approx(expected)
         weights.append(last(cfg))
     assert same(*weights)
+
+
+def test_a_momentum_rises_while_the_rate_falls_and_is_restored():
+    new = lambda: torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0, momentum=0.9)  # noqa: E731
+    optimizer = new()
+    scheduler, found = MomentumRamp(optimizer, gamma=0.9, start=0.5, end=0.9, ramp=4), []
+    for _ in range(6):
+        found.append((optimizer.param_groups[0]["momentum"], optimizer.param_groups[0]["lr"]))
+        optimizer.step()
+        scheduler.step()
+    momenta = [0.5, 0.6, 0.7, 0.8, 0.9, 0.9]
+    assert found == [(pytest.approx(m), pytest.approx(0.9**e * (1 - m))) for e, m in enumerate(momenta)]
+    other = new()
+    resumed = MomentumRamp(other)
+    resumed.load_state_dict(scheduler.state_dict())
+    other.load_state_dict(optimizer.state_dict())
+    resumed.step()
+    scheduler.step()
+    assert [other.param_groups[0][k] for k in ("lr", "momentum")] == [
+        optimizer.param_groups[0][k] for k in ("lr", "momentum")
+    ]
+    with pytest.raises(UserError, match="AdamW has no momentum"):
+        MomentumRamp(torch.optim.AdamW([torch.zeros(1, requires_grad=True)]))
 
 
 def test_one_cycle_reaches_its_peak_by_steps_and_ends_near_zero(small, rates):

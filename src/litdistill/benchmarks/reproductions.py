@@ -44,17 +44,29 @@ Results = Mapping[str, Sequence[dict[str, Any]]]
 
 def cell_of(folder: Path) -> tuple[str, int]:
     """Returns a run's experiment, with its other overrides, and its seed. Raises `UserError` without an experiment."""
-    hydra_config: Any = OmegaConf.to_container(OmegaConf.load(folder / ".hydra" / "hydra.yaml"), resolve=False)
-    experiment = hydra_config["hydra"]["runtime"]["choices"].get("experiment")
-    if experiment is None or not re.fullmatch(r"\w+(/\w+)*", experiment):
-        raise UserError(f"{folder} is the run of no experiment.")
+    experiment, overrides = _started_as(folder)
     cfg, _ = load_run(folder)
     register([experiment])
     with initialize_config_dir(str(CONF), version_base="1.3"):
         plain = compose("train", [f"experiment={experiment}"])
-    new = (o for o in hydra_config["hydra"]["overrides"]["task"] if o.lstrip("+~").split("=")[0] not in NO_VARIANT)
-    variant = sorted(o for o in new if not _is_said_by(plain, o, cfg))
+    new = (o for o in overrides if o.lstrip("+~").split("=")[0] not in NO_VARIANT)
+    variant = sorted(_by_teacher(o) for o in new if not _is_said_by(plain, o, cfg))
     return "/".join([experiment, *([" ".join(variant)] if variant else [])]), int(cfg.seed)
+
+
+def _started_as(folder: Path) -> tuple[str, list[str]]:
+    """Returns the experiment of a run and its overrides. Raises `UserError` without an experiment."""
+    record: Any = OmegaConf.to_container(OmegaConf.load(folder / ".hydra" / "hydra.yaml"), resolve=False)
+    experiment = record["hydra"]["runtime"]["choices"].get("experiment")
+    if experiment is None or not re.fullmatch(r"\w+(/\w+)*", experiment):
+        raise UserError(f"{folder} is the run of no experiment.")
+    return experiment, record["hydra"]["overrides"]["task"]
+
+
+def _by_teacher(override: str) -> str:
+    """Returns an override; of one that names the run of a teacher, the last word of that run's experiment instead."""
+    key, _, value = override.partition("=")
+    return f"teacher={_started_as(Path(value))[0].rpartition('/')[2]}" if key == "teacher.checkpoint" else override
 
 
 def _is_said_by(plain: DictConfig, override: str, cfg: DictConfig) -> bool:
@@ -65,13 +77,15 @@ def _is_said_by(plain: DictConfig, override: str, cfg: DictConfig) -> bool:
 
 
 def collect(folder: Path, results: Path = RESULTS) -> Path:
-    """Evaluates a finished run again, and copies its summary to `results`; raises `UserError` unless all values are equal."""
+    """Evaluates a finished run again on the kind of device that it ran on, and copies its summary to `results`; raises
+    `UserError` unless all values are equal."""
     cell, seed = cell_of(folder)
     _, summary = load_run(folder)
-    if wrong := differences(evaluate(folder, device="cpu"), summary):
+    device = summary["device"]["type"]
+    if wrong := differences(evaluate(folder, device=device), summary):
         raise UserError(f"{folder} is not what its summary says: " + "; ".join(wrong))
     data, distiller = rebuild(folder)
-    logits, targets = logits_of(distiller.deployed_student, data, "test")
+    logits, targets = logits_of(distiller.deployed_student, data, "test", device)
     wrong_ones = targets[logits.argmax(1) != targets]
     summary["errors_by_class"] = torch.bincount(wrong_ones, minlength=data.num_classes).tolist()
     path = results / cell / f"{seed}.json"

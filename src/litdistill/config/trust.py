@@ -88,6 +88,7 @@ OWN = (
         for name in ("crosskd.CrossKD", "dense_kd.DenseKD", "fgd.FGD", "ld.LD", "pseudo_boxes.PseudoBoxes")
     ),
     "litdistill.distillation.schedules.warmup_cosine",
+    "litdistill.distillation.schedules.MomentumRamp",
     "litdistill.training.callbacks.ClassBias",
     "litdistill.training.tensorboard.TensorBoard",
     "litdistill.distillation.sharding.ShardedTeacher",

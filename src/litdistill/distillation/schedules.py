@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from litdistill.utils.errors import UserError
@@ -34,6 +34,32 @@ def warmup_cosine(optimizer: Optimizer, total: int, warmup: float = 0.05) -> Lam
         return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - rising) / max(1, total - rising))))
 
     return LambdaLR(optimizer, factor)
+
+
+class MomentumRamp(LRScheduler):
+    """The momentum rises linearly from `start` to `end` in the first `ramp` epochs, while the rate falls by `gamma` an epoch.
+
+    As in Hinton et al. 2012 (arXiv 1207.0580). The rate is also multiplied by 1 - momentum, so that what a gradient moves
+    in all, through the momentum too, is the optimizer's rate times `gamma` to the power of the epoch. For SGD: of `momentum`
+    in the optimizer nothing is left. Raises `UserError` for an optimizer without momentum.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, gamma: float = 0.998, start: float = 0.5, end: float = 0.99, ramp: int = 500
+    ):
+        if any("momentum" not in group for group in optimizer.param_groups):
+            raise UserError(
+                f"{type(optimizer).__name__} has no momentum to raise: optimizer=sgd goes with this scheduler."
+            )
+        self.gamma, self.start, self.end, self.ramp = gamma, start, end, ramp
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[float | Tensor]:
+        """torch's hook: sets the momentum, and returns the learning rates of the epoch `last_epoch`."""
+        momentum = self.start + (self.end - self.start) * min(1.0, self.last_epoch / max(1, self.ramp))
+        for group in self.optimizer.param_groups:
+            group["momentum"] = momentum
+        return [rate * self.gamma**self.last_epoch * (1 - momentum) for rate in self.base_lrs]
 
 
 def step_plateau(distiller: Distiller) -> None:

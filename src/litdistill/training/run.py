@@ -36,12 +36,18 @@ def run(
     filter_warnings()
     import_classes_from(os.getcwd())
     path = [f"hydra.searchpath=[{literal(f'file://{Path(config_dir).resolve()}')}]"] if config_dir is not None else []
+    typed = list(overrides)
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("train", [*path, *without_null(overrides), "folder=null"])
+        cfg = compose("train", [*path, *without_null(typed), "folder=null"], return_hydra_config=True)
+    choices = OmegaConf.to_container(cfg.hydra.runtime.choices)
+    cfg = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
     place = Path(cfg.runs) / cfg.name / run_stamp() if folder is None else Path(folder)
     cfg.folder = str(place)
     if not (place / "summary.json").is_file():
         write_text(place / ".hydra" / "config.yaml", OmegaConf.to_yaml(cfg))
+        if config_dir is None:  # else a resume by the command would not find these configs
+            record = {"job": {"config_name": "train"}, "overrides": {"task": typed}, "runtime": {"choices": choices}}
+            write_text(place / ".hydra" / "hydra.yaml", OmegaConf.to_yaml({"hydra": record}))
     train(cfg)
     data, distiller = rebuild(place)
     return data, distiller.eval()

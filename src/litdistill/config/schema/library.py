@@ -99,6 +99,9 @@ class Scheduler(Object):
     pct_start: Part = option("the share of them in which the rate rises")
     total: Count | None = option("steps; null: to the end of the run")
     warmup: Decay = option("the share of them in which it rises")
+    start: Decay = option("the momentum of the first epoch")
+    end: Decay = option("the momentum from epoch `ramp` on")
+    ramp: Count = option("epochs in which the momentum rises")
 
 
 class Classification(Node):
