@@ -15,7 +15,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from litdistill.benchmarks import compare
 from litdistill.config.recipes import teacher_folder
+from litdistill.models.profile import count_parameters
+from litdistill.models.small import conv4
 from litdistill.report.sections import scores
+from litdistill.tasks.detection.backbones import fcos_on
+from litdistill.tasks.detection.fcos import fcos_slim
+from litdistill.utils.command_line import literal
 from litdistill.utils.errors import UserError
 from litdistill.utils.paths import CONF
 from tests.conftest import compose_config
@@ -47,21 +52,55 @@ def test_every_technique_is_run_with_every_seed(tmp_path):
 
 
 def test_data_with_boxes_have_techniques_of_their_own(tmp_path):
-    found = compare.jobs(config(tmp_path, "dataset=digit_scenes", "seeds=2"))
-    files = {p.stem for p in (CONF / "experiment" / "compare" / "detection").glob("*.yaml")} - {"_base"}
+    found = compare.jobs(config(tmp_path, "dataset=digit_scenes", "seeds=2", "backbone=null"))
+    files = {p.stem for p in (CONF / "experiment" / "compare" / "detection").glob("[!_]*.yaml")}
     assert {j.technique for j in found} == files - {"fine_tuned"}
     assert len(found) == 2 * (len(files) - 1) == len(set(found))
     assert all(f"experiment=compare/detection/{j.technique}" in j.overrides for j in found)
     assert compare.left_out(config(tmp_path)) is None
-    assert "fine_tuned is left out" in compare.left_out(config(tmp_path, "dataset=digit_scenes"))
+    assert "fine_tuned is left out" in compare.left_out(config(tmp_path, "dataset=digit_scenes", "backbone=null"))
     named = config(tmp_path, "dataset=voc", "backbone=runs/train/a", "techniques=[fine_tuned]", "seeds=1")
     assert compare.left_out(named) is None
+    assert compare.with_backbone(named) == named
     assert "student.backbone=runs/train/a" in compare.jobs(named)[0].overrides
+
+
+def test_the_network_that_a_detector_is_fine_tuned_from_is_trained_once_where_its_objects_are_images(
+    tmp_path, monkeypatch
+):
+    trained = []
+    monkeypatch.setattr(compare, "run_all", lambda jobs, at_once: trained.extend(jobs) or [tmp_path / "made"])
+    made = compare.with_backbone(config(tmp_path, "dataset=digit_scenes", "seeds=2"))
+    assert [j.overrides[:2] for j in trained] == [("experiment=compare/detection/_backbone", "seed=0")]
+    tuned = [j for j in compare.jobs(made) if j.technique == "fine_tuned"]
+    assert [f"student.backbone={literal(str(tmp_path / 'made'))}" in j.overrides for j in tuned] == [True, True]
+    assert compare.left_out(made) is None
+    for none in (("dataset=voc",), ("dataset=digit_scenes", "techniques=[scratch]"), ("dataset=digits",)):
+        assert compare.with_backbone(config(tmp_path, *none)).backbone is None
+    assert "fine_tuned is left out" in compare.left_out(compare.with_backbone(config(tmp_path, "dataset=voc")))
+    assert len(trained) == 1
+
+
+def test_the_network_that_is_fine_tuned_has_the_maps_of_the_other_students(tmp_path):
+    """Strides and channels of the pyramid's maps, and nearly as many parameters."""
+    recipe, tuned, other = (
+        compose_config(tmp_path / "run", f"experiment=compare/detection/{name}").student
+        for name in ("_backbone", "fine_tuned", "distilled")
+    )
+    inside = conv4(10, (3, 32, 32), recipe.widths)
+    net = fcos_on(10, (3, 64, 64), inside, fpn=tuned.fpn, convs=tuned.convs, levels=tuned.levels)
+    slim = fcos_slim(10, (3, 64, 64), other.width, other.depth, other.fpn, other.convs, list(other.strides))
+    images = torch.zeros(1, 3, 64, 64)
+    mine, others = (n.eval().backbone(images).values() for n in (net, slim))
+    assert [m.shape for m in mine] == [m.shape for m in others]
+    assert 1 < count_parameters(net) / count_parameters(slim) < 1.1
 
 
 def test_detectors_share_data_and_teacher_and_the_small_ones_a_network(tmp_path):
     teachers, networks = set(), []
     for path in sorted((CONF / "experiment" / "compare" / "detection").glob("*.yaml")):
+        if path.stem == "_backbone":
+            continue
         cfg = compose_config(tmp_path / "run", f"experiment=compare/detection/{path.stem}")
         OmegaConf.to_container(cfg, resolve=True)
         assert cfg.technique == (None if path.stem == "_base" else path.stem)
@@ -81,7 +120,7 @@ def test_detectors_share_data_and_teacher_and_the_small_ones_a_network(tmp_path)
         "seeds=0",
         "jobs=0",
         "dataset=digit_scenes_masks",
-        "dataset=digit_scenes techniques=[fine_tuned]",
+        "dataset=digit_scenes techniques=[fine_tuned] backbone=null",
     ],
 )
 def test_what_cannot_be_run_is_told_before_anything_runs(tmp_path, wrong):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from torchvision.models import resnet18
 
 from litdistill.config.build import build_net
 from litdistill.config.trust import check_trusted
+from litdistill.evaluation.summary import start_of
 from litdistill.features.feature_extractor import FeatureExtractor
 from litdistill.models.finetune import freeze
 from litdistill.models.preprocess import Preprocess, Preprocessed, bare, preprocess_of
@@ -133,6 +135,14 @@ def test_a_finished_run_is_a_backbone(run):
     )
     for key, value in bare(again).backbone.body.state_dict().items():
         assert torch.equal(value, state[key])
+
+
+def test_a_run_says_that_it_starts_from_that_of_its_backbone(run):
+    start = start_of(OmegaConf.create({"student": {"checkpoint": None, "backbone": str(run)}}))
+    images = json.loads((Path(run) / "summary.json").read_text())["data"]["train"]
+    assert start == {"from": "network", "images": images, "method": "supervised"}
+    named = OmegaConf.create({"student": {"checkpoint": None, "backbone": "timm:resnet18", "weights": None}})
+    assert start_of(named) is None
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):

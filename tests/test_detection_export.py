@@ -16,7 +16,7 @@ from litdistill.models.preprocess import Preprocess, Preprocessed
 from litdistill.report.files import write_teacher
 from litdistill.tasks.detection.fcos import fcos_slim
 from litdistill.tasks.detection.scenes import digit_scenes
-from litdistill.tasks.detection.shipping import compared
+from litdistill.tasks.detection.shipping import compared, in_int8
 from litdistill.tasks.detection.suppress import at_once, suppress
 from litdistill.tasks.detection.task import Detection
 from litdistill.utils.errors import UserError
@@ -165,6 +165,68 @@ def test_boxes_are_compared_by_place_class_and_score():
     assert compared(rows(), rows())[2] == 1
     assert compared(rows(a), rows())[2] == 0
     assert np.isnan(compared(rows((*a[:4], float("nan"), 1)), rows(a))[0])
+
+
+def test_of_an_int8_file_the_boxes_that_are_decided_are_compared():
+    a, low = (0.0, 0, 10, 10, 0.9, 1), (20.0, 0, 30, 10, 0.3, 2)
+    assert in_int8(rows(a), rows(a, low))[2] == 1  # one that is not counted is lost
+    assert compared(rows(a), rows(a, low))[2] == pytest.approx(2 / 3)
+    near, below = (*low[:4], 0.51, 2), (*low[:4], 0.49, 2)
+    assert in_int8(rows(a, below), rows(a, near))[2] == 1  # nothing is lost where a score falls below what is counted
+    assert in_int8(rows(a, near), rows(a, below))[2] == 1
+    assert in_int8(rows(a), rows(a, near))[2] == pytest.approx(2 / 3)
+    assert in_int8(rows(a, near), rows(a))[2] == pytest.approx(2 / 3)
+    assert in_int8(rows(a, (*low[:4], 0.39, 2)), rows(a, near))[2] == pytest.approx(2 / 3)  # its score is another
+    assert in_int8(rows(low), rows(low, (40.0, 0, 50, 10, 0.2, 2)))[2] == pytest.approx(2 / 3)  # none is decided
+    assert np.isnan(in_int8(rows((*a[:4], float("nan"), 1)), rows(a))[0])
+    assert TASK.least_metric(0.8, 0.95, "int8") == pytest.approx(0.76)
+    assert TASK.least_metric(0.8, 0.999, "fp16") is None
+
+
+@pytest.fixture(scope="module")
+def int8_file(tmp_path_factory, net, data):
+    folder, anything = tmp_path_factory.mktemp("int8"), (None, 0.0)
+    return export_student(folder, net, data, precision="int8", calibration=16, limits=anything, task=TASK)[0]
+
+
+def test_an_int8_file_of_less_map_is_refused(int8_file, net, data, tmp_path, monkeypatch):
+    right = export_module.check
+
+    def worse(*arguments):
+        found = right(*arguments)
+        assert found["tolerance"]["metric"] == pytest.approx(0.95 * found["student"])
+        assert found["compared"][1] == "boxes with a score of at least 0.5 are the same"
+        return {**found, "agreement": 1.0, "exported": 0.9 * found["student"]}
+
+    monkeypatch.setattr(export_module, "write_format", lambda *a: a[2].write_bytes(int8_file.read_bytes()))
+    monkeypatch.setattr(export_module, "check", worse)
+    with pytest.raises(
+        UserError, match=r"student-int8.onnx is not the student.*100.00 % of boxes with.*\(at least 0\."
+    ):
+        export_student(tmp_path, net, data, precision="int8", task=TASK)
+    assert not (tmp_path / "export" / "student-int8.onnx").exists()
+
+
+def test_the_last_convolutions_and_group_normalization_of_an_int8_file_are_in_float(int8_file):
+    graph = onnx.load(int8_file).graph
+    maker = {name: node for node in graph.node for name in node.output}
+    weights = {i.name: i.data_type for i in graph.initializer}
+    convolutions = [node for node in graph.node if node.op_type == "Conv"]
+    in_float = [node for node in convolutions if node.input[1] in weights]
+    assert len(in_float) == 6  # classes, boxes and centerness of two maps
+    assert {weights[node.input[1]] for node in in_float} == {onnx.TensorProto.FLOAT}
+    for node in convolutions:
+        if node not in in_float:
+            assert maker[node.input[1]].op_type == "DequantizeLinear"
+            assert weights[maker[node.input[1]].input[0]] == onnx.TensorProto.INT8
+    assert len(convolutions) > 2 * len(in_float)
+    norms = [node for node in graph.node if node.op_type == "InstanceNormalization"]
+    assert len(norms) == 4
+    for norm in norms:
+        node = norm
+        for kind in ("Reshape", "Mul", "Add", "Relu"):
+            (node,) = [n for n in graph.node if node.output[0] in n.input and n.op_type != "Shape"]
+            assert node.op_type == kind, "no rounding in between"
 
 
 def test_suppression_of_a_batch_is_torchvisions_of_each_picture():

@@ -36,7 +36,9 @@ from litdistill.utils.units import axis, quantity, shown
 
 log = logging.getLogger(__name__)
 DETECTION = "compare/detection"
-BACKBONE = "fine_tuned"  # the technique of detectors that starts from a run of the user's
+FINE_TUNED = "fine_tuned"  # the technique of detectors that starts from a finished classification run
+# Data with boxes whose objects are images of other data, with classes: the recipe of a run on these.
+BACKBONES = {"digit_scenes": "compare/detection/_backbone"}
 
 
 class Job(NamedTuple):
@@ -52,6 +54,7 @@ class Job(NamedTuple):
 def compare(cfg: DictConfig) -> list[Group]:
     """Trains the runs of `conf/compare.yaml` and writes the page; returns the measured groups."""
     started = time.perf_counter()
+    cfg = with_backbone(cfg)
     todo = jobs(cfg)
     if (left := left_out(cfg)) is not None:
         print(left, flush=True)
@@ -87,22 +90,37 @@ def place_of(cfg: DictConfig) -> str:
     return f"compare/{task}" if room == "tasks" else "compare"
 
 
+def with_backbone(cfg: DictConfig) -> DictConfig:
+    """Returns the config with the folder of the run that `fine_tuned` starts from in place of `backbone: auto`, trained once;
+    null where there is none for these data, and where the technique is not asked for."""
+    if cfg.backbone != "auto":
+        return cfg
+    wanted = any(job.technique == FINE_TUNED for job in jobs(cfg))
+    cfg = cfg.copy()
+    cfg.backbone = None
+    if wanted and cfg.dataset in BACKBONES:
+        print(f"Training the network that {FINE_TUNED} starts from, in {cfg.runs}", flush=True)
+        overrides = (f"experiment={BACKBONES[cfg.dataset]}", "seed=0", f"runs={cfg.runs}")
+        cfg.backbone = str(run_all([Job("backbone", "", 0, overrides, str(cfg.runs))], 1)[0])
+    return cfg
+
+
 def left_out(cfg: DictConfig) -> str | None:
     """Returns in a line which technique of detectors is left out for want of a backbone; None without one."""
-    if place_of(cfg) != DETECTION or cfg.backbone is not None:
+    if place_of(cfg) != DETECTION or cfg.backbone is not None or cfg.techniques is not None:
         return None
-    return f"{BACKBONE} is left out: name a finished classification run of images as these by backbone=<its folder>."
+    return f"{FINE_TUNED} is left out: name a finished classification run of images as these by backbone=<its folder>."
 
 
 def jobs(cfg: DictConfig) -> list[Job]:
     """Returns one job for each technique and seed; seeds vary fastest."""
     place = place_of(cfg)
     known = sorted(p.stem for p in (CONF / "experiment" / place).glob("*.yaml") if not p.stem.startswith("_"))
-    chosen = [n for n in known if n != BACKBONE or cfg.backbone] if cfg.techniques is None else list(cfg.techniques)
+    chosen = [n for n in known if n != FINE_TUNED or cfg.backbone] if cfg.techniques is None else list(cfg.techniques)
     if unknown := [name for name in chosen if name not in known]:
         raise UserError(f"No such technique: {', '.join(unknown)}. There are {', '.join(known)}.")
-    if BACKBONE in chosen and cfg.backbone is None:
-        raise UserError(f"{BACKBONE} needs backbone=<folder of a finished classification run>.")
+    if FINE_TUNED in chosen and cfg.backbone is None:
+        raise UserError(f"{FINE_TUNED} needs backbone=<folder of a finished classification run>.")
     if cfg.seeds < 1 or cfg.jobs < 1:
         raise UserError("seeds and jobs must be at least 1.")
     found = []
@@ -111,7 +129,7 @@ def jobs(cfg: DictConfig) -> list[Job]:
             for seed in range(cfg.seeds):
                 overrides = [f"experiment={place}/{name}", f"data={cfg.dataset}", f"seed={seed}", f"runs={cfg.runs}"]
                 overrides += [f"student.widths={widths}"] if widths else []
-                overrides += [f"student.backbone={literal(str(cfg.backbone))}"] if name == BACKBONE else []
+                overrides += [f"student.backbone={literal(str(cfg.backbone))}"] if name == FINE_TUNED else []
                 variant = "x".join(str(widths).strip("[]").split(","))
                 found.append(Job(name, variant, seed, (*overrides, *cfg.overrides), str(cfg.runs)))
     return found

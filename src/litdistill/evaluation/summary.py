@@ -129,6 +129,11 @@ def macs(net: nn.Module, shape: Sequence[int] | None, dtype: torch.dtype = torch
     return None if shape is None or reads_ids(net) else count_macs(net, shape, dtype)
 
 
+def own_run(backbone: Any) -> str | None:
+    """Returns the folder of the finished run that a detector's `backbone` names; None for anything else."""
+    return backbone if isinstance(backbone, str) and Path(backbone, "summary.json").is_file() else None
+
+
 def start_of(cfg: DictConfig) -> dict[str, Any] | None:
     """Returns what the student was initialized from; None for a random initialization.
 
@@ -136,7 +141,7 @@ def start_of(cfg: DictConfig) -> dict[str, Any] | None:
     None if unknown; `method`: that of its run. With `student.checkpoint: auto` also `run`, and the cost of that run and its
     predecessors.
     """
-    source = cfg.student.get("checkpoint")
+    source = cfg.student.get("checkpoint") or own_run(cfg.student.get("backbone"))
     if source is None:
         fetched = cfg.student.get("weights") or cfg.student.get("pretrained")
         return {"from": "published", "images": None} if fetched else None

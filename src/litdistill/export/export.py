@@ -343,19 +343,20 @@ def check(
     difference, agreement = (
         default if limit is None else float(limit) for limit, default in zip(limits, TOLERANCES[precision], strict=True)
     )
-    apart, largest, equal = task.compare_exported(a, b, truth)
-    value = float(exported.compute()[name])
+    apart, largest, equal = task.compare_exported(a, b, truth, precision)
+    value, reference = float(exported.compute()[name]), float(own.compute()[name])
     return {
         "difference": apart,
         "tolerance": {
             "difference": difference * largest if difference < float("inf") else None,
             "agreement": agreement,
+            "metric": task.least_metric(reference, agreement, precision),
         },
         "agreement": equal,
-        "compared": list(task.compared),
+        "compared": list((precision == "int8" and task.compared_in_int8) or task.compared),
         "metric": name,
         "exported": value,
-        "student": float(own.compute()[name]),
+        "student": reference,
         "samples": len(truth),
         "findings": judge(task, a, truth, value, names=data.class_names),
     }
@@ -367,17 +368,18 @@ def _whole(batches: Sequence[Outputs]) -> Outputs:
 
 
 def _refuse_mismatch(path: Path, found: Mapping[str, Any]) -> None:
-    most, least = found["tolerance"]["difference"], found["tolerance"]["agreement"]
+    most, least, worst = (found["tolerance"][k] for k in ("difference", "agreement", "metric"))
     # NaN is never within tolerance
     near = np.isfinite(found["difference"]) and (most is None or found["difference"] <= most)
-    if not near or not found["agreement"] >= least:
+    if not near or not found["agreement"] >= least or (worst is not None and not found["exported"] >= worst):
         values, decisions = found["compared"]
+        floor = "" if worst is None else f" (at least {worst:.4g})"
         raise UserError(
             f"{path.name} is not the student, so it is not kept: {values} differ by up to {found['difference']:.3g} "
             f"(tolerance {'any' if most is None else format(most, '.3g')}), {100 * found['agreement']:.2f} % of "
             f"{decisions} (at least {100 * least:.2f} %), {found['metric']} {found['exported']:.4g} against "
-            f"{found['student']:.4g}. Of a student trained in float choose a higher precision, or for int8 "
-            "more images (calibration=2000); or allow it with tolerance.difference and tolerance.agreement."
+            f"{found['student']:.4g}{floor}. Of a student trained in float choose a higher precision, or for int8 "
+            "another number of images (calibration); or allow it with tolerance.difference and tolerance.agreement."
         )
 
 

@@ -246,22 +246,55 @@ class _Reader:
 
 def _float_nodes(proto: Any, preprocessing: bool, task: Task) -> list[str]:
     """Returns the names of the nodes that stay in float: those of the preprocessing, where there is one, of a spectrogram,
-    whose powers have a range of many magnitudes, and of post-processing, which compares coordinates and scores."""
+    whose powers have a range of many magnitudes, and of group normalization, for which onnxruntime has no kernel in int8. Of
+    boxes and masks also post-processing, which compares coordinates and scores, and the convolutions before it: whatever is
+    lost there moves an edge of a box, and they are few."""
+    dense = task.output_kind in (BOXES, MASK)
     return [
         *(_preprocessing_nodes(proto) if preprocessing else ()),
         *_spectrogram_nodes(proto),
-        *(last_nodes(proto) if task.output_kind in (BOXES, MASK) else ()),
+        *_group_normalization_nodes(proto),
+        *((*last_nodes(proto), *last_convolutions(proto)) if dense else ()),
     ]
+
+
+PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
 def last_nodes(proto: Any) -> list[str]:
     """Returns the names of the nodes whose results reach no convolution and no product of matrices."""
+    return _last(proto)[1]
+
+
+def last_convolutions(proto: Any) -> list[str]:
+    """Returns the names of the convolutions and products of matrices whose results reach no other."""
+    return _last(proto)[0]
+
+
+def _last(proto: Any) -> tuple[list[str], list[str]]:
+    """Returns the names of the last products, and of the nodes behind them."""
     needed: set[str] = set()
-    names = []
+    products, names = [], []
     for node in reversed(proto.graph.node):  # from the last executed
-        if node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul") or needed & set(node.output):
+        reaches = bool(needed & set(node.output))
+        if node.op_type in PRODUCTS or reaches:
             needed |= set(node.input)
+            products += [node.name] * (not reaches)
         else:
+            names.append(node.name)
+    return products, names
+
+
+def _group_normalization_nodes(proto: Any) -> list[str]:
+    """Returns the names of the nodes of group normalization: it is written as instance normalization of reshaped maps, a
+    product and a sum with constants."""
+    reached: set[str] = set()
+    names, constants = [], {i.name for i in proto.graph.initializer}
+    for node in proto.graph.node:  # in order of execution
+        follows = bool(reached & set(node.input))
+        scaled = node.op_type in ("Mul", "Add") and bool(constants & set(node.input))
+        if node.op_type == "InstanceNormalization" or (follows and (node.op_type == "Reshape" or scaled)):
+            reached |= set(node.output)
             names.append(node.name)
     return names
 

@@ -40,6 +40,7 @@ class Task:
     monitor: tuple[str, Literal["max", "min"]] = ("accuracy", "max")
     # What `compare_exported` compares, as the sentences of `export` name it.
     compared: tuple[str, str] = ("logits", "predictions agree")
+    compared_in_int8: tuple[str, str] | None = None  # of an int8 file, where that is something else
 
     def batch(self, raw: Any) -> Batch:
         """Returns the `Batch` for an item of a loader: a `Batch`, a pair (inputs, targets), or a dict with `labels`.
@@ -172,7 +173,9 @@ class Task:
         """
         return Outputs.of(found)
 
-    def compare_exported(self, exported: Outputs, own: Outputs, targets: Any) -> tuple[float, float, float]:
+    def compare_exported(
+        self, exported: Outputs, own: Outputs, targets: Any, precision: str = "fp32"
+    ) -> tuple[float, float, float]:
         """Returns how the outputs of a file differ from the network's, as kept for a whole split: the largest difference of
         any value, the largest absolute value of the network's, and the share of equal decisions."""
         a, b = exported.main.double(), own.main.double()
@@ -182,6 +185,11 @@ class Task:
             return difference, largest, (a.argmax(1) == b.argmax(1)).double().mean().item()
         same = ((a > 0) == (b > 0)).double().mean().item() if self.kind == BERNOULLI else 1.0
         return difference, largest, same
+
+    def least_metric(self, own: float, share: float, precision: str) -> float | None:
+        """Returns the least monitored metric of a file where the network's is `own` and `share` of its decisions are to be
+        equal; None where that share is limit enough."""
+        return None
 
     def figures(self, samples: Samples) -> dict[str, Any]:
         """Returns matplotlib figures for TensorBoard by name; none by default."""

@@ -124,7 +124,8 @@ class Compare(Node):
     techniques: Texts | None = option("[distilled, int8]: only these; null: all")
     family: Annotated[list[Text | list[Count]], Field(min_length=1)] = option("widths of the students of `family`")
     backbone: Text | None = option(
-        "of detectors: the folder of a finished classification run, for the technique fine_tuned; null: without it"
+        "of detectors: the folder of the finished classification run that fine_tuned starts from; auto: of digit_scenes one of "
+        "digits, trained before; null: leave it out"
     )
     jobs: Count = option("runs at a time; models are timed afterwards, one at a time")
     overrides: list[Text] = option(

@@ -22,7 +22,7 @@ from litdistill.tasks.detection.decode import CLASS, SCORE, detections
 from litdistill.tasks.detection.detector import detector_of
 from litdistill.tasks.detection.matching import SURE
 from litdistill.tasks.detection.metrics import MeanAP, Split, constant_map, curves
-from litdistill.tasks.detection.shipping import compared
+from litdistill.tasks.detection.shipping import compared, in_int8
 from litdistill.tasks.detection.suppress import OPERATOR, at_once, in_onnx
 from litdistill.types import DETECTIONS, Batch, Outputs
 from litdistill.utils.errors import UserError
@@ -49,6 +49,7 @@ class Detection(Task):
     averages = False  # boxes of several networks stand at anchors of their own
     monitor: tuple[str, Literal["max", "min"]] = ("map", "max")
     compared = "scores of the same box", "boxes are the same"
+    compared_in_int8 = "scores of the same box", f"boxes with a score of at least {SURE:g} are the same"
 
     def __init__(self, score_threshold: float = 0.05, nms: float = 0.6, detections: int = 100):
         if not 0 <= score_threshold < 1 or not 0 < nms <= 1:
@@ -123,9 +124,17 @@ class Detection(Task):
     def read_exported(self, found: Tensor) -> Outputs:
         return Outputs({"detections": found})
 
-    def compare_exported(self, exported: Outputs, own: Outputs, targets: Any) -> tuple[float, float, float]:
-        """See `litdistill.tasks.detection.shipping.compared`."""
-        return compared(exported.heads["detections"], own.heads["detections"])
+    def compare_exported(
+        self, exported: Outputs, own: Outputs, targets: Any, precision: str = "fp32"
+    ) -> tuple[float, float, float]:
+        """See `litdistill.tasks.detection.shipping`: `in_int8` compares the boxes that the network is sure of."""
+        compare = in_int8 if precision == "int8" else compared
+        return compare(exported.heads["detections"], own.heads["detections"])
+
+    def least_metric(self, own: float, share: float, precision: str) -> float | None:
+        """Returns for an int8 file the mAP of its network times `share`, the least agreement: mAP sees all boxes, also those
+        below the score from which they are compared one by one."""
+        return own * share if precision == "int8" else None
 
     def decode(self, outputs: Outputs) -> dict[str, Tensor]:
         """Returns `boxes` (N, K, 4) in pixels, `scores` (N, K), 0 where there is no more, and `labels` (N, K), −1 there."""

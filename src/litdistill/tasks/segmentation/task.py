@@ -142,7 +142,9 @@ class Segmentation(Task):
     def read_exported(self, found: Tensor) -> Outputs:
         return Outputs({"label": found.flatten(1)})
 
-    def compare_exported(self, exported: Outputs, own: Outputs, targets: Any) -> tuple[float, float, float]:
+    def compare_exported(
+        self, exported: Outputs, own: Outputs, targets: Any, precision: str = "fp32"
+    ) -> tuple[float, float, float]:
         """Returns the share of pixels that have another class, 1, and the share of those that count whose class is equal."""
         a, b = labels_of(exported), labels_of(own)
         same, counted = a == b, self.places(targets)
