@@ -37,7 +37,11 @@ DEFAULTS = {
 # By name: the experiment, what stands beside it on the command line, and what the student learns from.
 WAYS: dict[str, tuple[str, list[str], str]] = {
     "alone": ("scratch", [], "the labels"),
-    "fine-tuned": ("transfer_all", [], "the labels, from weights of all images of the first five classes"),
+    "fine-tuned": (
+        "transfer_all",
+        [],
+        "the labels, from weights of all images of the first five classes and their labels",
+    ),
     "distilled, same images": ("distilled", [], "the labels, and the teacher's outputs for the same images"),
     "distilled, all images": (
         "distilled",
@@ -148,10 +152,14 @@ Look for more pictures first: they need no labels. Then:
 | the labelled pictures alone | 4: it teaches the small one on these, beside the same small one on the labels alone |
 
 ```bash
-litdistill train data=folder data.root=<folder> data.image_size=32 data.unlabelled=<another> teacher.checkpoint=<run>   # 1
-litdistill train experiment=photos/fine_tuned_cpu data.root=<folder>                                                   # 2
-litdistill train -m experiment=photos/cpu data.root=<folder> data.unlabelled=<another> seed=0,1,2                      # 3
-litdistill train -m experiment=photos/cpu data.root=<folder> method=kd,supervised seed=0,1,2                           # 4
+# 1: <run> is a finished run, or a file of weights
+litdistill train data=folder data.root=<folder> data.image_size=32 data.unlabelled=<another> teacher.checkpoint=<run>
+# 2
+litdistill train experiment=photos/fine_tuned_cpu data.root=<folder>
+# 3
+litdistill train -m experiment=photos/cpu data.root=<folder> data.unlabelled=<another> seed=0,1,2
+# 4
+litdistill train -m experiment=photos/cpu data.root=<folder> method=kd,supervised seed=0,1,2
 ```
 
 Read the last epoch and several seeds: a validation set of a picture a class chooses an epoch badly. With a GPU take
@@ -179,16 +187,16 @@ The same small student, of few labelled images a class, in {len(WAYS)} ways:
 
 In brackets: the fewest labels a class, of those tried, with which the student alone is as good on average.
 
-![Test accuracy over labels a class: a panel for each data set, a curve for each way]({picture}){{ width="680" }}
+![Test accuracy over labels a class, a curve for each way]({picture}){{ width="{340 * panels(kept)[1]}" }}
 
 Lines are means, bands the range of the seeds. In the tables below: test accuracy in per cent at the last epoch, mean ± standard
 deviation over seeds, which draw the images, the student's first weights and the order; the teacher is one. In brackets: the
 gain over the student alone, seed by seed. A difference counts where its 95 % interval (Student's t, of so many seeds, each
 comparison by itself) leaves out zero.
 
-All ways take as many steps, of as many images. On top come the teacher and what fine-tuning starts from, which are trained
-once. Learning rates, weights and temperature are those of `conf/experiment/compare` for the digits, and nothing was chosen on
-any of these images: a schedule for each data set could give more.
+All ways take as many steps, of as many images. On top come the teacher, trained once, and what fine-tuning starts from, trained
+once for each seed in as many steps. Learning rates, weights and temperature are those of `conf/experiment/compare`, which are
+for the digits; nothing was fitted to the other data sets, and a schedule for each could give more.
 
 {"".join(section(name, found) for name, found in kept.items())}This page is written by
 `python scripts/few_table.py` and not edited by hand.
@@ -268,13 +276,17 @@ def verdict(cells: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
     return "\n".join(lines)
 
 
+def panels(kept: Mapping[str, Mapping[str, Any]]) -> tuple[int, int]:
+    """Returns rows and columns of the picture: two columns at most, so that it can be read on a phone."""
+    return -(-len(kept) // 2), min(len(kept), 2)
+
+
 def draw(kept: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     """Writes the curves as a PNG: a panel for each data set, the mean as a line and the range of the seeds as a band."""
-    columns = min(len(kept), 2)  # no more, so that it can be read on a phone
-    rows = -(-len(kept) // columns)
+    rows, columns = panels(kept)
     figure = new_figure(2.9 * columns + 0.2, 2.7 * rows + 0.9)
-    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for axes, (name, found) in zip(panels, kept.items(), strict=False):
+    places = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes, (name, found) in zip(places, kept.items(), strict=False):
         counts = [int(count) for count in found["cells"]["alone"]]
         for i, way in enumerate(WAYS):
             each = [of_way(found["cells"], way, str(count)) for count in counts]
@@ -290,7 +302,7 @@ def draw(kept: Mapping[str, Mapping[str, Any]], path: Path) -> None:
         axes.set_ylabel("test accuracy (%)")
         axes.set_title(name, fontsize=10, loc="left", parse_math=False)
         axes.grid(alpha=0.3)
-    for axes in panels[len(kept) :]:
+    for axes in places[len(kept) :]:
         axes.set_axis_off()
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, fontsize=9, frameon=False, loc="outside lower center", ncols=columns)
