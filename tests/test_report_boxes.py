@@ -11,6 +11,7 @@ from torch import Tensor
 
 from litdistill.report.blocks import Table, Text, Thumbs
 from litdistill.report.collect import Group, Row, Seed
+from litdistill.report.converted import beside_float
 from litdistill.report.of_boxes import drawn, only_one
 from litdistill.report.of_task import of_task
 from litdistill.tasks.detection.boxes import padded
@@ -49,6 +50,23 @@ def test_each_class_and_what_only_the_teacher_finds() -> None:
     assert isinstance(thumbs, Thumbs)
     assert thumbs.title.endswith("of 6 objects, 2 only the teacher finds and 0 only the student")
     assert [t.caption for t in thumbs.thumbs] == ["misses green", "misses green"]
+
+
+def test_an_int8_file_stands_beside_its_float_network() -> None:
+    group = _group(torch.zeros(3, 3, 40, 40, dtype=torch.uint8))
+    assert beside_float(group, "") == []
+    check = {"agreement": 0.97, "exported": 0.5, "student": 0.51, "compared": ["scores", "boxes are the same"]}
+    small = Row("distilled, then int8", {}, [_seed(torch.stack([BOTH]), "s")], precision="int8", converted=True)
+    small.seeds[0].summary["check"] = check
+    times = [{"bytes": 2000.0, "cpu": {1: {"p50_ms": 0.25}}}, {"bytes": 1000.0, "cpu": {1: {"p50_ms": 0.125}}}]
+    group.rows[1].timing, small.timing = times
+    group.rows.append(small)
+    text, table = beside_float(group, "")
+    assert isinstance(text, Text)
+    assert "how many boxes are the same" in text.text
+    assert isinstance(table, Table)
+    assert list(table.rows) == [["distilled", "97.00", "50.00", "51.00", "1.0", "2.0", "0.125", "0.250"]]
+    assert list(table.head)[2:4] == ["mAP %", "in float"]
 
 
 def test_data_that_are_no_pictures_have_no_misses() -> None:

@@ -16,6 +16,7 @@ from litdistill.evaluation.predictions import agreement
 from litdistill.report import headline, plots, points
 from litdistill.report.blocks import Block, Fold, Grid, Picture, Section, Table, Text, Thumb, Thumbs
 from litdistill.report.collect import Group, Row, Seed
+from litdistill.report.converted import beside_float
 from litdistill.tasks import Detection, metrics
 from litdistill.utils.units import SHARES, axis, factor, heading, named, shown_mean, spread
 
@@ -103,27 +104,8 @@ def quality(group: Group, key: str) -> Section:
     columns = {name: cells for name, cells in columns.items() if any(cells)}
     left = [i for i, name in enumerate(columns) if name in ("model", "network", "starts from")]
     table = Table(f"{key}quality", list(columns), list(zip(*columns.values(), strict=True)), left, marked)
-    blocks: list[Block] = [table, *map(Text, _parity(group)), Fold(MEASURED, [_worth(group, like)])]
+    blocks: list[Block] = [table, *beside_float(group, key), Fold(MEASURED, [_worth(group, like)])]
     return Section(f"{key}worth", "What each is worth", blocks)
-
-
-def _parity(group: Group) -> list[str]:
-    """Returns how far the int8 files that were made after training are from their networks, a line a row of such."""
-    found = []
-    for name, row in zip(names(group), group.rows, strict=True):
-        if row.converted:
-            checks = [seed.summary["check"] for seed in row.seeds]
-            same = shown_mean("agreement", [c["agreement"] for c in checks])
-            metric, decided = (
-                group.metric,
-                checks[0]["compared"][1].removesuffix(" agree").removesuffix(" are the same"),
-            )
-            pairs = [shown_mean(metric, [c[who] for c in checks]) for who in ("exported", "student")]
-            found.append(
-                f"{name}: {same} % of {decided} are those of the float network; {named(metric)} {pairs[0]}, of the float "
-                f"network {pairs[1]}."
-            )
-    return found
 
 
 def _worth(group: Group, like: Sequence[str]) -> str:
