@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from litdistill.evaluation.privacy import Membership
-from litdistill.evaluation.robustness import ATTACKS, CORRUPTIONS
+from litdistill.evaluation.robustness import ALL, CORRUPTIONS, STRENGTHS
 from litdistill.report.collect import Group, Row, Seed, Settings
 from litdistill.tasks import Classification
 from litdistill.types import Outputs
@@ -41,7 +41,7 @@ def seed(number: int, right: float, classes: int, sha: str, summary: dict, test:
     hit = torch.rand(test, generator=drawn) < right
     logits[torch.arange(test)[hit], targets[hit]] += 4
     made = {k: [0.9 - 0.05 * number % 0.3 - 0.1 * i for i in range(5)] for k in CORRUPTIONS}
-    attacks = {k: [0.9, 0.5, 0.1] for k in ATTACKS}
+    attacks = {k: [0.9, 0.5, 0.1] for k in STRENGTHS[SETTINGS.attacks]} | {ALL: [0.9, 0.45, 0.05]}
     folder = Path("/nowhere")
     outputs, found = Outputs.of(logits), {"corruptions": made, "attacks": attacks}
     betrayed = Membership(0.5 + 0.01 * (number % 7), 0.012, 500, test)

@@ -105,10 +105,10 @@ class Gray(torch.nn.Module):
 
 def spoil(monkeypatch, out: Path, data: Sorted) -> tuple[Seed, list[torch.Tensor], list[torch.Tensor]]:
     """A seed measured on a few images, what was corrupted, and the targets that accuracies were of."""
-    seen, compared, accuracy = [], [], robustness.accuracy
+    seen, compared, correct = [], [], robustness.correct
     monkeypatch.setattr(robustness, "CORRUPTIONS", {"none": lambda images, severity: seen.append(images) or images})
-    monkeypatch.setattr(robustness, "ATTACKS", {"none": lambda logits_of, images, targets, epsilon: images})
-    monkeypatch.setattr(robustness, "accuracy", lambda run, x, y: compared.append(y) or accuracy(run, x, y))
+    monkeypatch.setitem(robustness.STRENGTHS, "quick", {"none": lambda logits_of, images, targets, epsilon: images})
+    monkeypatch.setattr(robustness, "correct", lambda run, x, y: compared.append(y) or correct(run, x, y))
     group, spoilt, settings = page.Group("sorted", {"name": "sorted"}), {}, Settings(robustness=10, epsilons=(4,))
     page._adopt(group, data, spoilt, settings)
     seed = Seed({}, out, sha256="s")
@@ -124,7 +124,10 @@ def test_of_images_sorted_by_class_every_class_is_spoilt(monkeypatch, tmp_path):
         assert targets.bincount().tolist() == [2, 2, 2, 2, 2]
     assert compared
     # The network is always right, so that an image that met another one's label would show.
-    assert seed.robustness == {"corruptions": {"none": [1.0] * 5}, "attacks": {"none": [1.0, 1.0]}}
+    assert seed.robustness == {
+        "corruptions": {"none": [1.0] * 5},
+        "attacks": {"none": [1.0, 1.0], "all at once": [1.0, 1.0]},
+    }
 
 
 def test_what_was_kept_for_other_images_is_not_taken(monkeypatch, tmp_path):

@@ -159,7 +159,7 @@ def test_the_tables_hold_what_was_measured():
     noise = [100 * x for s in seeds for x in s.robustness["corruptions"]["Gaussian noise"]]
     assert cell(spoilt, 1, "Gaussian noise") == f"{statistics.mean(noise):.1f}"
     attacks = table(robust(made, "", SETTINGS), "attacks")
-    assert attacks.rows[1][1:] == ["50.0", "10.0", "50.0", "10.0"]
+    assert attacks.rows[1][1:] == ["50.0", "10.0", "50.0", "10.0", "45.0", "5.0"]
     words = prose(robust(made, "", SETTINGS))
     assert "straight through each rounding" in words  # said only where there is such a row
     assert "straight" not in prose(robust(float_only(made), "", SETTINGS))

@@ -1,6 +1,7 @@
 """Attacks and corruptions against what they are defined as, temperature scaling against a search of its own."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from litdistill.evaluation import robustness
+from litdistill.evaluation import attacks, robustness
 from litdistill.evaluation.calibration import BOUNDS, fit_temperature
 
 torch.set_num_threads(1)
@@ -36,7 +37,7 @@ def seen(net: nn.Module):
 
 def test_fgsm_is_a_step_along_the_sign_of_the_gradient_in_float64():
     net, x, y = network(), images(), torch.arange(6) % 4
-    attacked = robustness.fgsm(seen(net), x, y, 9)
+    attacked = robustness.attacked(attacks.fgsm, seen(net), x, y, 9)
     exact = network().double()
     there = x.double().requires_grad_()
     loss = -exact((there - 120) / 70).log_softmax(1)[range(6), y].mean()
@@ -56,7 +57,7 @@ def test_a_gradient_that_float32_rounds_to_zero_is_followed_nonetheless():
     there = (x / 255).requires_grad_()
     F.cross_entropy(shallow(there), y).backward()
     assert (there.grad == 0).all()
-    attacked = robustness.fgsm(shallow, x, y, 8)
+    attacked = robustness.attacked(attacks.fgsm, shallow, x, y, 8)
     assert (attacked == 192).all()  # away from what speaks for the label
 
 
@@ -64,10 +65,12 @@ def test_a_gradient_that_float32_rounds_to_zero_is_followed_nonetheless():
 @given(st.integers(0, 60), st.integers(1, 12), st.integers(0, 999), st.sampled_from([1, 3]))
 def test_attacks_stay_in_the_ball_and_give_whole_levels(epsilon, steps, seed, channels):
     net, x, y = network(channels), images(5, channels, seed=seed), torch.arange(5) % 4
-    for changed in (
-        robustness.fgsm(seen(net), x, y, epsilon),
-        robustness.pgd(seen(net), x, y, epsilon, steps, seed),
+    for attack in (
+        attacks.fgsm,
+        partial(attacks.pgd, steps=steps, seed=seed),
+        partial(attacks.square, queries=steps + 1),
     ):
+        changed = robustness.attacked(attack, seen(net), x, y, epsilon)
         assert changed.dtype == torch.uint8  # so that none leaves 0 to 255 ...
         assert (changed.int() - x.int()).abs().max() <= epsilon  # ... by wrapping around either
 
@@ -78,7 +81,7 @@ def test_pgd_ends_where_a_step_by_step_ascent_in_numpy_ends():
     weights = rng.normal(size=(3, 64))
     x, y, epsilon, steps = images(4), torch.tensor([0, 1, 2, 0]), 12, 5
     net = lambda v: v.flatten(1) @ torch.from_numpy(weights.T).float()  # noqa: E731
-    found = robustness.pgd(net, x, y, epsilon, steps, seed=3)
+    found = robustness.attacked(partial(attacks.pgd, steps=steps, seed=3), net, x, y, epsilon)
     clean = x.flatten(1).double().numpy()
     noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(3)).flatten(1).double().numpy()
     low, high = np.maximum(clean - epsilon, 0), np.minimum(clean + epsilon, 255)
@@ -95,14 +98,33 @@ def test_pgd_ends_where_a_step_by_step_ascent_in_numpy_ends():
 def test_pgd_finds_at_least_the_loss_that_fgsm_finds_on_a_curved_network():
     net, x, y = network(), images(64), torch.arange(64) % 4
     loss = lambda v: F.cross_entropy(seen(net)(v / 255), y).item()  # noqa: E731
-    clean, one, many = loss(x), loss(robustness.fgsm(seen(net), x, y, 16)), loss(robustness.pgd(seen(net), x, y, 16))
+    clean, (one, many) = (
+        loss(x),
+        (loss(robustness.attacked(attack, seen(net), x, y, 16)) for attack in robustness.STRENGTHS["quick"].values()),
+    )
     assert clean < one <= many * 1.001
 
 
 def test_attacked_in_batches_is_attacked_at_once():
     net, x, y = network(), images(7), torch.arange(7) % 4
-    whole = robustness.fgsm(seen(net), x, y, 5)
-    assert torch.equal(robustness.attacked(robustness.fgsm, seen(net), x, y, 5, batch=3), whole)
+    whole = robustness.attacked(attacks.fgsm, seen(net), x, y, 5)
+    assert torch.equal(robustness.attacked(attacks.fgsm, seen(net), x, y, 5, batch=3), whole)
+
+
+def test_the_page_counts_an_image_where_it_is_right_as_it_is_and_under_each_attack(monkeypatch):
+    """Of a network that knows an image by its first pixel: 0 to 3 at 0, 10, 20 and 30 levels."""
+    steps = torch.tensor([0.0, 10.0, 20.0, 30.0])
+    predict = lambda v: -(v[:, 0, 0, :1].float() - steps).abs()  # noqa: E731
+    x = torch.tensor([0, 10, 20, 31], dtype=torch.uint8).reshape(4, 1, 1, 1).expand(4, 1, 2, 2).contiguous()
+    y = torch.tensor([0, 1, 2, 0])  # the last is misclassified as it is
+    moved = {"up": lambda f, v, t, e: v + e * (v < 0.05), "down": lambda f, v, t, e: v - e * (v > 0.07) * 1.5}
+    monkeypatch.setitem(robustness.STRENGTHS, "quick", moved)
+    found = robustness.under_attacks(predict, lambda v: v, x, y, [4, 20], "quick")
+    assert found == {"up": [0.75, 0.75, 0.25], "down": [0.75, 0.5, 0.5], robustness.ALL: [0.75, 0.5, 0.0]}
+
+
+def test_strong_attacks_are_those_that_robust_accuracy_is_measured_with():
+    assert robustness.STRENGTHS["strong"] is attacks.ATTACKS
 
 
 # -- corruptions -------------------------------------------------------------------------------------------------------

@@ -62,7 +62,13 @@ def compare(cfg: DictConfig) -> list[Group]:
     folders = run_all(todo, cfg.jobs)
     print(f"Trained in {format_seconds(time.perf_counter() - started)}; measuring", flush=True)
     settings = Settings(
-        cfg.threads, cfg.rounds, cfg.robustness, tuple(cfg.epsilons), cfg.device, int8=place_of(cfg) == DETECTION
+        cfg.threads,
+        cfg.rounds,
+        cfg.robustness,
+        tuple(cfg.epsilons),
+        cfg.attacks,
+        cfg.device,
+        int8=place_of(cfg) == DETECTION,
     )
     torch.set_num_threads(cfg.threads)
     groups = build(folders, cfg.out, f"Techniques compared on {cfg.dataset}", settings)

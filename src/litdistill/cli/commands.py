@@ -139,7 +139,14 @@ def report(cfg: DictConfig) -> None:
         from litdistill.report.collect import Settings
 
         settings = Settings(
-            cfg.threads, cfg.rounds, cfg.robustness, tuple(cfg.epsilons), cfg.device, packages(cfg.trust), cfg.int8
+            cfg.threads,
+            cfg.rounds,
+            cfg.robustness,
+            tuple(cfg.epsilons),
+            cfg.attacks,
+            cfg.device,
+            packages(cfg.trust),
+            cfg.int8,
         )
         build(folders, cfg.out, cfg.title, settings)
         print(f"Written to {cfg.out}" if ending else f"Written to {cfg.out.rstrip('/')}/index.html and report.md")

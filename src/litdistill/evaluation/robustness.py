@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from torchvision.transforms.v2.functional import gaussian_blur
 from litdistill.evaluation import attacks
 
 SEVERITIES = (1, 2, 3, 4, 5)
+ALL = "all at once"  # the accuracy that is left under whichever attack fools an image
 
 # Hendrycks & Dietterich 2019 (arXiv 1903.12261), section 3, by severity. Constants are those of CIFAR-10-C; the noise is
 # ImageNet-C's, since CIFAR-10-C's hardly affects digits of full contrast. Where the definitions differ:
@@ -115,33 +117,58 @@ def _by_pillow(images: Tensor, change: Callable[[Image.Image], Image.Image]) -> 
 
 # -- attacks -----------------------------------------------------------------------------------------------------------
 
-Logits = attacks.Logits  # floats from 0 to 1 (N, C, H, W) -> logits (N, classes), differentiable
-
-
-def fgsm(logits_of: Logits, images: Tensor, targets: Tensor, epsilon: int) -> Tensor:
-    """`attacks.fgsm`, rounded to whole levels. `epsilon`: the largest change of any pixel, in levels of 255."""
-    return levels(attacks.fgsm(logits_of, images / 255, targets, epsilon / 255))
-
-
-def pgd(logits_of: Logits, images: Tensor, targets: Tensor, epsilon: int, steps: int = 10, seed: int = 0) -> Tensor:
-    """`attacks.pgd` from one start, rounded to whole levels, which keeps it in the ball."""
-    return levels(attacks.pgd(logits_of, images / 255, targets, epsilon / 255, steps, seed=seed))
-
-
-ATTACKS = {"FGSM": fgsm, "PGD": pgd}
+# What the page attacks with, by name: `quick` takes 11 gradients of an image and ε, `strong` 201 and 1,000 queries.
+STRENGTHS: dict[str, dict[str, attacks.Attack]] = {
+    "quick": {"FGSM": attacks.fgsm, "PGD, 10 steps": partial(attacks.pgd, steps=10)},
+    "strong": attacks.ATTACKS,
+}
 
 
 def attacked(
-    attack: Callable[..., Tensor], logits_of: Logits, images: Tensor, targets: Tensor, epsilon: int, batch: int = 500
+    attack: attacks.Attack, logits_of: attacks.Logits, images: Tensor, targets: Tensor, epsilon: int, batch: int = 500
 ) -> Tensor:
-    """Returns `attack` of all images, computed in batches."""
+    """Returns `attack` of all images, computed in batches and rounded to whole levels, which keeps them in the ball.
+
+    `epsilon`: the largest change of any pixel, in levels of 255. `logits_of` takes floats from 0 to 1.
+    """
     pairs = zip(images.split(batch), targets.split(batch), strict=True)
-    return torch.cat([attack(logits_of, x, y, epsilon) for x, y in pairs])
+    return torch.cat([levels(attack(logits_of, x / 255, y, epsilon / 255)) for x, y in pairs])
+
+
+def correct(run: Callable[[Tensor], Tensor], images: Tensor, targets: Tensor) -> Tensor:
+    """Returns of which uint8 images (N, C, H, W) the highest logit of `run` is the target's, (N,) booleans."""
+    return run(images).argmax(1) == targets
+
+
+def under_attacks(
+    predict: Callable[[Tensor], Tensor],
+    logits_of: attacks.Logits,
+    images: Tensor,
+    targets: Tensor,
+    epsilons: Sequence[int],
+    strength: str,
+    device: str = "cpu",
+) -> dict[str, list[float]]:
+    """Returns the accuracy of `predict` as it is and at each ε, under each attack on `logits_of`, and under `ALL` at once.
+
+    An image that is misclassified as it is, is so under any attack.
+    """
+    clean = correct(predict, images, targets)
+    left = {name: [clean] for name in (*STRENGTHS[strength], ALL)}
+    there, labels = images.to(device), targets.to(device)
+    for epsilon in epsilons:
+        worst = clean
+        for name, attack in STRENGTHS[strength].items():
+            changed = attacked(attack, logits_of, there, labels, epsilon).cpu()
+            left[name].append(clean & correct(predict, changed, targets))
+            worst = worst & left[name][-1]
+        left[ALL].append(worst)
+    return {name: [one.double().mean().item() for one in each] for name, each in left.items()}
 
 
 def accuracy(run: Callable[[Tensor], Tensor], images: Tensor, targets: Tensor) -> float:
     """Returns the fraction of uint8 images (N, C, H, W) whose highest logit of `run` is the target's."""
-    return (run(images).argmax(1) == targets).double().mean().item()
+    return correct(run, images, targets).double().mean().item()
 
 
 def corrupted(images: Tensor, severities: Sequence[int] = SEVERITIES) -> dict[str, list[Tensor]]:

@@ -49,6 +49,7 @@ class Settings(NamedTuple):
     rounds: int = 20
     robustness: int = 1000
     epsilons: tuple[int, ...] = (4, 8, 16, 32)
+    attacks: str = "quick"
     device: str = "auto"
     trust: tuple[str, ...] = ()
     int8: bool = False
@@ -312,7 +313,14 @@ def _measure(
         ).encode()  # changes of the code invalidate the cache
         how = hashlib.sha256(code).hexdigest()
         preprocess = preprocess_of(net)
-        cache_key = [group.facts, seen, settings.epsilons, preprocess.facts() if preprocess is not None else None, how]
+        cache_key = [
+            group.facts,
+            seen,
+            settings.epsilons,
+            settings.attacks,
+            preprocess.facts() if preprocess is not None else None,
+            how,
+        ]
         logits_of = lambda x: run_network(net, x).logits  # noqa: E731
         compute = lambda: _robustness(predict, logits_of, images, targets, corrupted, settings, device)  # noqa: E731
         seed.robustness = _cached(out / "cache" / f"robustness-{weights[:16]}.json", cache_key, compute)
@@ -351,20 +359,9 @@ def _robustness(
     device: str,
 ) -> dict[str, dict[str, list[float]]]:
     """Returns the accuracy under each corruption by severity, and under each attack by ε, from ε = 0."""
-    clean = robustness.accuracy(predict, images, targets)
     found = {name: [robustness.accuracy(predict, x, targets) for x in xs] for name, xs in corrupted.items()}
-    there, labels = images.to(device), targets.to(device)
-    attacks = {
-        name: [
-            clean,
-            *(
-                robustness.accuracy(predict, robustness.attacked(attack, logits_of, there, labels, e).cpu(), targets)
-                for e in settings.epsilons
-            ),
-        ]
-        for name, attack in robustness.ATTACKS.items()
-    }
-    return {"corruptions": found, "attacks": attacks}
+    how = (settings.epsilons, settings.attacks, device)
+    return {"corruptions": found, "attacks": robustness.under_attacks(predict, logits_of, images, targets, *how)}
 
 
 def _cached(path: Path, question: Any, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:

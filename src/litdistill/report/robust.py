@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 
 from litdistill.evaluation import robustness
 from litdistill.report import plots
@@ -24,11 +25,12 @@ def robust(group: Group, key: str, settings: Settings) -> Section:
     table = []
     for style, row in measured:
         by_kind = [mean(row, "corruptions", k, None) for k in kinds]
-        clean, corrupted = mean(row, "attacks", "FGSM", 0), statistics.mean(by_kind)
+        clean, corrupted = mean(row, "attacks", robustness.ALL, 0), statistics.mean(by_kind)
         table.append([style.name, *(f"{v:.1f}" for v in (clean, corrupted, clean - corrupted, *by_kind))])
     severity = [[statistics.mean(mean(r, "corruptions", k, i) for k in kinds) for i in range(5)] for r in rows]
     steps = range(len(settings.epsilons) + 1)
-    by_epsilon = {a: [[mean(r, "attacks", a, i) for i in steps] for r in rows] for a in robustness.ATTACKS}
+    names = [*robustness.STRENGTHS[settings.attacks], robustness.ALL]
+    by_epsilon = {a: [[mean(r, "attacks", a, i) for i in steps] for r in rows] for a in names}
     count = min(settings.robustness, len(rows[0].seeds[0].test_targets))
     about = (
         f"Accuracy in per cent on {count:,} test images, evenly spaced among all, the mean over seeds and over five "
@@ -37,17 +39,7 @@ def robust(group: Group, key: str, settings: Settings) -> Section:
         "brightness is added to the gray level where images are gray, pixelation keeps two pixels a side at least, and the "
         "shift, by 5 to 25 % of the side, is after MNIST-C. Weather, camera and glass blurs are left out."
     )
-    attacks = (
-        "FGSM (Goodfellow et al. 2015) and PGD (Madry et al. 2018: 10 steps, a random start) change each pixel by ε at "
-        f"most, here {', '.join(map(str, settings.epsilons))} of 255 levels, and leave whole levels. They follow the "
-        "gradient of the very model they attack"
-    )
     quantized = [s.label for s, r in measured if r.precision == "int8"]
-    attacks += (
-        f". A rounded model has none: for {', '.join(quantized)} they are made on the network in torch that it was "
-        "converted from, with the gradient passed straight through each rounding, and transferred to the int8 file, which "
-        "may flatter it." if quantized else "."
-    )  # fmt: skip
     head = ["model", "clean", "all corruptions", "lost", *kinds]
     attack_head = ["model", *(f"{a}, ε {e}" for a in by_epsilon for e in settings.epsilons)]
     attack_rows = [
@@ -60,11 +52,43 @@ def robust(group: Group, key: str, settings: Settings) -> Section:
             "Accuracy over the severity of corruptions, of which the table above has the mean.",
         ),
         Picture(
-            f"{key}pgd",
-            plots.lines(styles, [0, *settings.epsilons], by_epsilon["PGD"], "ε (levels of 255)", "accuracy, PGD (%)"),
-            "Accuracy under PGD over ε, whose numbers are in the table above.",
+            f"{key}worst",
+            plots.lines(
+                styles,
+                [0, *settings.epsilons],
+                by_epsilon[robustness.ALL],
+                "ε (levels of 255)",
+                "accuracy, all attacks (%)",
+            ),
+            "Accuracy under all attacks at once over ε, whose numbers are in the table above.",
         ),
     ]
     tables = [Table(f"{key}corruptions", head, table), Table(f"{key}attacks", attack_head, attack_rows)]
-    blocks: list[Block] = [*tables, Fold(MEASURED, [about, attacks]), Grid(pictures, wide=True)]
+    blocks: list[Block] = [*tables, Fold(MEASURED, [about, _attacks(settings, quantized)]), Grid(pictures, wide=True)]
     return Section(id, title, blocks)
+
+
+PAPERS = {
+    "quick": "FGSM (Goodfellow et al. 2015) and PGD (Madry et al. 2018: 10 steps, a random start)",
+    "strong": "FGSM (Goodfellow et al. 2015), PGD (Madry et al. 2018: 20 steps, the worst of five random starts), APGD-CE "
+    "(Croce & Hein 2020: 100 steps) and the black-box Square (Andriushchenko et al. 2020: 1,000 queries)",
+}
+
+
+def _attacks(settings: Settings, quantized: Sequence[str]) -> str:
+    """Returns how the attacks of the table were made. `quantized`: the labels of int8 models."""
+    text = (
+        f"{PAPERS[settings.attacks]} change each pixel by ε at most, here {', '.join(map(str, settings.epsilons))} of 255 "
+        f"levels, and leave whole levels. {robustness.ALL.capitalize()}: the share that is right as it is and under each of "
+        "them. What follows a gradient follows that of the very model it attacks"
+    )
+    if quantized:
+        text += (
+            f". A rounded model has none: for {', '.join(quantized)} all are made on the network in torch that it was "
+            "converted from, with the gradient passed straight through each rounding, and transferred to the int8 file, "
+            "which may flatter it"
+        )
+    more = (
+        " A stronger attack may leave less: attacks=strong adds restarts, APGD-CE and Square, which takes far longer."
+    )
+    return text + "." + (more if settings.attacks == "quick" else "")

@@ -23,6 +23,10 @@ from litdistill.config.schema.fields import (
 
 TRUST = "packages that a run which was not made here may name classes of: trust=[my_package]"
 CHANGED = "what has changed about the data since: +data.root=elsewhere"
+ATTACKS = (
+    "quick: FGSM and PGD of 10 steps; strong: PGD of 20 steps from five starts, APGD-CE and Square, 18 times the gradients and "
+    "1,000 queries an image"
+)
 Levels = Annotated[list[Annotated[float, Field(gt=0, le=255)]], Field(min_length=1)]
 
 
@@ -111,6 +115,7 @@ class Report(Node):
     rounds: Count = option("how often each model has its turn to be timed")
     robustness: CountFromZero = option("test images to spoil and to attack, of classifiers; 0: none")
     epsilons: Levels = option("of the attacks, in levels of 255")
+    attacks: Literal["quick", "strong"] = option(ATTACKS)
     int8: bool = option("measure each student of float weights as an int8 file too, made after its training")
     device: Device = option("where students are evaluated: cpu, cuda, or auto; they are timed on both")
     trust: list[Text] | None = option(TRUST)
@@ -138,6 +143,7 @@ class Compare(Node):
     rounds: Count = option("how often each model has its turn to be timed")
     robustness: CountFromZero = option("test images to spoil and to attack, of classifiers; 0: none")
     epsilons: Levels = option("of the attacks, in levels of 255")
+    attacks: Literal["quick", "strong"] = option(ATTACKS)
     device: Device = option("where students are evaluated: cpu, cuda, or auto; they are timed on both")
 
 
