@@ -11,8 +11,10 @@ import torch
 from PIL import Image
 
 from litdistill.config import recipes
-from litdistill.data import blood_cells, fetch
+from litdistill.data import archives, fetch
+from litdistill.data.archives import BLOOD_CELLS
 from litdistill.data.listing import contents_digest
+from litdistill.tasks.detection import bccd as bccd_module
 from litdistill.tasks.detection import voc
 from litdistill.tasks.detection.bccd import bccd
 from litdistill.utils.errors import UserError
@@ -158,9 +160,9 @@ def cells(tmp_path, monkeypatch):
             about = tarfile.TarInfo(path)
             about.size = len(content)
             tar.addfile(about, io.BytesIO(content))
-    sha = blood_cells.digest(blood_cells.to_tar(files))
-    monkeypatch.setattr(blood_cells, "SHA256", sha)
-    monkeypatch.setattr(blood_cells, "download", lambda url: made.getvalue())
+    sha = archives.digest(archives.to_tar(files, BLOOD_CELLS.folder))
+    monkeypatch.setattr(bccd_module, "BLOOD_CELLS", BLOOD_CELLS._replace(sha256=sha))
+    monkeypatch.setattr(archives, "download", lambda url: made.getvalue())
     monkeypatch.setitem(fetch.DATASETS, "bccd", fetch.DATASETS["bccd"]._replace(digests={"bccd.tar": sha}))
     return made.getvalue()
 
@@ -169,12 +171,12 @@ def test_blood_cells_are_fetched_once_verified_and_split_officially(cells, tmp_p
     data = read(tmp_path, bccd)
     assert (len(data.train_ids), len(data.val_ids), len(data.test_ids)) == (5, 2, 2)
     assert [p.name for p in (tmp_path / "bccd").iterdir()] == ["bccd.tar"]
-    monkeypatch.setattr(blood_cells, "download", lambda url: pytest.fail("fetched again"))
+    monkeypatch.setattr(archives, "download", lambda url: pytest.fail("fetched again"))
     assert torch.equal(read(tmp_path, bccd).source.train.inputs, data.source.train.inputs)
 
 
 def test_a_copy_of_the_blood_cells_is_used_if_it_is_unaltered(cells, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(blood_cells, "download", lambda url: pytest.fail("fetched"))
+    monkeypatch.setattr(archives, "download", lambda url: pytest.fail("fetched"))
     (tmp_path / "bccd.tar.gz").write_bytes(cells)
     for place in (tmp_path, tmp_path / "bccd.tar.gz"):
         assert len(read(place, bccd).train_ids) == 5
@@ -189,15 +191,15 @@ def test_a_copy_of_the_blood_cells_is_used_if_it_is_unaltered(cells, tmp_path, m
 
 
 def test_an_archive_of_something_else_or_with_links_is_refused(cells):
-    with pytest.raises(ValueError, match="holds no BCCD"):
-        blood_cells.unpacked(_tar({"other/x.xml": b""}))
+    with pytest.raises(ValueError, match="holds no files of BCCD"):
+        archives.unpacked(BLOOD_CELLS, _tar({"other/x.xml": b""}))
     made = io.BytesIO()
     with tarfile.open(fileobj=made, mode="w") as tar:
         link = tarfile.TarInfo("BCCD/Annotations/a.xml")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         tar.addfile(link)
     with pytest.raises(ValueError, match="plausible size"):
-        blood_cells.unpacked(made.getvalue())
+        archives.unpacked(BLOOD_CELLS, made.getvalue())
 
 
 def _tar(files: dict[str, bytes]) -> bytes:

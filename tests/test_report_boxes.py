@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from litdistill.report import sections
 from litdistill.report.blocks import Table, Text, Thumbs
 from litdistill.report.collect import Group, Row, Seed
 from litdistill.report.converted import beside_float
@@ -18,6 +20,7 @@ from litdistill.tasks.detection.boxes import padded
 from litdistill.tasks.detection.metrics import Split
 from litdistill.tasks.detection.task import Detection
 from litdistill.types import Outputs
+from tests.pages import summary, write_page
 
 TRUTH = torch.tensor([[0.0, 0, 10, 10, 0, 0], [20, 20, 30, 30, 1, 0]])
 BOTH = torch.tensor([[0.0, 0, 10, 10, 0.9, 0], [20, 20, 30, 30, 0.8, 1]])
@@ -86,3 +89,54 @@ def test_boxes_are_drawn_on_enlarged_and_reduced_pictures() -> None:
         assert picture.size == (shown, shown)
         assert picture.getpixel((shown // 4, shown // 2)) == (0x00, 0x72, 0xB2)
         assert picture.getpixel((shown // 2, shown // 2)) == (0, 0, 0)
+
+
+def _alone(found: Tensor, sha: str, teacher: str | None = None) -> Seed:
+    """A seed with all that a page reads of its summary. `teacher`: the digest of its teacher; None: boxes alone."""
+    seed = _seed(found, sha, teacher)
+    seed.summary |= summary(0) | {"metric": FACTS["metric"], "teacher": seed.summary["teacher"], "task": "Detection"}
+    seed.summary["student"] = {"name": "fcos_slim", "test": {"map": {"best": 0.5, "last": 0.4}}}
+    seed.val, seed.val_targets = seed.test, seed.test_targets
+    return seed
+
+
+FACTS = {"name": "scenes", "classes": 3, "test": 3, "metric": {"name": "map", "direction": "max"}}
+ABOUT = {"name": "fcos_slim", "params": 1, "macs": 1}
+UNSURE = torch.cat([BOTH[:, :4], BOTH[:, 4:] * torch.tensor([0.1, 1.0])], 1)  # no score of 0.5
+
+
+def _page(*rows: Row) -> Group:
+    return Group("scenes", FACTS, list(rows), torch.zeros(3, 3, 40, 40, dtype=torch.uint8), ("red", "green", "blue"))
+
+
+def test_a_detector_alone_has_a_page_without_agreement(tmp_path: Path) -> None:
+    made = _page(Row("boxes alone", ABOUT, [_alone(torch.stack([BOTH, ONE, ONE]), "s")]))
+    table, *_, fold = sections.quality(made, "").blocks
+    assert isinstance(table, Table)
+    assert "mAP %" in table.head
+    assert not [name for name in table.head if "agree" in name or "teacher" in name]
+    assert "Agreement" not in str(fold)
+    assert sections.over_seeds(made, "").title == "mAP, over seeds"
+    assert [section.id for section in of_task(made, "")] == ["per-class"]
+    write_page(tmp_path, made)
+    page = (tmp_path / "index.html").read_text()
+    assert "Average precision of each class" in page
+    assert not re.search(r"None|nan\b|undefined|What the teacher finds", page)
+
+
+def test_agreement_with_a_teacher_that_is_sure_of_nothing_is_left_empty(tmp_path: Path) -> None:
+    """It is undefined: there is no box to compare with. Beside it another teacher's stays."""
+    unsure = Row("unsure", ABOUT, [_alone(torch.stack([UNSURE] * 3), "t")], teacher=True)
+    of_unsure = Row("of unsure", ABOUT, [_alone(torch.stack([BOTH] * 3), "a", "t")])
+    made = _page(unsure, of_unsure)
+    table = sections.quality(made, "").blocks[0]
+    assert isinstance(table, Table)
+    assert not [name for name in table.head if "agree" in name]
+    assert sections.over_seeds(made, "").title == "mAP, over seeds"
+    sure = Row("sure", ABOUT, [_alone(torch.stack([BOTH] * 3), "u")], teacher=True)
+    made = _page(unsure, of_unsure, sure, Row("of sure", ABOUT, [_alone(torch.stack([BOTH] * 3), "b", "u")]))
+    table = sections.quality(made, "").blocks[0]
+    assert isinstance(table, Table)
+    assert [row[list(table.head).index("agreement %")] for row in table.rows] == ["", "", "", "100.00"]
+    write_page(tmp_path, made)
+    assert not re.search(r"None|nan\b|undefined", (tmp_path / "index.html").read_text())

@@ -77,7 +77,7 @@ def test_a_class_without_test_images_is_not_the_worst():
     for row in made.rows:
         for seed in row.seeds:
             seed.test_targets = torch.where(seed.test_targets == 1, 2, seed.test_targets)
-    shown = table(sections.per_class(made, ""), "classes")
+    shown = table(sections.per_class(made, ""), "each-class")
     for i in range(2):
         assert cell(shown, i, "1") == ""
         worst = min("02", key=lambda c: float(cell(shown, i, c)))

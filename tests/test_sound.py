@@ -13,8 +13,8 @@ from omegaconf import OmegaConf
 from scipy.io import wavfile
 
 from litdistill.config.build import build_net
-from litdistill.data import fetch, recordings
-from litdistill.data.recordings import to_tar, unpacked
+from litdistill.data import archives, fetch, sound
+from litdistill.data.archives import SPOKEN_DIGITS, to_tar, unpacked
 from litdistill.data.sound import sounds, spoken_digits
 from litdistill.export.export import export
 from litdistill.export.predict import load, predict
@@ -66,9 +66,9 @@ def archive(files: dict[str, bytes], top: str = "free-spoken-digit-dataset-26eb9
 @pytest.fixture
 def published(monkeypatch):
     """The set has the recordings of `FILES`, and its host sends them in an archive."""
-    sha = recordings.digest(to_tar(FILES))
-    monkeypatch.setattr(recordings, "SHA256", sha)
-    monkeypatch.setattr(recordings, "download", lambda url: archive(FILES))
+    sha = archives.digest(to_tar(FILES, SPOKEN_DIGITS.folder))
+    monkeypatch.setattr(sound, "SPOKEN_DIGITS", SPOKEN_DIGITS._replace(sha256=sha))
+    monkeypatch.setattr(archives, "download", lambda url: archive(FILES))
     known = fetch.DATASETS["spoken_digits"]._replace(digests={"recordings.tar": sha})
     monkeypatch.setitem(fetch.DATASETS, "spoken_digits", known)
 
@@ -110,7 +110,7 @@ def test_speakers_who_are_held_out_are_in_no_training_set(tmp_path, published):
 def test_the_archive_is_fetched_once_and_then_read_offline(tmp_path, published, monkeypatch):
     first = spoken_digits(tmp_path)
     first.setup()
-    monkeypatch.setattr(recordings, "download", lambda url: pytest.fail("fetched again"))
+    monkeypatch.setattr(archives, "download", lambda url: pytest.fail("fetched again"))
     again = spoken_digits(tmp_path, download=False)
     again.setup()
     assert again.identity("test") == first.identity("test")
@@ -119,7 +119,7 @@ def test_the_archive_is_fetched_once_and_then_read_offline(tmp_path, published, 
 
 @pytest.mark.parametrize("form", ["folder", "repository", "gz", "xz"])
 def test_a_local_copy_is_read_where_it_lies_and_nothing_is_written(form, tmp_path, published, monkeypatch):
-    monkeypatch.setattr(recordings, "download", lambda url: pytest.fail("fetched"))
+    monkeypatch.setattr(archives, "download", lambda url: pytest.fail("fetched"))
     if form in ("gz", "xz"):
         (tmp_path / f"free_spoken_digits.tar.{form}").write_bytes(archive(FILES, ".", f"w:{form}"))
     else:
@@ -139,7 +139,7 @@ def test_an_altered_copy_is_refused_and_fetched_instead(tmp_path, published, cap
     (tmp_path / "digits.tar.gz").write_bytes(archive(bad))
     with pytest.raises(UserError, match=r"not tried, since download=false") as caught:
         spoken_digits(tmp_path, download=False).setup()
-    assert "280 recordings, which are not the" in caplog.text
+    assert "280 recordings of spoken digits, which are not the" in caplog.text
     assert "the repository's archive, or its folder recordings" in str(caught.value)
     data = spoken_digits(tmp_path)
     data.setup()
@@ -149,14 +149,14 @@ def test_an_altered_copy_is_refused_and_fetched_instead(tmp_path, published, cap
 def test_what_no_archive_of_recordings_holds_is_refused():
     for content in (archive({}), archive({"0_anna_0.wav": bytes(2**20 + 1)})):
         with pytest.raises(ValueError, match=r"holds no recordings|plausible size"):
-            unpacked(content)
+            unpacked(SPOKEN_DIGITS, content)
     made = io.BytesIO()
     with tarfile.open(fileobj=made, mode="w") as tar:
         link = tarfile.TarInfo("recordings/0_anna_0.wav")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         tar.addfile(link)
     with pytest.raises(ValueError, match="plausible size"):
-        unpacked(made.getvalue())
+        unpacked(SPOKEN_DIGITS, made.getvalue())
 
 
 @pytest.mark.network

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torchvision.datasets as published
 from filelock import FileLock
 
-from litdistill.data import blood_cells, recordings
+from litdistill.data.archives import BLOOD_CELLS, SPOKEN_DIGITS, Archive, fetched, tar_of
 from litdistill.data.download import (
     FAILURES,
     IDX,
@@ -99,6 +99,12 @@ _FASHION_DEB = "dataset-fashion-mnist"
 _MOVIES = "movieReviewSnippets_GroundTruth.txt"
 _VADER = ("vaderSentiment", "2.5", "b960c954831f5ca58afee61780cc04ed48e551b91e783bfcbfb2c18bb8081a84")
 
+
+def _of_archive(known: Archive) -> Published:
+    copy = f"the repository's archive, or its folder {known.folder}"
+    return Published({tar_of(known): known.sha256}, (), {known.url: partial(fetched, known)}, copy=copy)
+
+
 DATASETS: dict[str, Published] = {
     "mnist": Published(
         _MNIST,
@@ -143,18 +149,8 @@ DATASETS: dict[str, Published] = {
             )
         },
     ),
-    "spoken_digits": Published(
-        {"recordings.tar": recordings.SHA256},
-        (),
-        {recordings.URL: recordings.github},
-        copy="the repository's archive, or its folder recordings",
-    ),
-    "bccd": Published(
-        {"bccd.tar": blood_cells.SHA256},
-        (),
-        {blood_cells.URL: blood_cells.github},
-        copy="the repository's archive, or its folder BCCD",
-    ),
+    "spoken_digits": _of_archive(SPOKEN_DIGITS),
+    "bccd": _of_archive(BLOOD_CELLS),
 }
 IMAGES = ("mnist", "fashion_mnist", "cifar10", "cifar100")  # those of `DATASETS` that hold images
 

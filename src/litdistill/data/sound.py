@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from litdistill.data import waves
+from litdistill.data.archives import RECORDING, SPOKEN_DIGITS, local_copy, tar_of, unpacked
 from litdistill.data.fetch import obtain
 from litdistill.data.folder import Labeled, read_splits, say
 from litdistill.data.listing import SOUNDS
-from litdistill.data.recordings import NAME, from_tar, local_copy
 from litdistill.data.sound_views import SOUND_VIEWS
 from litdistill.data.tensors import TensorData, TensorSource, TensorSplit
 from litdistill.utils.errors import UserError
@@ -53,7 +53,7 @@ def spoken_digits(
     are the test set (300), and 5 to 49 the training set.
 
     Args:
-        root: the folder of its files, or a copy of the repository or of its archive (`recordings.local_copy`).
+        root: the folder of its files, or a copy of the repository or of its archive (`archives.local_copy`).
         length: seconds of each sound.
         held_out: speakers, by name or number from 0, who are the test set, with all of their recordings; nobody trains on them.
         validation: the speaker who is the validation set, likewise. None: with `held_out` the first of the others, without it
@@ -115,8 +115,10 @@ def _read_digits(
     validation: str | int | None,
     download: bool,
 ) -> TensorSource:
-    files = local_copy(Path(root)) or from_tar(obtain("spoken_digits", root, download).content["recordings.tar"])
-    named = sorted((Recording(int(m[1]), m[2], int(m[3])), name) for name in files if (m := NAME.fullmatch(name)))
+    files = local_copy(SPOKEN_DIGITS, Path(root)) or unpacked(
+        SPOKEN_DIGITS, obtain("spoken_digits", root, download).content[tar_of(SPOKEN_DIGITS)]
+    )
+    named = sorted((Recording(int(m[1]), m[2], int(m[3])), name) for name in files if (m := RECORDING.fullmatch(name)))
     found = [recording for recording, _ in named]
     waveforms = _fitted(
         [waves.decode(files[name], name) for _, name in named], DIGITS_RATE, samples, "the spoken digits"

@@ -10,17 +10,15 @@ from collections.abc import Sequence
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from litdistill.report import plots
-from litdistill.report.blocks import Block, Fold, Picture, Section, Table, Text, Thumb, Thumbs
+from litdistill.report.blocks import Block, Section, Text, Thumb, Thumbs
 from litdistill.report.collect import Group, Row, Seed
-from litdistill.report.sections import FAILURES, MEASURED, class_names, looks, with_teachers
+from litdistill.report.sections import FAILURES, class_names, looks, of_each, with_teachers
 from litdistill.tasks.detection.boxes import LABEL
 from litdistill.tasks.detection.matching import SURE, matched, missed, names_of
 from litdistill.tasks.detection.metrics import Split, curves
 from litdistill.tasks.figures import STUDENT_COLOR
 from litdistill.utils.units import quantity
 
-DRAWN = 30  # classes at most that have bars; the table has all
 SIDE = 256  # pixels of the longer side of a picture with boxes
 MISSED_COLOR = "#D55E00"
 
@@ -38,24 +36,13 @@ def split_of(seed: Seed) -> Split:
 
 def per_class(group: Group, key: str) -> Section:
     """Returns the section of the average precision of each class, in a table and as bars."""
-    styles, labels = looks(group), class_names(group)
-    means = [_precisions(row, len(labels)) for row in group.rows]
-    rows = []
-    for style, each in zip(styles, means, strict=True):
-        known = [i for i, value in enumerate(each) if not math.isnan(value)]
-        worst = labels[min(known, key=each.__getitem__)] if known else ""
-        rows.append([style.name, worst, *("" if math.isnan(v) else f"{v:.1f}" for v in each)])
+    means = [_precisions(row, len(class_names(group))) for row in group.rows]
     about = (
         f"In per cent, the mean over seeds, on the test {group.things}: COCO's average precision of each class, over IoUs from "
         "0.5 to 0.95; their mean is mAP. A class without an object in the test set is left empty. Classes with few objects "
         "have low and high values by chance alone."
     )
-    blocks: list[Block] = [Table(f"{key}classes", ["model", "worst class", *labels], rows), Fold(MEASURED, [about])]
-    if len(labels) <= DRAWN:
-        svg = plots.levels(styles, means, labels, "average precision (%)", (0, 100))
-        alt = f"Average precision of each of {quantity(len(labels), 'class')}; the numbers are in the table above."
-        blocks.append(Picture(f"{key}class-precision", svg, alt))
-    return Section(f"{key}per-class", "Average precision of each class", blocks)
+    return of_each(group, key, means, "average precision", about)
 
 
 def _precisions(row: Row, classes: int) -> list[float]:

@@ -15,13 +15,11 @@ from litdistill.report import plots
 from litdistill.report.blocks import Block, Fold, Grid, Picture, Section, Table
 from litdistill.report.collect import Group, Row, Seed
 from litdistill.report.of_boxes import of_boxes
-from litdistill.report.sections import MEASURED, class_names, looks
+from litdistill.report.sections import MEASURED, class_names, looks, of_each
 from litdistill.tasks import Detection, MultiLabel, Regression, Segmentation
 from litdistill.tasks.multilabel import average_precision
 from litdistill.tasks.segmentation.metrics import class_iou, confusion, labels_of
-from litdistill.utils.units import quantity
 
-DRAWN = 30  # labels at most that have bars; the table has all
 POINTS = 1000  # of a figure at most, evenly spaced among all samples
 VALUES = 6  # values of a regression at most that have figures
 
@@ -40,43 +38,21 @@ def of_task(group: Group, key: str) -> list[Section]:
 
 def per_label(group: Group, key: str) -> Section:
     """Returns the section of the average precision of each label, in a table and as bars."""
-    styles, labels = looks(group), class_names(group)
-    means = [_precisions(row) for row in group.rows]
-    head, rows = ["model", "worst label", *labels], []
-    for style, each in zip(styles, means, strict=True):
-        known = [i for i, value in enumerate(each) if not math.isnan(value)]
-        worst = labels[min(known, key=each.__getitem__)] if known else ""
-        rows.append([style.name, worst, *("" if math.isnan(v) else f"{v:.1f}" for v in each)])
     about = (
         f"In per cent of the test {group.things}, the mean over seeds: the area under the curve of precision over recall. "
         "A label that no sample of the test set has is left empty. Rare labels have low values by chance alone."
     )
-    blocks: list[Block] = [Table(f"{key}labels", head, rows), Fold(MEASURED, [about])]
-    if len(labels) <= DRAWN:
-        svg = plots.levels(styles, means, labels, "average precision (%)", (0, 100))
-        alt = f"Average precision of each of {quantity(len(labels), 'label')}; the numbers are in the table above."
-        blocks.append(Picture(f"{key}label-precision", svg, alt))
-    return Section(f"{key}per-label", "Average precision of each label", blocks)
+    return of_each(group, key, [_precisions(row) for row in group.rows], "average precision", about, "label")
 
 
 def per_class(group: Group, key: str) -> Section:
     """Returns the section of the intersection over union of each class of masks, in a table and as bars."""
-    styles, labels = looks(group), class_names(group)
-    means = [_overlaps(row, len(labels)) for row in group.rows]
-    rows = [
-        [style.name, *("" if math.isnan(v) else f"{v:.1f}" for v in each)]
-        for style, each in zip(styles, means, strict=True)
-    ]
     about = (
         f"In per cent of all pixels of the test {group.things}, the mean over seeds: the pixels of a class that are found, "
         "over those that are it or are taken for it. A class that is neither there nor found is left empty."
     )
-    blocks: list[Block] = [Table(f"{key}classes", ["model", *labels], rows), Fold(MEASURED, [about])]
-    if len(labels) <= DRAWN:
-        svg = plots.levels(styles, means, labels, "intersection over union (%)", (0, 100))
-        alt = f"IoU of each of {quantity(len(labels), 'class')}; the numbers are in the table above."
-        blocks.append(Picture(f"{key}class-iou", svg, alt))
-    return Section(f"{key}per-class-iou", "Intersection over union of each class", blocks)
+    means = [_overlaps(row, len(class_names(group))) for row in group.rows]
+    return of_each(group, key, means, "intersection over union", about)
 
 
 def _overlaps(row: Row, classes: int) -> list[float]:

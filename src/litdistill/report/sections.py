@@ -18,9 +18,10 @@ from litdistill.report.blocks import Block, Fold, Grid, Picture, Section, Table,
 from litdistill.report.collect import Group, Row, Seed
 from litdistill.report.converted import beside_float
 from litdistill.tasks import Detection, metrics
-from litdistill.utils.units import SHARES, axis, factor, heading, named, shown_mean, spread
+from litdistill.utils.units import SHARES, axis, factor, heading, named, quantity, shown_mean, spread
 
 FAILURES = 8  # images per row
+DRAWN = 30  # classes or labels at most that have bars; the table has all
 MEASURED = "How this was measured"
 
 
@@ -211,14 +212,42 @@ def listed(styles: Sequence[plots.Style], group: Group) -> str:
 
 
 def per_class(group: Group, key: str) -> Section:
-    rows, classes = [], class_names(group)
-    for name, row in zip(names(group), group.rows, strict=True):
-        hits = torch.stack([class_accuracy(s.test.logits, s.test_targets, len(classes)) for s in row.seeds]).mean(0)
-        worst = int(hits.nan_to_num(2.0).argmin())  # a class without test images is never the worst
-        rows.append([name, classes[worst], *("" if h != h else f"{100 * h:.1f}" for h in hits.tolist())])
+    classes = len(class_names(group))
+    means = []
+    for row in group.rows:
+        hits = [class_accuracy(s.test.logits, s.test_targets, classes) for s in row.seeds]
+        means.append((100 * torch.stack(hits).mean(0)).tolist())
     about = f"In per cent of the test {group.things} of that class, the mean over seeds."
-    table = Table(f"{key}classes", ["model", "worst class", *classes], rows)
-    return Section(f"{key}per-class", "Accuracy of each class", [table, Fold(MEASURED, [about])])
+    return of_each(group, key, means, "accuracy", about, drawn=False)
+
+
+def of_each(
+    group: Group,
+    key: str,
+    means: Sequence[Sequence[float]],
+    measure: str,
+    about: str,
+    noun: str = "class",
+    drawn: bool = True,
+) -> Section:
+    """Returns the section of a measure of each class or label, in a table and as bars.
+
+    `means`: of each row of the group the measure in per cent, averaged over seeds; NaN where there is none, which is left empty
+    and never the worst.
+    """
+    styles, each = looks(group), class_names(group)
+    rows = []
+    for style, values in zip(styles, means, strict=True):
+        known = [i for i, value in enumerate(values) if not math.isnan(value)]
+        worst = each[min(known, key=values.__getitem__)] if known else ""
+        rows.append([style.name, worst, *("" if math.isnan(v) else f"{v:.1f}" for v in values)])
+    head = ["model", f"worst {noun}", *each]
+    blocks: list[Block] = [Table(f"{key}each-{noun}", head, rows), Fold(MEASURED, [about])]
+    if drawn and len(each) <= DRAWN:
+        svg = plots.levels(styles, means, each, f"{measure} (%)", (0, 100))
+        alt = f"{capitalized(measure)} of each of {quantity(len(each), noun)}; the numbers are in the table above."
+        blocks.append(Picture(f"{key}bars-{noun}", svg, alt))
+    return Section(f"{key}per-{noun}", f"{capitalized(measure)} of each {noun}", blocks)
 
 
 def class_names(group: Group) -> Sequence[str]:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from litdistill.data.blood_cells import local_copy, unpacked
+from litdistill.data.archives import BLOOD_CELLS, local_copy, tar_of, unpacked
 from litdistill.data.fetch import obtain
 from litdistill.data.tensors import TensorData, TensorSource
 from litdistill.tasks.detection.annotated import check_size
@@ -27,7 +27,7 @@ def bccd(
     Shenggan, BCCD Dataset, github.com/Shenggan/BCCD_Dataset (MIT), at the pinned commit.
 
     Args:
-        root: the folder of its files, or a copy of the repository or of its archive (`blood_cells.local_copy`).
+        root: the folder of its files, or a copy of the repository or of its archive (`archives.local_copy`).
         size: (height, width) in pixels; the pictures have 480 x 640. download: fetch files that are missing.
         options: those of `TensorData`.
     """
@@ -36,7 +36,9 @@ def bccd(
 
 
 def _read(root: str | Path, size: tuple[int, int], download: bool) -> TensorSource:
-    files = local_copy(Path(root)) or unpacked(obtain("bccd", root, download).content["bccd.tar"])
+    files = local_copy(BLOOD_CELLS, Path(root)) or unpacked(
+        BLOOD_CELLS, obtain("bccd", root, download).content[tar_of(BLOOD_CELLS)]
+    )
     by_folder: dict[str, dict[str, bytes]] = {}
     for path, content in files.items():
         folder, stem = path.partition("/")[0], PurePosixPath(path).stem
