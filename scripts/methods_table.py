@@ -1,7 +1,9 @@
 """Trains a student by every method of conf/method, times a step of each, and writes the table of them all.
 
     python scripts/methods_table.py out=docs/methods.md seeds=5
+    python scripts/methods_table.py 'only=[kd,nkd]'      measures these, and keeps the other rows of the file
 
+What stands in the file below the table stays.
 Runs are those of conf/experiment/methods.yaml, in runs/methods/<method>/; what is finished there is not repeated.
 """
 
@@ -27,7 +29,7 @@ from litdistill.config.instantiate import instantiate
 from litdistill.config.recipes import recipe_hash
 from litdistill.features.feature_extractor import FeatureExtractor, resolve_taps
 from litdistill.methods import KD, NAMES, Shuffled, Sum
-from litdistill.methods.base import CATEGORICAL, Method
+from litdistill.methods.base import BOXES, CATEGORICAL, Method
 from litdistill.models.resnet import resnet
 from litdistill.tasks import Classification, MultiLabel, Task
 from litdistill.training.train import train
@@ -38,7 +40,7 @@ from litdistill.utils.text import markdown_table
 from litdistill.utils.units import gain, spread
 from litdistill.utils.versions import versions
 
-DEFAULTS = {"out": "docs/methods.md", "seeds": 5, "rounds": 7, "runs": "runs"}
+DEFAULTS = {"out": "docs/methods.md", "seeds": 5, "rounds": 7, "runs": "runs", "only": []}
 CONTROL = "supervised"
 COLUMNS = ("method", "paper", "reads of the teacher", "defaults", "cost", "test accuracy %", "over the control")
 
@@ -264,35 +266,60 @@ Made with {used}.
 """
 
 
+def kept(text: str) -> tuple[dict[str, str], str]:
+    """The rows of a written table by method, and what stands below it, from the next heading on."""
+    table, _, below = text.partition("\n## ")
+    rows = {found[1]: line for line in table.splitlines() if (found := re.match(r"\| `(\w+)` \|", line))}
+    return {name: re.sub(r"\| -(?=\d)", "| −", line) for name, line in rows.items()}, f"\n## {below}" if below else ""
+
+
+def left_out(path: Path, kd: Sequence[float]) -> str:
+    """The sentence on methods that were tried in the same way and were no better than `kd`, from their accuracies by seed."""
+    if not path.is_file():
+        return ""
+    tried = ", ".join(f"{name} {spread(values)}" for name, values in json.loads(path.read_text()).items())
+    return (
+        f"\nTried in the same way with their published weights, and not kept, as their mean was not above that of `kd` "
+        f"({spread(kd)}): {tried}.\n"
+    )
+
+
+def measured_row(path: Path, kd: Step, scores: Mapping[str, list[float]], rounds: int) -> str:
+    name, node = path.stem, options(path)
+    step = Step(instantiate(node))
+    found = outcome(scores.get(name), scores[CONTROL]) if name != CONTROL else (spread(scores[name]), "control")
+    first = (f"`{name}`", paper(path, node["_target_"]), reads(step.method, step.uses_logits()), defaults(node))
+    line = markdown_table(COLUMNS, [(*first, f"{cost(step, kd, rounds):.2f}", *found)], 4).splitlines()[-1]
+    print(line, flush=True)
+    return line
+
+
 def main() -> None:
-    choices = read_options(DEFAULTS, {"seeds": 1, "rounds": 1})
-    torch.set_num_threads(1)
     paths = {p.stem: p for p in sorted((CONF / "method").glob("*.yaml")) if p.stem != "pairs"}  # of no paper
+    made = {name: instantiate(options(path)) for name, path in paths.items()}
+    paths = {name: path for name, path in paths.items() if made[name].kinds != (BOXES,)}
+    choices = read_options(DEFAULTS, {"seeds": 1, "rounds": 1}, {"only": paths})
+    torch.set_num_threads(1)
+    names = [n for n in paths if n in choices.only] or list(paths)
     results = {}
-    for name in (n for n, path in paths.items() if trains_here(instantiate(options(path)))):
+    for name in (n for n in dict.fromkeys([CONTROL, "kd", *names]) if trains_here(made[n])):
         results[name] = [run(name, seed, choices.runs) for seed in range(choices.seeds)]
         print(f"{name}: {spread(accuracies([s for _, s in results[name]]))} %", flush=True)
 
     scores = {name: accuracies([s for _, s in found]) for name, found in results.items()}
-    rows, kd = [], Step(KD())
-    for name in sorted(paths, key=lambda n: (n != CONTROL, n)):
-        node = options(paths[name])
-        step = Step(instantiate(node))
-        measured = outcome(scores.get(name), scores[CONTROL]) if name != CONTROL else (spread(scores[name]), "control")
-        rows.append(
-            (
-                *(f"`{name}`", paper(paths[name], node["_target_"]), reads(step.method, step.uses_logits())),
-                *(defaults(node), f"{cost(step, kd, choices.rounds):.2f}", *measured),
-            )
-        )
-        print(f"{name}: cost {rows[-1][4]}", flush=True)
+    out, kd = Path(choices.out), Step(KD())
+    rows, below = kept(out.read_text()) if out.is_file() else ({}, "")
+    rows = {n: line for n, line in rows.items() if n in paths and choices.only}
+    rows |= {n: measured_row(paths[n], kd, scores, choices.rounds) for n in names}
     cfg, summary = results[CONTROL][0]
     teacher = 100 * summary["teacher"]["test"]["accuracy"]
-    write_text(
-        choices.out,
-        head(cfg, summary, teacher, choices.seeds, choices.rounds) + markdown_table(COLUMNS, rows, 4) + "\n",
-    )
-    print(f"Written to {choices.out}")
+    lines = [
+        *markdown_table(COLUMNS, [], 4).splitlines(),
+        *(rows[n] for n in sorted(rows, key=lambda n: (n != CONTROL, n))),
+    ]
+    text = head(cfg, summary, teacher, choices.seeds, choices.rounds) + "\n".join(lines) + "\n"
+    write_text(out, text + left_out(out.with_suffix(".json"), scores["kd"]) + below)
+    print(f"Written to {out}")
 
 
 if __name__ == "__main__":

@@ -96,3 +96,26 @@ def test_unknown_options_are_refused(script, monkeypatch):
     monkeypatch.setattr("sys.argv", ["methods_table.py", "seed=5"])
     with pytest.raises(UserError, match="seeds"):
         script.main()
+
+
+def test_other_rows_and_sections_of_the_file_are_kept(script):
+    table = "| method | gain |\n|---|---:|\n| `kd` | +0.10 |\n| `at` | -49.20 ± 7.11 |\n"
+    text = f"# Methods\n\n{table}\n## Detectors\n\n| `kd` | 1 |\n"
+    rows, below = script.kept(text)
+    assert rows == {"kd": "| `kd` | +0.10 |", "at": "| `at` | −49.20 ± 7.11 |"}
+    assert below == "\n## Detectors\n\n| `kd` | 1 |\n"
+    assert script.kept("# Methods\n") == ({}, "")
+
+
+def test_methods_that_were_no_better_are_named_with_their_accuracy(script, tmp_path):
+    (tmp_path / "methods.json").write_text('{"X (arXiv 1)": [80.0, 82.0]}')
+    said = script.left_out(tmp_path / "methods.json", [90.0, 92.0])
+    assert said.endswith("`kd` (91.00 ± 1.41): X (arXiv 1) 81.00 ± 1.41.\n")
+    assert script.left_out(tmp_path / "none.json", [90.0]) == ""
+
+
+def test_the_written_table_has_a_row_of_every_method_but_those_of_boxes(script):
+    rows, below = script.kept((CONF.parent / "docs" / "methods.md").read_text())
+    of_boxes = {n for n in NAMES if "litdistill.tasks." in (CONF / "method" / f"{n}.yaml").read_text()}
+    assert rows.keys() == set(NAMES) - of_boxes - {"pairs"}
+    assert below.startswith("\n## Detectors\n")
