@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from litdistill.data.protocol import split_ids
 from litdistill.distillation.distiller import Distiller
+from litdistill.distillation.running_means import RunningMeans, Seen
 from litdistill.evaluation.predictions import agreement, measure, predict_split
 from litdistill.methods.supervised import Supervised
 from litdistill.models.preprocess import Preprocess, Preprocessed
@@ -96,3 +98,15 @@ def test_training_and_evaluation_measure_the_same(tmp_path: Path) -> None:
     assert found["agreement"]["agreement"] == pytest.approx(expected, abs=1e-9)
     assert len(targets) == len(split_ids(data, "val")) == 12
     assert found["by_class"].keys() == {"student", "teacher"}
+
+
+def test_dense_heads_are_not_held_while_training():
+    means = RunningMeans(Detection())
+    heads = {"logits": torch.zeros(2, 5, 3), "boxes": torch.zeros(2, 5, 4)}
+    held = [weakref.ref(head) for head in heads.values()]
+    for value in (1.0, 3.0):
+        means.add(Seen({"cls": torch.tensor(value)}, Outputs(heads), Outputs(heads), torch.zeros(2, 1, 6), 2))
+    del heads
+    assert [ref() for ref in held] == [None, None]
+    assert {name: float(value) for name, value in means.means().items()} == {"loss": 2.0, "cls": 2.0}
+    assert float(means.epoch_loss()) == 2.0

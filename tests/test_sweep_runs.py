@@ -114,3 +114,22 @@ def test_best_yaml_reruns_the_best_trial_to_the_bit(real, tmp_path):
     assert train(cfg) == study.best_value
     sha = lambda f: json.loads((f / "summary.json").read_text())["student"]["sha256"]  # noqa: E731
     assert sha(tmp_path / "rerun") == sha(folder / str(best))
+
+
+def test_a_sweep_of_detectors_follows_the_mean_average_precision(tmp_path):
+    """The metric and its direction are the task's own."""
+    options = [
+        *("data=digit_scenes", "task=detection", "net@student=fcos_slim", "method=supervised", "teacher=null"),
+        *("student.width=4", "student.fpn=32", "student.convs=1", "data.count=40", "data.val_size=8", "trainer=cpu"),
+        *("data.batch_size=16", "trainer.max_epochs=1", "optimizer=adamw", "sweep=grid", f"runs={tmp_path}"),
+    ]
+    study = start(tmp_path / "sweep", *options, space={"optimizer.lr": [1e-9, 0.02]})
+    assert [t.state.name for t in study.trials] == ["COMPLETE"] * 2
+    assert study.directions[0].name == "MAXIMIZE"
+    for n, trial in enumerate(study.trials):
+        found = json.loads((tmp_path / "sweep" / str(n) / "summary.json").read_text())
+        assert found["metric"] == {"name": "map", "direction": "max"}
+        best = max(e.value for e in tensorboard(tmp_path / "sweep" / str(n)).Scalars("map/validation"))
+        assert trial.value == pytest.approx(best)
+    assert "Objective: val/map (maximize)." in (tmp_path / "sweep" / "sweep.md").read_text()
+    assert OmegaConf.load(tmp_path / "sweep" / "best.yaml").optimizer.lr in (1e-9, 0.02)

@@ -36,10 +36,10 @@ class RunningMeans:
     """
 
     def __init__(self, task: Task, labels: str = "all"):
-        self.task, self.labels = (
-            task,
-            labels,
-        )  # "all", "some" or "none": which samples have a label, a target of -1 being none
+        self.task, own = task, type(task)
+        self.labels = labels  # "all", "some" or "none": which samples have a label, a target of -1 being none
+        # Dense heads are large: those of a task without scores are neither copied nor held.
+        self.scored = own.scores is not Task.scores or own.agreement is not Task.agreement
         self.reset()
         self.start_epoch()
 
@@ -79,7 +79,9 @@ class RunningMeans:
         for name, value in watched.items():
             self._counts[name] = self._counts.get(name, 0) + 1
             self._add(name, value.detach().float())
-        heads = {name: head.detach().clone() for name, head in student.heads.items()}  # a CUDA graph overwrites these
+        # A CUDA graph overwrites the heads.
+        heads = {name: head.detach().clone() for name, head in student.heads.items()} if self.scored else {}
+        teacher = teacher if self.scored else None
         self._noted.append(({k: v.detach() for k, v in terms.items()}, Outputs(heads), teacher, targets))
         self.steps += 1
         self.samples += samples
@@ -95,6 +97,8 @@ class RunningMeans:
             self._add(name, value)
             self._epoch_sum = value if self._epoch_sum is None else self._epoch_sum + value
         self._epoch_steps += len(noted)
+        if not self.scored:
+            return
         student, targets = _joined([s for _, s, _, _ in noted]), torch.cat([t for *_, t in noted])
         by_sample = self._scores(student, targets)
         teacher = [t for _, _, t, _ in noted if t is not None]
