@@ -15,12 +15,19 @@ from litdistill.distillation.distiller import Distiller
 from litdistill.distillation.teacher_cache import CacheOptions
 from litdistill.methods.ab import AB
 from litdistill.methods.at import AT
+from litdistill.methods.dkd import DKD
 from litdistill.methods.fitnet import FitNet
 from litdistill.methods.ft import FT
 from litdistill.methods.kd import KD
+from litdistill.methods.pairs import Pair, Pairs
+from litdistill.methods.pkd import PKD
+from litdistill.methods.rkd import RKD
+from litdistill.methods.shuffled import Shuffled
 from litdistill.methods.simkd import SimKD
 from litdistill.methods.srd import SRD
 from litdistill.methods.sum import Sum
+from litdistill.methods.supervised import Supervised
+from litdistill.tasks.detection.fgd import FGD
 from litdistill.utils.errors import UserError
 from tests.conftest import compose_config
 from tests.fits import digits, example, fit, grouped, net, same
@@ -178,12 +185,35 @@ def test_factors_are_fixed_and_nothing_is_measured_after_the_first_minibatches(t
     assert f"hint by {factor:.3g}, so that its gradient is 0.1 times" in caplog.text
 
 
-def test_the_methods_own_weight_of_a_balanced_term_has_no_effect_and_that_is_said(tmp_path, caplog):
-    light, _ = run(tmp_path / "a", AT(hint=1.0), balance=Balance(steps=2))
+def test_a_weight_that_was_chosen_is_kept_unless_its_ratio_is_named(tmp_path, caplog):
     with caplog.at_level(logging.INFO, "litdistill"):
-        heavy, _ = run(tmp_path / "b", AT(hint=1024.0), balance=Balance(steps=2))
+        chosen, _ = run(tmp_path / "a", AT(hint=5.0), balance=Balance(steps=2))
+    assert (chosen.balance.measured, chosen.balance.factors) == (2, {})
+    assert "balance" not in caplog.text
+    assert same(chosen.student, run(tmp_path / "b", AT(hint=5.0))[0].student)
+    light, _ = run(tmp_path / "c", AT(hint=1.0), balance=Balance(terms={"hint": 0.1}, steps=2))
+    heavy, _ = run(tmp_path / "d", AT(hint=1024.0), balance=Balance(terms={"hint": 0.1}, steps=2))
     assert same(light.student, heavy.student)  # a power of two: no rounding
-    assert "own weights of these terms have no effect: balance.terms={hint: 0.1} sets" in caplog.text
+
+
+def test_the_default_of_a_balanced_weight_has_no_effect_and_that_is_said(tmp_path, caplog):
+    with caplog.at_level(logging.INFO, "litdistill"):
+        run(tmp_path / "b", balance=Balance(steps=2))
+    assert "The defaults of these weights have no effect: balance.terms={hint: 0.1} sets" in caplog.text
+
+
+def test_weights_for_the_case_at_hand_are_their_methods_own():
+    pyramid = {"student_taps": "pyramid", "teacher_taps": "pyramid"}
+    assert not [m for m in (AT(), KD(), PKD(), RKD(), AT(hint=1000), AT(**pyramid)) if m.own_weights()]
+    assert AT(hard=0.5, hint=5).own_weights() == {"hard", "hint"}
+    assert RKD(angle=1).own_weights() == {"angle"}
+    assert PKD(**pyramid).own_weights() == {"hint"}  # of detectors in its paper
+    assert FGD().own_weights() == {"foreground", "background", "attention", "context"}
+    assert Sum({"kd": KD(soft=1), "at": AT(hard=0), "pkd": PKD(hard=0, hint=3)}).own_weights() >= {"kd_soft", "pkd_hint"}
+    assert "at_hint" not in Sum({"kd": KD(), "at": AT(hard=0)}).own_weights()
+    assert Shuffled(AT(hint=5)).own_weights() == {"hint"}
+    pairs = Pairs([Pair("a", "b", name="one"), Pair("a", "b", weight=3.0, name="three")])
+    assert pairs.own_weights() == {"three"}
 
 
 def test_each_term_of_a_sum_is_balanced_and_logits_count_as_labels_do(tmp_path):
@@ -271,9 +301,27 @@ def test_two_processes_have_the_same_factors_of_the_samples_of_both(tmp_path, gr
     assert states[0]["norms"][""] == pytest.approx(2 * alone.balance.norms[""], rel=0.5)
 
 
+def test_it_is_the_default_and_nothing_without_a_hint(tmp_path):
+    """Without one there is no object of it: nothing to measure, to log, or to keep in a checkpoint."""
+    data = digits(per_class=8, batch_size=10)
+    made = lambda method, **options: Distiller(net(), method, net(12), example(data), seed=0, **options)  # noqa: E731
+    assert made(AT()).balance.state_dict() == Balance().state_dict()
+    assert made(AT(), balance=None).balance is None
+    assert [made(method).balance for method in (KD(), Supervised(), DKD())] == [None] * 3
+    assert made(KD(), balance=Balance(terms={"soft": 1.0})).balance is not None
+    assert compose_config(tmp_path / "one", "method=at").balance.ratio == Balance().ratio
+
+
+@pytest.mark.parametrize("place", ["methods", "crd/base", "imagenet/base", "zagoruyko2017/base", "aberhu/base"])
+def test_published_cells_keep_published_weights(tmp_path, place):
+    data = ("data.root=/nowhere",) if place.startswith("imagenet") else ()
+    assert not compose_config(tmp_path, f"experiment={place}", "method=at", *data).balance
+    assert compose_config(tmp_path, f"experiment={place}", "method=at", "balance=auto", *data).balance.ratio == 0.1
+
+
 def test_a_config_names_it_and_a_teacher_has_none(tmp_path):
     plain = compose_config(tmp_path / "one", "method=at", "balance=none")
-    cfg = compose_config(tmp_path / "one", "method=at", "balance=auto", "balance.ratio=0.3")
+    cfg = compose_config(tmp_path / "one", "method=at", "balance.ratio=0.3")
     assert cfg.balance.ratio == 0.3
     assert recipe_hash(plain) != recipe_hash(cfg)
     assert "balance" not in recipe(plain)

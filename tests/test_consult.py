@@ -23,11 +23,11 @@ def said_by(caplog, name):
 
 def test_a_run_far_behind_its_teacher_says_why_and_how_to_read_more(runs, caplog):  # noqa: F811
     caplog.set_level(logging.INFO)
-    trained(runs, "drowned", "method=at", "trainer.max_epochs=2")
+    trained(runs, "drowned", "method=at", "balance=none", "trainer.max_epochs=2")
     (said,) = said_by(caplog, "drowned")
     assert "The student's accuracy on the validation set is" in said
     assert "and its teacher's" in said
-    assert "share of a term (try: balance=auto)" in said
+    assert "share of a term (try: balance=auto balance.terms={hint: 0.1})" in said
     assert said.rstrip().endswith("drowned")
     assert "litdistill doctor run=" in said
 
@@ -45,7 +45,7 @@ def test_what_the_doctor_cannot_read_loses_nothing_of_a_run(runs, caplog, monkey
 
     monkeypatch.setattr(doctor, "brief", fails)
     caplog.set_level(logging.INFO)
-    folder = trained(runs, "failing", "method=at", "trainer.max_epochs=2")
+    folder = trained(runs, "failing", "method=at", "balance=none", "trainer.max_epochs=2")
     assert (folder / "summary.json").is_file()
     assert any("The doctor could not look at it: RuntimeError: no memory" in r.getMessage() for r in caplog.records)
 

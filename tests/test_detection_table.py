@@ -46,10 +46,13 @@ def test_every_row_is_a_method_of_detectors_and_every_file_of_them_has_one(scrip
     assert of_boxes <= {row.method for row in script.ROWS.values()}
 
 
-def test_a_control_has_the_labelled_scenes_alone_and_its_methods_have_its_network_and_options(script, tmp_path):
+def test_a_method_has_the_network_and_the_options_of_its_control(script, tmp_path):
     for name, row in script.ROWS.items():
         cfg = config(script, name, 0, tmp_path)
-        assert (cfg.data.labels, cfg.data.only_labelled, cfg.data.epoch_size) == (250, row.control is None, 1000)
+        assert (cfg.data.labels, cfg.data.epoch_size) == (250, 1000)
+        assert cfg.data.only_labelled == (script.ALONE in row.options)
+        if name.endswith((" of all", " as published")):
+            assert not cfg.data.only_labelled
         if row.control is not None:
             control = config(script, row.control, 0, tmp_path)
             assert [cfg[k] for k in ("student", "optimizer", "trainer")] == [

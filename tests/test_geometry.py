@@ -114,6 +114,8 @@ def test_labels_of_pictures_can_be_hidden(geometry: str) -> None:
     assert int(known.sum()) == 9
     assert data.train_labels == "some"
     assert has_label(data.train_targets[data.val_ids]).all()
+    first = has_label(data.train_targets[data._epoch(0).ids])
+    assert not first[:9].all()  # the seed of both would have them first
     alone = make(labels=9, only_labelled=True)
     alone.setup()
     assert torch.equal(alone.train_ids, data.train_ids[known])

@@ -79,7 +79,7 @@ class TensorData(LightningDataModule):
         val_size: validation samples, a fraction (below 1) or a number of the training set; the same for every `seed`.
         fraction: the fraction of the other samples to train on, of each class.
         labels: how many of these keep their label; None: all. only_labelled: whether to leave the others out,
-            which are else trained on with a target of -1.
+            which are else trained on with a target of -1, in the order of ~`seed` if `seed` chose the labels: not these first.
         subset_seed: the seed that selects both; the run's seed unless given.
         epoch_size: samples of an epoch; None: every training sample once.
         batch_size: samples per training step on each device. eval_batch_size: the same for evaluation.
@@ -121,6 +121,7 @@ class TensorData(LightningDataModule):
         self.augment = augmentations(() if augment is None else augment)
         self.val_size, self.fraction, self.labels, self.only_labelled = val_size, fraction, labels, only_labelled
         self.subset_seed = seed if subset_seed is None else subset_seed
+        self.order_seed = ~seed if labels and not only_labelled and seed == self.subset_seed else seed
         self.epoch_size, self.batch_size, self.eval_batch_size = epoch_size, batch_size, eval_batch_size
         self.seed, self.view_seed = seed, seed if view_seed is None else view_seed
         self.fixed_views, self.mean, self.std = fixed_views, mean, std
@@ -366,7 +367,7 @@ class TensorData(LightningDataModule):
         return (targets != PADDING).sum(1) if targets.ndim == 2 and not targets.is_floating_point() else None
 
     def _epoch(self, epoch: int) -> Rows:
-        ids, rounds = aug.epoch_order(self.seed, epoch, self.train_ids, self.epoch_size)
+        ids, rounds = aug.epoch_order(self.order_seed, epoch, self.train_ids, self.epoch_size)
         if not self.augment:
             return Rows("train", ids)
         rounds = rounds if self.fixed_views is None else rounds % self.fixed_views

@@ -4,20 +4,21 @@ Published weights were tuned for one data set and one pair of networks. On other
 a hundred times that of the labels' loss. So in the first minibatches the norm of each term's gradient at all parameters of
 the student is measured; a factor then makes it `ratio` times that of the reference, and stays as it is for the rest of the run.
 
-The reference is the loss of the labels and of all terms that keep their weights: terms that read the student's logits. What
-reads its features alone (a hint) is balanced.
+What reads the student's features alone (a hint) is balanced; a hint whose weight was chosen for the case at hand
+(`Method.own_weights`) is not. The reference is the loss of the labels and of all terms that keep their weights.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
+from litdistill.methods.base import Method
 from litdistill.utils.errors import UserError
 
 Together = Callable[[Tensor], Tensor]  # adds up a vector over all processes
@@ -69,12 +70,14 @@ class Balance:
         parameters: Sequence[Tensor],
         together: Together | None = None,
         scale: float = 1.0,
+        own: Collection[str] = (),
     ) -> None:
         """Measures one minibatch.
 
         `labels`, `terms`: the scalar terms of the labels' loss and of the method, weighted. `heads`: what the student gives
         (its logits). `parameters`: those of the student that are trained. `together`: where there are several processes.
-        `scale`: what the loss is multiplied by in backward, so that no gradient in float16 is lost. The graph is kept.
+        `scale`: what the loss is multiplied by in backward, so that no gradient in float16 is lost. `own`: names of terms
+        that keep their weights, unless `terms` says otherwise. The graph is kept.
 
         Where the labels do not count and no term keeps its weight, all keep theirs. Raises `UserError` for a name in `terms`
         that no term has, and where `terms` names them all and nothing is left to be in proportion to.
@@ -83,7 +86,7 @@ class Balance:
             raise UserError(
                 f"balance.terms names {', '.join(sorted(unknown))}; the terms of this method are {', '.join(terms)}."
             )
-        ratios = {name: self._ratio(name, value, heads) for name, value in terms.items()}
+        ratios = {name: self._ratio(name, value, heads, own) for name, value in terms.items()}
         balanced = {name: ratio for name, ratio in ratios.items() if ratio is not None}
         kept = [*labels.values(), *(value for name, value in terms.items() if name not in balanced)]
         if not kept and self.terms:
@@ -104,11 +107,11 @@ class Balance:
         self.norms = {k: self.norms.get(k, 0.0) + v for k, v in zip(values, sums[:-1].tolist(), strict=True)}
         self.measured += int(sums[-1] > 0)
 
-    def _ratio(self, name: str, value: Tensor, heads: Sequence[Tensor]) -> float | None:
-        """Returns the ratio of a term; None if it keeps its weight: it reads logits, or trains nothing of the student."""
+    def _ratio(self, name: str, value: Tensor, heads: Sequence[Tensor], own: Collection[str]) -> float | None:
+        """Returns the ratio of a term; None if it keeps its weight: one of its own, or that of a term that reads logits."""
         if name in self.terms:
             return self.terms[name]
-        return None if reads(value, heads) else self.ratio
+        return None if name in own or reads(value, heads) else self.ratio
 
     def found(self) -> dict[str, dict[str, float]]:
         """Returns for each balanced term its `factor`, its `ratio`, and what the ratio would be `unbalanced`."""
@@ -130,8 +133,8 @@ class Balance:
         ]
         terms = ", ".join(f"{name}: {ratio:g}" for name, ratio in self.ratios.items())
         return (
-            f"Weights of {self.measured} minibatches' gradients: {'; '.join(parts)}. The method's own weights of these terms "
-            f"have no effect: balance.terms={{{terms}}} sets their ratios, balance=none keeps the weights."
+            f"Weights of {self.measured} minibatches' gradients: {'; '.join(parts)}. The defaults of these weights have no "
+            f"effect: balance.terms={{{terms}}} sets the ratios, balance=none keeps the defaults."
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -141,6 +144,14 @@ class Balance:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what `state_dict` returned."""
         self.measured, self.ratios, self.norms = state["measured"], dict(state["ratios"]), dict(state["norms"])
+
+
+def balance_for(method: Method, chosen: Balance | Literal["auto"] | None) -> Balance | None:
+    """Returns what balances a prepared method: `chosen`, a new one for "auto"; None where there is no hint to balance."""
+    balance = Balance() if chosen == "auto" else chosen
+    if balance is None or any(ratio is not None for ratio in balance.terms.values()):
+        return balance
+    return balance if method.taps().student else None
 
 
 def gradient_norm(value: Tensor, parameters: Sequence[Tensor]) -> Tensor:

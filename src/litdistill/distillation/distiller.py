@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from lightning import LightningModule
@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from litdistill.data.protocol import IndexedData, training_labels
 from litdistill.distillation import checks
 from litdistill.distillation.adversarial import PGD, check_adversarial
-from litdistill.distillation.balance import Balance
+from litdistill.distillation.balance import Balance, balance_for
 from litdistill.distillation.batch_statistics import LaggingStatistics
 from litdistill.distillation.captured import CapturedStep, CudaGraphs, Recorder, captured_step
 from litdistill.distillation.examine import TeacherOnValidation, examine
@@ -75,7 +75,7 @@ class Distiller(LightningModule):
         scheduling: when the scheduler is stepped.
         schedule: for any term of the loss, points (epoch, factor) between which its weight is scaled linearly, with the
             first epoch counted as 1: `{"soft": [[0, 0], [20, 1]]}` warms the soft term up over 20 epochs.
-        balance: sets the weights of hints by their gradients in the first minibatches; None: as the method has them.
+        balance: in the first minibatches sets the weights of hints that were left at their defaults; "auto": `Balance()`.
         adversarial: the attack of adversarial training (`litdistill.distillation.adversarial`); None: none.
         ema: decay of the exponential moving average of the student's weights; the average is then evaluated and deployed.
         seed: seeds each step by seed, epoch, minibatch and rank, so that a run can be resumed at any step.
@@ -102,7 +102,7 @@ class Distiller(LightningModule):
         scheduler: Callable[[Optimizer], LRScheduler] | None = None,
         scheduling: SchedulerOptions = SchedulerOptions(),  # noqa: B008
         schedule: Schedule | None = None,
-        balance: Balance | None = None,
+        balance: Balance | Literal["auto"] | None = "auto",
         adversarial: PGD | None = None,
         ema: float | None = None,
         seed: int | None = None,
@@ -138,7 +138,7 @@ class Distiller(LightningModule):
         self.average = average_of(self.student, ema) if ema is not None else None
         self.optimizer, self.scheduler, self.scheduling = optimizer, scheduler, scheduling
         self.schedule, self.seed, self.allow_chance = dict(schedule or {}), seed, allow_chance
-        self.balance, self.adversarial = balance, adversarial
+        self.balance, self.adversarial = balance_for(self.method, balance), adversarial
         self.data, self.cache_options = data, cache or CacheOptions()
         self.cache: TeacherCache | None = None  # opened on the training device when training starts
         self.recorder, self.captured, self._first_update = recorder, None, True  # the second: while training

@@ -179,10 +179,11 @@ def _measure(
         [p for p in distiller.student.parameters() if p.requires_grad],
         together if distiller.trainer.world_size > 1 else None,
         scale=1.0 if scaler is None else scaler.get_scale(),
+        own=(own := distiller.method.own_weights()),
     )
     if balance.finished and balance.ratios:
         log.info("%s", balance)
-    elif balance.finished and distiller.method.taps().student:
+    elif balance.finished and not own & terms.keys():
         log.info("balance leaves all weights as they are: no hint stands beside another loss.")
 
 

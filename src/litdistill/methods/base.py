@@ -6,6 +6,7 @@ To add a method, write one file here with a `Method` and one yaml in `conf/metho
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -133,6 +134,16 @@ class Method(nn.Module):
     def watched(self) -> dict[str, Tensor]:
         """Returns scalars of the last minibatch to log beside the loss, by name; none by default. The same names each time."""
         return {}
+
+    def own_weights(self) -> set[str]:
+        """Returns the terms whose weight was chosen for the case at hand, which `balance` therefore keeps.
+
+        By default those whose option of the same name has another value than its default.
+        """
+        options = inspect.signature(type(self)).parameters.values()
+        values = {o.name: (getattr(self, o.name, None), o.default) for o in options}
+        numbers = {k: pair for k, pair in values.items() if all(isinstance(v, (int, float)) for v in pair)}
+        return {name for name, (value, default) in numbers.items() if value != default}
 
     def companions(self, student: Outputs) -> Sequence[Outputs]:
         """Returns the outputs of networks that are trained on the labels beside the student; none by default."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from litdistill.losses import mse, same_size
-from litdistill.methods.base import MapMethod
+from litdistill.methods.base import MapMethod, names_pyramid
 from litdistill.methods.layers import regressor
 from litdistill.types import Outputs
 from litdistill.utils.errors import UserError
@@ -18,7 +18,8 @@ class FitNet(MapMethod):
 
     `stage`: index of the pair of stages, None for the middle one (the later of two). Pairs are counted from the last
     stage; where sizes still differ the larger map is pooled. The paper sums squares and trains hints first; the
-    published table used the mean, trained jointly, as here.
+    published table used the mean, trained jointly, as here. The regressor ends in a ReLU as in that table, but not for the
+    levels of a pyramid, which have negative values that it could never reach.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class FitNet(MapMethod):
         return [pairs[index]]
 
     def build_pairs(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
-        self.regressor = regressor(*pairs[0], relu=True)
+        self.regressor = regressor(*pairs[0], relu=not any(names_pyramid(taps) for taps in self.read))
 
     def loss(self, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
         return mse(*same_size(self.regressor(pairs[0][0]), pairs[0][1]))

@@ -104,6 +104,9 @@ class Pairs(Method):
         student, teacher = ([n for n in dict.fromkeys(itertools.chain(*side)) if n not in HEADS] for side in sides)
         return Taps(student, teacher)
 
+    def own_weights(self) -> set[str]:
+        return {self.names[place] for place, pair in self.pairs.items() if pair.weight != 1}
+
     def build(self, student: Outputs, teacher: Any, targets: Tensor | None) -> None:
         """Creates the projectors, and computes each loss once, which shows whether the shapes can be paired."""
         self.comparisons = nn.ModuleDict()

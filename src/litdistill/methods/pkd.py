@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from litdistill.losses import pearson, same_size
-from litdistill.methods.base import MapMethod, summed
+from litdistill.methods.base import MapMethod, names_pyramid, summed
 from litdistill.methods.layers import projectors
 
 
@@ -26,6 +26,10 @@ class PKD(MapMethod):
         teacher_taps: Sequence[str] | str = "stages",
     ):
         super().__init__(hard, hint, student_taps, teacher_taps)
+
+    def own_weights(self) -> set[str]:
+        """On the levels of a pyramid also the default, which is the paper's for detectors."""
+        return super().own_weights() | ({"hint"} if any(names_pyramid(taps) for taps in self.read) else set())
 
     def build_pairs(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
         self.projectors = projectors(pairs)

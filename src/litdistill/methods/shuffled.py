@@ -46,6 +46,9 @@ class Shuffled(Method):
     def prepare(self, student: nn.Module, teacher: Any, example: Any) -> nn.Module:
         return self.method.prepare(student, teacher, example)
 
+    def own_weights(self) -> set[str]:
+        return self.method.own_weights()
+
     def ship(self, student: nn.Module) -> nn.Module:
         return self.method.ship(student)
 

@@ -104,6 +104,9 @@ class Sum(Method):
         """Returns the factor of the method that weighs the labels' loss."""
         return 1.0 if self.labeled is None else self.parts()[self.labeled].hard_factor(epoch)
 
+    def own_weights(self) -> set[str]:
+        return {f"{key}_{name}" for key, part in self.parts().items() for name in part.own_weights()}
+
     def companions(self, student: Outputs) -> list[Outputs]:
         own = [part.companions(self._own(key, student, None)[0]) for key, part in self.parts().items()]
         return [companion for companions in own for companion in companions]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -16,6 +16,7 @@ from optuna import Trial
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from litdistill.config.recipes import teacher_config
+from litdistill.methods.base import WEIGHTS
 from litdistill.utils.command_line import literal
 from litdistill.utils.errors import UserError
 
@@ -70,6 +71,19 @@ def fitting(node: Any, base: DictConfig, typed: Collection[str] = (), prefix: st
             value = _multiples(name, OmegaConf.select(base, name), factors)
         kept[key] = value
     return kept, left
+
+
+def unbalanced(names: Iterable[str], cfg: DictConfig) -> list[str]:
+    """Returns the overrides by which `balance` keeps the weights of the method among the keys that are searched, and so also
+    one that a trial leaves at its default."""
+    found = []
+    for name in names if cfg.get("balance") else ():
+        group, *keys = name.split(".")
+        term = "_".join(key for key in keys if key != "methods")  # of a sum
+        weight = group == "method" and keys[-1] in WEIGHTS and OmegaConf.select(cfg, name)  # 0: no term
+        if weight and term not in (cfg.balance.terms or {}):
+            found.append(f"+balance.terms.{term}=null")
+    return found
 
 
 def multiples(value: Any) -> list[float]:

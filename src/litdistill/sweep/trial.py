@@ -20,7 +20,7 @@ from optuna.distributions import BaseDistribution
 
 from litdistill.data.protocol import input_dtype
 from litdistill.evaluation.evaluate import rebuild
-from litdistill.sweep.space import suggest
+from litdistill.sweep.space import suggest, unbalanced
 from litdistill.training.loggers import guarded, note_results
 from litdistill.training.train import train
 from litdistill.utils.checkpoint import write_text
@@ -77,6 +77,7 @@ def run_trial(plan: Plan, trial: optuna.Trial) -> list[float]:
     values = {name: suggest(trial, name, d) for name, d in plan.space.items()}
     place = plan.folder / str(trial.number)
     overrides = [*plan.overrides, *(f"{name}={value}" for name, value in values.items())]
+    overrides += unbalanced(values, compose("train", overrides))
     trial.set_user_attr("overrides", overrides)
     if not plan.seeds:
         return run_one(plan, trial, overrides, place, judged=plan.prunes)

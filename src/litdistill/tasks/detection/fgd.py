@@ -64,6 +64,10 @@ class FGD(MapMethod):
         self.foreground, self.background, self.attention, self.context = foreground, background, attention, context
         self.temperature, self.confidence = temperature, confidence
 
+    def own_weights(self) -> set[str]:
+        """All: also the defaults, which are the paper's for detectors."""
+        return {"foreground", "background", "attention", "context"}
+
     def build_pairs(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
         self.projectors = projectors(pairs, bias=True)
         if self.context:  # plain DDP fails on parameters that are not used
