@@ -246,8 +246,9 @@ Written by `python scripts/methods_table.py out=docs/methods.md seeds={seeds}`; 
 **A sanity check, not a ranking.** Every method trains the same small student ({student["name"]}, {student["params"]:,}
 parameters) on {data["train"]} labelled {data["name"]} of {"x".join(map(str, data["input_shape"]))}, {summary["steps"]} steps,
 beside the same teacher ({large["name"]}, {large["params"]:,} parameters, {teacher:.2f} % on the test set). Weights and
-temperatures are the published ones (`balance=none`), most of which were tuned for CIFAR-100 or ImageNet, and none was tuned here:
-a method below the control may need nothing but another weight, as [`balance=auto`](balance.md), the default, sets it. The test set ({data["test"]} images) was used to choose nothing:
+temperatures are the published ones (`balance=none`), most of which were tuned for CIFAR-100 or ImageNet, and none was
+tuned here: a method below the control may need nothing but another weight, as [`balance=auto`](balance.md), the default,
+sets it. The test set ({data["test"]} images) was used to choose nothing:
 the accuracy is that of the last epoch.
 
 - **method**: the name of its file in `conf/method`, as in `method=kd`. The control is `{CONTROL}`: labels alone.

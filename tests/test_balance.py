@@ -209,7 +209,10 @@ def test_weights_for_the_case_at_hand_are_their_methods_own():
     assert RKD(angle=1).own_weights() == {"angle"}
     assert PKD(**pyramid).own_weights() == {"hint"}  # of detectors in its paper
     assert FGD().own_weights() == {"foreground", "background", "attention", "context"}
-    assert Sum({"kd": KD(soft=1), "at": AT(hard=0), "pkd": PKD(hard=0, hint=3)}).own_weights() >= {"kd_soft", "pkd_hint"}
+    assert Sum({"kd": KD(soft=1), "at": AT(hard=0), "pkd": PKD(hard=0, hint=3)}).own_weights() >= {
+        "kd_soft",
+        "pkd_hint",
+    }
     assert "at_hint" not in Sum({"kd": KD(), "at": AT(hard=0)}).own_weights()
     assert Shuffled(AT(hint=5)).own_weights() == {"hint"}
     pairs = Pairs([Pair("a", "b", name="one"), Pair("a", "b", weight=3.0, name="three")])

@@ -50,7 +50,8 @@ def run(
     torch.manual_seed(0)
     trainer = {"max_epochs": 3, **options.pop("trainer", {})}
     settings = {
-        "scheduler": warm, "scheduling": EACH_STEP, "schedule": {"soft": [(0, 0), (4, 1)]}, "cache": CacheOptions("off")
+        "scheduler": warm, "scheduling": EACH_STEP, "schedule": {"soft": [(0, 0), (4, 1)]}, "cache": CacheOptions("off"),
+        "balance": None,  # whose minibatches are launched
     }  # fmt: skip
     distiller = kind(
         student or nn.Sequential(net(), nn.Dropout(0.1)), method or KD(), net(16), example(data), task, optimizer,

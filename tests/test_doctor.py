@@ -78,7 +78,9 @@ def test_a_healthy_run_has_no_finding(healthy):
 
 
 def test_the_gradient_of_a_hint_is_found_and_balanced_it_is_not(runs, healthy):
-    found = [f for f in diagnose(trained(runs, "at", "method=at", "balance=none")).findings if f.name == "share of a term"]
+    found = [
+        f for f in diagnose(trained(runs, "at", "method=at", "balance=none")).findings if f.name == "share of a term"
+    ]
     assert len(found) == 1
     assert "gradient of hint at the student is" in found[0].said
     assert found[0].change == "balance=auto balance.terms={hint: 0.1}"

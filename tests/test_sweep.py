@@ -28,7 +28,7 @@ from litdistill.utils.paths import CONF
 
 pytest.importorskip("optuna")
 
-from litdistill.sweep.space import first, fitting, pinned, read_space
+from litdistill.sweep.space import first, fitting, pinned, read_space, unbalanced
 from litdistill.sweep.study import sweep, typed_keys
 from litdistill.sweep.trial import objective
 
@@ -449,6 +449,23 @@ def test_a_space_of_this_project_fits_any_student(overrides, keys, kind):
             set(left)
             == {*("method.temperature", "method.hard", "method.soft", "student.width", "student.widths")} - keys
         )
+
+
+def test_a_weight_that_is_searched_is_kept_also_at_its_default():
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = functools.partial(compose, "train")
+        names = ["method.methods.at.hint", "method.methods.kd.soft", "optimizer.lr"]
+        assert unbalanced(names, cfg(["method=kd_at"])) == ["+balance.terms.at_hint=null"]
+        assert unbalanced(["method.hint"], cfg(["method=at"])) == ["+balance.terms.hint=null"]
+        assert dict(cfg(["method=at", *unbalanced(["method.hint"], cfg(["method=at"]))]).balance.terms) == {
+            "hint": None
+        }
+        for overrides in (
+            ["balance=none"],
+            ["method.hint=0"],
+            ["+balance.terms.hint=0.3"],
+        ):  # nothing to keep, or typed
+            assert unbalanced(["method.hint"], cfg(["method=at", *overrides])) == []
 
 
 def test_widths_are_multiples_of_the_students_own():

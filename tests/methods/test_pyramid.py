@@ -262,6 +262,7 @@ def test_fitnet_takes_the_middle_of_the_common_levels():
     ((s, t),) = method.pairs(student, teacher)
     assert s is student.features["l4"]
     assert t is teacher.features["l4"]
+    assert method.regressor(s).min() < 0  # levels have no ReLU, and a regressor with one could not reach them
 
 
 def test_pairs_are_of_one_stride_and_those_of_a_pyramid_and_named_maps_too():

@@ -16,10 +16,11 @@ from optuna import Trial
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from litdistill.config.recipes import teacher_config
-from litdistill.methods.base import WEIGHTS
 from litdistill.utils.command_line import literal
 from litdistill.utils.errors import UserError
 
+# Weights of terms that read features.
+HINTS = ("hint", "distance", "angle", "foreground", "background", "attention", "context")
 # Keys that the teacher's recipe inherits from the student's config: where they are searched, the teacher's are fixed.
 SHARED = ("optimizer", "scheduler", "trainer", "data.batch_size", "data.epoch_size", "data.augment")
 
@@ -74,13 +75,12 @@ def fitting(node: Any, base: DictConfig, typed: Collection[str] = (), prefix: st
 
 
 def unbalanced(names: Iterable[str], cfg: DictConfig) -> list[str]:
-    """Returns the overrides by which `balance` keeps the weights of the method among the keys that are searched, and so also
-    one that a trial leaves at its default."""
+    """Returns the overrides by which `balance` keeps the weights of hints that are searched, so also one at its default."""
     found = []
     for name in names if cfg.get("balance") else ():
         group, *keys = name.split(".")
         term = "_".join(key for key in keys if key != "methods")  # of a sum
-        weight = group == "method" and keys[-1] in WEIGHTS and OmegaConf.select(cfg, name)  # 0: no term
+        weight = group == "method" and keys and keys[-1] in HINTS and OmegaConf.select(cfg, name)  # 0: no term
         if weight and term not in (cfg.balance.terms or {}):
             found.append(f"+balance.terms.{term}=null")
     return found

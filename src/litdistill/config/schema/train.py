@@ -169,7 +169,7 @@ class Train(Node):
         "scale a term of the loss over epochs: {soft: [[0, 0], [20, 1]]} warms `soft` up for 20 epochs"
     )
     balance: Balance | None = option(
-        "auto: weights of hints left at their defaults fit by themselves, by gradients in the first minibatches; none: they do not"
+        "auto: weights of hints left at their defaults fit by themselves, by gradients in the first minibatches; none: not"
     )
     adversarial: Adversarial | None = option(
         "pgd: the student is trained at inputs that an attack has changed (docs/security.md); none: at those it is given"
