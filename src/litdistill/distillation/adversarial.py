@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from litdistill.methods.base import BOXES, Method
 from litdistill.models.preprocess import SLACK
@@ -95,8 +95,19 @@ def attacked_batch(distiller: Distiller, batch: Batch, teacher: Outputs | None) 
             return torch.autograd.grad(loss * len(x), x)[0]  # of the sum: a mean's may underflow in half precision
 
     start = images + pgd.eps * (2 * torch.rand_like(images) - 1)
+    _share_statistics(net)
     with eval_mode(net):
         return batch._replace(inputs=ascend(gradient, images, start, pgd.eps, pgd.step, pgd.steps))
+
+
+def _share_statistics(net: nn.Module) -> None:
+    """Gives every process the first one's buffers, which are deployed and kept in checkpoints, and which the attack reads.
+
+    DDP leaves each process its own running statistics of batch normalization. With them a resumed run would go another way.
+    """
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        for buffer in net.buffers():
+            distributed.broadcast(buffer, 0)
 
 
 def check_adversarial(
