@@ -24,7 +24,7 @@ from litdistill.config.instantiate import NETWORK_META_KEYS, instantiate
 from litdistill.data.augment import Crop, Flip
 from litdistill.data.datamodule import ImageData
 from litdistill.data.sources import Source, Split
-from litdistill.distillation.captured import CudaGraphs
+from litdistill.distillation.cuda_graphs import CudaGraphs
 from litdistill.distillation.distiller import Distiller
 from litdistill.distillation.teacher import FrozenTeacher
 from litdistill.distillation.teacher_cache import CacheOptions, TeacherCache

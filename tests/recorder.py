@@ -5,14 +5,13 @@ graph refuses is refused: values that are read on the host, and shapes that depe
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from litdistill.distillation.captured import Taken
-
+T = TypeVar("T")
 aten = torch.ops.aten
 HOST = {  # these read values, or give shapes that depend on them
     aten._local_scalar_dense,
@@ -53,7 +52,7 @@ class Operations(TorchDispatchMode):
         super().__init__()
         self.undo, self.steps, self.refused = undo, [], []
         self._made: set[int] = set()  # storages that the recorded operations allocated
-        self._before: dict[int, tuple[Tensor, Tensor]] = {}
+        self._before: dict[tuple, tuple[Tensor, Tensor]] = {}  # by view
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -63,8 +62,9 @@ class Operations(TorchDispatchMode):
         if self.undo and (func._schema.is_mutable or func.overloadpacket in UNMARKED):
             for x in tensors([args, kwargs]):
                 place = x.untyped_storage().data_ptr()
-                if place not in self._made and place not in self._before:
-                    self._before[place] = (x, x.clone())
+                view = (place, x.storage_offset(), x.shape, x.stride())
+                if place not in self._made and view not in self._before:
+                    self._before[view] = (x, x.clone())
         out = func(*args, **kwargs)
         fresh = [x for x in tensors(out) if x.untyped_storage().data_ptr() not in known and x.numel()]
         self._made |= {x.untyped_storage().data_ptr() for x in fresh}
@@ -72,7 +72,7 @@ class Operations(TorchDispatchMode):
         return out
 
     def take_back(self) -> None:
-        for x, value in self._before.values():
+        for x, value in reversed(self._before.values()):  # of what several views show, the value before the first
             x.data.copy_(value)
 
     @torch.no_grad()
@@ -85,19 +85,19 @@ class Operations(TorchDispatchMode):
 
 
 class Replays:
-    """See the module's docstring; a `litdistill.distillation.captured.Recorder`."""
+    """See the module's docstring; a `litdistill.distillation.cuda_graphs.Recorder`."""
 
     device = "cpu"
 
     def __init__(self) -> None:
         self.recorded = 0
 
-    def watch(self, step: Callable[[], Taken]) -> tuple[Taken, str | None]:
+    def watch(self, step: Callable[[], T]) -> tuple[T, str | None]:
         with Operations(undo=False) as operations:
             taken = step()
         return taken, operations.refused[0] if operations.refused else None
 
-    def record(self, step: Callable[[], Taken]) -> tuple[Taken, Callable[[], Any]]:
+    def record(self, step: Callable[[], T]) -> tuple[T, Callable[[], Any]]:
         self.recorded += 1
         state = torch.get_rng_state()
         with Operations(undo=True) as operations:

@@ -7,11 +7,16 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, RMSprop
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from litdistill.config.distiller import build_method
 from litdistill.data.augment import Crop
+from litdistill.distillation import step
 from litdistill.distillation.balance import Balance
+from litdistill.distillation.captured import CapturedStep
 from litdistill.distillation.distiller import Clip, Distiller, SchedulerOptions
+from litdistill.distillation.group_tensors import GroupTensors
+from litdistill.distillation.running_means import Seen
 from litdistill.distillation.teacher_cache import CacheOptions
 from litdistill.methods.ab import AB
 from litdistill.methods.fitnet import FitNet
@@ -19,6 +24,7 @@ from litdistill.methods.kd import KD
 from litdistill.tasks import Classification
 from litdistill.tasks.base import Task
 from litdistill.training.train import train
+from litdistill.types import Batch, Group, Outputs
 from tests.conftest import compose_config
 from tests.fits import digits, example, fit, grouped, net, same
 from tests.recorder import Replays
@@ -238,3 +244,117 @@ def test_a_step_that_waits_once_is_watched_again(tmp_path):
     many, _ = run(tmp_path / "many", recorder)
     assert recorder.recorded > 0
     assert same(one, many)
+
+
+def test_the_teacher_of_a_whole_group_is_a_graph_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(step, "BY_MINIBATCH", ())  # on a CPU, too, its outputs for a group are computed ahead
+    calls, shared, begin = [], [], CapturedStep.begin
+
+    def kept(self, group):
+        """Of launched steps, which the means hold until later groups have overwritten what recorded steps read."""
+        found = begin(self, group)
+        shared.append(found[0].logits.untyped_storage().data_ptr() == self._tensors.heads["logits"].data_ptr())
+        return found
+
+    monkeypatch.setattr(CapturedStep, "begin", kept)
+
+    def trained(recorder):
+        hook = nn.modules.module.register_module_forward_hook(
+            lambda module, inputs, out: calls.append(len(out)) if isinstance(module, nn.Linear) else None
+        )
+        try:
+            return run(tmp_path, recorder, student=net())
+        finally:
+            hook.remove()
+
+    one, trainer = trained(None)
+    whole = [n for n in calls if n == 80]  # samples of a group: no minibatch of a student has so many
+    calls.clear()
+    many, captured = trained(recorder := Replays())
+    assert same(one, many)
+    a, b = trainer.callback_metrics, captured.callback_metrics
+    assert all(torch.allclose(a[k], b[k], rtol=1e-4) for k in a if not k.startswith("speed"))
+    assert len(whole) == 2 * 3  # groups of four minibatches in three epochs
+    assert calls.count(80) == 2  # watched and recorded
+    assert shared
+    assert not any(shared)
+    assert recorder.recorded == 3 + 3  # of the steps, and by the samples of a group: 80, 20 and 27
+
+
+class Launches(TorchDispatchMode):
+    """Counts operations that are launched one by one."""
+
+    def __init__(self):
+        super().__init__()
+        self.count, self.replaying = 0, False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not self.replaying and func.namespace == "aten"  # notes of the profiler are none
+        return func(*args, **kwargs or {})
+
+
+def test_between_two_steps_of_a_group_nothing_is_launched_nor_seeded(tmp_path, monkeypatch):
+    launches, found, seeded = Launches(), [], []
+
+    class Counted(Replays):
+        def record(self, step):
+            taken, replay = super().record(step)
+
+            def counted():
+                launches.replaying = True
+                replay()
+                launches.replaying = False
+
+            return taken, counted
+
+    train_one = CapturedStep.train
+
+    def counting(self, index):
+        before, replayed = launches.count, self.replayed
+        with launches:
+            loss = train_one(self, index)
+        if self.replayed > replayed and self.recorder.recorded == known[0]:
+            found.append(launches.count - before)
+        known[0] = self.recorder.recorded
+        return loss
+
+    known = [0]
+    monkeypatch.setattr(CapturedStep, "train", counting)
+    seed_step = Distiller.seed_step
+    monkeypatch.setattr(Distiller, "seed_step", lambda self, index: seeded.append(index) or seed_step(self, index))
+    options = {"scheduler": None, "schedule": {}, "student": net()}
+    run(tmp_path, Counted(), **options)
+    assert len(found) == 36 - 1 - 2 * 2  # but for the first, and for those that are watched or recorded, of two sizes
+    assert set(found) == {0}
+    assert len(seeded) == 1 + 2  # launched or watched
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_step_reads_and_writes_the_places_of_its_minibatch(layout):
+    inputs = torch.randn(7, 2, 4, 4).contiguous(memory_format=layout)
+    batch = Batch(inputs, torch.arange(7), torch.arange(7) + 10)
+    sizes = (3, 3, 1)
+    teacher = [Outputs({"logits": torch.randn(n, 5)}, {"x": torch.randn(n, 2, 2)}) for n in sizes]
+    group = Group(batch, sizes, (1.0,) * 3, 0, False)
+    tensors = GroupTensors(group, teacher)
+    assert tensors.fits(group, teacher)
+    assert not tensors.fits(group._replace(batch=batch._replace(inputs=inputs.double())), teacher)
+    assert not tensors.fits(group._replace(sizes=(3, 3, 2)), teacher)
+    tensors.fill(batch)
+    tensors.fill_outputs(teacher)
+    for i, part in enumerate(group.minibatches()):
+        if i == 1:
+            continue  # launched in another way
+        tensors.place(3 * i, i)
+        found, outputs, rows = tensors.minibatch(len(part.targets))
+        assert all(torch.equal(a, b) for a, b in zip(found[:3], part[:3], strict=True))
+        assert found.inputs.is_contiguous(memory_format=layout)
+        assert torch.equal(outputs.logits, teacher[i].logits)
+        assert torch.equal(outputs.features["x"], teacher[i].features["x"])
+        seen = Seen({"a": torch.tensor(float(i))}, Outputs.of(2 * outputs.logits), None, found.targets, len(rows))
+        left = tensors.leave(seen, rows, False)
+        tensors.moved(3 * i + len(rows), i + 1)
+    kept = tensors.seen(left, slice(6, 7), slice(2, 3))
+    assert torch.equal(kept.student.logits, 2 * teacher[2].logits)
+    assert torch.equal(kept.teacher.logits, teacher[2].logits)
+    assert (kept.terms["a"].tolist(), kept.targets.tolist(), kept.samples) == ([2.0], [6], 1)

@@ -18,7 +18,7 @@ from litdistill.config.instantiate import instantiate, with_key
 from litdistill.data.protocol import IndexedData
 from litdistill.distillation.adversarial import PGD
 from litdistill.distillation.balance import Balance
-from litdistill.distillation.captured import CudaGraphs
+from litdistill.distillation.cuda_graphs import CudaGraphs
 from litdistill.distillation.distiller import Clip, Distiller, OptimizerFactory, SchedulerOptions
 from litdistill.distillation.teacher import FrozenTeacher
 from litdistill.distillation.teacher_cache import CacheOptions

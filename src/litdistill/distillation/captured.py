@@ -1,35 +1,37 @@
 """A minibatch's step as one CUDA graph: forward, loss, backward, optimizer and average, launched as one operation.
 
 A small step is hundreds of kernels of a few microseconds, and to launch one takes the CPU longer than to run it takes the GPU.
-A graph is recorded once and replayed: `CapturedStep` copies each minibatch into the tensors that the graph reads, writes the
-learning rate that it reads, and replays it. Numbers of Python that a step reads (weights of terms, a method's epoch, momentum)
-are constants of a graph, so they are its key: where one changes, another graph is recorded.
+A graph is recorded once and replayed: `CapturedStep` writes the samples of a group of minibatches, and the teacher's outputs
+for them, into tensors that the graphs read (`litdistill.distillation.group_tensors`), and the learning rate where it changes;
+then it replays a graph for each minibatch, which knows its place in the group by a number on the device. A live teacher whose
+features are not read is a graph of its own, over the whole group. Numbers of Python that a step reads (weights of terms, a
+method's epoch, momentum) are constants of a graph, so they are its key: where one changes, another graph is recorded.
 
 What no graph can hold (a value that is read on the host, a shape that depends on values, an optimizer that keeps its state in
 Python) runs operation by operation as everywhere else, and a line in the log says why: `reason_for_launching` before the first
 step, `Recorder.watch` in the first steps of each key.
-CUDA graphs: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import math
-import warnings
-from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from litdistill.distillation.running_means import Seen
-from litdistill.distillation.step import clip, loss_of
+from litdistill.distillation.cuda_graphs import Recorder
+from litdistill.distillation.group_tensors import GroupTensors, Left
+from litdistill.distillation.step import clip, loss_of, runs_ahead, teacher_ahead
 from litdistill.methods.base import Method
 from litdistill.tasks.base import Task
-from litdistill.types import Batch, Outputs
+from litdistill.types import Group, Outputs
 
 if TYPE_CHECKING:
     from litdistill.distillation.distiller import Distiller
@@ -38,6 +40,7 @@ log = logging.getLogger(__name__)
 
 OPTIMIZERS = (SGD, Adam, AdamW)  # their fused forms read the learning rate, and count steps, on the device
 SAID = "Steps are launched operation by operation, not as CUDA graphs: %s."
+TEACHER = "teacher"  # a key of what is doubtful
 SPARE = 8  # steps that are watched beyond those that are replayed: more mean that constants change too often
 # Hooks and methods of a Distiller that a graph would leave out if a subclass has its own.
 HOOKS = (
@@ -47,65 +50,19 @@ HOOKS = (
 
 
 class Taken(NamedTuple):
-    """What a step leaves: its loss, a scalar; what is measured; and the terms of the loss as one tensor (terms,) float32."""
+    """What a step leaves: its loss, a scalar that the next step overwrites, and the names of what it has written for the log;
+    None: it was noted at once, since it is not of the minibatch's samples."""
 
     loss: Tensor
-    seen: Seen
-    terms: Tensor
+    left: Left | None
 
 
-class Recorder(Protocol):
-    """Records the operations of a step, to run them again on the same tensors."""
+class Recorded(NamedTuple):
+    """A recorded step: what it leaves, how it is run, and whether it draws random numbers."""
 
-    device: str  # the type of device that it records on
-
-    def watch(self, step: Callable[[], Taken]) -> tuple[Taken, str | None]:
-        """Takes a step as usual; returns what it leaves, and in words what of it cannot be recorded."""
-
-    def record(self, step: Callable[[], Taken]) -> tuple[Taken, Callable[[], Any]]:
-        """Returns the tensors that each replay of a step writes, and the function that replays it. Takes no step."""
-
-
-class CudaGraphs:
-    """Records on a CUDA device. Graphs are replayed one at a time, so that they share one pool of memory."""
-
-    device = "cuda"
-
-    def __init__(self) -> None:
-        self._pool: Any = None
-
-    def watch(self, step: Callable[[], Taken]) -> tuple[Taken, str | None]:
-        """See `Recorder`. What waits for the GPU reads a value on the host, and no graph can hold it."""
-        mode = torch.cuda.get_sync_debug_mode()
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            torch.cuda.set_sync_debug_mode("warn")
-            try:
-                taken = step()
-            finally:
-                torch.cuda.set_sync_debug_mode(mode)
-        waits = [w for w in caught if "synchronizing CUDA operation" in str(w.message)]
-        for other in caught:
-            if other not in waits:
-                warnings.warn_explicit(other.message, other.category, other.filename, other.lineno)
-        where = f"{Path(waits[0].filename).name}, line {waits[0].lineno}, reads a value from the GPU" if waits else None
-        return taken, where
-
-    def record(self, step: Callable[[], Taken]) -> tuple[Taken, Callable[[], Any]]:
-        """See `Recorder`."""
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-            self._stream = torch.cuda.Stream()
-        graph, stream, current = torch.cuda.CUDAGraph(), self._stream, torch.cuda.current_stream()
-        stream.wait_stream(current)
-        with torch.cuda.stream(stream):
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
-                taken = step()
-            finally:
-                graph.capture_end()
-        current.wait_stream(stream)
-        return taken, graph.replay
+    taken: Taken
+    replay: Callable[[], Any]
+    draws: bool
 
 
 class CapturedStep:
@@ -118,49 +75,115 @@ class CapturedStep:
         self.reason: str | None = None  # why no step is recorded any more
         self.replayed = 0  # steps
         self._rates = [torch.zeros((), device=distiller.device) for _ in self.optimizer.param_groups]
-        self._read: dict[Any, tuple[Batch, Outputs | None]] = {}  # the tensors that steps read, by shapes
-        # By key; None: to record at the next minibatch.
-        self._steps: dict[Any, tuple[Taken, Callable[[], Any]] | None] = {}
-        self._doubtful: set[Any] = set()
-        self._constants: Any = None
-        self._epoch = -1
         self._written = [math.nan for _ in self._rates]
+        self._tensors: GroupTensors | None = None
+        self._group: tuple[Group, list[int]] | None = (
+            None  # the one that is trained on, and the first sample of each minibatch
+        )
+        self._noted: tuple[Left, int, int] | None = None  # of steps that the means lack: the first and the end
+        self._steps: dict[Any, Recorded | bool] = {}  # by key; a bool: to record next, and whether it draws
+        self._teachers: dict[int, Callable[[], Any] | None] = {}  # by samples; None: to record next
+        self._teacher_fits = True
+        self._doubtful: set[Any] = set()  # keys of what could not be recorded when it was watched first
+        self._constants: Any = None
+        self._chosen: Any = None  # the options of the optimizer
+        self._epoch = -1
         self._begun, self._watched = False, 0
 
-    def train(self, batch: Batch, teacher: Outputs | None) -> Tensor | None:
-        """Takes the step of a minibatch; returns its loss, a scalar that the next step overwrites. None: nothing was done.
+    def begin(self, group: Group) -> Sequence[Outputs] | None:
+        """Writes the samples of a group and the teacher's outputs to where steps read them; returns these by minibatch, None
+        where each step computes them or needs none. To be called before the steps of the group, and `end` after them."""
+        distiller = self.distiller
+        if self.reason is not None:
+            return teacher_ahead(distiller, group)
+        alone = self._records_teacher()
+        teacher = None if alone else teacher_ahead(distiller, group)
+        if self._tensors is None or not self._tensors.fits(group, teacher):
+            self._tensors = GroupTensors(group, teacher)
+            self._steps.clear()
+            self._teachers.clear()
+        self._tensors.fill(group.batch)
+        self._group = group, [0, *itertools.accumulate(group.sizes)]
+        if alone:
+            return self._teacher_outputs(group)
+        if teacher is not None:
+            self._tensors.fill_outputs(teacher)
+        return teacher
 
-        `teacher`: its outputs, where they are known. The first step of all creates the optimizer's state, and is left to the
-        caller; so are all where a step cannot be recorded.
+    def train(self, index: int) -> Tensor | None:
+        """Takes the step of a minibatch of the group; returns its loss, a scalar that the next step overwrites. None: nothing
+        was done.
+
+        The first step of all creates the optimizer's state, and is left to the caller; so are all where a step cannot be
+        recorded.
         """
         begun, self._begun = self._begun, True
         if not begun or self.reason is not None or not self._same_constants():
             return None
-        shapes = _shapes(batch, teacher)
-        key = shapes, _options(self.optimizer)
+        assert self._group is not None
+        assert self._tensors is not None
+        group, starts = self._group
+        size = group.sizes[index]
+        if (options := _options(self.optimizer)) != self._chosen:
+            self._chosen = options
+            self._steps.clear()
+        key = size, options
         if key not in self._steps and self._watched == self.replayed + SPARE:
             self._give_up("a constant of the step, such as an option of the optimizer, changes too often")
             return None
-        self._fill(shapes, batch, teacher)
-        step = functools.partial(self._step, *self._read[shapes])
-        if key not in self._steps:
-            self._watched += 1
-            taken, reason = self._counted(lambda: self.recorder.watch(step))
-            if reason is None:
-                self._steps[key] = None
-            elif key in self._doubtful:
-                self._give_up(reason)
-            else:
-                self._doubtful.add(key)  # it may have been compiled: it is watched again
+        self._write_rates()
+        self._tensors.place(starts[index], index)
+        found = self._steps.get(key)
+        if found is None:
+            taken = self._watch(key, functools.partial(self._step, size), group.first + index)
         else:
-            found = self._steps[key]
-            if found is None:
-                found = self._steps[key] = self.recorder.record(step)
-            taken, replay = found
-            self._counted(replay)
+            if isinstance(found, bool):
+                step = functools.partial(self._step, size)
+                found = self._steps[key] = Recorded(*self.recorder.record(step), draws=found)
+            if found.draws:
+                self.distiller.seed_step(group.first + index)
+            found.replay()
+            taken = found.taken
             self.replayed += 1
-        self._note(shapes, taken, batch, teacher)
+        if taken.left is not None:
+            self._tensors.moved(starts[index + 1], index + 1)
+        count_step(self.distiller)
+        self._note(taken.left, index)
         return taken.loss
+
+    def end(self) -> None:
+        """Adds what the steps of the group have left to the means."""
+        if self._noted is not None:
+            assert self._group is not None
+            assert self._tensors is not None
+            left, first, end = self._noted
+            starts = self._group[1]
+            seen = self._tensors.seen(left, slice(starts[first], starts[end]), slice(first, end))
+            self.distiller.means.add(seen, end - first)
+        self._noted = None
+
+    def _note(self, left: Left | None, index: int) -> None:
+        if self._noted is not None and (left, index) != (self._noted[0], self._noted[2]):
+            self.end()
+        if left is not None:
+            self._noted = left, index if self._noted is None else self._noted[1], index + 1
+
+    def _watch(self, key: Any, step: Callable[[], Taken], place: int) -> Taken:
+        """Takes a step as it is launched, and finds out whether it can be recorded."""
+        self._watched += 1
+        self.distiller.seed_step(place)
+        before = _random_states(self.distiller.device)
+        taken, reason = self.recorder.watch(step)
+        draws = not all(map(torch.equal, before, _random_states(self.distiller.device)))
+        if reason is None and taken.left is None:
+            reason = "what is measured of a step is not of its samples alone"
+        if reason is None:
+            self._steps[key] = draws
+        elif key in self._doubtful:
+            self._give_up(reason)
+        else:
+            self._doubtful.add(key)  # it may have been compiled: it is watched again
+        return taken
 
     def _same_constants(self) -> bool:
         """Returns whether the constants of a step are known, as they are but for the first minibatches of `balance`; forgets
@@ -174,34 +197,23 @@ class CapturedStep:
                 self._constants = constants
         return self._constants is not None
 
-    def _counted(self, step: Callable[[], Any]) -> Any:
-        """Takes a step as the closure of the optimizer, so that Lightning counts it; returns what the step returns.
-
-        The optimizer then finds no gradient, and updates nothing itself.
-        """
-        found: list[Any] = []
-        self.distiller.optimizers().step(closure=lambda: found.append(step()))  # type: ignore[union-attr]
-        return found[0]
-
     def _give_up(self, reason: str) -> None:
         self.reason = reason
         self._steps.clear()
         log.info(SAID, reason)
 
-    def _fill(self, shapes: Any, batch: Batch, teacher: Outputs | None) -> None:
-        """Writes the minibatch and the learning rates into the tensors that the step reads."""
-        if shapes not in self._read:
-            self._read[shapes] = _alike(batch, teacher)
-        for static, given in zip(_tensors(*self._read[shapes]), _tensors(batch, teacher), strict=True):
-            static.copy_(given)
+    def _write_rates(self) -> None:
+        """Writes the learning rates into the tensors that steps read, where they have changed."""
         for i, (rate, group) in enumerate(zip(self._rates, self.optimizer.param_groups, strict=True)):
             if group["lr"] != self._written[i]:
                 rate.fill_(group["lr"])
                 self._written[i] = group["lr"]
 
-    def _step(self, batch: Batch, teacher: Outputs | None) -> Taken:
-        """Takes a step on the tensors that are read, with the learning rates from theirs."""
-        distiller, groups = self.distiller, self.optimizer.param_groups
+    def _step(self, size: int) -> Taken:
+        """Takes the step of the next minibatch of the group's tensors, with the learning rates from theirs."""
+        distiller, groups, tensors = self.distiller, self.optimizer.param_groups, self._tensors
+        assert tensors is not None
+        batch, teacher, rows = tensors.minibatch(size)
         rates = [group["lr"] for group in groups]
         self.optimizer.zero_grad()
         loss, seen = loss_of(distiller, batch, teacher)
@@ -214,26 +226,59 @@ class CapturedStep:
         finally:
             for group, number in zip(groups, rates, strict=True):
                 group["lr"] = number
-        self.optimizer.zero_grad()  # see `_counted`
+        self.optimizer.zero_grad()  # see `count_step`
         distiller.update_average()
-        terms = torch.stack([value.detach().float() for value in seen.terms.values()])
-        # Detached, so that no graph of gradients is kept.
-        student = Outputs({name: head.detach() for name, head in seen.student.heads.items()})
-        return Taken(loss.detach(), seen._replace(student=student), terms)
+        own = teacher is None
+        if not distiller.means.scored:  # whose heads nobody reads
+            seen = seen._replace(student=Outputs({}), teacher=None, targets=batch.targets)
+        heads = [*seen.student.heads.values(), *(seen.teacher.heads.values() if own and seen.teacher else ())]
+        if seen.targets is not batch.targets or any(len(head) != size for head in heads):
+            distiller.means.add(seen)
+            return Taken(loss.detach(), None)
+        return Taken(loss.detach(), tensors.leave(seen, rows, own))
 
-    def _note(self, shapes: Any, taken: Taken, batch: Batch, teacher: Outputs | None) -> None:
-        """Adds copies of what a step leaves to the means: the next replay overwrites it."""
-        seen, read = taken.seen, self._read[shapes]
-        terms = dict(zip(seen.terms, taken.terms.clone().unbind(), strict=True))
-        if teacher is None or seen.teacher is not read[1]:  # computed in the step, or those of some places
-            teacher = _copied(seen.teacher)
-        targets = batch.targets if seen.targets is read[0].targets else seen.targets.clone()
-        watched = {name: value.detach().clone() for name, value in seen.watched.items()}
-        self.distiller.means.add(Seen(terms, seen.student, teacher, targets, seen.samples, watched))
+    def _records_teacher(self) -> bool:
+        """Returns whether the teacher's outputs for a group are computed by a graph of their own."""
+        teacher, live = self.distiller.teacher, self.distiller.cache is None
+        return teacher is not None and live and runs_ahead(self.distiller) and teacher.recordable and self._teacher_fits
+
+    def _teacher_outputs(self, group: Group) -> Sequence[Outputs]:
+        """Returns copies of the teacher's outputs for the minibatches of a group, which are at their places for the steps."""
+        distiller, tensors, count = self.distiller, self._tensors, sum(group.sizes)
+        assert tensors is not None
+        start = time.perf_counter()
+
+        def run() -> None:
+            tensors.keep_heads(distiller.teacher(tensors.samples(count)).heads)  # type: ignore[misc]
+
+        if count not in self._teachers:
+            _, reason = self.recorder.watch(run)
+            if reason is None:
+                self._teachers[count] = None
+            self._teacher_fits = reason is None or TEACHER not in self._doubtful
+            self._doubtful |= {TEACHER} if reason is not None else set()
+        else:
+            if (replay := self._teachers[count]) is None:
+                replay = self._teachers[count] = self.recorder.record(run)[1]
+            replay()
+        seconds = time.perf_counter() - start
+        distiller.teacher_s += seconds
+        distiller.means.teacher_s += seconds
+        heads = {name: head[:count].clone() for name, head in tensors.heads.items()}
+        return Outputs(heads, ids=group.batch.ids).split(group.sizes)
 
 
-def _copied(outputs: Outputs | None) -> Outputs | None:
-    return None if outputs is None else Outputs({name: head.clone() for name, head in outputs.heads.items()})
+def count_step(distiller: Distiller) -> None:
+    """Has Lightning count a step of the optimizer, which finds no gradient and updates nothing itself.
+
+    That takes 22 microseconds of a CPU where the optimizer has 62 parameters, and is the only public way.
+    """
+    distiller.optimizers().step(closure=lambda: None)  # type: ignore[union-attr]
+
+
+def _random_states(device: torch.device) -> list[Tensor]:
+    """Returns the states of the generators that a step may draw from."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
 
 def captured_step(distiller: Distiller, base: type) -> CapturedStep | None:
@@ -302,26 +347,7 @@ def use_fused(optimizer: Optimizer) -> None:
             state["step"] = state["step"].to(parameter.device, torch.float32)
 
 
-def _tensors(batch: Batch, teacher: Outputs | None) -> list[Tensor]:
-    outputs = [] if teacher is None else [*teacher.heads.values(), *teacher.features.values()]
-    return [x for x in (batch.inputs, batch.targets, batch.ids, batch.views) if x is not None] + outputs
-
-
-def _shapes(batch: Batch, teacher: Outputs | None) -> Any:
-    return tuple((x.shape, x.dtype) for x in _tensors(batch, teacher))
-
-
 def _options(optimizer: Optimizer) -> Any:
     """Returns the options of an optimizer that a recorded step has as constants: all but the learning rate."""
     left_out = ("params", "lr", "initial_lr")
     return tuple(tuple(v for k, v in group.items() if k not in left_out) for group in optimizer.param_groups)
-
-
-def _alike(batch: Batch, teacher: Outputs | None) -> tuple[Batch, Outputs | None]:
-    """Returns new tensors with the shapes, types and strides of a minibatch and of the teacher's outputs."""
-    new = lambda x: None if x is None else torch.empty_like(x)  # noqa: E731
-    static = Batch(new(batch.inputs), new(batch.targets), new(batch.ids), new(batch.views))
-    if teacher is None:
-        return static, None
-    heads, features = ({k: torch.empty_like(v) for k, v in x.items()} for x in (teacher.heads, teacher.features))
-    return static, Outputs(heads, features, static.ids)

@@ -23,7 +23,8 @@ from litdistill.distillation import checks
 from litdistill.distillation.adversarial import PGD, check_adversarial
 from litdistill.distillation.balance import Balance, balance_for
 from litdistill.distillation.batch_statistics import LaggingStatistics
-from litdistill.distillation.captured import CapturedStep, CudaGraphs, Recorder, captured_step
+from litdistill.distillation.captured import CapturedStep, captured_step
+from litdistill.distillation.cuda_graphs import CudaGraphs, Recorder
 from litdistill.distillation.examine import TeacherOnValidation, examine
 from litdistill.distillation.logs import log_group, log_step
 from litdistill.distillation.running_means import RunningMeans
@@ -187,9 +188,8 @@ class Distiller(LightningModule):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Distiller:
         """Returns a copy that shares the data, the cache and the teacher's outputs; callbacks that average weights copy."""
-        memo |= {
-            id(shared): shared for shared in (self.data, self.cache, self.on_validation, self.recorder, self.captured)
-        }
+        shared = (self.data, self.cache, self.on_validation, self.recorder, self.captured)
+        memo |= {id(thing): thing for thing in shared}
         memo[id(self)] = copied = type(self).__new__(type(self))
         copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return copied

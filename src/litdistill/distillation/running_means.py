@@ -20,7 +20,7 @@ VALUES = 2**22  # numbers of one network's outputs that are held for that at mos
 class Seen(NamedTuple):
     """What is measured of a minibatch in training; see `RunningMeans.add`."""
 
-    terms: Mapping[str, Tensor]  # of the loss by name, weighted
+    terms: Mapping[str, Tensor]  # of the loss by name, weighted: a scalar, or one of each of several minibatches
     student: Outputs
     teacher: Outputs | None
     targets: Tensor
@@ -49,6 +49,7 @@ class RunningMeans:
         self.teacher_s = 0.0  # seconds spent in the teacher (on a GPU: in launching its kernels)
         self._started = time.perf_counter()
         self._noted: list[tuple[dict[str, Tensor], Outputs, Outputs | None, Tensor]] = []
+        self._noted_steps = 0
         self._sums: dict[str, Tensor] = {}
         self._values = 0  # numbers in the heads that are noted
         self._counts: dict[
@@ -73,30 +74,32 @@ class RunningMeans:
         """Returns the seconds since the last log."""
         return time.perf_counter() - self._started
 
-    def add(self, seen: Seen) -> None:
-        """Adds a minibatch."""
+    def add(self, seen: Seen, steps: int = 1) -> None:
+        """Adds a minibatch, or several as one whose tensors are joined."""
         terms, student, teacher, targets, samples, watched = seen
         for name, value in watched.items():
-            self._counts[name] = self._counts.get(name, 0) + 1
-            self._add(name, value.detach().float())
+            self._counts[name] = self._counts.get(name, 0) + steps
+            self._add(name, value.detach().float().sum())
         # A CUDA graph overwrites the heads.
         heads = {name: head.detach().clone() for name, head in student.heads.items()} if self.scored else {}
         teacher = teacher if self.scored else None
         self._noted.append(({k: v.detach() for k, v in terms.items()}, Outputs(heads), teacher, targets))
-        self.steps += 1
+        self._noted_steps += steps
+        self.steps += steps
         self.samples += samples
         self._values += sum(head.numel() for head in heads.values())
-        if len(self._noted) == AT_ONCE or self._values > VALUES:
+        if self._noted_steps >= AT_ONCE or self._values > VALUES:
             self._sum()
 
     @torch.no_grad()
     def _sum(self) -> None:
-        noted, self._noted, self._values = self._noted, [], 0
+        noted, steps = self._noted, self._noted_steps
+        self._noted, self._noted_steps, self._values = [], 0, 0
         for name in dict.fromkeys(name for terms, *_ in noted for name in terms):
-            value = torch.stack([terms[name].float() for terms, *_ in noted if name in terms]).sum()
+            value = torch.cat([terms[name].float().reshape(-1) for terms, *_ in noted if name in terms]).sum()
             self._add(name, value)
             self._epoch_sum = value if self._epoch_sum is None else self._epoch_sum + value
-        self._epoch_steps += len(noted)
+        self._epoch_steps += steps
         if not self.scored:
             return
         student, targets = _joined([s for _, s, _, _ in noted]), torch.cat([t for *_, t in noted])

@@ -31,21 +31,29 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+BY_MINIBATCH = ("cpu",)  # types of device on which large batches are no faster
+
 
 def train_group(distiller: Distiller, group: Group) -> Tensor:
     """Optimizes on the minibatches of `group` one after the other; returns the loss of the last one."""
     trainer, captured = distiller.trainer, distiller.captured
-    teacher = teacher_ahead(distiller, group)
-    loss = torch.zeros(())
-    for i, batch in enumerate(group.minibatches()):
-        distiller.seed_step(group.first + i)
-        distiller.statistics.remember(distiller, batch)
-        outputs = teacher[i] if teacher else None
-        taken = None if captured is None else captured.train(batch, outputs)
-        loss = optimize(distiller, batch, outputs) if taken is None else taken
+    teacher = teacher_ahead(distiller, group) if captured is None else captured.begin(group)
+    loss, minibatches = torch.zeros(()), None
+    for i in range(len(group.sizes)):
+        taken = None if captured is None else captured.train(i)
+        if taken is None or distiller.data is None:
+            minibatches = minibatches or list(group.minibatches())
+            distiller.statistics.remember(distiller, minibatches[i])
+        if taken is None:
+            assert minibatches is not None
+            distiller.seed_step(group.first + i)
+            taken = optimize(distiller, minibatches[i], teacher[i] if teacher else None)
+        loss = taken
         step_schedulers(distiller, "step")
         if trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps:
             break
+    if captured is not None:
+        captured.end()
     if trainer.is_last_batch:
         step_schedulers(distiller, "epoch")
     return loss.detach()
@@ -83,12 +91,17 @@ def teacher_ahead(distiller: Distiller, group: Group) -> Sequence[Outputs] | Non
     Returns None without a teacher; for uncached features, which take too much memory for a whole group; and without a cache
     on a CPU, where large batches are no faster.
     """
-    if not distiller.needs_teacher_outputs:
-        return None
-    assert distiller.teacher is not None
-    if distiller.cache is None and (distiller.teacher.taps or distiller.device.type == "cpu"):
+    if not runs_ahead(distiller):
         return None
     return distiller.teacher_outputs(group.batch).split(group.sizes)
+
+
+def runs_ahead(distiller: Distiller) -> bool:
+    """Returns whether the teacher's outputs for a whole group are computed before its steps: see `teacher_ahead`."""
+    if not distiller.needs_teacher_outputs:
+        return False
+    assert distiller.teacher is not None
+    return distiller.cache is not None or not (distiller.teacher.taps or distiller.device.type in BY_MINIBATCH)
 
 
 def loss_of(distiller: Distiller, batch: Batch, teacher: Outputs | None) -> tuple[Tensor, Seen]:

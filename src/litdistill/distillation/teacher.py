@@ -67,6 +67,12 @@ class FrozenTeacher(nn.Module):
         """Returns the names of the nodes whose features are read."""
         return self._recorded_taps or self.extractor.names
 
+    @property
+    def recordable(self) -> bool:
+        """Returns whether a graph may hold its forward over many samples at once: it is a network that records none itself,
+        and no features, which take much memory, are read."""
+        return not (self.recorded or self.by_ids or self.taps) and self.mode in (None, "default")
+
     def train(self, mode: bool = True) -> FrozenTeacher:
         """Stays in eval mode: in train mode BatchNorm would update its statistics from the student's batches."""
         return super().train(False)

@@ -30,7 +30,8 @@ def corrected(p: Tensor, target: Tensor, margin: float) -> Tensor:
         (largest - label + margin) / (1 + largest - label),
         ((label + margin).clamp(max=1) - label) / (1 - label).clamp(min=1e-12),
     )
-    return (1 - share) * p + share * F.one_hot(target, p.shape[1])
+    is_target = target[:, None] == torch.arange(p.shape[1], device=p.device)  # F.one_hot reads values on a CPU
+    return (1 - share) * p + share * is_target
 
 
 class MFT(Method):

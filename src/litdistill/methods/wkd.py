@@ -37,7 +37,8 @@ def transport(
     (N, classes), target (N,). The authors remove the target's row and column of the costs in each sample; here it has no
     mass, which is the same.
     """
-    is_target = F.one_hot(target, student.shape[1]).bool()
+    # F.one_hot reads values on a CPU.
+    is_target = target[:, None] == torch.arange(student.shape[1], device=student.device)
     q, p = (F.softmax((wide(z) / temperature).masked_fill(is_target, float("-inf")), dim=1) for z in (student, teacher))
     costs = costs.to(q.dtype)
     kernel = torch.exp(-costs / eta)
