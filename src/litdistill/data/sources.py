@@ -15,7 +15,6 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor
 from torchvision.datasets import FashionMNIST
 
@@ -231,6 +230,8 @@ def _digits() -> Source:
     500 of them are the test set: of the n images of each class, in the set's order, those at ⌊(i + ½) n / 50⌋, i = 0..49.
     They are spread evenly, since consecutive images are by the same few writers.
     """
+    from sklearn.datasets import load_digits  # which takes half a second to import
+
     bundled = load_digits()
     images = torch.from_numpy(np.rint(bundled.images * (255 / 16)).astype(np.uint8)).unsqueeze(1)
     targets = torch.from_numpy(bundled.target.astype(np.int64))

@@ -9,6 +9,7 @@ therefore predicted by a model of the other folds (Wolpert 1992, stacked general
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import logging
 import time
 from collections.abc import Callable
@@ -16,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import sklearn
 import torch
 from torch import Tensor
 
@@ -53,7 +53,7 @@ def boosted_outputs(name: str, data: Any, kind: str, folder: Path) -> Path:
         ids.tolist(),
         targets[ids].tolist(),
         kind,
-        sklearn.__version__,
+        importlib.metadata.version("scikit-learn"),
     )
     path = folder / f"{name}-{data.name}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:10]}.npz"
     if is_first_rank() and not path.is_file():
