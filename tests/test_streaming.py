@@ -205,11 +205,20 @@ class Killer:
         return torch.zeros(len(ids), 1, 2, 2, dtype=torch.uint8)
 
 
-def test_a_killed_worker_is_an_error_with_words_and_not_a_hang():
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_killed_worker_is_an_error_with_words_and_not_a_hang(monkeypatch, earlier):
+    monkeypatch.setattr("litdistill.data.streaming.CHECK", 1)
     rows = IndexLoader(lambda _: Rows("train", torch.arange(80)), 80, 10)
+    list(Prefetched({"train": torch.zeros(80)}, lambda rows: rows.ids, workers=1)(rows))  # torch's handler is there
     loader = Prefetched({"train": Killer()}, lambda rows: rows.ids, workers=2)
-    with pytest.raises(UserError, match=r"has ended or hangs \(.+\)\..*data\.workers"):
-        list(loader(rows))
+    handler = signal.getsignal(signal.SIGCHLD)
+    if earlier:  # as after a training in this process: Lightning restores what handled signals before it
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        with pytest.raises(UserError, match=r"has ended or hangs \(.+\)\..*data\.workers"):
+            list(loader(rows))
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
 
 
 def broken_off() -> RuntimeError:

@@ -25,6 +25,7 @@ from litdistill.data.decode import decode
 from litdistill.utils.errors import UserError
 
 TIMEOUT = 300  # seconds to wait for a batch; a working disk is faster
+CHECK = 5  # seconds after which it is looked whether the workers still live
 
 
 class Files(Protocol):
@@ -130,7 +131,7 @@ class Prefetched:
             num_workers=workers,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=keep and workers > 0,
-            timeout=TIMEOUT if workers else 0,
+            timeout=min(CHECK, TIMEOUT) if workers else 0,
             worker_init_fn=_init_worker,
             generator=torch.Generator(),  # else it would draw from the default generator, as dropout does
         )
@@ -139,7 +140,7 @@ class Prefetched:
         self.queue.rows = rows
         batches: Any = iter(self.loader)
         try:
-            for batch in batches:
+            while (batch := _next(batches)) is not None:
                 if isinstance(batch, UserError):
                     raise batch
                 yield batch
@@ -155,6 +156,21 @@ class Prefetched:
                 f"A process that reads images has ended or hangs ({cause}). Most often memory ran out: set fewer "
                 "data.workers or a smaller data.batch_size, or data.workers=0 to see what happens."
             ) from error
+
+
+def _next(batches: Iterator[Any]) -> Any:
+    """Returns the next batch, None after the last.
+
+    The loader looks after its workers whenever a wait ends, so waits are short: it also handles the signal of a worker's
+    death, but Lightning takes away all such handlers where a training ends, and the next one would wait in silence.
+    """
+    for _ in range(max(TIMEOUT // CHECK, 1)):
+        try:
+            return next(batches, None)
+        except RuntimeError as error:
+            if "timed out" not in str(error):
+                raise
+    raise RuntimeError(f"DataLoader timed out after {TIMEOUT} seconds")
 
 
 class _RowsSampler:
