@@ -70,6 +70,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.timeout(1800))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def few_scenes() -> Iterator[None]:
+    """Tests on 40 scenes of digits where a user has 500: in most runs these would take more time than the training."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("detection.scenes", "segmentation.data"):
+            patch.setattr(f"litdistill.tasks.{module}.TESTED", 40)
+        yield
+
+
 @pytest.fixture(scope="session")
 def teachers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the session's runs keep their automatic teachers, so that each is trained once."""

@@ -142,6 +142,8 @@ def test_every_experiment_trains_a_step(experiment, tmp_path, monkeypatch):
         cfg.teacher.generations = 1
     for key in {"per_class", "fraction", "labels"} & cfg.data.keys():
         cfg.data[key] = None
+    if "count" in cfg.data:
+        cfg.data.count = 32
     for net in (cfg.student, cfg.teacher or {}):
         if str(net.get("weights")).lower().startswith(("imagenet", "all_minilm_l6_v2")):
             net.weights = None  # nothing is downloaded

@@ -242,7 +242,7 @@ def test_what_cannot_be_crossed_is_refused_in_one_line():
     plain = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 3))
     headless = slim(2)
     headless.head.classification_head = nn.Identity()
-    for teacher, words in ((plain, "is no detector"), (headless, "FCOSHead: use dense_kd")):
+    for teacher, words in ((plain, "is no one-stage detector"), (headless, "FCOSHead: use dense_kd")):
         with pytest.raises(UserError, match=words) as caught:
             CrossKD().prepare(slim(1), teacher, images())
         assert "\n" not in str(caught.value)

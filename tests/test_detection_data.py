@@ -123,7 +123,7 @@ def test_the_data_set_is_uint8_pictures_with_padded_boxes():
     data = digit_scenes(count=40, val_size=8)
     data.setup()
     assert (data.input_shape, data.input_dtype, data.num_classes) == ((3, 64, 64), torch.uint8, 10)
-    assert (len(data.train_ids), len(data.val_ids), len(data.test_ids)) == (32, 8, 500)
+    assert (len(data.train_ids), len(data.val_ids), len(data.test_ids)) == (32, 8, 40)
     batch = data.get_batch("train", torch.arange(4))
     assert batch.inputs.shape == (4, 3, 64, 64)
     assert (batch.targets.shape, batch.targets.dtype) == ((4, 3, 6), torch.float32)

@@ -317,7 +317,7 @@ def test_every_yaml_builds_a_detector(name, shape):
 def test_other_networks_are_no_detectors():
     with pytest.raises(UserError, match="one-stage"):
         Detector(nn.Linear(2, 2))
-    with pytest.raises(UserError, match="net=fcos_slim"):
+    with pytest.raises(UserError, match="net@student=fcos_slim"):
         detector_of(nn.Linear(2, 2))
 
 

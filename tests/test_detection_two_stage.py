@@ -39,11 +39,6 @@ def file(tmp_path_factory):
     path.unlink()
 
 
-@pytest.fixture(autouse=True)
-def few_scenes(monkeypatch):
-    monkeypatch.setattr("litdistill.tasks.detection.scenes.TESTED", 24)
-
-
 def config(folder, *more):
     return compose_config(folder, *RUN, *more)
 
