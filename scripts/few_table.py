@@ -198,9 +198,15 @@ All ways take as many steps, of as many images. On top come the teacher, trained
 once for each seed in as many steps. Learning rates, weights and temperature are those of `conf/experiment/compare`, which are
 for the digits; nothing was fitted to the other data sets, and a schedule for each could give more.
 
-{"".join(section(name, found) for name, found in kept.items())}This page is written by
-`python scripts/few_table.py` and not edited by hand.
+{"".join(section(name, found) for name, found in kept.items())}{missing(kept)}This page is
+written by `python scripts/few_table.py` and not edited by hand.
 """
+
+
+def missing(kept: Mapping[str, Mapping[str, Any]]) -> str:
+    """Returns a line on the data sets that the script knows and that were not run; nothing where all were."""
+    left = [name for name in SETTINGS if name not in kept]
+    return f"Not run yet: {', '.join(f'`make few DATA={name}`' for name in left)}.\n\n" if left else ""
 
 
 def worth(kept: Mapping[str, Mapping[str, Any]]) -> str:
@@ -234,8 +240,8 @@ def section(name: str, found: Mapping[str, Any]) -> str:
 
 Student {student}, {params:,} parameters, {found["steps"]:,} steps; teacher {large}, {many:,} parameters, {accuracy:.2f} %;
 {found["data"]["test"]:,} test images of {"x".join(map(str, found["data"]["input_shape"]))}. Made by
-`{found["command"]}` in {format_seconds(found["seconds"])} of runs that each have one thread ({found["device"]}),
-with {used}.
+`{found["command"]}` in {format_seconds(found["seconds"])} by the clock, summed over runs of one
+thread each ({found["device"]}; other work on the machine makes it longer), with {used}.
 
 """
 

@@ -92,6 +92,7 @@ def test_the_page_and_the_picture_are_those_of_what_is_kept(script, tmp_path, mo
     assert "| 20 | 95.00 ± 0.00 | 95.00 ± 0.00 (+0.00 ± 0.00) |" in text
     assert "teacher large, 20,000 parameters, 99.20 %" in text
     assert "| digits | 10 | 91.00 | 90.00 (10) | 93.50 (20) | 97.00 (over 20) | 99.20 |" in text
+    assert "Not run yet: `make few DATA=mnist`, `make few DATA=fashion_mnist`, `make few DATA=cifar10`." in text
     assert "(few.png)" in text
     assert Image.open(picture).size[0] > 300
     assert json.loads(keep.read_text()) == KEPT
