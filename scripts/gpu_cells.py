@@ -153,8 +153,8 @@ def means(figures: Figures, stage: str) -> None:
     """Prints for each experiment mean and deviation over its seeds, of the last epoch's test accuracy in %."""
     last: dict[str, Sequence[float]] = {}
     for f in figures.read():
-        name, _, seed = f["what"].rpartition(" seed ")
-        if f["stage"] == stage and seed and "last" in f:
+        name, parted, _ = f["what"].rpartition(" seed ")
+        if f["stage"] == stage and parted and "last" in f:
             last[name] = [*last.get(name, ()), f["last"]]
     for name, values in last.items():
         spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""

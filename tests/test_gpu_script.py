@@ -145,6 +145,16 @@ def test_a_teacher_is_trained_first_and_kept_and_summaries_are_copied_once(tmp_p
     assert figures.read() == [teacher, student]
 
 
+def test_means_are_over_the_seeds_of_each_experiment(tmp_path, capsys):
+    figures = gpu.Figures(tmp_path / "figures.jsonl")
+    for what, last in (("a/kd seed 0", 90.0), ("a/kd seed 1", 92.0), ("a teacher", 95.0), ("b/kd seed 0", 80.0)):
+        figures.add("cells", what, last=last)
+    capsys.readouterr()
+    gpu_cells.means(figures, "cells")
+    said = capsys.readouterr().out.splitlines()
+    assert said == ["cells: a/kd: 91.00 ± 1.41, 2 seeds", "cells: b/kd: 80.00, 1 seeds"]
+
+
 def test_cells_are_those_of_published_tables_and_need_their_data(tmp_path):
     found = published_tables.experiments()
     assert all(f"{pair}/{method}" in found for pair, methods in gpu_cells.PAIRS.items() for method in methods)
