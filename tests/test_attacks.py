@@ -107,8 +107,9 @@ def test_apgd_is_algorithm_1_of_its_paper_sample_by_sample_in_numpy(seed):
 
 
 def test_square_is_the_published_search_sample_by_sample_in_numpy():
-    model, queries = Curved(1), 60
-    found = square(model, *as_torch(model), EPS, queries, seed=5).numpy()
+    model, queries, eps = Curved(1), 60, EPS / 4
+    model.y = np.array([model.logits(x).argmax() for x in model.x])  # right as they are
+    found = square(model, *as_torch(model), eps, queries, seed=5).numpy()
     generator = torch.Generator().manual_seed(5)
     draw = lambda *shape: torch.randint(2, shape, generator=generator).double().numpy() * 2 - 1  # noqa: E731
 
@@ -116,7 +117,7 @@ def test_square_is_the_published_search_sample_by_sample_in_numpy():
         logits = model.logits(v)
         return np.delete(logits, model.y[i]).max() - logits[model.y[i]]
 
-    best = np.clip(model.x + EPS * draw(6, 1, 1, 4), 0, 1)
+    best = np.clip(model.x + eps * draw(6, 1, 1, 4), 0, 1)
     for k in range(1, queries):
         place = k / queries * 10_000
         halvings = next((j for j, m in enumerate((10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)) if place <= m), 9)
@@ -128,10 +129,11 @@ def test_square_is_the_published_search_sample_by_sample_in_numpy():
                 continue
             tried = best[i].copy()
             rows, columns = slice(top[i], top[i] + side), slice(left[i], left[i] + side)
-            tried[:, rows, columns] = np.clip(model.x[i][:, rows, columns] + EPS * signs[i], 0, 1)
+            tried[:, rows, columns] = np.clip(model.x[i][:, rows, columns] + eps * signs[i], 0, 1)
             if f(tried, i) > f(best[i], i):
                 best[i] = tried
     assert np.abs(found - best).max() < 1e-12
+    assert sum(f(v, i) < 0 for i, v in enumerate(best)) >= 3  # the search went on to its end
 
 
 def test_pgd_with_restarts_ends_at_the_largest_margin_of_its_ascents():

@@ -98,7 +98,9 @@ def test_trained_attacks_are_shown_where_their_file_lies_below_the_folders(tmp_p
 
 def test_accuracy_under_attack_stands_beside_what_each_protection_cost(tmp_path):
     (tmp_path / FILE).write_text(json.dumps({"robust": {"digits": UNDER_ATTACK}, "defensive": {"mnist": UNDER_ATTACK}}))
-    for section in trained_attacks([tmp_path]):
+    sections = trained_attacks([tmp_path])
+    assert len(sections) == 2
+    for section in sections:
         shown = table(section)
         assert list(shown.head) == ["network", "clean", "cost", "FGSM", "worst"]
         assert shown.rows == [
