@@ -67,7 +67,7 @@ def test_labels_of_so_many_pictures_are_kept():
 def write(root, name, size=(12, 8), mask_size=None, values=(0, 1, 2), split="", mode="L", picture=".jpg"):
     for kind in ("images", "masks"):
         (root / kind / split).mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(len(name) + ord(name[-1]))
+    rng = np.random.default_rng([*f"{split}/{name}".encode()])  # no picture twice
     wide, tall = size
     Image.fromarray(rng.integers(0, 255, (tall, wide, 3)).astype(np.uint8)).save(
         root / "images" / split / (name + picture)

@@ -20,7 +20,7 @@ from litdistill.tasks.base import Task, at_places, has_places
 from litdistill.tasks.metrics import of_known_classes
 from litdistill.types import Batch, Outputs
 from litdistill.utils.errors import UserError
-from litdistill.utils.units import quantity
+from litdistill.utils.units import named, quantity, shown
 
 if TYPE_CHECKING:
     from litdistill.distillation.distiller import Distiller
@@ -246,13 +246,13 @@ def check_teacher(
         return
     if not task.can_judge(value, targets):
         log.warning(
-            "%s cannot be judged on %s for validation: its %s is %.4g, guessing gives up to %.4g, and a good teacher "
+            "%s cannot be judged on %s for validation: its %s is %s, guessing gives up to %s, and a good teacher "
             "may have as little on so few. A larger data.val_size tells.",
-            *(who, quantity(len(targets), "sample"), name, value, chance),
+            *(who, quantity(len(targets), "sample"), named(name), shown(name, value), shown(name, chance)),
         )
     else:
         raise UserError(
-            f"{who} is at chance level: its {name} on the validation set is {value:.4g}, and guessing gives up to "
-            f"{chance:.4g}. A student would learn noise from it. Train the teacher, for longer if it was, name one that "
-            "is trained, check that it gets inputs and classes as it was trained with, or allow it with allow_chance=true."
+            f"{who} is at chance level: its {named(name)} on the validation set is {shown(name, value)}, and guessing gives up "
+            f"to {shown(name, chance)}. A student would learn noise from it. Train the teacher, for longer if it was, name one "
+            "that is trained, check that it gets inputs and classes as it was trained with, or allow it with allow_chance=true."
         )

@@ -107,7 +107,7 @@ def _below(root: Path, path: str, option: str) -> Path:
     for place in (root / path, Path(path)):
         if place.exists():
             return place
-    raise UserError(f"{option}={one_line(path)}: there is nothing of that name, in {one_line(root)} or else.")
+    raise UserError(f"{option}={one_line(path)}: there is nothing of that name, neither in {one_line(root)} nor here.")
 
 
 def find_files(root: Path) -> dict[str, Path]:
