@@ -75,7 +75,7 @@ def quick(monkeypatch):
     """Replaces training by a closed form; gives the folders in which it was called, in order."""
     calls: list[Path] = []
 
-    def train(cfg, callbacks=()):
+    def train(cfg, callbacks=(), member=None):
         calls.append(Path(cfg.folder))
         leave(cfg, accuracy(cfg))
 
@@ -124,7 +124,7 @@ def test_a_grid_is_every_combination(quick, tmp_path):
 def killed_at(trial: int):
     """A run in whose middle the process is killed."""
 
-    def train(cfg, callbacks=()):
+    def train(cfg, callbacks=(), member=None):
         if Path(cfg.folder).name == str(trial):
             os.kill(os.getpid(), signal.SIGKILL)
         leave(cfg, accuracy(cfg))
@@ -161,7 +161,7 @@ def test_a_killed_sweep_ends_as_if_it_had_not_been_killed(quick, monkeypatch, tm
 
 @pytest.mark.process
 def test_two_processes_share_a_sweep(quick, monkeypatch, tmp_path):
-    def train(cfg, callbacks=()):
+    def train(cfg, callbacks=(), member=None):
         with open(tmp_path / "calls", "a") as file:
             file.write(f"{Path(cfg.folder).name} {os.getpid()}\n")
         time.sleep(0.15)
@@ -180,7 +180,7 @@ def test_two_processes_share_a_sweep(quick, monkeypatch, tmp_path):
 
 
 def test_a_failed_trial_is_recorded_with_its_reason_and_the_rest_go_on(quick, monkeypatch, tmp_path):
-    def train(cfg, callbacks=()):
+    def train(cfg, callbacks=(), member=None):
         if Path(cfg.folder).name == "1":
             raise UserError("no such thing")
         if Path(cfg.folder).name == "2":
@@ -198,7 +198,7 @@ def test_a_failed_trial_is_recorded_with_its_reason_and_the_rest_go_on(quick, mo
 
 
 def test_a_sweep_of_failures_is_a_failure(quick, monkeypatch, tmp_path):
-    monkeypatch.setattr(sweep_trial, "train", lambda *_: 1 / 0)
+    monkeypatch.setattr(sweep_trial, "train", lambda *_, **__: 1 / 0)
     with pytest.raises(UserError, match=r"None of 2 trials succeeded.*ZeroDivisionError"):
         start(tmp_path / "a", "sweep.trials=2")
 
@@ -214,7 +214,7 @@ def test_a_trial_that_kills_its_process_is_given_up(quick, monkeypatch, tmp_path
 
 
 def test_a_stop_is_no_failure_of_the_trial(quick, monkeypatch, tmp_path):
-    def stop(cfg, callbacks=()):
+    def stop(cfg, callbacks=(), member=None):
         raise Stopped(signal.SIGTERM, "step 1")
 
     for _ in range(4):  # more often than a trial may die
@@ -246,7 +246,7 @@ def test_a_metric_that_is_better_when_smaller_is_minimised(quick, tmp_path):
 
 
 def test_seeds_are_averaged_within_a_trial(quick, monkeypatch, tmp_path):
-    def train(cfg, callbacks=()):
+    def train(cfg, callbacks=(), member=None):
         assert cfg.data.seed == cfg.seed
         leave(cfg, {3: 0.2, 4: 0.4, 9: 0.9}[cfg.seed] + cfg.method.hard)
 
@@ -316,7 +316,7 @@ TEMPERATURE = {"method.temperature": {"low": 2.0, "high": 9.0}}
     ],
 )
 def test_best_yaml_composes_to_the_config_of_the_best_trial(monkeypatch, tmp_path, overrides, space):
-    def train(cfg, callbacks=()):
+    def train(cfg, callbacks=(), member=None):
         folder = Path(cfg.folder)
         summary = {"val": {"best": 0.1 * (1 + int(next(p for p in folder.parts[::-1] if p.isdigit())))}}
         (folder / "summary.json").write_text(json.dumps(summary))
@@ -493,7 +493,7 @@ def test_a_trial_is_a_line_on_the_screen_and_its_lines_are_in_its_file_alone(qui
     handler = logging.StreamHandler(screen)
     monkeypatch.setattr(logging.getLogger(), "level", logging.INFO)
 
-    def train(cfg, callbacks=()):
+    def train(cfg, callbacks=(), member=None):
         logging.getLogger("litdistill.training.train").info("a line of the run")
         logging.getLogger("litdistill.training.prerequisites").info("No such teacher yet")
         leave(cfg, accuracy(cfg))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -42,6 +42,8 @@ class Group(NamedTuple):
     weights: tuple[float, ...]  # of each: see `Batch`
     first: int  # the place of the first in its epoch
     logs: bool  # whether something is logged after the last
+    # Of several trainings on this group: makes by its key what they have in common, once.
+    once: Callable[[Any, Callable[[], Any]], Any] | None = None
 
     def minibatches(self) -> Iterator[Batch]:
         """Each of them, as views of the tensors of all."""

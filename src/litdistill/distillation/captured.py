@@ -96,7 +96,7 @@ class CapturedStep:
         distiller = self.distiller
         if self.reason is not None:
             return teacher_ahead(distiller, group)
-        alone = self._records_teacher()
+        alone = group.once is None and self._records_teacher()
         teacher = None if alone else teacher_ahead(distiller, group)
         if self._tensors is None or not self._tensors.fits(group, teacher):
             self._tensors = GroupTensors(group, teacher)

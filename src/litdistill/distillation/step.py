@@ -91,9 +91,23 @@ def teacher_ahead(distiller: Distiller, group: Group) -> Sequence[Outputs] | Non
     Returns None without a teacher; for uncached features, which take too much memory for a whole group; and without a cache
     on a CPU, where large batches are no faster.
     """
-    if not runs_ahead(distiller):
+    shared = group.once
+    if not distiller.needs_teacher_outputs:
         return None
-    return distiller.teacher_outputs(group.batch).split(group.sizes)
+    assert distiller.teacher is not None
+    by_minibatch = shared is not None and distiller.cache is None and distiller.device.type in BY_MINIBATCH
+    if not runs_ahead(distiller) and (distiller.teacher.taps or not by_minibatch):
+        return None
+
+    def ahead() -> Sequence[Outputs]:
+        if by_minibatch:  # of several trainings on this group, each to be equal to one alone
+            return [distiller.teacher_outputs(batch) for batch in group.minibatches()]
+        return distiller.teacher_outputs(group.batch).split(group.sizes)
+
+    if shared is None:
+        return ahead()
+    outputs: Sequence[Outputs] = shared((distiller.teacher.key, distiller.trainer.precision), ahead)
+    return outputs
 
 
 def runs_ahead(distiller: Distiller) -> bool:

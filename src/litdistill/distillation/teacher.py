@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -114,6 +115,11 @@ class FrozenTeacher(nn.Module):
     def sha256(self) -> str:
         """Returns the SHA-256 of its weights, structure and preprocessing."""
         return network_sha256(self.net)
+
+    @cached_property
+    def key(self) -> tuple[Any, ...]:
+        """Returns what is equal for two teachers only if their outputs are, in one precision."""
+        return self.sha256, tuple(self.taps), self.mode
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FrozenTeacher:
         """Returns itself: averaging the student's weights copies the module that holds the teacher."""

@@ -8,6 +8,7 @@ checkpoint. So a sweep that was killed and resumed has the same trials as one wi
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import math
@@ -30,10 +31,12 @@ from litdistill.config.origin import is_foreign, remember, replayable
 from litdistill.config.recipes import recipe_hash
 from litdistill.tasks import Task
 from litdistill.training.monitors import monitored
+from litdistill.training.pack import Member
 from litdistill.utils.command_line import command_argv, config_dir_flags
 from litdistill.utils.distributed import launched
 from litdistill.utils.errors import Stopped, UserError
 from litdistill.utils.logging import format_seconds
+from litdistill.utils.run_names import varying
 
 try:
     import optuna
@@ -46,9 +49,10 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
+from litdistill.sweep.packed import pack_size, run_all
 from litdistill.sweep.report import best_trial, number, write_report
 from litdistill.sweep.space import first, fitting, grid, pinned, plain, read_space
-from litdistill.sweep.trial import OBJECTIVES, Plan, run_trial
+from litdistill.sweep.trial import OBJECTIVES, Plan, overrides_of, run_trial
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +69,7 @@ def sweep(cfg: DictConfig, overrides: Sequence[str], folder: Path) -> optuna.Stu
     plan = make_plan(cfg, overrides, folder)
     log.info("Sweep of %d trials over %s in %s", plan.count, ", ".join(plan.space), folder)
     try:
-        with helpers(cfg.sweep.workers - 1, overrides, folder) as others:
+        with helpers(cfg.sweep.workers - 1, overrides, folder) as others, varying(plan.varied):
             work(plan)
             for other in others:
                 other.wait()
@@ -85,15 +89,16 @@ def work(plan: Plan) -> None:
 
 
 def run_next(plan: Plan) -> bool:
-    """Claims a trial and runs it; returns False where none is left."""
-    if (claimed := claim(plan)) is None:
-        return False
-    trial, lock = claimed
+    """Claims a trial, or as many as are packed, and runs them; returns False where none is left."""
+    claimed: list[tuple[optuna.Trial, FileLock]] = []
     try:
-        attempt(plan, trial)
+        while len(claimed) < plan.pack and (one := claim(plan)) is not None:
+            claimed.append(one)
+        run_all(plan, [trial for trial, _ in claimed], functools.partial(attempt, plan))
     finally:
-        lock.release()
-    return True
+        for _, lock in claimed:
+            lock.release()
+    return bool(claimed)
 
 
 @contextlib.contextmanager
@@ -171,7 +176,7 @@ def make_plan(cfg: DictConfig, overrides: Sequence[str], folder: Path) -> Plan:
     if other := [key for key in current if key in before and before[key] != current[key]]:
         raise UserError(f"The sweep in {folder} has another {', another '.join(other)}. Start a new one.")
     study.set_user_attr("question", question)
-    return Plan(options, folder, common, space, study, storage, count, monitor)
+    return Plan(options, folder, common, space, study, storage, count, monitor, pack_size(options, base))
 
 
 def bare_task(node: DictConfig) -> Task:
@@ -180,7 +185,7 @@ def bare_task(node: DictConfig) -> Task:
     return task
 
 
-LEAST = {"trials": 1, "seed": 0, "workers": 1, "attempts": 1, "prune.startup": 0, "prune.warmup": 0}
+LEAST = {"trials": 1, "seed": 0, "workers": 1, "pack": 1, "attempts": 1, "prune.startup": 0, "prune.warmup": 0}
 
 
 def check_options(options: DictConfig) -> None:
@@ -294,6 +299,7 @@ def claim(plan: Plan) -> tuple[optuna.Trial, FileLock] | None:
         trial = study.ask()
         lock = _lock(plan, trial.number)
         assert lock is not None  # the trial is new, and the sweep's lock is held
+        overrides_of(plan, trial)  # drawn by this trial's sampler: the next of a pack has another
         return trial, lock
 
 
@@ -309,16 +315,20 @@ def _lock(plan: Plan, number: int) -> FileLock | None:
 # -- a trial ---------------------------------------------------------------------------------------------------------
 
 
-def attempt(plan: Plan, trial: optuna.Trial) -> None:
-    """Runs a trial and reports its state to the study; an error in it fails this trial only."""
+def attempt(plan: Plan, trial: optuna.Trial, member: Member | None = None) -> bool:
+    """Runs a trial and reports its state to the study; an error in it fails this trial only.
+
+    `member`: of a pack of trials; None: alone. Returns False for one that found no memory beside the others of its pack: it is
+    to be run alone.
+    """
     study, starts = plan.study, trial.user_attrs.get("starts", 0) + 1
     if starts > plan.options.attempts:
         trial.set_user_attr("reason", f"its process died {starts - 1} times")
         study.tell(trial, state=TrialState.FAIL)
-        return
+        return True
     trial.set_user_attr("starts", starts)
     try:
-        values = run_trial(plan, trial)
+        values = run_trial(plan, trial, member)
     except optuna.TrialPruned as end:
         trial.set_user_attr("reason", str(end))
         study.tell(trial, state=TrialState.PRUNED)
@@ -327,6 +337,9 @@ def attempt(plan: Plan, trial: optuna.Trial) -> None:
         trial.set_user_attr("starts", starts - 1)  # the sweep was stopped: this start does not count
         raise
     except Exception as error:
+        if member is not None and isinstance(error, torch.OutOfMemoryError):
+            trial.set_user_attr("starts", starts - 1)
+            return False
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
         trial.set_user_attr("reason", reason)
         study.tell(trial, state=TrialState.FAIL)
@@ -336,6 +349,7 @@ def attempt(plan: Plan, trial: optuna.Trial) -> None:
         shown = "  ".join(f"{name} {value:.6g}" for name, value in zip(plan.names, values, strict=True))
         params = " ".join(f"{key}={number(value)}" for key, value in trial.params.items())
         log.info("Trial %d  %s  %s%s", trial.number, params, shown, standing(plan))
+    return True
 
 
 def standing(plan: Plan) -> str:

@@ -22,12 +22,13 @@ from litdistill.data.protocol import input_dtype
 from litdistill.evaluation.evaluate import rebuild
 from litdistill.sweep.space import suggest, unbalanced
 from litdistill.training.loggers import guarded, note_results
+from litdistill.training.pack import Member
 from litdistill.training.train import train
 from litdistill.utils.checkpoint import write_text
 from litdistill.utils.command_line import as_command, command_argv, config_dir_flags, literal
 from litdistill.utils.errors import UserError
 from litdistill.utils.logging import logged_to
-from litdistill.utils.run_names import varied, varying
+from litdistill.utils.run_names import varied
 
 # The objectives and their keys in summary.json. None of them is measured on the test set.
 OBJECTIVES = {
@@ -52,6 +53,7 @@ class Plan:
     storage: optuna.storages.BaseStorage  # of the study
     count: int  # of trials
     monitor: str  # the metric that `val` is the best value of
+    pack: int = 1  # how many trials are trained side by side
 
     @property
     def names(self) -> list[str]:
@@ -72,23 +74,32 @@ class Plan:
         return self.options.prune is not None and len(self.options.objectives) == 1
 
 
-def run_trial(plan: Plan, trial: optuna.Trial) -> list[float]:
-    """Returns the trial's objective values: those of its run, or their means over its seeds."""
+def overrides_of(plan: Plan, trial: optuna.Trial) -> list[str]:
+    """Returns the overrides of a trial's runs; its point of the space is drawn when this is first called."""
     values = {name: suggest(trial, name, d) for name, d in plan.space.items()}
-    place = plan.folder / str(trial.number)
     overrides = [*plan.overrides, *(f"{name}={value}" for name, value in values.items())]
-    overrides += unbalanced(values, compose("train", overrides))
+    return [*overrides, *unbalanced(values, compose("train", overrides))]
+
+
+def run_trial(plan: Plan, trial: optuna.Trial, member: Member | None = None) -> list[float]:
+    """Returns the trial's objective values: those of its run, or their means over its seeds.
+
+    `member`: of a pack of trials; None: alone.
+    """
+    overrides, place = overrides_of(plan, trial), plan.folder / str(trial.number)
     trial.set_user_attr("overrides", overrides)
     if not plan.seeds:
-        return run_one(plan, trial, overrides, place, judged=plan.prunes)
+        return run_one(plan, trial, overrides, place, plan.prunes, member)
     found = [
-        run_one(plan, trial, [*overrides, f"seed={seed}"], place / f"seed{seed}", judged=plan.prunes and i == 0)
+        run_one(plan, trial, [*overrides, f"seed={seed}"], place / f"seed{seed}", plan.prunes and i == 0, member)
         for i, seed in enumerate(plan.seeds)
     ]
     return [statistics.fmean(column) for column in zip(*found, strict=True)]
 
 
-def run_one(plan: Plan, trial: optuna.Trial, overrides: list[str], folder: Path, judged: bool) -> list[float]:
+def run_one(
+    plan: Plan, trial: optuna.Trial, overrides: list[str], folder: Path, judged: bool, member: Member | None = None
+) -> list[float]:
     """Trains one run in its own folder, as `scripts/train.py` does, and returns its objective values."""
     inside = folder.is_relative_to(Path.cwd())
     whole = [*overrides, f"folder={literal(str(folder.relative_to(Path.cwd()) if inside else folder))}"]
@@ -98,9 +109,9 @@ def run_one(plan: Plan, trial: optuna.Trial, overrides: list[str], folder: Path,
     write_text(folder / ".hydra" / "config.yaml", OmegaConf.to_yaml(cfg))
     write_text(folder / ".hydra" / "overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(overrides)))
     argv = [*command_argv("train"), *config_dir_flags(), *whole]
-    with varying(plan.varied), as_command(argv), logged_to(folder / "train.log", alone=True):
+    with as_command(argv), logged_to(folder / "train.log", alone=True):
         callbacks = [OptunaPruningCallback(trial, plan.monitor, varied(whole))] if judged else []
-        train(cfg, callbacks)
+        train(cfg, callbacks, member=member)
     values = [objective(name, folder) for name in plan.options.objectives]
     if not all(map(math.isfinite, values)):
         raise UserError(f"{dict(zip(plan.names, values, strict=True))} is not finite")

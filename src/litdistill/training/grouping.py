@@ -7,6 +7,7 @@ and knows all of its callbacks; a `Distiller` in any other Trainer has automatic
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Iterable, Mapping
@@ -31,6 +32,7 @@ from litdistill.data.loading import IndexLoader, Rows
 from litdistill.data.protocol import IndexedData
 from litdistill.distillation.distiller import Distiller
 from litdistill.training.callbacks import EpochLogger, TestAccuracyMonitor
+from litdistill.training.pack import Member
 from litdistill.training.preemption import GracefulStop
 from litdistill.types import Batch, Group
 from litdistill.utils.errors import UserError
@@ -162,11 +164,15 @@ def layout_of(checkpoint: Mapping[str, Any]) -> Layout | None:
 
 
 class GroupedData(LightningDataModule):
-    """The loaders of `data` for a Trainer, with the training set divided into groups by `layout`."""
+    """The loaders of `data` for a Trainer, with the training set divided into groups by `layout`.
 
-    def __init__(self, data: IndexedData, layout: Layout):
+    `member`: of several trainings side by side, which share their batches; None: one alone.
+    """
+
+    def __init__(self, data: IndexedData, layout: Layout, member: Member | None = None):
         super().__init__()
-        self.data, self.layout = data, layout
+        self.data, self.layout, self.member = data, layout, member
+        self._identity = functools.cache(data.identity)  # data do not change while they are trained on
 
     def setup(self, stage: str) -> None:
         """Uses rank 0's layout on all ranks, since each has measured its own."""
@@ -189,14 +195,20 @@ class GroupedData(LightningDataModule):
     def test_dataloader(self) -> IndexLoader:
         return self.data.eval_loader("test", *self._world())
 
-    def transfer_batch_to_device(self, batch: Rows, device: torch.device, dataloader_idx: int) -> Rows:
-        """Lightning's hook; it would look for tensors among the sizes and weights of a group, too."""
-        views, images = (None if x is None else x.to(device, non_blocking=True) for x in (batch.views, batch.images))
-        return batch._replace(ids=batch.ids.to(device, non_blocking=True), views=views, images=images)
-
-    def on_after_batch_transfer(self, batch: Rows, dataloader_idx: int) -> Batch | Group:
-        """Lightning's hook; returns the batch or group for the ids, which are on the device."""
-        return self.data.make_batch(batch)
+    def transfer_batch_to_device(self, batch: Rows, device: torch.device, dataloader_idx: int) -> Batch | Group:
+        """Lightning's hook; returns the batch or group of the rows. Lightning itself would look for tensors among the sizes
+        and weights of a group, too."""
+        make = lambda: self.data.make_batch(moved(batch, device))  # noqa: E731
+        if self.member is None:
+            return make()
+        assert self.trainer is not None
+        return self.member.batch(self._identity(batch.split), batch, self.trainer.global_step, make)
 
     def _world(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
+
+
+def moved(rows: Rows, device: torch.device) -> Rows:
+    """Returns the rows with their tensors on the device."""
+    views, images = (None if x is None else x.to(device, non_blocking=True) for x in (rows.views, rows.images))
+    return rows._replace(ids=rows.ids.to(device, non_blocking=True), views=views, images=images)

@@ -45,6 +45,7 @@ from litdistill.training.grouping import GroupedData, group_size
 from litdistill.training.last_batch import say_what_is_left_out
 from litdistill.training.loggers import wandb_finished
 from litdistill.training.monitors import check_monitors, check_train_monitors
+from litdistill.training.pack import Member
 from litdistill.training.preemption import run_lock, translate_interrupts, translate_worker_errors
 from litdistill.training.preflight import check_data, check_student, check_values, horizon, with_min_steps
 from litdistill.training.prerequisites import Prerequisites
@@ -60,10 +61,13 @@ from litdistill.utils.versions import versions
 log = logging.getLogger(__name__)
 
 
-def train(cfg: DictConfig, callbacks: Sequence[Callback] = (), role: str = "Student") -> float:
+def train(
+    cfg: DictConfig, callbacks: Sequence[Callback] = (), role: str = "Student", member: Member | None = None
+) -> float:
     """Trains as `conf/train.yaml` describes; returns the best value of the metric that selects the epoch.
 
     `callbacks`: the caller's, which run before those of the config. `role`: who is trained, for the lines on the console.
+    `member`: of several trainings side by side (`litdistill.training.pack`).
     """
     folder = Path(cfg.folder)
     if is_complete(folder):  # a resumed sweep repeats no finished run
@@ -108,7 +112,7 @@ def train(cfg: DictConfig, callbacks: Sequence[Callback] = (), role: str = "Stud
         check_train_monitors(distiller, example, built.monitors)
         introduce(data, distiller, scale, role)
         fit_started = time.perf_counter()
-        best = fit(cfg, built, distiller, data, last.path)
+        best = fit(cfg, built, distiller, data, last.path, member)
         run = Run(cfg, folder, data, task, distiller, built, best, built.options.history)
         times = {"fit_s": time.perf_counter() - fit_started, "teacher_s": distiller.teacher_s}
         total_s = time.perf_counter() - started - before.seconds
@@ -154,7 +158,9 @@ def prepare_process(cfg: DictConfig) -> None:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str((Path(cfg.runs) / "cache" / "compile").absolute()))
 
 
-def fit(cfg: DictConfig, built: Built, distiller: Distiller, data: Any, last: Path | None) -> float:
+def fit(
+    cfg: DictConfig, built: Built, distiller: Distiller, data: Any, last: Path | None, member: Member | None = None
+) -> float:
     """Trains, from the checkpoint `last` if given; returns the best value of the metric that selects the epoch."""
     trainer = built.trainer
     module: LightningDataModule
@@ -165,7 +171,7 @@ def fit(cfg: DictConfig, built: Built, distiller: Distiller, data: Any, last: Pa
         layout = built.layout
         if layout.group and last is None:
             layout = layout._replace(group=group_size(distiller, data, layout.group))
-        module = GroupedData(data, layout)
+        module = GroupedData(data, layout, member)
     if cfg.trainer.max_epochs == 0:
         return untrained(built, distiller, module, Path(cfg.folder) / "checkpoints")
     try:

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import re
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -98,7 +99,8 @@ def _is_no_tip(record: logging.LogRecord) -> bool:
 
 @contextlib.contextmanager
 def logged_to(path: Path, alone: bool = False) -> Iterator[None]:
-    """Also writes log lines to the file `path` inside the context. `alone`: to that file and those opened inside it only.
+    """Also writes log lines to the file `path` inside the context. `alone`: those of this thread, to that file and those opened
+    inside it only.
 
     Of a run that is alone, the screen still shows that a teacher is trained first, which takes long.
     """
@@ -109,15 +111,22 @@ def logged_to(path: Path, alone: bool = False) -> Iterator[None]:
     silenced = (
         [h for h in root.handlers if type(h).__module__.partition(".")[0] in ("logging", "rich")] if alone else []
     )
+    here = threading.get_ident()
+    if alone:
+        handler.addFilter(lambda record: record.thread == here)
+
+    def is_shown(record: logging.LogRecord) -> bool:
+        return record.thread != here or _is_of_teacher(record)
+
     for other in silenced:
-        other.addFilter(_is_of_teacher)
+        other.addFilter(is_shown)
     root.addHandler(handler)
     try:
         yield
     finally:
         root.removeHandler(handler)
         for other in silenced:
-            other.removeFilter(_is_of_teacher)
+            other.removeFilter(is_shown)
         handler.close()
 
 

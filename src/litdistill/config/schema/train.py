@@ -236,6 +236,10 @@ class SweepOptions(Node):
         "processes of this machine that work on it at once; any number may join from elsewhere, also later, "
         "by litdistill sweep resume=<folder>"
     )
+    pack: Count = option(
+        "trials that are trained side by side on one pass of images and teacher, on one GPU, each to the bit as alone; those "
+        "with the same data and teacher: where seed is searched, set data.seed and data.subset_seed"
+    )
     attempts: Count = option("a trial that has died with its process so often is recorded as failed")
     storage: Text = option(
         "sqlite, in the sweep's folder; journal: a file there, for file systems without locks that SQLite can use; "
