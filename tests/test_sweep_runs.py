@@ -91,7 +91,7 @@ def test_a_stopped_trial_goes_on_from_its_checkpoint(real, teachers, monkeypatch
     options = [*SMALL, f"runs={teachers}", "trainer.max_epochs=3", "sweep=grid"]
     space = {"optimizer.lr": [0.01]}
     with monkeypatch.context() as patch:
-        patch.setattr(sweep_trial, "train", lambda cfg, callbacks: train(cfg, [*callbacks, StopAt()]))
+        patch.setattr(sweep_trial, "train", lambda cfg, callbacks, member: train(cfg, [*callbacks, StopAt()]))
         with pytest.raises(Stopped):
             start(tmp_path / "a", *options, space=space)
     caplog.set_level("INFO", "litdistill")

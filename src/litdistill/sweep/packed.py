@@ -101,4 +101,4 @@ def _flat(name: str, node: Any) -> dict[str, Any]:
     value = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
     if not isinstance(value, dict):
         return {name: value}
-    return {key: leaf for inner, part in value.items() for key, leaf in _flat(f"{name}.{inner}", part).items()}
+    return {key: leaf for inner, part in value.items() for key, leaf in _flat(f"{name}.{inner!s}", part).items()}

@@ -237,8 +237,8 @@ class SweepOptions(Node):
         "by litdistill sweep resume=<folder>"
     )
     pack: Count = option(
-        "trials that are trained side by side on one pass of images and teacher, on one GPU, each to the bit as alone; those "
-        "with the same data and teacher: where seed is searched, set data.seed and data.subset_seed"
+        "trials that are trained side by side on one pass of images and teacher, on one GPU: those with the same data and "
+        "teacher; where seed is searched, set data.seed and data.subset_seed"
     )
     attempts: Count = option("a trial that has died with its process so often is recorded as failed")
     storage: Text = option(
