@@ -73,13 +73,16 @@ def side_by_side(folder, options, trials=TRIALS):
 @pytest.mark.parametrize(("recorder", "cache"), [(None, "off"), (Replays, "memory")])
 def test_each_is_equal_to_the_bit_to_one_alone(tmp_path, recorder, cache):
     options = lambda: [{"recorder": recorder and recorder(), "cache": cache} for _ in TRIALS]  # noqa: E731
-    alone = [run(tmp_path / f"alone{i}", t, **o) for i, (t, o) in enumerate(zip(TRIALS, options(), strict=True))]
-    own = options()
+    own, theirs = options(), options()
+    alone = [run(tmp_path / f"alone{i}", t, **o) for i, (t, o) in enumerate(zip(TRIALS, theirs, strict=True))]
     packed = side_by_side(tmp_path, own)
     for (one, a), (other, b) in zip(alone, packed, strict=True):
         assert same(one, other)
         assert logged(a) == logged(b)
-    assert recorder is None or all(o["recorder"].recorded > 0 for o in own)
+    if recorder is not None:
+        recorded, expected = ([o["recorder"].recorded for o in options] for options in (own, theirs))
+        assert recorded == expected
+        assert recorded[0] > 0
 
 
 @pytest.fixture
