@@ -99,11 +99,11 @@ def by_row(
 # By name: what stands on the command line beside experiment=secure/robust.
 STUDENTS = {
     "labels alone": ("method=supervised", "adversarial=none"),
-    "`kd`": ("method=kd", "adversarial=none"),
+    "kd": ("method=kd", "adversarial=none"),
     "labels, adversarial": ("method=supervised",),
-    "`kd`, adversarial": ("method=kd",),
-    "`ard`": ("method=ard",),
-    "`rslad`": ("method=rslad",),
+    "kd, adversarial": ("method=kd",),
+    "ard": ("method=ard",),
+    "rslad": ("method=rslad",),
 }
 
 
@@ -116,9 +116,7 @@ def job(name: str, seed: int, choices: Mapping[str, Any]) -> Job:
         "data.batch_size=64",
     ]
     said += [*STUDENTS[name], f"seed={seed}", f"runs={choices['runs']}"]
-    return Job(
-        "robust-" + "-".join(name.replace("`", "").replace(",", "").split()), "", seed, tuple(said), choices["runs"]
-    )
+    return Job("robust-" + "-".join(name.replace(",", "").split()), "", seed, tuple(said), choices["runs"])
 
 
 def robust_student(one: Job) -> tuple[Scores, Scores]:
@@ -278,7 +276,7 @@ def draw(found: Mapping[str, Mapping[str, Kept]], path: Path) -> None:
             means = [100 * mean(values) for values in scores.values()]
             look = {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i], "linewidth": 1.2, "markersize": 4}
             columns = [column.split(" steps")[0].replace(", 1000 queries", "") for column in scores]
-            axes.plot(columns, means, label=name.replace("`", ""), **look)
+            axes.plot(columns, means, label=name, **look)
         axes.set_ylim(0, 101)
         axes.tick_params("x", rotation=30)
         axes.set_title(f"{part}, {one['dataset']}", fontsize=10, loc="left")

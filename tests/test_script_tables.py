@@ -34,7 +34,7 @@ def test_a_text_stands_between_its_marks_and_the_rest_is_kept():
     before = "# A\n\n<!-- robust -->\nold\n<!-- end robust -->\n\nB\n"
     after = "# A\n\n<!-- robust -->\n\nnew\n\n<!-- end robust -->\n\nB\n"
     assert between_marks(before, "robust", "new") == after == between_marks(after, "robust", "new")
-    for document in ("# A", before + before, before.replace("<!-- end robust -->", "")):
+    for document in ("# A", before + before, before.replace("<!-- end robust -->", ""), f"{before}<!-- end robust -->"):
         with pytest.raises(UserError, match="needs <!-- robust --> and <!-- end robust -->"):
             between_marks(document, "robust", "new")
 

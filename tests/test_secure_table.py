@@ -49,7 +49,7 @@ def test_parts_have_sections_and_marks_in_the_document(script):
 def test_students_differ_in_what_their_names_say_and_share_one_robust_teacher(script):
     cells = {name: config_of(script.job(name, 1, chosen(script))) for name in script.STUDENTS}
     attacked = {name for name, cfg in cells.items() if cfg.adversarial}
-    assert attacked == {"labels, adversarial", "`kd`, adversarial", "`ard`", "`rslad`"}
+    assert attacked == {"labels, adversarial", "kd, adversarial", "ard", "rslad"}
     for cfg in cells.values():
         assert cfg.teacher.recipe.adversarial == {"eps": script.EPS, "step": None, "steps": 10}
         assert cfg.trainer.check_val_every_n_epoch == cfg.trainer.max_epochs  # no epoch is chosen

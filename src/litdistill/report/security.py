@@ -112,7 +112,7 @@ def of_students(kept: Mapping[str, Any], key: str = "") -> Section:
         f"{_under_attack(kept)} The student has {student:,} parameters, its teacher {teacher:,}; the weights are those of the "
         f"last of {quantity(kept['epochs'], 'epoch')}. Worst: under all attacks at once."
     )
-    title = "Robust students: accuracy under attack, and what adversarial training costs"
+    title = f"Robust students on {kept['dataset']}: accuracy under attack, and what adversarial training costs"
     return Section(f"{key}robust", title, [_accuracies(f"{key}students", kept), Fold(MEASURED, [text])])
 
 
@@ -122,7 +122,7 @@ def of_defenses(kept: Mapping[str, Any], key: str = "") -> Section:
         f"{_under_attack(kept)} {quantity(kept['epochs'], 'epoch')} each. FGSM and PGD (20 steps) follow the gradient of the "
         "cross-entropy, as they are usually written; T is 1 for labels alone."
     )
-    title = "Defensive distillation, and the attacks that see through it"
+    title = f"Defensive distillation on {kept['dataset']}, and the attacks that see through it"
     return Section(f"{key}defensive", title, [_accuracies(f"{key}defenses", kept), Fold(MEASURED, [text])])
 
 
