@@ -1,43 +1,16 @@
-"""The table that scripts/compare_table.py makes of a page: what it takes of it, and that the document has what it wrote."""
+"""The table of scripts/compare_table.py: which runs it takes, what stands in its cells, and that the document has it."""
 
 from __future__ import annotations
 
 import importlib.util
+import re
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 from litdistill.utils.errors import UserError
 from litdistill.utils.paths import CONF
-
-PAGE = """# Techniques compared
-
-| model | mAP % | against its teacher | mAP50 % | network | starts from |
-|---|---:|---:|---:|---|---|
-| 1 teacher | 81.06 |  | 96.57 | big | nothing |
-| 2 pruned | 76.79 ± 0.10 | −4.27 | 95.56 | small | the teacher (1,000 images) |
-| 3 pruned, then int8 | 76.53 | −4.53 | 95.31 | small | the teacher (1,000 images) |
-| 4 scratch \\[!\\] | 58.83 | −22.23 | 82.70 | small | nothing |
-
-| in int8 | same % | mAP % |
-|---|---:|---:|
-| pruned | 99.00 | 76.53 |
-
-| model | precision | parameters | file, kB | batch 1: p50, ms | of teacher's (quartiles) | p95, ms | of teacher's (quartiles) |
-|---|---|---:|---:|---:|---:|---:|---:|
-| 1 teacher | fp32 | 797,823 | 3,236.7 | 1.807 | 1.00 | 14.621 | 1.00 |
-| 2 pruned | fp32 | 49,809 | 246.8 | 0.418 | 0.23 | 3.772 | 0.26 |
-| 3 pruned, then int8 | int8 | 49,809 | 137.9 | 0.400 | 0.22 | 3.600 | 0.25 |
-"""
-EXPECTED = """| detector | mAP % | mAP50 % | parameters | file, kB | batch 1: p50, ms | of the teacher's | starts from |
-|---|---:|---:|---:|---:|---:|---:|---:|
-| teacher | 81.06 | 96.57 | 797,823 | 3,236.7 | 1.807 | 1.00 | nothing |
-| pruned | 76.79 ± 0.10 | 95.56 | 49,809 | 246.8 | 0.418 | 0.23 | the teacher (1,000 images) |
-| scratch | 58.83 | 82.70 |  |  |  |  | nothing |
-
-| in int8 | same % | mAP % |
-|---|---:|---:|
-| pruned | 99.00 | 76.53 |"""
 
 
 @pytest.fixture(scope="module")
@@ -50,11 +23,42 @@ def script() -> ModuleType:
     return module
 
 
-def test_a_row_a_technique_with_its_cost_and_one_a_file_in_int8(script):
-    assert script.text_of(PAGE) == EXPECTED
+def run(technique: str | None, seed: int, metric: str = "map") -> tuple[Path, dict]:
+    return Path(f"{technique}-{seed}"), {"technique": technique, "seed": seed, "metric": {"name": metric}}
 
 
-@pytest.mark.parametrize("gone", ["| in int8 |", "| model | mAP % |", "| model | precision |"])
-def test_a_page_of_something_else_is_refused(script, gone):
-    with pytest.raises(UserError, match="no table of detectors"):
-        script.text_of(PAGE.replace(gone, "| other |"))
+def test_runs_of_a_technique_are_taken_by_seed_and_those_of_no_detector_are_not(script):
+    found = [
+        run("pseudo_boxes", 1),
+        run("backbone", 0, "accuracy"),
+        run(None, 0),
+        run("distilled", 0),
+        run("pseudo_boxes", 0),
+    ]
+    named = script.by_technique(found)
+    assert list(named) == ["distilled", "pseudo boxes"]
+    assert [str(folder) for folder, _ in named["pseudo boxes"]] == ["pseudo_boxes-0", "pseudo_boxes-1"]
+    with pytest.raises(UserError, match="None of these runs is a detector"):
+        script.by_technique(found[1:3])
+
+
+def test_a_row_has_a_detector_and_its_int8_file(script):
+    checks = [{"exported": 0.74, "agreement": 0.99}, {"exported": 0.76, "agreement": 0.97}]
+    rows = {"distilled": script.Row([0.75, 0.77], checks, {})}
+    sizes = {"teacher": 3_236_700, "distilled": 239_000, "distilled, then int8": 116_700}
+    times = {"teacher": 1.0, "distilled": 0.184, "distilled, then int8": 0.166}
+    timed = {k: {1: {"ratio": (0.0, ratio, 9.0)}} for k, ratio in times.items()}
+    lines = script.text_of(0.8106, rows, sizes, timed).splitlines()
+    assert lines[2] == "| teacher | 1 | 81.06 |  |  | 3,237 |  | 1.00 |  |"
+    cells = "distilled | 2 | 76.00 ± 1.41 | 75.00 ± 1.41 | 98.00 ± 1.41 | 239 | 117 | 0.18 | 0.17"
+    assert lines[3] == f"| {cells} |"
+
+
+def test_the_document_has_a_table_that_the_script_wrote(script):
+    document = (CONF.parent / script.DEFAULTS["out"]).read_text()
+    (part,) = re.findall(r"<!-- compare -->\n\n(.*)\n\n<!-- end compare -->", document, re.DOTALL)
+    lines = part.splitlines()
+    assert lines[0] == "| " + " | ".join(script.HEAD) + " |"
+    names = {line.split(" | ")[0].removeprefix("| ") for line in lines[2:]}
+    files = {p.stem.replace("_", " ") for p in (CONF / "experiment" / "compare" / "detection").glob("[!_]*.yaml")}
+    assert names == files | {script.TEACHER}
