@@ -53,7 +53,7 @@ ROWS = {
     "fitnet": Row("fitnet", "pyramid, the middle level", (ALONE, *TAPS)),
     "mgd": Row("mgd", "pyramid", (ALONE, *MASKS, *TAPS)),
     "fgd": Row("fgd", "pyramid", (ALONE,)),
-    CONTROL_OF_ALL: Row("supervised", "no teacher", (), None),
+    CONTROL_OF_ALL: Row("supervised", "no teacher", ("data.only_labelled=false",), None),
     "at of all": Row("at", "pyramid", TAPS, CONTROL_OF_ALL),
     "cwd of all": Row("cwd", "pyramid", TAPS, CONTROL_OF_ALL),
     "mgd as published": Row("mgd", "pyramid", ("method.hint=2e-5", *MASKS, *TAPS), CONTROL_OF_ALL),
