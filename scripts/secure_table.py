@@ -149,7 +149,7 @@ def robust(choices: DictConfig) -> Kept:
     return {
         **{"eps": EPS, "images": min(IMAGES, summary["data"]["test"]), "epochs": summary["epochs"], "rows": rows},
         **{"params": [summary[one]["params"] for one in ("student", "teacher")]},
-        "seconds": round(sum(s["seconds"] for s in scores.values()) + teacher["seconds"]),
+        "seconds": round(sum(s["seconds"] for s in scores.values()) + teacher["seconds"], 1),
     }
 
 
@@ -221,7 +221,7 @@ def defensive(choices: DictConfig) -> Kept:
     found = together(defended, [(*cell, plain) for cell in cells], choices.jobs)
     rows = by_row(list(TEMPERATURES), dict(zip(cells, found, strict=True)), choices.seeds)
     about = {"eps": EPS, "images": IMAGES, "epochs": EPOCHS[choices.dataset]}
-    return {**about, "rows": rows, "seconds": round(sum(s["seconds"] for s in found))}
+    return {**about, "rows": rows, "seconds": round(sum(s["seconds"] for s in found), 1)}
 
 
 # -- the document -------------------------------------------------------------------------------------------------------

@@ -223,7 +223,7 @@ def test_a_sweep_goes_down_on_an_error_and_up_on_a_precision(tmp_path, monkeypat
     from litdistill.sweep import trial as sweep_trial
     from tests.test_sweep import start
 
-    def stand_in(cfg, callbacks=()):
+    def stand_in(cfg, callbacks=(), **_):
         assert callbacks[0].monitor == ("val/rmse" if cfg.data._target_.endswith("diabetes") else "val/map")
         val = {"val": {"best": cfg.optimizer.lr}}
         Path(cfg.folder, "summary.json").write_text(json.dumps(val))

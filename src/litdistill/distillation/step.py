@@ -167,9 +167,14 @@ def label_terms(distiller: Distiller, student: Outputs, batch: Batch) -> dict[st
 
 
 def measures(distiller: Distiller) -> bool:
-    """Returns whether gradients are measured in this minibatch: one of the first, once the labels' loss counts."""
+    """Returns whether gradients are measured in this minibatch: one of a training's first, once the labels' loss counts."""
     balance = distiller.balance
-    return balance is not None and not balance.finished and distiller.current_epoch >= distiller.method.init_epochs
+    if balance is None or balance.finished or distiller.current_epoch < distiller.method.init_epochs:
+        return False
+    try:
+        return bool(distiller.trainer.training)
+    except RuntimeError:  # a loss that somebody asks for without a trainer
+        return False
 
 
 def weighed(
