@@ -85,6 +85,7 @@ def test_a_reader_that_has_gone_is_no_traceback():
     assert (done.returncode, done.stderr) == (141, b"")
 
 
+@pytest.mark.process
 def test_what_needs_no_config_imports_no_pydantic():
     code = (
         "import sys, litdistill, litdistill.methods, litdistill.data, litdistill.models\n"

@@ -227,7 +227,7 @@ def test_a_teacher_that_guesses_is_refused(name, tmp_path):
     short = [k for k in SHORT if name in TASKS or "recipe" not in k]
     with pytest.raises(UserError, match="teacher is at chance level") as caught:
         finished(tmp_path / "run", *keys, *short, "teacher.checkpoint=null", runs=tmp_path)
-    assert {"classification": "accuracy", "multilabel": "map", "regression": "rmse"}[name] in str(caught.value)
+    assert {"classification": "accuracy", "multilabel": "mAP", "regression": "RMSE"}[name] in str(caught.value)
     finished(tmp_path / "b", *keys, *short, "teacher.checkpoint=null", "teacher.allow_chance=true", runs=tmp_path)
 
 

@@ -201,7 +201,9 @@ def test_a_starting_point_is_trained_once(tiny, runs):
 def test_the_time_of_a_teacher_that_is_trained_first_is_not_the_runs(tmp_path, monkeypatch):
     ticks = itertools.count()
     for module in (train_module, prerequisites):
-        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
+        monkeypatch.setattr(
+            module, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks)), process_time=float)
+        )
 
     def slow(cfg, **options):
         nonlocal ticks

@@ -16,7 +16,7 @@ def beside_float(group: Group, key: str) -> list[Block]:
     decided = pairs[0][1].seeds[0].summary["check"]["compared"][1]
     about = (
         f"In int8 after training, its ranges by training {group.things}. Same: how many {decided}, of those of the file and "
-        "of its float network, on the test set. Where these are fewer than `litdistill export` asks for there is no file."
+        "of its float network, on the test set. Where these are fewer than litdistill export asks for there is no file."
     )
     head = [
         "in int8",
