@@ -34,7 +34,7 @@ def test_the_page_is_whole_at_every_width(made, width, dark):
     sizes = page.evaluate("[...document.images].map(i => i.complete && i.naturalWidth)")
     assert sizes
     assert set(sizes) == {8}
-    for name in ("quality", "cost", "classes", "ece", "corruptions", "attacks", "time"):
+    for name in ("quality", "cost", "each-class", "ece", "corruptions", "attacks", "time"):
         assert page.evaluate(f"document.querySelectorAll('#{name} tbody tr').length") == 13, name
     outside = page.evaluate("""
         [...document.querySelectorAll('main *')].filter(e => {
