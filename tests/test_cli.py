@@ -21,6 +21,7 @@ from litdistill.cli.suggestions import suggestions
 from litdistill.report.tables import rows, summaries
 from litdistill.report.writers import markdown
 from litdistill.utils.errors import UserError
+from litdistill.utils.paths import CONF
 from litdistill.utils.text import markdown_table
 from litdistill.utils.units import gain, spread
 
@@ -155,6 +156,21 @@ def test_a_user_error_is_shown_alone_and_a_defect_with_its_traceback(monkeypatch
 
     with pytest.raises(ZeroDivisionError):
         run_task(broken, "train")
+
+
+@pytest.mark.parametrize("verb", sorted(p.stem for p in CONF.glob("*.yaml")))
+def test_a_refused_command_leaves_the_folder_in_which_it_was_called(verb, monkeypatch, tmp_path):
+    def wrong(cfg):
+        raise UserError("the remedy")
+
+    (tmp_path / "own.log").write_text("mine")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [f"{verb}.py"])
+    with pytest.raises(SystemExit):
+        run_task(wrong, verb)
+    assert (tmp_path / "own.log").read_text() == "mine"
+    assert (tmp_path / "empty").is_dir()
 
 
 def test_a_full_or_read_only_disk_is_named_with_the_remedy(monkeypatch, capsys, tmp_path):

@@ -11,6 +11,8 @@ import torch
 from faster_coco_eval import COCO, COCOeval_faster
 from torch import Tensor, nn
 
+from litdistill.distillation.checks import check_method
+from litdistill.methods import KD
 from litdistill.tasks.detection import metrics as module
 from litdistill.tasks.detection.boxes import padded
 from litdistill.tasks.detection.decode import detections
@@ -303,3 +305,8 @@ def test_metrics_take_dense_heads_too() -> None:
     kept.update(task.keep(outputs), targets)
     assert dense.compute() == kept.compute()
     assert isinstance(dense, MeanAP)
+
+
+def test_a_method_for_other_logits_is_refused_with_those_for_boxes():
+    with pytest.raises(UserError, match=r"those of Detection are boxes: use dense_kd, pkd, fgd or pseudo_boxes\.$"):
+        check_method(KD(), object(), Detection())

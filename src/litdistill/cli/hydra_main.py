@@ -141,7 +141,12 @@ def run_task(task: Callable[[DictConfig], Any], config_name: str, verb: str | No
 
 
 def remove_if_empty(folder: Path) -> None:
-    """Removes the folder of a run in which nothing was trained: there is only Hydra's record, a lock, and what was printed."""
+    """Removes the folder of a run in which nothing was trained: there is only Hydra's record, a lock, and what was printed.
+
+    Not the folder in which the command was called, nor one above it: commands that make no folder of their own have that one.
+    """
+    if not (folder / ".hydra").is_dir() or Path.cwd().is_relative_to(folder.resolve()):
+        return
     files = [p for p in folder.rglob("*") if not p.is_dir()]
     own = [p for p in files if p.parent != folder / ".hydra" and p.name != ".lock"]
     if not all(p.suffix == ".log" for p in own):

@@ -18,7 +18,7 @@ from litdistill.distillation.inference import NORMS
 from litdistill.distillation.recorded import RecordedTeacher
 from litdistill.distillation.teacher import FrozenTeacher
 from litdistill.methods import NAMES
-from litdistill.methods.base import WEIGHTS, MapMethod, Method
+from litdistill.methods.base import BOXES, WEIGHTS, MapMethod, Method
 from litdistill.methods.shuffled import Shuffled
 from litdistill.methods.sum import Sum
 from litdistill.models.ensemble import Ensemble
@@ -38,9 +38,11 @@ def check_method(method: Method, teacher: object, task: Task) -> None:
     if method.needs_teacher and teacher is None:
         raise UserError(f"{name} learns from a teacher: give one, or use Supervised.")
     if task.kind not in method.kinds:
+        others = "a method that reads features, LogitMSE, or for several labels BinaryKD"
+        remedy = "dense_kd, pkd, fgd or pseudo_boxes" if task.kind == BOXES else others
         raise UserError(
             f"{name} is defined for logits that are {' or '.join(method.kinds)}, and those of {type(task).__name__} are "
-            f"{task.kind}: use a method that reads features, LogitMSE, or for several labels BinaryKD."
+            f"{task.kind}: use {remedy}."
         )
     if has_places(task) and not method.takes_places:
         known = {NAMES[kind]: getattr(methods, kind) for kind in sorted(NAMES, key=NAMES.__getitem__)}
