@@ -122,7 +122,9 @@ def test_both_processes_end_with_the_same_weights(tmp_path):
 
 @pytest.mark.process
 def test_two_processes_train_a_detector_and_measure_it_as_one_does(tmp_path, monkeypatch):
-    monkeypatch.setattr("litdistill.tasks.detection.scenes.TESTED", 500)  # as in processes that these tests do not patch
+    monkeypatch.setattr(
+        "litdistill.tasks.detection.scenes.TESTED", 500
+    )  # as in processes that these tests do not patch
     # 17 validation pictures and 7 in a batch: no multiple of the batches of two ranks.
     ddp = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "data.eval_batch_size=7", "name=two"]
     overrides = [a for a in TINY if a != "trainer=cpu"]

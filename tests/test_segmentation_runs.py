@@ -113,7 +113,9 @@ def test_a_student_that_resizes_its_pictures_gives_masks_of_their_size(run):
 
 @pytest.mark.process
 def test_two_processes_measure_masks_as_one(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("litdistill.tasks.segmentation.data.TESTED", 500)  # as in processes that these tests do not patch
+    monkeypatch.setattr(
+        "litdistill.tasks.segmentation.data.TESTED", 500
+    )  # as in processes that these tests do not patch
     options = [option for option in SMALL if option != "trainer=cpu"]
     ddp = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "data.eval_batch_size=7", "name=two"]
     done = call("train", *options, *ddp, cwd=tmp_path)
