@@ -178,6 +178,7 @@ def test_the_bare_step_trains_the_student(monkeypatch, cached):
 
 
 @pytest.mark.process
+@pytest.mark.timeout(1800)
 def test_the_dry_form_runs_to_its_end(tmp_path):
     assert gpu.main(["device=cpu", f"out={tmp_path}"]) == 0
     assert set(ended(tmp_path).values()) == {0}
