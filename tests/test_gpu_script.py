@@ -177,8 +177,7 @@ def test_the_bare_step_trains_the_student(monkeypatch, cached):
     assert gpu_graph.seconds_of(bench, gpu_graph.captured(step, CPU), 2) > 0
 
 
-@pytest.mark.process
-@pytest.mark.timeout(1800)
+@pytest.mark.slow
 def test_the_dry_form_runs_to_its_end(tmp_path):
     assert gpu.main(["device=cpu", f"out={tmp_path}"]) == 0
     assert set(ended(tmp_path).values()) == {0}
