@@ -4,11 +4,13 @@ import signal
 
 import pytest
 import torch
+from hydra import initialize_config_dir
 from omegaconf import OmegaConf
 
 from litdistill.sweep import packed
 from litdistill.sweep import trial as sweep_trial
 from litdistill.utils.errors import Stopped, UserError
+from litdistill.utils.paths import CONF
 
 pytest.importorskip("optuna")
 
@@ -102,7 +104,8 @@ def test_a_pack_that_is_stopped_goes_on_as_a_pack(called, monkeypatch, tmp_path)
 
 
 def changed(**options):
-    cfg = default_config().copy()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = default_config().copy()
     for key, value in options.items():
         OmegaConf.update(cfg, key.replace("__", "."), value, force_add=True)
     return cfg
