@@ -2,12 +2,13 @@
 
     python scripts/benchmark.py                              all of it: a table, and benchmark.json
     python scripts/benchmark.py --pairs small --rounds 3     one pair, quickly
-    python scripts/benchmark.py --device cuda                on a GPU: FLOPs, the share of its peak and kernels a step too
+
+It measures on a CPU. On a GPU `make gpu` does, whose stages have a time limit each (`scripts/gpu.py`).
 
 All variants of a pair run on one thread, in turn, every other round in reverse: other projects' loops in one process and this
 project's in another, since the project sets its process's allocator (`litdistill.utils.allocator`). What is compared is
-process CPU time a step (on a GPU wall time, synchronized), and figures are medians of each round's ratio, with quartiles:
-milliseconds drift on a shared machine, ratios hardly.
+process CPU time a step, and figures are medians of each round's ratio, with quartiles: milliseconds drift on a shared machine,
+ratios hardly.
 
 `peers`: images augmented one by one by torchvision's transforms in a DataLoader, the teacher run anew in each step, the plain
 optimizer, loss and accuracy read after each step. `torchdistill`: its distillation box on the same loader, where installed.
@@ -33,7 +34,7 @@ from typing import Any
 
 import torch
 from benchmark_parts import PAIRS, Bench, Pair, budget, hushed, variants
-from benchmark_questions import filled_by_views, growth, kernels_a_step, peak_memory, share_of_peak
+from benchmark_questions import filled_by_views, growth, peak_memory, share_of_peak
 
 from litdistill.utils.allocator import keep_freed_memory
 
@@ -44,15 +45,16 @@ TARGETS = {  # what the ratios are to reach, on two cores
     "resnet32x4": {"peers/live": 1.35, "peers/cached": 3, "cached/floor": 1.05, "cached/hard": 1.05},
 }
 
+CPU = torch.device("cpu")
 OTHERS = ["peers", "torchdistill"]
 OTHER_RATIOS = [("peers", "packed"), ("peers", "bf16"), ("torchdistill", "cached")]  # without an aim
 QUESTIONS = ["pairs", "filled", "data", "growth", "memory"]
 
 
-def ratios(pair: Pair, rounds: int, device: torch.device) -> dict[str, Any]:
+def ratios(pair: Pair, rounds: int) -> dict[str, Any]:
     """Times all variants of a pair; medians in milliseconds, ratios with quartiles, and what a step is made of."""
     with contextlib.ExitStack() as at_end:
-        run = served(pair, device, False, at_end) | served(pair, device, True, at_end)
+        run = served(pair, False, at_end) | served(pair, True, at_end)
         times: dict[str, list[float]] = {name: [] for name in run}
         for i in range(rounds):
             for name in list(run) if i % 2 == 0 else list(run)[::-1]:
@@ -62,18 +64,16 @@ def ratios(pair: Pair, rounds: int, device: torch.device) -> dict[str, Any]:
     for name in [*TARGETS[pair.name], *others]:
         over, under = name.split("/")
         found["ratios"][name] = quartiles([a / b for a, b in zip(times[over], times[under], strict=True)])
-    bench = Bench(pair, device)
+    bench = Bench(pair, CPU)
     found["budget_ms"] = {name: 1e3 * seconds for name, seconds in budget(bench, rounds).items()}
     found["peak"] = share_of_peak(bench, found["budget_ms"]["teacher"] / 1e3, found["ms"]["live"] / 1e3)
-    if device.type == "cuda":
-        found["kernels"] = kernels_a_step(bench)
     return found
 
 
-def served(pair: Pair, device: torch.device, own: bool, at_end: contextlib.ExitStack) -> dict[str, Callable[[], float]]:
+def served(pair: Pair, own: bool, at_end: contextlib.ExitStack) -> dict[str, Callable[[], float]]:
     """This project's variants, or those of others, in a process of their own; by name, as `variants` gives them."""
     here, there = multiprocessing.Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=serve, args=(there, pair, device, own))
+    process = multiprocessing.get_context("spawn").Process(target=serve, args=(there, pair, own))
     process.start()
     there.close()
     at_end.callback(process.join)
@@ -86,10 +86,10 @@ def served(pair: Pair, device: torch.device, own: bool, at_end: contextlib.ExitS
     return {name: functools.partial(ask, name) for name in here.recv()}
 
 
-def serve(pipe: Connection, pair: Pair, device: torch.device, own: bool) -> None:
+def serve(pipe: Connection, pair: Pair, own: bool) -> None:
     """Runs what it is asked for by name, once it is warm: allocations, kernels, the loader's first images."""
     quiet(own)
-    run = {name: step for name, step in variants(Bench(pair, device)).items() if (name not in OTHERS) == own}
+    run = {name: step for name, step in variants(Bench(pair, CPU)).items() if (name not in OTHERS) == own}
     for step in run.values():
         step()
     pipe.send(list(run))
@@ -210,13 +210,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", nargs="*", choices=[*PAIRS], default=None, help="which pairs; all where left out")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--device", default="cpu", help="cpu; a GPU is measured by make gpu")
     parser.add_argument("--only", nargs="*", choices=QUESTIONS, default=None)
     parser.add_argument("--json", type=Path, default=Path("benchmark.json"), help="where the figures go")
     parser.add_argument("--into", type=Path, default=None, help="a page whose part <!-- benchmark --> is written anew")
     args = parser.parse_args()
+    if args.device != "cpu":
+        parser.error(f"--device {args.device}: steps on a GPU are measured by `make gpu STAGES=equality,peers,steps`.")
     quiet()
-    device = torch.device(args.device)
     wanted = args.only or (["pairs"] if args.pairs is not None else QUESTIONS)
     results: dict[str, Any] = json.loads(args.json.read_text()) if args.json.is_file() else {}
 
@@ -227,7 +228,7 @@ def main() -> None:
     if "pairs" in wanted:
         found = results.get("pairs", {})
         for name in args.pairs or PAIRS:
-            found[name] = ratios(PAIRS[name], args.rounds, device)
+            found[name] = ratios(PAIRS[name], args.rounds)
             print(name, json.dumps(found[name]), flush=True)
             keep("pairs", found)
         print(table(found))
@@ -240,7 +241,7 @@ def main() -> None:
         keep("data", augmentation_ratios(args.rounds))
         print("augmented input, image by image ÷ here:", json.dumps(results["data"]), flush=True)
     if "growth" in wanted:
-        keep("growth", growth(device))
+        keep("growth", growth())
         print("growth:", json.dumps(results["growth"]), flush=True)
     if "memory" in wanted:
         keep("memory", peak_memory())

@@ -194,7 +194,7 @@ def variants(bench: Bench) -> dict[str, Callable[[], float]]:
         "hard": functools.partial(project, light, "hard"),
         "floor": floor(light),
     }
-    if bench.device.type == "cpu" and multiplies_bf16():
+    if multiplies_bf16():
         found["bf16"] = functools.partial(project, bench, "bf16")
     with contextlib.suppress(ImportError):
         found["torchdistill"] = torchdistill(bench)

@@ -1,4 +1,4 @@
-"""What `benchmark.py` asks beside the ratios of steps: caches that fill, growth, memory, and what only a GPU can tell."""
+"""What `benchmark.py` asks beside the ratios of steps: caches that fill, growth, memory, the share of the peak."""
 
 from __future__ import annotations
 
@@ -22,12 +22,14 @@ from litdistill.distillation.teacher_cache import CacheOptions
 from litdistill.methods.kd import KD
 from litdistill.training.grouping import GROUP, GroupedData, Layout, group_size
 
+CPU = torch.device("cpu")
+
 
 def filled_by_views(images: int = 1024, epochs: int = 30) -> dict[str, float]:
     """ResNet-50 → ConvNet on shifted images: the first run that keeps what it asks, and the next with another seed, which sees
     other views of an image or the same, against one that asks anew each time; and how far weights are from each other."""
     pair = PAIRS["resnet50"]
-    bench = Bench(pair, torch.device("cpu"))
+    bench = Bench(pair, CPU)
 
     def fit(mode: str, seed: int, folder: str, view_seed: int | None = None) -> tuple[float, dict[str, Tensor]]:
         data = random_data(pair.shape, images, [Crop(2)], seed=seed, subset_seed=0, view_seed=view_seed)
@@ -77,19 +79,19 @@ def filled_by_views(images: int = 1024, epochs: int = 30) -> dict[str, float]:
     }
 
 
-def growth(device: torch.device) -> dict[str, dict[str, float]]:
+def growth() -> dict[str, dict[str, float]]:
     """CPU milliseconds of a cached step as images, classes and batch grow; and of a whole run's samples with two ranks."""
     found: dict[str, dict[str, float]] = {"images": {}, "classes": {}, "batch": {}}
     pair = PAIRS["small"]
     for count in (2_000, 20_000, 200_000):
-        bench = Bench(pair, device)
+        bench = Bench(pair, CPU)
         bench.data = random_data(pair.shape, count)
         found["images"][str(count)] = 1e3 * statistics.median(project(bench, "cached") for _ in range(3))
     for classes in (10, 100, 1000):
-        bench = Bench(pair, device, classes)
+        bench = Bench(pair, CPU, classes)
         found["classes"][str(classes)] = 1e3 * statistics.median(project(bench, "cached") for _ in range(3))
     for size in (16, 64, 256):
-        bench = Bench(pair._replace(batch=size), device)
+        bench = Bench(pair._replace(batch=size), CPU)
         found["batch"][str(size)] = 1e3 * statistics.median(project(bench, "cached") for _ in range(3))
     found["ranks"] = {str(n): _samples_per_s(n) for n in (1, 2)}
     return found
@@ -180,12 +182,3 @@ def share_of_peak(bench: Bench, teacher_s: float, step_s: float) -> dict[str, fl
         "step_flops": flops,
         "step_share": flops / step_s / peak,
     }
-
-
-def kernels_a_step(bench: Bench) -> float:
-    """How many kernels of a GPU a live step starts."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        project(bench, "live")
-    return sum(e.count for e in profiler.key_averages()) / (2 * bench.pair.steps)

@@ -74,3 +74,10 @@ def test_filled_caches_memory_and_growth_can_be_asked():
     found = questions.filled_by_views(images=64, epochs=2)
     assert found["largest_difference_of_weights"] < 1e-5
     assert questions.peak_memory(count=3000)["images_bytes"] > 3000 * 3072
+
+
+def test_a_gpu_is_left_to_make_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--device", "cuda"])
+    with pytest.raises(SystemExit):
+        benchmark.main()
+    assert "make gpu" in capsys.readouterr().err
