@@ -281,6 +281,21 @@ def test_the_teacher_of_a_whole_group_is_a_graph_of_its_own(tmp_path, monkeypatc
     assert recorder.recorded == 3 + 3  # of the steps, and by the samples of a group: 80, 20 and 27
 
 
+@pytest.fixture
+def no_process_group():
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def test_steps_under_ddp_are_launched_with_one_process_too(tmp_path, caplog, no_process_group):
+    caplog.set_level("INFO", "litdistill")
+    recorder = Replays()
+    run(tmp_path, recorder, trainer={"strategy": "ddp", "devices": 1, "max_epochs": 1})
+    assert recorder.recorded == 0
+    assert "even if there is one" in caplog.text
+
+
 class Launches(TorchDispatchMode):
     """Counts operations that are launched one by one."""
 

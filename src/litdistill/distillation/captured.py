@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
@@ -299,8 +300,10 @@ def captured_step(distiller: Distiller, base: type) -> CapturedStep | None:
 def reason_for_launching(distiller: Distiller, overridden: list[str]) -> str | None:
     """Returns why no step can be recorded, in words; None where nothing is known against it."""
     optimizer = distiller.optimizers().optimizer  # type: ignore[union-attr]
-    if distiller.trainer.world_size > 1:
-        return "processes exchange gradients"
+    if isinstance(distiller.trainer.strategy, ParallelStrategy):
+        # Of one process, too: DDP times its first ten backward passes by events, and reads them in its next forward, which
+        # fails for events that a graph holds (https://docs.pytorch.org/docs/stable/notes/cuda.html#usage-with-distributeddataparallel).
+        return "DDP exchanges gradients between processes, even if there is one"
     if overridden:
         return f"{type(distiller).__name__} has its own {overridden[0]}"
     parts: list[Task | Method] = [distiller.task, *(m for m in distiller.method.modules() if isinstance(m, Method))]
