@@ -6,6 +6,7 @@ import gc
 import os
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from omegaconf import DictConfig
 
 from litdistill.benchmarks import published_tables
 from litdistill.config.origin import FOREIGN
+from litdistill.evaluation import figures
 from litdistill.utils.logging import filter_warnings
 from litdistill.utils.paths import CONF
 
@@ -70,12 +72,44 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.timeout(1800))
 
 
+def pytest_collection_finish() -> None:
+    """Keeps all modules and the tests themselves out of each later collection of garbage: a million objects or more."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def few_scenes() -> Iterator[None]:
     """Tests on 40 scenes of digits where a user has 500: in most runs these would take more time than the training."""
     with pytest.MonkeyPatch.context() as patch:
         for module in ("detection.scenes", "segmentation.data"):
             patch.setattr(f"litdistill.tasks.{module}.TESTED", 40)
+        yield
+
+
+DRAW = figures.show
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_pictures() -> Iterator[None]:
+    """Leaves out the pictures of runs, which take two thirds of the time of so small a run: see `drawn`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "show", lambda *_: None)
+        yield
+
+
+@contextmanager
+def drawing() -> Iterator[None]:
+    """Draws the pictures of runs within, for a fixture of a module."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "show", DRAW)
+        yield
+
+
+@pytest.fixture
+def drawn() -> Iterator[None]:
+    """Draws the pictures of a test's runs."""
+    with drawing():
         yield
 
 

@@ -69,7 +69,8 @@ def test_a_run_logs_its_terms_goes_on_to_the_bit_and_ships_the_student(runs, tmp
     assert equal(state, weights(run(config(runs, tmp_path / "parts", name))))
 
 
-def test_the_share_of_pseudo_boxes_is_in_tensorboard(runs, tmp_path):
+@pytest.mark.usefixtures("drawn")
+def test_the_share_of_pseudo_boxes_and_the_pictures_are_in_tensorboard(runs, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     folder = run(config(runs, tmp_path / "run", "pseudo_boxes"))
@@ -77,6 +78,7 @@ def test_the_share_of_pseudo_boxes_is_in_tensorboard(runs, tmp_path):
     tags = [t for t in events.Tags()["scalars"] if t.endswith("pseudo_share")]
     assert len(tags) == 1
     values = [e.value for e in events.Scalars(tags[0])]
+    assert {"validation/worst misses", "validation/precision and recall"} <= set(events.Tags()["images"])
     assert 0 < min(values) <= max(values) <= 1
     assert torch.tensor(values).isfinite().all()
 

@@ -405,6 +405,7 @@ def foreign_keys(outside: str) -> list[str]:
     ]  # fmt: skip
 
 
+@pytest.mark.usefixtures("drawn")
 def test_a_foreign_data_module_trains_evaluates_and_exports_without_names(outside, tmp_path, caplog):
     folder = finished(tmp_path / "run", *foreign_keys(outside))
     _, summary = load_run(folder)
@@ -428,6 +429,7 @@ def test_a_foreign_data_module_trains_evaluates_and_exports_without_names(outsid
     torch.testing.assert_close(given, load_student(folder)(x[144:]).detach(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.usefixtures("drawn")
 def test_inputs_by_name_train_and_evaluate_too_and_an_export_says_what_does_it(outside, tmp_path, caplog):
     keys = [k.replace(".Points", ".NamedPoints").replace(".net", ".Both") for k in foreign_keys(outside)]
     folder = finished(tmp_path / "run", *keys)

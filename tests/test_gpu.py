@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 
-from litdistill.evaluation import figures
 from litdistill.evaluation.evaluate import differences, evaluate, load_run
 from litdistill.training.run import run as trained
 from tests.test_cli import call
@@ -39,7 +38,6 @@ Run = Callable[..., tuple[Path, dict[str, Any]]]
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
     """`run("a", *overrides)`: a run in this process by the config of a command: its folder and its summary."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(figures, "show", lambda *_: None)  # most of the time of so small a run goes into its pictures
 
     def make(name: str, *overrides: str) -> tuple[Path, dict[str, Any]]:
         folder = tmp_path / name

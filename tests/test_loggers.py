@@ -147,6 +147,7 @@ def offline(monkeypatch, tmp_path):
 
 
 @pytest.mark.process
+@pytest.mark.usefixtures("drawn")
 def test_a_student_and_its_teacher_are_two_runs_of_wandb(small, offline, tmp_path, monkeypatch, caplog):
     """Each in its own folder, with its curves, its results and its pictures; no run is left open for the next."""
     caplog.set_level(logging.INFO)

@@ -174,6 +174,7 @@ def test_a_run_from_sources_without_metadata_ends_with_its_summary(small, monkey
     assert found["python"]
 
 
+@pytest.mark.usefixtures("drawn")
 def test_a_class_whose_name_no_picture_takes_costs_the_picture_alone(tmp_path, caplog):
     draw = np.random.default_rng(0)
     for split in ("train", "test"):
@@ -206,6 +207,7 @@ def test_a_class_whose_name_no_export_may_hold_is_known_before_training(small, m
         train(small(*ALONE))
 
 
+@pytest.mark.usefixtures("drawn")
 @pytest.mark.parametrize("place", ["show", "experiment"])
 def test_a_picture_that_fails_is_a_warning_with_the_command_that_draws_it(small, monkeypatch, caplog, place):
     def fail(*_):

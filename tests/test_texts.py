@@ -18,7 +18,7 @@ from litdistill.export.export import export
 from litdistill.training.train import train
 from litdistill.utils.checkpoint import write_text
 from litdistill.utils.errors import UserError
-from tests.conftest import compose_config
+from tests.conftest import compose_config, drawing
 
 pytest.importorskip("tokenizers")
 GOOD = ["a fine film", "fine and moving", "a joy to see", "wonderful", "what a delight", "moving and fine"]
@@ -394,7 +394,8 @@ def exported(tmp_path_factory):
     options += ("optimizer.lr=0.05", "data.batch_size=8")
     cfg = compose_config(folder / "run", *options, "trainer.max_epochs=8", f"runs={folder}", "logger=tensorboard")
     write_text(folder / "run" / ".hydra" / "config.yaml", OmegaConf.to_yaml(cfg))
-    train(cfg)
+    with drawing():
+        train(cfg)
     path, _ = export(folder / "run")
     return folder, path, cfg
 

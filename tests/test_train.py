@@ -23,6 +23,7 @@ from litdistill.training.resume import NEEDED
 from litdistill.training.train import train
 from litdistill.utils.checkpoint import write_text
 from litdistill.utils.errors import Stopped, UserError
+from tests.conftest import SMALL, compose_config, drawing
 
 
 def run(cfg, *callbacks: Callback) -> Path:
@@ -36,11 +37,10 @@ def run(cfg, *callbacks: Callback) -> Path:
 @pytest.fixture(scope="module")
 def finished(teachers, tmp_path_factory):
     """The folder of one finished distillation."""
-    from tests.conftest import SMALL, compose_config
-
     cfg = compose_config(tmp_path_factory.mktemp("finished") / "run", *SMALL)
     cfg.runs = str(teachers)
-    return run(cfg)
+    with drawing():
+        return run(cfg)
 
 
 def test_a_run_leaves_all_there_is_to_know(finished):
