@@ -457,6 +457,10 @@ def test_a_weight_that_is_searched_is_kept_also_at_its_default():
         names = ["method.methods.at.hint", "method.methods.kd.soft", "optimizer.lr"]
         assert unbalanced(names, cfg(["method=kd_at"])) == ["+balance.terms.at_hint=null"]
         assert unbalanced(["method.hint"], cfg(["method=at"])) == ["+balance.terms.hint=null"]
+        at = {"_target_": "litdistill.methods.AT", "hint": 1000.0}
+        inside = OmegaConf.create({"balance": {"terms": {}}, "method": {"method": at}})
+        assert unbalanced(["method.method.hint"], inside) == ["+balance.terms.hint=null"]  # the term's own name
+        assert unbalanced(["method.soft"], cfg(["method=srrl"])) == ["+balance.terms.soft=null"]
         assert dict(cfg(["method=at", *unbalanced(["method.hint"], cfg(["method=at"]))]).balance.terms) == {
             "hint": None
         }

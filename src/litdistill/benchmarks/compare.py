@@ -62,12 +62,12 @@ def compare(cfg: DictConfig) -> list[Group]:
     folders = run_all(todo, cfg.jobs)
     print(f"Trained in {format_seconds(time.perf_counter() - started)}; measuring", flush=True)
     settings = Settings(
-        cfg.threads,
-        cfg.rounds,
-        cfg.robustness,
-        tuple(cfg.epsilons),
-        cfg.attacks,
-        cfg.device,
+        threads=cfg.threads,
+        rounds=cfg.rounds,
+        robustness=cfg.robustness,
+        epsilons=tuple(cfg.epsilons),
+        attacks=cfg.attacks,
+        device=cfg.device,
         int8=place_of(cfg) == DETECTION,
     )
     torch.set_num_threads(cfg.threads)

@@ -139,14 +139,14 @@ def report(cfg: DictConfig) -> None:
         from litdistill.report.collect import Settings
 
         settings = Settings(
-            cfg.threads,
-            cfg.rounds,
-            cfg.robustness,
-            tuple(cfg.epsilons),
-            cfg.attacks,
-            cfg.device,
-            packages(cfg.trust),
-            cfg.int8,
+            threads=cfg.threads,
+            rounds=cfg.rounds,
+            robustness=cfg.robustness,
+            epsilons=tuple(cfg.epsilons),
+            attacks=cfg.attacks,
+            device=cfg.device,
+            trust=packages(cfg.trust),
+            int8=cfg.int8,
         )
         build(folders, cfg.out, cfg.title, settings)
         print(f"Written to {cfg.out}" if ending else f"Written to {cfg.out.rstrip('/')}/index.html and report.md")

@@ -31,7 +31,6 @@ from litdistill.distillation.boosting import FOLDS, boosted_outputs
 from litdistill.distillation.checks import check_average
 from litdistill.distillation.outputs_tables import read_outputs
 from litdistill.distillation.recorded import RecordedTeacher
-from litdistill.methods.base import CATEGORICAL
 from litdistill.models.adaptations import adaptations_of, has_published_weights, published_classes
 from litdistill.models.backbone import Backbone, cut
 from litdistill.models.classes import class_columns, describe_columns, published_columns, with_columns
@@ -125,30 +124,15 @@ def _known(target: str, data: Any, shape: Any, outputs: int | None, **more: Any)
 
 
 def build_net(
-    node: DictConfig,
-    data: Any,
-    role: str,
-    source: str | Path | nn.Module | None = None,
-    fetch: bool = True,
-    say: bool = True,
-    outputs: int | None = None,
-    kind: str = CATEGORICAL,
+    node: DictConfig, data: Any, role: str, source: str | Path | nn.Module | None = None, **options: Any
 ) -> nn.Module:
-    """Returns a network for the shapes of `data`, with the weights of `source` or of the node's `checkpoint`.
-
-    A teacher whose classes are others than the data's is an `Ensemble` of one, unless its last layer can be put in order.
-    `kind`: of its logits. Weights of a compressed network restore its structure too. Each of mean, std and size of the
-    preprocessing is that of the node's `preprocess`, else of the weights' metadata, else of the network's builder (published
-    weights), else of the data.
-    `fetch`: False where the caller loads weights itself, so that published ones need not be there. `say`: log in a line what
-    was changed in a published network. `outputs`: their number where they are not the data's classes. A node's `head` of "cut"
-    gives a backbone, without its classifier.
-    """
-    net, columns = _build_net(node, data, role, source, fetch, say, outputs=outputs)
-    return net if columns is None else Ensemble([net], columns=[columns], kind=kind)
+    """Returns the network of `net_and_columns`, which takes the same `options`; one whose classes are others than the data's as
+    an `Ensemble` of one."""
+    net, columns = net_and_columns(node, data, role, source, **options)
+    return net if columns is None else Ensemble([net], columns=[columns])
 
 
-def _build_net(
+def net_and_columns(
     node: DictConfig,
     data: Any,
     role: str,
@@ -158,8 +142,16 @@ def _build_net(
     who: str | None = None,
     outputs: int | None = None,
 ) -> tuple[nn.Module, list[int] | None]:
-    """Returns the network of `build_net`, and the column of its outputs for each class of the data; None where they are the
-    classes."""
+    """Returns a network for the shapes of `data`, with the weights of `source` or of the node's `checkpoint`, and the column of
+    its outputs for each class of the data; None where they are the classes, or its last layer could be put in their order.
+
+    Weights of a compressed network restore its structure too. Each of mean, std and size of the preprocessing is that of the
+    node's `preprocess`, else of the weights' metadata, else of the network's builder (published weights), else of the data. A
+    node's `head` of "cut" gives a backbone, without its classifier.
+    `fetch`: False where the caller loads weights itself, so that published ones need not be there. `say`: log in a line what
+    was changed in a published network. `who`: what messages call it. `outputs`: their number where they are not the data's
+    classes.
+    """
     check_head(node, role)
     if source is None:
         source = node.get("checkpoint")
@@ -365,7 +357,7 @@ def _recorded(cfg: DictConfig, data: Any, task: Task) -> RecordedTeacher:
 def _build_teacher(
     cfg: DictConfig, data: Any, task: Task, absent: Callable[[DictConfig, Path], None], who: str = "The teacher"
 ) -> tuple[nn.Module, list[int] | None]:
-    """Returns one network of a config's teacher, and its columns (`_build_net`). `who`: what messages call it."""
+    """Returns one network of a config's teacher, and its columns (`net_and_columns`). `who`: what messages call it."""
     if cfg.teacher.get("outputs") is not None:
         recorded = _recorded(cfg, data, task)
         known = recorded.known[0].tolist() if recorded.partial else []
@@ -374,7 +366,7 @@ def _build_teacher(
         torch.manual_seed(cfg.seed)  # initial weights are the same on every rank and in a rebuilt run
         if cfg.teacher.checkpoint is not None:
             _check_units(cfg.teacher.checkpoint, task)
-        return _build_net(as_backbone(cfg.teacher, task), data, "teacher", who=who)
+        return net_and_columns(as_backbone(cfg.teacher, task), data, "teacher", who=who)
     if not task.reads_labels:
         raise UserError(
             f"{type(task).__name__} has no labels to train a teacher on (teacher.checkpoint=auto): name a network with "
@@ -384,7 +376,7 @@ def _build_teacher(
     if not broadcast_from_rank0(is_complete(folder)):
         absent(cfg, folder)
     _check_units(folder, task)
-    return _build_net(cfg.teacher, data, "teacher", folder, who=who)
+    return net_and_columns(cfg.teacher, data, "teacher", folder, who=who)
 
 
 def _check_units(source: str | Path, task: Task) -> None:

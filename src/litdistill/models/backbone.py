@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from litdistill.features.outputs import run_network
 from litdistill.models.finetune import head_of
 from litdistill.models.parts import evaluating
-from litdistill.models.preprocess import transparent_modules, transparent_state
+from litdistill.models.preprocess import network_modules, network_submodule, transparent_state
 from litdistill.types import EMBEDDING
 from litdistill.utils.errors import UserError
 
@@ -26,6 +25,8 @@ class Backbone(nn.Module):
 
     Names of parameters and submodules and keys of the state dict are those of `net`.
     """
+
+    named_modules, get_submodule = network_modules, network_submodule
 
     def __init__(self, net: nn.Module):
         super().__init__()
@@ -38,16 +39,6 @@ class Backbone(nn.Module):
     def plain(self) -> nn.Module:
         """Returns the network alone for torch.export, which follows names to modules."""
         return self.net
-
-    def named_modules(
-        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, nn.Module]]:
-        """Yields this module and the network under the same name, so that names inside are the network's."""
-        yield from transparent_modules(self, (), memo, prefix, remove_duplicate)
-
-    def get_submodule(self, target: str) -> nn.Module:
-        """Returns a submodule by its name in the network."""
-        return self if target == "" else self.net.get_submodule(target)
 
 
 def cut(net: nn.Module, example: Any) -> nn.Module:

@@ -115,9 +115,32 @@ def _tables(
     return tuple(found)
 
 
+def network_modules(
+    module: nn.Module, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+) -> Iterator[tuple[str, nn.Module]]:
+    """`named_modules` of a module around `module.net`: yields itself and the network under one name, so that names inside are
+    the network's; what else it has keeps its own name."""
+    memo = set() if memo is None else memo
+    if module not in memo:
+        if remove_duplicate:
+            memo.add(module)
+        yield prefix, module
+        for name, child in module.named_children():
+            place = prefix if name == "net" else f"{prefix}.{name}".lstrip(".")
+            yield from child.named_modules(memo, place, remove_duplicate)
+
+
+def network_submodule(module: nn.Module, target: str) -> nn.Module:
+    """`get_submodule` of such a module: returns a submodule by its name in the network."""
+    net: Any = module.net
+    return module if target == "" else net.get_submodule(target)
+
+
 class Preprocessed(nn.Module):
     """`net` after its preprocessing. Names of parameters and submodules and keys of the state dict are those of `net`:
     a state dict fits the network with and without preprocessing, and a tap has the same name."""
+
+    named_modules, get_submodule = network_modules, network_submodule
 
     def __init__(self, net: nn.Module, preprocess: Preprocess):
         super().__init__()
@@ -131,16 +154,6 @@ class Preprocessed(nn.Module):
         if size is None or not isinstance(given, Mapping) or not given.keys() & {BOXES, DETECTIONS}:
             return given
         return in_pixels(given, images.shape[-2:], size, self.training)
-
-    def named_modules(
-        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, nn.Module]]:
-        """Yields this module and the network under the same name, so that names inside are the network's."""
-        yield from transparent_modules(self, ("preprocess",), memo, prefix, remove_duplicate)
-
-    def get_submodule(self, target: str) -> nn.Module:
-        """Returns a submodule by its name in the network."""
-        return self if target == "" else self.net.get_submodule(target)
 
 
 def in_pixels(
@@ -162,21 +175,6 @@ def in_pixels(
     if DETECTIONS in heads:
         found[DETECTIONS] = heads[DETECTIONS] / heads[DETECTIONS].new_tensor([*factor, 1.0, 1.0])
     return found
-
-
-def transparent_modules(
-    module: nn.Module, beside: Sequence[str], memo: set[nn.Module] | None, prefix: str, remove_duplicate: bool
-) -> Iterator[tuple[str, nn.Module]]:
-    """Yields `named_modules` of a module around `module.net`: itself, its submodules `beside` the network, and those of the
-    network, which have the same names as without it."""
-    memo = set() if memo is None else memo
-    if module not in memo:
-        if remove_duplicate:
-            memo.add(module)
-        yield prefix, module
-        for name in (*beside, "net"):
-            place = prefix if name == "net" else f"{prefix}.{name}".lstrip(".")
-            yield from getattr(module, name).named_modules(memo, place, remove_duplicate)
 
 
 def transparent_state(module: nn.Module) -> None:

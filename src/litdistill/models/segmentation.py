@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torchvision.models import get_model, get_model_weights, list_models
 from litdistill.models.adaptations import adapted, head_change
 from litdistill.models.finetune import zero_head
 from litdistill.models.parts import evaluating, he_init, keep_inputs, require_size, tensors_only
-from litdistill.models.preprocess import Preprocess, Preprocessed, transparent_modules, transparent_state
+from litdistill.models.preprocess import Preprocess, Preprocessed, network_modules, network_submodule, transparent_state
 from litdistill.models.torchvision import fit_stem
 from litdistill.utils.checkpoint import load_state_dict_checked, load_weights, names_file
 from litdistill.utils.errors import UserError
@@ -86,6 +86,8 @@ def fcn_slim(
 class Maps(nn.Module):
     """A network of torchvision that gives its map `out`, (N, classes, H, W), alone. Names and keys are those of the network."""
 
+    named_modules, get_submodule = network_modules, network_submodule
+
     def __init__(self, net: nn.Module):
         super().__init__()
         self.net = net
@@ -94,16 +96,6 @@ class Maps(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         found: Tensor = self.net(images)["out"]
         return found
-
-    def named_modules(
-        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, nn.Module]]:
-        """Yields this module and the network under the same name, so that names inside are the network's."""
-        yield from transparent_modules(self, (), memo, prefix, remove_duplicate)
-
-    def get_submodule(self, target: str) -> nn.Module:
-        """Returns a submodule by its name in the network."""
-        return self if target == "" else self.net.get_submodule(target)
 
 
 def torchvision_segmenter(

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from litdistill.models import transformers_files as files
 from litdistill.models.adaptations import adapted, head_change, preprocess_changes
 from litdistill.models.parts import evaluating
-from litdistill.models.preprocess import Preprocessed, transparent_modules, transparent_state
+from litdistill.models.preprocess import Preprocessed, network_modules, network_submodule, transparent_state
 from litdistill.types import EMBEDDING
 from litdistill.utils.errors import UserError
 from litdistill.utils.logging import ONCE
@@ -46,6 +46,8 @@ class HuggingFace(nn.Module):
             are no padding or over positions, or `pooler`, what the model itself gives. None: a classifier.
     """
 
+    named_modules, get_submodule = network_modules, network_submodule
+
     def __init__(self, net: nn.Module, text: bool, pooling: str | None = None, padding: int = 0):
         super().__init__()
         self.net, self.text, self.pooling, self.padding = net, text, pooling, padding
@@ -57,16 +59,6 @@ class HuggingFace(nn.Module):
     def plain(self) -> nn.Module:
         """Returns the same for torch.export, which follows names to modules."""
         return Plain(self.net, self.text, self.pooling, self.padding)
-
-    def named_modules(
-        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, nn.Module]]:
-        """Yields this module and the model under the same name, so that names inside are the model's."""
-        yield from transparent_modules(self, (), memo, prefix, remove_duplicate)
-
-    def get_submodule(self, target: str) -> nn.Module:
-        """Returns a submodule by its name in the model."""
-        return self if target == "" else self.net.get_submodule(target)
 
 
 class Plain(nn.Module):

@@ -15,12 +15,12 @@ from omegaconf import DictConfig, OmegaConf
 from optuna import Trial
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
+from litdistill.config.instantiate import locate
 from litdistill.config.recipes import teacher_config
+from litdistill.methods.base import WEIGHTS, Method
 from litdistill.utils.command_line import literal
 from litdistill.utils.errors import UserError
 
-# Weights of terms that read features.
-HINTS = ("hint", "distance", "angle", "foreground", "background", "attention", "context")
 # Keys that the teacher's recipe inherits from the student's config: where they are searched, the teacher's are fixed.
 SHARED = ("optimizer", "scheduler", "trainer", "data.batch_size", "data.epoch_size", "data.augment")
 
@@ -75,13 +75,17 @@ def fitting(node: Any, base: DictConfig, typed: Collection[str] = (), prefix: st
 
 
 def unbalanced(names: Iterable[str], cfg: DictConfig) -> list[str]:
-    """Returns the overrides by which `balance` keeps the weights of hints that are searched, so also one at its default."""
+    """Returns the overrides by which `balance` keeps the weights that are searched of methods which read features, so also one
+    at its default."""
     found = []
     for name in names if cfg.get("balance") else ():
-        group, *keys = name.split(".")
-        term = "_".join(key for key in keys if key != "methods")  # of a sum
-        weight = group == "method" and keys and keys[-1] in HINTS and OmegaConf.select(cfg, name)  # 0: no term
-        if weight and term not in (cfg.balance.terms or {}):
+        method, _, option = name.rpartition(".")
+        weight = name.startswith("method.") and option in WEIGHTS and OmegaConf.select(cfg, name)  # 0: no term
+        kind = locate(str(OmegaConf.select(cfg, method)["_target_"])) if weight else None
+        if getattr(kind, "taps", Method.taps) is Method.taps:
+            continue
+        term = "_".join(key for key in name.split(".") if key not in ("method", "methods"))  # of a sum by its own key
+        if term not in (cfg.balance.terms or {}):
             found.append(f"+balance.terms.{term}=null")
     return found
 
