@@ -2,11 +2,13 @@
 
 import json
 import logging
+from types import SimpleNamespace
 
 import pytest
+from omegaconf import OmegaConf
 
 from litdistill.evaluation import doctor
-from litdistill.training.consult import behind
+from litdistill.training.consult import behind, consult
 from litdistill.utils.checkpoint import write_text
 from tests.test_doctor import runs, trained  # noqa: F401
 
@@ -63,6 +65,21 @@ def test_the_control_of_the_same_seed_is_what_a_student_is_held_against(tmp_path
     assert behind(SUMMARY | {"data": {"name": "other"}}, {}, tmp_path, folder) is None
     assert behind(SUMMARY | {"seed": 3}, {}, tmp_path, folder) is None  # 76.5 % is the mean of both
     assert behind(SUMMARY | {"method": "supervised"}, {"teacher_accuracy": 0.99}, tmp_path, folder) is None
+
+
+def test_a_control_beside_the_run_counts_once(tmp_path):
+    for place, value in (("kd/0", 0.84), ("supervised/0", 0.79)):
+        control = SUMMARY | {"method": "supervised", "seed": 5, "teacher": None, "val": {"best": value}}
+        write_text(tmp_path / place / "summary.json", json.dumps(control))
+    assert behind(SUMMARY, {}, tmp_path, tmp_path / "kd" / "1") is None  # 81.5 % is the mean of both
+
+
+def test_a_damaged_summary_of_another_run_loses_nothing(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    write_text(tmp_path / "kd" / "0" / "summary.json", json.dumps({"method": "supervised"}))
+    cfg = OmegaConf.create({"runs": str(tmp_path), "folder": str(tmp_path / "kd" / "1")})
+    consult(cfg, None, SimpleNamespace(on_validation=SimpleNamespace(metrics={})), SUMMARY, "cpu")
+    assert "The doctor could not look at it: KeyError" in caplog.text
 
 
 def test_a_larger_error_than_the_teachers_is_far_behind_too(tmp_path):

@@ -142,16 +142,13 @@ def net_and_columns(
     who: str | None = None,
     outputs: int | None = None,
 ) -> tuple[nn.Module, list[int] | None]:
-    """Returns a network for the shapes of `data`, with the weights of `source` or of the node's `checkpoint`, and the column of
-    its outputs for each class of the data; None where they are the classes, or its last layer could be put in their order.
+    """Returns a network for the shapes of `data`, with weights and structure of `source` or of the node's `checkpoint`, and the
+    column of its outputs for each class of the data; None where they are the classes, or could be put in their order.
 
-    Weights of a compressed network restore its structure too. Each of mean, std and size of the preprocessing is that of the
-    node's `preprocess`, else of the weights' metadata, else of the network's builder (published weights), else of the data. A
-    node's `head` of "cut" gives a backbone, without its classifier.
-    `fetch`: False where the caller loads weights itself, so that published ones need not be there. `say`: log in a line what
-    was changed in a published network. `who`: what messages call it. `outputs`: their number where they are not the data's
-    classes.
-    """
+    Each of mean, std and size of the preprocessing is that of the node's `preprocess`, else of the weights' metadata, else of
+    the network's builder (published weights), else of the data. A node's `head` of "cut" leaves its classifier out.
+    `fetch`: False where the caller loads weights, so that published ones need not be there. `say`: log in a line what was
+    changed in a published network. `who`: its name in messages. `outputs`: how many, where they are not the data's classes."""
     check_head(node, role)
     if source is None:
         source = node.get("checkpoint")
@@ -172,9 +169,8 @@ def net_and_columns(
         **facts_of(data) | under,
     )
     trained = [] if source is None or isinstance(source, nn.Module) else read_metadata(source, "classes") or []
-    columns = (
-        None if node.get("head") in ("new", "cut") else class_columns(trained, data.class_names, str(source), role)
-    )
+    kept = node.get("head") not in ("new", "cut")
+    columns = class_columns(trained, data.class_names, str(source), role) if kept else None
     if columns is not None and "num_classes" in facts:
         facts["num_classes"] = len(trained)
     net: nn.Module = instantiate(options, role, **{k: v for k, v in facts.items() if k not in options})
@@ -184,17 +180,17 @@ def net_and_columns(
     fixed = _fix_statistics(net, node, role, published=source is None and fetch and has_published_weights(net))
     preprocess = merged_preprocessing(preprocess_of(net), wanted, data, role)
     if say and source is None and fetch and changes:
-        own = wanted.keys() & {"mean", "std"}
-        set_here = f" {role}.preprocess sets {' and '.join(sorted(own))} in place of the weights' own." if own else ""
+        own = " and ".join(sorted(wanted.keys() & {"mean", "std"}))
         said = " Its statistics of batch normalization are fixed." * fixed + " Its classifier is left out." * backbone
-        log.info("%s%s%s", changes, said, set_here)
+        said += f" {role}.preprocess sets {own} in place of the weights' own." if own else ""
+        log.info("%s%s", changes, said)
     net = bare(net)
-    final = preprocess.input_shape(data.input_shape) if preprocess is not None else shape
+    blank = _blank(data, preprocess.input_shape(data.input_shape) if preprocess is not None else shape)
     if source is not None:
-        net = _with_weights(net, node, role, source, _blank(data, final))
+        net = _with_weights(net, node, role, source, blank)
     if columns is not None:
         log.info("%s", describe_columns(columns, trained, data.class_names, who or f"The {role}"))
-        columns = _unless_put_in_order(net, columns, _blank(data, final), role)
+        columns = _unless_put_in_order(net, columns, blank, role)
     if backbone:
         inputs = training_inputs(data, 2)
         net = Backbone(net) if width else cut(net, inputs if preprocess is None else preprocess(inputs))

@@ -26,6 +26,7 @@ from litdistill.data.protocol import IndexedData
 from litdistill.distillation.inference import NORMS
 from litdistill.types import Batch
 from litdistill.utils.logging import FILE
+from litdistill.utils.modes import eval_mode
 
 if TYPE_CHECKING:
     from litdistill.distillation.distiller import Distiller
@@ -136,17 +137,15 @@ def recompute(norms: Iterable[Any], distiller: Distiller, batches: Iterable[Batc
     A layer that no batch passes keeps its statistics.
     """
     net, norms = distiller.evaluated, list(norms)
-    modes = [(module, module.training) for module in net.modules()]
     before = [
         (n, n.momentum, *(x.clone() for x in (n.running_mean, n.running_var, n.num_batches_tracked))) for n in norms
     ]
     try:
-        for module, _ in modes:
-            module.training = False
-        for norm in norms:
-            norm.training, norm.momentum = True, None  # the mean over all batches
-            norm.reset_running_stats()
-        with torch.compiler.set_stance("force_eager"):  # a few batches are not worth another compilation
+        # A few batches are not worth another compilation.
+        with eval_mode(net), torch.compiler.set_stance("force_eager"):
+            for norm in norms:
+                norm.training, norm.momentum = True, None  # the mean over all batches
+                norm.reset_running_stats()
             for batch in batches:
                 distiller.task.forward(net, batch, False)
     finally:
@@ -156,8 +155,6 @@ def recompute(norms: Iterable[Any], distiller: Distiller, batches: Iterable[Batc
                 norm.running_var.copy_(var)
             norm.num_batches_tracked.copy_(count)
             norm.momentum = momentum
-        for module, training in modes:
-            module.training = training
 
 
 def _bytes(batch: Batch) -> int:

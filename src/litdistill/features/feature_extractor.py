@@ -25,6 +25,7 @@ from litdistill.features.pyramid import PYRAMID, pyramid
 from litdistill.features.stages import Call, before_activation, map_size, outermost, pooled, stage_ends
 from litdistill.types import EMBEDDING, Outputs
 from litdistill.utils.errors import UserError
+from litdistill.utils.modes import eval_mode
 
 ALIASES = ("stages", "stages:pre", "last", "pooled", PYRAMID)
 OF_HEAD = f":{EMBEDDING}"  # the tap of a network's head `embedding`
@@ -239,19 +240,14 @@ def _resolve(modules: dict[str, nn.Module], tap: str) -> tuple[nn.Module, str]:
 @contextmanager
 def _eval_state(net: nn.Module, device: torch.device) -> Iterator[None]:
     """Context in eval mode without in-place activations or gradients; restores every flag and random state on exit."""
-    modes = [(m, m.training) for m in net.modules()]
     inplace = [m for m in net.modules() if getattr(m, "inplace", False) is True]
     forked: Any = {"devices": []} if device.type == "cpu" else {"devices": [device], "device_type": device.type}
     try:
-        for m, _ in modes:
-            m.training = False  # not m.eval(): a frozen network may override train()
         for m in inplace:
             m.inplace = False  # type: ignore[assignment]
-        with torch.no_grad(), torch.random.fork_rng(**forked), torch.compiler.set_stance("force_eager"):
+        with eval_mode(net), torch.no_grad(), torch.random.fork_rng(**forked), torch.compiler.set_stance("force_eager"):
             yield
     finally:
-        for m, mode in modes:
-            m.training = mode
         for m in inplace:
             m.inplace = True  # type: ignore[assignment]
 

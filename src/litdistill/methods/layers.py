@@ -14,6 +14,7 @@ from litdistill.features.feature_extractor import FeatureExtractor, resolve_taps
 from litdistill.methods.base import maps
 from litdistill.types import Outputs
 from litdistill.utils.errors import UserError
+from litdistill.utils.modes import eval_mode
 
 
 class BatchNorm(nn.BatchNorm2d):
@@ -64,22 +65,17 @@ def regressor(student: Tensor, teacher: Tensor, relu: bool) -> nn.Sequential:
 def dry_forward(net: nn.Module, example: Any, taps: Sequence[str] | str) -> tuple[str, Outputs, list[nn.Module]]:
     """Returns, from an eval-mode forward, the name of the last tap, the outputs, and the leaf modules in call order."""
     name = resolve_taps(net, example, taps)[-1]
-    modes = [(m, m.training) for m in net.modules()]
     called: list[nn.Module] = []
     leaves = [m for m in net.modules() if not list(m.children())]
     handles = [m.register_forward_hook(lambda module, args, out: called.append(module)) for m in leaves]
     extractor = FeatureExtractor(net, [name])
     try:
-        for m, _ in modes:
-            m.training = False
-        with torch.no_grad():
+        with eval_mode(net), torch.no_grad():
             return name, extractor(example), called
     finally:
         extractor.remove()
         for handle in handles:
             handle.remove()
-        for m, mode in modes:
-            m.training = mode
 
 
 def reusable_classifier(teacher: nn.Module, example: Any, taps: Sequence[str] | str, method: str) -> nn.Linear:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from litdistill.utils.errors import UserError
+from litdistill.utils.modes import eval_mode
 
 
 def he_init(net: nn.Module, linear_std: float | None = None) -> None:
@@ -51,17 +52,13 @@ def evaluating(net: nn.Module) -> Iterator[None]:
 
     Fused attention is one opaque operation: it has no shape rule on the meta device, and FLOP counters do not count it.
     """
-    modes = {module: module.training for module in net.modules()}
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
-    net.eval()
     try:
-        with torch.no_grad():
+        with eval_mode(net), torch.no_grad():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def check_fits(net: nn.Module, num_classes: int, input_shape: Sequence[int], name: str, remedy: str) -> nn.Module:

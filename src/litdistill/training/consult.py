@@ -27,16 +27,17 @@ def consult(
     cfg: DictConfig, data: Any, distiller: Distiller, summary: Mapping[str, Any], device: torch.device | str
 ) -> None:
     """Logs what is wrong with a finished run that is far behind. What fails only says so: the run is finished."""
-    reference = behind(summary, distiller.on_validation.metrics, Path(cfg.runs), Path(cfg.folder))
-    if reference is None or not doctor.reads(data, distiller):
-        return
-    command = f"litdistill doctor run={os.path.relpath(cfg.folder)}"
+    reference, command = "", f"litdistill doctor run={os.path.relpath(cfg.folder)}"
     try:
+        said = behind(summary, distiller.on_validation.metrics, Path(cfg.runs), Path(cfg.folder))
+        if said is None or not doctor.reads(data, distiller):
+            return
+        reference = f"{said} "
         found = doctor.brief(cfg, data, distiller, summary, device)
-    except Exception as error:  # memory, a network of yours: nothing of a finished training is lost for this
-        log.info("%s The doctor could not look at it: %s: %s", reference, type(error).__name__, error)
+    except Exception as error:  # memory, a network of yours, another run's damaged summary
+        log.info("%sThe doctor could not look at it: %s: %s", reference, type(error).__name__, error)
         return
-    log.info("%s Doctor: %s. More: %s", reference, found or "nothing found in few samples", command)
+    log.info("%sDoctor: %s. More: %s", reference, found or "nothing found in few samples", command)
 
 
 def behind(summary: Mapping[str, Any], teacher: Mapping[str, float], runs: Path, folder: Path) -> str | None:
@@ -72,13 +73,10 @@ def _said(name: str, value: float, who: str, reference: float) -> str:
 
 def _controls(runs: Path, folder: Path) -> Iterator[dict[str, Any]]:
     """Yields the summaries of the finished runs by labels alone in the folders of `runs`."""
-    for path in [
-        *runs.glob("*/*/summary.json"),
-        *runs.glob("*/*/*/summary.json"),
-        *folder.parent.glob("*/summary.json"),
-    ]:
+    deep = [*runs.glob("*/*/summary.json"), *runs.glob("*/*/*/summary.json"), *folder.parent.glob("*/summary.json")]
+    for path in sorted({path.resolve() for path in deep}):
         text = path.read_text(encoding="utf-8", errors="replace")
-        if path.parent != folder and f'"method": "{LABELS_ALONE}"' in text:
+        if path.parent != folder.resolve() and f'"method": "{LABELS_ALONE}"' in text:
             try:
                 found = json.loads(text)
             except ValueError:

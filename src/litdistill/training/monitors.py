@@ -18,6 +18,7 @@ from litdistill.distillation.distiller import Distiller
 from litdistill.evaluation.predictions import agreement
 from litdistill.tasks.base import Task
 from litdistill.utils.errors import UserError
+from litdistill.utils.modes import eval_mode
 from litdistill.utils.units import MAPS
 
 LOWER_IS_BETTER = ("nll", "brier", "ece", "kl", "loss", "rmse", "mae", "mse", "error", "deviation")
@@ -73,22 +74,17 @@ def check_monitors(net: nn.Module, data: Any, task: Task, monitors: Mapping[str,
     if not any(monitor.startswith("val/") for monitor in monitors.values()):
         return
     batch = task.batch(data.example) if isinstance(data, ForeignData) else example_batch(data)
-    modes = [(module, module.training) for module in net.modules()]
     try:
-        outputs = task.forward(net.eval(), batch, False)
+        with eval_mode(net):
+            outputs = task.forward(net, batch, False)
         metrics = task.metrics()
         metrics.update(outputs, task.truth(batch.targets, outputs))
         names = {str(key) for key in metrics.compute()}
         if has_teacher:
-            names |= {
-                *agreement(task, task.keep(outputs), task.keep(outputs), batch.targets),
-                f"teacher_{task.monitor[0]}",
-            }
+            kept = task.keep(outputs)
+            names |= {*agreement(task, kept, kept, batch.targets), f"teacher_{task.monitor[0]}"}
     except Exception:  # a user's task may raise any type for two samples
         return
-    finally:
-        for module, training in modes:
-            module.training = training
     _refuse_others("val", names, monitors)
 
 
