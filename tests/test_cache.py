@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from hydra import compose, initialize_config_dir
 from lightning.pytorch.callbacks import LambdaCallback
 from safetensors.torch import load_file
+from torchvision.transforms import InterpolationMode as Interpolation
 
 from litdistill.data.augment import Crop, Flip
 from litdistill.data.datamodule import ImageData
@@ -471,6 +473,20 @@ def test_a_network_that_holds_what_holds_it_is_described_too():
     for module in (one, other):
         module.owners = [{"owner": module}]
     assert stable_repr(one) == stable_repr(one) != stable_repr(other)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (Interpolation.NEAREST, Interpolation.BICUBIC),
+        ({1, 2}, {1, 3}),
+        (Path("a"), Path("b")),
+        (torch.half, torch.float),
+    ],
+)
+def test_values_without_attributes_are_told_apart(one, other):
+    assert stable_repr(one) == stable_repr(one) != stable_repr(other)
+    assert stable_repr({"b", "a"}) == ["'a'", "'b'"]  # in an order that no hash decides
 
 
 def test_evaluations_that_are_not_the_networks_are_computed_anew(tmp_path, monkeypatch, caplog):

@@ -139,7 +139,8 @@ def test_a_user_error_is_shown_alone_and_a_defect_with_its_traceback(monkeypatch
     assert ended.value.code == 2
     assert capsys.readouterr().err.strip().endswith("the remedy")
 
-    assert not list(tmp_path.rglob("*.yaml"))  # nothing was done in the run's folder: it is removed
+    assert list(tmp_path.rglob("*")) == []  # nothing was done in the run's folder: it is removed
+    assert tmp_path.is_dir()  # which was there before
 
     def late(cfg):
         (Path(HydraConfig.get().runtime.output_dir) / "checkpoints").mkdir()
@@ -170,7 +171,7 @@ def test_a_refused_command_leaves_the_folder_in_which_it_was_called(verb, monkey
     with pytest.raises(SystemExit):
         run_task(wrong, verb)
     assert (tmp_path / "own.log").read_text() == "mine"
-    assert (tmp_path / "empty").is_dir()
+    assert {p.name for p in tmp_path.iterdir()} == {"own.log", "empty"}  # and no folder of runs
 
 
 def test_a_full_or_read_only_disk_is_named_with_the_remedy(monkeypatch, capsys, tmp_path):

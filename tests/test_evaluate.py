@@ -1,6 +1,7 @@
 """Finished runs that are measured again: by what they were trained with, and with words for what has changed or is damaged."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,8 @@ from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file
 
-from litdistill.evaluation import figures
 from litdistill.evaluation.evaluate import differences, evaluate, load_run, pick_device
+from litdistill.evaluation.figures import PngFiles
 from litdistill.export.export import export
 from litdistill.export.predict import load
 from litdistill.training.train import train
@@ -128,10 +129,23 @@ def test_a_teacher_that_preprocesses_otherwise_than_the_runs_is_refused(small):
         evaluate(cfg.folder, OmegaConf.create({"teacher": {"preprocess": {"mean": [0.123], "std": [0.3]}}}), "cpu")
 
 
+def test_values_that_are_no_numbers_then_and_now_are_reproduced():
+    test = {"r2": math.nan, "rmse": {"best": 1.0, "last": 1.0}}
+    summary = {"metric": {"name": "rmse"}, "student": {"test": test}}
+    assert differences({"student": {"rmse": 1.0, "r2": math.nan}}, summary) == []
+    assert differences({"student": {"rmse": 1.0, "r2": 0.5}}, summary) == ["r2: now 0.5, then nan"]
+
+
+def test_a_file_in_place_of_a_folder_of_pictures_is_refused(tmp_path):
+    (tmp_path / "taken").touch()
+    with pytest.raises(UserError, match="Name another folder"), PngFiles(tmp_path / "taken"):
+        pass
+
+
 def test_figures_are_written_as_png_files(tmp_path):
     from matplotlib.figure import Figure
 
-    with figures.PngFiles(tmp_path / "new" / "pictures") as writer:
+    with PngFiles(tmp_path / "new" / "pictures") as writer:
         figure = Figure()
         figure.subplots().plot([1, 2])
         writer.add_figure("validation/worst misses", figure, 7)

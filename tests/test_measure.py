@@ -1,5 +1,6 @@
 """Latency, memory and energy against clocks, files and meters whose readings are known."""
 
+import os
 import random
 import statistics
 import sys
@@ -175,6 +176,16 @@ def test_energy_is_read_from_the_packages_counters_which_start_anew(tmp_path, mo
         (tmp_path / "intel-rapl:0:0" / "energy_uj").write_text("77\n")  # a core, of which the package knows already
 
     assert measure.energy_per_1000(works, np.zeros((10, 1)), seconds=0) == pytest.approx(1000 * 750e-6 / 10)
+
+
+def test_a_run_that_fails_ends_the_meter_of_a_gpu(tmp_path, monkeypatch):
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexec sleep 20\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    begun = time.monotonic()
+    with pytest.raises(ZeroDivisionError):
+        measure.energy_per_1000(lambda images: 1 / 0, np.zeros((10, 1)), "cuda", seconds=0)
+    assert time.monotonic() - begun < 10
 
 
 def test_energy_of_a_gpu_is_its_mean_power_times_the_time(tmp_path, monkeypatch):

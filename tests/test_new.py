@@ -37,6 +37,11 @@ def test_a_name_that_python_cannot_import_is_refused(tmp_path, name):
     assert not (tmp_path / name).exists()
 
 
+def test_a_folder_with_a_space_is_shown_as_a_shell_takes_it(tmp_path, capsys):
+    main([str(tmp_path / "my study")])
+    assert f"  cd '{tmp_path / 'my study'}'\n" in capsys.readouterr().out
+
+
 def test_nothing_is_written_over(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="Name a new folder"):

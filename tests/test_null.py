@@ -11,6 +11,7 @@ from litdistill.training.train import train
 from litdistill.training.trainer import build_trainer, named_callbacks
 from litdistill.utils.command_line import check_null, without_null
 from litdistill.utils.errors import UserError
+from litdistill.utils.paths import CONF
 from tests.conftest import compose_config
 
 
@@ -34,6 +35,11 @@ def test_a_run_of_nulls_ends(small):
     nulls = ["callbacks=null", "logger=null", "scheduler=null", "compress=null", "data.augment=null", "teacher=null"]
     cfg = small(*without_null(nulls), "+callbacks.mine=null", "method=supervised", "trainer.max_epochs=1")
     assert 0 < train(cfg) < 1
+
+
+def test_a_null_for_a_group_that_has_a_file_none_is_that_file():
+    for file in CONF.glob("*/none.yaml"):
+        assert without_null([f"{file.parent.name}=null"]) == [f"{file.parent.name}=none"]
 
 
 def test_an_experiment_of_null_is_the_default(tmp_path):

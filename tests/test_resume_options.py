@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from omegaconf import OmegaConf
 
 from litdistill.cli.resume import resumed
-from litdistill.config.changes import as_started, is_applied
+from litdistill.config.changes import as_started, check_changes, is_applied
 from litdistill.evaluation.evaluate import rebuild
 from litdistill.training.resume import moved
 from litdistill.training.train import train
@@ -335,3 +335,8 @@ def test_another_trainer_brings_its_own_devices(tmp_path, capsys, typed, kept):
     found = resumed([f"resume={tmp_path}", *typed])
     assert found == [*kept, *typed, f"hydra.run.dir={tmp_path}"]
     assert ("Not replayed, since another trainer is chosen" in capsys.readouterr().out) is (typed[0] == "trainer=cpu")
+
+
+def test_a_refused_option_is_typed_back_as_a_shell_takes_it(tmp_path):
+    with pytest.raises(UserError, match=r"leave them as they were \('data\.classes=\[cat,dog\]'\)"):
+        check_changes({"data.classes": [["cat", "dog"], None]}, tmp_path)

@@ -20,7 +20,7 @@ from torch import nn
 from litdistill.compress.quantize import Int8
 from litdistill.compress.structure import structure_of
 from litdistill.config.build import build_data, build_net
-from litdistill.config.recipes import recipe_hash, student_config, student_folder, teacher_folder
+from litdistill.config.recipes import OWN_FILES, recipe_hash, student_config, student_folder, teacher_folder
 from litdistill.evaluation.evaluate import differences, evaluate, load_run, rebuild
 from litdistill.evaluation.predictions import collect
 from litdistill.export.export import export
@@ -373,3 +373,18 @@ def test_any_method_is_shuffled_by_an_override(tmp_path):
     assert "hard" not in cfg.method
     with pytest.raises(ConfigCompositionException):
         compose_config(tmp_path / "run", "experiment=compare/shuffled")
+
+
+@pytest.mark.parametrize("name", sorted(OWN_FILES))
+def test_a_teacher_of_files_of_ones_own_is_another_where_they_change(name, tmp_path):
+    (tmp_path / "own").mkdir()
+    hashes = []
+    for content in ("one", "two and more"):
+        (tmp_path / "own" / "file").write_text(content)
+        hashes.append(recipe_hash(compose_config(tmp_path / "run", f"data={name}", f"data.root={tmp_path / 'own'}")))
+    assert hashes[0] != hashes[1]
+
+
+def test_data_of_ones_own_are_all_known_by_their_files():
+    own = {p.stem for p in (CONF / "data").glob("*.yaml") if "your own" in p.read_text().splitlines()[0].lower()}
+    assert own < OWN_FILES.keys()

@@ -254,6 +254,16 @@ def test_paths_stay_relative_to_the_start_when_hydra_changes_the_folder(folder, 
     assert start(monkeypatch, "train.py").configs[0].runs == "runs"
 
 
+def test_what_may_be_a_word_is_a_path_only_where_it_is_there(tmp_path):
+    (tmp_path / "rows.csv").touch()
+    cfg = OmegaConf.create(
+        {"teacher": {"outputs": "boosting"}, "data": {"test": "rows.csv", "validation": "theo"}, "pictures": "drawn"}
+    )
+    resolve_paths(cfg, tmp_path)
+    assert (cfg.teacher.outputs, cfg.data.validation) == ("boosting", "theo")
+    assert (cfg.data.test, cfg.pictures) == (str(tmp_path / "rows.csv"), str(tmp_path / "drawn"))
+
+
 def test_lists_slashes_and_absolute_paths_are_kept():
     cfg = OmegaConf.create({"runs": ["a", "/b"], "out": "report/", "picture": None, "run": "/c"})
     resolve_paths(cfg, Path("/start"))

@@ -27,20 +27,8 @@ WIDTH, LEFT = 80, 30  # columns of the text, and of its keys
 ABSENT = object()
 # Groups in the order of the help; those of `data`, … choose the node of that name.
 GROUPS = (
-    *(
-        "experiment",
-        "data",
-        "net",
-        "task",
-        "method",
-        "balance",
-        "compress",
-        "optimizer",
-        "scheduler",
-        "trainer",
-        "callbacks",
-    ),
-    *("logger", "sweep"),
+    *("experiment", "data", "net", "task", "method", "balance", "adversarial", "compress", "optimizer", "scheduler"),
+    *("trainer", "callbacks", "logger", "sweep"),
 )
 
 

@@ -42,6 +42,8 @@ from litdistill.utils.units import quantity
 log = logging.getLogger(__name__)
 run_names.register()  # when this module is imported: in each process of a launcher too
 
+_made: list[Path] = []  # the folder of this command's run, and those around it that were not there before
+
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
 # Starts of lines of Hydra's messages to drop: `+key` would add a key that nothing reads, and options are listed below.
 HYDRA_HINTS = (
@@ -143,7 +145,8 @@ def run_task(task: Callable[[DictConfig], Any], config_name: str, verb: str | No
 def remove_if_empty(folder: Path) -> None:
     """Removes the folder of a run in which nothing was trained: there is only Hydra's record, a lock, and what was printed.
 
-    Not the folder in which the command was called, nor one above it: commands that make no folder of their own have that one.
+    With it go the folders around it that this command has made. Not the folder in which the command was called, nor one above
+    it: commands that make no folder of their own have that one.
     """
     if not (folder / ".hydra").is_dir() or Path.cwd().is_relative_to(folder.resolve()):
         return
@@ -160,7 +163,8 @@ def remove_if_empty(folder: Path) -> None:
             file.unlink()
         for inside in sorted((p for p in folder.rglob("*") if p.is_dir()), reverse=True):
             inside.rmdir()
-        folder.rmdir()
+        for made in _made:
+            made.rmdir()
 
 
 def _named_folders(arguments: list[str]) -> list[Path]:
@@ -231,6 +235,11 @@ class JobFailures(HydraCallback):
 
     After the last job it prints how many runs are finished, and the command that compares them.
     """
+
+    def on_run_start(self, config: DictConfig, **_: Any) -> None:
+        """Notes which folders this run makes, for `remove_if_empty`."""
+        folder = Path(config.hydra.run.dir).absolute()
+        _made[:] = [folder, *(parent for parent in folder.parents if not parent.exists())]
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         folder = Path(config.hydra.sweep.dir)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import keyword
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,7 +28,7 @@ def main(arguments: Sequence[str]) -> None:
     folder = parser.parse_args(arguments).folder
     name = write_project(folder)
     print(f"Written: the project {name}, in {folder}. To go on:\n")
-    print(f"  cd {folder}\n  litdistill train --config-dir conf experiment=first\n  python -m pytest")
+    print(f"  cd {shlex.quote(str(folder))}\n  litdistill train --config-dir conf experiment=first\n  python -m pytest")
 
 
 def write_project(folder: Path) -> str:

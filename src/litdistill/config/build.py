@@ -159,16 +159,9 @@ def net_and_columns(
     shape = shape_after(wanted, data)
     under = own_backbone(node, data, build_net)
     options = {k: v for k, v in node.items() if k not in (*NETWORK_META_KEYS, *under)}
-    facts = _known(
-        str(node["_target_"]),
-        data,
-        shape,
-        outputs,
-        **{"size": wanted.get("size"), "fetch": None if fetch and source is None else False},
-        class_names=tuple(data.class_names),
-        **facts_of(data) | under,
-    )
-    trained = [] if source is None or isinstance(source, nn.Module) else read_metadata(source, "classes") or []
+    more = {"size": wanted.get("size"), "fetch": None if fetch and source is None else False, **facts_of(data), **under}
+    facts = _known(str(node["_target_"]), data, shape, outputs, class_names=tuple(data.class_names), **more)
+    trained = fact_of(source, "classes") or []
     kept = node.get("head") not in ("new", "cut")
     columns = class_columns(trained, data.class_names, str(source), role) if kept else None
     if columns is not None and "num_classes" in facts:

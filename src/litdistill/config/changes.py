@@ -7,6 +7,7 @@ config nor the summary may name what was not done.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from litdistill.config.recipes import NO_RECIPE, short_names
+from litdistill.utils.command_line import literal
 from litdistill.utils.errors import UserError
 
 # What decides the weights of a run; all other keys of a config are free.
@@ -111,7 +113,7 @@ def check_changes(changes: Changes, folder: Path) -> None:
         return
     named = "; ".join(f"{key} was {then}, and is {now}" for key, (then, now) in list(refused.items())[:5])
     more = f"; and {len(refused) - 5} more" if len(refused) > 5 else ""
-    back = " ".join(f"{key}={_typed(then)}" for key, (then, _) in list(refused.items())[:3])
+    back = shlex.join(f"{key}={literal(then)}" for key, (then, _) in list(refused.items())[:3])
     raise UserError(
         f"{folder} cannot go on with other options than it began with: {named}{more}. To go on, leave them as they were "
         f"({back}). To change them, start a new run from these weights: {new_run(folder)}, without resume=."
@@ -134,11 +136,6 @@ def new_run(folder: Path) -> str:
         if path.is_file():
             return f"student.checkpoint={folder if path.parent == folder else path}"
     return f"student.checkpoint={folder / 'checkpoints' / 'last.ckpt'}"
-
-
-def _typed(value: Any) -> str:
-    """Returns a value as it is typed in a command."""
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def as_started(cfg: DictConfig, history: Any) -> DictConfig:

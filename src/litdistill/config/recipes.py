@@ -40,14 +40,12 @@ NO_RECIPE = {  # options of these that change only paths and speed
 # Data whose files are the user's, and the options that name them.
 OWN_FILES = {
     **dict.fromkeys(("folder", "shards", "sounds"), ("root",)),
-    "table": ("root", "test"),
+    **dict.fromkeys(("table", "token_sequences"), ("root", "test")),
     "texts": ("root", "test", "validation", "unlabelled"),
-    **dict.fromkeys(("coco", "voc"), ("root",)),
+    **dict.fromkeys(("coco", "voc", "masks"), ("root",)),
 }
-ANNOTATIONS = {
-    "coco": (".json",),
-    "voc": (".xml", ".txt"),
-}  # extensions of files beside pictures that say what these show
+# Extensions of files beside pictures that say what these show.
+ANNOTATIONS = {"coco": (".json",), "voc": (".xml", ".txt")}
 OWN_CALLBACKS = ("best", "last", "learning_rate")  # those of conf/callbacks, which do not change the weights
 
 

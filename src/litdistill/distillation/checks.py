@@ -125,11 +125,8 @@ def check_readable(method: Method, task: Task, student: Outputs, teacher: Output
     """Raises `UserError` for a method that reads logits of a teacher without classes: it is called once, in eval mode."""
     if teacher is None or task.measures(teacher):
         return
-    method.eval()
-    try:
+    with eval_mode(method):
         method(student._replace(ids=batch.ids), teacher, batch)
-    finally:
-        method.train()
 
 
 def check_trained(distiller: Distiller, batch: Batch | None) -> None:

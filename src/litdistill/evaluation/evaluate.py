@@ -308,4 +308,9 @@ def differences(found: dict[str, Any], summary: dict[str, Any]) -> list[str]:
     if "teacher" in found:
         pairs[f"teacher {name}"] = (found["teacher"].get(name), summary["teacher"]["test"].get(name))
         pairs |= {key: (value, summary["student"].get(key)) for key, value in found["agreement"].items()}
-    return [f"{k}: now {now!r}, then {then!r}" for k, (now, then) in pairs.items() if now != then]
+    both_nan = lambda now, then: now != now and then != then  # noqa: E731
+    return [
+        f"{k}: now {now!r}, then {then!r}"
+        for k, (now, then) in pairs.items()
+        if now != then and not both_nan(now, then)
+    ]

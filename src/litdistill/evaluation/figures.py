@@ -23,6 +23,7 @@ from litdistill.models.log_mel import spectrogram_picture
 from litdistill.models.profile import weight_bytes
 from litdistill.tasks.base import Samples, Task
 from litdistill.tasks.figures import any_names
+from litdistill.utils.errors import UserError
 from litdistill.utils.modality import SOUND, modality_of
 from litdistill.utils.tags import tag
 from litdistill.utils.units import named
@@ -115,19 +116,25 @@ def show(
 
 
 class PngFiles:
-    """Writes figures as PNG files to a folder, `worst_misses.png`, in place of a SummaryWriter."""
+    """Writes figures as PNG files to a folder, `worst_misses.png`, in place of a SummaryWriter.
+
+    Raises `UserError` where the folder cannot be made.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
 
     def __enter__(self) -> PngFiles:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"pictures={self.folder} cannot be made: {error.strerror}. Name another folder.") from error
         return self
 
     def __exit__(self, *_: object) -> None: ...
 
     def add_figure(self, tag: str, figure: Any, step: int) -> None:
-        """Writes a figure of matplotlib. Raises `UserError` where the folder cannot be written to."""
+        """Writes a figure of matplotlib."""
         name = re.sub(r"\W+", "_", tag.rpartition("/")[2]).strip("_")
         figure.savefig(self.folder / f"{name}.png", dpi=110, bbox_inches="tight")
 

@@ -7,7 +7,7 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from litdistill.data import augment as aug
 from litdistill.data.foreign import ForeignData
@@ -35,7 +35,10 @@ def judge_gap(student: nn.Module, data: Any, task: Task, device: torch.device | 
     if not task.reads_labels:
         return {}
     outputs, targets = predict_split(student, data, "val", device, task)
-    trained = predict_split(student, _Some(data, len(targets)), "train", device, task)
+    some = (
+        _Some(data, len(targets)) if isinstance(data, ForeignData) else These(data, labeled_ids(data)[: len(targets)])
+    )
+    trained = predict_split(student, some, "train", device, task)
     name = task.monitor[0]
     val, train = (measured(task, *pair)[name] for pair in ((outputs, targets), trained))
     far = train - val > GAP if name in SHARES or name == "r2" else task.monitor[1] == "min" and val > TIMES * train
@@ -48,21 +51,30 @@ def judge_gap(student: nn.Module, data: Any, task: Task, device: torch.device | 
     }
 
 
-class _Some:
-    """A data module whose training split is `count` of its samples in random order; whole batches of a stranger's loader."""
+def labeled_ids(data: Any) -> Tensor:
+    """Returns the ids of the training samples with a label, in random order."""
+    ids, targets = aug.order(0, 0, data.train_ids), data.train_targets
+    return ids[has_label(targets[ids])] if targets.ndim == 1 or targets.is_floating_point() else ids
 
-    def __init__(self, data: Any, count: int):
+
+class These:
+    """A data module whose splits are these samples, without augmentation."""
+
+    def __init__(self, data: Any, ids: Tensor):
+        self.data, self.ids = data, ids
+
+    def batches(self, split: str, device: torch.device | str = "cpu") -> Iterator[Batch]:
+        """Yields batches of the samples."""
+        for chunk in self.ids.split(self.data.batch_size):
+            yield self.data.get_batch(split, chunk.to(device), None)
+
+
+class _Some:
+    """A stranger's data whose training split is whole batches of `count` samples at least."""
+
+    def __init__(self, data: ForeignData, count: int):
         self.data, self.count = data, count
 
     def batches(self, split: str, device: torch.device | str = "cpu") -> Iterator[Batch]:
-        """Yields batches of the training samples."""
-        data = self.data
-        if isinstance(data, ForeignData):
-            yield from islice(data.batches(split, device), -(-self.count // max(1, data.batch_size)))
-            return
-        ids, targets = aug.order(0, 0, data.train_ids), data.train_targets
-        if targets.ndim == 1 or targets.is_floating_point():
-            ids = ids[has_label(targets[ids])]
-        ids = ids[: self.count]
-        for chunk in ids.split(data.batch_size):
-            yield data.get_batch(split, chunk.to(device), None)
+        """Yields the batches."""
+        yield from islice(self.data.batches(split, device), -(-self.count // max(1, self.data.batch_size)))

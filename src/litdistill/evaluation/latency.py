@@ -207,9 +207,11 @@ def _nvidia_smi(work: Callable[[], int]) -> tuple[float, int] | None:
     command = ["nvidia-smi", "-i", "0", "--query-gpu=power.draw", "--format=csv,noheader,nounits", "-lms", "100"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         start = time.perf_counter()
-        count = work()
+        try:
+            count = work()
+        finally:  # it prints until it is ended, and the context waits for its end
+            process.terminate()
         seconds = time.perf_counter() - start
-        process.terminate()
         printed = process.communicate()[0]
     watts = [float(line) for line in printed.splitlines() if line.strip().replace(".", "", 1).isdigit()]
     return (statistics.mean(watts) * seconds, count) if watts else None

@@ -23,6 +23,7 @@ from litdistill.tasks.classification import Classification
 from litdistill.tasks.findings import judge
 from litdistill.types import EMBEDDING, Batch, Outputs
 from litdistill.utils.hashing import stable_repr
+from litdistill.utils.modes import eval_mode
 
 
 @torch.no_grad()
@@ -32,13 +33,11 @@ def predict_split(
     """Returns what `Task.keep` keeps of the outputs of `net` in eval mode for all of a split, float32, and the targets, all on
     the CPU."""
     task = task or Classification()
-    was_training = net.training
-    net.to(device).eval()
     found: list[tuple[Outputs, Tensor]] = []
-    for batch in data.batches(split, device):
-        outputs = task.keep(task.forward(net, batch, False))
-        found.append((Outputs({k: v.float().cpu() for k, v in outputs.heads.items()}), batch.targets.cpu()))
-    net.train(was_training)
+    with eval_mode(net.to(device)):
+        for batch in data.batches(split, device):
+            outputs = task.keep(task.forward(net, batch, False))
+            found.append((Outputs({k: v.float().cpu() for k, v in outputs.heads.items()}), batch.targets.cpu()))
     heads = {name: torch.cat([outputs.heads[name] for outputs, _ in found]) for name in found[0][0].heads}
     return Outputs(heads), torch.cat([targets for _, targets in found])
 

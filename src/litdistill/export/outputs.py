@@ -29,6 +29,7 @@ from litdistill.methods.base import CATEGORICAL
 from litdistill.models.ensemble import Ensemble
 from litdistill.tasks.base import Task
 from litdistill.types import Batch, Outputs, Taps
+from litdistill.utils.command_line import literal
 from litdistill.utils.errors import UserError
 from litdistill.utils.hashing import file_sha256, weights_sha256
 from litdistill.utils.manifest import BOXES, MASK
@@ -286,7 +287,9 @@ def _report(
     if form.top is not None:
         rows = lead + len(ids["val"]) + len(ids["test"])
         share = sum(mass) / (rows * math.prod(first.logits.shape[1:-1]))
-        lines.append(f"The top {form.top} hold {share:.2%} of the probability, in the mean over all samples.")
+        lines.append(f"The top {form.top} hold {100 * share:.2f} % of the probability, in the mean over all samples.")
     options = f" data.fixed_views={form.views} data.view_seed={data.view_seed}" if form.views else ""
-    lines.append(f"A student learns from it by: litdistill train data={data.name} teacher.outputs={to}{options}")
+    lines.append(
+        f"A student learns from it by: litdistill train data={data.name} teacher.outputs={literal(str(to))}{options}"
+    )
     return lines

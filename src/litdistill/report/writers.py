@@ -17,6 +17,7 @@ from rich.text import Text
 from litdistill.report.blocks import plain
 from litdistill.report.tables import LABELS, Cell
 from litdistill.utils.errors import UserError
+from litdistill.utils.text import markdown_table
 from litdistill.utils.units import SHARES, Number, decimals, factor, heading
 
 ADDED = "over labels alone"  # what a teacher adds: the difference from the control
@@ -83,14 +84,8 @@ def ending(out: str | None) -> str:
 
 def markdown(rows: Rows) -> str:
     """Returns the rows as a Markdown table."""
-    escaped = lambda text: str(text).replace("|", "\\|")  # noqa: E731
     head = list(rows[0])
-    lines = [
-        "| " + " | ".join(map(escaped, head)) + " |",
-        "|" + "".join("---|" if name in LEFT else "---:|" for name in head),
-        *("| " + " | ".join(map(escaped, row.values())) + " |" for row in rows),
-    ]
-    return "\n".join(lines) + "\n"
+    return markdown_table(head, [list(row.values()) for row in rows], sum(name in LEFT for name in head)) + "\n"
 
 
 # -- CSV ---------------------------------------------------------------------------------------------------------------

@@ -162,9 +162,10 @@ class OptunaPruningCallback(Callback):
         self.reported = set(trial.study.get_trials(deepcopy=False)[trial.number].intermediate_values)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        epoch, value = trainer.current_epoch, float(trainer.callback_metrics[self.monitor])
+        epoch = trainer.current_epoch
         if trainer.sanity_checking or epoch in self.reported:  # a resumed run may repeat an epoch's end
             return
+        value = float(trainer.callback_metrics[self.monitor])
         self.trial.report(value, epoch)
         last = epoch + 1 == trainer.max_epochs
         if last or trainer.world_size > 1 or not self.trial.should_prune():

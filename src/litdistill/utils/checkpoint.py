@@ -6,7 +6,7 @@ import json
 import os
 import pickle
 import re
-import tempfile
+import secrets
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,12 +30,9 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=PART, dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{PART}")
         try:
             write(temporary)
-            temporary.chmod(0o666 & ~_umask())
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -95,12 +92,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             return super().remove_checkpoint(path)
         if not Path(path).is_dir():
             Path(path).unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def save_student(net: nn.Module, path: Path, metadata: Mapping[str, str]) -> None:

@@ -40,7 +40,9 @@ def split_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def without_null(arguments: Sequence[str]) -> list[str]:
     """Returns the arguments with `logger=null` and its like in Hydra's words: it takes no null for a file of a group."""
-    words = {f"{group}=null": f"{group}=none" for group in ("balance", "callbacks", "logger", "scheduler")}
+    words = {
+        f"{group}=null": f"{group}=none" for group in ("adversarial", "balance", "callbacks", "logger", "scheduler")
+    }
     words |= {"compress=null": "~compress", "experiment=null": ""}  # no experiment is the default
     return [word for argument in arguments if (word := words.get(argument, argument))]
 

@@ -6,7 +6,8 @@ import functools
 import hashlib
 import json
 from collections.abc import Mapping
-from pathlib import Path
+from enum import Enum
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ def stable_repr(obj: Any, ancestors: tuple[int, ...] = ()) -> Any:
 
     `ancestors`: ids of the objects that contain this one; they are not described again inside it.
     """
-    if isinstance(obj, (str, int, float, complex, bool, bytes, type(None))):
+    if isinstance(obj, (str, int, float, complex, bool, bytes, type(None), Enum, PurePath, torch.dtype)):
         return repr(obj)
     if isinstance(obj, Tensor):
         return weights_sha256({"": obj})
@@ -48,6 +49,8 @@ def stable_repr(obj: Any, ancestors: tuple[int, ...] = ()) -> Any:
         return [(str(k), inside(v)) for k, v in obj.items()]
     if isinstance(obj, (list, tuple)):
         return [inside(v) for v in obj]
+    if isinstance(obj, (set, frozenset)):
+        return sorted((inside(v) for v in obj), key=str)
     if isinstance(obj, functools.partial):
         return [inside(v) for v in (obj.func, obj.args, obj.keywords)]
     if callable(obj) and hasattr(obj, "__qualname__"):

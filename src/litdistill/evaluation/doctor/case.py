@@ -9,10 +9,10 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from litdistill.data import augment as aug
 from litdistill.distillation.distiller import Distiller
 from litdistill.distillation.mixed import judges
 from litdistill.evaluation.doctor.gradients import Gradients, gradients_at_start
+from litdistill.evaluation.findings import These, labeled_ids
 from litdistill.evaluation.predictions import measured, predict_split
 from litdistill.tasks.base import Task
 from litdistill.types import Outputs
@@ -91,26 +91,8 @@ def examined(
     )
 
 
-def labeled_ids(data: Any) -> Tensor:
-    """Returns the ids of the training samples with a label, in random order."""
-    ids, targets = aug.order(0, 0, data.train_ids), data.train_targets
-    return ids[targets[ids] >= 0] if targets.ndim == 1 and not targets.is_floating_point() else ids
-
-
 def outputs_of(
     net: nn.Module, data: Any, task: Task, split: str, ids: Tensor, device: torch.device | str
 ) -> tuple[Outputs, Tensor]:
     """Returns the outputs of `net` for these samples of a split without augmentation, and their targets; on the CPU."""
-    return predict_split(net, _These(data, ids), split, device, task)
-
-
-class _These:
-    """A data module whose splits are these samples."""
-
-    def __init__(self, data: Any, ids: Tensor):
-        self.data, self.ids = data, ids
-
-    def batches(self, split: str, device: torch.device | str = "cpu") -> Any:
-        """Yields batches of the samples."""
-        for chunk in self.ids.split(self.data.batch_size):
-            yield self.data.get_batch(split, chunk.to(device), None)
+    return predict_split(net, These(data, ids), split, device, task)

@@ -14,8 +14,9 @@ from torch import Tensor
 from litdistill.distillation.mixed import judges, reads_ids
 from litdistill.distillation.recorded import RecordedTeacher
 from litdistill.evaluation.calibration import fit_temperature
-from litdistill.evaluation.doctor.case import Case, Finding, labeled_ids, outputs_of
+from litdistill.evaluation.doctor.case import Case, Finding, outputs_of
 from litdistill.evaluation.doctor.gradients import minibatches
+from litdistill.evaluation.findings import labeled_ids
 from litdistill.evaluation.predictions import predict_split
 from litdistill.methods.base import CATEGORICAL
 from litdistill.models.preprocess import Preprocessed, bare, preprocess_of, preprocessing, wrap
