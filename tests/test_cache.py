@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from hydra import compose, initialize_config_dir
 from lightning.pytorch.callbacks import LambdaCallback
 from safetensors.torch import load_file
+from torch import nn
 from torchvision.transforms import InterpolationMode as Interpolation
 
 from litdistill.data.augment import Crop, Flip
@@ -32,6 +33,7 @@ from litdistill.distillation.teacher_cache import (
     make_room,
 )
 from litdistill.evaluation import predictions
+from litdistill.methods.at import AT
 from litdistill.methods.fitnet import FitNet
 from litdistill.methods.kd import KD
 from litdistill.methods.pairs import Pair, Pairs
@@ -99,7 +101,7 @@ def run(
     optimizer = functools.partial(torch.optim.SGD, lr=0.05)
     distiller = Spy(
         net(), method or KD(), net(16, seed=1), example(data), optimizer=optimizer, allow_chance=True, data=data, cache=cache,
-        group=group, balance=None,  # the gradient of a term by itself has other last bits
+        group=group,
     )  # fmt: skip
     count = lambda module, args, output: seen.append(len(args[0].inputs))  # noqa: E731
     distiller.teacher.register_forward_hook(count)
@@ -109,7 +111,7 @@ def run(
 
 @pytest.mark.parametrize("where", ["memory", "disk"])
 @pytest.mark.parametrize("augment", [[], [Flip()], [Crop(1), Flip()], [Dim()]], ids=["none", "flip", "crop", "dim"])
-@pytest.mark.parametrize("method", [KD, FitNet, PAIRS])
+@pytest.mark.parametrize("method", [KD, FitNet, AT, PAIRS])
 def test_the_losses_with_the_cache_are_those_of_the_live_teacher(tmp_path, where, augment, method):
     options = CacheOptions(where, tmp_path / "cache")
     live, _, live_weights, _ = run(tmp_path, CacheOptions("off"), augment, method())
@@ -126,6 +128,14 @@ def test_the_losses_with_the_cache_are_those_of_the_live_teacher(tmp_path, where
         assert second.cache.computed == 0  # nothing is left to compute for a run that comes after
         assert again_images <= 2 + 40  # its dry forward, and the spot check of what it found
         assert again == first
+
+
+@pytest.mark.parametrize("group", [0, 4])
+def test_a_balanced_hint_gives_the_same_weights_with_the_cache_to_the_bit(tmp_path, group):
+    live, cached = (run(tmp_path, CacheOptions(mode), method=AT(), epochs=1, group=group) for mode in ("off", "memory"))
+    assert cached[3].cache.requested == 120
+    assert live[3].balance.norms == cached[3].balance.norms
+    assert all(torch.equal(v, cached[2][k]) for k, v in live[2].items())
 
 
 def _id(augment) -> str:
@@ -154,6 +164,36 @@ def test_what_is_kept_is_what_the_teacher_says_in_float64(tmp_path):
     torch.testing.assert_close(kept.features["layer2"].double(), exact.features["layer2"], rtol=1e-4, atol=1e-5)
     assert kept.features["layer2"].shape == exact.features["layer2"].shape
     assert torch.equal(kept.ids, ids)
+
+
+class Turned(nn.Module):
+    """Gives what lies otherwise in memory than its shape says: a map with channels innermost, tokens, a head of each place."""
+
+    def __init__(self):
+        super().__init__()
+        self.maps, self.tokens, self.places = nn.Identity(), nn.Identity(), nn.Linear(3, 3)
+
+    def forward(self, x):
+        x = x.squeeze(1).float() / 255
+        maps = self.maps(torch.stack([x, -x, x**2], -1).permute(0, 3, 1, 2))
+        tokens = self.tokens(maps.flatten(2).transpose(1, 2).contiguous().transpose(1, 2))
+        return self.places(maps.movedim(1, -1)).movedim(-1, 1).flatten(2) + tokens
+
+
+def test_what_is_kept_lies_in_memory_as_the_teacher_gives_it():
+    """Else sums over it round otherwise, and a run with the cache is not the one without."""
+    data = digits()
+    teacher = FrozenTeacher(Turned(), taps=["maps", "tokens"])
+    batch = data.get_batch("train", data.train_ids[:40])._replace(views=None)
+    live = teacher(batch)
+    cache = TeacherCache(teacher, data, CPU)
+    kept = [cache.outputs(batch) for _ in range(2)][1]
+    for a, b in zip(
+        [*live.heads.values(), *live.features.values()], [*kept.heads.values(), *kept.features.values()], strict=True
+    ):
+        assert not a.is_contiguous()
+        assert (a.shape, a.stride()) == (b.shape, b.stride())
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize(

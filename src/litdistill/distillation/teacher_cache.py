@@ -44,6 +44,13 @@ SPOT_CHECK = 32  # rows of a file that are computed again before it is used
 TOLERANCE = 1e-3
 
 
+class Shape(NamedTuple):
+    """Of one sample's values: `size`, and its dimensions (from 1) from the outermost in memory to the innermost: `order`."""
+
+    size: torch.Size
+    order: list[int]
+
+
 class Teacher(Protocol):
     """The interface of `litdistill.distillation.teacher.FrozenTeacher` that the cache uses."""
 
@@ -80,7 +87,7 @@ class TeacherCache:
         self.folder = folder / cache_key(teacher, data, device, dtype, precision) if folder is not None else None
         self.computed = self.requested = 0
         self.complete = False  # whether all rows of the training samples are known to be valid
-        self._shapes: tuple[dict[str, torch.Size], dict[str, torch.Size]] | None = None  # of heads, of features
+        self._shapes: tuple[dict[str, Shape], dict[str, Shape]] | None = None  # of heads, of features
 
     def outputs(self, batch: Batch) -> Outputs:
         """Returns the teacher's outputs for a batch of training samples, whose ids and views index the rows."""
@@ -114,9 +121,9 @@ class TeacherCache:
         if self._shapes is None:
             batch = self.data.get_batch("train", self.data.train_ids[:2].to(self.device))
             out = self.teacher(Batch(batch.inputs, None))
-            heads, features = ({k: v.shape[1:] for k, v in part.items()} for part in (out.heads, out.features))
+            heads, features = ({k: _shape(v) for k, v in part.items()} for part in (out.heads, out.features))
             self._shapes = heads, features
-        return sum(shape.numel() for part in self._shapes for shape in part.values())
+        return sum(shape.size.numel() for part in self._shapes for shape in part.values())
 
     def _run(self, inputs: Any, index: Tensor) -> Tensor:
         """Returns the rows (N, width) of the inputs `index` (N,), run in batches of one size.
@@ -133,11 +140,8 @@ class TeacherCache:
         assert self._shapes is not None
         heads, features = self._shapes
         shapes = [*heads.values(), *features.values()]
-        # Contiguous, as a network gives them: sums over a part of each row round otherwise.
-        parts = [
-            x.contiguous().view(-1, *shape)
-            for x, shape in zip(values.split([n.numel() for n in shapes], 1), shapes, strict=True)
-        ]
+        columns = values.split([shape.size.numel() for shape in shapes], 1)
+        parts = [_laid_out(x, shape) for x, shape in zip(columns, shapes, strict=True)]
         return Outputs(
             dict(zip(heads, parts, strict=False)), dict(zip(features, parts[len(heads) :], strict=True)), ids
         )
@@ -234,6 +238,17 @@ def open_cache(
         ", and all of it in runs to come" if cache.folder else "",
     )
     return cache
+
+
+def _shape(x: Tensor) -> Shape:
+    """Returns the shape of a sample, and the order of its dimensions in memory, of values (N, ...)."""
+    return Shape(x.shape[1:], sorted(range(1, x.dim()), key=x.stride, reverse=True))
+
+
+def _laid_out(x: Tensor, shape: Shape) -> Tensor:
+    """Returns rows (N, width) as (N, *size), in memory as the network gives them: sums round by the order of what they add."""
+    moved = x.reshape(-1, *shape.size).permute(0, *shape.order).contiguous()
+    return moved.movedim([place + 1 for place in range(len(shape.order))], shape.order)
 
 
 def _pack(out: Outputs) -> Tensor:
