@@ -4,6 +4,7 @@ import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
@@ -85,14 +86,68 @@ def test_a_search_looks_at_the_last_epoch_of_the_validation_alone(
 
     monkeypatch.setattr(compare, "run", trained)
     choices = OmegaConf.create(script.DEFAULTS | {"seeds": 2, "methods": ["sp"], "split": "val"})
-    assert script.differences(choices) == {("sp", 0.1): [25.0, 25.0]}
+    assert script.differences(choices, script.summaries(choices)) == {("sp", 0.1): [25.0, 25.0]}
     assert "75.00 %" in (said := capsys.readouterr().out)
     assert "10.00 %" not in said
     choices.split = "test"
-    assert script.differences(choices) == {("sp", 0.1): pytest.approx([-80.0, -80.0])}
+    assert script.differences(choices, script.summaries(choices)) == {("sp", 0.1): pytest.approx([-80.0, -80.0])}
 
 
 def test_without_finished_runs_there_is_no_table(script: ModuleType, tmp_path: Path) -> None:
     choices = OmegaConf.create(script.DEFAULTS | {"seeds": 2, "methods": ["sp"], "only": True, "runs": str(tmp_path)})
     with pytest.raises(UserError, match="Too few finished runs"):
-        script.differences(choices)
+        script.differences(choices, script.summaries(choices))
+
+
+def summary(accuracy: float) -> dict[str, Any]:
+    """Of a finished run, as far as the document reads it."""
+    net = {"name": "conv4", "params": 1234, "test": {"accuracy": 0.5}}
+    return {
+        "student": net | {"test": {"accuracy": {"last": accuracy, "best": 1.0}}}, "teacher": net, "steps": 7,
+        "data": {"name": "cifar10", "train": 500, "test": 10_000, "input_shape": [3, 32, 32]},
+        "time": {"core_s": 2.25}, "device": {"type": "cpu"},
+    }  # fmt: skip
+
+
+def test_what_was_found_is_kept_and_written_between_marks(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = {"supervised": [0.5, 0.6], "sp": [0.55, 0.66], "at": [0.4, 0.5]}
+    monkeypatch.setattr(
+        script, "summaries", lambda choices: {key: summary(known[key[0][0]][key[1]]) for key in script.jobs(choices)}
+    )
+    out, keep = tmp_path / "page.md", tmp_path / "kept.json"
+    options = ["dataset=cifar10", "root=/data", "seeds=2", "methods=[sp,at]", f"keep={keep}", f"out={out}"]
+    monkeypatch.setattr("sys.argv", ["balance_table.py", *options])
+    out.write_text("no marks")
+    with pytest.raises(UserError, match="<!-- cifar10 -->"):
+        script.main()
+    assert not keep.exists()
+    out.write_text("Before.\n<!-- cifar10 -->\n<!-- end cifar10 -->\nAfter.\n")
+    script.main()
+    kept, text = json.loads(keep.read_text())["cifar10"], out.read_text()
+    assert kept["methods"] == {"sp": [5.0, 6.0], "at": [-10.0, -10.0]}
+    assert kept["command"] == "python scripts/balance_table.py dataset=cifar10 seeds=2 methods=[sp,at]"
+    assert kept["seconds"] == 14  # six runs
+    assert "| `at` | −10.00 ± 0.00 | −10.00 to −10.00 |" in text
+    assert "interval lies below 0: `at`; above 0: none. That of the mean lies on both sides of 0." in text
+    assert "have 55.00 ± 7.07 %. Made by" in text
+    assert text.startswith("Before.\n")
+    assert text.endswith("\nAfter.\n")
+
+
+@pytest.mark.parametrize("wrong", ["split=val keep=a.json", "ratios=[0.1,1] keep=a.json", "out=a.md", "dataset=mnist"])
+def test_options_that_do_not_go_together_are_refused(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, wrong: str
+) -> None:
+    monkeypatch.setattr("sys.argv", ["balance_table.py", *wrong.split()])
+    with pytest.raises(UserError):
+        script.main()
+
+
+def test_runs_of_other_data_have_its_setting_and_its_files(script: ModuleType) -> None:
+    assert len(script.SETTINGS["cifar10"].methods) == 10
+    choices = OmegaConf.create(script.DEFAULTS | {"dataset": "cifar10", "root": "/data", "seeds": 2, "methods": ["sp"]})
+    todo = script.jobs(choices)
+    assert len(todo) == 2 * (1 + 1)
+    assert all({"data=cifar10", "data.root=/data", "data.per_class=50"} <= set(job.overrides) for job in todo.values())
