@@ -38,6 +38,7 @@ from litdistill.models.preprocess import Preprocess, Preprocessed
 from litdistill.models.small import conv4
 from litdistill.report.blocks import Fold, Table
 from litdistill.report.plots import COLORS, MARKERS
+from litdistill.report.plots import TEACHER as LOOK
 from litdistill.report.security import FILE, SECTIONS, TEACHER
 from litdistill.tasks import Classification
 from litdistill.tasks.figures import new_figure
@@ -265,26 +266,28 @@ def markdown(part: str, found: Mapping[str, Kept]) -> str:
     return "\n\n".join(texts)
 
 
+PANELS = {"robust": "Students of a robust teacher", "defensive": "Defensive distillation"}
+
+
 def draw(found: Mapping[str, Mapping[str, Kept]], path: Path) -> None:
-    """Writes the picture: a panel for each table of accuracy under attack, a line for each of its rows."""
-    tables = [(part, one) for part in ("robust", "defensive") for one in found.get(part, {}).values()]
+    """Writes the picture: for each table of accuracy under attack a panel below the last, with a line for each row."""
+    tables = [(part, one) for part in PANELS for one in found.get(part, {}).values()]
     if not tables:
         return
-    figure = new_figure(4.4 * len(tables), 4.6)
-    for axes, (part, one) in zip(figure.subplots(1, len(tables), squeeze=False)[0], tables, strict=True):
+    figure = new_figure(6, 3.3 * len(tables))  # narrow, to be read on a telephone
+    for axes, (part, one) in zip(figure.subplots(len(tables), 1, squeeze=False)[:, 0], tables, strict=True):
         for i, (name, scores) in enumerate(one["rows"].items()):
             means = [100 * mean(values) for values in scores.values()]
-            look = {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i], "linewidth": 1.2, "markersize": 4}
-            columns = [column.split(" steps")[0].replace(", 1000 queries", "") for column in scores]
-            axes.plot(columns, means, label=name, **look)
-        axes.set_ylim(0, 101)
-        axes.tick_params("x", rotation=30)
-        axes.set_title(f"{part}, {one['dataset']}", fontsize=10, loc="left")
+            columns = [column.replace(", ", ",\n") for column in scores]
+            look = {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i]} if name != TEACHER else LOOK
+            axes.plot(columns, means, label=name, linewidth=1.4, **look)
+        axes.set_ylim(-3, 103)
+        axes.set_ylabel("accuracy (%)")
+        axes.set_title(f"{PANELS[part]}, {one['dataset']}", fontsize=11, loc="left")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=7, frameon=False, loc="lower left")
-    figure.axes[0].set_ylabel("accuracy (%)")
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, fontsize=9, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=150)
 
 
 def main() -> None:
@@ -295,7 +298,8 @@ def main() -> None:
     found = json.loads(keep.read_text()) if keep.is_file() else {}
     for part in choices.parts:
         print(f"{part}, {choices.dataset}", flush=True)
-        found.setdefault(part, {})[choices.dataset] = measured(part, choices)
+        of_part = {**found.get(part, {}), choices.dataset: measured(part, choices)}
+        found[part] = {name: of_part[name] for name in EPOCHS if name in of_part}
         for place in (keep, Path(choices.runs, FILE)):
             write_text(place, json.dumps(found) + "\n")
     for part in [name for name in PARTS if name in found]:

@@ -18,10 +18,12 @@ from litdistill.distillation.distiller import Distiller
 from litdistill.distillation.step import outputs_of_both
 from litdistill.distillation.teacher_cache import CacheOptions
 from litdistill.methods import ARD, KD, RSLAD, Shuffled, Sum, Supervised
+from litdistill.training.grouping import GroupedData, Layout
+from litdistill.training.pack import together
 from litdistill.types import Batch, Outputs
 from litdistill.utils.errors import UserError
 from tests.conftest import compose_config
-from tests.fits import digits, example, fit, grouped, net, same
+from tests.fits import digits, example, fit, net, same
 
 EPS = 0.1
 
@@ -238,11 +240,12 @@ def test_where_an_attack_makes_no_sense_is_said_in_one_line():
 # -- runs --------------------------------------------------------------------------------------------------------------
 
 
-def run(folder, method, group=0, ckpt=None, cache=None, **options):
+def run(folder, method, group=0, ckpt=None, cache=None, member=None, eps=EPS, **options):
     data = digits()
-    made = distiller(method, None if not method.needs_teacher else net(12, seed=1), data, group=group,
-                     seed=0, allow_chance=True, cache=CacheOptions(cache or "off", folder / "cache"))  # fmt: skip
-    return made, fit(made, grouped(data, group), folder, ckpt, **options)
+    made = distiller(method, None if not method.needs_teacher else net(12, seed=1), data, group=group, seed=0,
+                     allow_chance=True, cache=CacheOptions(cache or "off", folder / "cache"),
+                     adversarial=PGD(eps, steps=3))  # fmt: skip
+    return made, fit(made, GroupedData(data, Layout(group, 0), member), folder, ckpt, **options)
 
 
 class SaveAt(Callback):
@@ -264,12 +267,25 @@ def test_a_stopped_run_goes_on_to_the_bit_and_groups_change_nothing(tmp_path, me
     assert same(whole.student, resumed.student)
 
 
-def test_the_teachers_outputs_at_the_inputs_as_they_are_come_from_the_cache(tmp_path):
-    live, _ = run(tmp_path / "a", RSLAD())
-    cached, _ = run(tmp_path / "b", RSLAD(), cache="memory")
+@pytest.mark.parametrize("method", [ARD, RSLAD])
+def test_the_teachers_outputs_at_the_inputs_as_they_are_come_from_the_cache(tmp_path, method):
+    live, _ = run(tmp_path / "a", method())
+    cached, _ = run(tmp_path / "b", method(), cache="memory")
     assert cached.cache is not None
     assert cached.cache.computed < cached.cache.requested  # the second epoch's are known, whatever the attack changes
     assert same(live.student, cached.student)
+
+
+def test_side_by_side_each_is_equal_to_the_bit_to_one_alone(tmp_path):
+    """The random starts of one are not those that another has left behind."""
+    trials = [(ARD, EPS), (RSLAD, 0.3)]
+    jobs = [
+        functools.partial(run, tmp_path / f"{i}", method(), 3, eps=eps, max_epochs=1)
+        for i, (method, eps) in enumerate(trials)
+    ]
+    packed = together([lambda member, job=job: job(member=member) for job in jobs])
+    for i, ((method, eps), (one, _)) in enumerate(zip(trials, packed, strict=True)):
+        assert same(one.student, run(tmp_path / f"alone{i}", method(), 3, eps=eps, max_epochs=1)[0].student)
 
 
 def test_under_ddp_one_process_trains_as_without(tmp_path):

@@ -48,7 +48,7 @@ def run(folder, method, group=0, ckpt=None, **options):
 
 
 @pytest.mark.process
-@pytest.mark.parametrize(("method", "group"), [(Supervised, 0), (ARD, 2)])
+@pytest.mark.parametrize(("method", "group"), [(Supervised, 0), (ARD, 2), (RSLAD, 0)])
 def test_two_processes_train_one_student_and_go_on_to_the_bit(tmp_path, method, group):
     def both(folder, ckpt=None):
         folder.mkdir()
@@ -84,25 +84,21 @@ def test_in_bfloat16_the_attack_reaches_the_edge_of_the_ball_and_a_step_is_nearl
 
 
 @pytest.mark.process  # optuna takes long to load
-def test_a_sweep_over_the_radius_trains_what_is_exported(tmp_path):
+def test_a_sweep_over_methods_trains_what_is_exported(tmp_path):
     pytest.importorskip("optuna")
     from tests.test_sweep import start
 
-    options = [
-        *SMALL,
-        f"runs={tmp_path}",
-        "method=supervised",
-        "teacher=null",
-        "adversarial=pgd",
-        "adversarial.steps=1",
-    ]
-    study = start(tmp_path / "sweep", *options, "trainer.max_epochs=1", "sweep=grid", space={"adversarial.eps": [0.3]})
-    assert [trial.state.name for trial in study.trials] == ["COMPLETE"]
-    folder = tmp_path / "sweep" / "0"
-    assert load_run(folder)[0].adversarial.eps == 0.3
-    data, distiller = rebuild(folder)
-    export(folder)
-    images = data.get_batch("train", data.train_ids[:8]).inputs
-    answered = torch.from_numpy(load(folder / "export" / "student.onnx").run(images.numpy()))
-    with torch.no_grad():
-        torch.testing.assert_close(answered, distiller.deployed_student.eval()(images), atol=1e-4, rtol=1e-4)
+    options = [*SMALL, f"runs={tmp_path}", "adversarial=pgd", "adversarial.steps=1", "teacher.allow_chance=true"]
+    options += ["adversarial.eps=0.3", "trainer.max_epochs=1", "sweep=grid"]
+    study = start(tmp_path / "sweep", *options, space={"method": ["ard", "rslad"]})
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 2
+    for i, method in enumerate((ARD, RSLAD)):
+        folder = tmp_path / "sweep" / str(i)
+        assert load_run(folder)[0].adversarial.eps == 0.3
+        data, distiller = rebuild(folder)
+        assert isinstance(distiller.method, method)
+        export(folder)
+        images = data.get_batch("train", data.train_ids[:8]).inputs
+        answered = torch.from_numpy(load(folder / "export" / "student.onnx").run(images.numpy()))
+        with torch.no_grad():
+            torch.testing.assert_close(answered, distiller.deployed_student.eval()(images), atol=1e-4, rtol=1e-4)

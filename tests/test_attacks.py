@@ -1,6 +1,8 @@
 """Attacks against independent forms in numpy, against torchattacks where it is installed, and on what gradients cannot see."""
 
+import functools
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,8 +13,10 @@ from torch import nn
 from litdistill.evaluation import attacks
 from litdistill.evaluation.attacks import apgd, fgsm, margin, pgd, robust_accuracy, square, withstood
 from litdistill.evaluation.evaluate import under_attack
+from litdistill.models.preprocess import Preprocess, Preprocessed
 from litdistill.report.writers import attack_table
 from litdistill.tasks import Classification, MultiLabel
+from litdistill.types import Batch
 from litdistill.utils.errors import UserError
 from tests.fits import digits, net
 
@@ -244,3 +248,32 @@ def test_both_networks_of_a_run_are_attacked_on_images_spread_over_the_test_set(
     assert rows[0] == ["clean", *(f"{100 * found[k]['clean']:.2f}" for k in ("teacher", "student"))]
     with pytest.raises(UserError, match="attacks classifiers of images"):
         under_attack({"student": other}, data, MultiLabel(), 50, EPS, "cpu")
+
+
+class Smoothed(Classification):
+    """A task of one's own with one label a sample."""
+
+
+def test_images_of_any_shape_are_attacked_and_pixels_outside_of_0_to_1_are_refused(monkeypatch):
+    monkeypatch.setattr(attacks, "ATTACKS", {"FGSM": fgsm, "Square": functools.partial(square, queries=30)})
+    torch.manual_seed(0)
+    images, labels = torch.rand(6, 3, 33, 17), torch.arange(6) % 3
+    small = Preprocessed(nn.Sequential(nn.Flatten(), nn.Linear(3 * 33 * 17, 3)), Preprocess([4.0] * 3, [0.1] * 3))
+    resizes = Preprocessed(nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 3)), Preprocess([0.5] * 3, [0.2] * 3, 8))
+    of = lambda given: SimpleNamespace(batches=lambda split: [Batch(given, labels)])  # noqa: E731
+    found = under_attack({"student": small, "teacher": resizes}, of(images), Smoothed(), 6, EPS, "cpu")
+    assert found["student"]["worst"] < found["student"]["clean"]
+    assert 0 <= found["teacher"]["worst"] <= found["teacher"]["clean"]
+    for wrong in (images * 2 - 1, (images * 30_000).int()):
+        with pytest.raises(UserError, match=r"^robustness=… changes pixels from 0 to 1, and these go from [^\n]+$"):
+            under_attack({"student": small}, of(wrong), Classification(), 6, EPS, "cpu")
+
+
+def test_what_gives_logits_alone_is_attacked_by_square_and_refused_by_the_others(trained):
+    net, images, labels = (*trained[:1], *(given[:20] for given in trained[1:3]))
+    file = lambda x: torch.from_numpy(net(x.detach()).numpy())  # noqa: E731 - as an exported file answers
+    found = {"Square": functools.partial(square, queries=30)}
+    assert robust_accuracy(file, images, labels, EPS, found) == robust_accuracy(net, images, labels, EPS, found)
+    for attack in (fgsm, pgd, apgd):
+        with pytest.raises(UserError, match=r"^This attack follows the gradient [^\n]+ attack with `square`[^\n]+$"):
+            attack(file, images, labels, EPS)

@@ -2,8 +2,9 @@
 
 import importlib.util
 import json
+import operator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -15,8 +16,9 @@ from torch import nn
 from litdistill.benchmarks.compare import config_of
 from litdistill.benchmarks.tables import between_marks
 from litdistill.config.recipes import teacher_folder
-from litdistill.evaluation.attacks import cross_entropy, fgsm
+from litdistill.evaluation.attacks import cross_entropy, fgsm, pgd, square
 from litdistill.evaluation.evaluate import rebuild
+from litdistill.methods import Supervised
 from litdistill.report.security import SECTIONS, TEACHER, trained_attacks
 from litdistill.types import Batch, Outputs
 from litdistill.utils.errors import UserError
@@ -123,6 +125,93 @@ def test_short_runs_of_both_tables_fill_the_document_and_are_not_repeated(script
     assert out.read_text() == text
 
 
+def test_what_is_attacked_are_test_images_from_0_to_1_of_a_network_in_eval_mode(script, monkeypatch):
+    monkeypatch.setattr(script, "IMAGES", 3)
+    images, labels = torch.randint(0, 256, (5, 1, 2, 2), dtype=torch.uint8), torch.arange(5)
+    data = SimpleNamespace(batches={"test": [Batch(images[:4], labels[:4]), Batch(images[4:], labels[4:])]}.get)
+    net, seen = nn.Sequential(nn.Dropout(0.9), nn.Flatten(), nn.Linear(4, 5)), []
+    attack = lambda f, x, y, eps: seen.append((f, x, y, eps)) or x  # noqa: E731
+    found = script.evaluated(net, data, {"nothing": attack})
+    ((f, x, y, eps),) = seen
+    assert torch.equal(x, images[[0, 2, 4]] / 255)
+    assert (y.tolist(), eps) == ([0, 2, 4], script.EPS)
+    assert torch.equal(f(x), net[2](x.flatten(1)))  # nothing is dropped
+    assert found["nothing"] == found["clean"] == (net(x).argmax(1) == y).double().mean().item()
+
+
+def test_a_network_trained_at_t_teaches_another_at_t(script, tmp_path, monkeypatch):
+    calls, seen = [], []
+
+    def distill(student, teacher, **options):
+        calls.append((student, teacher, options))
+        return SimpleNamespace(deployed_student=student)
+
+    monkeypatch.setattr(script, "distill", distill)
+    monkeypatch.setattr(script, "defense", lambda temperature: {"temperature": temperature})
+    monkeypatch.setattr(
+        script, "evaluated", lambda net, data, attacks: seen.append((net, attacks)) or {"clean": len(seen)}
+    )
+    choices = {"runs": str(tmp_path), "dataset": "digits", "root": "data"}
+    assert script.defended("distilled at T = 20", 1, choices)["clean"] == 1
+    (first, nobody, alone), (second, teacher, taught) = calls
+    assert nobody is None
+    assert isinstance(alone["method"], Supervised)
+    assert teacher is first
+    assert [(name, getattr(taught["method"], name)) for name in ("hard", "soft", "temperature")] == [
+        ("hard", 0.0),
+        ("soft", 1.0),
+        ("temperature", 20.0),
+    ]
+    for options in (alone, taught):
+        assert (options["task"].temperature, options["max_epochs"]) == (20.0, script.EPOCHS["digits"])
+    assert alone["out"] != taught["out"]
+    assert not torch.equal(*(torch.cat([p.flatten() for p in net.parameters()]) for net in (first, second)))
+    assert seen[0] == (second, {"temperature": 20.0})
+    assert first(torch.zeros(1, 1, 8, 8)).shape == (1, 10)
+    assert script.defended("labels alone", 1, choices)["clean"] == 2  # each is a cell of its own
+    assert script.defended("labels alone", 2, choices)["clean"] == 3
+    ((plain, _, options), (other, *_)) = calls[2:]
+    assert options["task"].temperature == 1.0
+    assert seen[1] == (plain, {"temperature": 1.0})
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), first.parameters(), strict=True))
+    assert not torch.equal(*(torch.cat([p.flatten() for p in net.parameters()]) for net in (plain, other)))
+    assert script.defended("labels alone", 2, choices)["clean"] == 3  # kept
+
+
+def test_each_cell_is_one_student_and_one_seed(script, tmp_path, monkeypatch):
+    choices = chosen(script, runs=str(tmp_path), seeds=2, jobs=1)
+    first = Path(config_of(script.job("labels alone", 0, choices)).folder)
+    first.mkdir(parents=True)
+    about = {"data": {"test": 300}, "epochs": 30, "student": {"params": 1}, "teacher": {"params": 2}}
+    (first / "summary.json").write_text(json.dumps(about))
+    place = {f"robust-{'-'.join(name.replace(',', '').split())}": i for i, name in enumerate(script.STUDENTS)}
+
+    def score(one):
+        (seed,) = [int(said.removeprefix("seed=")) for said in one.overrides if said.startswith("seed=")]
+        return {"clean": place[one.technique] + seed / 10, "seconds": 2.0}
+
+    monkeypatch.setattr(script, "robust_student", lambda one: (score(one), {"clean": 0.5, "seconds": 5.0}))
+    found = script.robust(choices)
+    expected = {name: {"clean": [i, i + 0.1]} for i, name in enumerate(script.STUDENTS)}
+    assert found["rows"] == {TEACHER: {"clean": [0.5]}, **expected}
+    assert (found["seconds"], found["images"], found["params"]) == (2.0 * 12 + 5, 300, [1, 2])
+
+
+def test_the_command_of_a_part_names_what_is_not_the_default(script, monkeypatch):
+    monkeypatch.setattr(script, "PARTS", {"robust": lambda choices: {}})
+    said = [
+        script.measured("robust", chosen(script, **own))["command"] for own in ({}, {"seeds": 1, "dataset": "mnist"})
+    ]
+    assert said[0] == "python scripts/secure_table.py parts=[robust]"
+    assert said[1] == "python scripts/secure_table.py parts=[robust] dataset=mnist seeds=1"
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_cells_are_computed_in_order(script, jobs):
+    assert script.together(operator.neg, [(i,) for i in range(5)], jobs) == [0, -1, -2, -3, -4]
+
+
 def test_attacks_on_logits_over_t_and_training_at_t_are_what_they_say(script):
     logits, targets = torch.randn(5, 3, dtype=torch.double), torch.tensor([0, 1, 2, 1, 0])
     task, batch = script.AtTemperature(20.0), Batch(None, targets)
@@ -138,6 +227,14 @@ def test_attacks_on_logits_over_t_and_training_at_t_are_what_they_say(script):
     cooled = lambda x: x.flatten(1) @ weight  # noqa: E731
     assert torch.equal(found, fgsm(cooled, images, labels, 0.1, loss=cross_entropy))
     assert not torch.equal(found, images)
+    started = pgd(saturated, images, labels, 0.1, loss=cross_entropy)
+    assert torch.equal(attacks["PGD"](saturated, images, labels, 0.1), started)
+    assert not torch.equal(started, pgd(saturated, images, labels, 0.1))  # for it stays at its random start
+    found = attacks["PGD, logits / T"](saturated, images, labels, 0.1)
+    assert torch.equal(found, pgd(cooled, images, labels, 0.1, loss=cross_entropy))
+    black_box = script.defense(1e4)["Square"](cooled, images, labels, 0.01)
+    assert torch.equal(black_box, square(cooled, images, labels, 0.01, queries=1000))
+    assert not torch.equal(black_box, square(cooled, images, labels, 0.01, queries=10))
 
 
 @pytest.mark.parametrize("wrong", ["seeds=0", "parts=[robust,none]", "dataset=iris", "seed=1"])

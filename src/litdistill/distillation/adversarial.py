@@ -74,6 +74,18 @@ def unit_images(inputs: Tensor) -> Tensor:
     return inputs if inputs.is_floating_point() else inputs.float() / 255
 
 
+def images_to_attack(inputs: Tensor, option: str) -> Tensor:
+    """Returns `unit_images` of inputs. Raises `UserError`, in the name of the option that attacks them, for other pixels."""
+    images = unit_images(inputs)
+    low, high = images.aminmax()
+    if not (low >= -SLACK and high <= 1 + SLACK):
+        raise UserError(
+            f"{option} changes pixels from 0 to 1, and these go from {low:.3g} to {high:.3g}: let the network normalize them "
+            "itself (litdistill.models.preprocess.Preprocess)."
+        )
+    return images
+
+
 def attacked_batch(distiller: Distiller, batch: Batch, teacher: Outputs | None) -> Batch:
     """Returns the batch with the inputs that the attack finds for the student.
 
@@ -135,11 +147,7 @@ def check_adversarial(
         raise UserError(
             f"adversarial=pgd changes pixels of images (N, C, H, W), and these inputs are {what}: use adversarial=none."
         )
-    if inputs.is_floating_point() and not (inputs.min() >= -SLACK and inputs.max() <= 1 + SLACK):
-        raise UserError(
-            f"adversarial=pgd changes pixels from 0 to 1, and these go from {inputs.min():.3g} to {inputs.max():.3g}: let the "
-            "network normalize them itself (litdistill.models.preprocess.Preprocess)."
-        )
+    images_to_attack(inputs, "adversarial=pgd")
     if labels != "all" and type(method).attacked_loss is Method.attacked_loss:
         raise UserError(
             f"adversarial=pgd ascends the labels' loss, and {'some' if labels == 'some' else 'all'} samples have no label: use "

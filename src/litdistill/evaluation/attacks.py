@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from litdistill.distillation.adversarial import ascend
+from litdistill.utils.errors import UserError
 
 Logits = Callable[[Tensor], Tensor]  # images -> logits (N, classes), differentiable but for `square`
 Attack = Callable[[Logits, Tensor, Tensor, float], Tensor]  # (logits_of, images, targets, epsilon) -> images
@@ -49,6 +50,11 @@ def _ascended(logits_of: Logits, images: Tensor, targets: Tensor, loss: Loss) ->
     """Returns the loss of each sample, (N,), and its gradient with respect to the images."""
     images = images.detach().requires_grad_()
     values = loss(logits_of(images), targets)
+    if not values.requires_grad:
+        raise UserError(
+            "This attack follows the gradient of the logits at the images, and these have none, as those of an exported file: "
+            "attack with `square`, which asks for logits alone."
+        )
     (gradient,) = torch.autograd.grad(values.sum(), images)
     return values.detach(), gradient
 

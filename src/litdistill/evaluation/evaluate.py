@@ -23,7 +23,7 @@ from litdistill.config.origin import check_links, made_here
 from litdistill.config.recipes import is_complete, teacher_by_weights, teacher_folder
 from litdistill.config.trust import check_trusted, packages
 from litdistill.data.foreign import ForeignData
-from litdistill.distillation.adversarial import unit_images
+from litdistill.distillation.adversarial import images_to_attack
 from litdistill.distillation.distiller import Distiller
 from litdistill.distillation.recorded import RecordedTeacher
 from litdistill.evaluation import figures
@@ -193,11 +193,12 @@ def evaluate(
     data, distiller = rebuild(folder, overrides, trust)
     device = pick_device(device)
     teacher = distiller.teacher.net if distiller.teacher is not None else None
-    found = measure(distiller.deployed_student, teacher, data, distiller.task, "test", device)
-    found["findings"] |= judge_gap(distiller.deployed_student, data, distiller.task, device)
-    if robustness:
+    attacked: dict[str, Any] = {}
+    if robustness:  # first, for it may be refused
         both = {"teacher": teacher, "student": distiller.deployed_student}
-        found["robustness"] = under_attack(both, data, distiller.task, robustness, eps, device)
+        attacked["robustness"] = under_attack(both, data, distiller.task, robustness, eps, device)
+    found = measure(distiller.deployed_student, teacher, data, distiller.task, "test", device) | attacked
+    found["findings"] |= judge_gap(distiller.deployed_student, data, distiller.task, device)
     last = folder / "checkpoints" / "last.ckpt"
     if last.is_file():
         found["last"] = measure_last(distiller, last, data, device)
@@ -213,13 +214,14 @@ def under_attack(
 ) -> dict[str, dict[str, float]]:
     """Returns `robust_accuracy` of each network, by name, on `count` test images, evenly spaced among all.
 
-    Networks that are None, or files of outputs, are left out. Raises `UserError` for anything but a classifier of images.
+    Networks that are None, or files of outputs, are left out. Raises `UserError` for anything but a classifier of images with
+    pixels from 0 to 1.
     """
     images, targets = whole_split(data, "test")
-    if type(task) is not Classification or images is None or images.ndim != 4:
+    if not isinstance(task, Classification) or images is None or images.ndim != 4:
         raise UserError("robustness=… attacks classifiers of images with one label each: leave it at 0.")
     chosen = spread_out(count, len(images))
-    images, targets = unit_images(images[chosen]).to(device), targets[chosen].to(device)
+    images, targets = images_to_attack(images[chosen], "robustness=…").to(device), targets[chosen].to(device)
     found = {}
     for name, net in networks.items():
         if net is not None and not isinstance(net, RecordedTeacher):

@@ -35,7 +35,7 @@ def security(group: Group, key: str, settings: Settings) -> Section:
     if not (attacked or inferred):
         return Section(id, title, [Text("Not measured: robustness=0, and these data do not show their samples by id.")])
     head, rows = ["model", "accuracy %", "over labels alone"], []
-    head += [f"under attack %, ε {e}" for e in settings.epsilons] if attacked else []
+    head += [f"under attack %, ε {e}/255" for e in settings.epsilons] if attacked else []
     head += ["area under the curve", f"members found at {SHARE} false ones", "members", "others"] if inferred else []
     for style, row in zip(looks(group), group.rows, strict=True):
         cells = [style.name, shown_mean("accuracy", [seed.quality["accuracy"] for seed in row.seeds])]
