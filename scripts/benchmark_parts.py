@@ -256,11 +256,12 @@ def trained(
     minibatches: int = GROUP,
     captured: bool = True,
     precision: str | None = None,
+    compile: Mapping[str, Any] | None = None,
 ) -> Distiller:
     """A fit with what a run has: callbacks, a TensorBoard log, groups of at most so many `minibatches`.
 
     `captured`: on a GPU, by a recorded step where there is one. `precision`: of the Trainer; None: bf16 on a GPU, where the
-    `kind` says so on a CPU.
+    `kind` says so on a CPU. `compile`: options with which the student is compiled.
     """
     student, teacher = bench.preprocessed()
     ids, hard = bench.data.train_ids[:2].to(bench.device), kind == "hard"
@@ -280,6 +281,8 @@ def trained(
         recorder=CudaGraphs() if captured else None,
     )
     group = min(steps, group_size(distiller, bench.data, minibatches))
+    if compile is not None:
+        distiller.student.compile(**compile)
     low = bench.device.type == "cuda" or kind == "bf16"
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(

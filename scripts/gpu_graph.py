@@ -8,45 +8,64 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from benchmark_parts import Bench
+from benchmark_parts import PAIRS, Bench, Pair
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+CHOSEN = ("small", "resnet32x4")
+STEPS = 160  # ten groups
 
-def bare_step(bench: Bench, cached: bool) -> Callable[[], None]:
-    """A whole step with nothing around it: images drawn, cropped and flipped on the device, both networks in bf16, the loss
-    of KD, SGD. All of it can be captured: it reads nothing but the device."""
+
+def pair_on(name: str, device: torch.device) -> Pair:
+    """A pair with as many steps as the device is to be timed for; on a CPU, as few and small as can be."""
+    pair = PAIRS[name]
+    if device.type == "cuda":
+        return pair._replace(steps=STEPS, light_steps=STEPS)
+    return pair._replace(steps=2, light_steps=2, batch=4)
+
+
+def drawing(bench: Bench) -> Callable[[], tuple[Tensor, Tensor, Tensor]]:
+    """Draws a batch on the device, cropped, flipped and normalized: images, labels, and the place of each in the data."""
     pair, device = bench.pair, bench.device
-    student, teacher = (net.to(memory_format=torch.channels_last) for net in bench.networks())
-    student.train()
     split = bench.data.source.train
     images, labels = split.images[:].to(device), split.targets.to(device)
-    known = torch.randn(len(images), bench.classes, device=device)
     mean, std = (torch.tensor(x, device=device).view(1, -1, 1, 1) for x in (bench.data.mean, bench.data.std))
-    optimizer = bench.fused(student.parameters())
     draw = functools.partial(torch.randint, device=device)
     rows, side = torch.arange(pair.batch, device=device).view(-1, 1, 1, 1), torch.arange(pair.shape[-1], device=device)
     channels = torch.arange(pair.shape[0], device=device).view(1, -1, 1, 1)
-    low = functools.partial(torch.autocast, device.type, torch.bfloat16, cache_enabled=False)
 
-    def view(chosen: Tensor) -> Tensor:
+    def batch() -> tuple[Tensor, Tensor, Tensor]:
+        chosen = draw(len(images), (pair.batch,))
         padded = F.pad(images[chosen], [pair.shift] * 4)
         y, x = (draw(2 * pair.shift + 1, (pair.batch, 1)) + side for _ in range(2))
         crop = padded[rows, channels, y[:, None, :, None], x[:, None, None, :]]
         if pair.flip:
             crop = torch.where(draw(2, (pair.batch, 1, 1, 1)).bool(), crop.flip(3), crop)
-        return ((crop / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
+        crop = ((crop / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
+        return crop, labels[chosen], chosen
+
+    return batch
+
+
+def bare_step(bench: Bench, cached: bool) -> Callable[[], None]:
+    """A whole step with nothing around it: images drawn, cropped and flipped on the device, both networks in bf16, the loss
+    of KD, SGD. All of it can be captured: it reads nothing but the device."""
+    device, draw = bench.device, drawing(bench)
+    student, teacher = (net.to(memory_format=torch.channels_last) for net in bench.networks())
+    student.train()
+    known = torch.randn(len(bench.data.source.train.targets), bench.classes, device=device)
+    optimizer = bench.fused(student.parameters())
+    low = functools.partial(torch.autocast, device.type, torch.bfloat16, cache_enabled=False)
 
     def step() -> None:
-        chosen = draw(len(images), (pair.batch,))
-        batch = view(chosen)
+        batch, labels, chosen = draw()
         with low():
             with torch.no_grad():
                 soft = known[chosen] if cached else teacher(batch).float()
             logits = student(batch).float()
         distance = F.kl_div(F.log_softmax(logits / 4, 1), F.softmax(soft / 4, 1), reduction="batchmean") * 16
-        loss = 0.1 * F.cross_entropy(logits, labels[chosen]) + 0.9 * distance
+        loss = 0.1 * F.cross_entropy(logits, labels) + 0.9 * distance
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 from benchmark import quiet
-from benchmark_parts import PAIRS, Bench, Pair, trained
+from benchmark_parts import Bench, trained
 from benchmark_peers import peers
 from benchmark_questions import share_of_peak
 from gpu import Figures
 from gpu_cells import cells_of_tables, hinton_on_mnist
-from gpu_graph import EventWatch, KernelWatch, bare_step, captured, seconds_of
+from gpu_forms import compiled_student, many_students
+from gpu_graph import CHOSEN, EventWatch, KernelWatch, bare_step, captured, pair_on, seconds_of
 from hydra import compose, initialize_config_dir
 from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig
@@ -29,17 +30,8 @@ from torch import Tensor
 from litdistill.training.train import train
 from litdistill.utils.paths import CONF
 
-STEPS, LONG = 160, 1600  # ten groups, and a hundred
-CHOSEN = ("small", "resnet32x4")
+LONG = 1600  # steps: a hundred groups
 EQUAL = 1e-4  # relative, in float32
-
-
-def pair_on(name: str, device: torch.device) -> Pair:
-    """A pair with as many steps as the device is to be timed for; on a CPU, as few and small as can be."""
-    pair = PAIRS[name]
-    if device.type == "cuda":
-        return pair._replace(steps=STEPS, light_steps=STEPS)
-    return pair._replace(steps=2, light_steps=2, batch=4)
 
 
 # -- equality --------------------------------------------------------------------------------------------------------
@@ -239,6 +231,8 @@ WORK = {
     "peers": loops_of_peers,
     "steps": steps_of_ours,
     "grid": parts_by_size,
+    "vmap": many_students,
+    "compile": compiled_student,
     "mnist": hinton_on_mnist,
     "cells": cells_of_tables,
 }

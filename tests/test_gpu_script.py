@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import benchmark_parts as parts
 import gpu
 import gpu_cells
+import gpu_forms
 import gpu_graph
 import gpu_stages
 
@@ -65,6 +66,15 @@ def test_a_finished_stage_is_skipped_and_a_failed_one_begun_anew(tmp_path, monke
     assert (tmp_path / "log.txt").read_text() == "once\n"
     assert "a: finished before" in capsys.readouterr().out
     assert ended(tmp_path) == {"a": 0, "b": 3}
+
+
+def test_the_dry_form_gives_no_stage_more_than_ten_minutes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "STAGES", (gpu.Stage("a", 4 * 3600), gpu.Stage("b", 60)))
+    monkeypatch.setattr(gpu, "command", lambda stage, given: [sys.executable, "-c", "pass"])
+    assert gpu.main([f"out={tmp_path}", "device=cpu"]) == 0
+    said = capsys.readouterr().out
+    assert "-- a, at most 600 s" in said
+    assert "-- b, at most 300 s" in said
 
 
 def test_no_stage_begins_when_the_time_is_over(tmp_path, monkeypatch, capsys):
@@ -175,6 +185,32 @@ def test_the_bare_step_trains_the_student(monkeypatch, cached):
     assert all(not torch.equal(a, b) for a, b in zip(before, student.parameters(), strict=True))
     assert all(torch.equal(a, b) for a, b in zip(frozen, teacher.parameters(), strict=True))
     assert gpu_graph.seconds_of(bench, gpu_graph.captured(step, CPU), 2) > 0
+
+
+def test_stacked_students_train_as_each_of_them_alone():
+    bench = parts.Bench(TINY, CPU)
+    given, refresh = gpu_forms.batches(bench)
+    one, many = gpu_forms.students_of(bench, 3), gpu_forms.students_of(bench, 3)
+    steps = gpu_forms.side_by_side([gpu_forms.alone(bench, student, given) for student in one], CPU)
+    together, weights = gpu_forms.stacked(bench, many, given)
+    before = {name: w.detach().clone() for name, w in weights.items()}
+    for _ in range(3):
+        refresh()
+        steps()
+        together()
+    for i, student in enumerate(one):
+        for name, w in student.named_parameters():
+            torch.testing.assert_close(weights[name][i], w, rtol=1e-4, atol=1e-6)
+            assert not torch.equal(before[name][i], w)
+
+
+def test_streams_that_take_half_as_long_again_make_the_stacked_form_worth_building(tmp_path, monkeypatch):
+    figures, taken = gpu.Figures(tmp_path / "figures.jsonl"), iter([1e-3, 4.5e-3, 3e-3])
+    monkeypatch.setattr(gpu_forms, "seconds_of", lambda *_: next(taken))
+    gpu_forms.many_students(figures, CPU, given(tmp_path))
+    (found,) = (f for f in figures.read() if f["what"] == "ratios")
+    assert (found["streams ÷ one"], found["streams ÷ stacked"]) == pytest.approx((4.5, 1.5))
+    assert found["worth"] is True
 
 
 @pytest.mark.slow

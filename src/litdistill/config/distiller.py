@@ -151,7 +151,7 @@ def build_distiller(
     except UserError as error:
         raise with_key(_of_int8(error, student, method), cfg.method, "method") from error
     distiller.to(memory_format=torch.channels_last)  # convolutions are 1.2 to 1.6 times faster in it
-    if modes.get("student") is not None:
+    if modes.get("student") not in (None, "auto"):  # which a training decides
         distiller.student.compile(mode=modes["student"])
     return distiller
 

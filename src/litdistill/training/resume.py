@@ -119,6 +119,9 @@ class RunOptions(Callback):
         self.steps_per_epoch = 0
         self.rates: list[float] = []  # the learning rate of each parameter group at the first step
         self.teacher: str | None = None
+        self.compiled: str | None = (
+            None if kept is None else kept.get("compiled")
+        )  # by `compile.student=auto`: a mode, or "off"
         self._patience: dict[EarlyStopping, int] = {}
 
     @property
@@ -127,7 +130,7 @@ class RunOptions(Callback):
         return [*self.history, {"options": self.changes}]
 
     def state_dict(self) -> dict[str, Any]:
-        keys = ("options", "history", "steps_per_epoch", "rates", "teacher")
+        keys = ("options", "history", "steps_per_epoch", "rates", "teacher", "compiled")
         return {key: getattr(self, key) for key in keys}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -40,6 +40,7 @@ from litdistill.distillation.recorded import RecordedTeacher
 from litdistill.distillation.sharding import ShardedTeacher
 from litdistill.evaluation.predictions import evaluations_folder, teacher_outputs
 from litdistill.models.preprocess import preprocessing
+from litdistill.training.compiling import decide
 from litdistill.training.finish import Run, finish
 from litdistill.training.grouping import GroupedData, group_size
 from litdistill.training.last_batch import say_what_is_left_out
@@ -109,16 +110,16 @@ def train(
             cfg, student, method, teacher, task, example, indexed, optimizer, scheduler, known, built.layout.group, sharded,
             labels=training_labels(data),
         )  # fmt: skip
+        compile_if_it_pays(cfg, built, distiller, example, horizon(longer.trainer, data, scale)[1], data.batch_size)
         check_train_monitors(distiller, example, built.monitors)
         introduce(data, distiller, scale, role)
         fit_started = time.perf_counter()
         best = fit(cfg, built, distiller, data, last.path, member)
         run = Run(cfg, folder, data, task, distiller, built, best, built.options.history)
-        times = {"fit_s": time.perf_counter() - fit_started, "teacher_s": distiller.teacher_s}
-        total_s = time.perf_counter() - started - before.seconds
+        total_s, fit_s = (time.perf_counter() - begun for begun in (started + before.seconds, fit_started))
         if trainer.is_global_zero or sharded:  # all ranks run a sharded teacher together
             core_s = time.process_time() - of_core  # of a teacher that was trained first, too
-            finish(run, {**times, "total_s": total_s, "core_s": core_s}, role)
+            finish(run, {"fit_s": fit_s, "teacher_s": distiller.teacher_s, "total_s": total_s, "core_s": core_s}, role)
         trainer.strategy.barrier()
         return best
 
@@ -156,6 +157,20 @@ def prepare_process(cfg: DictConfig) -> None:
         torch.set_num_threads(cfg.threads)
     if any((cfg.get("compile") or {}).values()):
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str((Path(cfg.runs) / "cache" / "compile").absolute()))
+
+
+def compile_if_it_pays(
+    cfg: DictConfig, built: Built, distiller: Distiller, example: Any, steps: int, batch_size: int
+) -> None:
+    """Compiles the student where `compile.student=auto` decides so; `steps`: of the run."""
+    if (cfg.get("compile") or {}).get("student") != "auto":
+        return
+    trainer, kept = built.trainer, built.options.compiled
+    device = trainer.strategy.root_device.type
+    chosen = decide(distiller, example, batch_size, steps, device, str(trainer.precision), kept)
+    built.options.compiled = chosen
+    if chosen != "off":
+        distiller.student.compile(mode=chosen)
 
 
 def fit(

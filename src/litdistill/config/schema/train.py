@@ -110,7 +110,9 @@ class Scale(Node):
 class Compile(Node):
     """`compile`."""
 
-    student: COMPILE | None = option("its mode of torch.compile; null: not compiled")
+    student: COMPILE | Literal["auto"] | None = option(
+        "its mode of torch.compile; null: not compiled; auto: default where that is expected to save time, as a line says"
+    )
     teacher: COMPILE | Literal["prepacked"] | None = option(
         "likewise, and one more: prepacked lays weights out once, on CPUs; last bits then depend on the place in a batch"
     )
