@@ -197,6 +197,8 @@ OTHERS = [
     ("report", "threads=0", f"threads=0: {WHOLE}."),
     ("report", "epsilons=4", "epsilons=4: a list of one or more numbers above 0 and at most 255. Did you mean [4]?"),
     ("report", "runs=[]", "runs=[]: text, or a list of one or more texts."),
+    ("report", "picture=main", "picture=main: the name of a .png file or null."),
+    ("compare", "picture=main.svg", "picture=main.svg: the name of a .png file or null."),
     ("compare", "seeds=0", f"seeds=0: {WHOLE}."),
     ("compare", "jobs=1.5", f"jobs=1.5: {WHOLE}. Did you mean 2?"),
     ("evaluate", "run=x device=gpu", "device=gpu: auto, cpu, cuda, cuda:1 or mps."),

@@ -255,7 +255,7 @@ def test_seeds_are_averaged_within_a_trial(quick, monkeypatch, tmp_path):
     for trial in study.trials:
         assert trial.value == pytest.approx(0.5 + trial.params["method.hard"], abs=1e-12)
         assert {p.name for p in (tmp_path / "a" / str(trial.number)).iterdir()} == {"seed3", "seed4", "seed9"}
-    assert "train.py -m experiment=best seed=3,4,9" in (tmp_path / "a" / "best.yaml").read_text()
+    assert "litdistill train -m experiment=best seed=3,4,9" in (tmp_path / "a" / "best.yaml").read_text()
 
 
 def test_the_pareto_front_is_that_of_a_brute_force(quick, tmp_path):

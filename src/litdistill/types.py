@@ -56,9 +56,8 @@ class Group(NamedTuple):
 
 
 EMBEDDING = "embedding"  # the head of a network without classes, (N, D)
-ADVERSARIAL = (
-    "adversarial"  # logits at the inputs that an attack has found, (N, classes), beside those at the batch's own
-)
+# Logits at the inputs that an attack has found, (N, classes), beside those at the batch's own.
+ADVERSARIAL = "adversarial"
 DETECTIONS = "detections"  # of a detector, (N, K, 6): x1, y1, x2, y2 in pixels, score, class; best first
 
 

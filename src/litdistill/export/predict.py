@@ -140,7 +140,7 @@ def _onnx(content: bytes, facts: ExportMetadata, path: Path) -> Callable[[np.nda
     if outside:
         raise UserError(
             f"{path} takes weights from other files, and such a path may lead anywhere: refused. "
-            "Export it with its weights inside (python scripts/export.py, or torch.onnx.export(external_data=False))."
+            "Export it with its weights inside (litdistill export, or torch.onnx.export(external_data=False))."
         )
     import onnxruntime
 

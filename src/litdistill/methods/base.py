@@ -27,27 +27,9 @@ ALL_KINDS = (CATEGORICAL, BERNOULLI, REAL, BOXES)
 
 # Options of methods of this project that are weights of their own terms of the loss, beside `hard`.
 WEIGHTS = (
-    "soft",
-    "adversarial",
-    "hint",
-    "tckd",
-    "nckd",
-    "inter",
-    "intra",
-    "instance",
-    "batch",
-    "classes",
-    "pseudo",
-    "target",
-    "others",
-    "distance",
-    "angle",
-    "box",
-    "centerness",
-    "foreground",
-    "background",
-    "attention",
-    "context",
+    *("soft", "adversarial", "hint", "tckd", "nckd", "inter", "intra", "instance", "batch", "classes", "pseudo"),
+    *("target", "others", "distance", "angle", "box", "centerness"),
+    *("foreground", "background", "attention", "context"),
 )
 
 
@@ -60,26 +42,21 @@ class Method(nn.Module):
 
     needs_teacher = True
     kinds: tuple[str, ...] = (CATEGORICAL, BERNOULLI, REAL)  # kinds of logits that its formula is defined for
-    takes_places = (
-        False  # whether its rows may be places of sequences or pictures (`Task.places`): it compares no whole samples
-    )
+    # Whether its rows may be places of sequences or pictures (`Task.places`): it compares no whole samples.
+    takes_places = False
     reads_targets = False  # whether its own terms read the label of every sample
     some_classes = False  # whether it is defined for a teacher that knows only some of the classes
-    reads_adversarial = (
-        False  # whether it reads logits at adversarial inputs (`adversarial_logits`) beside those at its own
-    )
+    # Whether it reads logits at adversarial inputs (`adversarial_logits`) beside those at its own.
+    reads_adversarial = False
     relabels = False  # whether `relabel` gives labels to samples without
     init_epochs = 0  # epochs of a first phase that trains other parameters, without the labels' loss
-    recordable = (
-        False  # of a class of your own: whether nothing but `epoch` changes its terms in Python from step to step
-    )
-    by_epoch = (
-        False  # whether its terms change with `epoch` beyond the two phases: a step is then recorded anew each epoch
-    )
+    # Of a class of your own: whether nothing but `epoch` changes its terms in Python from step to step.
+    recordable = False
+    # Whether its terms change with `epoch` beyond the two phases: a step is then recorded anew each epoch.
+    by_epoch = False
     needs_hard = False  # whether `hard` must be above 0
-    fewest_classes = (
-        2  # with fewer, the teacher's logits say no more than its decision, in one of the method's terms at least
-    )
+    # With fewer, the teacher's logits say no more than its decision, in one of the method's terms at least.
+    fewest_classes = 2
     epoch = 0
 
     def __init__(self, hard: float = 1.0):

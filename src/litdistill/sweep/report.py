@@ -174,9 +174,8 @@ def experiment(trial: FrozenTrial, names: Sequence[str], seeds: Sequence[int]) -
         if o not in groups and not o.is_delete():
             OmegaConf.update(body, o.key_or_group, o.value(), merge=True, force_add=True)
     values = ", ".join(f"{n} {number(v)}" for n, v in zip(names, trial.values, strict=True))
-    rerun = " ".join(["python scripts/train.py experiment=best", *deletes])
-    if seeds:
-        rerun = rerun.replace("train.py", "train.py -m") + f" seed={','.join(map(str, seeds))}"
+    several = [f"seed={','.join(map(str, seeds))}"] if seeds else []
+    rerun = " ".join(["litdistill train", *(["-m"] if seeds else []), "experiment=best", *deletes, *several])
     head = [
         "# @package _global_",
         f"# The best of a sweep, trial {trial.number}: {values}. Copied to conf/experiment/best.yaml:",

@@ -26,12 +26,13 @@ PART = ".part"  # suffix of files that are still being written
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
-    """Calls `write` with a temporary path in the same folder, then renames that file to `path`; readers never see a part."""
+    """Calls `write` with an empty file in the same folder, then renames that to `path`; readers never see a part."""
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{PART}")
         try:
+            temporary.touch(exist_ok=False)
             write(temporary)
             os.replace(temporary, path)
         finally:

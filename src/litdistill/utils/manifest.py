@@ -40,16 +40,15 @@ class ExportMetadata(NamedTuple):
     kind: str = "categorical"  # how outputs are read (`litdistill.tasks.base.Task.output_kind`)
     # The kind of data and its options (`litdistill.utils.modality`), and the digests of its `files`.
     modality: Mapping[str, Any] = MappingProxyType({"kind": "image", "files": {}})
-    units: dict[str, Any] | None = (
-        None  # "real": output · std + mean is in the targets' units, one of each for every output
-    )
+    # "real": output · std + mean is in the targets' units, one of each for every output.
+    units: dict[str, Any] | None = None
 
 
 def verified(path: Path) -> tuple[bytes, ExportMetadata]:
     """Returns the bytes of an exported file and its metadata. Raises `UserError` where they differ from the manifest."""
     manifest = path.parent / MANIFEST
     if not path.is_file():
-        raise UserError(f"There is no {path}. Write it with python scripts/export.py run=<run folder>.")
+        raise UserError(f"There is no {path}. Write it with litdistill export run=<run folder>.")
     if not manifest.is_file():
         raise UserError(f"There is no {manifest}: copy {MANIFEST} from where {path.name} was exported to beside it.")
     entry = read_manifest(manifest).get(path.name)

@@ -11,29 +11,12 @@ from litdistill.utils.command_line import literal
 # Options of methods that are weights of terms of the loss.
 WEIGHTS = (
     *("hard", "soft", "hint", "tckd", "nckd", "inter", "intra", "instance", "batch", "classes", "pseudo", "distance"),
-    *(
-        "target",
-        "others",
-        "adversarial",
-        "angle",
-        "box",
-        "centerness",
-        "foreground",
-        "background",
-        "attention",
-        "context",
-    ),
+    *("target", "others", "adversarial", "angle", "box", "centerness"),
+    *("foreground", "background", "attention", "context"),
 )
 WITHOUT_TEACHER = ("Supervised", "Mutual", "Online", "TeacherFree")  # methods of this project
-READ_LABELS = (
-    "CRD",
-    "DKD",
-    "MFT",
-    "NKD",
-    "Shuffled",
-    "TeacherFree",
-    "WKD",
-)  # whose own terms read the label of every sample
+# Whose own terms read the label of every sample.
+READ_LABELS = ("CRD", "DKD", "MFT", "NKD", "Shuffled", "TeacherFree", "WKD")
 OWN_CALLBACKS = {"best", "last", "learning_rate"}  # those of conf/callbacks, which change no weight
 
 

@@ -13,6 +13,7 @@ from litdistill.config.schema.fields import (
     Node,
     NotNegative,
     Object,
+    Said,
     Seed,
     Share,
     Text,
@@ -27,6 +28,7 @@ ATTACKS = (
     "quick: FGSM and PGD of 10 steps; strong: PGD of 20 steps from five starts, APGD-CE and Square, 18 times the gradients and "
     "1,000 queries an image"
 )
+Png = Annotated[str, Field(pattern=r"\.png$"), Said("the name of a .png file")]
 Levels = Annotated[list[Annotated[float, Field(gt=0, le=255)]], Field(min_length=1)]
 
 
@@ -109,7 +111,7 @@ class Report(Node):
     pivot: bool = option(
         "true: a row a method, columns a pair of teacher and student, with what it adds to labels alone"
     )
-    picture: Text | None = option("a .png file to draw the test metric of every run to, with the means of the table")
+    picture: Png | None = option("a .png file to draw the test metric of every run to, with the means of the table")
     title: Text = option("of the page")
     threads: Count = option("CPU threads that models are timed with")
     rounds: Count = option("how often each model has its turn to be timed")
@@ -138,7 +140,7 @@ class Compare(Node):
     )
     runs: Text = option("finished runs of the same config are not repeated")
     out: Text = option("where the page goes")
-    picture: Text | None = option("a .png file for the main picture")
+    picture: Png | None = option("a .png file for the main picture")
     threads: Count = option("CPU threads that models are timed with")
     rounds: Count = option("how often each model has its turn to be timed")
     robustness: CountFromZero = option("test images to spoil and to attack, of classifiers; 0: none")

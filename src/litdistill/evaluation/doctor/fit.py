@@ -13,9 +13,8 @@ from litdistill.methods.base import CATEGORICAL
 from litdistill.utils.units import SHARES, named, quantity
 
 LARGE = 1.0  # the gradient of a hint relative to that of the other terms from which its weight is too large
-AGAINST = (
-    0.0  # the cosine of the gradients of a term that reads logits and of the labels' loss below which they disagree
-)
+# The cosine of the gradients of a term that reads logits and of the labels' loss below which they disagree.
+AGAINST = 0.0
 LAGGED = 0.05  # by how much statistics computed anew raise a share on the validation set
 
 

@@ -10,9 +10,8 @@ from litdistill.tasks.detection.decode import CLASS, SCORE
 from litdistill.tasks.detection.matching import SURE
 
 SAME_IOU = 0.9  # from which on two boxes are the same
-SAME_PLACE = (
-    0.01  # pixels that all sides of two boxes differ by at most, of whatever IoU: a sliver has none worth the name
-)
+# Pixels that all sides of two boxes differ by at most, of whatever IoU: a sliver has none worth the name.
+SAME_PLACE = 0.01
 SAME_SCORE = 0.1  # up to which two boxes that differ in their scores are the same
 
 
