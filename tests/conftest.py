@@ -78,6 +78,11 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    """Gives back what was kept out, so that extensions that count their objects find none left at the end."""
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def few_scenes() -> Iterator[None]:
     """Tests on 40 scenes of digits where a user has 500: in most runs these would take more time than the training."""
