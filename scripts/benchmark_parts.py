@@ -302,7 +302,8 @@ def trained(
             use_distributed_sampler=False,
             precision=precision or ("bf16-mixed" if low else "32-true"),  # type: ignore[arg-type]
         )
-        trainer.fit(distiller, datamodule=GroupedData(bench.data, Layout(group, LOG_EVERY)))
+        data = GroupedData(bench.data, Layout(group, LOG_EVERY), recorder=distiller.recorder)
+        trainer.fit(distiller, datamodule=data)
     return distiller
 
 

@@ -55,9 +55,9 @@ def fit(distiller: Distiller, data: Any, folder: Path, ckpt: Path | None = None,
     return trainer
 
 
-def grouped(data: ImageData, group: int, log_every: int = 0) -> GroupedData:
+def grouped(data: ImageData, group: int, log_every: int = 0, recorder: Any = None) -> GroupedData:
     """The data in groups of minibatches; 0: one by one."""
-    return GroupedData(data, Layout(group, log_every))
+    return GroupedData(data, Layout(group, log_every), recorder=recorder)
 
 
 def logged(trainer: Trainer) -> list[dict[str, float]]:

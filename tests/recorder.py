@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
 T = TypeVar("T")
 aten = torch.ops.aten
@@ -58,6 +59,9 @@ class Operations(TorchDispatchMode):
         kwargs = kwargs or {}
         if reads_on_host(func, args):
             self.refused.append(str(func))
+        if torch.Tag.inplace_view in func.tags:
+            self._keep_shape(args[0])
+            return func(*args, **kwargs)
         known = {x.untyped_storage().data_ptr() for x in tensors([args, kwargs])}
         if self.undo and (func._schema.is_mutable or func.overloadpacket in UNMARKED):
             for x in tensors([args, kwargs]):
@@ -70,6 +74,15 @@ class Operations(TorchDispatchMode):
         self._made |= {x.untyped_storage().data_ptr() for x in fresh}
         self.steps.append((func, args, kwargs, out, {id(x) for x in fresh}))
         return out
+
+    def _keep_shape(self, x: Tensor) -> None:
+        """Has the operations before one that gives a tensor another shape in place use it with the shape that it had."""
+        was = x.detach()
+        put = lambda found: tree_map(lambda y: was if y is x else y, found)  # noqa: E731
+        self.steps = [
+            (func, put(args), put(kwargs), put(out), fresh | ({id(was)} if id(x) in fresh else set()))
+            for func, args, kwargs, out, fresh in self.steps
+        ]
 
     def take_back(self) -> None:
         for x, value in reversed(self._before.values()):  # of what several views show, the value before the first

@@ -36,6 +36,7 @@ GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed number, the incr
 CLASS_STREAM = (
     -3
 )  # of the order of classes in `balanced_epoch`; `mixing` has -1 and -2, those of augmentations count from 1
+PER_IMAGE = ("cpu",)  # types of device on which only the images are computed that an augmentation changes
 _MIX1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _MIX2 = -7723592293110705685  # 0x94D049BB133111EB
 
@@ -66,14 +67,12 @@ def splitmix64(x: Tensor) -> Tensor:
 def random_bits(seed: int, round: int | Tensor, ids: Tensor, stream: int) -> Tensor:
     """Returns 63 random bits for each sample: (N,) int64, none negative. Streams are independent of each other.
 
-    `round`: the number of earlier passes through the training set; one number, or one for each sample (N,).
+    `round`: the number of earlier passes through the training set; one number, or one for each sample (N,). Numbers are mixed
+    on the host and samples on their device, so that nothing is copied between the two.
     """
-    state = splitmix64(_word(seed) + GOLDEN)
-    state = splitmix64(state + GOLDEN + _word(stream))
-    if isinstance(round, Tensor):
-        state = state.to(round.device)
-    state = splitmix64(state + GOLDEN + (round if isinstance(round, Tensor) else _word(round)))
-    return _shift_right(splitmix64(splitmix64(ids + state.to(ids.device)) + GOLDEN), 1)
+    state = _signed(GOLDEN + _splitmix64_of(GOLDEN + _splitmix64_of(GOLDEN + seed) + stream))
+    mixed = splitmix64(round + state) if isinstance(round, Tensor) else _splitmix64_of(round + state)
+    return _shift_right(splitmix64(splitmix64(ids + mixed) + GOLDEN), 1)
 
 
 def further_bits(bits: Tensor, number: int) -> Tensor:
@@ -81,8 +80,17 @@ def further_bits(bits: Tensor, number: int) -> Tensor:
     return _shift_right(splitmix64(splitmix64(bits + (2 * number + 1) * GOLDEN % 2**63)), 1)
 
 
-def _word(number: int) -> Tensor:
-    return torch.tensor(number, dtype=torch.int64)
+def _splitmix64_of(x: int) -> int:
+    """`splitmix64` of one number."""
+    x %= 2**64
+    x = (x ^ x >> 30) * _MIX1 % 2**64
+    x = (x ^ x >> 27) * _MIX2 % 2**64
+    return _signed(x ^ x >> 31)
+
+
+def _signed(x: int) -> int:
+    """Returns the signed number of 64 bits that equals `x` modulo 2⁶⁴."""
+    return (x + 2**63) % 2**64 - 2**63
 
 
 def order(seed: int, round: int, ids: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 import torchvision.transforms.functional as tv
 from torch import Tensor
 
+from litdistill.data import augment as aug
 from litdistill.data.augment import further_bits
 from litdistill.utils.errors import UserError
 
@@ -77,7 +78,7 @@ class ColorJitter:
 
 def _change_where(images: Tensor, hit: Tensor, name: str, factor: Tensor) -> Tensor:
     """Changes the images where `hit` (N,) is true; see `randaugment._change_where`."""
-    if images.device.type != "cpu":
+    if images.device.type not in aug.PER_IMAGE:
         return torch.where(hit[:, None, None, None], _adjust(images, name, factor), images)
     rows = hit.nonzero().squeeze(1)
     if len(rows) == 0:
@@ -119,9 +120,13 @@ def _turn_hue(images: Tensor, shift: Tensor) -> Tensor:
         (green - blue) / safe,
         torch.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe),
     )
-    place = torch.tensor([5.0, 3.0, 1.0], device=x.device).view(1, 3, 1, 1)
-    turned = (hue + 6 * shift + place).remainder(6)
+    turned = (hue + 6 * shift + _places(x.device)).remainder(6)
     return (value - spread * torch.minimum(turned, 4 - turned).clamp(0, 1) + 0.5).clamp(0, 255).to(torch.uint8)
+
+
+@functools.lru_cache(maxsize=16)
+def _places(device: torch.device) -> Tensor:
+    return torch.tensor([5.0, 3.0, 1.0], device=device).view(1, 3, 1, 1)
 
 
 @functools.lru_cache(maxsize=16)

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from litdistill.data import augment as aug
 from litdistill.data.augment import box, further_bits
 from litdistill.utils.errors import UserError
 
@@ -126,7 +127,7 @@ def resized_crops(
     On a CPU the pixels are torchvision's to the bit. Elsewhere all boxes are one product with matrices of weights, and a
     pixel may differ by one level, as it is rounded once and not after each axis.
     """
-    if images.device.type != "cpu":
+    if images.device.type not in aug.PER_IMAGE:
         rows = _weights(top, height, images.shape[2], size[0])
         cols = _weights(left, width, images.shape[3], size[1])
         product = rows[:, None] @ images.float() @ cols[:, None].transpose(2, 3)

@@ -46,8 +46,9 @@ def moves_of(augment: Sequence[Any], views: Tensor, seed: int, ids: Tensor, size
     """Returns the moves of all augmentations, one after the other, of images of this height and width in the views (N,) that
     `augment.draw_views` numbers."""
     height, width = size
-    affine = torch.tensor([1.0, 0.0, 1.0, 0.0], device=views.device).repeat(len(views), 1)
-    window = torch.tensor([0.0, 0.0, width, height], device=views.device).repeat(len(views), 1)
+    one = torch.ones(len(views), device=views.device)
+    affine = torch.stack([one, 0 * one, one, 0 * one], 1)
+    window = torch.stack([0 * one, 0 * one, width * one, height * one], 1)
     for step, code in zip(augment, _codes(augment, views, seed, ids), strict=True):
         if not hasattr(step, "affine"):
             continue

@@ -14,6 +14,7 @@ the mixed images, uint8 or floats from 0 to 1, and (N,) float32, the share of th
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -76,6 +77,12 @@ def _shares(alpha: float, probability: float) -> Tensor:
     return torch.from_numpy(np.concatenate([shares, np.ones(LEVELS - count)]).astype(np.float32))
 
 
+@functools.lru_cache(maxsize=16)
+def _on(table: Tensor, device: torch.device) -> Tensor:
+    """Returns a table on a device, to which it is copied once."""
+    return table.to(device)
+
+
 class Mixup:
     """x = λ·x_i + (1 − λ)·x_j with λ ~ Beta(alpha, alpha); labels likewise (Zhang et al. 2018, arXiv 1710.09412, eq. 1).
 
@@ -87,7 +94,7 @@ class Mixup:
         self.shares = _shares(alpha, probability)
 
     def apply(self, images: Tensor, others: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
-        share = self.shares.to(bits.device)[bits % LEVELS]
+        share = _on(self.shares, bits.device)[bits % LEVELS]
         return torch.lerp(others / 255, images / 255, share[:, None, None, None]), share
 
 
@@ -105,7 +112,7 @@ class CutMix:
 
     def apply(self, images: Tensor, others: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
         height, width = images.shape[2:]
-        side = self.sides.to(bits.device)[bits % LEVELS]
+        side = _on(self.sides, bits.device)[bits % LEVELS]
         ends = []
         for size, place in ((height, bits // LEVELS), (width, bits // LEVELS // 2**20)):
             middle = place % 2**20 * size // 2**20

@@ -16,6 +16,7 @@ import torchvision.transforms.functional as tv
 import torchvision.transforms.v2.functional as tv2
 from torch import Tensor
 
+from litdistill.data import augment as aug
 from litdistill.utils.errors import UserError
 
 MOVES = ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")  # with either sign
@@ -49,7 +50,7 @@ class RandAugment:
         self.views = len(CHOICES) ** ops
 
     def draw(self, bits: Tensor) -> Tensor:
-        drawn, code = torch.tensor(DRAWN, device=bits.device), torch.zeros_like(bits)
+        drawn, code = _drawn(bits.device), torch.zeros_like(bits)
         for _ in range(self.ops):
             code = code * len(CHOICES) + drawn[bits % len(DRAWN)]
             bits = bits // len(DRAWN)
@@ -84,6 +85,12 @@ class RandAugment:
         return images
 
 
+@functools.lru_cache(maxsize=8)
+def _drawn(device: torch.device) -> Tensor:
+    return torch.tensor(DRAWN, device=device)
+
+
+@functools.cache
 def _strength(most: float, scale: tuple[int, int], least: float = 0.0) -> float:
     """Returns the strength of an operation at (magnitude, bins), bit-identical to torchvision's."""
     magnitude, bins = scale
@@ -96,7 +103,7 @@ def _change_where(hit: Tensor, change: Callable[[Tensor, Tensor], Tensor], image
     On a CPU only these images are computed. On other devices their number would need a synchronization, which costs more
     than computing the whole batch and selecting.
     """
-    if images.device.type != "cpu":
+    if images.device.type not in aug.PER_IMAGE:
         return torch.where(hit[:, None, None, None], change(images, which * hit), images)
     rows = hit.nonzero().squeeze(1)
     if len(rows):

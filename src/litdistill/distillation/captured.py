@@ -27,7 +27,7 @@ from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from litdistill.distillation.cuda_graphs import Recorder
+from litdistill.distillation.cuda_graphs import Recorder, random_states
 from litdistill.distillation.group_tensors import GroupTensors, Left
 from litdistill.distillation.step import clip, loss_of, runs_ahead, teacher_ahead
 from litdistill.methods.base import Method
@@ -173,9 +173,9 @@ class CapturedStep:
         """Takes a step as it is launched, and finds out whether it can be recorded."""
         self._watched += 1
         self.distiller.seed_step(place)
-        before = _random_states(self.distiller.device)
+        before = random_states(self.distiller.device)
         taken, reason = self.recorder.watch(step)
-        draws = not all(map(torch.equal, before, _random_states(self.distiller.device)))
+        draws = not all(map(torch.equal, before, random_states(self.distiller.device)))
         if reason is None and taken.left is None:
             reason = "what is measured of a step is not of its samples alone"
         if reason is None:
@@ -275,11 +275,6 @@ def count_step(distiller: Distiller) -> None:
     That takes 22 microseconds of a CPU where the optimizer has 62 parameters, and is the only public way.
     """
     distiller.optimizers().step(closure=lambda: None)  # type: ignore[union-attr]
-
-
-def _random_states(device: torch.device) -> list[Tensor]:
-    """Returns the states of the generators that a step may draw from."""
-    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
 
 def captured_step(distiller: Distiller, base: type) -> CapturedStep | None:

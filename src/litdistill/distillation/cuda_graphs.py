@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
+from torch import Tensor
 
 T = TypeVar("T")
 
@@ -67,3 +68,8 @@ class CudaGraphs:
                 graph.capture_end()
         current.wait_stream(stream)
         return taken, graph.replay
+
+
+def random_states(device: torch.device) -> list[Tensor]:
+    """Returns the states of the generators that operations on a device may draw from."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]

@@ -106,7 +106,7 @@ def distill(
     if data is not None:
         say_what_is_left_out(data, chosen, fitted.world_size)
         grouped = layout._replace(group=group_size(distiller, data, layout.group)) if layout.group else layout
-        module = GroupedData(data, grouped)
+        module = GroupedData(data, grouped, recorder=distiller.recorder)
     fitted.fit(distiller, train if module is None else None, val, module)
     if best.best_model_path:
         load_weights_of(distiller, Path(best.best_model_path))

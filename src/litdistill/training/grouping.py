@@ -30,6 +30,8 @@ from torch import Tensor
 
 from litdistill.data.loading import IndexLoader, Rows
 from litdistill.data.protocol import IndexedData
+from litdistill.distillation.captured_batches import CapturedBatches
+from litdistill.distillation.cuda_graphs import Recorder
 from litdistill.distillation.distiller import Distiller
 from litdistill.training.callbacks import EpochLogger, TestAccuracyMonitor
 from litdistill.training.pack import Member
@@ -166,18 +168,27 @@ def layout_of(checkpoint: Mapping[str, Any]) -> Layout | None:
 class GroupedData(LightningDataModule):
     """The loaders of `data` for a Trainer, with the training set divided into groups by `layout`.
 
-    `member`: of several trainings side by side, which share their batches; None: one alone.
+    `member`: of several trainings side by side, which share their batches; None: one alone. `recorder`: records how batches
+    are augmented on its device, but not where they are shared; None: nothing is recorded.
     """
 
-    def __init__(self, data: IndexedData, layout: Layout, member: Member | None = None):
+    def __init__(
+        self, data: IndexedData, layout: Layout, member: Member | None = None, recorder: Recorder | None = None
+    ):
         super().__init__()
         self.data, self.layout, self.member = data, layout, member
+        self.recorder = recorder
+        self.captured: CapturedBatches | None = None  # while training
         self._identity = functools.cache(data.identity)  # data do not change while they are trained on
 
     def setup(self, stage: str) -> None:
         """Uses rank 0's layout on all ranks, since each has measured its own."""
         if self.trainer is not None and self.trainer.world_size > 1:
             self.layout = Layout(*self.trainer.strategy.broadcast(tuple(self.layout)))
+
+    def teardown(self, stage: str) -> None:
+        """Lets go of graphs, which hold memory."""
+        self.captured = None
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the layout, for checkpoints."""
@@ -198,9 +209,11 @@ class GroupedData(LightningDataModule):
     def transfer_batch_to_device(self, batch: Rows, device: torch.device, dataloader_idx: int) -> Batch | Group:
         """Lightning's hook; returns the batch or group of the rows. Lightning itself would look for tensors among the sizes
         and weights of a group, too."""
-        make = lambda: self.data.make_batch(moved(batch, device))  # noqa: E731
         if self.member is None:
-            return make()
+            if self.captured is None and self.recorder is not None and self.recorder.device == device.type:
+                self.captured = CapturedBatches(self.data, self.recorder)
+            return (self.captured or self.data).make_batch(moved(batch, device))
+        make = lambda: self.data.make_batch(moved(batch, device))  # noqa: E731
         assert self.trainer is not None
         return self.member.batch(self._identity(batch.split), batch, self.trainer.global_step, make)
 

@@ -186,7 +186,7 @@ def fit(
         layout = built.layout
         if layout.group and last is None:
             layout = layout._replace(group=group_size(distiller, data, layout.group))
-        module = GroupedData(data, layout, member)
+        module = GroupedData(data, layout, member, distiller.recorder)
     if cfg.trainer.max_epochs == 0:
         return untrained(built, distiller, module, Path(cfg.folder) / "checkpoints")
     try:
