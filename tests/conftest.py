@@ -11,14 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
-from litdistill.benchmarks import published_tables
 from litdistill.config.origin import FOREIGN
 from litdistill.evaluation import figures
 from litdistill.utils.logging import filter_warnings
-from litdistill.utils.paths import CONF
+from tests.composed import composed
 
 os.environ.setdefault("RUN_STAMP", "test")
 # Which runs were made here is kept beside none of the user's own.
@@ -45,22 +44,21 @@ SMALL = [
 
 def compose_config(folder: Path, *overrides: str, root: str = "train") -> DictConfig:
     """The composed config of a command, its run in `folder`."""
-    published_tables.register(overrides)
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose(
-            root, [f"runs={folder.parent}", f"+folder={folder}" if root != "train" else f"folder={folder}", *overrides]
-        )
+    own = f"folder={folder}" if root == "train" else f"+folder={folder}"
+    return composed(root, [f"runs={folder.parent}", own, *overrides])
 
 
 @pytest.fixture(autouse=True)
 def nothing_left() -> Iterator[None]:
-    """Ends what a command leaves in its process: `resume=` of a folder that was not made here, and a group of processes.
+    """Ends what a command leaves in its process: `resume=` of a folder that was not made here, the cells of published tables,
+    which Hydra copies each time that it composes, and a group of processes.
 
     Lightning keeps such a group until the process ends. What is forked then would take it for its own, and wait for good.
     """
     yield
     for name in (FOREIGN, "MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE"):
         os.environ.pop(name, None)
+    ConfigStore.instance().repo.pop("experiment", None)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

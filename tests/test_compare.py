@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 from litdistill.benchmarks import compare
@@ -23,6 +22,7 @@ from litdistill.tasks.detection.fcos import fcos_slim
 from litdistill.utils.command_line import literal
 from litdistill.utils.errors import UserError
 from litdistill.utils.paths import CONF
+from tests.composed import composed
 from tests.conftest import compose_config
 from tests.pages import group
 
@@ -34,8 +34,7 @@ TINY = [
 
 
 def config(tmp_path, *overrides: str) -> DictConfig:
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("compare", [f"runs={tmp_path}/runs", "jobs=1", *overrides])
+    return composed("compare", [f"runs={tmp_path}/runs", "jobs=1", *overrides])
 
 
 def test_every_technique_is_run_with_every_seed(tmp_path):

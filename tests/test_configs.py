@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from scipy.io import wavfile
 
@@ -20,6 +21,7 @@ from litdistill.tasks.segmentation import data as segmentation
 from litdistill.training.train import train
 from litdistill.utils.modality import Modality
 from litdistill.utils.paths import CONF
+from tests.composed import by_hydra, composed
 from tests.conftest import compose_config
 
 SHAPES = {
@@ -84,24 +86,51 @@ def generated(
     return Source(split(), split(), classes)
 
 
+OVERRIDES = [
+    (),
+    ("seed=3", "student.widths=[8,8]", "+schedule.soft=[[0, 0], [20, 1]]", "name='a b'", "++ema=0.9"),
+    (
+        "method=at",
+        "net@teacher=mlp",
+        "method.hint=2.5",
+        "++teacher.recipe.trainer.max_epochs=4",
+        "~callbacks.learning_rate",
+    ),
+    ("experiment=digits/distilled", "optimizer=sgd", "data.augment=[{_target_: a.Crop, pad: 1}]", "optimizer.lr=1e-3"),
+    ("experiment=crd/vgg13_vgg8/kd", "+student.more={a: {b: [1, null]}}", "+student.more={c: true}", "threads=null"),
+    ("~data", "+data={_target_: my.Points}", "logger=none", "data.size=3"),
+]
+
+
+@pytest.mark.parametrize("overrides", OVERRIDES)
+def test_the_configs_of_tests_are_those_of_hydra(overrides):
+    for again in (False, True):  # composed, and made of what is kept
+        if again and overrides:
+            overrides = (*overrides, "seed=5")
+        assert OmegaConf.to_yaml(composed("train", overrides)) == OmegaConf.to_yaml(by_hydra("train", overrides))
+
+
 @pytest.mark.parametrize(
-    "group", ["data", "method", "optimizer", "scheduler", "trainer", "callbacks", "logger", "hydra"]
+    "override", ["method.temprature=2", "+method.temperature=2", "sed=1", "method=kdd", "~nothing"]
 )
-def test_every_option_of_every_group_composes(group, tmp_path):
-    for option in options(group):
-        if group == "hydra" and option != "default":
-            continue  # for other commands than train
-        extra = ["data.name=folder", "data.root=x"] if option in ("folder", "base") else []
-        cfg = compose_config(tmp_path / "run", f"{group}={option}", *extra)
-        OmegaConf.to_container(cfg, resolve=True)
+def test_what_hydra_refuses_is_refused_in_tests_too(override):
+    with pytest.raises(HydraException) as one:
+        by_hydra("train", [override])
+    with pytest.raises(HydraException) as other:
+        composed("train", [override])
+    assert str(one.value) == str(other.value)
 
 
-@pytest.mark.parametrize("role", ["student", "teacher"])
-def test_every_network_composes_as_student_and_as_teacher(role, tmp_path):
+def test_every_option_of_the_group_hydra_for_train_composes(tmp_path):
+    OmegaConf.to_container(compose_config(tmp_path / "run", "hydra=default"), resolve=True)
+
+
+def test_every_network_composes_as_student_and_as_teacher(tmp_path):
     for option in options("net"):
-        cfg = compose_config(tmp_path / "run", f"net@{role}={option}")
-        assert cfg[role]["_target_"].startswith(("litdistill.models.", "litdistill.tasks."))
-        assert "num_classes" not in cfg[role]
+        cfg = compose_config(tmp_path / "run", f"net@student={option}", f"net@teacher={option}")
+        for role in ("student", "teacher"):
+            assert cfg[role]["_target_"].startswith(("litdistill.models.", "litdistill.tasks."))
+            assert "num_classes" not in cfg[role]
 
 
 @pytest.mark.parametrize("root", sorted(p.stem for p in CONF.glob("*.yaml")))

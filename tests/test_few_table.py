@@ -7,12 +7,12 @@ import json
 from types import ModuleType
 
 import pytest
-from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from litdistill.utils.errors import UserError
 from litdistill.utils.paths import CONF
+from tests.composed import composed
 
 
 @pytest.fixture(scope="module")
@@ -35,10 +35,9 @@ def test_every_run_composes_and_has_what_the_page_says(script: ModuleType, datas
     found = script.jobs(choices(script, dataset=dataset, seeds=2))
     assert len(found) == len(set(found)) == 3 * len(counts) * 2 + 2
     configs = {}
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        for job in found:
-            if job.seed == 1 and job.variant in ("", "10"):
-                configs[job.technique] = compose("train", [*job.overrides, "folder=''"])
+    for job in found:
+        if job.seed == 1 and job.variant in ("", "10"):
+            configs[job.technique] = composed("train", [*job.overrides, "folder=''"])
     alone, tuned, same, everything = (configs[script.slug(way)] for way in script.WAYS)
     assert all(cfg.seed == 1 and cfg.data.name == dataset for cfg in configs.values())
     assert (alone.teacher, alone.method._target_) == (None, "litdistill.methods.Supervised")
@@ -117,11 +116,9 @@ def test_a_difference_counts_where_its_interval_leaves_out_zero(script) -> None:
 def test_a_command_of_the_page_composes(script) -> None:
     commands = [line.split() for line in script.QUESTION.splitlines() if line.startswith("litdistill train")]
     assert len(commands) == 4
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        for words in commands:
-            said = [word.split(",")[0].replace("<", "").replace(">", "") for word in words[2:] if word != "-m"]
-            cfg = compose("train", [*said, "folder=''"])
-            assert cfg.data.root == "folder"
+    for words in commands:
+        said = [word.split(",")[0].replace("<", "").replace(">", "") for word in words[2:] if word != "-m"]
+        assert composed("train", [*said, "folder=''"]).data.root == "folder"
 
 
 def test_the_page_of_the_docs_is_that_of_what_is_kept(script) -> None:

@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -20,16 +19,11 @@ from litdistill.tasks.regression import Regression
 from litdistill.training.distill import distill
 from litdistill.training.train import train
 from litdistill.types import Outputs
-from litdistill.utils.paths import CONF
+from tests.composed import composed
 from tests.fits import digits, net
 from tests.test_train import run
 
 ALONE = ["method=supervised", "teacher=null"]
-
-
-def composed(root, *overrides):
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose(root, list(overrides))
 
 
 def logits_of(predicted, classes=3):
@@ -131,10 +125,10 @@ def test_a_constant_is_told_at_the_end_of_training_by_evaluate_by_export_and_in_
     (summary,) = summaries([folder])
     assert list(summary["findings"].values()) == warned
     capsys.readouterr()
-    evaluate_verb(composed("evaluate", f"run={folder}", "device=cpu"))
+    evaluate_verb(composed("evaluate", [f"run={folder}", "device=cpu"]))
     assert said in " ".join(capsys.readouterr().out.splitlines()[-8:])
     for precision in ("fp32", "int8"):
-        export_verb(composed("export", f"run={folder}", f"precision={precision}"))
+        export_verb(composed("export", [f"run={folder}", f"precision={precision}"]))
         assert said in " ".join(capsys.readouterr().out.splitlines()[-8:])
     manifest = json.loads((folder / "export" / "manifest.json").read_text())
     assert all("constant" in entry["check"]["findings"] for entry in manifest["files"].values())

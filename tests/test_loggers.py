@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -19,8 +18,8 @@ from litdistill.training.loggers import build_loggers, has_wandb_key, wandb_fini
 from litdistill.training.train import train
 from litdistill.utils.command_line import without_null
 from litdistill.utils.errors import UserError
-from litdistill.utils.paths import CONF
 from litdistill.utils.tags import tag
+from tests.composed import composed
 
 ALONE = ["method=supervised", "teacher=null"]
 
@@ -92,8 +91,7 @@ def test_a_resumed_run_keeps_its_first_file_of_csv(small, both):
     ],
 )
 def test_what_is_typed_is_what_logs(tmp_path, typed, kinds):
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("train", without_null([typed, f"folder={tmp_path}"]))
+    cfg = composed("train", without_null([typed, f"folder={tmp_path}"]))
     assert [type(one).__name__ for one in build_loggers(cfg.logger)] == kinds
 
 

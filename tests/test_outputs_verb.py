@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -23,7 +22,7 @@ from litdistill.tasks import Classification
 from litdistill.training.train import train
 from litdistill.utils.checkpoint import load_checkpoint, load_weights, write_text
 from litdistill.utils.errors import UserError
-from litdistill.utils.paths import CONF
+from tests.composed import composed
 from tests.fits import same
 
 VIEWS = ["data.augment=[{Crop:{pad:1}}]", "data.fixed_views=2", "data.view_seed=0"]
@@ -117,8 +116,7 @@ def test_the_size_of_the_top_10_of_1000_classes():
 
 def test_a_file_says_what_it_is_and_a_changed_byte_is_refused(run, small, tmp_path, capsys):
     folder, path = run(name="a"), tmp_path / "t.safetensors"
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("outputs", [f"run={folder}", f"to={path}", "embedding=true", "device=cpu"])
+    cfg = composed("outputs", [f"run={folder}", f"to={path}", "embedding=true", "device=cpu"])
     outputs_verb(cfg)
     assert "teacher.outputs=" in capsys.readouterr().out
     with safe_open(path, "pt") as file:

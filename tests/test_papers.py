@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 from litdistill.benchmarks import published_tables as papers
@@ -18,6 +17,7 @@ from litdistill.training.callbacks import best_shift
 from litdistill.training.train import train
 from litdistill.utils.errors import UserError
 from litdistill.utils.paths import CONF
+from tests.composed import by_hydra
 from tests.conftest import compose_config
 from tests.test_configs import STEP, generated
 
@@ -85,10 +85,8 @@ def check(name: str, cfg) -> None:
 
 
 def composed(names):
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        for name in names:
-            papers.register([name])
-            yield name, compose("train", ["runs=runs", "folder=runs/x", f"experiment={name}"])
+    for name in names:
+        yield name, by_hydra("train", ["runs=runs", "folder=runs/x", f"experiment={name}"])
 
 
 def test_a_cell_of_each_method_and_of_each_pair_follows_the_protocol():

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import scipy
 import torch
-from hydra import compose, initialize_config_dir
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score, roc_curve
@@ -26,7 +25,7 @@ from litdistill.benchmarks.shadows import (
     train_runs,
 )
 from litdistill.evaluation.privacy import likelihood_ratio, log_odds, losses, membership
-from litdistill.utils.paths import CONF
+from tests.composed import composed
 
 
 @settings(max_examples=30, deadline=None)
@@ -160,8 +159,7 @@ def test_runs_are_ordinary_ones_on_known_halves_with_teachers_of_the_same_half(t
 
 
 def test_each_run_composes():
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        for kind in KINDS:
-            cfg = compose("train", [*job(Choices(), kind, 3, Path("x")).overrides[:-1], "folder=''"])
-            assert (cfg.data.fraction, cfg.data.subset_seed, cfg.data.per_class) == (0.5, 3, None)
-            assert (cfg.teacher is None) == (kind in (TEACHER, PLAIN))
+    for kind in KINDS:
+        cfg = composed("train", [*job(Choices(), kind, 3, Path("x")).overrides[:-1], "folder=''"])
+        assert (cfg.data.fraction, cfg.data.subset_seed, cfg.data.per_class) == (0.5, 3, None)
+        assert (cfg.teacher is None) == (kind in (TEACHER, PLAIN))

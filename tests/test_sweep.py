@@ -16,7 +16,6 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from rich.console import Console
 
@@ -31,30 +30,18 @@ pytest.importorskip("optuna")
 from litdistill.sweep.space import first, fitting, pinned, read_space, unbalanced
 from litdistill.sweep.study import sweep, typed_keys
 from litdistill.sweep.trial import objective
+from tests.composed import composed
 
 FORK = multiprocessing.get_context("fork")
 
 
 def start(folder: Path, *overrides: str, space: dict | None = None):
     """What `scripts/sweep.py` does with these overrides, and with a file in conf/sweep that has this space."""
+    cfg = composed("sweep", ["sweep.storage=journal", *overrides])  # the quicker one
+    if space is not None:
+        cfg.sweep.space = space
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("sweep", ["sweep.storage=journal", *overrides])  # the quicker one
-        if space is not None:
-            cfg.sweep.space = space
         return sweep(cfg, overrides, folder)
-
-
-def quick_compose(root: str, overrides: list[str]):
-    """Hydra's for values alone, in a hundredth of its time."""
-    cfg = default_config().copy()
-    for override in OverridesParser.create().parse_overrides(overrides):
-        OmegaConf.update(cfg, override.key_or_group, override.value(), force_add=True)
-    return cfg
-
-
-@functools.cache
-def default_config():
-    return compose("train")
 
 
 def accuracy(cfg) -> float:
@@ -80,7 +67,7 @@ def quick(monkeypatch):
         leave(cfg, accuracy(cfg))
 
     monkeypatch.setattr(sweep_trial, "train", train)
-    monkeypatch.setattr(sweep_trial, "compose", quick_compose)
+    monkeypatch.setattr(sweep_trial, "compose", composed)
     return calls
 
 
@@ -395,12 +382,11 @@ def test_a_sweep_goes_on_with_the_options_that_its_trials_have_in_common(quick, 
     ],
 )
 def test_whatever_is_searched_there_is_one_teacher(space, given):
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        own = ["folder=x", *given]
-        base = compose("train", own)
-        held, distributions = pinned(base, read_space(space)), read_space(space)
-        points = [f"{key}={choice}" for key, d in distributions.items() for choice in d.choices]
-        found = {teacher_folder(compose("train", [*own, *held, point])) for point in points}
+    own = ["folder=x", *given]
+    base = composed("train", own)
+    held, distributions = pinned(base, read_space(space)), read_space(space)
+    points = [f"{key}={choice}" for key, d in distributions.items() for choice in d.choices]
+    found = {teacher_folder(composed("train", [*own, *held, point])) for point in points}
     assert found == {teacher_folder(base)}
 
 
@@ -438,11 +424,10 @@ def test_a_trial_whose_int8_file_was_refused_has_no_size_to_be_judged_by(tmp_pat
 )
 @pytest.mark.parametrize("kind", ["optuna", "grid"])
 def test_a_space_of_this_project_fits_any_student(overrides, keys, kind):
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        node, base = compose("sweep", [f"sweep={kind}"]).sweep.space, compose("train", ["folder=x", *overrides])
-        kept, left = fitting(OmegaConf.to_container(node), base)
-        space = read_space(kept)
-        compose("train", ["folder=x", *overrides, *(f"{key}={first(d)}" for key, d in space.items())])
+    node, base = composed("sweep", [f"sweep={kind}"]).sweep.space, composed("train", ["folder=x", *overrides])
+    kept, left = fitting(OmegaConf.to_container(node), base)
+    space = read_space(kept)
+    composed("train", ["folder=x", *overrides, *(f"{key}={first(d)}" for key, d in space.items())])
     if keys is not None and kind == "optuna":
         assert space.keys() == keys
         assert (
@@ -452,24 +437,21 @@ def test_a_space_of_this_project_fits_any_student(overrides, keys, kind):
 
 
 def test_a_weight_that_is_searched_is_kept_also_at_its_default():
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = functools.partial(compose, "train")
-        names = ["method.methods.at.hint", "method.methods.kd.soft", "optimizer.lr"]
-        assert unbalanced(names, cfg(["method=kd_at"])) == ["+balance.terms.at_hint=null"]
-        assert unbalanced(["method.hint"], cfg(["method=at"])) == ["+balance.terms.hint=null"]
-        at = {"_target_": "litdistill.methods.AT", "hint": 1000.0}
-        inside = OmegaConf.create({"balance": {"terms": {}}, "method": {"method": at}})
-        assert unbalanced(["method.method.hint"], inside) == ["+balance.terms.hint=null"]  # the term's own name
-        assert unbalanced(["method.soft"], cfg(["method=srrl"])) == ["+balance.terms.soft=null"]
-        assert dict(cfg(["method=at", *unbalanced(["method.hint"], cfg(["method=at"]))]).balance.terms) == {
-            "hint": None
-        }
-        for overrides in (
-            ["balance=none"],
-            ["method.hint=0"],
-            ["+balance.terms.hint=0.3"],
-        ):  # nothing to keep, or typed
-            assert unbalanced(["method.hint"], cfg(["method=at", *overrides])) == []
+    cfg = functools.partial(composed, "train")
+    names = ["method.methods.at.hint", "method.methods.kd.soft", "optimizer.lr"]
+    assert unbalanced(names, cfg(["method=kd_at"])) == ["+balance.terms.at_hint=null"]
+    assert unbalanced(["method.hint"], cfg(["method=at"])) == ["+balance.terms.hint=null"]
+    at = {"_target_": "litdistill.methods.AT", "hint": 1000.0}
+    inside = OmegaConf.create({"balance": {"terms": {}}, "method": {"method": at}})
+    assert unbalanced(["method.method.hint"], inside) == ["+balance.terms.hint=null"]  # the term's own name
+    assert unbalanced(["method.soft"], cfg(["method=srrl"])) == ["+balance.terms.soft=null"]
+    assert dict(cfg(["method=at", *unbalanced(["method.hint"], cfg(["method=at"]))]).balance.terms) == {"hint": None}
+    for overrides in (
+        ["balance=none"],
+        ["method.hint=0"],
+        ["+balance.terms.hint=0.3"],
+    ):  # nothing to keep, or typed
+        assert unbalanced(["method.hint"], cfg(["method=at", *overrides])) == []
 
 
 def test_widths_are_multiples_of_the_students_own():
@@ -536,8 +518,7 @@ def test_a_sweep_ends_with_its_table_the_best_value_and_the_command_that_reruns_
     (command,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("To rerun the best: ")]
     words = shlex.split(command.removeprefix("To rerun the best: "))
     overrides = [w for w in words if "=" in w]
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("train", ["folder=x", *overrides])
+    cfg = composed("train", ["folder=x", *overrides])
     assert accuracy(cfg) == pytest.approx(best.value)
     assert cfg.data.batch_size == 16
     assert "train" in words[:4] or words[1].endswith("train.py")

@@ -14,7 +14,8 @@ from litdistill.utils.paths import CONF
 
 pytest.importorskip("optuna")
 
-from tests.test_sweep import accuracy, default_config, leave, points, quick_compose, start
+from tests.composed import composed
+from tests.test_sweep import accuracy, leave, points, start
 
 RANDOM = ("sweep=random", "sweep.trials=3", "sweep.pack=2")
 PACKED = [("0", True), ("1", True), ("2", False)]  # the last has nobody beside it
@@ -34,7 +35,7 @@ def called(monkeypatch, caplog):
 
     monkeypatch.setattr(sweep_trial, "train", train)
     for module in (sweep_trial, packed):
-        monkeypatch.setattr(module, "compose", quick_compose)
+        monkeypatch.setattr(module, "compose", composed)
     monkeypatch.setattr(packed, "reason_for_single", lambda *_: None)
     return calls
 
@@ -105,7 +106,7 @@ def test_a_pack_that_is_stopped_goes_on_as_a_pack(called, monkeypatch, tmp_path)
 
 def changed(**options):
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = default_config().copy()
+        cfg = composed("train", [])
     for key, value in options.items():
         OmegaConf.update(cfg, key.replace("__", "."), value, force_add=True)
     return cfg
