@@ -21,7 +21,7 @@ from litdistill.utils.errors import UserError
 # What decides the weights of a run; all other keys of a config are free.
 COMPARED = (
     *("data", "student", "compress", "teacher", "task", "method", "optimizer", "scheduler", "schedule", "ema", "seed"),
-    *("trainer", "scale", "balance", "adversarial"),
+    *("trainer", "scale", "balance", "adversarial", "method_lr"),
 )
 FREE = {  # options of these that are free: places, speed, and what only reports
     **NO_RECIPE,

@@ -133,6 +133,7 @@ def build_distiller(
             task,
             optimizer,
             *scheduler,
+            method_lr=cfg.get("method_lr"),
             schedule=OmegaConf.to_container(cfg.schedule) if cfg.get("schedule") else {},  # type: ignore[arg-type]
             balance=Balance(**cfg.balance) if cfg.get("balance") else None,
             adversarial=PGD(**cfg.adversarial) if cfg.get("adversarial") else None,

@@ -21,7 +21,7 @@ from litdistill.utils.hashing import digest, file_sha256
 # Keys of a config that decide the final weights of a run; their hash identifies a teacher.
 RECIPE = (
     *("data", "student", "compress", "teacher", "task", "method", "optimizer", "scheduler", "schedule", "ema", "seed"),
-    *("trainer", "min_steps", "balance", "adversarial"),
+    *("trainer", "min_steps", "balance", "adversarial", "method_lr"),
 )
 NO_RECIPE = {  # options of these that change only paths and speed
     "teacher": ("cache",),
@@ -70,7 +70,7 @@ def teacher_config(cfg: DictConfig) -> DictConfig:
         else:
             teacher.teacher = None
             teacher.method = {"_target_": "litdistill.methods.Supervised"}
-            teacher.balance = teacher.adversarial = None
+            teacher.balance = teacher.adversarial = teacher.method_lr = None
         teacher.schedule, teacher.ema, teacher.resume = {}, None, None
         _drop_replaced(teacher, recipe, ("optimizer", "scheduler"))
     return _by_recipe(teacher, _fitting(recipe, cfg), "teachers")
@@ -157,7 +157,7 @@ def recipe(cfg: DictConfig) -> dict[str, Any]:
     kept: dict[str, Any] = {}
     for key in RECIPE:
         node = cfg.get(key)
-        if not node and key in ("compress", "min_steps", "balance", "adversarial"):
+        if not node and key in ("compress", "min_steps", "balance", "adversarial", "method_lr"):
             continue
         value = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
         if isinstance(value, dict):

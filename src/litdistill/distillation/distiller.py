@@ -28,7 +28,7 @@ from litdistill.distillation.cuda_graphs import CudaGraphs, Recorder
 from litdistill.distillation.examine import TeacherOnValidation, examine
 from litdistill.distillation.logs import log_group, log_step
 from litdistill.distillation.running_means import RunningMeans
-from litdistill.distillation.schedules import average_of, follow, interpolate, step_plateau
+from litdistill.distillation.schedules import average_of, follow, interpolate, optimizer_of, scheduler_of, step_plateau
 from litdistill.distillation.step import clip, loss_of, seed_step, timed_outputs, train_group
 from litdistill.distillation.teacher import FrozenTeacher, teacher_taps
 from litdistill.distillation.teacher_cache import CacheOptions, TeacherCache, open_cache
@@ -73,7 +73,7 @@ class Distiller(LightningModule):
             method that reads only logits needs none.
         task: defines the labels' loss and the metrics; a `Task` or its name (`litdistill.tasks.TASKS`).
         optimizer: creates the optimizer from the parameters. scheduler: creates the scheduler from the optimizer.
-        scheduling: when the scheduler is stepped.
+        scheduling: when the scheduler is stepped. method_lr: the rate of the method's own layers, times the student's.
         schedule: for any term of the loss, points (epoch, factor) between which its weight is scaled linearly, with the
             first epoch counted as 1: `{"soft": [[0, 0], [20, 1]]}` warms the soft term up over 20 epochs.
         balance: in the first minibatches sets the weights of hints that were left at their defaults; "auto": `Balance()`.
@@ -102,6 +102,7 @@ class Distiller(LightningModule):
         optimizer: OptimizerFactory = torch.optim.Adam,
         scheduler: Callable[[Optimizer], LRScheduler] | None = None,
         scheduling: SchedulerOptions = SchedulerOptions(),  # noqa: B008
+        method_lr: float | None = None,
         schedule: Schedule | None = None,
         balance: Balance | Literal["auto"] | None = "auto",
         adversarial: PGD | None = None,
@@ -137,7 +138,7 @@ class Distiller(LightningModule):
         checks.check_trained(self, batch)
         check_adversarial(adversarial, self.method, self.task, self.student, batch, self.labels)
         self.average = average_of(self.student, ema) if ema is not None else None
-        self.optimizer, self.scheduler, self.scheduling = optimizer, scheduler, scheduling
+        self.optimizer, self.scheduler, self.scheduling, self.method_lr = optimizer, scheduler, scheduling, method_lr
         self.schedule, self.seed, self.allow_chance = dict(schedule or {}), seed, allow_chance
         self.balance, self.adversarial = balance_for(self.method, balance), adversarial
         self.data, self.cache_options = data, cache or CacheOptions()
@@ -219,11 +220,10 @@ class Distiller(LightningModule):
     # -- training ----------------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> Any:
-        parameters = [p for p in [*self.student.parameters(), *self.method.parameters()] if p.requires_grad]
-        optimizer = self.optimizer(parameters)
+        optimizer = optimizer_of(self)
         if self.scheduler is None:
             return optimizer
-        scheduler = self.scheduler(optimizer)
+        scheduler = scheduler_of(self, optimizer)
         found: dict[str, Any] = {"scheduler": scheduler, "interval": self.scheduling.interval}
         if isinstance(scheduler, ReduceLROnPlateau):
             checks.check_plateau(scheduler, self.scheduling.interval, self.waits_for, self.task)

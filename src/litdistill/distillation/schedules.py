@@ -36,6 +36,40 @@ def warmup_cosine(optimizer: Optimizer, total: int, warmup: float = 0.05) -> Lam
     return LambdaLR(optimizer, factor)
 
 
+def optimizer_of(distiller: Distiller) -> Optimizer:
+    """Returns a new optimizer of the student and the method's own layers.
+
+    Where these have a rate of their own (`method_lr`), they are a second group of parameters. Raises `UserError` for a rate
+    that is not above 0, or not finite.
+    """
+    student, own = ([p for p in part.parameters() if p.requires_grad] for part in (distiller.student, distiller.method))
+    factor = distiller.method_lr
+    if factor is not None and not 0 < factor < math.inf:
+        raise UserError(
+            f"method_lr={factor} must be above 0: the rate of the method's own layers, times the student's."
+        )
+    if factor in (None, 1) or not own:
+        return distiller.optimizer([*student, *own])
+    optimizer = distiller.optimizer([{"params": student}, {"params": own}])
+    optimizer.param_groups[1]["lr"] *= factor
+    return optimizer
+
+
+def scheduler_of(distiller: Distiller, optimizer: Optimizer) -> LRScheduler:
+    """Returns the scheduler of an optimizer. Raises `UserError` for one that sets one rate for all parameters, such as
+    OneCycleLR, where the method's own layers are to have another."""
+    assert distiller.scheduler is not None
+    first, *others = [group["lr"] for group in optimizer.param_groups]
+    scheduler = distiller.scheduler(optimizer)
+    now, *after = [group["lr"] for group in optimizer.param_groups]
+    if not all(math.isclose(lr * now, other * first) for lr, other in zip(others, after, strict=True)):
+        raise UserError(
+            f"{type(scheduler).__name__} sets one rate for all parameters, so that method_lr={distiller.method_lr} has no "
+            "effect: leave it out, or choose another scheduler (scheduler=warmup_cosine)."
+        )
+    return scheduler
+
+
 class MomentumRamp(LRScheduler):
     """The momentum rises linearly from `start` to `end` in the first `ramp` epochs, while the rate falls by `gamma` an epoch.
 

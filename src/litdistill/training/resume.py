@@ -24,6 +24,7 @@ from litdistill.config.changes import (
 )
 from litdistill.config.origin import accept_record
 from litdistill.distillation.distiller import Distiller
+from litdistill.distillation.schedules import optimizer_of
 from litdistill.training.grouping import Layout, layout_of
 from litdistill.utils.checkpoint import load_checkpoint
 from litdistill.utils.errors import UserError
@@ -160,7 +161,7 @@ class RunOptions(Callback):
         if trainer.is_global_zero:
             accept_record(self.folder)
         self.steps_per_epoch = self.steps(trainer)
-        fresh = pl_module.optimizer([p for g in trainer.optimizers[0].param_groups for p in g["params"]])
+        fresh = optimizer_of(pl_module)
         self.rates = [float(group["lr"]) for group in fresh.param_groups]
         if self.kept is None:
             return

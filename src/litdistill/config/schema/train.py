@@ -156,6 +156,9 @@ class Train(Node):
     compress: Object | None = option("low_rank, prune or int8: makes the student smaller before it is trained on")
     optimizer: Object = option("one of conf/optimizer, or any of torch.optim")
     scheduler: Object | None = option("one of conf/scheduler, or any of torch.optim.lr_scheduler; null: none")
+    method_lr: Positive | None = option(
+        "the rate of the method's own layers (FitNet's regressor, MGD's generator), times optimizer.lr; null: that rate"
+    )
     trainer: Object = option("Lightning's Trainer: one of conf/trainer")
     callbacks: dict[str, Object | None] | None = option(
         "any Lightning callback by a name of your choice; null drops one"
