@@ -1,15 +1,18 @@
 """The guard for the student: chance level, one prediction for all, training samples learned by heart."""
 
 import json
+import math
 
 import pytest
 import torch
+from lightning import LightningDataModule
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from litdistill.cli.commands import evaluate as evaluate_verb
 from litdistill.cli.commands import export as export_verb
+from litdistill.data.foreign import ForeignData
 from litdistill.evaluation.findings import judge_gap
 from litdistill.report.tables import summaries
 from litdistill.tasks.classification import Classification
@@ -18,7 +21,7 @@ from litdistill.tasks.multilabel import MultiLabel
 from litdistill.tasks.regression import Regression
 from litdistill.training.distill import distill
 from litdistill.training.train import train
-from litdistill.types import Outputs
+from litdistill.types import Batch, Outputs
 from tests.composed import composed
 from tests.fits import digits, net
 from tests.test_train import run
@@ -101,6 +104,18 @@ def test_training_samples_learned_by_heart_are_noticed():
     assert f"100.00 % on {len(data.val_ids)} training samples" in found["gap"]
     trained = net()
     assert judge_gap(trained, data, Classification(), "cpu") == {}
+
+
+def test_whole_batches_of_a_strangers_loader_are_looked_at():
+    data = digits(per_class=40)
+    every = Batch(*data.get_batch("train", data.train_ids)[:2])
+    others = next(iter(data.batches("val")))
+    parts = [TensorDataset(batch.inputs, batch.targets) for batch in (every, others)]
+    module = LightningDataModule.from_datasets(*parts, test_dataset=parts[1], batch_size=40)
+    found = judge_gap(Memory(data), ForeignData(module, Classification().batch), Classification(), "cpu")
+    count = 40 * math.ceil(len(others.targets) / 40)  # whole minibatches, as many samples as validate at least
+    assert len(others.targets) < count < 400
+    assert f"100.00 % on {count} training samples" in found["gap"]
 
 
 class Constant(Callback):

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from litdistill import CRD, KD, BinaryKD, FitNet, LogitMSE, distill, load_student
 from litdistill.data import tables
 from litdistill.data.datamodule import ImageData
-from litdistill.data.foreign import ForeignData, output_names, sample, training_inputs
+from litdistill.data.foreign import ForeignData, offers, output_names, sample, training_inputs
 from litdistill.evaluation.evaluate import differences, evaluate, load_run
 from litdistill.export.export import export
 from litdistill.export.predict import load
@@ -318,6 +318,12 @@ def test_a_data_module_that_cannot_be_measured_is_refused_before_the_training():
     module = OnlyTrain()
     with pytest.raises(UserError, match=r"OnlyTrain has no val_dataloader.*litdistill\.distill"):
         ForeignData(module, to_batch)
+
+
+def test_a_data_module_made_of_data_sets_has_the_loaders_that_it_was_given():
+    rows = torch.utils.data.TensorDataset(*points(8))
+    assert [offers(LightningDataModule.from_datasets(rows, rows), split) for split in ("val", "test")] == [True, False]
+    assert not offers(LightningDataModule.from_datasets(rows), "val")
 
 
 # -- train() -----------------------------------------------------------------------------------------------------------

@@ -131,9 +131,10 @@ def words(data: Any, split: str, index: int) -> str | None:
 
 
 def offers(module: LightningDataModule, split: str) -> bool:
-    """Returns whether a data module defines its own loader of "val" or "test"."""
+    """Returns whether a data module defines its own loader of "val" or "test", in its class or, as one made of data sets
+    (`LightningDataModule.from_datasets`), on the object."""
     name = f"{split}_dataloader"
-    return getattr(type(module), name) is not getattr(LightningDataModule, name)
+    return name in vars(module) or getattr(type(module), name) is not getattr(LightningDataModule, name)
 
 
 def transferred(module: LightningDataModule, raw: Any, device: torch.device) -> Any:
