@@ -126,16 +126,19 @@ class OnHost(TorchDispatchMode):
 def augmented(shape, names, mix=None, count=32, kind=torch.uint8):
     """Makes a batch of fake tensors on a GPU twice; returns what the second has copied, and how much it has launched."""
     steps, both = named(*names), 2 if mix is not None else 1
-    aug.apply_views(steps, torch.zeros(2, *shape).to(kind), torch.zeros(2, dtype=torch.int64), 0, torch.arange(2))
+    for step in steps:  # numbers of the host are kept, which fake tensors do not have
+        step.apply(torch.zeros(step.views or 2, *shape).to(kind), torch.arange(step.views or 2))
     with FakeTensorMode(allow_non_fake_inputs=True):
         images = torch.empty(both * count, *shape, dtype=kind, device="cuda")
         ids = torch.empty(both * count, dtype=torch.int64, device="cuda")
         for _ in range(2):  # tables are copied once
+            with OnHost() as drawn:
+                aug.draw_views(steps, 0, ids, ids)
             with OnHost() as seen:
-                views = aug.draw_views(steps, 0, ids, ids)
-                made = aug.apply_views(steps, images.index_select(0, ids), views, 0, ids)
+                made = aug.apply_views(steps, images.index_select(0, ids), ids, 0, ids)
                 if mix is not None:
                     mix.apply(*made.tensor_split(2), aug.random_bits(0, ids[:count], ids[:count], -2))
+    seen.found += drawn.found
     return seen
 
 

@@ -296,8 +296,8 @@ def reason_for_launching(distiller: Distiller, overridden: list[str]) -> str | N
     """Returns why no step can be recorded, in words; None where nothing is known against it."""
     optimizer = distiller.optimizers().optimizer  # type: ignore[union-attr]
     if isinstance(distiller.trainer.strategy, ParallelStrategy):
-        # Of one process, too: DDP times its first ten backward passes by events, and reads them in its next forward, which
-        # fails for events that a graph holds (https://docs.pytorch.org/docs/stable/notes/cuda.html#usage-with-distributeddataparallel).
+        # Of one process, too: DDP times its backward passes by events, and its next forward reads the time between two of them,
+        # which CUDA refuses for events that a graph holds.
         return "DDP exchanges gradients between processes, even if there is one"
     if overridden:
         return f"{type(distiller).__name__} has its own {overridden[0]}"
