@@ -65,6 +65,20 @@ def test_the_page_says_of_each_model_what_attackers_get():
     assert table(security(found, "", SETTINGS)).rows[1][place] == "not measured"
 
 
+def test_a_protections_cost_is_shown_of_students_on_labels_alone_too():
+    found = group(rows=3, seeds=2, name="plain")
+    settings = [{}, {"adversarial.eps": 0.1}, {"adversarial.eps": 0.1}]
+    for row, method, own in zip(found.rows[1:], ("supervised", "supervised", "rslad"), settings, strict=True):
+        for i, seed in enumerate(row.seeds):
+            seed.summary |= {"method": method, "settings": own, "seed": i}
+            seed.summary["start"] = found.rows[1].seeds[0].summary.get("start")
+    costs = [row[2] for row in table(security(found, "", SETTINGS)).rows]
+    of = lambda row: statistics.mean(seed.score for seed in row.seeds)  # noqa: E731
+    expected = [of(row) - of(found.rows[1]) for row in found.rows[2:]]
+    assert costs[:2] == ["", ""]
+    assert [float(cost.split(" ")[0].replace("−", "-")) for cost in costs[2:]] == pytest.approx(expected, abs=0.01)
+
+
 def test_what_was_not_measured_is_said():
     found = group(rows=2, seeds=2, name="distilled")
     for row in found.rows:

@@ -7,9 +7,9 @@ import statistics
 
 import pytest
 
-from litdistill.evaluation.controls import control_of, difference
+from litdistill.evaluation.controls import control_of, difference, unprotected
 from litdistill.report.pivot import pivot
-from litdistill.report.tables import data_title, kinds, records
+from litdistill.report.tables import data_title, differing, kinds, records
 from litdistill.report.writers import FORMATS, csv_text, ending, escape_latex, latex
 from litdistill.utils.errors import UserError
 from tests.test_report import run as made_run
@@ -94,6 +94,17 @@ def test_of_several_controls_the_best_on_validation_is_taken():
     for kind in found:
         kind[0]["metric"] = {"name": "rmse", "direction": "min"}
     assert control_of(found[0][0], found) == 1
+
+
+def test_what_a_protection_costs_is_taken_from_a_student_without_one():
+    plain, robust, student = run(0, 0.7, "supervised"), run(0, 0.9, "supervised"), run(0, 0.8)
+    for one in (robust, student):
+        one["settings"] |= {"adversarial.eps": 0.1, "adversarial.steps": 10}
+    found = kinds([plain, robust, student])
+    assert control_of(student, found) == 1  # which says what the teacher added
+    assert [unprotected(one, found) for one in (plain, robust, student, run(0, 0.8))] == [None, 0, 0, 0]
+    assert unprotected(student, found[1:]) is None
+    assert "adversarial.eps 0.1" in differing(robust, [plain, robust])
 
 
 def test_csv_holds_the_figures_of_the_table_for_programs():

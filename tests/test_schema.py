@@ -195,7 +195,12 @@ OTHERS = [
     ("export", "run=x calibration=0", f"calibration=0: {WHOLE}."),
     ("export", "run=x verify=yes", "verify=yes: true or false. Did you mean true?"),
     ("report", "threads=0", f"threads=0: {WHOLE}."),
-    ("report", "epsilons=4", "epsilons=4: a list of one or more numbers above 0 and at most 255. Did you mean [4]?"),
+    ("report", "epsilons=4", "epsilons=4: a list of one or more whole numbers from 1 to 255. Did you mean [4]?"),
+    (
+        "report",
+        "epsilons=[0.1]",
+        "epsilons=[0.1]: a list of one or more whole numbers from 1 to 255. Did you mean [1]?",
+    ),
     ("report", "runs=[]", "runs=[]: text, or a list of one or more texts."),
     ("report", "picture=main", "picture=main: the name of a .png file or null."),
     ("compare", "picture=main.svg", "picture=main.svg: the name of a .png file or null."),

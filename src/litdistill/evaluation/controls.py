@@ -45,6 +45,18 @@ def control_of(run: Mapping[str, Any], kinds: Sequence[Sequence[Mapping[str, Any
     return max(found, key=lambda i: sign * _validated(kinds[i]), default=None)
 
 
+def unprotected(run: Mapping[str, Any], kinds: Sequence[Sequence[Mapping[str, Any]]]) -> int | None:
+    """Returns the index of the control of a run that saw no adversarial inputs; None where there is none, or `run` is of it.
+
+    A run on labels alone that saw some has one, too.
+    """
+    settings = run.get("settings") or {}
+    bare = {key: value for key, value in settings.items() if not key.startswith("adversarial.")}
+    if run["method"] == LABELS_ALONE and len(bare) == len(settings):
+        return None
+    return control_of({**run, "method": "", "settings": bare}, kinds)
+
+
 def _conditions(run: Mapping[str, Any]) -> dict[str, Any]:
     """Returns what a run and its control have in common."""
     start, student = run.get("start") or {}, run["student"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from litdistill.evaluation.controls import LABELS_ALONE, Difference, control_of, difference, is_distilled
@@ -39,10 +39,10 @@ def _candidates(group: Group) -> tuple[list[Row], str]:
     return (learned, "that learned from a teacher") if learned else (students, "here")
 
 
-def control(row: Row, group: Group) -> Row | None:
-    """Returns the row of the same student trained by labels alone, on the same data at the same budget."""
+def control(row: Row, group: Group, find: Callable[..., int | None] = control_of) -> Row | None:
+    """Returns the row of the same student trained by labels alone, on the same data at the same budget; `find` chooses it."""
     rows = [r for r in group.rows if not r.teacher]
-    found = control_of(_conditions(row), [[_conditions(r)] for r in rows])
+    found = find(_conditions(row), [[_conditions(r)] for r in rows])
     return None if row.teacher or found is None else rows[found]
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from litdistill.evaluation.controls import unprotected
 from litdistill.evaluation.privacy import FALSE_POSITIVES, Membership
 from litdistill.evaluation.robustness import ALL
 from litdistill.report import headline
@@ -39,7 +40,7 @@ def security(group: Group, key: str, settings: Settings) -> Section:
     head += ["area under the curve", f"members found at {SHARE} false ones", "members", "others"] if inferred else []
     for style, row in zip(looks(group), group.rows, strict=True):
         cells = [style.name, shown_mean("accuracy", [seed.quality["accuracy"] for seed in row.seeds])]
-        cells.append(headline.signed(group, headline.against(row, group, headline.control(row, group))))
+        cells.append(headline.signed(group, headline.against(row, group, headline.control(row, group, unprotected))))
         cells += [_worst(row, i) for i in range(1, len(settings.epsilons) + 1)] if attacked else []
         rows.append([*cells, *(_members(row) if inferred else [])])
     texts = [*([_attacks(settings)] if attacked else []), *([_threshold(group)] if inferred else [])]
@@ -69,7 +70,7 @@ def _attacks(settings: Settings) -> str:
     return (
         "Under attack: the share of the images of the table on robustness that are classified right as they are and under each "
         "of its attacks. Over labels alone: what the accuracy gained or lost against the same network trained on the same "
-        f"samples by labels alone; of a model with a protection that is its cost.{more}"
+        f"samples by labels alone, at the images as they are; of a model with a protection that is its cost.{more}"
     )
 
 

@@ -183,10 +183,10 @@ def _own(run: dict[str, Any], others: Sequence[dict[str, Any]], what: str) -> li
 
 
 def _setting(key: str, value: Any) -> str:
-    """Returns key and value as text: weight_decay for `optimizer.weight_decay`, the full key for a network's options."""
+    """Returns key and value as text: weight_decay for `optimizer.weight_decay`, the full key for a network's or an attack's."""
     if key.endswith("._target_"):
         return f"{key.removesuffix('._target_')} {str(value).rsplit('.', 1)[-1]}"
-    return f"{key if key.startswith(('student.', 'teacher.')) else key.split('.', 1)[-1]} {value}"
+    return f"{key if key.startswith(('student.', 'teacher.', 'adversarial.')) else key.split('.', 1)[-1]} {value}"
 
 
 def _cells(

@@ -29,7 +29,7 @@ ATTACKS = (
     "1,000 queries an image"
 )
 Png = Annotated[str, Field(pattern=r"\.png$"), Said("the name of a .png file")]
-Levels = Annotated[list[Annotated[float, Field(gt=0, le=255)]], Field(min_length=1)]
+Levels = Annotated[list[Annotated[int, Field(ge=1, le=255)]], Field(min_length=1)]
 
 
 class Evaluate(Node):
@@ -116,7 +116,7 @@ class Report(Node):
     threads: Count = option("CPU threads that models are timed with")
     rounds: Count = option("how often each model has its turn to be timed")
     robustness: CountFromZero = option("test images to spoil and to attack, of classifiers; 0: none")
-    epsilons: Levels = option("of the attacks, in levels of 255")
+    epsilons: Levels = option("of the attacks, in whole levels of 255: 26 for 0.1")
     attacks: Literal["quick", "strong"] = option(ATTACKS)
     int8: bool = option("measure each student of float weights as an int8 file too, made after its training")
     device: Device = option("where students are evaluated: cpu, cuda, or auto; they are timed on both")
@@ -144,7 +144,7 @@ class Compare(Node):
     threads: Count = option("CPU threads that models are timed with")
     rounds: Count = option("how often each model has its turn to be timed")
     robustness: CountFromZero = option("test images to spoil and to attack, of classifiers; 0: none")
-    epsilons: Levels = option("of the attacks, in levels of 255")
+    epsilons: Levels = option("of the attacks, in whole levels of 255: 26 for 0.1")
     attacks: Literal["quick", "strong"] = option(ATTACKS)
     device: Device = option("where students are evaluated: cpu, cuda, or auto; they are timed on both")
 
