@@ -14,6 +14,9 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 BIN := .venv/bin
 SETUP := .venv/.ready
+# Python keeps the bytecode of what it imports, whatever the environment says: without it each process compiles torch and
+# Lightning anew, which takes seconds.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: distill compare few detect secure docs test test-processes gpu zoo setup requirements clean
 .DEFAULT_GOAL := distill

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from functools import cache, lru_cache
 
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
@@ -20,10 +21,15 @@ from litdistill.utils.paths import CONF
 
 
 def by_hydra(root: str, overrides: Sequence[str]) -> DictConfig:
-    """The config `root` of a command under overrides."""
+    """The config `root` of a command under overrides, within another command, too."""
     published_tables.register(overrides)
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose(root, [*overrides])
+    state = GlobalHydra.instance()
+    outer, state.hydra = state.hydra, None
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            return compose(root, [*overrides])
+    finally:
+        GlobalHydra.instance().hydra = outer
 
 
 def composed(root: str, overrides: Sequence[str]) -> DictConfig:

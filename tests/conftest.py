@@ -90,6 +90,14 @@ def few_scenes() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def quick_jobs() -> Iterator[None]:
+    """Composes the runs of tables and comparisons by what is kept."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("litdistill.benchmarks.compare.compose", composed)
+        yield
+
+
 DRAW = figures.show
 
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import sys
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -26,7 +27,8 @@ from litdistill.utils.checkpoint import save_student
 from litdistill.utils.errors import UserError
 from tests.conftest import SMALL, compose_config
 
-pytest.importorskip("torchao")
+if find_spec("torchao") is None:  # to import it takes a second, in each process that collects tests
+    pytest.skip("torchao is not installed", allow_module_level=True)
 
 
 def images(n=64):

@@ -98,7 +98,7 @@ OVERRIDES = [
     ),
     ("experiment=digits/distilled", "optimizer=sgd", "data.augment=[{_target_: a.Crop, pad: 1}]", "optimizer.lr=1e-3"),
     ("experiment=crd/vgg13_vgg8/kd", "+student.more={a: {b: [1, null]}}", "+student.more={c: true}", "threads=null"),
-    ("~data", "+data={_target_: my.Points}", "logger=none", "data.size=3"),
+    ("~data", "+data={_target_: my.Points}", "logger=none", "+data.size=3"),
 ]
 
 

@@ -13,7 +13,6 @@ from litdistill.models.efficientnet_lite import efficientnet_lite0
 from litdistill.models.preprocess import bare, preprocess_of
 from litdistill.utils.errors import UserError
 
-timm = pytest.importorskip("timm")
 NAME = "efficientnet_lite0"
 
 
@@ -22,7 +21,7 @@ def package(tmp_path, monkeypatch):
     """A package whose file holds generated weights under other names; a list of the downloads, and the weights' network."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
     torch.manual_seed(0)
-    net = timm.create_model("tf_efficientnet_lite0").eval()
+    net = pytest.importorskip("timm").create_model("tf_efficientnet_lite0").eval()
     torch.save({f"_{i}": v for i, v in enumerate(net.state_dict().values())}, tmp_path / "weights.pth")
     content, calls = (tmp_path / "weights.pth").read_bytes(), []
     known = weights.PUBLISHED[NAME]._replace(sha256=digest(content))

@@ -27,6 +27,7 @@ from litdistill.utils.paths import CONF
 
 pytest.importorskip("optuna")
 
+from litdistill.sweep import study as sweep_study
 from litdistill.sweep.space import first, fitting, pinned, read_space, unbalanced
 from litdistill.sweep.study import sweep, typed_keys
 from litdistill.sweep.trial import objective
@@ -40,7 +41,9 @@ def start(folder: Path, *overrides: str, space: dict | None = None):
     cfg = composed("sweep", ["sweep.storage=journal", *overrides])  # the quicker one
     if space is not None:
         cfg.sweep.space = space
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+    with initialize_config_dir(str(CONF), version_base="1.3"), pytest.MonkeyPatch.context() as patch:
+        for module in (sweep_study, sweep_trial):
+            patch.setattr(module, "compose", composed)
         return sweep(cfg, overrides, folder)
 
 
@@ -67,7 +70,6 @@ def quick(monkeypatch):
         leave(cfg, accuracy(cfg))
 
     monkeypatch.setattr(sweep_trial, "train", train)
-    monkeypatch.setattr(sweep_trial, "compose", composed)
     return calls
 
 
