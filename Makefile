@@ -58,7 +58,7 @@ OUT ?= runs/gpu
 gpu: $(SETUP)
 	$(BIN)/python scripts/gpu.py device=$(DEVICE) out=$(OUT) $(if $(STAGES),stages=$(STAGES)) $(if $(SECONDS),seconds=$(SECONDS))
 
-# About 20 minutes on two cores; what is finished in runs/secure is not repeated. SEEDS_OF=1 for a first look.
+# About 13 minutes of one core's time; what is finished in runs/secure is not repeated. SEEDS_OF=1 for a first look.
 SEEDS_OF ?= 3
 secure: $(SETUP)
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/secure_table.py dataset=$(DATA) seeds=$(SEEDS_OF) $(if $(PARTS),parts=$(PARTS))
