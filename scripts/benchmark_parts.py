@@ -123,6 +123,8 @@ LOG_EVERY = 50  # steps
 class NoiseData(ImageData):
     """Image data whose files are given, and not read."""
 
+    recordable = True
+
     def __init__(self, given: Source, **options: Any):
         super().__init__("digits", **options)
         self.given = given

@@ -8,12 +8,12 @@ Each stage is a process with a time limit: at the limit it is killed, and the ne
 to `figures.jsonl` in `out` as soon as it is known. The same command goes on where it was stopped: what stands there is not
 measured again. The table comes at the end; what is printed is in `log.txt` too. It needs no network.
 
-equality: 20 steps as CUDA graphs and launched one by one, in float32, and whole runs of 5 seeds. tests: `pytest -m gpu`.
-peers: the loop that most code has. steps: this project's steps, a bare captured graph of the same networks, kernels, memory,
-share of the peak. grid: parts of steps by network and batch, for docs/scale.md. vmap: 16 students side by side on streams and
-stacked in one. compile: a student compiled within its graph: seconds to compile, and milliseconds a step. cards: two GPUs.
-mnist, cells: Hinton's table, and cells of the tables on CIFAR-10, from the files in data= (data_files); hours in all, which go
-on from the last epoch where they were stopped.
+equality: 20 steps as CUDA graphs and launched one by one, in float32, augmented batches likewise, and whole runs of 5 seeds.
+tests: `pytest -m gpu`. peers: the loop that most code has. steps: this project's steps, a bare captured graph of the same
+networks, kernels, memory, share of the peak. grid: parts of steps by network and batch, for docs/scale.md. vmap: 16 students
+side by side on streams and stacked in one. compile: a student compiled within its graph: seconds to compile, and milliseconds a
+step. cards: two GPUs. mnist, cells: Hinton's table, and cells of the tables on CIFAR-10, from the files in data= (data_files);
+hours in all, which go on from the last epoch where they were stopped.
 """
 
 from __future__ import annotations

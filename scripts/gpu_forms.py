@@ -18,15 +18,22 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from benchmark_parts import Bench, network, trained
+from benchmark_parts import Bench, network, random_data, trained
 from gpu import Figures
 from gpu_graph import CHOSEN, EventWatch, captured, drawing, pair_on, seconds_of
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
+from litdistill.data.loading import Rows
+from litdistill.data.named import augmentations
+from litdistill.distillation.captured_batches import CapturedBatches
+from litdistill.distillation.cuda_graphs import CudaGraphs
 from litdistill.training import compiling
+from litdistill.training.grouping import moved
+from litdistill.types import Group
 
 COUNT, WORTH = 16, 1.5
+JITTER = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1}
 
 Given = tuple[Tensor, Tensor, Tensor]  # images, labels, the teacher's logits
 
@@ -123,6 +130,35 @@ def side_by_side(steps: Sequence[Callable[[], Any]], device: torch.device) -> Ca
             current.wait_stream(stream)
 
     return run
+
+
+def same_batches(device: torch.device) -> dict[str, Any]:
+    """Whether groups of 16 augmented minibatches are the same recorded and launched, and milliseconds of both."""
+    steps = ["RandomResizedCrop", "Flip", {"ColorJitter": JITTER}, "RandAugment", "RandomErasing"]
+    count = 4096 if device.type == "cuda" else 256
+    data = random_data((3, 32, 32), count, augmentations(steps), batch_size=64)
+    captured = CapturedBatches(data, CudaGraphs())
+    rows = [moved(r, device) for r in data.train_loader(group=16)]
+    make = captured.make_batch if device.type == "cuda" else data.make_batch
+    equal = True
+    for _ in range(4):
+        for r in rows:
+            one, two = make(r), data.make_batch(r)
+            assert isinstance(one, Group)
+            assert isinstance(two, Group)
+            equal &= bool(torch.equal(one.batch.inputs, two.batch.inputs))
+            equal &= bool(torch.equal(one.batch.targets, two.batch.targets))
+
+    def ms(make: Callable[[Rows], Any]) -> float:
+        start = time.perf_counter()
+        for r in rows:
+            make(r)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return 1e3 * (time.perf_counter() - start) / len(rows)
+
+    found = {"equal": equal, "replayed": captured.replayed, "reason": str(captured.reason)}
+    return {**found, "recorded_ms": ms(make), "launched_ms": ms(data.make_batch)}
 
 
 def many_students(figures: Figures, device: torch.device, given: Mapping[str, str]) -> None:

@@ -19,7 +19,7 @@ from benchmark_peers import peers
 from benchmark_questions import share_of_peak
 from gpu import Figures
 from gpu_cells import cells_of_tables, hinton_on_mnist
-from gpu_forms import compiled_student, many_students
+from gpu_forms import compiled_student, many_students, same_batches
 from gpu_graph import CHOSEN, EventWatch, KernelWatch, bare_step, captured, pair_on, seconds_of
 from hydra import compose, initialize_config_dir
 from lightning.pytorch.callbacks import Callback
@@ -91,7 +91,7 @@ def same_training(bench: Bench, kind: str, steps: int) -> dict[str, Any]:
 
 
 def equality(figures: Figures, device: torch.device, given: Mapping[str, str]) -> None:
-    """Captured and eager training, 20 steps in float32 without TF32, and the accuracies of whole runs with both."""
+    """Captured and eager training, 20 steps in float32 without TF32, batches, and the accuracies of whole runs with both."""
     torch.backends.cudnn.allow_tf32 = False
     torch.set_float32_matmul_precision("highest")
     steps = 20 if device.type == "cuda" else 4
@@ -100,6 +100,7 @@ def equality(figures: Figures, device: torch.device, given: Mapping[str, str]) -
         for kind in ("live", "cached", "hard"):
             work = lambda bench=bench, kind=kind: same_training(bench, kind, steps)  # noqa: E731
             figures.measure("equality", f"{name} {kind}", work)
+    figures.measure("equality", "augmented batches", lambda: same_batches(device))
     figures.measure("equality", "accuracy on the digits", lambda: accuracies(device, Path(given["runs"])))
 
 

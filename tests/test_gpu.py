@@ -80,6 +80,15 @@ def test_fp16_with_scaled_losses_comes_to_about_the_same(run: Run):
     assert curve(b, "train/loss") == pytest.approx(curve(a, "train/loss"), rel=5e-2)
 
 
+def test_recorded_batches_are_those_that_are_launched(run: Run, caplog: pytest.LogCaptureFixture):
+    views = "data.augment=[RandomResizedCrop,RandomErasing]"
+    a, _ = run("a", "trainer=auto", FLOAT, views, "capture=off")
+    with caplog.at_level("INFO"):
+        b, _ = run("b", "trainer=auto", FLOAT, views)
+    assert "not as CUDA graphs" not in caplog.text
+    assert curve(b, "train/loss") == pytest.approx(curve(a, "train/loss"), rel=1e-3)
+
+
 def test_a_rank_of_nccl_makes_one_run(run: Run):
     folder, summary = run("a", "trainer=ddp", "trainer.devices=1", "data.eval_batch_size=50")
     assert (summary["device"]["type"], summary["device"]["world_size"]) == ("cuda", 1)

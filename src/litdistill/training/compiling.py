@@ -45,10 +45,11 @@ def expected(distiller: Distiller, example: Batch, batch_size: int, element: int
     `element`: the bytes of an activation.
     """
     sizes: list[int] = []
+    samples = len(example.inputs if isinstance(example.inputs, Tensor) else example.targets)
 
     def note(module: nn.Module, given: Any, result: Any) -> None:
         if isinstance(result, Tensor):
-            sizes.append(result.numel() * batch_size // len(example.targets))
+            sizes.append(result.numel() * batch_size // samples)
 
     student = distiller.student
     hooks = [m.register_forward_hook(note) for m in student.modules() if isinstance(m, NORMALIZATIONS)]
