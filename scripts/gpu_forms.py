@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from benchmark_parts import Bench, network, random_data, trained
 from gpu import Figures
-from gpu_graph import CHOSEN, EventWatch, captured, drawing, pair_on, seconds_of
+from gpu_graph import EventWatch, captured, drawing, pair_on, pairs_on, seconds_of
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
@@ -191,7 +191,7 @@ def compiled_student(figures: Figures, device: torch.device, given: Mapping[str,
     """The stage `compile`: the cached step of each pair."""
     # The dry form traces alone: a C++ compiler takes minutes for what is fused on a CPU.
     options = {"mode": compiling.MODE} if device.type == "cuda" else {"backend": "aot_eager"}
-    for name in CHOSEN if device.type == "cuda" else CHOSEN[:1]:
+    for name in pairs_on(device):
         bench = Bench(pair_on(name, device), device)
         figures.measure("compile", f"{name} student", functools.partial(seconds_to_compile, bench, options))
         for how, chosen in (("plain", None), ("compiled", options)):

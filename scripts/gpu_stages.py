@@ -20,7 +20,7 @@ from benchmark_questions import share_of_peak
 from gpu import Figures
 from gpu_cells import cells_of_tables, hinton_on_mnist
 from gpu_forms import compiled_student, many_students, same_batches
-from gpu_graph import CHOSEN, EventWatch, KernelWatch, bare_step, captured, pair_on, seconds_of
+from gpu_graph import EventWatch, KernelWatch, bare_step, captured, pair_on, pairs_on, seconds_of
 from hydra import compose, initialize_config_dir
 from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig
@@ -95,7 +95,7 @@ def equality(figures: Figures, device: torch.device, given: Mapping[str, str]) -
     torch.backends.cudnn.allow_tf32 = False
     torch.set_float32_matmul_precision("highest")
     steps = 20 if device.type == "cuda" else 4
-    for name in CHOSEN if device.type == "cuda" else CHOSEN[:1]:
+    for name in pairs_on(device):
         bench = Bench(pair_on(name, device), device)
         for kind in ("live", "cached", "hard"):
             work = lambda bench=bench, kind=kind: same_training(bench, kind, steps)  # noqa: E731
@@ -137,7 +137,7 @@ def digits(folder: Path, runs: Path, seed: int, epochs: int, device: torch.devic
 
 def loops_of_peers(figures: Figures, device: torch.device, given: Mapping[str, str]) -> None:
     """The loop that most code has, with 8 workers of a DataLoader, in float32."""
-    for name in CHOSEN:
+    for name in pairs_on(device):
         bench = Bench(pair_on(name, device), device)
 
         def work(bench: Bench = bench) -> dict[str, float]:
@@ -150,7 +150,7 @@ def loops_of_peers(figures: Figures, device: torch.device, given: Mapping[str, s
 
 def steps_of_ours(figures: Figures, device: torch.device, given: Mapping[str, str]) -> None:
     """This project's steps as graphs and launched one by one, and a bare graph; what they launch, take and reach."""
-    for name in CHOSEN:
+    for name in pairs_on(device):
         bench = Bench(pair_on(name, device), device)
         for kind in ("live", "cached"):
             step = lambda kind=kind, bench=bench: bare(bench, kind == "cached")  # noqa: E731
