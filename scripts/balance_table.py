@@ -22,10 +22,9 @@ from typing import Any, NamedTuple
 
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
-from scipy.stats import t as student_t
 
 from litdistill.benchmarks.compare import Job, config_of, run_all
-from litdistill.benchmarks.tables import between_marks, read_options, run_script
+from litdistill.benchmarks.tables import between_marks, interval, read_options, run_script
 from litdistill.config.recipes import is_complete
 from litdistill.utils.checkpoint import write_text
 from litdistill.utils.errors import UserError
@@ -33,7 +32,7 @@ from litdistill.utils.logging import format_seconds
 from litdistill.utils.paths import CONF
 from litdistill.utils.text import markdown_table
 from litdistill.utils.units import spread
-from litdistill.utils.versions import versions
+from litdistill.utils.versions import in_words, versions
 
 CONTROL = "supervised"
 METHODS = (
@@ -144,12 +143,6 @@ def differences(choices: DictConfig, runs: Mapping[tuple[Column, int], Mapping[s
     return found
 
 
-def interval(values: Sequence[float], tests: int = 1) -> tuple[float, float]:
-    """Returns the 95 % interval of a mean by Student's t, corrected for a number of tests after Bonferroni."""
-    half = float(student_t.ppf(1 - 0.025 / tests, len(values) - 1)) * stdev(values) / len(values) ** 0.5
-    return mean(values) - half, mean(values) + half
-
-
 def table(found: Mapping[str, Sequence[float]]) -> str:
     """Returns the table of differences from the control in points, by method, and below it their mean over all methods."""
     rows = []
@@ -204,7 +197,7 @@ def plain(value: Any) -> str:
 def section(kept: Mapping[str, Any]) -> str:
     """Returns the table of a data set, and what its runs are."""
     (student, params), (large, many, reached), data = kept["student"], kept["teacher"], kept["data"]
-    used = ", ".join(f"{name} {version}" for name, version in kept["versions"].items() if version is not None)
+    used = in_words(kept["versions"])
     shape = "x".join(map(str, data["input_shape"]))
     return f"""{re.sub("-(?=[0-9])", "−", table(kept["methods"]))}
 

@@ -36,6 +36,7 @@ import torch
 from benchmark_parts import PAIRS, Bench, Pair, budget, hushed, variants
 from benchmark_questions import filled_by_views, growth, peak_memory, share_of_peak
 
+from litdistill.benchmarks.tables import between_marks
 from litdistill.utils.allocator import keep_freed_memory
 
 TARGETS = {  # what the ratios are to reach, on two cores
@@ -199,12 +200,6 @@ def page(found: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def fill(path: Path, name: str, text: str) -> None:
-    """Puts `text` between `<!-- name -->` and the next `<!-- end -->` of a file."""
-    before, rest = path.read_text().split(f"<!-- {name} -->\n", 1)
-    path.write_text(f"{before}<!-- {name} -->\n{text}\n<!-- end -->{rest.split('<!-- end -->', 1)[1]}")
-
-
 def main() -> None:
     """See the head of this file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -247,7 +242,7 @@ def main() -> None:
         keep("memory", peak_memory())
         print("memory:", json.dumps(results["memory"]), flush=True)
     if args.into is not None:
-        fill(args.into, "benchmark", page(results))
+        args.into.write_text(between_marks(args.into.read_text(), "benchmark", page(results)))
 
 
 if __name__ == "__main__":

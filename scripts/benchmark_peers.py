@@ -7,36 +7,23 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from benchmark_data import OneByOne
+from torch.utils.data import DataLoader
 from torchvision import transforms
 
 if TYPE_CHECKING:
     from benchmark_parts import Bench
 
 
-class OneByOne(Dataset[Any]):
-    """Images as torchvision's data sets give them."""
-
-    def __init__(self, bench: Bench):
-        split = bench.data.source.train
-        self.images = [image.permute(1, 2, 0).squeeze(-1).numpy() for image in split.images[:]]
-        self.targets = split.targets.tolist()
-        self.transform = transforms.Compose(
-            [
-                transforms.RandomCrop(bench.pair.shape[-1], padding=bench.pair.shift),
-                *([transforms.RandomHorizontalFlip()] if bench.pair.flip else []),
-                transforms.ToTensor(),
-                transforms.Normalize(bench.data.mean, bench.data.std),
-            ]
-        )
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.transform(Image.fromarray(self.images[index])), self.targets[index]
+def images_of(bench: Bench) -> OneByOne:
+    """The images of a pair, one by one, augmented and normalized."""
+    steps = [
+        transforms.RandomCrop(bench.pair.shape[-1], padding=bench.pair.shift),
+        *([transforms.RandomHorizontalFlip()] if bench.pair.flip else []),
+        transforms.ToTensor(),
+        transforms.Normalize(bench.data.mean, bench.data.std),
+    ]
+    return OneByOne(bench.data.source.train, transforms.Compose(steps))
 
 
 def endless(loader: Any) -> Iterator[Any]:
@@ -48,7 +35,7 @@ def peers(bench: Bench, workers: int = 0) -> Callable[[], float]:
     student, teacher = bench.networks()
     optimizer = bench.optimizer(student.parameters())
     loader = DataLoader(
-        OneByOne(bench),
+        images_of(bench),
         batch_size=bench.pair.batch,
         shuffle=True,
         num_workers=workers,
@@ -90,7 +77,7 @@ def torchdistill(bench: Bench) -> Callable[[], float]:
     box = get_distillation_box(
         teacher,
         student,
-        {"train": OneByOne(bench)},
+        {"train": images_of(bench)},
         {
             "num_epochs": 1,
             "train_data_loader": {

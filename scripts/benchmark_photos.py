@@ -15,7 +15,6 @@ the median of the ratios of single rounds. One thread in this process, and so ma
 from __future__ import annotations
 
 import argparse
-import re
 import statistics
 import tempfile
 import time
@@ -31,6 +30,7 @@ from sklearn.datasets import load_sample_images
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
+from litdistill.benchmarks.tables import between_marks
 from litdistill.data.datamodule import ImageData
 from litdistill.models.preprocess import Preprocess
 from litdistill.utils.allocator import keep_freed_memory
@@ -181,14 +181,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--count", type=int, default=192, help="JPEGs of the smaller size")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2])
-    parser.add_argument("--into", type=Path, help="a file whose part after <!-- photos --> is replaced")
+    parser.add_argument("--into", type=Path, help="a page whose part <!-- photos --> is written anew")
     options = parser.parse_args()
     text = report(options.rounds, options.count, options.workers)
     print(text)
     if options.into:
-        whole = options.into.read_text()
-        part = re.compile(r"(<!-- photos -->\n).*?(<!-- end photos -->)", re.DOTALL)
-        options.into.write_text(part.sub(lambda found: f"{found[1]}{text}\n{found[2]}", whole))
+        options.into.write_text(between_marks(options.into.read_text(), "photos", text))
 
 
 if __name__ == "__main__":

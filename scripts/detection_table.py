@@ -25,6 +25,7 @@ from litdistill.utils.checkpoint import write_text
 from litdistill.utils.errors import UserError
 from litdistill.utils.text import markdown_table
 from litdistill.utils.units import gain, spread
+from litdistill.utils.versions import in_words
 
 DEFAULTS = {"out": "docs/methods.md", "seeds": 5, "jobs": 1, "runs": "runs/detection_methods", "only": False}
 TITLE = "## Detectors"
@@ -116,7 +117,7 @@ def section(found: Mapping[str, Mapping[int, Any]]) -> str:
     every = [one for by_seed in found.values() for one in by_seed.values()]
     example = max(every, key=lambda one: one["data"]["train"])  # the first that saw all scenes
     student, large, data = example["student"], example["teacher"], example["data"]
-    used = ", ".join(f"{k} {v}" for k, v in example["versions"].items() if v is not None)
+    used = in_words(example["versions"])
     return f"""{TITLE}
 
 Written by `python scripts/detection_table.py`; not to be edited by hand.

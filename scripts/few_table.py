@@ -17,18 +17,17 @@ from statistics import mean
 from typing import Any, NamedTuple
 
 from omegaconf import DictConfig
-from scipy.stats import t as student_t
 
 from litdistill.benchmarks.compare import Job, run_all
-from litdistill.benchmarks.tables import read_options, run_script
+from litdistill.benchmarks.tables import interval, read_options, run_script
 from litdistill.report.plots import COLORS, LINES, MARKERS
 from litdistill.tasks.figures import new_figure
 from litdistill.utils.checkpoint import write_text
 from litdistill.utils.errors import UserError
 from litdistill.utils.logging import format_seconds
 from litdistill.utils.text import markdown_table
-from litdistill.utils.units import deviation, measured, spread
-from litdistill.utils.versions import versions
+from litdistill.utils.units import measured, spread
+from litdistill.utils.versions import in_words, versions
 
 DEFAULTS = {
     **{"dataset": "digits", "seeds": 3, "jobs": 2, "labels": None, "runs": "runs/few", "overrides": []},
@@ -231,7 +230,7 @@ def section(name: str, found: Mapping[str, Any]) -> str:
     (student, params), (large, many, accuracy) = found["student"], found["teacher"]
     columns = ["labels a class", *WAYS]
     rows = [[count, *(cell(found["cells"], way, count) for way in WAYS)] for count in found["cells"]["alone"]]
-    used = ", ".join(f"{k} {v}" for k, v in found["versions"].items() if v is not None)
+    used = in_words(found["versions"])
     return f"""## {name}
 
 {markdown_table(columns, rows, 0)}
@@ -273,9 +272,8 @@ def verdict(cells: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
     for way in list(WAYS)[1:]:
         found: dict[str, list[str]] = {"better": [], "worse": [], f"no difference that {seeds} seeds can tell": []}
         for count in cells["alone"]:
-            values = gains(cells, way, count)
-            half = float(student_t.ppf(0.975, seeds - 1)) * (deviation(values) or 0) / seeds**0.5
-            place = 0 if mean(values) > half else 1 if mean(values) < -half else 2
+            low, high = interval(gains(cells, way, count))
+            place = 0 if low > 0 else 1 if high < 0 else 2
             list(found.values())[place].append(count)
         said = "; ".join(f"{what} at {', '.join(counts)}" for what, counts in found.items() if counts)
         lines.append(f"- {way}: {said}.")

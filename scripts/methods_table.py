@@ -38,7 +38,7 @@ from litdistill.utils.checkpoint import write_text
 from litdistill.utils.paths import CONF
 from litdistill.utils.text import markdown_table
 from litdistill.utils.units import gain, spread
-from litdistill.utils.versions import versions
+from litdistill.utils.versions import in_words, versions
 
 DEFAULTS = {"out": "docs/methods.md", "seeds": 5, "rounds": 7, "runs": "runs", "only": []}
 CONTROL = "supervised"
@@ -238,7 +238,7 @@ def outcome(values: Sequence[float] | None, control: Sequence[float]) -> tuple[s
 def head(cfg: DictConfig, summary: Mapping[str, Any], teacher: float, seeds: int, rounds: int) -> str:
     """What the table is, from the runs themselves."""
     data, student, large = summary["data"], summary["student"], summary["teacher"]
-    used = ", ".join(f"{k} {v}" for k, v in versions().items())
+    used = in_words(versions())
     return f"""# Methods
 
 Written by `python scripts/methods_table.py out=docs/methods.md seeds={seeds}`; not to be edited by hand.

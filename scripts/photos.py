@@ -11,16 +11,14 @@ BCCD by their boxes. `--bccd` names BCCD's archive where its commit cannot be do
 from __future__ import annotations
 
 import argparse
-import hashlib
 import io
 import os
 import shlex
 import subprocess
 import sys
-import tarfile
 import xml.etree.ElementTree as ET
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +29,6 @@ from litdistill.utils.units import spread
 PER_CLASS = (20, 100, 500)
 TEST_PER_CLASS = 100
 UNLABELLED = (500, 900)  # of each class: images that no folder above trains on
-COMMIT = "d272fb14cdff6e473fafeeeba32aba5f560e9e43"
-BCCD = f"https://github.com/Shenggan/BCCD_Dataset/archive/{COMMIT}.tar.gz"
-# SHA-256 over the names of annotations, photographs and splits, in order, and the SHA-256 of each.
-CONTENT = "9358971741c3024a99b84f230651fabb7f0d28dad10b752e0732c9798b99391a"
-
 # All students take 750 steps of 32 pictures. One view_seed: the teacher is asked once for the runs of all seeds.
 STUDENT = (
     "experiment=photos/cpu",
@@ -86,30 +79,10 @@ def write_cifar10(folder: Path, root: Path) -> None:
             Image.fromarray(pixels).save(place / f"{i:05d}.jpg", quality=95)
 
 
-def bccd_members(archive: bytes) -> dict[str, bytes]:
-    """Returns the annotations, photographs and splits of BCCD by their names. Raises `ValueError` for altered content."""
-    found = {}
-    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
-        for member in tar:
-            _, inside, name = member.name.partition("BCCD/")
-            if inside and member.isreg() and name.endswith((".xml", ".jpg", ".txt")):
-                file = tar.extractfile(member)
-                assert file is not None
-                found[name] = file.read()
-    content = hashlib.sha256()
-    for name in sorted(found):
-        content.update(name.encode() + b"\0" + hashlib.sha256(found[name]).digest())
-    if content.hexdigest() != CONTENT:
-        raise ValueError(
-            f"the archive of BCCD is truncated or altered: its content has the digest {content.hexdigest()}"
-        )
-    return found
-
-
-def write_bccd(folder: Path, archive: bytes) -> Counter[str]:
+def write_bccd(folder: Path, files: Mapping[str, bytes]) -> Counter[str]:
     """Writes `bccd/train|test/<kind of cell>/*.jpg`, squares around the boxes, by the official split (its validation images
     are trained on); returns how many of each, and of the boxes left out for having no area inside the photograph."""
-    files, written = bccd_members(archive), Counter[str]()
+    written = Counter[str]()
     for split, lists in (("train", ("train", "val")), ("test", ("test",))):
         for name in (line for part in lists for line in files[f"ImageSets/Main/{part}.txt"].decode().split()):
             photograph = Image.open(io.BytesIO(files[f"JPEGImages/{name}.jpg"])).convert("RGB")
@@ -143,10 +116,11 @@ def square(box: tuple[int, int, int, int], width: int, height: int) -> tuple[int
 
 def write(folder: Path, root: Path, bccd: Path | None) -> None:
     """Writes all folders of pictures."""
-    from litdistill.data.download import download
+    from litdistill.data.archives import BLOOD_CELLS
+    from litdistill.data.fetch import archived
 
     write_cifar10(folder, root)
-    counts = write_bccd(folder, bccd.read_bytes() if bccd else download(BCCD))
+    counts = write_bccd(folder, archived("bccd", BLOOD_CELLS, bccd or root))
     print(", ".join(f"{name} {count}" for name, count in sorted(counts.items())))
 
 
@@ -250,8 +224,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     writes, trains, tabulates = (verbs.add_parser(name) for name in ("write", "run", "table"))
     for verb in (writes, trains):
         verb.add_argument("folder", type=Path)
-    writes.add_argument("--root", type=Path, default=Path("data_files"), help="where CIFAR-10 is kept")
-    writes.add_argument("--bccd", type=Path, help="BCCD's archive, instead of downloading it")
+    writes.add_argument("--root", type=Path, default=Path("data_files"), help="where CIFAR-10 and BCCD are kept")
+    writes.add_argument(
+        "--bccd", type=Path, help="a copy of BCCD's repository, or its archive, instead of downloading it"
+    )
     for verb in (trains, tabulates):
         verb.add_argument("pictures", nargs="+", help="cifar10-20, cifar10-100, cifar10-500, bccd")
         verb.add_argument("--runs", type=Path, default=Path("runs"))

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import io
 import json
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,9 +29,11 @@ from sklearn.datasets import load_sample_image
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from litdistill.benchmarks.tables import read_options, run_script
 from litdistill.utils.paths import CONF
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
+DEFAULTS = {"measure": "", "out": "runs/scale", "figures": "", "card": "a GPU"}
 TIMES = 10  # measurements of which the median counts
 
 
@@ -331,22 +332,22 @@ def keep(figures: Figures, kept: dict[str, Any], device: str, source: str) -> No
     kept["photographs_per_s"] = speed["photographs_per_s"]
 
 
-def main(arguments: Sequence[str]) -> None:
+def main() -> None:
     """See the head of this file. `figures=<figures.jsonl> card=<name>` takes in what `make gpu` has measured."""
-    given = dict(a.split("=", 1) for a in arguments)
+    given = read_options(DEFAULTS, among={"measure": ("", "cpu")})
     path = DOCS / "scale.json"
     kept: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"devices": {}, "card": ""}
-    if given.get("measure") == "cpu":
+    if given.measure:
         torch.set_num_threads(1)
-        figures = Figures(Path(given["out"]) / "figures.jsonl")
+        figures = Figures(Path(given.out) / "figures.jsonl")
         measure_grid(figures, torch.device("cpu"))
         keep(figures, kept, "CPU", "One thread of a shared machine, float32, milliseconds of its processor.")
-    if "figures" in given:
-        keep(Figures(Path(given["figures"])), kept, given["card"], "By `make gpu`, captured, bf16, milliseconds.")
-        kept["card"] = given["card"]
+    if given.figures:
+        keep(Figures(Path(given.figures)), kept, given.card, "By `make gpu`, captured, bf16, milliseconds.")
+        kept["card"] = given.card
     path.write_text(json.dumps(kept, indent=1) + "\n")
     (DOCS / "scale.md").write_text(page(kept))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_script(main)

@@ -47,7 +47,7 @@ from litdistill.types import Batch, Outputs
 from litdistill.utils.checkpoint import write_text
 from litdistill.utils.logging import format_seconds
 from litdistill.utils.text import markdown_table
-from litdistill.utils.versions import versions
+from litdistill.utils.versions import in_words, versions
 
 DEFAULTS = {
     **{"dataset": "digits", "root": "data", "seeds": 3, "shadows": 16, "jobs": 2, "runs": "runs/secure"},
@@ -261,7 +261,7 @@ def markdown(part: str, found: Mapping[str, Kept]) -> str:
                 texts.append(markdown_table(block.head, block.rows))
             if isinstance(block, Fold):
                 texts += block.texts
-        used = ", ".join(f"{k} {v}" for k, v in one["versions"].items() if v is not None)
+        used = in_words(one["versions"])
         texts.append(f"Made by `{one['command']}` in {format_seconds(one['seconds'])} of one core, with {used}.")
     return "\n\n".join(texts)
 

@@ -53,7 +53,10 @@ def test_quartiles_are_numpys_and_the_table_shows_them():
 def test_the_page_shows_the_figures_that_are_kept():
     kept = json.loads((ROOT / "docs" / "performance.json").read_text())
     assert set(kept) <= set(benchmark.QUESTIONS)
-    assert f"<!-- benchmark -->\n{benchmark.page(kept)}\n<!-- end -->" in (ROOT / "docs" / "performance.md").read_text()
+    assert (
+        f"<!-- benchmark -->\n\n{benchmark.page(kept)}\n\n<!-- end benchmark -->"
+        in (ROOT / "docs" / "performance.md").read_text()
+    )
 
 
 def test_the_bare_loop_of_detectors_has_the_same_loss_on_the_same_pictures():

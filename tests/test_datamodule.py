@@ -74,7 +74,8 @@ def test_of_few_images_each_class_validates_one(caplog):
     assert targets[held].bincount(minlength=4).tolist() == [1, 1, 3, 0]  # one image is needed to train on
     assert targets[rest].bincount().tolist() == [3, 3, 27, 1]
     assert (
-        "data.val_size=0.1 is less than one image for 2 of 4 classes: 5 of 39 training images validate" in caplog.text
+        "data.val_size=0.1 is less than one sample for 2 of 4 classes: 5 of 39 training samples are held out"
+        in caplog.text
     )
     caplog.clear()
     hold_out(torch.arange(38), targets[:38], 0.2)
@@ -84,12 +85,12 @@ def test_of_few_images_each_class_validates_one(caplog):
 @pytest.mark.parametrize("size", [0.9, 16])
 def test_the_size_that_an_error_names_works(size):
     targets = torch.arange(4).repeat_interleave(4)
-    with pytest.raises(UserError, match=r"Set it to 0\.75 at most, or to 4, one image of each class") as error:
+    with pytest.raises(UserError, match=r"Set it to 0\.75 at most, or to 4, one sample of each class") as error:
         hold_out(torch.arange(16), targets, size)
     assert "leaves 0 to train on and 16 to validate on" in str(error.value)
     assert len(hold_out(torch.arange(16), targets, 0.75)[1]) == 4
     assert len(hold_out(torch.arange(16), targets, 4)[0]) == 4
-    with pytest.raises(UserError, match="Each of the 3 classes has one training image"):
+    with pytest.raises(UserError, match="each of the 3 classes has one training sample"):
         hold_out(torch.arange(3), torch.arange(3), 0.1)
 
 

@@ -13,6 +13,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import gpu
 import scale
 
+from litdistill.utils.errors import UserError
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -62,3 +64,18 @@ def test_a_measured_grid_is_taken_into_the_figures(tmp_path, monkeypatch):
     assert train["flops"] == 3 * forward["flops"]
     assert 0 < forward["s"] < 60
     assert kept["photographs_per_s"] > 0
+
+
+def test_the_command_in_its_head_measures_here(monkeypatch, tmp_path):
+    devices = []
+    monkeypatch.setattr(scale, "DOCS", tmp_path)
+    monkeypatch.setattr(scale, "measure_grid", lambda figures, device: devices.append(str(device)))
+    monkeypatch.setattr(scale, "keep", lambda figures, kept, device, source: devices.append(device))
+    monkeypatch.setattr(scale, "page", lambda kept: "measured")
+    monkeypatch.setattr("sys.argv", ["scale.py", "measure=cpu", f"out={tmp_path}"])
+    scale.main()
+    assert devices == ["cpu", "CPU"]
+    monkeypatch.setattr("sys.argv", ["scale.py", "measure=gpu"])
+    with pytest.raises(UserError, match="measure: , cpu"):
+        scale.main()
+    assert scale.DEFAULTS["out"] == "runs/scale"

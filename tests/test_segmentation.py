@@ -110,6 +110,8 @@ def test_class_weights_scale_each_pixel():
     assert found.item() == pytest.approx(torch.stack(each).mean().item(), rel=1e-5)
     with pytest.raises(UserError, match=r"class_weights=.* are 2, and the network gives 5 logits"):
         Segmentation(class_weights=[1, 2]).loss(Map(1), task.forward(Map(1), batch, False), batch)
+    with pytest.raises(UserError, match="one number for each class"):
+        Segmentation(class_weights=[1, float("inf")])
 
 
 def test_logits_of_a_smaller_map_are_enlarged_to_the_picture():

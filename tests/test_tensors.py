@@ -6,7 +6,7 @@ from sklearn.datasets import load_diabetes
 
 from litdistill.data import tables
 from litdistill.data.protocol import as_indexed
-from litdistill.data.tensors import TensorData, TensorSource, TensorSplit
+from litdistill.data.tensors import TensorData, TensorSource, TensorSplit, held_out_test
 from litdistill.models.small import mlp
 from litdistill.utils.errors import UserError
 from litdistill.utils.modality import TEXT, Modality
@@ -152,3 +152,8 @@ def test_a_view_is_the_same_in_every_batch_and_is_known_to_the_cache():
     assert not torch.equal(together, data.get_batch("train", ids).inputs)
     assert data.identity("train") != words().identity("train")
     assert data.identity("val") == words().identity("val")
+
+
+def test_what_cannot_be_held_out_to_test_on_is_not_said_of_the_validation_set():
+    with pytest.raises(UserError, match="A fifth to test on: each of the 3 classes has one training sample"):
+        held_out_test(torch.arange(3))

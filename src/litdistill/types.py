@@ -55,6 +55,11 @@ class Group(NamedTuple):
             start += size
 
 
+def class_of(targets: Tensor) -> Tensor:
+    """Returns the class of each sample, (N,), of targets (N,), or the most probable one of (N, classes)."""
+    return targets if targets.ndim == 1 else targets.argmax(1)
+
+
 EMBEDDING = "embedding"  # the head of a network without classes, (N, D)
 # Logits at the inputs that an attack has found, (N, classes), beside those at the batch's own.
 ADVERSARIAL = "adversarial"

@@ -1,4 +1,4 @@
-"""What scripts that write tables share: their options, how they end, and the marks in a document that a table stands between.
+"""What scripts that write tables share: options, intervals of means, the marks in a document that a table stands between.
 
 run_script(main)                   in place of main(), under `if __name__ == "__main__":`
 """
@@ -6,10 +6,12 @@ run_script(main)                   in place of main(), under `if __name__ == "__
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from statistics import mean, stdev
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from scipy.stats import t as student_t
 
 from litdistill.utils.errors import UserError
 from litdistill.utils.logging import filter_warnings
@@ -54,6 +56,12 @@ def between_marks(document: str, name: str, text: str) -> str:
         )
     before, after = document.split(begin)[0], document.split(end)[1]
     return f"{before}{begin}\n\n{text}\n\n{end}{after}"
+
+
+def interval(values: Sequence[float], tests: int = 1) -> tuple[float, float]:
+    """Returns the 95 % interval of a mean by Student's t, corrected for a number of tests after Bonferroni."""
+    half = float(student_t.ppf(1 - 0.025 / tests, len(values) - 1)) * stdev(values) / len(values) ** 0.5
+    return mean(values) - half, mean(values) + half
 
 
 def run_script(main: Callable[[], None]) -> None:

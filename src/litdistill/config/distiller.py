@@ -173,7 +173,7 @@ def _of_int8(error: UserError, student: nn.Module, method: Method) -> UserError:
         return error
     return UserError(
         f"{type(method).__name__} reads features inside the student, and in int8 (compress=int8) that is one traced "
-        "graph without layers to tap. Use a method that reads logits alone (kd, dkd, dist, mlkd, supervised), or distil "
+        "graph without layers to tap. Use a method that reads logits alone (kd, dkd, dist, mlkd, supervised), or distill "
         "in float first and start from that student: student.checkpoint=<its run folder> compress=int8."
     )
 

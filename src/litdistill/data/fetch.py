@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torchvision.datasets as published
 from filelock import FileLock
 
-from litdistill.data.archives import BLOOD_CELLS, SPOKEN_DIGITS, Archive, fetched, tar_of
+from litdistill.data.archives import BLOOD_CELLS, SPOKEN_DIGITS, Archive, fetched, local_copy, tar_of, unpacked
 from litdistill.data.download import (
     FAILURES,
     IDX,
@@ -179,6 +179,11 @@ def obtain(name: str, root: str | Path, download: bool = True) -> Files:
         raise UserError(
             f"Cannot store data={name} under {root}: {error}. {remedy}, or set data.root to another folder."
         ) from error
+
+
+def archived(name: str, known: Archive, root: str | Path, download: bool = True) -> dict[str, bytes]:
+    """Returns the files of a data set whose host packs an archive, by path: of a copy in `root`, or as `obtain` has them."""
+    return local_copy(known, Path(root)) or unpacked(known, obtain(name, root, download).content[tar_of(known)])
 
 
 def find(name: str, root: Path) -> tuple[Files | None, list[str]]:

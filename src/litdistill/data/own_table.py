@@ -233,9 +233,7 @@ def _say(root: Path, dropped: int, parts: Parts, encoding: enc.Encoding, targets
     kinds = [quantity(len(encoding.columns) - len(of_texts), "number")]
     if of_texts:
         shown = ", ".join(f"{one_line(c.name)} {len(c.categories or ())}" for c in of_texts[:SHOWN])
-        kinds.append(
-            f"{quantity(len(of_texts), 'category').replace('categorys', 'categories')} ({shown}), {asked.encode}"
-        )
+        kinds.append(f"{quantity(len(of_texts), 'category')} ({shown}), {asked.encode}")
     total = len(parts.train) + (len(parts.test) if parts.test.path == parts.train.path else 0)
     lines = [f"Read {one_line(root)}: {total:,} rows of {' and '.join(kinds)}."]
     if asked.ignore:

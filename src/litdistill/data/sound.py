@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from litdistill.data import waves
-from litdistill.data.archives import RECORDING, SPOKEN_DIGITS, local_copy, tar_of, unpacked
-from litdistill.data.fetch import obtain
+from litdistill.data.archives import RECORDING, SPOKEN_DIGITS
+from litdistill.data.fetch import archived
 from litdistill.data.folder import Labeled, read_splits, say
 from litdistill.data.listing import SOUNDS
 from litdistill.data.sound_views import SOUND_VIEWS
@@ -115,9 +115,7 @@ def _read_digits(
     validation: str | int | None,
     download: bool,
 ) -> TensorSource:
-    files = local_copy(SPOKEN_DIGITS, Path(root)) or unpacked(
-        SPOKEN_DIGITS, obtain("spoken_digits", root, download).content[tar_of(SPOKEN_DIGITS)]
-    )
+    files = archived("spoken_digits", SPOKEN_DIGITS, root, download)
     named = sorted((Recording(int(m[1]), m[2], int(m[3])), name) for name in files if (m := RECORDING.fullmatch(name)))
     found = [recording for recording, _ in named]
     waveforms = _fitted(

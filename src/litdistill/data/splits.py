@@ -142,11 +142,13 @@ def validation(targets: Tensor, given: int, val_size: float) -> tuple[Tensor, Te
     return labeled[is_held], labeled[~is_held]
 
 
-def hold_out(ids: Tensor, targets: Tensor, val_size: float) -> tuple[Tensor, Tensor]:
+def hold_out(ids: Tensor, targets: Tensor, val_size: float, said: str | None = None) -> tuple[Tensor, Tensor]:
     """Splits ids into (held out, rest), stratified, sorted, and independent of the run's seed. Raises `UserError` if empty.
 
-    Of each class with two images or more at least one is held out, however small `val_size` is, which is logged.
+    Of each class with two samples or more at least one is held out, however small `val_size` is, which is logged.
+    `said`: what `val_size` is called in messages.
     """
+    said = said or f"data.val_size={val_size}"
     share = val_size if val_size < 1 else val_size / len(ids)
     classes = _shuffled_classes(ids, targets, seed=-1)
     asked = [round(len(c) * share) for c in classes]
@@ -155,20 +157,20 @@ def hold_out(ids: Tensor, targets: Tensor, val_size: float) -> tuple[Tensor, Ten
     splittable = [len(c) for c in classes if len(c) > 1]
     if not splittable:
         raise UserError(
-            f"Each of the {len(classes)} classes has one training image, so that none can be kept to validate on."
+            f"{said}: each of the {len(classes)} classes has one training sample, so that none can be held out."
         )
     if any(n >= len(c) for c, n in zip(classes, counts, strict=True)):
         most = math.floor(100 * (min(splittable) - 1) / min(splittable)) / 100
         raise UserError(
-            f"data.val_size={val_size} of {len(ids)} training images leaves {len(rest)} to train on and {len(held)} to "
+            f"{said} of {len(ids)} training samples leaves {len(rest)} to train on and {len(held)} to "
             f"validate on, and each class needs at least one on either side. Set it to {most} at most, or to "
-            f"{len(splittable)}, one image of each class."
+            f"{len(splittable)}, one sample of each class."
         )
     if counts != asked:
         log.info(
-            "data.val_size=%s is less than one image for %d of %d classes: %d of %d training images validate, at least one of "
-            "each class%s.",
-            *(val_size, sum(n != a for n, a in zip(counts, asked, strict=True)), len(classes), len(held), len(ids)),
+            "%s is less than one sample for %d of %d classes: %d of %d training samples are held out, at least one of each "
+            "class%s.",
+            *(said, sum(n != a for n, a in zip(counts, asked, strict=True)), len(classes), len(held), len(ids)),
             "" if len(splittable) == len(classes) else " that has two",
         )
     return held, rest
@@ -182,7 +184,7 @@ def subset(ids: Tensor, targets: Tensor, fraction: float | None, per_class: int 
     if per_class is not None:
         smallest = min(len(c) for c in classes)
         if per_class > smallest:
-            raise UserError(f"data.per_class={per_class}, but the smallest class has {smallest} images to train on.")
+            raise UserError(f"data.per_class={per_class}, but the smallest class has {smallest} samples to train on.")
         counts = [per_class] * len(classes)
     else:
         counts = [max(1, round(len(c) * (fraction or 1))) for c in classes]

@@ -61,7 +61,7 @@ def held_out_test(targets: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the ids of `TEST_SHARE` of the samples, of each class where there are classes, and of the others; sorted."""
     ids = torch.arange(len(targets))
     if targets.ndim == 1 and not targets.is_floating_point() and bool((targets >= 0).any()):
-        tested, rest = splits.hold_out(ids[targets >= 0], targets, TEST_SHARE)
+        tested, rest = splits.hold_out(ids[targets >= 0], targets, TEST_SHARE, "A fifth to test on")
         return tested, torch.cat([rest, ids[targets < 0]]).sort().values
     order, count = aug.order(TEST_SEED, 0, ids), round(TEST_SHARE * len(ids))
     return order[:count].sort().values, order[count:].sort().values

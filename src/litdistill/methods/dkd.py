@@ -9,7 +9,7 @@ from torch import Tensor
 from litdistill.losses.logits import non_target
 from litdistill.methods.base import CATEGORICAL, Method, check_weights
 from litdistill.methods.softening import Softening, use_softening
-from litdistill.types import Batch, Outputs
+from litdistill.types import Batch, Outputs, class_of
 
 
 def decoupled_losses(
@@ -66,7 +66,7 @@ class DKD(Method):
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         if not (self.tckd or self.nckd):
             return {}
-        target = batch.targets if batch.targets.ndim == 1 else batch.targets.argmax(dim=1)
+        target = class_of(batch.targets)
         logits = self.softening.logits(student.logits, teacher.logits)
         tckd, nckd = decoupled_losses(*logits, target, self.softening.temperatures(self.epoch)[0])
         terms = {"tckd": self.tckd * tckd} if self.tckd else {}

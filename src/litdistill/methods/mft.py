@@ -12,7 +12,7 @@ from torch import Tensor
 
 from litdistill.losses.values import wide
 from litdistill.methods.base import CATEGORICAL, Method, check_temperature, check_weights
-from litdistill.types import Batch, Outputs
+from litdistill.types import Batch, Outputs, class_of
 from litdistill.utils.errors import UserError
 
 
@@ -52,7 +52,7 @@ class MFT(Method):
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         if not self.soft:
             return {}
-        labels = batch.targets if batch.targets.ndim == 1 else batch.targets.argmax(dim=1)
+        labels = class_of(batch.targets)
         p = corrected(F.softmax(wide(teacher.logits) / self.temperature, dim=1), labels, self.margin)
         log_q = F.log_softmax(wide(student.logits) / self.temperature, dim=1)
         return {"soft": self.soft * F.kl_div(log_q, p, reduction="batchmean") * self.temperature**2}

@@ -8,7 +8,7 @@ from torch import Tensor
 from litdistill.losses.logits import non_target
 from litdistill.losses.values import wide
 from litdistill.methods.base import CATEGORICAL, Method, check_temperature, check_weights
-from litdistill.types import Batch, Outputs
+from litdistill.types import Batch, Outputs, class_of
 
 
 def target_term(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ class NKD(Method):
         self.target, self.others, self.temperature = target, others, temperature
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
-        labels = batch.targets if batch.targets.ndim == 1 else batch.targets.argmax(dim=1)
+        labels = class_of(batch.targets)
         terms, pair = {}, (student.logits, teacher.logits)
         if self.target:
             terms["target"] = self.target * target_term(*pair, labels)

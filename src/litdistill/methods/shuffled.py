@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from litdistill.methods.base import CATEGORICAL, Method
-from litdistill.types import Batch, Outputs, Taps
+from litdistill.types import Batch, Outputs, Taps, class_of
 
 
 def same_class_partners(target: Tensor) -> Tensor:
     """Returns (N,) indices: the next sample of the same class in the batch, or the sample itself if it is the only one."""
-    target = target if target.ndim == 1 else target.argmax(1)
+    target = class_of(target)
     order = target.argsort(stable=True)
     ranked, following = target[order], order.roll(-1)
     first = order[torch.searchsorted(ranked, ranked)]

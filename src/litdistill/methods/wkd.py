@@ -15,7 +15,7 @@ from litdistill.losses.values import wide
 from litdistill.methods.base import CATEGORICAL, Method, check_temperature, check_weights
 from litdistill.methods.layers import output_layer
 from litdistill.methods.nkd import target_term
-from litdistill.types import Batch, Outputs
+from litdistill.types import Batch, Outputs, class_of
 from litdistill.utils.errors import UserError
 
 STEPS = 10  # of Sinkhorn's iteration, as in the authors' code
@@ -88,7 +88,7 @@ class WKD(Method):
         return student
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
-        labels = batch.targets if batch.targets.ndim == 1 else batch.targets.argmax(dim=1)
+        labels = class_of(batch.targets)
         terms, pair = {}, (student.logits, teacher.logits, labels)
         if self.target:
             terms["target"] = self.target * target_term(*pair)

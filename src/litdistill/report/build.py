@@ -17,7 +17,7 @@ from litdistill.report.tables import data_title
 from litdistill.report.timing import machine, time_rows
 from litdistill.utils.errors import UserError
 from litdistill.utils.units import quantity
-from litdistill.utils.versions import versions
+from litdistill.utils.versions import in_words, versions
 
 
 def build(places: Sequence[str | Path], out: str | Path, title: str, settings: Settings) -> list[Group]:
@@ -91,8 +91,7 @@ def _facts(found: Sequence[Group], settings: Settings) -> list[str]:
     cores, threads = quantity(here["cores"], "core"), quantity(settings.threads, "thread")
     timed = f"Timed on {here['cpu']}, {cores}, {threads}, {here['system']}"
     facts.append(timed + (f", and on {here['gpu']}" if "gpu" in here else "; no GPU"))
-    used = versions()
-    facts.append(", ".join(f"{k} {v}" for k, v in used.items()))
+    facts.append(in_words(versions()))
     facts.append(time.strftime("Written on %Y-%m-%d at %H:%M"))
     return facts
 

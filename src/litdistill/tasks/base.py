@@ -200,6 +200,24 @@ class Task:
         return value > other if self.monitor[1] == "max" else value < other
 
 
+def overflowed(what: str) -> UserError:
+    """Returns the error for outputs that are not finite; `what` they are, in words."""
+    return UserError(
+        f"{what} are not finite: the network's weights have overflowed. Checkpoints of earlier epochs are kept. A smaller "
+        "learning rate or gradients clipped at 1 usually help."
+    )
+
+
+def described(targets: Any) -> str:
+    """Returns the type and shape of targets in words, for messages."""
+    return f"{targets.dtype} {tuple(targets.shape)}" if isinstance(targets, Tensor) else type(targets).__name__
+
+
+def as_matrix(targets: Tensor) -> Tensor:
+    """Returns targets (N,) as (N, 1); others as they are."""
+    return targets[:, None] if targets.ndim == 1 else targets
+
+
 def has_places(task: Task) -> bool:
     """Returns whether the logits of a task are (N, T, outputs): see `Task.places`."""
     return type(task).places is not Task.places

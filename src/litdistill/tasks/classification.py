@@ -13,8 +13,8 @@ from torchmetrics import Metric
 
 from litdistill.methods.base import CATEGORICAL
 from litdistill.tasks import metrics
-from litdistill.tasks.base import Samples, Task, WholeSplit
-from litdistill.types import Batch, Outputs
+from litdistill.tasks.base import Samples, Task, WholeSplit, described
+from litdistill.types import Batch, Outputs, class_of
 from litdistill.utils.errors import UserError
 
 
@@ -95,8 +95,7 @@ class Classification(Task):
         return WholeSplit(metrics.quality)
 
     def scores(self, outputs: Outputs, targets: Tensor) -> dict[str, Tensor]:
-        labels = targets if targets.ndim == 1 else targets.argmax(1)
-        return {"accuracy": (outputs.logits.argmax(1) == labels).float()}
+        return {"accuracy": (outputs.logits.argmax(1) == class_of(targets)).float()}
 
     def agreement(self, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
         return metrics.sample_agreement(student.logits, teacher.logits)
@@ -140,9 +139,8 @@ def _classes(logits: Tensor, targets: Any) -> Tensor:
         return targets.long()
     if isinstance(targets, Tensor) and targets.shape == logits.shape and targets.is_floating_point():
         return targets
-    what = f"{targets.dtype} {tuple(targets.shape)}" if isinstance(targets, Tensor) else type(targets).__name__
     raise UserError(
-        f"The targets are {what}, and classification with logits {tuple(logits.shape)} needs integers ({len(logits)},), or "
-        f"probabilities {tuple(logits.shape)}. Numbers are learned by task=regression, several labels a sample by "
-        "task=multilabel."
+        f"The targets are {described(targets)}, and classification with logits {tuple(logits.shape)} needs integers "
+        f"({len(logits)},), or probabilities {tuple(logits.shape)}. Numbers are learned by task=regression, several labels a "
+        "sample by task=multilabel."
     )

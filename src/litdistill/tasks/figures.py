@@ -160,9 +160,8 @@ def confusion_matrices(matrices: Sequence[tuple[str, Tensor]], names: Sequence[s
     classes, drawn = len(names), len(names) <= NAMED
     shown = [shorter(name) for name in names]
     size = 10.0 if classes <= 12 else 7.0  # of the text, in points
-    side = (
-        min(max(4.2, 0.24 * classes), 10.0) if drawn else 6.0
-    )  # cards are small, and text grows as the figure shrinks
+    # Cards are small, and text grows as the figure shrinks.
+    side = min(max(4.2, 0.24 * classes), 10.0) if drawn else 6.0
     written = 0.009 * size * max(map(len, shown)) if drawn else 0.0  # inches of the longest name
     figure = new_figure(side * len(matrices) + 1.6 + written, side + 0.8 + written)
     figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.12)  # inches; names are at the edge

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from litdistill.methods.base import BERNOULLI, CATEGORICAL
-from litdistill.tasks.base import Task
-from litdistill.types import EMBEDDING, Outputs
+from litdistill.tasks.base import Task, as_matrix
+from litdistill.types import EMBEDDING, Outputs, class_of
 from litdistill.utils.units import named, shown
 
 log = logging.getLogger(__name__)
@@ -76,14 +76,13 @@ def constant(task: Task, outputs: Outputs, targets: Tensor, names: Sequence[str]
     if task.kind == CATEGORICAL:
         if logits.shape[1] < 2:
             return None
-        labels = targets if targets.ndim == 1 else targets.argmax(1)
         counts = torch.bincount(logits.argmax(1).cpu())
         most, predicted = int(counts.argmax()), counts.max().item() / len(logits)
-        label = torch.bincount(labels.long().cpu()).max().item() / len(labels)
+        label = torch.bincount(class_of(targets).long().cpu()).max().item() / len(targets)
         if predicted < CONSTANT or label >= CONSTANT:
             return None
         return f"it predicts {names[most] if most < len(names) else f'class {most}'} for {100 * predicted:.1f} %"
-    truth = (targets if targets.ndim == 2 else targets[:, None]).double()
+    truth = as_matrix(targets).double()
     spread, spread_of_targets = (x.std(0, correction=0) for x in (logits, truth))
     if not bool((spread_of_targets > 0).any()):
         return None

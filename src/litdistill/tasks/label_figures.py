@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from litdistill.tasks.base import Samples
+from litdistill.tasks.base import Samples, as_matrix
 from litdistill.tasks.figures import NAMED, STUDENT_COLOR, TEACHER_COLOR, any_names, draw_input, new_figure, shorter
 from litdistill.tasks.multilabel import average_precision
 
@@ -57,7 +57,7 @@ def worst_labels(samples: Samples) -> Figure:
 
 def worst_errors(samples: Samples, values: Callable[[Tensor], Tensor]) -> Figure:
     """Returns the samples whose errors are largest, relative to the deviation of each value."""
-    truth, found = _matrix(samples.targets).double(), values(samples.student.logits)
+    truth, found = as_matrix(samples.targets).double(), values(samples.student.logits)
     expected = _teacher(samples, values)
     error = ((found - truth).abs() / truth.std(0, correction=0).clamp(min=1e-12)).nan_to_num(0)
 
@@ -96,7 +96,7 @@ def precision_by_label(samples: Samples) -> Figure:
 
 def predictions(samples: Samples, values: Callable[[Tensor], Tensor]) -> Figure:
     """Returns a panel for each value: predictions of both networks over the targets."""
-    truth, found = _matrix(samples.targets).double(), values(samples.student.logits)
+    truth, found = as_matrix(samples.targets).double(), values(samples.student.logits)
     expected = _teacher(samples, values)
     count = min(truth.shape[1], VALUES)
     figure = new_figure(4 * count, 4)
@@ -142,7 +142,3 @@ def _bars(axes: Axes, names: Sequence[str], student: Tensor, teacher: Tensor | N
 
 def _teacher(samples: Samples, function: Callable[[Tensor], Tensor]) -> Tensor | None:
     return None if samples.teacher is None else function(samples.teacher.logits.double())
-
-
-def _matrix(targets: Tensor) -> Tensor:
-    return targets[:, None] if targets.ndim == 1 else targets

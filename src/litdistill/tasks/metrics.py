@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_calibration_error, multiclass_confusion_matrix
 
-from litdistill.utils.errors import UserError
+from litdistill.tasks.base import overflowed
 
 ECE_BINS = 15
 
@@ -22,10 +22,7 @@ def quality(logits: Tensor, targets: Tensor) -> dict[str, float]:
     logits = logits.double()
     p = logits.softmax(1)
     if bad := int(p.isnan().any(1).sum()):
-        raise UserError(
-            f"The logits of {bad} of {len(p)} samples are not finite: the network's weights have overflowed. Checkpoints of "
-            "earlier epochs are kept. A smaller learning rate or gradients clipped at 1 usually help."
-        )
+        raise overflowed(f"The logits of {bad} of {len(p)} samples")
     return {
         "accuracy": (logits.argmax(1) == targets).double().mean().item(),
         "nll": F.cross_entropy(logits, targets).item(),

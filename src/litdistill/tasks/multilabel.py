@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from litdistill.methods.base import BERNOULLI
-from litdistill.tasks.base import Samples, Task, WholeSplit
+from litdistill.tasks.base import Samples, Task, WholeSplit, overflowed
 from litdistill.types import Batch, Outputs
 from litdistill.utils.errors import UserError
 
@@ -121,7 +121,4 @@ def average_precision(scores: Tensor, truth: Tensor) -> float:
 def check_finite(outputs: Tensor) -> None:
     """Raises `UserError` for outputs (N, ...) that are not finite."""
     if bad := int((~torch.isfinite(outputs)).flatten(1).any(1).sum()):
-        raise UserError(
-            f"The outputs for {bad} of {len(outputs)} samples are not finite: the network's weights have overflowed. "
-            "Checkpoints of earlier epochs are kept. A smaller learning rate or gradients clipped at 1 usually help."
-        )
+        raise overflowed(f"The outputs for {bad} of {len(outputs)} samples")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from litdistill.methods.base import REAL
-from litdistill.tasks.base import Samples, Task, WholeSplit
+from litdistill.tasks.base import Samples, Task, WholeSplit, as_matrix
 from litdistill.tasks.multilabel import check_finite
 from litdistill.types import Batch, Outputs
 from litdistill.utils.errors import UserError
@@ -35,7 +35,7 @@ class Regression(Task):
 
     def loss(self, net: nn.Module, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         """Returns `hard`: the mean squared error of standardized values. Raises `UserError` for targets of another shape."""
-        targets = self.standardized(_as_matrix(batch.targets))
+        targets = self.standardized(as_matrix(batch.targets))
         if targets.shape != outputs.logits.shape:
             raise UserError(
                 f"The network gives {tuple(outputs.logits.shape)} and the targets are {tuple(targets.shape)}: give it as many "
@@ -65,7 +65,7 @@ class Regression(Task):
     def quality(self, logits: Tensor, targets: Tensor) -> dict[str, float]:
         """Returns the root mean squared error, the mean absolute error and R², each averaged over the values."""
         check_finite(logits)
-        truth = _as_matrix(targets).double()
+        truth = as_matrix(targets).double()
         error = self.values(Outputs.of(logits)) - truth
         spread = (truth - truth.mean(0)).square().mean(0).clamp(min=1e-300)
         return {
@@ -75,7 +75,7 @@ class Regression(Task):
         }
 
     def scores(self, outputs: Outputs, targets: Tensor) -> dict[str, Tensor]:
-        return {"absolute_error": (self.values(outputs) - _as_matrix(targets)).abs().mean(1)}
+        return {"absolute_error": (self.values(outputs) - as_matrix(targets)).abs().mean(1)}
 
     def agreement(self, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
         """Returns the mean absolute difference of both predictions, (N,), in the units of the targets."""
@@ -83,13 +83,9 @@ class Regression(Task):
 
     def chance(self, targets: Tensor) -> float:
         """Returns the standard deviation of the targets: the root mean squared error of predicting their mean."""
-        return _as_matrix(targets).double().std(0, correction=0).mean().item()
+        return as_matrix(targets).double().std(0, correction=0).mean().item()
 
     def figures(self, samples: Samples) -> dict[str, Any]:
         from litdistill.tasks.label_figures import regression_figures
 
         return regression_figures(samples, lambda logits: self.values(Outputs.of(logits)))
-
-
-def _as_matrix(targets: Tensor) -> Tensor:
-    return targets[:, None] if targets.ndim == 1 else targets

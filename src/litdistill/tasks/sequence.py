@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from litdistill.methods.base import CATEGORICAL
-from litdistill.tasks.base import Samples, Task
+from litdistill.tasks.base import Samples, Task, described, overflowed
 from litdistill.types import Batch, Outputs
 from litdistill.utils.errors import UserError
 from litdistill.utils.modality import PADDING
@@ -33,10 +33,9 @@ class LanguageModel(Task):
     def places(self, targets: Any) -> Tensor | None:
         """Returns where there is a target, (N, T) bool. Raises `UserError` where there is none, or for other targets."""
         if not isinstance(targets, Tensor) or targets.ndim != 2 or targets.is_floating_point():
-            what = f"{targets.dtype} {tuple(targets.shape)}" if isinstance(targets, Tensor) else type(targets).__name__
             raise UserError(
-                f"The targets are {what}, and a language model needs the next tokens, integers (N, T), {PADDING} for padding. "
-                "One class a text is task=classification."
+                f"The targets are {described(targets)}, and a language model needs the next tokens, integers (N, T), {PADDING} "
+                "for padding. One class a text is task=classification."
             )
         found = targets != PADDING
         if not bool(found.any()):
@@ -126,10 +125,7 @@ class TokenMetrics(Metric):
         """Raises `UserError` where the logits are not finite."""
         nll = self.nll / self.tokens
         if not bool(nll.isfinite()):
-            raise UserError(
-                "The logits of some tokens are not finite: the network's weights have overflowed. Checkpoints of earlier "
-                "epochs are kept. A smaller learning rate or gradients clipped at 1 usually help."
-            )
+            raise overflowed("The logits of some tokens")
         return {"perplexity": nll.exp(), "accuracy": self.right / self.tokens, "nll": nll}
 
     def set_dtype(self, dst_type: Any) -> TokenMetrics:

@@ -25,9 +25,9 @@ NAMES |= {f"map_{size}": f"mAP of {size} objects" for size in ("small", "medium"
 
 
 def quantity(number: int, noun: str) -> str:
-    """Returns a count with its noun: `1 output`, `10 classes`, `1,200 boxes`."""
-    plural = "es" if noun.endswith(("s", "x")) else "s"
-    return f"{number:,} {noun}{'' if number == 1 else plural}"
+    """Returns a count with its noun: `1 output`, `10 classes`, `1,200 boxes`, `2 categories`."""
+    many = f"{noun}es" if noun.endswith(("s", "x")) else f"{noun[:-1]}ies" if noun.endswith("ry") else f"{noun}s"
+    return f"{number:,} {noun if number == 1 else many}"
 
 
 def named(name: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import subprocess
+from collections.abc import Mapping
 from typing import Any
 
 from litdistill.utils.paths import ROOT
@@ -15,6 +16,11 @@ PACKAGES = ("litdistill", "torch", "torchvision", "lightning", "hydra-core")
 def versions() -> dict[str, str | None]:
     """Returns the versions of Python and of the packages that determine a result; None for a package without metadata."""
     return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+
+
+def in_words(found: Mapping[str, str | None]) -> str:
+    """Returns `versions` as text: `python 3.13.1, torch 2.11.0`; without packages that had none."""
+    return ", ".join(f"{name} {version}" for name, version in found.items() if version is not None)
 
 
 def version(package: str) -> str | None:

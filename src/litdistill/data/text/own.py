@@ -77,7 +77,7 @@ def read(files: Files, classes: Sequence[str] | None = None) -> Corpus:
     parts = [f"{len(found.train):,} to train on{'' if found.validation else ' and validate (data.val_size)'}"]
     parts += [f"{len(found.validation):,} to validate"] * bool(found.validation)
     parts += [f"{len(found.test):,} to test", *[f"{len(found.unlabelled):,} without a label"] * bool(found.unlabelled)]
-    held = "" if files.test or root.is_dir() else f" ({TEST_SHARE:.0%} of each class: there is no data.test)"
+    held = "" if files.test or root.is_dir() else " (a fifth of each class: there is no data.test)"
     lines = [_introduction(root, found)] * root.is_file()  # of a folder it has been said
     say([*lines, f"Texts: {', '.join(parts)}{held}."], skipped.described())
     return found

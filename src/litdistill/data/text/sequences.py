@@ -135,7 +135,8 @@ def read_texts(root: str | Path, encoding: str) -> list[str]:
         )
     texts = {file: read_text(file, encoding) for file in files}
     if empty := [file for file, text in texts.items() if not text.strip()]:
-        log.warning("%s empty, and left out: %s", quantity(len(empty), "text") + " is" * (len(empty) == 1), empty[0])
+        are = "is" if len(empty) == 1 else "are"
+        log.warning("%s %s empty, and left out, such as %s.", quantity(len(empty), "text"), are, empty[0])
     found = list(dict.fromkeys(text for text in texts.values() if text.strip()))
     if not found:
         raise UserError(f"{one_line(root)} holds no text{': it is empty' if files else ' (*.txt)'}. Give another file.")

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from litdistill.data.archives import BLOOD_CELLS, local_copy, tar_of, unpacked
-from litdistill.data.fetch import obtain
+from litdistill.data.archives import BLOOD_CELLS
+from litdistill.data.fetch import archived
 from litdistill.data.tensors import TensorData, TensorSource
 from litdistill.tasks.detection.annotated import check_size
 from litdistill.tasks.detection.voc import Tree, source_of
@@ -36,9 +36,7 @@ def bccd(
 
 
 def _read(root: str | Path, size: tuple[int, int], download: bool) -> TensorSource:
-    files = local_copy(BLOOD_CELLS, Path(root)) or unpacked(
-        BLOOD_CELLS, obtain("bccd", root, download).content[tar_of(BLOOD_CELLS)]
-    )
+    files = archived("bccd", BLOOD_CELLS, root, download)
     by_folder: dict[str, dict[str, bytes]] = {}
     for path, content in files.items():
         folder, stem = path.partition("/")[0], PurePosixPath(path).stem

@@ -24,9 +24,8 @@ from litdistill.utils.errors import UserError
 from litdistill.utils.text import one_line
 
 WORDS = {"train": "train", "validation": r"val(id(ation)?)?", "test": "test"}
-OTHERS = re.compile(
-    r"^(captions|person_keypoints|panoptic|stuff|image_info)", re.IGNORECASE
-)  # COCO's other annotations
+# COCO's other annotations.
+OTHERS = re.compile(r"^(captions|person_keypoints|panoptic|stuff|image_info)", re.IGNORECASE)
 LONGEST = 2**31  # pixels of a side that annotations may state
 LOOKED_AT = 20  # pictures by which the folder is found
 

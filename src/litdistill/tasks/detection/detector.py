@@ -30,9 +30,8 @@ from litdistill.types import has_label
 from litdistill.utils.errors import UserError
 
 LOSSES = {"classification": "cls", "bbox_regression": "box", "bbox_ctrness": "centerness", DISTRIBUTION: "dfl"}
-PRIOR = -math.log(
-    (1 - 0.01) / 0.01
-)  # bias of a new class, whose probability begins at 0.01 (arXiv 1708.02002, section 3.3)
+# The bias of a new class, whose probability begins at 0.01 (arXiv 1708.02002, section 3.3).
+PRIOR = -math.log((1 - 0.01) / 0.01)
 SHAPES = 8  # sizes of images of which the anchors are kept
 
 

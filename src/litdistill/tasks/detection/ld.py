@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from litdistill.methods.base import BOXES, Method, check_weights
+from litdistill.methods.base import BOXES, Method, check_temperature, check_weights
 from litdistill.tasks.detection.dense_kd import check_anchors
 from litdistill.tasks.detection.dense_losses import above, confidence, weighted_sides
 from litdistill.types import Batch, Outputs
@@ -46,8 +46,7 @@ class LD(Method):
     ):
         super().__init__(hard)
         check_weights(soft=soft, valuable=valuable)
-        if temperature <= 0:
-            raise UserError(f"temperature={temperature} must be above 0; 10 is common.")
+        check_temperature(temperature)
         if not 0 <= near <= least < 1:
             raise UserError(
                 f"near={near} and least={least} are confidences of the teacher, 0 ≤ near ≤ least < 1: 0.05, 0.3."

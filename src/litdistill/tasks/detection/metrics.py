@@ -20,17 +20,16 @@ from torchmetrics.detection import MeanAveragePrecision
 from torchmetrics.utilities import dim_zero_cat
 from torchvision.ops import box_iou
 
+from litdistill.tasks.base import overflowed
 from litdistill.tasks.detection.boxes import CROWD, LABEL, present
 from litdistill.tasks.detection.decode import CLASS, SCORE, above
 from litdistill.types import Outputs, has_label
 from litdistill.utils.errors import UserError
+from litdistill.utils.units import MAPS
 
-FIGURES = ("map", "map_50", "map_75", "map_small", "map_medium", "map_large")
 OVERLAP = 0.5  # the IoU from which an object counts as found, where one threshold is meant
-IOUS, RECALLS = (
-    np.linspace(0.5, 0.95, 10).tolist(),
-    np.linspace(0, 1, 101).tolist(),
-)  # COCO's; torchmetrics' own are float32
+# COCO's; torchmetrics' own are float32.
+IOUS, RECALLS = np.linspace(0.5, 0.95, 10).tolist(), np.linspace(0, 1, 101).tolist()
 SAMPLE = 300  # boxes of a split that constant predictions are made of
 PICTURES = 300  # of a split that they are measured on
 
@@ -125,7 +124,7 @@ def mean_ap(split: Split) -> dict[str, float]:
     if not any(len(rows) and bool((rows[:, CROWD] == 0).any()) for rows in split.truth):
         return {"map": math.nan, "map_50": math.nan, "map_75": math.nan}
     found = coco(split).compute()
-    return {name: value for name in FIGURES if (value := float(found[name])) != -1}
+    return {name: value for name in MAPS if (value := float(found[name])) != -1}
 
 
 def coco(split: Split, **options: Any) -> MeanAveragePrecision:
@@ -152,10 +151,7 @@ def as_truth(rows: Tensor) -> dict[str, Tensor]:
 def check_scores(split: Split) -> None:
     """Raises `UserError` for detections that are not finite."""
     if bad := sum(not bool(torch.isfinite(rows).all()) for rows in split.found):
-        raise UserError(
-            f"The outputs for {bad} of {len(split.found)} pictures are not finite: the network's weights have overflowed. "
-            "Checkpoints of earlier epochs are kept. A smaller learning rate or gradients clipped at 1 usually help."
-        )
+        raise overflowed(f"The outputs for {bad} of {len(split.found)} pictures")
 
 
 class Curves(NamedTuple):

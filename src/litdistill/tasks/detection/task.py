@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from litdistill.methods.base import BOXES
-from litdistill.tasks.base import Samples, Task, to_batch
+from litdistill.tasks.base import Samples, Task, described, to_batch
 from litdistill.tasks.detection.boxes import LABEL, padded, present
 from litdistill.tasks.detection.decode import CLASS, SCORE, detections
 from litdistill.tasks.detection.detector import detector_of
@@ -189,10 +189,10 @@ def check_targets(targets: Any) -> None:
     """Raises `UserError` for targets that are not (N, M, 6)."""
     if isinstance(targets, Tensor) and targets.ndim == 3 and targets.shape[2] == 6 and targets.is_floating_point():
         return
-    what = f"{targets.dtype} {tuple(targets.shape)}" if isinstance(targets, Tensor) else type(targets).__name__
     raise UserError(
-        f"The targets are {what}, and detection needs boxes, floats (N, M, 6): x1, y1, x2, y2, class, crowd; or torchvision's "
-        "lists of pictures and of dicts with boxes and labels. Data with boxes: data=digit_scenes, bccd, coco, voc."
+        f"The targets are {described(targets)}, and detection needs boxes, floats (N, M, 6): x1, y1, x2, y2, class, crowd; or "
+        "torchvision's lists of pictures and of dicts with boxes and labels. Data with boxes: data=digit_scenes, bccd, coco, "
+        "voc."
     )
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from litdistill.tasks.base import overflowed
 from litdistill.types import Outputs
 from litdistill.utils.errors import UserError
 
@@ -48,10 +49,7 @@ def labels_of(outputs: Outputs) -> Tensor:
         return outputs.heads["label"].long()
     logits = outputs.logits
     if not bool(logits.isfinite().all()):
-        raise UserError(
-            "The logits of some pixels are not finite: the network's weights have overflowed. Checkpoints of earlier epochs "
-            "are kept. A smaller learning rate or gradients clipped at 1 usually help."
-        )
+        raise overflowed("The logits of some pixels")
     return logits.argmax(-1)
 
 

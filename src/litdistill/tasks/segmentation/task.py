@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from litdistill.methods.base import CATEGORICAL
-from litdistill.tasks.base import Samples, Task
+from litdistill.tasks.base import Samples, Task, described
 from litdistill.tasks.segmentation.metrics import IGNORED, PixelMetrics, labels_of
 from litdistill.types import Batch, Outputs
 from litdistill.utils.errors import UserError
@@ -41,7 +42,9 @@ class Segmentation(Task):
             raise UserError(
                 f"ignored={ignored} must be a number that is no class: 255 is usual, −1 is a missing label."
             )
-        if class_weights is not None and (isinstance(class_weights, str) or not all(w >= 0 for w in class_weights)):
+        if class_weights is not None and (
+            isinstance(class_weights, str) or not all(0 <= w < math.inf for w in class_weights)
+        ):
             raise UserError(f"class_weights={class_weights} must be one number for each class, none negative.")
         self.ignored = ignored
         self.class_weights = None if class_weights is None else torch.tensor(list(class_weights), dtype=torch.float32)
@@ -49,10 +52,9 @@ class Segmentation(Task):
     def places(self, targets: Any) -> Tensor | None:
         """Returns which pixels count, (N, H·W) bool. Raises `UserError` for targets that are no masks, or where none counts."""
         if not isinstance(targets, Tensor) or targets.ndim != 3 or targets.is_floating_point():
-            what = f"{targets.dtype} {tuple(targets.shape)}" if isinstance(targets, Tensor) else type(targets).__name__
             raise UserError(
-                f"The targets are {what}, and segmentation needs masks (N, H, W) of integers, a class for each pixel. One "
-                "class a picture is task=classification."
+                f"The targets are {described(targets)}, and segmentation needs masks (N, H, W) of integers, a class for each "
+                "pixel. One class a picture is task=classification."
             )
         found = targets.flatten(1) != self.ignored
         if not bool(found.any()):
