@@ -86,7 +86,7 @@ def test_in_bfloat16_the_attack_reaches_the_edge_of_the_ball_and_a_step_is_nearl
 @pytest.mark.process  # optuna takes long to load
 def test_a_sweep_over_methods_trains_what_is_exported(tmp_path):
     pytest.importorskip("optuna")
-    from tests.test_sweep import start
+    from tests.sweeps import start
 
     options = [*SMALL, f"runs={tmp_path}", "adversarial=pgd", "adversarial.steps=1", "teacher.allow_chance=true"]
     options += ["adversarial.eps=0.3", "trainer.max_epochs=1", "sweep=grid"]

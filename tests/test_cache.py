@@ -1,112 +1,39 @@
 """The teacher's cache: exact, shared, and never believed without reason."""
 
-import functools
 import json
-import math
 import os
 import subprocess
 import sys
-import textwrap
-from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hydra import compose, initialize_config_dir
 from lightning.pytorch.callbacks import LambdaCallback
 from safetensors.torch import load_file
 from torch import nn
-from torchvision.transforms import InterpolationMode as Interpolation
 
 from litdistill.data.augment import Crop, Flip
 from litdistill.data.datamodule import ImageData
 from litdistill.data.mixing import Mixup
 from litdistill.distillation import teacher_cache as cache_module
 from litdistill.distillation.distiller import Distiller
-from litdistill.distillation.row_store import RowStore, fingerprint
+from litdistill.distillation.row_store import RowStore
 from litdistill.distillation.teacher import FrozenTeacher
 from litdistill.distillation.teacher_cache import (
     CacheOptions,
     TeacherCache,
-    cache_key,
     expected_saving,
-    make_room,
 )
 from litdistill.evaluation import predictions
 from litdistill.methods.at import AT
 from litdistill.methods.fitnet import FitNet
 from litdistill.methods.kd import KD
-from litdistill.methods.pairs import Pair, Pairs
-from litdistill.models.ensemble import Ensemble
-from litdistill.models.preprocess import Preprocess, Preprocessed
-from litdistill.models.small import conv4
-from litdistill.tasks.classification import Classification
 from litdistill.training.train import train
 from litdistill.types import Batch
 from litdistill.utils.errors import UserError
-from litdistill.utils.hashing import stable_repr
 from litdistill.utils.paths import CONF
+from tests.caches import CPU, PAIRS, TASK, Dim, digits, frozen, net, run
 from tests.fits import example, fit, grouped
-
-
-class Dim:
-    """An augmentation with no end of views: each image darker by some shade."""
-
-    views = None
-
-    def draw(self, bits):
-        return bits
-
-    def apply(self, images, code):
-        return (images * (0.5 + 0.5 * (code % 2**20) / 2**20)[:, None, None, None]).to(torch.uint8)
-
-
-CPU = torch.device("cpu")
-
-
-TASK = Classification()
-PAIRS = functools.partial(
-    Pairs, [Pair("layer1", "layer2", "attention", 9.0), Pair("stages", "stages"), Pair("logits", "logits", "kl")]
-)
-
-
-def net(width: int = 8, seed: int = 0, mean: float = 0.3):
-    torch.manual_seed(seed)
-    return Preprocessed(conv4(10, (1, 8, 8), widths=[width, width]), Preprocess([mean], [0.35]))
-
-
-def frozen(taps=(), seed: int = 1) -> FrozenTeacher:
-    return FrozenTeacher(net(16, seed), taps=taps)
-
-
-def digits(seed: int = 0, augment=(), **options) -> ImageData:
-    data = ImageData("digits", per_class=12, subset_seed=0, batch_size=40, augment=augment, seed=seed, **options)
-    data.setup()
-    return data
-
-
-def run(
-    tmp_path, cache: CacheOptions, augment=(), method=None, epochs: int = 4, seed: int = 0, group: int = 4, **of_data
-):
-    """The losses of a short fit, how many images the teacher saw in it, and the student's weights."""
-    losses, seen = [], []
-
-    class Spy(Distiller):
-        def loss(self, *a):
-            loss = super().loss(*a)
-            losses.append(loss.item())
-            return loss
-
-    data = digits(seed, augment, **of_data)
-    optimizer = functools.partial(torch.optim.SGD, lr=0.05)
-    distiller = Spy(
-        net(), method or KD(), net(16, seed=1), example(data), optimizer=optimizer, allow_chance=True, data=data, cache=cache,
-        group=group,
-    )  # fmt: skip
-    count = lambda module, args, output: seen.append(len(args[0].inputs))  # noqa: E731
-    distiller.teacher.register_forward_hook(count)
-    fit(distiller, grouped(data, group), tmp_path, max_epochs=epochs, enable_checkpointing=False, limit_val_batches=0)
-    return losses, sum(seen), distiller.student.state_dict(), distiller
 
 
 @pytest.mark.parametrize("where", ["memory", "disk"])
@@ -196,113 +123,6 @@ def test_what_is_kept_lies_in_memory_as_the_teacher_gives_it():
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize(
-    "change", ["teacher", "network", "data", "augment", "mix", "dtype", "taps", "precision", "seed", "mean", "mode"]
-)
-def test_whatever_changes_what_the_teacher_says_is_another_cache(change):
-    def key(**c):
-        data = digits(c.get("seed", 0), c.get("augment", [Crop(1)]), mix=c.get("mix"))
-        if c.get("data"):
-            data.source.train.images[0, 0, 0, 0] += 1
-        inner = net(16, seed=c.get("weights", 1), mean=c.get("mean", 0.3))
-        if c.get("network"):
-            inner.net.layer1[2] = torch.nn.LeakyReLU()
-        teacher = FrozenTeacher(inner, taps=c.get("taps", []), compile=c.get("mode"))
-        return cache_key(teacher, data, CPU, c.get("dtype", torch.float32), c.get("precision", "32-true"))
-
-    changes = {
-        "teacher": {"weights": 2}, "network": {"network": True}, "data": {"data": True}, "augment": {"augment": [Crop(2)]},
-        "dtype": {"dtype": torch.float16}, "taps": {"taps": ["layer1"]}, "precision": {"precision": "bf16-mixed"},
-        "mean": {"mean": 0.2}, "mix": {"mix": Mixup(0.5)}, "mode": {"mode": "prepacked"},
-    }  # fmt: skip
-    assert key() == key()
-    mixed = [key(mix=Mixup(0.5)), key(mix=Mixup(0.2)), key(mix=Mixup(0.5), seed=1)]
-    assert len({*mixed, key()}) == 4
-    if change == "seed":  # the views of an image are numbered the same for every seed, unless there is no end of them
-        assert key(seed=1) == key()
-        assert key(seed=1, augment=[Dim()]) != key(augment=[Dim()])
-    else:
-        assert key(**changes[change]) != key()
-
-
-@pytest.mark.parametrize("damage", ["row", "place", "mark", "half"])
-def test_a_row_that_was_torn_or_damaged_does_not_count(tmp_path, damage):
-    values = torch.randn(6, 5)
-    store = RowStore(6, 5, torch.float32, CPU, tmp_path / "a")
-    store.put(torch.arange(4), values[:4])
-    again = RowStore(6, 5, torch.float32, CPU, tmp_path / "a")
-    assert again.valid.tolist() == [True] * 4 + [False] * 2
-    assert torch.equal(again.get(torch.arange(4))[0], values[:4])
-    if damage == "row":
-        again.values.view(torch.int32)[2, 3] ^= 1  # a single bit
-    elif damage == "place":
-        again.values[2], again.marks[2] = again.values[3].clone(), again.marks[3].clone()
-    elif damage == "mark":
-        again.marks[2] = 0
-    else:
-        again.values[2, :2] = 0
-    assert RowStore(6, 5, torch.float32, CPU, tmp_path / "a").valid.tolist() == [True, True, False, True, False, False]
-
-
-def test_a_fingerprint_is_its_formula_and_never_zero():
-    values = torch.zeros(3, 4)
-    assert (fingerprint(values, torch.arange(3)) != 0).all()
-    assert len(set(fingerprint(values, torch.arange(3)).tolist())) == 3
-    swapped = torch.tensor([[1.0, 2.0, 3.0, 4.0], [2.0, 1.0, 3.0, 4.0]])
-    marks = fingerprint(swapped, torch.zeros(2, dtype=torch.int64))
-    assert marks[0] != marks[1]
-
-
-def test_a_file_that_is_not_the_teachers_is_dropped_with_a_warning(tmp_path, caplog):
-    data, teacher = digits(), frozen()
-    batch = data.get_batch("train", data.train_ids, None)
-    cache = TeacherCache(teacher, data, CPU, tmp_path)
-    right = cache.outputs(batch).logits
-    cache.store.put(data.train_ids, right + 1)  # well-formed, and wrong
-    other = TeacherCache(teacher, data, CPU, tmp_path)
-    assert torch.equal(other.outputs(batch).logits, right)
-    assert "computed anew" in caplog.text
-
-
-def test_processes_that_run_at_once_share_their_rows(tmp_path):
-    data, teacher = digits(), frozen()
-    batch = data.get_batch("train", data.train_ids, None)
-    a, b = (TeacherCache(teacher, data, CPU, tmp_path) for _ in range(2))
-    b.outputs(data.get_batch("train", data.train_ids[:1], None))  # both are open before either has computed the rest
-    first = a.outputs(batch).logits
-    assert torch.equal(b.outputs(batch).logits, first)
-    assert b.computed == 1
-
-
-@pytest.mark.process
-def test_a_kill_in_the_middle_of_a_write_leaves_whole_rows_only(tmp_path):
-    code = f"""
-        import os, torch
-        from pathlib import Path
-        from litdistill.distillation import row_store
-        store = row_store.RowStore(64, 1000, torch.float32, torch.device("cpu"), Path({str(tmp_path)!r}) / "a")
-        store.put(torch.arange(10), torch.full((10, 1000), 2.0))
-        row_store.fingerprint = lambda *a: os.kill(os.getpid(), 9)   # after the rows, before their marks
-        store.put(torch.arange(5, 20), torch.full((15, 1000), 3.0))
-    """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == -9
-    store = RowStore(64, 1000, torch.float32, CPU, tmp_path / "a")
-    assert store.valid.nonzero().flatten().tolist() == [0, 1, 2, 3, 4]
-
-
-def test_a_full_disk_costs_the_file_and_not_the_run(tmp_path, monkeypatch, caplog):
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "posix_fallocate", full)
-    losses, *_, distiller = run(tmp_path, CacheOptions("disk", tmp_path / "cache"))
-    assert "kept in memory" in caplog.text
-    assert "No space left" in caplog.text
-    assert distiller.cache.computed == 120
-    assert len(losses) == 12
-
-
 def test_the_share_that_is_saved_is_that_of_a_draw_of_views():
     torch.manual_seed(0)
     views, passes = 25, 30
@@ -387,36 +207,6 @@ def test_runs_of_other_seeds_that_see_the_same_views_ask_nothing_more(tmp_path, 
     assert own.cache.computed > 0
 
 
-def test_a_bit_far_out_in_a_wide_row_counts_too():
-    values = torch.randn(1, 1000)
-    before = fingerprint(values, torch.zeros(1, dtype=torch.int64))
-    values.view(torch.int32)[0, 900] ^= 1
-    assert fingerprint(values, torch.zeros(1, dtype=torch.int64)) != before
-
-
-def test_a_cache_that_is_used_counts_as_new(tmp_path):
-    options = CacheOptions("disk", tmp_path)
-    *_, distiller = run(tmp_path, options)
-    os.utime(distiller.cache.folder, (1, 1))
-    run(tmp_path, options)
-    assert distiller.cache.folder.stat().st_mtime > 1e9
-
-
-def test_the_longest_unused_goes_first(tmp_path):
-    for i, name in enumerate("abc"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "x.rows").write_bytes(b"0" * 100)
-        os.utime(tmp_path / name, (i, i))
-    make_room(tmp_path / "new", needed=50, limit=260)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["b", "c"]
-    make_room(tmp_path / "b", needed=160, limit=260)  # one that is there already and has to grow
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["b", "c"]
-    make_room(tmp_path / "b", needed=160, limit=250)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["b"]
-    make_room(tmp_path / "new", needed=50, limit=60)
-    assert not list(tmp_path.iterdir())
-
-
 def test_a_second_run_asks_the_teacher_nothing_at_all(tmp_path, monkeypatch):
     """Its training, validation and test outputs are those of the first: a sweep's teacher works once."""
     seen, asked = [], []
@@ -477,94 +267,6 @@ def test_two_ranks_share_one_cache_and_compute_each_row_once(tmp_path):
     assert int(written.sum()) == 120
     a, b = (load_file(tmp_path / mode / "student.safetensors") for mode in ("auto", "off"))
     assert all(torch.allclose(a[k], b[k], atol=1e-5) for k in a)
-
-
-class Act(torch.nn.Module):
-    """A network that is not all in its layers: what it applies and scales by are plain attributes."""
-
-    def __init__(self, act=F.relu, scale: float = 1.0):
-        super().__init__()
-        self.fc, self.act, self.scale = torch.nn.Linear(64, 10), act, scale
-
-    def forward(self, images):
-        return self.act(self.fc(images.flatten(1) / 255)) * self.scale
-
-
-def _acts():
-    torch.manual_seed(0)
-    first = Act()
-    others = Act(torch.tanh), Act(scale=2.0)
-    for other in others:
-        other.load_state_dict(first.state_dict())
-    member = net(16)
-    return [first, *others, Ensemble([member, net(8)]), Ensemble([member, net(8)], average="probabilities")]
-
-
-def test_networks_of_the_same_weights_that_compute_otherwise_share_no_rows():
-    data = digits()
-    key = functools.partial(cache_key, data=data, device=CPU, dtype=torch.float32, precision="32-true")
-    keys = [key(FrozenTeacher(n)) for n in _acts()]
-    assert len(set(keys)) == 5
-    assert keys == [key(FrozenTeacher(n)) for n in _acts()]  # and no address of an object is in a key
-
-
-def test_a_network_that_holds_what_holds_it_is_described_too():
-    one, other = Act(functools.partial(F.leaky_relu, negative_slope=0.1)), Act(functools.partial(F.leaky_relu))
-    for module in (one, other):
-        module.owners = [{"owner": module}]
-    assert stable_repr(one) == stable_repr(one) != stable_repr(other)
-
-
-@pytest.mark.parametrize(
-    ("one", "other"),
-    [
-        (Interpolation.NEAREST, Interpolation.BICUBIC),
-        ({1, 2}, {1, 3}),
-        (Path("a"), Path("b")),
-        (torch.half, torch.float),
-    ],
-)
-def test_values_without_attributes_are_told_apart(one, other):
-    assert stable_repr(one) == stable_repr(one) != stable_repr(other)
-    assert stable_repr({"b", "a"}) == ["'a'", "'b'"]  # in an order that no hash decides
-
-
-def test_evaluations_that_are_not_the_networks_are_computed_anew(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(cache_module, "logits_key", lambda *_: "key")  # as if it lacked what tells two networks apart
-    one, other, data = Act(), Act(torch.tanh), digits()
-    for teacher in (one, other, one):
-        found = predictions.teacher_outputs(teacher, data, TASK, "val", "cpu", tmp_path).logits
-        assert torch.equal(found, predictions.collect(teacher, data, "val")[0])
-    assert caplog.text.count("does not hold the teacher's logits") == 2
-
-
-def test_augmentations_that_differ_in_a_large_table_share_no_rows():
-    class Table(Flip):
-        def __init__(self, table):
-            self.table = table
-
-    tables = [torch.zeros(2000) for _ in range(2)]
-    tables[1][1000] = 1
-    keys = [cache_key(FrozenTeacher(net()), digits(augment=[Table(t)]), CPU, torch.float32, "") for t in tables]
-    assert keys[0] != keys[1]
-
-
-def test_rows_that_are_no_numbers_are_not_believed(tmp_path, caplog):
-    options = CacheOptions("disk", tmp_path)
-    *_, distiller = run(tmp_path, options)
-    store = distiller.cache.store
-    rows = store.valid.nonzero().flatten()
-    store.put(rows, torch.full((len(rows), 10), torch.nan))  # with the marks that belong to them
-    losses, *_ = run(tmp_path, options)
-    assert "does not hold the teacher's outputs" in caplog.text
-    assert all(map(math.isfinite, losses))
-
-
-def test_outputs_beyond_half_precision_are_refused():
-    store = RowStore(2, 3, torch.float16, CPU)
-    store.put(torch.tensor([0]), torch.full((1, 3), 60000.0))
-    with pytest.raises(UserError, match="float32"):
-        store.put(torch.tensor([1]), torch.full((1, 3), 70000.0))
 
 
 def test_a_cache_that_is_complete_asks_no_device_what_is_missing(tmp_path, monkeypatch):

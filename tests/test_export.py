@@ -1,106 +1,30 @@
 """The student that ships: each format against the published weights, refusals, and `predict` without the frameworks."""
 
-import hashlib
-import io
 import json
-import pickle
-import shutil
-import subprocess
 import sys
-import textwrap
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from omegaconf import OmegaConf
-from PIL import Image
-from safetensors.torch import load_file
 
 from litdistill.data import tables
 from litdistill.data.datamodule import ImageData
-from litdistill.data.sources import load as load_data
 from litdistill.export import export as export_module
 from litdistill.export.export import export, export_student, verify
-from litdistill.export.predict import build_net, load, main, predict
+from litdistill.export.predict import load, predict
 from litdistill.models.ensemble import Ensemble
 from litdistill.models.preprocess import Preprocess, Preprocessed
 from litdistill.models.small import conv4, mlp
 from litdistill.report.files import write_teacher
 from litdistill.tasks.multilabel import MultiLabel
 from litdistill.tasks.regression import Regression
-from litdistill.training.train import train
-from litdistill.utils.checkpoint import write_text
 from litdistill.utils.errors import UserError
-from litdistill.utils.manifest import check_facts
-from tests.conftest import compose_config
+from tests.exports import CASES, reference_fixture, restamp, run_fixture, shipped_fixture  # noqa: F401
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
-
-RUN = [
-    *("method=supervised", "teacher=null", "student.widths=[8,16]", "trainer=cpu", "trainer.max_epochs=10"),
-    *("data.per_class=60", "data.batch_size=32", "optimizer.lr=0.01"),
-]
-CASES = [  # format, precision, preprocessing in the file, file, tolerance
-    ("onnx", "fp32", True, "student.onnx", 1e-4),
-    ("onnx", "fp32", False, "student-normalized.onnx", 1e-4),
-    ("onnx", "fp16", True, "student-fp16.onnx", 2e-2),
-    ("onnx", "int8", True, "student-int8.onnx", 0.2),
-    ("pt2", "fp32", True, "student.pt2", 1e-4),
-    ("pt2", "fp16", False, "student-fp16-normalized.pt2", 2e-2),
-    ("safetensors", "fp32", True, "student.safetensors", 1e-4),
-    ("safetensors", "fp16", True, "student-fp16.safetensors", 2e-2),
-    ("torchscript", "fp32", True, "student.pt", 1e-4),
-]
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """The folder of one finished run, everything in `CASES` exported from it."""
-    cfg = compose_config(tmp_path_factory.mktemp("export") / "run", *RUN)
-    folder = Path(cfg.folder)
-    write_text(folder / ".hydra" / "config.yaml", OmegaConf.to_yaml(cfg))
-    train(cfg)
-    for format, precision, preprocessing, name, _ in CASES:
-        path, _ = export(folder, format, precision, preprocessing, calibration=200)
-        assert path == folder / "export" / name
-    return folder
-
-
-@pytest.fixture(scope="module")
-def reference(run):
-    """Test images, their labels and the student's logits in float64, from its weights and the formulas alone."""
-    test = load_data("digits", "").test
-    w = {k: v.double() for k, v in load_file(run / "student.safetensors").items()}
-    facts = json.loads((run / "export" / "manifest.json").read_text())["files"]["student.onnx"]
-    x = (test.images.double() / 255 - facts["mean"][0]) / facts["std"][0]
-    for layer in ("layer1", "layer2"):
-        x = F.conv2d(x, w[f"{layer}.0.weight"], padding=1)
-        mean, var, gain, bias = (w[f"{layer}.1.{k}"] for k in ("running_mean", "running_var", "weight", "bias"))
-        column = lambda v: v[:, None, None]  # noqa: E731
-        x = (x - column(mean)) / column(var + 1e-5).sqrt() * column(gain) + column(bias)
-        x = x.relu()
-        x = F.max_pool2d(x, 2) if layer == "layer1" else x.mean((2, 3))
-    return test.images.numpy(), test.targets.numpy(), (x @ w["fc.weight"].T + w["fc.bias"]).numpy()
-
-
-@pytest.fixture
-def shipped(run, tmp_path):
-    """A copy of the exported files, to spoil."""
-    return shutil.copytree(run / "export", tmp_path / "export")
-
-
-def restamp(path, **changes):
-    """Makes the manifest speak of the file as it is now, as whoever changed it could."""
-    manifest = path.parent / "manifest.json"
-    whole = json.loads(manifest.read_text())
-    entry = whole["files"].setdefault(path.name, dict(whole["files"]["student.onnx"]))
-    entry |= {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), **changes}
-    manifest.write_text(json.dumps(whole))
 
 
 # -- what is shipped ---------------------------------------------------------------------------------------------------
@@ -267,230 +191,6 @@ def test_a_class_whose_name_acts_on_who_reads_it_is_named_before_anything_is_wri
     data = SimpleNamespace(class_names=(name, *"123456789"))
     with pytest.raises(UserError, match=r"The class .* cannot be exported: its name .* Rename its folder"):
         export_student(tmp_path, torch.nn.Linear(1, 1), data)
-
-
-# -- what is refused ---------------------------------------------------------------------------------------------------
-
-
-class Bomb:
-    """Leaves a file when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
-
-
-@pytest.mark.parametrize("name", ["student.onnx", "student.safetensors", "student.pt2", "student.pt"])
-def test_a_pickled_file_under_a_trusted_name_is_refused_and_does_nothing(shipped, tmp_path, name):
-    mark = tmp_path / "executed"
-    buffer = io.BytesIO()
-    torch.save({"weight": Bomb(mark)}, buffer)
-    for content in (pickle.dumps(Bomb(mark)), buffer.getvalue()):
-        (shipped / name).write_bytes(content)
-        restamp(shipped / name)
-        with pytest.raises(UserError, match=r"damaged|refused"):
-            load(shipped / name)
-        assert not mark.exists()
-
-
-def test_code_formats_are_opened_only_for_whoever_vouches_for_them(shipped):
-    for name in ("student.pt2", "student.pt"):
-        with pytest.raises(UserError, match="--trust"):
-            load(shipped / name)
-        assert load(shipped / name, trust=True).facts.format in ("pt2", "torchscript")
-
-
-def external(model, place):
-    """The model with one tensor, in the named place, that lies in another file."""
-    tensor = onnx.helper.make_tensor("t", onnx.TensorProto.FLOAT, [1], [1.0])
-    tensor.ClearField("float_data")
-    tensor.data_location = onnx.TensorProto.EXTERNAL
-    tensor.external_data.add(key="location", value="../../secret.bin")
-    if place == "initializer":
-        model.graph.initializer.append(tensor)
-    elif place == "attribute":
-        model.graph.node.append(onnx.helper.make_node("Constant", [], ["t"], value=tensor))
-    elif place == "sparse":
-        model.graph.sparse_initializer.add().values.CopyFrom(tensor)
-    elif place == "subgraph":
-        inner = onnx.helper.make_graph([], "g", [], [], [tensor])
-        model.graph.node.append(onnx.helper.make_node("If", ["c"], ["t"], then_branch=inner, else_branch=inner))
-    elif place == "function":
-        node = onnx.helper.make_node("Constant", [], ["t"], value=tensor)
-        imports = [onnx.helper.make_opsetid("", 20)]
-        model.functions.append(onnx.helper.make_function("own", "f", [], ["t"], [node], imports))
-    return model.SerializeToString()
-
-
-@pytest.mark.parametrize("place", ["initializer", "attribute", "sparse", "subgraph", "function"])
-def test_an_onnx_file_with_data_outside_is_refused_before_it_is_opened(shipped, monkeypatch, place):
-    import onnxruntime
-
-    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *a, **k: pytest.fail("onnxruntime opened it"))
-    path = shipped / "student.onnx"
-    path.write_bytes(external(onnx.load(path), place))
-    restamp(path)
-    with pytest.raises(UserError, match="takes weights from other files"):
-        load(path)
-
-
-@pytest.mark.parametrize("name", ["student.onnx", "student.safetensors", "student.pt2"])
-def test_a_changed_file_is_refused(shipped, name):
-    content = (shipped / name).read_bytes()
-    (shipped / name).write_bytes(content + b"\0")
-    with pytest.raises(UserError, match="SHA-256"):
-        load(shipped / name, trust=True)
-
-
-@pytest.mark.parametrize(
-    ("name", "remedy"),
-    [("student.onnx", "copy manifest.json"), ("other.onnx", "There is no")],
-)
-def test_a_file_without_a_manifest_is_refused(run, tmp_path, name, remedy):
-    shutil.copy(run / "export" / "student.onnx", tmp_path)
-    with pytest.raises(UserError, match=remedy):
-        load(tmp_path / name)
-
-
-def test_a_file_that_the_manifest_does_not_know_is_refused(shipped):
-    shutil.copy(shipped / "student.onnx", shipped / "foreign.onnx")
-    with pytest.raises(UserError, match=r"has no entry for foreign\.onnx"):
-        load(shipped / "foreign.onnx")
-
-
-@pytest.mark.parametrize("size", [0, 1, 100, 3000])
-def test_a_cut_file_is_refused(shipped, size):
-    path = shipped / "student.onnx"
-    path.write_bytes(path.read_bytes()[:size])
-    restamp(path)
-    with pytest.raises(UserError, match="damaged"):
-        load(path)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"classes": ["0\x1b[2J", *"123456789"]},
-        {"classes": "0123456789"},
-        {"classes": None},
-        {"classes": [{"a": 1}] * 10},
-        {"mean": [float("nan")]},
-        {"mean": ["__import__('os')"]},
-        {"mean": [0.5, 0.5, 0.5]},
-        {"std": [0.0]},
-        {"input_shape": [1, 10**9, 10**9]},
-        {"input_shape": [True, 8, 8]},
-        {"preprocessing": "yes"},
-        {"format": "torchscript"},
-        {"format": ["onnx"]},
-        {"net": [1]},
-    ],
-)
-def test_hostile_facts_are_refused(shipped, changes):
-    restamp(shipped / "student.onnx", **changes)
-    with pytest.raises(UserError, match="is invalid"):
-        load(shipped / "student.onnx")
-
-
-def test_a_file_of_other_classes_than_it_claims_is_refused(shipped):
-    restamp(shipped / "student.onnx", classes=["a", "b"])
-    with pytest.raises(UserError, match="2 outputs"):
-        load(shipped / "student.onnx").run(np.zeros((1, 1, 8, 8), np.uint8))
-
-
-@pytest.mark.parametrize("text", ["", "[]", '{"files": []}', '{"files": {"student.onnx": 3}}', "[" * 100_000, "\ud800"])
-def test_a_hostile_manifest_is_refused(shipped, text):
-    (shipped / "manifest.json").write_bytes(text.encode("utf-8", "surrogatepass"))
-    with pytest.raises(UserError, match=r"manifest\.json"):
-        load(shipped / "student.onnx")
-
-
-@pytest.mark.parametrize(
-    "net",
-    [
-        {"_target_": "os.system", "command": "true"},
-        {"_target_": "litdistill.export.predict.main"},
-        {"_target_": "litdistill.models.small.prod"},
-        {"_target_": "litdistill.models.small.nn"},
-        {"_target_": "litdistill.models.parts.os.system"},
-        {"_target_": "litdistill.models.torchvision.get_model"},
-        {
-            "_target_": "litdistill.models.torchvision.torchvision_classifier",
-            "name": "resnet18",
-            "weights": "DEFAULT",
-        },
-        {"_target_": "litdistill.models.timm.timm_classifier", "name": "resnet18", "checkpoint_path": "x.pt"},
-        {"_target_": "litdistill.models.timm.timm_classifier", "name": "hf-hub:stranger/net"},
-        {"_target_": ["litdistill.models.small.conv4"]},
-        {},
-    ],
-)
-def test_only_networks_of_this_project_are_built_for_safetensors(shipped, net):
-    entry = json.loads((shipped / "manifest.json").read_text())["files"]["student.safetensors"] | {"net": net}
-    facts = check_facts(entry, shipped / "student.safetensors")
-    with pytest.raises(UserError, match="refused"):
-        build_net(facts)
-
-
-# -- predict -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def pictures(reference, tmp_path_factory):
-    """Five test images as PNG files of 8x8 pixels."""
-    folder = tmp_path_factory.mktemp("pictures")
-    for i, image in enumerate(reference[0][:5]):
-        Image.fromarray(image[0]).save(folder / f"{i}.png")
-    return sorted(folder.iterdir())
-
-
-@pytest.mark.parametrize("name", ["student.onnx", "student-normalized.onnx", "student.safetensors"])
-def test_predict_names_the_likeliest_classes(run, reference, pictures, name):
-    expected = torch.from_numpy(reference[2][:5]).softmax(1)
-    found = predict(load(run / "export" / name), pictures, top=3)
-    assert [f["image"] for f in found] == [str(p) for p in pictures]
-    for one, p in zip(found, expected, strict=True):
-        order = p.argsort(descending=True)[:3].tolist()
-        assert [c["index"] for c in one["top"]] == order
-        assert [c["class"] for c in one["top"]] == [str(i) for i in order]
-        assert [c["probability"] for c in one["top"]] == pytest.approx(p[order].tolist(), abs=1e-4)
-
-
-def test_predict_needs_neither_lightning_nor_hydra_nor_torch(run, pictures, reference):
-    program = """
-        import sys
-        class Block:
-            def find_spec(self, name, path=None, target=None):
-                if name.split(".")[0] in ("torch", "torchvision", "lightning", "hydra", "omegaconf", "onnx", "sklearn"):
-                    raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-        sys.meta_path.insert(0, Block())
-        sys.argv[0] = "predict"
-        import runpy
-        runpy.run_module("litdistill.export.predict", run_name="__main__")
-    """
-    command = [sys.executable, "-c", textwrap.dedent(program)]
-    model = str(run / "export" / "student.onnx")
-    done = subprocess.run([*command, model, *map(str, pictures), "--json"], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert [one["top"][0]["index"] for one in json.loads(done.stdout)] == reference[2][:5].argmax(1).tolist()
-    refused = subprocess.run([*command, model.replace("onnx", "safetensors"), str(pictures[0])], capture_output=True)
-    assert refused.returncode == 2
-    assert b"torch is not installed" in refused.stderr
-
-
-def test_the_command_prints_a_line_for_each_image_and_ends_with_two_on_wrong_input(run, pictures, capsys, tmp_path):
-    model = str(run / "export" / "student.onnx")
-    main([model, *map(str, pictures), "--top", "2"])
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 5
-    assert all(line.startswith(f"{p}: ") and line.count("%") == 2 for line, p in zip(lines, pictures, strict=True))
-    (tmp_path / "no.png").write_text("no image")
-    with pytest.raises(SystemExit) as end:
-        main([model, str(tmp_path / "no.png")])
-    assert end.value.code == 2
-    assert "cannot be read" in capsys.readouterr().err
 
 
 # -- preprocessing and tasks -------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from litdistill.export.predict import main
-from tests.test_export import onnx, restamp, run, shipped  # noqa: F401  (fixtures)
+from tests.exports import onnx, restamp, run_fixture, shipped_fixture  # noqa: F401
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def not_a_number(graph) -> None:
     graph.node.append(onnx.helper.make_node("Add", ["before", "nan"], [out.name]))
 
 
-def test_outputs_that_are_no_numbers_are_no_prediction(shipped, picture, capsys):  # noqa: F811
+def test_outputs_that_are_no_numbers_are_no_prediction(shipped, picture, capsys):
     path = rewritten(shipped / "student.onnx", not_a_number)
     assert "The student's outputs for 1 sample of 1 are no finite numbers" in last_words(capsys, path, picture)
 
@@ -51,7 +51,7 @@ def test_outputs_that_are_no_numbers_are_no_prediction(shipped, picture, capsys)
 @pytest.mark.parametrize(
     "facts", [{"input_shape": [3, 8, 8], "mean": [0.1] * 3, "std": [1.0] * 3}, {"preprocessing": False}]
 )
-def test_a_manifest_that_does_not_fit_its_file_is_named(shipped, picture, capsys, facts):  # noqa: F811
+def test_a_manifest_that_does_not_fit_its_file_is_named(shipped, picture, capsys, facts):
     restamp(shipped / "student.onnx", **facts)
     text = last_words(capsys, str(shipped / "student.onnx"), picture)
     assert "cannot be run on inputs of" in text
@@ -74,12 +74,12 @@ def claimed(graph) -> None:
 
 
 @pytest.mark.parametrize("change", [huge, claimed])
-def test_a_constant_that_no_memory_holds_is_one_line(shipped, picture, capsys, change):  # noqa: F811
+def test_a_constant_that_no_memory_holds_is_one_line(shipped, picture, capsys, change):
     path = rewritten(shipped / "student.onnx", change)
     assert "student.onnx" in last_words(capsys, path, picture)
 
 
-def test_a_file_name_does_not_act_on_the_terminal(shipped, picture, capsys, tmp_path):  # noqa: F811
+def test_a_file_name_does_not_act_on_the_terminal(shipped, picture, capsys, tmp_path):
     evil = tmp_path / "\x1b[2Ja\nb\x9b.png"
     Path(picture).rename(evil)
     main([str(shipped / "student.onnx"), str(evil)])

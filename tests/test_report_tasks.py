@@ -221,7 +221,7 @@ def test_shares_are_in_per_cent_and_other_metrics_have_four_digits(name, value, 
 def test_a_sweep_goes_down_on_an_error_and_up_on_a_precision(tmp_path, monkeypatch):
     pytest.importorskip("optuna")
     from litdistill.sweep import trial as sweep_trial
-    from tests.test_sweep import start
+    from tests.sweeps import start
 
     def stand_in(cfg, callbacks=(), **_):
         assert callbacks[0].monitor == ("val/rmse" if cfg.data._target_.endswith("diabetes") else "val/map")

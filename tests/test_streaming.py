@@ -1,101 +1,24 @@
 """Images that stay on disk, in folders or in shards: batches equal to those of memory, to the bit; damage has words."""
 
-import json
 import os
-import pickle
 import shutil
 import signal
 import subprocess
 import sys
 import textwrap
 import time
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from lightning import LightningModule, Trainer
 from PIL import Image
 
-from litdistill.data import shards
-from litdistill.data.augment import Crop, Flip
 from litdistill.data.datamodule import ImageData
 from litdistill.data.loading import IndexLoader, Rows
 from litdistill.data.mixing import Mixup
 from litdistill.data.sources import fingerprint, load
 from litdistill.data.streaming import Encoded, Prefetched
 from litdistill.utils.errors import UserError
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
-    """Three classes of 20 and 5 images of various sizes, some gray, some JPEG."""
-    folder, draw = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
-    for split, count in (("train", 20), ("test", 5)):
-        for label in "abc":
-            (folder / split / label).mkdir(parents=True)
-            for i in range(count):
-                shape = (10 + i % 4, 13 - i % 5) if i % 6 == 0 else (10 + i % 4, 13 - i % 5, 3)
-                image = Image.fromarray(draw.integers(0, 256, shape, dtype=np.uint8))
-                image.save(folder / split / label / f"{i:02}.{'jpg' if i % 3 else 'png'}")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def sharded(root, tmp_path_factory) -> Path:
-    pytest.importorskip("litdata")
-    out = tmp_path_factory.mktemp("shards") / "out"
-    shards.write(root, out, chunk_bytes=4000)
-    assert len(list((out / "train").glob("*.bin"))) > 3
-    return out
-
-
-def data(place: Path, resident: bool, name: str = "folder", **options) -> ImageData:
-    options = {"augment": [Crop(1), Flip()], "batch_size": 8, "workers": 2, "eval_batch_size": 7} | options
-    found = ImageData(name, place, image_size=9, val_size=0.2, resident=resident, **options)
-    found.setup()
-    assert isinstance(found.source.train.images, Encoded) is not resident
-    return found
-
-
-class Recorder(LightningModule):
-    """Keeps all that a step gets; `stop`: the number of the step before which it raises."""
-
-    def __init__(self, stop: int = -1):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(()))
-        self.got, self.stop = [], stop
-
-    def training_step(self, batch, batch_idx):
-        if len(self.got) == self.stop:
-            raise KeyboardInterrupt
-        views = batch.views.tolist() if batch.views is not None else None
-        self.got.append((batch.inputs.numpy().tobytes(), batch.targets.tolist(), batch.ids.tolist(), views))
-        return self.weight * 1.0
-
-    def validation_step(self, batch, batch_idx):
-        self.got.append((batch.inputs.numpy().tobytes(), batch.targets.tolist(), batch.ids.tolist(), None))
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-def fit(found: ImageData, tmp_path: Path) -> list:
-    model = Recorder()
-    trainer = Trainer(
-        accelerator="cpu", max_epochs=2, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, default_root_dir=tmp_path, num_sanity_val_steps=0,
-    )  # fmt: skip
-    trainer.fit(model, datamodule=found)
-    return model.got
-
-
-def same(a: list, b: list) -> bool:
-    return len(a) == len(b) and all(
-        torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
-        for one, other in zip(a, b, strict=True)
-        for x, y in zip(one, other, strict=True)
-    )
+from tests.streams import data, fit, root_fixture, same, sharded_fixture  # noqa: F401
 
 
 @pytest.mark.process
@@ -293,149 +216,3 @@ def test_a_worker_that_gives_nothing_is_an_error_too(monkeypatch):
     loader = Prefetched({"train": Sleeper()}, lambda rows: rows.ids, workers=1)
     with pytest.raises(UserError, match="timed out"):
         list(loader(rows))
-
-
-# -- shards ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.process
-def test_shards_are_read_through_a_cache_as_from_a_store(sharded, root, tmp_path, monkeypatch):
-    """`local:` is the scheme by which LitData treats a folder like an object store."""
-    there, here = load("shards", f"local:{sharded}", 9, memory=0), load("folder", root, 9)
-    ids = torch.tensor([59, 0, 17])
-    assert torch.equal(there.train.images[ids], here.train.images[ids])
-    assert there.classes == here.classes
-    assert torch.equal(there.train.targets, here.train.targets)
-
-
-class Evil:
-    def __reduce__(self):
-        return (os.mkdir, (os.environ["EVIL"],))
-
-
-def test_shards_of_a_stranger_unpickle_nothing(sharded, tmp_path, monkeypatch):
-    from litdata.streaming.writer import BinaryWriter
-
-    trace = tmp_path / "evil"
-    monkeypatch.setenv("EVIL", str(trace))
-    copy = tmp_path / "copy"
-    shutil.copytree(sharded, copy)
-    shutil.rmtree(copy / "train")
-    writer = BinaryWriter(str(copy / "train"), chunk_bytes=10_000)
-    for i in range(60):
-        writer[i] = pickle.dumps(Evil())
-    writer.done()
-    writer.merge()
-    index = copy / "train" / "index.json"
-    honest = index.read_text()
-
-    def read() -> None:
-        load("shards", copy, 9)
-
-    with pytest.raises(UserError, match="cannot be read"):  # bytes that are no image, and nothing more
-        read()
-    for key, value in (
-        ("data_format", ["pickle"]),
-        ("data_format", ["bytes", "pickle"]),
-        ("data_spec", '[1, {"type": "collections.defaultdict", "context": "{}", "children_spec": []}]'),
-        ("item_loader", "ParquetLoader"),
-    ):
-        changed = json.loads(honest)
-        changed["config"][key] = value
-        index.write_text(json.dumps(changed))
-        with pytest.raises(UserError, match="is refused"):
-            read()
-    index.write_text(honest.replace('"chunk-0-0.bin"', '"../../chunk-0-0.bin"'))
-    with pytest.raises(UserError, match="is refused"):
-        read()
-    assert not trace.exists()
-
-
-def test_even_an_index_that_changes_after_the_check_unpickles_nothing(sharded, tmp_path, monkeypatch):
-    trace = tmp_path / "evil"
-    monkeypatch.setenv("EVIL", str(trace))
-    opened = shards.ShardFiles(sharded, "train", ["a"] * 60)._open()
-    for name, serializer in opened.serializers.items():
-        if name != "bytes":
-            with pytest.raises(UserError, match="plain bytes"):
-                serializer.deserialize(pickle.dumps(Evil()))
-    assert "pickle" in opened.serializers
-    assert not trace.exists()
-
-
-def test_missing_and_damaged_shards_have_words(sharded, root, tmp_path):
-    with pytest.raises(UserError, match="There are no shards"):
-        load("shards", tmp_path, 9)
-    with pytest.raises(UserError, match="is there already"):
-        shards.write(root, sharded)
-    copy = tmp_path / "copy"
-    shutil.copytree(sharded, copy)
-    index = json.loads((copy / "test" / "index.json").read_text())
-    index["chunks"] = index["chunks"][1:]
-    (copy / "test" / "index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match="should hold 15"):
-        load("shards", copy, 9)
-    (copy / "train" / "index.json").write_text("{")
-    with pytest.raises(UserError, match=r"index\.json"):
-        load("shards", copy, 9)
-
-
-def test_the_command_that_writes_shards(root, tmp_path):
-    pytest.importorskip("litdata")
-    shards.main([str(root), str(tmp_path / "out")])
-    assert torch.equal(load("shards", tmp_path / "out", 9).test.images, load("folder", root, 9).test.images)
-    with pytest.raises(SystemExit):
-        shards.main([str(root), str(tmp_path / "out")])
-
-
-def test_a_broken_image_is_refused_where_shards_are_written(root, tmp_path):
-    pytest.importorskip("litdata")
-    copy = tmp_path / "copy"
-    shutil.copytree(root, copy)
-    broken = copy / "train" / "b" / "07.jpg"
-    broken.write_bytes(broken.read_bytes()[:100])
-    with pytest.raises(UserError, match=r"train/b/07\.jpg cannot be read .*(?i:truncated)"):
-        shards.write(copy, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-    Image.new("RGB", (12, 12), (9, 9, 9)).save(broken)
-    shards.write(copy, tmp_path / "out")
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_record_that_is_no_image_is_named_by_its_file(sharded, tmp_path, workers):
-    copy = tmp_path / "copy"
-    shutil.copytree(sharded, copy)
-    chunk = copy / "test" / "chunk-0-0.bin"
-    content = chunk.read_bytes()
-    chunk.write_bytes(content[:1000] + bytes(len(content) - 1000))
-    found = data(copy, False, "shards", mean=[0.5] * 3, std=[0.5] * 3, workers=workers)
-    with pytest.raises(UserError, match=rf"The image test/[abc]/0\d\.(png|jpg) of {copy}/test cannot be read"):
-        list(found.batches("test"))
-
-
-@pytest.mark.parametrize(("keep", "state"), [(None, "is missing"), (100, r"has 100 bytes of [\d,]+")])
-def test_a_missing_and_a_halved_file_of_shards_are_one_line(sharded, tmp_path, keep, state):
-    copy = tmp_path / "copy"
-    shutil.copytree(sharded, copy)
-    chunk = sorted((copy / "train").glob("*.bin"))[1]
-    content = chunk.read_bytes()
-    chunk.unlink()
-    if keep:
-        chunk.write_bytes(content[:keep])
-    with pytest.raises(UserError, match=rf"{chunk.name} {state}: the shards are incomplete. Copy them again") as error:
-        load("shards", copy, 9)
-    assert "\n" not in str(error.value)
-
-
-def test_a_file_of_shards_that_vanishes_in_a_run_names_the_image(sharded, tmp_path, monkeypatch):
-    copy = tmp_path / "copy"
-    shutil.copytree(sharded, copy)
-    files = shards.ShardFiles(copy, "test", [f"test/{i}.png" for i in range(15)])
-
-    class Gone:
-        def __getitem__(self, index):
-            raise FileNotFoundError("chunk-0-0.bin\nwas not found")
-
-    files._opened = (os.getpid(), Gone())
-    with pytest.raises(UserError, match=r"The image test/3\.png of .* cannot be read \(chunk-0-0\.bin was not found\)"):
-        files[3]

@@ -15,7 +15,7 @@ from litdistill.utils.paths import CONF
 pytest.importorskip("optuna")
 
 from tests.composed import composed
-from tests.test_sweep import accuracy, leave, points, start
+from tests.sweeps import accuracy, leave, points, start
 
 RANDOM = ("sweep=random", "sweep.trials=3", "sweep.pack=2")
 PACKED = [("0", True), ("1", True), ("2", False)]  # the last has nobody beside it

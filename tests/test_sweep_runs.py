@@ -19,7 +19,7 @@ from tests.conftest import SMALL
 pytest.importorskip("optuna")
 
 from litdistill.sweep.trial import objective
-from tests.test_sweep import rerun_config, same_but_for_the_folder, start
+from tests.sweeps import rerun_config, same_but_for_the_folder, start
 
 
 @pytest.fixture(scope="module")

@@ -1,56 +1,26 @@
 """Texts of one's own and movie reviews: what is read, what is skipped and said, what is refused, and how they become ids."""
 
 import json
-import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 
-from litdistill.config.recipes import teacher_config
-from litdistill.data import download, fetch, folder
 from litdistill.data.text import sets, tokenizing
 from litdistill.data.text.reading import read_file
-from litdistill.export import predict
-from litdistill.export.export import export
-from litdistill.training.train import train
-from litdistill.utils.checkpoint import write_text
 from litdistill.utils.errors import UserError
-from tests.conftest import compose_config, drawing
+from tests.texts import (
+    BAD,
+    GOOD,
+    data,
+    labelled,
+    said_fixture,  # noqa: F401
+    table,
+    words_of,
+)
 
 pytest.importorskip("tokenizers")
-GOOD = ["a fine film", "fine and moving", "a joy to see", "wonderful", "what a delight", "moving and fine"]
-BAD = ["a dull film", "dull and slow", "a pain to see", "awful", "what a bore", "slow and dull"]
-
-
-@pytest.fixture(autouse=True)
-def said(monkeypatch, caplog):
-    """Lines are logged once in a process: each test starts anew."""
-    monkeypatch.setattr(folder, "_SAID", set())
-    caplog.set_level("INFO", "litdistill")
-    return caplog
-
-
-def table(path, rows, separator="\t", header=("text", "label")):
-    path.write_text("\n".join(separator.join(row) for row in [header, *rows]) + "\n", encoding="utf-8")
-    return path
-
-
-def labelled():
-    return [(w, "good") for w in GOOD] + [(w, "bad") for w in BAD]
-
-
-def data(path, **options):
-    options = {"vocab_size": 60, "length": 8, "val_size": 0.25, **options}
-    module = sets.texts(root=str(path), **options)
-    module.setup()
-    return module
-
-
-def words_of(module, split, ids):
-    return {module.show(split, int(i)) for i in ids}
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
@@ -309,180 +279,3 @@ def test_a_tokenizer_of_ones_own_is_read_and_one_without_padding_refused(tmp_pat
     path.write_text("{}")
     with pytest.raises(UserError, match="is no tokenizer of the library tokenizers"):
         data(tmp_path / "a.tsv", tokenizer=str(path))
-
-
-# -- movie reviews -----------------------------------------------------------------------------------------------------
-
-
-def test_movie_reviews_keep_clear_judgements_and_split_by_the_words(tmp_path, monkeypatch):
-    lines = [f"{i}\t{mean}\tsome words {i}" for i, mean in enumerate([2.5, 0.5, 0.4, -0.49, -0.5, -3.0] * 20)]
-    content = ("\r\n".join(lines) + "\r\n").encode()
-    known = fetch.DATASETS["movie_reviews"]
-    (file,) = known.digests
-    known = known._replace(digests={file: download.digest(content)}, downloaders={"here": lambda _: {file: content}})
-    monkeypatch.setitem(fetch.DATASETS, "movie_reviews", known)
-    module = sets.movie_reviews(root=str(tmp_path), tokenizer="bpe", vocab_size=60, length=8)
-    module.setup()
-    assert module.class_names == ("negative", "positive")
-    assert len(module.source.train.inputs) + len(module.source.test.inputs) == 80
-    assert 8 <= len(module.test_ids) <= 24
-    for i in range(len(module.test_ids)):
-        number = int(module.show("test", i).rpartition(" ")[2])
-        assert module.source.test.targets[i] == int([2.5, 0.5, 0.4, -0.49, -0.5, -3.0][number % 6] > 0)
-    offline = sets.movie_reviews(root=str(tmp_path), tokenizer="bpe", vocab_size=60, length=8, download=False)
-    offline.setup()
-    assert offline.identity("test") == module.identity("test")
-
-
-def test_a_source_archive_is_read_and_not_built(tmp_path, monkeypatch):
-    import io
-    import tarfile
-
-    def tar(files):
-        buffer = io.BytesIO()
-        with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
-            for name, content in files.items():
-                member = tarfile.TarInfo(name)
-                member.size = len(content)
-                archive.addfile(member, io.BytesIO(content))
-        return buffer.getvalue()
-
-    archive = tar({"p-1/inner.tar.gz": tar({"in/a.txt": b"words"}), "p-1/setup.py": b"raise SystemExit('built')"})
-    page = b'<a href="../../files/p-0.tar.gz#sha256=1">p</a><a HREF = "../../files/p-1.tar.gz#sha256=2&amp;">p</a>'
-    asked = []
-
-    def answer(url):
-        asked.append(url)
-        return page if url.endswith("/") else archive
-
-    monkeypatch.setenv("PIP_INDEX_URL", "https://index.example/simple/")
-    monkeypatch.setattr(download, "download", answer)
-    take = {"a.txt": "in/a.txt"}
-    found = download.source_archive("p", "1", download.digest(archive), take, tmp_path, "p-1/inner.tar.gz")
-    assert found == {"a.txt": b"words"}
-    assert asked == ["https://index.example/simple/p/", "https://index.example/files/p-1.tar.gz"]
-    with pytest.raises(ValueError, match=r"SHA-256 differs"):
-        download.source_archive("p", "1", "0" * 64, take, tmp_path)
-    with pytest.raises(ValueError, match=r"no p-2.tar.gz"):
-        download.source_archive("p", "2", "0" * 64, take, tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.network
-def test_the_published_movie_reviews(tmp_path):
-    module = sets.movie_reviews(root=str(tmp_path), tokenizer="bpe")
-    module.setup()
-    assert (len(module.source.train.inputs), len(module.source.test.inputs)) == (8033, 2039)
-    assert module.source.test.targets.float().mean().item() == pytest.approx(0.5, abs=0.03)
-
-
-# -- a run, its export and its predictions -----------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory):
-    """The folder of a small run on a table of texts, and its exported student."""
-    pytest.importorskip("onnxruntime")
-    folder = tmp_path_factory.mktemp("texts")
-    good, bad = ("fine", "joy", "moving"), ("dull", "awful", "slow")
-    rows = [(f"a {w} film {i}", label) for i in range(12) for label, ws in (("good", good), ("bad", bad)) for w in ws]
-    root = table(folder / "a.tsv", [*rows, ("who knows", ""), ("so so", "")])
-    (folder / "more.txt").write_text("a fine thing\na slow thing\n")
-    options = ("data=texts", f"data.root={root}", f"data.unlabelled={folder / 'more.txt'}", "data.length=8")
-    options += ("net@student=embedding_bag", "student.width=8", "net@teacher=text_cnn", "teacher.width=8")
-    options += ("++teacher.recipe.trainer.max_epochs=4", "++teacher.recipe.optimizer.lr=0.02")
-    options += ("optimizer.lr=0.05", "data.batch_size=8")
-    cfg = compose_config(folder / "run", *options, "trainer.max_epochs=8", f"runs={folder}", "logger=tensorboard")
-    write_text(folder / "run" / ".hydra" / "config.yaml", OmegaConf.to_yaml(cfg))
-    with drawing():
-        train(cfg)
-    path, _ = export(folder / "run")
-    return folder, path, cfg
-
-
-def test_a_teacher_is_trained_on_labels_alone_with_the_tokenizer_of_its_student(exported):
-    folder, path, cfg = exported
-    recipe = teacher_config(cfg)
-    assert (recipe.data.only_labelled, recipe.data.unlabelled) == (True, str(folder / "more.txt"))
-    assert len(list((folder / "teachers").glob("*/summary.json"))) == 1
-    summary = json.loads((folder / "run" / "summary.json").read_text())
-    assert summary["student"]["test"]["accuracy"]["best"] > 0.9
-    assert (path.parent / "tokenizer.json").is_file()
-
-
-def test_an_exported_student_predicts_texts_of_files_of_each_kind(exported, tmp_path, capsys):
-    path = exported[1]
-    (tmp_path / "a.txt").write_text("a fine film\n\na dull film\n")
-    table(tmp_path / "b.tsv", [("1", "a fine film"), ("2", "a dull film")], header=("id", "text"))
-    table(tmp_path / "c.csv", [("a fine film",), ("a dull film",)], ",", header=("text",))
-    (tmp_path / "d.jsonl").write_text('{"text": "a fine film"}\n{"text": "a dull film"}\n')
-    files = [str(tmp_path / name) for name in ("a.txt", "b.tsv", "c.csv", "d.jsonl")]
-    predict.main([str(path), *files, "--json"])
-    found = json.loads(capsys.readouterr().out)
-    assert [one["text"].rsplit("/", 1)[-1] for one in found][:3] == ["a.txt:1", "a.txt:3", "b.tsv:2"]
-    assert [one["top"][0]["class"] for one in found] == ["good", "bad"] * 4
-    predict.main([str(path), "--text", "a fine film"])
-    said = capsys.readouterr().out
-    assert said.startswith("a fine film: good ")
-    assert f"{100 * found[0]['top'][0]['probability']:.1f} %" in said
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "options", "message"),
-    [
-        (
-            "a.txt",
-            "café".encode("cp1252"),
-            [],
-            "line 1 is not utf-8, in which it is read: say which it is by --encoding",
-        ),
-        ("a.tsv", b"words\na fine film\n", [], "has no 'text'; it has words. Name it by --column=<column>."),
-        ("a.tsv", b"text\tid\nfine\t1\n\t2\n", [], "a.tsv:3 is an empty text, of which nothing can be predicted"),
-        ("a.txt", b"\n\n", [], "a.txt holds no text."),
-        (
-            "a.png",
-            b"x",
-            [],
-            "texts are read from .tsv, .csv and .jsonl files, and from .txt files with one text a line.",
-        ),
-        ("a.txt", None, [], "a.txt cannot be read: No such file or directory."),
-        ("a.txt", b"fine\n", ["--text", " "], "--text is empty"),
-    ],
-)
-def test_what_cannot_be_predicted_is_refused_in_a_line(exported, tmp_path, capsys, name, content, options, message):
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(SystemExit):
-        predict.main([str(exported[1]), str(tmp_path / name), *options])
-    said = capsys.readouterr().err
-    assert message in said
-    assert said.count("\n") == 1
-
-
-def test_an_encoding_and_a_column_may_be_said(exported, tmp_path, capsys):
-    (tmp_path / "a.csv").write_bytes("words\na fine café\n".encode("cp1252"))
-    predict.main([str(exported[1]), str(tmp_path / "a.csv"), "--encoding", "cp1252", "--column", "words"])
-    predict.main([str(exported[1]), "--text", "a fine café"])
-    of_file, of_words = capsys.readouterr().out.splitlines()
-    assert of_file.endswith("a.csv:2" + of_words.removeprefix("a fine café"))
-
-
-def test_without_its_tokenizer_or_with_another_nothing_is_predicted(exported, tmp_path, capsys):
-    place = tmp_path / "export"
-    shutil.copytree(exported[1].parent, place)
-    for change, message in (("other", "is not the file that was exported"), ("none", "copy tokenizer.json from where")):
-        if change == "other":
-            (place / "tokenizer.json").write_bytes(tokenizing.trained(GOOD, 50))
-        else:
-            (place / "tokenizer.json").unlink()
-        with pytest.raises(SystemExit):
-            predict.main([str(place / exported[1].name), "--text", "a fine film"])
-        said = capsys.readouterr().err
-        assert message in said
-        assert said.count("\n") == 1
-
-
-def test_the_worst_mistakes_are_shown_in_words(exported):
-    content = b"".join(path.read_bytes() for path in (exported[0] / "run").rglob("events.out.tfevents*"))
-    assert b"worst mistakes" in content
-    assert b"confusion" in content

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
-from pathlib import Path
 
 import pytest
 import torch
 from omegaconf import OmegaConf
-from torch import Tensor
 
 from litdistill.config.build import build_net
 from litdistill.config.recipes import net_name
@@ -22,92 +19,20 @@ from litdistill.models.adaptations import adaptations_of, published_classes
 from litdistill.models.preprocess import preprocess_of
 from litdistill.models.transformers import HuggingFace, transformers_model
 from litdistill.utils.errors import UserError
+from tests.transformer_folders import (  # noqa: F401
+    NAMES,
+    PROCESSOR,
+    SIZES,
+    auto_of,
+    folder_fixture,
+    folders_fixture,
+    made,
+    own_inputs,
+    sample,
+    text_of,
+)
 
 transformers = pytest.importorskip("transformers")
-
-SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
-TEXT = {"vocab_size": 60, "max_position_embeddings": 20}
-DISTIL = {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24}
-STAGES = {"hidden_sizes": [6, 8, 10, 12], "depths": [1, 1, 1, 1]}
-NAMES = {0: "cat", 1: "dog", 2: "owl", 3: "ape"}
-MODELS = {
-    "vit": lambda t: t.ViTForImageClassification(t.ViTConfig(**SIZES, image_size=16, patch_size=8, id2label=NAMES)),
-    "vit_backbone": lambda t: t.ViTModel(t.ViTConfig(**SIZES, image_size=16, patch_size=8), add_pooling_layer=False),
-    "vit_pooler": lambda t: t.ViTModel(t.ViTConfig(**SIZES, image_size=16, patch_size=8)),
-    "dinov2": lambda t: t.Dinov2Model(t.Dinov2Config(**SIZES, image_size=28, patch_size=14)),
-    "convnext": lambda t: t.ConvNextForImageClassification(t.ConvNextConfig(**STAGES, num_labels=4)),
-    "convnext_backbone": lambda t: t.ConvNextModel(t.ConvNextConfig(**STAGES)),
-    "resnet": lambda t: t.ResNetForImageClassification(t.ResNetConfig(embedding_size=6, **STAGES, layer_type="basic")),
-    "bert": lambda t: t.BertForSequenceClassification(t.BertConfig(**SIZES, **TEXT, num_labels=3)),
-    "bert_backbone": lambda t: t.BertModel(t.BertConfig(**SIZES, **TEXT)),
-    "distilbert": lambda t: t.DistilBertForSequenceClassification(t.DistilBertConfig(**DISTIL, **TEXT, num_labels=3)),
-}
-PROCESSOR = {
-    "do_resize": True,
-    "size": {"shortest_edge": 36},
-    "do_center_crop": True,
-    "crop_size": {"height": 32, "width": 32},
-    "rescale_factor": 1 / 255,
-    "image_mean": [0.5, 0.4, 0.3],
-    "image_std": [0.25, 0.5, 0.2],
-    "resample": 3,
-}
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("models")
-    for name, make in MODELS.items():
-        torch.manual_seed(0)
-        net = make(transformers)
-        for p in net.parameters():  # so that no bias is zero
-            p.data += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
-        net.save_pretrained(root / name)
-        if hasattr(net.config, "num_channels"):
-            facts = PROCESSOR | ({} if "net" in name or "next" in name else {"do_center_crop": False, "size": 16})
-            facts |= {"size": 28, "do_center_crop": False} if name == "dinov2" else {}
-            (root / name / "preprocessor_config.json").write_text(json.dumps(facts))
-    return root
-
-
-@pytest.fixture
-def folder(folders, tmp_path):
-    """A copy of one of them, to be damaged."""
-    return lambda name: Path(shutil.copytree(folders / name, tmp_path / name))
-
-
-def text_of(name: str) -> bool:
-    return "bert" in name
-
-
-def auto_of(name: str):
-    text = text_of(name)
-    return transformers.AutoModelForSequenceClassification if text else transformers.AutoModelForImageClassification
-
-
-def sample(name: str) -> Tensor:
-    g = torch.Generator().manual_seed(2)
-    if text_of(name):
-        ids = torch.randint(1, 60, (3, 9), generator=g)
-        ids[0, 5:] = ids[1, 7:] = 0
-        return ids
-    return torch.randint(0, 256, (3, 3, 20, 20), generator=g, dtype=torch.uint8)
-
-
-def made(path: Path, classes: int = 3, names=(), shape=None, **options):
-    shape = shape or ((9,) if text_of(path.name) else (3, 20, 20))
-    return transformers_model(classes, shape, str(path), class_names=names, **options).eval()
-
-
-def own_inputs(name: str, path: Path) -> dict[str, Tensor]:
-    """Inputs of the model as transformers prepares them, computed here by hand; resizing is ours."""
-    x = sample(name)
-    if text_of(name):
-        return {"input_ids": x, "attention_mask": (x != 0).long()}
-    size = {"dinov2": 28}.get(name, 16 if "vit" in name else 32)
-    y = torch.nn.functional.interpolate(x.float(), (size, size), mode="bilinear", antialias=True) / 255
-    mean, std = (torch.tensor(PROCESSOR[k]).view(3, 1, 1) for k in ("image_mean", "image_std"))
-    return {"pixel_values": (y - mean) / std}
 
 
 # -- outputs -----------------------------------------------------------------------------------------------------------
@@ -312,97 +237,6 @@ def test_a_student_of_a_folders_architecture_starts_from_nothing(folders):
     assert net(torch.rand(2, 3, 20, 20)).shape == (2, 3)
     assert len(net.state_dict()) < len(kept.state_dict())
     assert preprocess_of(net) is None
-
-
-# -- bad input ---------------------------------------------------------------------------------------------------------
-
-
-def refused(match: str, path, classes: int = 3, **options) -> None:
-    with pytest.raises(UserError, match=match) as error:
-        made(Path(path), classes, **options)
-    assert "\n" not in str(error.value)
-
-
-def test_a_path_that_is_no_folder(tmp_path, folders):
-    refused(r"there is no such folder.*hub: true", tmp_path / "nowhere")
-    refused("is a file: name the folder that holds it", folders / "vit" / "model.safetensors")
-    refused(r"has no config\.json \(it is empty\)", tmp_path)
-    with pytest.raises(UserError, match="needs a folder"):
-        transformers_model(3, (1, 8, 8))
-
-
-def test_a_pickle_is_refused_unopened(folder):
-    path = folder("vit")
-    (path / "model.safetensors").unlink()
-    refused(r"has no weights.*pretrained=false", path)
-    (path / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
-    refused(r"has pytorch_model\.bin and no model\.safetensors: a pickle may run code.*save_pretrained", path)
-
-
-@pytest.mark.parametrize(
-    ("change", "match"),
-    [
-        ({"model_type": "vitt"}, r"model_type=vitt is not known to the installed transformers; is it .*vit"),
-        ({"model_type": None}, "model_type=None is not known"),
-        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "holds quantized weights"),
-        ({"hidden_size": "wide"}, "is no valid configuration of vit"),
-    ],
-)
-def test_a_config_that_is_none(folder, change, match):
-    path = folder("vit")
-    config = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps(config | change))
-    refused(match, path)
-
-
-def test_code_of_a_folder_is_never_run(folder):
-    path = folder("vit")
-    config = json.loads((path / "config.json").read_text())
-    (path / "evil.py").write_text(f"open({str(path / 'ran')!r}, 'w')\nclass Evil: pass\n")
-    code = {"AutoConfig": "evil.Evil", "AutoModel": "evil.Evil", "AutoModelForImageClassification": "evil.Evil"}
-    (path / "config.json").write_text(json.dumps(config | {"auto_map": code}))
-    made(path, 4, tuple(NAMES.values()))
-    (path / "config.json").write_text(json.dumps(config | {"auto_map": code, "model_type": "evil"}))
-    refused("Code of the folder is not run", path)
-    assert not (path / "ran").exists()
-
-
-def test_damaged_files_are_named(folder):
-    path = folder("vit")
-    (path / "preprocessor_config.json").write_text("{")
-    refused(r"preprocessor_config\.json is damaged", path)
-    path = folder("resnet")
-    whole = (path / "model.safetensors").read_bytes()
-    (path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-    refused("ResNet|resnet", path)
-    (path / "config.json").write_text("[1]")
-    refused(r"config\.json is damaged: it holds no mapping", path)
-
-
-def test_weights_that_lack_tensors_are_refused(folder):
-    from safetensors.torch import load_file, save_file
-
-    path = folder("vit")
-    state = load_file(path / "model.safetensors")
-    gone = [k for k in state if "layers.1." in k or "layer.1." in k]
-    assert gone
-    save_file({k: v for k, v in state.items() if k not in gone}, path / "model.safetensors", {"format": "pt"})
-    refused(rf"lack {len(gone)} of {len(state)} tensors of ViTForImageClassification.*would be random", path)
-    save_file({k: v for k, v in state.items() if "classifier" not in k}, path / "model.safetensors", {"format": "pt"})
-    refused(r"lack 2 of .*classifier\.bias first.*classifier: new", path, 4, names=tuple(NAMES.values()))
-
-
-def test_data_that_do_not_fit(folders):
-    refused("takes images of 3 channels, and these have 2", folders / "vit", shape=(2, 20, 20))
-    refused("is a model of images", folders / "vit", shape=(20,))
-    refused("is a model of texts", folders / "bert", shape=(3, 20, 20))
-    refused(
-        r"reads texts of at most 20 tokens, and these are of 21: set data\.length=20", folders / "bert", shape=(21,)
-    )
-    refused("knows 60 tokens, and the data's tokenizer has 61", folders / "bert", vocab_size=61)
-    refused(r"cannot take samples of 3x24x24.*give it images of 16", folders / "vit", size=24)
-    refused("classifier is new or null", folders / "vit", classifier="old")
-    refused("pooling=pooler: of texts choose mean or first", folders / "bert_backbone", pooling="pooler")
 
 
 def test_a_run_is_called_by_the_models_folder():
