@@ -206,6 +206,27 @@ def test_the_command_of_a_part_names_what_is_not_the_default(script, monkeypatch
     assert said[1] == "python scripts/secure_table.py parts=[robust] dataset=mnist seeds=1"
 
 
+def test_what_is_kept_of_another_data_set_stays_and_stands_below(script, tmp_path, monkeypatch):
+    def record(name):
+        rows = {"labels alone": {"clean": [0.9], "worst": [0.1]}}
+        about = {"dataset": name, "command": "c", "versions": {}, "seconds": 1, "eps": 0.1, "images": 5, "epochs": 1}
+        return {**about, "rows": rows}
+
+    out, keep, picture = (tmp_path / f"security.{end}" for end in ("md", "json", "png"))
+    keep.write_text(json.dumps({"defensive": {"mnist": record("mnist")}}))
+    out.write_text("<!-- defensive -->\n<!-- end defensive -->\n")
+    monkeypatch.setattr(script, "measured", lambda part, choices: record(choices.dataset))
+    own = [f"out={out}", f"keep={keep}", f"picture={picture}", f"runs={tmp_path / 'runs'}", "parts=[defensive]"]
+    monkeypatch.setattr("sys.argv", ["x", *own])
+    script.main()
+    assert json.loads(keep.read_text()) == {"defensive": {name: record(name) for name in ("digits", "mnist")}}
+    text = out.read_text()
+    assert 0 < text.index("5 images of digits") < text.index("5 images of mnist")
+    assert (tmp_path / "runs" / script.FILE).read_text() == keep.read_text()
+    width, height = Image.open(picture).size
+    assert height > width  # a panel each, one below the other
+
+
 @pytest.mark.process
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_cells_are_computed_in_order(script, jobs):
