@@ -26,7 +26,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -162,6 +162,17 @@ def end(process: subprocess.Popen[str]) -> None:
     process.wait()
 
 
+@contextlib.contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """Has SIGTERM raise SystemExit, as Ctrl-C raises KeyboardInterrupt, so that the stage that runs is ended too."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@ended_by_sigterm()
 def main(arguments: Sequence[str]) -> int:
     """See the head of this file; the number of stages that ended with an error."""
     given = options(arguments)

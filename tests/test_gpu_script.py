@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import time
 from pathlib import Path
@@ -57,6 +58,17 @@ def test_a_stage_that_hangs_is_killed_with_its_children_and_the_next_one_runs(tm
     assert ended(tmp_path) == {"a": "killed at its limit", "b": 0}
     assert is_gone(int(child.read_text()))
     assert (tmp_path / "log.txt").read_text() == "begun\nb\n"
+
+
+def test_a_termination_ends_the_stage_that_runs(tmp_path, monkeypatch):
+    child = tmp_path / "child"
+    say = f"open({str(child)!r}, 'w').write(str(p.pid)); import os, signal; os.kill(os.getppid(), signal.SIGTERM)"
+    stages(monkeypatch, a=HANGS.format(say=say))
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit):
+        gpu.main([f"out={tmp_path}"])
+    assert is_gone(int(child.read_text()))
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_finished_stage_is_skipped_and_a_failed_one_begun_anew(tmp_path, monkeypatch, capsys):
