@@ -78,8 +78,9 @@ class Outputs(NamedTuple):
         """The head of that name, (N, classes). Raises `UserError` for a network without it."""
         if "logits" not in self.heads:
             raise UserError(
-                f"Logits are needed here, and the network gives {' and '.join(self.heads)} alone: it has no classes. A student "
-                "learns from such a teacher by its features: method=cosine, srd (soft=0), rkd or pkt."
+                f"Logits are needed here, and the network gives {' and '.join(self.heads)} alone: it has no classes, or names "
+                "its logits otherwise. A student learns from such a teacher by its features: method=cosine, srd (soft=0), "
+                "rkd or pkt."
             )
         return self.heads["logits"]
 

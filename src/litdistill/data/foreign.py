@@ -13,6 +13,7 @@ from litdistill.data import augment as aug
 from litdistill.data.protocol import split_ids, training_labels
 from litdistill.types import Batch
 from litdistill.utils.errors import UserError
+from litdistill.utils.shapes import described
 
 
 class ForeignData:
@@ -144,9 +145,48 @@ def transferred(module: LightningDataModule, raw: Any, device: torch.device) -> 
 
 
 def first_batch(loader: Any, module: LightningDataModule | None = None) -> Any:
-    """Returns the first batch of a loader, `transferred` by its data module. Raises `UserError` for an empty loader."""
+    """Returns the first batch of a loader, `transferred` by its data module.
+
+    Raises `UserError` for what is no loader, for an empty one, and for samples of which no batch can be made.
+    """
     try:
-        raw = next(iter(loader))
-    except (StopIteration, TypeError) as error:
-        raise UserError(f"The training loader yields no batch ({type(loader).__name__}).") from error
+        batches = iter(loader)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"{described(loader)} is no loader of training batches ({error}): give a DataLoader."
+        ) from error
+    try:
+        raw = next(batches)
+    except StopIteration as error:
+        count = (
+            f": its data set has {len(loader.dataset)} samples" if hasattr(loader, "dataset") and sized(loader) else ""
+        )
+        raise UserError(
+            f"The training loader yields no batch ({type(loader).__name__}){count}. With drop_last=True it needs batch_size "
+            "samples at least."
+        ) from error
+    except (TypeError, RuntimeError) as error:
+        text = str(error).strip().splitlines()
+        known = next((remedy for start, remedy in UNCOLLATED.items() if text and text[-1].startswith(start)), None)
+        if known is None:  # an error of the user's own data set
+            raise
+        raise UserError(f"The samples make no batch: {text[-1]}. {known}") from error
     return raw if module is None else transferred(module, raw, torch.device("cpu"))
+
+
+# Remedies by the start of what torch's collate function raises, in a worker process too.
+UNCOLLATED = {
+    "default_collate: batch must contain": "Convert each sample in the data set, for pictures by a transform "
+    "(torchvision.transforms.v2.functional.pil_to_tensor), leave out what is no number, or give a collate_fn.",
+    "stack expects each tensor to be equal size": "Bring all samples to one size in the data set (a Resize in its "
+    "transform), or give a collate_fn that pads them.",
+    "Trying to resize storage": "Bring all samples to one size in the data set (a Resize in its transform).",
+}
+
+
+def sized(loader: Any) -> bool:
+    """Returns whether the data set of a loader has a length."""
+    try:
+        return len(loader.dataset) >= 0
+    except TypeError:
+        return False

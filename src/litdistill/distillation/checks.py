@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
 from litdistill import methods
+from litdistill.distillation.dry_run import check_network
 from litdistill.distillation.inference import NORMS
 from litdistill.distillation.recorded import RecordedTeacher
 from litdistill.distillation.teacher import FrozenTeacher
@@ -27,9 +29,27 @@ from litdistill.tasks.base import Task, has_places
 from litdistill.types import Batch, Outputs
 from litdistill.utils.errors import UserError
 from litdistill.utils.modes import eval_mode
+from litdistill.utils.shapes import described
 
 if TYPE_CHECKING:
     from litdistill.distillation.distiller import Distiller
+
+
+def check_given(student: object, teacher: object, method: object, optimizer: object) -> None:
+    """Raises `UserError` for networks that are none or have no weights, and for a method or optimizer of another type."""
+    check_network(student, "student")
+    if teacher is not None:
+        check_network(teacher.net if isinstance(teacher, FrozenTeacher) else teacher, "teacher")
+    if not isinstance(method, Method):
+        named = {short: kind for kind, short in NAMES.items()} | {kind: kind for kind in NAMES}
+        text = method.__name__ if isinstance(method, type) else str(method)
+        near = named.get(text) or next((named[n] for n in difflib.get_close_matches(text, named, 1)), "KD")
+        raise UserError(f"method={method!r} is no method: give an object, method=litdistill.{near}().")
+    if isinstance(optimizer, torch.optim.Optimizer) or not callable(optimizer):
+        raise UserError(
+            f"optimizer={described(optimizer)} does not make an optimizer: give what makes one from the parameters, since "
+            "those of the method are trained too: optimizer=functools.partial(torch.optim.SGD, lr=0.1)."
+        )
 
 
 def check_method(method: Method, teacher: object, task: Task) -> None:

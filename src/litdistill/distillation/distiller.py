@@ -25,6 +25,7 @@ from litdistill.distillation.balance import Balance, balance_for
 from litdistill.distillation.batch_statistics import LaggingStatistics
 from litdistill.distillation.captured import CapturedStep, captured_step
 from litdistill.distillation.cuda_graphs import CudaGraphs, Recorder
+from litdistill.distillation.dry_run import check_outputs, run_example
 from litdistill.distillation.examine import TeacherOnValidation, examine
 from litdistill.distillation.logs import log_group, log_step
 from litdistill.distillation.running_means import RunningMeans
@@ -121,6 +122,7 @@ class Distiller(LightningModule):
         super().__init__()
         self.task, self.method = named_task(task), method or Supervised()
         self.labels = (labels or training_labels(data)) if self.task.reads_labels else "none"
+        checks.check_given(student, teacher, self.method, optimizer)
         checks.check_pairing(self.method, student, teacher, self.task, example, self.labels)
         batch = None if example is None else self._example(example)
         frozen = teacher if isinstance(teacher, FrozenTeacher) else None
@@ -128,13 +130,14 @@ class Distiller(LightningModule):
         network = None if teacher is None else (frozen.net if frozen is not None else teacher).to(device)
         batch = None if batch is None else move_data_to_device(batch, device)
         checks.check_images(batch, student, network)
+        tried = run_example(self.task, batch, student, network)
         self.student = self.method.prepare(student, network, None if batch is None else batch.inputs)
         student_taps, teacher_taps = self._taps(self.student, network, batch)
         self.extractor = FeatureExtractor(self.student, student_taps)
         options: dict[str, Any] = {"compile": frozen.mode, "faster": frozen.faster} if frozen is not None else {}
         wrapped = None if network is None else FrozenTeacher(network, self.task, teacher_taps, batch, **options)
         self.__dict__["teacher"] = wrapped  # not registered as a submodule: see the class's docstring
-        self._build(batch, train_targets)
+        self._build(batch, train_targets, tried)
         checks.check_trained(self, batch)
         check_adversarial(adversarial, self.method, self.task, self.student, batch, self.labels)
         self.average = average_of(self.student, ema) if ema is not None else None
@@ -155,11 +158,11 @@ class Distiller(LightningModule):
 
     teacher: FrozenTeacher | None
     captured: CapturedStep | None
+    lr: float | None = None  # in place of the optimizer's own: Lightning's LearningRateFinder sets it
 
     def _example(self, example: Any) -> Batch:
-        if isinstance(example, str):  # a checkpoint stores the types and shapes of the example
-            return Batch(inputs_like(example), None)
-        return self.task.batch(example)
+        # A checkpoint stores the types and shapes of the example.
+        return Batch(inputs_like(example), None) if isinstance(example, str) else self.task.batch(example)
 
     def _taps(self, student: nn.Module, teacher: nn.Module | None, batch: Batch | None) -> tuple[list[str], list[str]]:
         """Returns the names of the features that the method reads from the student and from the teacher."""
@@ -170,12 +173,13 @@ class Distiller(LightningModule):
         names = resolve_taps(student, batch.inputs, taps.student, run)
         return names, teacher_taps(teacher, batch.inputs, taps, run)
 
-    def _build(self, batch: Batch | None, train_targets: Tensor | None) -> None:
+    def _build(self, batch: Batch | None, train_targets: Tensor | None, tried: Outputs | None) -> None:
         """Calls `method.build` with the outputs of a dry forward in eval mode, which leaves both networks unchanged."""
         if batch is None:
             return
         with eval_mode(self.student), torch.no_grad():
             student = self.extractor.run(lambda net: self.task.forward(net, batch, False))
+            check_outputs(self.task, student, tried, batch)
             teacher = self.teacher(batch) if self.teacher is not None and self.method.needs_teacher else None
             self.method.build(every_place(self.task, student), every_place(self.task, teacher), train_targets)
             checks.check_readable(self.method, self.task, student, teacher, batch)
@@ -227,8 +231,7 @@ class Distiller(LightningModule):
         found: dict[str, Any] = {"scheduler": scheduler, "interval": self.scheduling.interval}
         if isinstance(scheduler, ReduceLROnPlateau):
             checks.check_plateau(scheduler, self.scheduling.interval, self.waits_for, self.task)
-            if self.automatic_optimization:
-                found |= {"monitor": self.waits_for, "strict": False}
+            found |= {"monitor": self.waits_for, "strict": False} if self.automatic_optimization else {}
         return {"optimizer": optimizer, "lr_scheduler": found}
 
     @property
@@ -253,8 +256,8 @@ class Distiller(LightningModule):
             scheduler.step()
 
     def on_fit_start(self) -> None:
-        if self.teacher is not None:
-            self.teacher.to(self.device)
+        if self.teacher is not None:  # no submodule, which Lightning would move and convert
+            self.trainer.precision_plugin.convert_module(self.teacher.to(self.device))
 
     def on_train_start(self) -> None:
         self.on_train_epoch_start()  # Lightning skips this hook for a run that is resumed within an epoch
@@ -306,12 +309,11 @@ class Distiller(LightningModule):
         return outputs
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        step = self.trainer.global_step
+        step, every = self.trainer.global_step, self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if isinstance(batch, Group):
             if batch.logs:
                 log_group(self)
         elif step != self._logged_step:
-            every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
             if every and step % every == 0:
                 log_step(self)
             self._logged_step = step
@@ -376,10 +378,8 @@ class Distiller(LightningModule):
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """Returns the task's predictions by name, each (N, ...); the batch may lack labels."""
         labelled = isinstance(batch, (Batch, Mapping)) or (isinstance(batch, (tuple, list)) and len(batch) > 1)
-        batch = (
-            self.task.batch(batch) if labelled else Batch(batch[0] if isinstance(batch, (tuple, list)) else batch, None)
-        )
-        return self.task.decode(self.task.forward(self.deployed_student, batch, False))
+        bare = batch[0] if isinstance(batch, (tuple, list)) else batch
+        return self.task.decode(self.forward(self.task.batch(batch).inputs if labelled else bare))
 
     def _log_evaluation(self, split: str, values: Mapping[str, float]) -> None:
         for name, value in values.items():  # equal on all ranks: metrics gather the samples of all

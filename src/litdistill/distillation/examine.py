@@ -54,7 +54,7 @@ class TeacherOnValidation:
         for i, raw in enumerate(loader):
             if i >= trainer.num_val_batches[0]:  # limit_val_batches, as in the student's evaluation
                 break
-            batch = task.batch(trainer.strategy.batch_to_device(raw))
+            batch = task.batch(trainer.precision_plugin.convert_input(trainer.strategy.batch_to_device(raw)))
             out = self._outputs(distiller, batch)
             self.batches.append((out, _mark(batch)))
             if "members" in out.heads:

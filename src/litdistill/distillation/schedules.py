@@ -40,7 +40,7 @@ def optimizer_of(distiller: Distiller) -> Optimizer:
     """Returns a new optimizer of the student and the method's own layers.
 
     Where these have a rate of their own (`method_lr`), they are a second group of parameters. Raises `UserError` for a rate
-    that is not above 0, or not finite.
+    that is not above 0, or not finite, and where there is no parameter to train.
     """
     student, own = ([p for p in part.parameters() if p.requires_grad] for part in (distiller.student, distiller.method))
     factor = distiller.method_lr
@@ -48,10 +48,17 @@ def optimizer_of(distiller: Distiller) -> Optimizer:
         raise UserError(
             f"method_lr={factor} must be above 0: the rate of the method's own layers, times the student's."
         )
-    if factor in (None, 1) or not own:
-        return distiller.optimizer([*student, *own])
-    optimizer = distiller.optimizer([{"params": student}, {"params": own}])
-    optimizer.param_groups[1]["lr"] *= factor
+    if not student and not own:
+        raise UserError(
+            "The student has no parameter that asks for a gradient, so that nothing can be trained: "
+            "student.requires_grad_(True)."
+        )
+    apart = factor not in (None, 1) and bool(own)
+    optimizer = distiller.optimizer([{"params": student}, {"params": own}] if apart else [*student, *own])
+    for group in optimizer.param_groups if distiller.lr is not None else ():
+        group["lr"] = distiller.lr
+    if apart:
+        optimizer.param_groups[1]["lr"] *= factor
     return optimizer
 
 

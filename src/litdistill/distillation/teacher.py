@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from litdistill.distillation.dry_run import freeze
 from litdistill.distillation.inference import fuse_batchnorm, prepack
 from litdistill.distillation.mixed import logits_of_each, reads_ids
 from litdistill.distillation.recorded import RecordedTeacher
@@ -46,7 +47,7 @@ class FrozenTeacher(nn.Module):
         faster: bool = True,
     ):
         super().__init__()
-        self.net, self.task = net.requires_grad_(False), task or Classification()
+        self.net, self.task = freeze(net), task or Classification()
         self.mode, self.faster = compile, faster
         super().train(False)
         run = net

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
@@ -18,6 +19,7 @@ from litdistill.features.outputs import run_network
 from litdistill.methods.base import BERNOULLI, CATEGORICAL
 from litdistill.types import EMBEDDING, Batch, Outputs, has_label
 from litdistill.utils.errors import UserError
+from litdistill.utils.shapes import described
 
 
 class Task:
@@ -97,6 +99,9 @@ class Task:
     def truth(self, targets: Any, teacher: Outputs | None) -> Any:
         """Returns what metrics compare the outputs for a batch with: its labels; without labels, the teacher's outputs."""
         return targets
+
+    def check_targets(self, outputs: Outputs, targets: Any) -> None:
+        """Raises `UserError` for targets that do not fit the outputs. It is called once, on the example; nothing by default."""
 
     def measures(self, outputs: Outputs) -> bool:
         """Returns whether the metrics are defined for these outputs. False for a teacher without classes, which is then neither
@@ -203,14 +208,9 @@ class Task:
 def overflowed(what: str) -> UserError:
     """Returns the error for outputs that are not finite; `what` they are, in words."""
     return UserError(
-        f"{what} are not finite: the network's weights have overflowed. Checkpoints of earlier epochs are kept. A smaller "
-        "learning rate or gradients clipped at 1 usually help."
+        f"{what} are not finite: the inputs hold NaN, or the network's weights have overflowed. Checkpoints of earlier "
+        "epochs are kept. A smaller learning rate or gradients clipped at 1 usually help."
     )
-
-
-def described(targets: Any) -> str:
-    """Returns the type and shape of targets in words, for messages."""
-    return f"{targets.dtype} {tuple(targets.shape)}" if isinstance(targets, Tensor) else type(targets).__name__
 
 
 def as_matrix(targets: Tensor) -> Tensor:
@@ -280,26 +280,48 @@ class WholeSplit(Metric):
         self.targets.append(targets)
 
     def compute(self) -> dict[str, Tensor]:
+        if not len(self.logits):
+            raise UserError("There is no sample to measure: the validation or test loader yields no batch.")
         found = self.function(dim_zero_cat(self.logits), dim_zero_cat(self.targets))
         return {name: torch.tensor(value, dtype=torch.float64) for name, value in found.items()}
 
 
+IMAGES = ("inputs", "images", "input", "image", "img", "x", "pixel_values")  # names of what a network is called with
+LABELS = ("labels", "label", "targets", "target")
+
+
 def to_batch(raw: Any) -> Batch:
-    """See `Task.batch`."""
+    """See `Task.batch`. A dict of one entry named in `IMAGES` beside the labels is the network's only argument."""
     if isinstance(raw, Batch):
         return raw
     if isinstance(raw, Mapping):
         rest = dict(raw)
         ids, views = rest.pop("ids", None), rest.pop("views", None)
-        for key in ("labels", "label", "targets", "target"):
+        for key in LABELS:
             if key in rest:
                 targets = rest.pop(key)
-                inputs: Any = next(iter(rest.values())) if rest.keys() in ({"inputs"}, {"images"}) else rest
+                if not isinstance(targets, Tensor):
+                    raise UserError(_no_batch(raw))
+                inputs: Any = next(iter(rest.values())) if len(rest) == 1 and rest.keys() <= {*IMAGES} else rest
                 return Batch(inputs, targets, ids, views)
         raise UserError(f"A batch with the keys {', '.join(map(str, raw))} has no labels: name them labels or targets.")
     if isinstance(raw, (tuple, list)) and len(raw) >= 2 and isinstance(raw[-1], Tensor):
         return Batch(raw[0] if len(raw) == 2 else tuple(raw[:-1]), raw[-1])
-    raise UserError(
-        f"The loader yields {type(raw).__name__}s, and a batch should be a pair (inputs, targets) of tensors, a dict with "
-        "labels, or a litdistill.Batch."
+    raise UserError(_no_batch(raw))
+
+
+def _no_batch(raw: Any) -> str:
+    """Returns the message for what is no batch, with what it is and what mends it."""
+    last = next((raw[k] for k in LABELS if k in raw), None) if isinstance(raw, Mapping) else None
+    last = raw[-1] if isinstance(raw, (tuple, list)) and raw else last
+    remedy = "A collate_fn of the DataLoader can return one."
+    if isinstance(last, (int, np.integer)):
+        remedy = "This looks like one sample: give DataLoader(dataset, batch_size=32), not the dataset."
+    elif isinstance(last, (tuple, list)) and last and isinstance(last[0], str):
+        remedy = "Labels are numbers, the places of their classes, and stand last: map names to numbers in the dataset."
+    elif isinstance(last, (np.ndarray, list, tuple)) and len(last) and isinstance(last[0], (int, np.integer)):
+        remedy = "Convert arrays and lists to tensors in the collate_fn: torch.as_tensor(labels)."
+    return (
+        f"The loader yields {described(raw)}, and a batch should be a pair (inputs, targets) of tensors, a dict with labels, "
+        f"or a litdistill.Batch. {remedy}"
     )

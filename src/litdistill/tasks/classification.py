@@ -70,10 +70,8 @@ class Classification(Task):
         try:
             return F.cross_entropy(logits, targets, weight, label_smoothing=self.label_smoothing, **options)
         except IndexError as error:  # raised on a CPU only; a check on a GPU would need a synchronization
-            raise UserError(
-                f"Labels go from {int(targets.min())} to {int(targets.max())}, and the network gives {logits.shape[1]} logits: "
-                "it needs one for each class, and classes are counted from 0."
-            ) from error
+            check_range(logits, targets)
+            raise UserError(str(error)) from error
 
     def _weights_for(self, logits: Tensor) -> Tensor:
         assert self.class_weights is not None
@@ -91,8 +89,17 @@ class Classification(Task):
         confidence, label = probabilities.max(1)
         return {"label": label, "confidence": confidence, "probabilities": probabilities}
 
+    def check_targets(self, outputs: Outputs, targets: Any) -> None:
+        found = _classes(outputs.logits, targets)
+        if found.ndim == 1:
+            check_range(outputs.logits, found, lowest=-1)
+
+    def truth(self, targets: Any, teacher: Outputs | None) -> Any:
+        """Returns the classes (N,) int64; of probabilities the most likely."""
+        return class_of(targets).long() if isinstance(targets, Tensor) else targets
+
     def metrics(self) -> Metric:
-        return WholeSplit(metrics.quality)
+        return WholeSplit(_quality)
 
     def scores(self, outputs: Outputs, targets: Tensor) -> dict[str, Tensor]:
         return {"accuracy": (outputs.logits.argmax(1) == class_of(targets)).float()}
@@ -105,12 +112,14 @@ class Classification(Task):
 
         The maximum matters for few samples, where three standard deviations could reach beyond 1.
         """
+        targets = class_of(targets).long()
         share = (torch.bincount(targets).max() / len(targets)).item()
         return share + min(3 * math.sqrt(share * (1 - share) / len(targets)), (1 - share) / 2)
 
     def can_judge(self, value: float, targets: Tensor) -> bool:
         """Returns whether an accuracy on N samples rules out that the true one is in the upper half between the share s of the
         most frequent label and 1: whether Wilson's interval of two standard deviations ends below (1 + s) / 2."""
+        targets = class_of(targets).long()
         share, n, z = (torch.bincount(targets).max() / len(targets)).item(), len(targets), 2
         spread = z * math.sqrt(value * (1 - value) / n + z**2 / (4 * n**2))
         return (value + z**2 / (2 * n) + spread) / (1 + z**2 / n) < (1 + share) / 2
@@ -119,6 +128,30 @@ class Classification(Task):
         from litdistill.tasks.figures import classification_figures
 
         return classification_figures(samples)
+
+
+def check_range(logits: Tensor, targets: Tensor, lowest: int = 0) -> None:
+    """Raises `UserError` for classes (N,) outside of the logits (N, classes), or below `lowest`: -1 admits samples without."""
+    if len(targets) == 0 or (targets.min() >= lowest and targets.max() < logits.shape[1]):
+        return
+    low, high, known = int(targets.min()), int(targets.max()), targets[targets >= 0].unique().tolist()
+    said = f"Labels go from {low} to {high}, and the network gives {logits.shape[1]} logits: "
+    if high < logits.shape[1] and low < 0:
+        raise UserError(
+            f"{said}a label below 0 is none. In training, -1 marks samples without a label where Distiller(labels='some'), or "
+            "a data module's train_labels, says so; a validation set needs all its labels, so leave such samples out."
+        )
+    gaps = (
+        f" Those here are {', '.join(map(str, known[:6]))}: map them to 0, 1, 2, …"
+        if low >= 0 and known != list(range(len(known)))
+        else ""
+    )
+    raise UserError(f"{said}it needs one for each class, and classes are counted from 0.{gaps}")
+
+
+def _quality(logits: Tensor, targets: Tensor) -> dict[str, float]:
+    check_range(logits, targets)
+    return metrics.quality(logits, targets)
 
 
 def balanced_weights(targets: Tensor, classes: int) -> list[float]:

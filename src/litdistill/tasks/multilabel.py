@@ -45,6 +45,9 @@ class MultiLabel(Task):
         loss = F.binary_cross_entropy_with_logits(outputs.logits.float(), targets, reduction="sum")
         return {"hard": loss / len(targets)}
 
+    def check_targets(self, outputs: Outputs, targets: Any) -> None:
+        self.loss(nn.Identity(), outputs, Batch(None, targets))
+
     def decode(self, outputs: Outputs) -> dict[str, Tensor]:
         probabilities = outputs.logits.float().sigmoid()
         return {"labels": probabilities > self.threshold, "probabilities": probabilities}

@@ -43,6 +43,9 @@ class Regression(Task):
             )
         return {"hard": F.mse_loss(outputs.logits.float(), targets)}
 
+    def check_targets(self, outputs: Outputs, targets: Any) -> None:
+        self.loss(nn.Identity(), outputs, Batch(None, targets))
+
     def standardized(self, targets: Tensor) -> Tensor:
         """Returns the targets (N, values) standardized by `mean` and `std`, float32."""
         mean, std = self.mean.to(targets.device), self.std.to(targets.device)

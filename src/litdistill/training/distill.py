@@ -16,6 +16,7 @@ from litdistill.config.distiller import example_batch, train_labels
 from litdistill.data.foreign import first_batch, offers, transferred
 from litdistill.data.protocol import IndexedData, as_indexed, training_labels
 from litdistill.distillation.distiller import Clip, Distiller, OptimizerFactory
+from litdistill.distillation.dry_run import check_network
 from litdistill.distillation.outputs_tables import OutputsFile
 from litdistill.distillation.recorded import RecordedTeacher
 from litdistill.evaluation.evaluate import load_weights_of
@@ -26,6 +27,7 @@ from litdistill.methods.supervised import Supervised
 from litdistill.tasks import named_task
 from litdistill.tasks.base import Task
 from litdistill.tasks.findings import report_findings
+from litdistill.training.arguments import check_arguments, check_options, keeper
 from litdistill.training.callbacks import EpochLogger
 from litdistill.training.grouping import (
     GROUP,
@@ -42,10 +44,10 @@ from litdistill.training.last_batch import (
     say_what_is_left_out,
 )
 from litdistill.training.precision import precision_of
+from litdistill.training.refusals import lightning_refusals
 from litdistill.training.trainer import progress_bar
 from litdistill.types import Batch
 from litdistill.utils.checkpoint import AtomicCheckpointIO
-from litdistill.utils.errors import UserError
 from litdistill.utils.logging import without_notes
 
 log = logging.getLogger(__name__)
@@ -81,7 +83,9 @@ def distill(
     `.deployed_student` of the result is the network to deploy, in eval mode, on the CPU. Raises `UserError` for bad arguments.
     """
     task, module = named_task(task), train if isinstance(train, LightningDataModule) else None
-    check_arguments(train, val, trainer or {})
+    check_arguments(train, val, max_epochs, callbacks, trainer or {})
+    check_options(options)
+    check_network(student, "student")
     student.cpu()  # the device of the example; the Trainer moves the networks
     example, data = prepared(train, module)
     check_last_batch(student, train, data, task, example, trainer or {})
@@ -99,16 +103,18 @@ def distill(
     teacher = on_cpu(teacher, task, data)
     distiller = Distiller(student, chosen, teacher, example, task, optimizer, group=layout.group, **options)
     metric, direction = task.monitor
-    best = ModelCheckpoint(Path(out), "best", f"val/{metric}", mode=direction, enable_version_counter=False)
+    own = ModelCheckpoint(Path(out), "best", f"val/{metric}", mode=direction, enable_version_counter=False)
     validated = val is not None if module is None else offers(module, "val")
-    shown = [EpochLogger(), *progress_bar(), *([best] if validated else []), *callbacks]
-    fitted = make_trainer(shown, max_epochs, out, validated, data is None, arguments)
+    best = keeper(callbacks, own, arguments) if validated else None
+    shown = [EpochLogger(), *progress_bar(), *([own] if best is own else []), *callbacks]
+    fitted = make_trainer(shown, max_epochs, out, best is not None, data is None, arguments)
     if data is not None:
         say_what_is_left_out(data, chosen, fitted.world_size)
         grouped = layout._replace(group=group_size(distiller, data, layout.group)) if layout.group else layout
         module = GroupedData(data, grouped, recorder=distiller.recorder)
-    fitted.fit(distiller, train if module is None else None, val, module)
-    if best.best_model_path:
+    with lightning_refusals():
+        fitted.fit(distiller, train if module is None else None, val, module)
+    if best is not None and best.best_model_path:
         load_weights_of(distiller, Path(best.best_model_path))
     warn(distiller, (data or Validation(val, module, task)) if validated else None, fitted.strategy.root_device)
     return distiller.eval().cpu()
@@ -126,6 +132,8 @@ def on_cpu(teacher: nn.Module | OutputsFile | None, task: Task, data: IndexedDat
     """Returns the teacher on the CPU; for a file of outputs the module that looks them up."""
     if isinstance(teacher, OutputsFile):
         return RecordedTeacher(teacher, task, data)
+    if teacher is not None:
+        check_network(teacher, "teacher")
     return None if teacher is None else teacher.cpu()
 
 
@@ -171,21 +179,12 @@ def make_trainer(
         "num_sanity_val_steps": 0,
         "use_distributed_sampler": sampler,
     }
-    return Trainer(**{**settings, **more})
-
-
-def check_arguments(train: Any, val: Any, trainer: dict[str, Any]) -> None:
-    """Raises `UserError` for several loaders, two validation sets, and Trainer arguments that are arguments of `distill`."""
-    for name, loader in {"train": train, "val": val}.items():
-        if isinstance(loader, (list, tuple, dict)):
-            raise UserError(
-                f"{name} is a {type(loader).__name__}, which Lightning takes for several loaders: give one DataLoader."
-            )
-    if isinstance(train, LightningDataModule) and val is not None:
-        raise UserError("A data module brings its own validation loader: leave val out.")
-    own = {"max_epochs": "max_epochs", "callbacks": "callbacks", "default_root_dir": "out"}
-    for name in own.keys() & trainer.keys():
-        raise UserError(f"trainer={{{name!r}: …}}: give distill({own[name]}=…) instead.")
+    if more.get("barebones"):  # nothing beside the training itself; Lightning refuses what else there is
+        settings = {k: settings[k] for k in ("max_epochs", "default_root_dir", "use_distributed_sampler")}
+        settings["callbacks"] = [c for c in callbacks if not isinstance(c, (ProgressBar, EpochLogger))]
+        more = {k: v for k, v in more.items() if k != "log_every_n_steps"}
+    with lightning_refusals():
+        return Trainer(**{**settings, **more})
 
 
 def check_last_batch(

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from lightning import LightningDataModule
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 from torch import nn
 
@@ -50,6 +49,7 @@ from litdistill.training.pack import Member
 from litdistill.training.preemption import run_lock, translate_interrupts, translate_worker_errors
 from litdistill.training.preflight import check_data, check_student, check_values, horizon, with_min_steps
 from litdistill.training.prerequisites import Prerequisites
+from litdistill.training.refusals import lightning_refusals
 from litdistill.training.resume import check_unchanged, last_state
 from litdistill.training.trainer import Built, build_trainer
 from litdistill.utils.allocator import keep_freed_memory
@@ -189,10 +189,8 @@ def fit(
         module = GroupedData(data, layout, member, distiller.recorder)
     if cfg.trainer.max_epochs == 0:
         return untrained(built, distiller, module, Path(cfg.folder) / "checkpoints")
-    try:
+    with lightning_refusals():  # of a callback that monitors a metric that is not logged, for example
         trainer.fit(distiller, datamodule=module, ckpt_path=last, weights_only=True)
-    except MisconfigurationException as error:  # a callback monitors a metric that is not logged
-        raise UserError(str(error)) from error
     if built.best.best_model_score is None:
         raise UserError(
             f"No epoch was validated with {built.best.monitor}, so that none is the best: trainer.limit_val_batches and "
