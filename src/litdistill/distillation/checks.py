@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +24,6 @@ from litdistill.methods.base import BOXES, WEIGHTS, MapMethod, Method
 from litdistill.methods.shuffled import Shuffled
 from litdistill.methods.sum import Sum
 from litdistill.models.ensemble import Ensemble
-from litdistill.models.preprocess import check_scale
 from litdistill.tasks.base import Task, has_places
 from litdistill.types import Batch, Outputs
 from litdistill.utils.errors import UserError
@@ -101,10 +100,17 @@ def check_classes(method: Method, teacher: nn.Module | None) -> None:
 
 
 def check_pairing(
-    method: Method, student: nn.Module, teacher: nn.Module | None, task: Task, example: Any, labels: str = "all"
+    method: Method,
+    student: nn.Module,
+    teacher: nn.Module | None,
+    task: Task,
+    example: Any,
+    labels: str = "all",
+    optimizer: Callable[..., Any] = torch.optim.Adam,
 ) -> None:
-    """Raises `UserError` if the method lacks the teacher, the kind of logits, the labels or the example that it needs, or if
+    """Raises `UserError` for arguments of another type, and `UserError` if the method lacks the teacher, the kind of logits, the labels or the example that it needs, or if
     student and teacher share parameters."""
+    check_given(student, teacher, method, optimizer)
     check_method(method, teacher, task)
     net = teacher.net if isinstance(teacher, FrozenTeacher) else teacher
     check_average(task, len(net.weights) if isinstance(net, Ensemble) else 1)
@@ -195,13 +201,6 @@ def check_labels(method: Method, labels: str) -> None:
             f"{type(method).__name__} {what}, and no image has a label (data.labelled=false): use method=kd with a teacher, or "
             "train on the labeled images too."
         )
-
-
-def check_images(batch: Batch | None, *networks: nn.Module | None) -> None:
-    """Raises `UserError` if a network that preprocesses images does not accept the value range of the example."""
-    for net in networks:
-        if batch is not None and net is not None:
-            check_scale(net, batch.inputs)
 
 
 def check_plateau(scheduler: ReduceLROnPlateau, interval: str, monitor: str, task: Task) -> None:

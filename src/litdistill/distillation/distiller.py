@@ -122,14 +122,12 @@ class Distiller(LightningModule):
         super().__init__()
         self.task, self.method = named_task(task), method or Supervised()
         self.labels = (labels or training_labels(data)) if self.task.reads_labels else "none"
-        checks.check_given(student, teacher, self.method, optimizer)
-        checks.check_pairing(self.method, student, teacher, self.task, example, self.labels)
+        checks.check_pairing(self.method, student, teacher, self.task, example, self.labels, optimizer)
         batch = None if example is None else self._example(example)
         frozen = teacher if isinstance(teacher, FrozenTeacher) else None
         device = next(student.parameters(), torch.empty(0)).device  # an evaluation may have left the teacher on another
         network = None if teacher is None else (frozen.net if frozen is not None else teacher).to(device)
         batch = None if batch is None else move_data_to_device(batch, device)
-        checks.check_images(batch, student, network)
         tried = run_example(self.task, batch, student, network)
         self.student = self.method.prepare(student, network, None if batch is None else batch.inputs)
         student_taps, teacher_taps = self._taps(self.student, network, batch)

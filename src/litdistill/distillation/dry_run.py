@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 from litdistill.distillation.recorded import RecordedTeacher
 from litdistill.methods.base import BOXES
 from litdistill.models.ensemble import Ensemble
+from litdistill.models.preprocess import check_scale
 from litdistill.tasks.base import Task
 from litdistill.types import Batch, Outputs
 from litdistill.utils.errors import UserError
@@ -61,10 +62,12 @@ def freeze(net: nn.Module) -> nn.Module:
 def run_example(task: Task, batch: Batch | None, student: nn.Module, teacher: nn.Module | None) -> Outputs | None:
     """Runs both networks on the example in eval mode; returns the teacher's outputs, None without a teacher or an example.
 
-    Raises `UserError` for a network that cannot be called with the batch's inputs.
+    Raises `UserError` for a network that cannot be called with the batch's inputs, or that would misread their scale.
     """
     if batch is None:
         return None
+    for net in (student, *([teacher] if teacher is not None else [])):
+        check_scale(net, batch.inputs)
     _run(task, batch, student, "student")
     if teacher is None or isinstance(teacher, (RecordedTeacher, Ensemble)):  # they have looked at their data themselves
         return None

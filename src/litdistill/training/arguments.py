@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch.utils.data import Dataset, IterableDataset
 
 from litdistill.distillation.distiller import Distiller
+from litdistill.distillation.dry_run import check_network
 from litdistill.utils.errors import UserError
 from litdistill.utils.shapes import described
 
@@ -19,8 +20,19 @@ OWN = {"max_epochs": "max_epochs", "callbacks": "callbacks", "default_root_dir":
 ABOUT_THE_OPTIMIZER = ("lr", "learning_rate", "weight_decay", "momentum")
 
 
-def check_arguments(train: Any, val: Any, max_epochs: object, callbacks: object, trainer: object) -> None:
-    """Raises `UserError` for data that are no loader, several loaders, two validation sets, and arguments of another type."""
+def check_arguments(
+    student: object,
+    train: Any,
+    val: Any,
+    max_epochs: object,
+    callbacks: object,
+    trainer: object,
+    options: Mapping[str, Any],
+) -> None:
+    """Raises `UserError` for a student that is no network, data that are no loader, several loaders, two validation sets, and
+    arguments that there are not or that are of another type."""
+    check_network(student, "student")
+    check_options(options)
     for name, loader in {"train": train, "val": val}.items():
         if isinstance(loader, (list, tuple, dict)):
             raise UserError(

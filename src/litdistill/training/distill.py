@@ -27,7 +27,7 @@ from litdistill.methods.supervised import Supervised
 from litdistill.tasks import named_task
 from litdistill.tasks.base import Task
 from litdistill.tasks.findings import report_findings
-from litdistill.training.arguments import check_arguments, check_options, keeper
+from litdistill.training.arguments import check_arguments, keeper
 from litdistill.training.callbacks import EpochLogger
 from litdistill.training.grouping import (
     GROUP,
@@ -83,14 +83,11 @@ def distill(
     `.deployed_student` of the result is the network to deploy, in eval mode, on the CPU. Raises `UserError` for bad arguments.
     """
     task, module = named_task(task), train if isinstance(train, LightningDataModule) else None
-    check_arguments(train, val, max_epochs, callbacks, trainer or {})
-    check_options(options)
-    check_network(student, "student")
+    check_arguments(student, train, val, max_epochs, callbacks, trainer or {}, options)
     student.cpu()  # the device of the example; the Trainer moves the networks
     example, data = prepared(train, module)
     check_last_batch(student, train, data, task, example, trainer or {})
-    every = log_interval(max_epochs, max_epochs * batches_of_epoch(train, data))
-    arguments = trainer_arguments(every, trainer or {})
+    arguments = trainer_arguments(log_interval(max_epochs, max_epochs * batches_of_epoch(train, data)), trainer or {})
     layout = Layout(0, arguments["log_every_n_steps"])
     if data is not None:
         options = {"data": data, "train_targets": train_labels(data), "seed": 0, **options}
@@ -102,8 +99,9 @@ def distill(
     chosen = method or (KD() if teacher is not None else Supervised())
     teacher = on_cpu(teacher, task, data)
     distiller = Distiller(student, chosen, teacher, example, task, optimizer, group=layout.group, **options)
-    metric, direction = task.monitor
-    own = ModelCheckpoint(Path(out), "best", f"val/{metric}", mode=direction, enable_version_counter=False)
+    own = ModelCheckpoint(
+        Path(out), "best", f"val/{task.monitor[0]}", mode=task.monitor[1], enable_version_counter=False
+    )
     validated = val is not None if module is None else offers(module, "val")
     best = keeper(callbacks, own, arguments) if validated else None
     shown = [EpochLogger(), *progress_bar(), *([own] if best is own else []), *callbacks]
