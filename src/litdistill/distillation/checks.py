@@ -108,8 +108,8 @@ def check_pairing(
     labels: str = "all",
     optimizer: Callable[..., Any] = torch.optim.Adam,
 ) -> None:
-    """Raises `UserError` for arguments of another type, and `UserError` if the method lacks the teacher, the kind of logits, the labels or the example that it needs, or if
-    student and teacher share parameters."""
+    """Raises `UserError` for arguments of another type, if the method lacks the teacher, the kind of logits, the labels or the
+    example that it needs, or if student and teacher share parameters."""
     check_given(student, teacher, method, optimizer)
     check_method(method, teacher, task)
     net = teacher.net if isinstance(teacher, FrozenTeacher) else teacher
