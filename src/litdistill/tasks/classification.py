@@ -13,9 +13,10 @@ from torchmetrics import Metric
 
 from litdistill.methods.base import CATEGORICAL
 from litdistill.tasks import metrics
-from litdistill.tasks.base import Samples, Task, WholeSplit, described
+from litdistill.tasks.base import Samples, Task, WholeSplit
 from litdistill.types import Batch, Outputs, class_of
 from litdistill.utils.errors import UserError
+from litdistill.utils.shapes import described
 
 
 class Classification(Task):

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from litdistill.methods.base import CATEGORICAL
-from litdistill.tasks.base import Samples, Task, described, overflowed
+from litdistill.tasks.base import Samples, Task, overflowed
 from litdistill.types import Batch, Outputs
 from litdistill.utils.errors import UserError
 from litdistill.utils.modality import PADDING
+from litdistill.utils.shapes import described
 
 
 class LanguageModel(Task):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from litdistill.methods.base import BOXES
-from litdistill.tasks.base import Samples, Task, described, to_batch
+from litdistill.tasks.base import Samples, Task, to_batch
 from litdistill.tasks.detection.boxes import LABEL, padded, present
 from litdistill.tasks.detection.decode import CLASS, SCORE, detections
 from litdistill.tasks.detection.detector import detector_of
@@ -26,6 +26,7 @@ from litdistill.tasks.detection.shipping import compared, in_int8
 from litdistill.tasks.detection.suppress import OPERATOR, at_once, in_onnx
 from litdistill.types import DETECTIONS, Batch, Outputs
 from litdistill.utils.errors import UserError
+from litdistill.utils.shapes import described
 from litdistill.utils.units import quantity
 
 NOTHING_REMEDY = (

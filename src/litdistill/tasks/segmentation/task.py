@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from litdistill.methods.base import CATEGORICAL
-from litdistill.tasks.base import Samples, Task, described
+from litdistill.tasks.base import Samples, Task
 from litdistill.tasks.segmentation.metrics import IGNORED, PixelMetrics, labels_of
 from litdistill.types import Batch, Outputs
 from litdistill.utils.errors import UserError
 from litdistill.utils.manifest import MASK
+from litdistill.utils.shapes import described
 
 
 class Segmentation(Task):
