@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from lightning import LightningDataModule, Trainer
@@ -13,6 +14,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from litdistill.distillation.distiller import Distiller
 from litdistill.distillation.dry_run import check_network
+from litdistill.tasks.base import Task
 from litdistill.utils.errors import UserError
 from litdistill.utils.shapes import described
 
@@ -78,9 +80,13 @@ def check_options(options: Mapping[str, Any]) -> None:
         raise UserError(f"distill has no argument {name}: {remedy}")
 
 
-def keeper(callbacks: Sequence[Callback], ours: ModelCheckpoint, trainer: Mapping[str, Any]) -> ModelCheckpoint | None:
-    """Returns the callback that keeps the best epoch: the user's own where Lightning could not tell it from `ours`; None where
-    the Trainer is to write no checkpoints."""
+def keeper(
+    callbacks: Sequence[Callback], folder: Path, task: Task, trainer: Mapping[str, Any]
+) -> ModelCheckpoint | None:
+    """Returns the callback that keeps the best epoch, in `folder`: the user's own where Lightning could not tell it from that;
+    None where the Trainer is to write no checkpoints."""
     if trainer.get("enable_checkpointing") is False or trainer.get("barebones"):
         return None
+    metric, mode = task.monitor
+    ours = ModelCheckpoint(folder, "best", f"val/{metric}", mode=mode, enable_version_counter=False)
     return next((c for c in callbacks if isinstance(c, ModelCheckpoint) and c.state_key == ours.state_key), ours)

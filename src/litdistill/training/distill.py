@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from lightning import LightningDataModule, Trainer
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import Callback, ProgressBar
 from torch import nn
 
 from litdistill.config.distiller import example_batch, train_labels
@@ -99,12 +99,10 @@ def distill(
     chosen = method or (KD() if teacher is not None else Supervised())
     teacher = on_cpu(teacher, task, data)
     distiller = Distiller(student, chosen, teacher, example, task, optimizer, group=layout.group, **options)
-    own = ModelCheckpoint(
-        Path(out), "best", f"val/{task.monitor[0]}", mode=task.monitor[1], enable_version_counter=False
-    )
     validated = val is not None if module is None else offers(module, "val")
-    best = keeper(callbacks, own, arguments) if validated else None
-    shown = [EpochLogger(), *progress_bar(), *([own] if best is own else []), *callbacks]
+    best = keeper(callbacks, Path(out), task, arguments) if validated else None
+    kept = [best] if best is not None and best not in callbacks else []
+    shown = [EpochLogger(), *progress_bar(), *kept, *callbacks]
     fitted = make_trainer(shown, max_epochs, out, best is not None, data is None, arguments)
     if data is not None:
         say_what_is_left_out(data, chosen, fitted.world_size)
