@@ -155,7 +155,7 @@ def spoken_digits() -> dict[str, bytes]:
 @pytest.mark.parametrize("experiment", options("experiment"))
 def test_every_experiment_trains_a_step(experiment, tmp_path, monkeypatch):
     monkeypatch.setattr(datamodule, "load", generated)
-    monkeypatch.setattr(sound, "local_copy", lambda known, root: spoken_digits())
+    monkeypatch.setattr(sound, "archived", lambda *_: spoken_digits())
     monkeypatch.setattr(sets, "_read_movie_reviews", generated_texts)
     monkeypatch.setattr(coco, "_read", generated_boxes)
     monkeypatch.setattr(bccd, "_read", generated_boxes)
