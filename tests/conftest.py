@@ -1,8 +1,13 @@
-"""Shared by all tests: small runs in a temporary folder, on the bundled digits, in this process."""
+"""Shared by all tests: small runs in a temporary folder, on the bundled digits, in this process.
+
+It imports no torch by itself: the process that gives tests to workers has no use for it, and they begin sooner.
+"""
 
 from __future__ import annotations
 
+import functools
 import gc
+import inspect
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -10,12 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import torch
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
 from litdistill.config.origin import FOREIGN
-from litdistill.evaluation import figures
 from litdistill.utils.logging import filter_warnings
 from tests.composed import composed
 
@@ -24,7 +27,6 @@ os.environ.setdefault("RUN_STAMP", "test")
 STATE = tempfile.TemporaryDirectory(prefix="litdistill-state-")
 os.environ["LITDISTILL_STATE"] = STATE.name
 filter_warnings()
-torch.set_num_threads(1)
 # What another test has left is not collected in a process that is forked from this one: an onnxruntime session would wait
 # there for threads that only this one has.
 os.register_at_fork(after_in_child=gc.freeze)
@@ -55,12 +57,21 @@ def nothing_left() -> Iterator[None]:
 
     Lightning keeps such a group until the process ends. What is forked then would take it for its own, and wait for good.
     """
+    import torch
+
     yield
     for name in (FOREIGN, "MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE"):
         os.environ.pop(name, None)
     ConfigStore.instance().repo.pop("experiment", None)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def pytest_collectstart() -> None:
+    """One thread in each process that runs tests: called for each file, of which the first imports torch."""
+    import torch
+
+    torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -98,22 +109,30 @@ def quick_jobs() -> Iterator[None]:
         yield
 
 
-DRAW = figures.show
-
-
 @pytest.fixture(scope="session", autouse=True)
 def no_pictures() -> Iterator[None]:
     """Leaves out the pictures of runs, which take two thirds of the time of so small a run: see `drawn`."""
+    from litdistill.evaluation import figures
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(figures, "show", lambda *_: None)
+        patch.setattr(figures, "show", undrawn(figures.show))
         yield
+
+
+def undrawn(show: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(show)
+    def nothing(*_: object) -> None: ...
+
+    return nothing
 
 
 @contextmanager
 def drawing() -> Iterator[None]:
     """Draws the pictures of runs within, for a fixture of a module."""
+    from litdistill.evaluation import figures
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(figures, "show", DRAW)
+        patch.setattr(figures, "show", inspect.unwrap(figures.show))
         yield
 
 
