@@ -97,6 +97,8 @@ def test_ctrl_c_ends_cleanly_and_resume_auto_goes_on(tmp_path):
         ("method=kdd", "did you mean kd"),
         ("exprimnt=mnist", "did you mean experiment"),
         ("trainer.max_epoch=3", "did you mean trainer.max_epochs"),
+        ("trainer.max_steps=3", "is set with a plus sign: +trainer.max_steps=3"),
+        ("optimizer.eps=1e-6", "is set with a plus sign: +optimizer.eps=1e-6"),
         ("temperature=3", "method.temperature"),
         ("optimizer.lr", "key=value"),
         ("zzz=1", "unknown"),
@@ -123,6 +125,14 @@ def test_a_typo_is_compared_with_the_options_of_what_is_chosen():
     assert "data.tokenzier: did you mean data.tokenizer?" in found
     assert "student.kernel: did you mean student.kernels?" in found
     assert "did you mean texts" in suggestions(["data=tekst", "experiment=nothing"], "train")
+
+
+@pytest.mark.parametrize("name", ["callbacks", "logger", "teacher"])
+def test_deleting_a_group_that_is_read_is_refused(monkeypatch, capsys, tmp_path, name):
+    monkeypatch.setattr(sys, "argv", ["train.py", f"runs={tmp_path}", f"~{name}"])
+    with pytest.raises(SystemExit):
+        run_task(lambda cfg: pytest.fail("it runs"), "train")
+    assert f"~{name} deletes a key that is read here: {name}=null" in capsys.readouterr().err
 
 
 def test_a_user_error_is_shown_alone_and_a_defect_with_its_traceback(monkeypatch, capsys, tmp_path):

@@ -9,7 +9,7 @@ import os
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -29,7 +29,7 @@ from litdistill.cli.resume import resumed
 from litdistill.cli.suggestions import suggestions
 from litdistill.config.instantiate import import_classes_from
 from litdistill.config.origin import check_foreign, restore_record, save_record
-from litdistill.config.schema import check
+from litdistill.config.schema import SCHEMAS, check
 from litdistill.utils import run_names
 from litdistill.utils.command_line import as_command, check_null, config_dir_flags, literal, split_flags, without_null
 from litdistill.utils.distributed import run_stamp
@@ -86,16 +86,27 @@ class Job:
         if hydra_config.mode != RunMode.MULTIRUN:
             sys.argv = [*self.command, *self.arguments]
             try:
+                check_deleted(hydra_config.overrides.task, str(hydra_config.job.config_name))
                 check(cfg, str(hydra_config.job.config_name))
                 return self.task(cfg)
             except UserError as error:
                 raise Refused(error, Path(hydra_config.runtime.output_dir)) from error
+        check_deleted(hydra_config.overrides.task, str(hydra_config.job.config_name))
         check(cfg, str(hydra_config.job.config_name))
         output = Path(hydra_config.runtime.output_dir)
         inside = output.is_relative_to(start)
         own = [f"folder={literal(str(output.relative_to(start) if inside else output))}"] if "folder" in cfg else []
         with as_command([*self.command, *config_dir_flags(), *hydra_config.overrides.task, *own, "hydra.mode=RUN"]):
             return self.task(cfg)
+
+
+def check_deleted(overrides: Sequence[str], config_name: str) -> None:
+    """Raises `UserError` for an override such as `~callbacks`, which deletes a key that is read, in place of emptying it."""
+    for name in [text[1:].partition("=")[0] for text in overrides if text.startswith("~")]:
+        if name in SCHEMAS[config_name].model_fields:
+            raise UserError(
+                f"~{name} deletes a key that is read here: {name}=null leaves it empty, and ~{name}.<key> drops one."
+            )
 
 
 def run_task(task: Callable[[DictConfig], Any], config_name: str, verb: str | None = None) -> None:

@@ -14,6 +14,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from litdistill.benchmarks import published_tables
+from litdistill.config.schema.check import options_of_objects
 from litdistill.utils.command_line import config_dir_of, split_flags
 from litdistill.utils.paths import CONF
 
@@ -23,12 +24,12 @@ NEAR = 0.1  # names this much less alike than the nearest are not suggested besi
 def suggestions(arguments: Sequence[str], config_name: str) -> str:
     """Returns one line with the nearest names for each override whose key or option is unknown; empty if all exist."""
     flags, overrides = split_flags(arguments)
-    keys, groups = _known_names(config_name, config_dir_of(flags), overrides)
-    lines = [line for override in overrides if (line := _check_override(override, keys, groups)) is not None]
+    keys, unwritten, groups = _known_names(config_name, config_dir_of(flags), overrides)
+    lines = [line for text in overrides if (line := _check_override(text, keys, unwritten, groups)) is not None]
     return "".join(f"\n  {line}" for line in lines)
 
 
-def _check_override(argument: str, keys: set[str], groups: dict[str, list[str]]) -> str | None:
+def _check_override(argument: str, keys: set[str], unwritten: set[str], groups: dict[str, list[str]]) -> str | None:
     """Returns what is wrong with one override and the nearest names; None for a valid one."""
     try:
         override = OverridesParser.create().parse_override(argument)
@@ -49,6 +50,8 @@ def _check_override(argument: str, keys: set[str], groups: dict[str, list[str]])
         return None
     if key.startswith(("teacher.recipe.", "student.recipe.")):
         return f"{key}: a key that a recipe may lack is set with two plus signs: ++{argument}"
+    if key in unwritten:
+        return f"{key}: an option that is not written out there is set with a plus sign: +{argument}"
     return _suggest(key, key, sorted(keys | groups.keys()), "Keys")
 
 
@@ -68,9 +71,9 @@ def _suggest(shown: str, name: str, known: Iterable[str], label: str) -> str:
 
 def _known_names(
     config_name: str, config_dir: Path | None, overrides: Sequence[str]
-) -> tuple[set[str], dict[str, list[str]]]:
-    """Returns all keys of the config with the groups that the overrides choose, and the options of each group, including the
-    user's own."""
+) -> tuple[set[str], set[str], dict[str, list[str]]]:
+    """Returns all keys of the config with the groups that the overrides choose, the options of its objects that it does not
+    write out, such as `trainer.max_steps`, and the options of each group, including the user's own."""
     ours = options_of_groups()
     pairs = [override.partition("=")[::2] for override in overrides]
     chosen = [f"{key}={option}" for key, option in pairs if option in ours.get(key.split("@")[0], ())]
@@ -80,7 +83,9 @@ def _known_names(
             cfg = compose(config_name, chosen)
         except HydraException:  # they do not go together, which is said of them elsewhere
             cfg = compose(config_name)
-    return set(_keys(OmegaConf.to_container(cfg), "")), options_of_groups(config_dir)
+    plain: Any = OmegaConf.to_container(cfg)
+    keys = set(_keys(plain, ""))
+    return keys, {key for key in options_of_objects(plain) if key not in keys}, options_of_groups(config_dir)
 
 
 def options_of_groups(config_dir: Path | None = None) -> dict[str, list[str]]:

@@ -125,6 +125,13 @@ def schema_of(key: str, node: Mapping[str, Any]) -> type[Node] | None:
     return kinds.get(target.rpartition(".")[2], kinds.get("")) if target.startswith(OURS) else None
 
 
+def options_of_objects(plain: Mapping[str, Any]) -> Iterator[str]:
+    """Yields every option that the objects of a config may have, as `trainer.max_steps`, whether it is written out or not."""
+    for key in OBJECTS:
+        if isinstance(node := plain.get(key), dict) and (kind := schema_of(key, node)) is not None:
+            yield from (f"{key}.{name}" for name, field in kind.model_fields.items() if field.alias != "_target_")
+
+
 def _faults_of(node: dict[str, Any], schema: type[Node], prefix: str) -> Iterator[str]:
     given = {key: value for key, value in node.items() if key not in SWITCHES}
     try:
