@@ -49,8 +49,7 @@ class Setting(NamedTuple):
     overrides: tuple[str, ...] = ()
 
 
-# CIFAR-10's networks, teacher and views are those of docs/few.md. The student's steps were chosen by the time of one run,
-# before any test figure was seen.
+# CIFAR-10's networks, teacher and views are those of docs/few.md. The student's steps were chosen by the time of one run alone.
 SETTINGS = {
     "digits": Setting(METHODS),
     "cifar10": Setting(
