@@ -54,9 +54,10 @@ def test_a_student_learns_from_a_file_of_weights_is_measured_beside_it_and_ships
     found = evaluate(folder)
     assert found["teacher"].keys() >= {"map", "map_50"}
     assert "agreement" in found["agreement"]
-    path, check = export(folder)
-    assert path.is_file()
-    assert check["agreement"] > 0.999
+    if terms:  # of boxes alone the student is no other network
+        path, check = export(folder)
+        assert path.is_file()
+        assert check["agreement"] > 0.999
 
 
 def test_what_a_two_stage_teacher_cannot_do_is_said_in_a_line(file, tmp_path):

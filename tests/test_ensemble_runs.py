@@ -39,8 +39,10 @@ LOW = "{recipe: {data: {classes: ['0', '1', '2', '3', '4']}}}"
 HIGH = "{recipe: {data: {classes: ['9', '8', '7', '6', '5', '4']}}}"
 
 
-def run(folder: Path, *overrides: str) -> tuple[Path, dict]:
+def run(folder: Path, *overrides: str, runs: Path | None = None) -> tuple[Path, dict]:
+    """A finished run and its summary; `runs`: where its automatic teachers are, beside it by default."""
     cfg = compose_config(folder, *SHORT, *overrides)
+    cfg.runs = str(runs or folder.parent)
     train(cfg)
     (folder / ".hydra").mkdir(exist_ok=True)  # as the command writes it
     OmegaConf.save(cfg, folder / ".hydra" / "config.yaml")
@@ -133,11 +135,13 @@ def test_a_file_of_outputs_is_a_member_as_its_network_is(tmp_path, parts):
             "method.teacher_taps=0.last")  # fmt: skip
 
 
-def test_networks_that_know_the_same_classes_disagree_in_some_measure(tmp_path, caplog):
+def test_networks_that_know_the_same_classes_disagree_in_some_measure(teachers, tmp_path, caplog):
     caplog.set_level(logging.INFO)
     members = "[{recipe: {seed: 0}}, {recipe: {seed: 1}, widths: [6], preprocess: {size: 12}}]"
     features = ["method=fitnet", "method.teacher_taps=1.last", "method.student_taps=last"]
-    _, summary = run(tmp_path / "run", f"teacher.ensemble={members}", *features, "teacher.allow_chance=true")
+    _, summary = run(
+        tmp_path / "run", f"teacher.ensemble={members}", *features, "teacher.allow_chance=true", runs=teachers
+    )
     found = summary["teacher"]["disagreement"]["test"]
     assert found["pairs"] == 1
     assert 0 < found["decisions"] < 1
@@ -148,10 +152,10 @@ def test_networks_that_know_the_same_classes_disagree_in_some_measure(tmp_path, 
     assert "its teacher sees 8x8 and 12x12." in caplog.text
 
 
-def test_a_member_at_chance_is_refused_by_its_number(tmp_path):
+def test_a_member_at_chance_is_refused_by_its_number(teachers, tmp_path):
     members = "[{recipe: {seed: 0}}, {checkpoint: null}]"
     with pytest.raises(UserError, match=r"^Member 1 of the teacher \(conv4-8x16\) is at chance level: its accuracy"):
-        run(tmp_path / "run", f"teacher.ensemble={members}")
+        run(tmp_path / "run", f"teacher.ensemble={members}", runs=teachers)
 
 
 @pytest.mark.parametrize(
@@ -170,9 +174,9 @@ def test_a_member_at_chance_is_refused_by_its_number(tmp_path):
         (["teacher.ensemble=[{},{recipe: {seed: 1}}]", "student.checkpoint=teacher"], "several networks"),
     ],
 )
-def test_what_makes_no_sense_is_refused_in_a_line(tmp_path, overrides, line):
+def test_what_makes_no_sense_is_refused_in_a_line(teachers, tmp_path, overrides, line):
     with pytest.raises(UserError) as refused:
-        run(tmp_path / "run", *overrides)
+        run(tmp_path / "run", *overrides, runs=teachers)
     assert line in str(refused.value)
 
 

@@ -4,6 +4,7 @@ import json
 import pickle
 import shutil
 import signal
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -280,6 +281,19 @@ class StopAt(Callback):
             signal.raise_signal(signal.SIGINT)
 
 
+@pytest.fixture(scope="module")
+def whole(teachers, tmp_path_factory):
+    """`whole(*overrides)`: the weights of a run that nothing stops, trained once."""
+
+    @cache
+    def make(*overrides):
+        cfg = compose_config(tmp_path_factory.mktemp("whole") / "run", *SMALL, *overrides)
+        cfg.runs = str(teachers)
+        return weights(run(cfg))
+
+    return make
+
+
 # Four steps an epoch: in the middle, at the last, at the first; and in groups, which end at each second one.
 @pytest.mark.parametrize(("step", "grouped"), [(1, False), (3, False), (4, False), (6, False), (1, True), (4, True)])
 @pytest.mark.parametrize(
@@ -291,8 +305,7 @@ class StopAt(Callback):
     ],
     ids=["live teacher", "features, average, schedule", "teacher's table"],
 )
-def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(small, monkeypatch, step, grouped, extra):
-    whole = weights(run(small(*extra, name="whole")))
+def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(small, whole, monkeypatch, step, grouped, extra):
     handler = signal.getsignal(signal.SIGINT)
     stop = StopAt(step)
     if grouped:  # from within a callback that groups are known to be fine with
@@ -304,7 +317,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(small, monkeypatch,
     # Not a step is lost, in the middle of an epoch either.
     assert saved["global_step"] == ({1: 4, 4: 6}[step] if grouped else step + 1)
     assert signal.getsignal(signal.SIGINT) is handler
-    assert equal(whole, weights(run(small(*extra, name="parts"))))
+    assert equal(whole(*extra), weights(run(small(*extra, name="parts"))))
 
 
 def test_a_run_is_not_resumed_for_fewer_epochs_than_it_has(small):

@@ -99,8 +99,11 @@ def test_trains_the_student_or_says_that_it_needs_maps(pair, name):
     assert not {id(p) for p in trained} & {id(p) for p in teacher.parameters()}
     wanted_grads = [p for p in student.parameters() if p.requires_grad]
     names = {}
+    two_phases = bool(inside & TWO_PHASES)
     for epoch in (0, 1000):
-        for low in (False, True):
+        for low in (
+            (False, True) if two_phases or epoch == 0 else (False,)
+        ):  # otherwise the terms are those of the start
             method.set_epoch(epoch)
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=low):
                 with torch.no_grad():
@@ -127,5 +130,5 @@ def test_trains_the_student_or_says_that_it_needs_maps(pair, name):
     assert all(p.grad is None for p in teacher.parameters())
     assert not any(m.training for m in teacher.modules())
     assert names[0, False] == names[0, True]
-    assert names[1000, False] == names[1000, True]
-    assert (names[0, False] != names[1000, False]) == bool(inside & TWO_PHASES)
+    assert names[1000, False] == names.get((1000, True), names[1000, False])
+    assert (names[0, False] != names[1000, False]) == two_phases
