@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
 
 from litdistill import cli
-from litdistill.cli.hydra_main import run_task
+from litdistill.cli.hydra_main import check_deleted, run_task
 from litdistill.cli.resume import resumed
 from litdistill.cli.suggestions import suggestions
 from litdistill.report.tables import rows, summaries
@@ -133,6 +134,7 @@ def test_deleting_a_group_that_is_read_is_refused(monkeypatch, capsys, tmp_path,
     with pytest.raises(SystemExit):
         run_task(lambda cfg: pytest.fail("it runs"), "train")
     assert f"~{name} deletes a key that is read here: {name}=null" in capsys.readouterr().err
+    check_deleted(OmegaConf.create({name: {"_target_": "my.Own"}}), [f"~{name}", f"+{name}=…"], "train")  # it is back
 
 
 def test_a_user_error_is_shown_alone_and_a_defect_with_its_traceback(monkeypatch, capsys, tmp_path):

@@ -86,12 +86,12 @@ class Job:
         if hydra_config.mode != RunMode.MULTIRUN:
             sys.argv = [*self.command, *self.arguments]
             try:
-                check_deleted(hydra_config.overrides.task, str(hydra_config.job.config_name))
+                check_deleted(cfg, hydra_config.overrides.task, str(hydra_config.job.config_name))
                 check(cfg, str(hydra_config.job.config_name))
                 return self.task(cfg)
             except UserError as error:
                 raise Refused(error, Path(hydra_config.runtime.output_dir)) from error
-        check_deleted(hydra_config.overrides.task, str(hydra_config.job.config_name))
+        check_deleted(cfg, hydra_config.overrides.task, str(hydra_config.job.config_name))
         check(cfg, str(hydra_config.job.config_name))
         output = Path(hydra_config.runtime.output_dir)
         inside = output.is_relative_to(start)
@@ -100,10 +100,11 @@ class Job:
             return self.task(cfg)
 
 
-def check_deleted(overrides: Sequence[str], config_name: str) -> None:
-    """Raises `UserError` for an override such as `~callbacks`, which deletes a key that is read, in place of emptying it."""
+def check_deleted(cfg: DictConfig, overrides: Sequence[str], config_name: str) -> None:
+    """Raises `UserError` for an override such as `~callbacks`, which deletes a key that is read, in place of emptying it;
+    not where another override adds it again."""
     for name in [text[1:].partition("=")[0] for text in overrides if text.startswith("~")]:
-        if name in SCHEMAS[config_name].model_fields:
+        if name in SCHEMAS[config_name].model_fields and name not in cfg:
             raise UserError(
                 f"~{name} deletes a key that is read here: {name}=null leaves it empty, and ~{name}.<key> drops one."
             )
