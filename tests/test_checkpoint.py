@@ -6,6 +6,7 @@ import pickle
 import random
 import zipfile
 
+import numpy as np
 import pytest
 import torch
 from safetensors import SafetensorError, safe_open
@@ -260,3 +261,15 @@ def test_equal_weights_and_metadata_are_equal_bytes_that_others_can_read(tmp_pat
     with safe_open(path, "pt") as file:
         assert file.metadata() == facts
         assert all(torch.equal(file.get_tensor(k), v) for k, v in made.state_dict().items())
+
+
+def test_numbers_of_numpy_beside_the_weights_are_read_and_no_other_object_of_it(tmp_path):
+    net, keys = torch.nn.Linear(2, 2), ["weight", "bias"]
+    best = {"best": np.float64(0.9), "epoch": np.int64(3), "done": np.bool_(True), "lr": np.float32(0.1)}
+    torch.save({"model": net.state_dict(), **best}, tmp_path / "numbers.pt")
+    assert torch.equal(load_weights(tmp_path / "numbers.pt", keys)["weight"], net.weight)
+    assert load_checkpoint(tmp_path / "numbers.pt")["best"] == 0.9
+    for name, other in {"curve": np.zeros(3), "text": np.array(["a"]), "object": np.array([net], dtype=object)}.items():
+        torch.save({"model": net.state_dict(), name: other}, tmp_path / f"{name}.pt")
+        with pytest.raises(UserError, match="refused"):
+            load_checkpoint(tmp_path / f"{name}.pt")

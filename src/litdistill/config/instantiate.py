@@ -90,7 +90,9 @@ def refused_by_library(node: Any, error: BaseException | None) -> str | None:
     target = str(node.get("_target_")) if hasattr(node, "get") else ""
     if error is None or not target.startswith(("torch.", "lightning.")):
         return None
-    refusal = isinstance(error, (ValueError, TypeError)) or type(error).__name__ == "MisconfigurationException"
+    refusal = (
+        isinstance(error, (ValueError, TypeError, RuntimeError)) or type(error).__name__ == "MisconfigurationException"
+    )
     return f"{target.rpartition('.')[2]} refuses its options: {error}" if refusal else None
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from safetensors import SafetensorError, safe_open
@@ -159,6 +160,16 @@ def read_metadata(source: str | Path, key: str) -> Any:
     return found
 
 
+# A number of NumPy, as training loops keep their best accuracy beside the weights: what rebuilds one from its bytes, under both
+# names that NumPy gave it, and the types of numbers. No array, and no dtype of Python objects.
+_REBUILD: Any = np.float64(0).__reduce__()[0]
+NUMPY_SCALARS: list[Any] = [
+    *((_REBUILD, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    np.dtype,
+    *{type(np.dtype(kind)) for kind in "?bBhHiIlLqQefd"},
+]
+
+
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Returns what `torch.save` wrote to `path`, if it holds only tensors and plain values; no code in it is executed.
 
@@ -168,7 +179,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"There is no checkpoint at {path}.{_nearby(path)}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(NUMPY_SCALARS):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"{path} cannot be read, or is damaged: {error.strerror or error}") from error
     except Exception as error:  # torch raises almost any type for a damaged file, and advises to load it unsafely
