@@ -109,9 +109,12 @@ def test_short_runs_of_both_tables_fill_the_document_and_are_not_repeated(script
         assert all(
             torch.equal(a, b) for a, b in zip(net.state_dict().values(), other.state_dict().values(), strict=True)
         )
-    assert (
-        json.loads((folder / "summary.json").read_text())["time"]["core_s"] < found["robust"]["digits"]["seconds"] + 1
-    )
+    measured = [folder / "robust.json", *(tmp_path / "runs").glob("teacher-*.json")]
+    seconds = [json.loads(path.read_text())["seconds"] for path in measured]
+    seconds.append(json.loads((folder / "summary.json").read_text())["time"]["core_s"])
+    assert len(seconds) == 3
+    assert min(seconds) > 0
+    assert found["robust"]["digits"]["seconds"] == pytest.approx(sum(seconds), abs=0.06)
     assert Image.open(picture).size[0] > 600
     shown = trained_attacks([tmp_path / "runs"])
     assert [section.id for section in shown] == ["a0-digits-robust", "a0-digits-defensive"]
