@@ -29,7 +29,7 @@ def test_a_run_far_behind_its_teacher_says_why_and_how_to_read_more(runs, caplog
     (said,) = said_by(caplog, "drowned")
     assert "The student's accuracy on the validation set is" in said
     assert "and its teacher's" in said
-    assert "share of a term (try: balance=auto balance.terms={hint: 0.1})" in said
+    assert "share of a term (try: balance=auto 'balance.terms={hint: 0.1}')" in said
     assert said.rstrip().endswith("drowned")
     assert "litdistill doctor run=" in said
 

@@ -83,7 +83,7 @@ def test_the_gradient_of_a_hint_is_found_and_balanced_it_is_not(runs, healthy):
     ]
     assert len(found) == 1
     assert "gradient of hint at the student is" in found[0].said
-    assert found[0].change == "balance=auto balance.terms={hint: 0.1}"
+    assert found[0].change == "balance=auto 'balance.terms={hint: 0.1}'"
     balanced = diagnose(trained(runs, "balanced", "method=at"))
     assert "share of a term" not in names(balanced.findings)
     assert 0.03 < balanced.terms[0].share < 0.3  # balance.ratio=0.1, of other minibatches

@@ -23,7 +23,7 @@ def gradient_shares(case: Case) -> Finding | None:
     term = max((t for t in case.gradients.terms if t.hint), key=lambda t: t.share, default=None)
     if term is None or term.share <= LARGE:
         return None
-    ratio = f"balance.terms={{{term.name}: 0.1}}"
+    ratio = f"'balance.terms={{{term.name}: 0.1}}'"
     return Finding(
         min(1.0, 0.4 + 0.2 * math.log10(term.share)),
         "share of a term",
