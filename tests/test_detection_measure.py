@@ -15,6 +15,7 @@ from litdistill.distillation.running_means import RunningMeans, Seen
 from litdistill.evaluation.predictions import agreement, measure, predict_split
 from litdistill.methods.supervised import Supervised
 from litdistill.models.preprocess import Preprocess, Preprocessed
+from litdistill.tasks.classification import Classification
 from litdistill.tasks.detection.boxes import padded
 from litdistill.tasks.detection.fcos import fcos_slim
 from litdistill.tasks.detection.metrics import Split, as_targets, mean_ap
@@ -110,3 +111,15 @@ def test_dense_heads_are_not_held_while_training():
     assert [ref() for ref in held] == [None, None]
     assert {name: float(value) for name, value in means.means().items()} == {"loss": 2.0, "cls": 2.0}
     assert float(means.epoch_loss()) == 2.0
+
+
+def test_features_of_the_teacher_are_not_held_while_training():
+    means = RunningMeans(Classification())
+    logits, features = torch.eye(3), {"layer1": torch.zeros(3, 8, 4, 4)}
+    held = weakref.ref(features["layer1"])
+    means.add(
+        Seen({"hint": torch.ones(())}, Outputs.of(logits), Outputs({"logits": logits}, features), torch.arange(3), 3)
+    )
+    del features
+    assert held() is None
+    assert float(means.means()["agreement"]) == 1.0

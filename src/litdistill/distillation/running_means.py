@@ -82,7 +82,8 @@ class RunningMeans:
             self._add(name, value.detach().float().sum())
         # A CUDA graph overwrites the heads.
         heads = {name: head.detach().clone() for name, head in student.heads.items()} if self.scored else {}
-        teacher = teacher if self.scored else None
+        # Its features are large, and read no more.
+        teacher = teacher._replace(features={}) if self.scored and teacher is not None else None
         self._noted.append(({k: v.detach() for k, v in terms.items()}, Outputs(heads), teacher, targets))
         self._noted_steps += steps
         self.steps += steps
