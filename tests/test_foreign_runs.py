@@ -185,9 +185,9 @@ def test_its_loss_is_what_is_learnt(outside, tmp_path):
 
 
 def test_an_endless_loader_needs_to_be_told_its_epoch(tmp_path):
-    keys = foreign_keys(__name__)
-    keys[1] = f"+data={{_target_: {__name__}.EndlessData}}"
-    keys = [k.replace(f"{__name__}.net", f"{__name__}.mlp") for k in keys]
+    keys = foreign_keys("tests.foreigners")
+    keys[1] = "+data={_target_: tests.test_foreign_data.EndlessData}"
+    keys = [k.replace("foreigners.net", "foreigners.mlp") for k in keys]
     fast = ["logger=none", "method=supervised", "teacher=null", "+student.width=4"]
     with pytest.raises(UserError, match=r"has no length.*trainer\.limit_train_batches"):
         finished(tmp_path / "a", *keys, *fast)

@@ -121,7 +121,8 @@ def test_a_table_is_split_without_a_test_file_by_the_words(tmp_path, said):
     assert "Read " in said.text
     assert "12 texts, 2 classes: bad 6, good 6." in said.text
     assert (
-        "10 to train on and validate (data.val_size), 2 to test (20% of each class: there is no data.test)" in said.text
+        "10 to train on and validate (data.val_size), 2 to test (a fifth of each class: there is no data.test)"
+        in said.text
     )
 
 
