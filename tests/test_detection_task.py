@@ -273,9 +273,9 @@ def test_torchvisions_lists_are_a_batch() -> None:
     [
         (
             (torch.zeros(2, 3, 8, 8), torch.tensor([0, 1])),
-            r"The targets are torch.int64 \(2,\), and detection needs boxes",
+            r"The targets are int64 \(2,\), and detection needs boxes",
         ),
-        ((torch.zeros(2, 3, 8, 8), torch.zeros(2, 3, 5)), r"torch.float32 \(2, 3, 5\)"),
+        ((torch.zeros(2, 3, 8, 8), torch.zeros(2, 3, 5)), r"float32 \(2, 3, 5\)"),
         (
             ([torch.zeros(3, 8, 8)], [{"boxes": torch.zeros(1, 4)}]),
             "picture 0 of a batch have boxes, and detection needs",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint, Timer
+from lightning.pytorch.callbacks import BackboneFinetuning, Callback, LearningRateFinder, ModelCheckpoint, Timer
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
@@ -262,3 +262,15 @@ def test_described_says_types_and_shapes_alone():
         described({"a": torch.zeros(2, 3), "b": np.zeros(2)}) == "{a: float32 (2, 3), b: array of NumPy float64 (2,)}"
     )
     assert described((torch.zeros(1).long(), "text")) == "(int64 (1,), str)"
+
+
+class Fails(Callback):
+    def on_train_start(self, trainer, module) -> None:
+        raise AttributeError("mine")
+
+
+def test_a_callback_of_lightnings_that_does_not_fit_is_named_and_an_error_of_the_users_own_passes(tmp_path):
+    with pytest.raises(UserError, match=r"^BackboneFinetuning: 'Distiller' object has no attribute 'backbone'"):
+        run(tmp_path, callbacks=[BackboneFinetuning()])
+    with pytest.raises(AttributeError, match="mine"):
+        run(tmp_path, callbacks=[Fails()])
