@@ -230,6 +230,13 @@ def test_what_is_kept_of_another_data_set_stays_and_stands_below(script, tmp_pat
     assert height > width  # a panel each, one below the other
 
 
+def test_attacks_that_train_models_get_the_options(script):
+    options = chosen(script, dataset="mnist", root="there", seeds=2, shadows=4, jobs=1, runs="r")
+    given = script.by_training(lambda choices: choices)(options)
+    assert (given.dataset, given.seeds, given.shadows, given.jobs, given.runs) == ("mnist", 2, 4, 1, "r")
+    assert given.overrides == ("data.root=there",)
+
+
 @pytest.mark.process
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_cells_are_computed_in_order(script, jobs):
