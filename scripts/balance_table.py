@@ -27,6 +27,7 @@ from litdistill.benchmarks.compare import Job, config_of, run_all
 from litdistill.benchmarks.tables import between_marks, interval, read_options, run_script
 from litdistill.config.recipes import is_complete
 from litdistill.utils.checkpoint import write_text
+from litdistill.utils.command_line import literal
 from litdistill.utils.errors import UserError
 from litdistill.utils.logging import format_seconds
 from litdistill.utils.paths import CONF
@@ -79,9 +80,9 @@ Column = tuple[str, float]  # a method and its ratio
 
 def job(method: str, ratio: float, seed: int, choices: DictConfig) -> Job:
     """Returns the run of a method with balanced hints, or that of the control."""
-    own = (*SETTINGS[choices.dataset].overrides, *([f"data.root={choices.root}"] if choices.root else []))
+    own = (*SETTINGS[choices.dataset].overrides, *([f"data.root={literal(str(choices.root))}"] if choices.root else []))
     own = (*own, *choices.overrides)
-    said = ["experiment=methods", f"method={method}", f"seed={seed}", f"runs={choices.runs}", *own]
+    said = ["experiment=methods", f"method={method}", f"seed={seed}", f"runs={literal(str(choices.runs))}", *own]
     if method != CONTROL:
         said += ["balance=auto", f"balance.ratio={ratio:g}", *first_phase(method, own)]
     if choices.split == "val":  # the last epoch alone is validated, so that none is chosen by it; the teacher as ever

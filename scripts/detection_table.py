@@ -22,6 +22,7 @@ from litdistill.benchmarks.compare import Job, config_of, run_all
 from litdistill.benchmarks.tables import read_options, run_script
 from litdistill.config.recipes import teacher_folder
 from litdistill.utils.checkpoint import write_text
+from litdistill.utils.command_line import literal
 from litdistill.utils.errors import UserError
 from litdistill.utils.text import markdown_table
 from litdistill.utils.units import gain, spread
@@ -79,7 +80,13 @@ ROWS = {
 def job(name: str, seed: int, runs: str) -> Job:
     """Returns the run of a row and a seed."""
     row = ROWS[name]
-    overrides = ("experiment=detection/methods", f"method={row.method}", f"seed={seed}", f"runs={runs}", *row.options)
+    overrides = (
+        "experiment=detection/methods",
+        f"method={row.method}",
+        f"seed={seed}",
+        f"runs={literal(runs)}",
+        *row.options,
+    )
     return Job(name.replace(" ", "-"), "", seed, overrides, runs)
 
 

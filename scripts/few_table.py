@@ -23,6 +23,7 @@ from litdistill.benchmarks.tables import interval, read_options, run_script
 from litdistill.report.plots import COLORS, LINES, MARKERS
 from litdistill.tasks.figures import new_figure
 from litdistill.utils.checkpoint import write_text
+from litdistill.utils.command_line import literal
 from litdistill.utils.errors import UserError
 from litdistill.utils.logging import format_seconds
 from litdistill.utils.text import markdown_table
@@ -93,7 +94,12 @@ def jobs(choices: DictConfig) -> list[Job]:
         for way, (experiment, own, _) in WAYS.items():
             teacher = setting.teacher if experiment == "distilled" else ("teacher=null",)
             for count in counts[:1] if way == ALL else counts:
-                said = [f"experiment=compare/{experiment}", f"data={choices.dataset}", f"seed={seed}", f"runs={runs}"]
+                said = [
+                    f"experiment=compare/{experiment}",
+                    f"data={choices.dataset}",
+                    f"seed={seed}",
+                    f"runs={literal(runs)}",
+                ]
                 said += ["logger=none", f"data.per_class={count}", *setting.overrides, *teacher, *own]
                 variant = "" if way == ALL else str(count)
                 found.append(Job(slug(way), variant, seed, (*said, *choices.overrides), runs))

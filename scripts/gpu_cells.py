@@ -26,7 +26,7 @@ from litdistill.data.fetch import obtain
 from litdistill.training.prerequisites import Prerequisites
 from litdistill.training.run import run
 from litdistill.training.train import train
-from litdistill.utils.command_line import as_command
+from litdistill.utils.command_line import as_command, literal
 from litdistill.utils.paths import CONF
 
 SEEDS = (0, 1, 2)
@@ -72,13 +72,13 @@ class Runs:
     def overrides(self, cell: Cell, seed: int) -> list[str]:
         """What a cell's command says, but for the place of its folder."""
         register([f"experiment={cell.experiment}"])
-        found = [f"experiment={cell.experiment}", f"seed={seed}", "watch_test=true", f"runs={self.runs}"]
+        found = [f"experiment={cell.experiment}", f"seed={seed}", "watch_test=true", f"runs={literal(str(self.runs))}"]
         if cell.teacher is not None:
-            found.append(f"teacher.checkpoint={self.folder(Cell(cell.teacher), 0)}")
+            found.append(f"teacher.checkpoint={literal(str(self.folder(Cell(cell.teacher), 0)))}")
         if cell.start is not None:
-            found.append(f"student.checkpoint={self.folder(Cell(cell.start, cell.teacher), seed)}")
+            found.append(f"student.checkpoint={literal(str(self.folder(Cell(cell.start, cell.teacher), seed)))}")
         if not self.dry:
-            return [*found, f"data.root={self.data}"]
+            return [*found, f"data.root={literal(self.data)}"]
         alone = cell.experiment.endswith(("student", "teacher_long"))
         checked = ["trainer.check_val_every_n_epoch=1"] if cell.experiment == LONG else []
         return [*found, *(o for o in DRY if not (alone and o.startswith("teacher."))), *checked] + (

@@ -28,6 +28,7 @@ from scale import measure_grid
 from torch import Tensor
 
 from litdistill.training.train import train
+from litdistill.utils.command_line import literal
 from litdistill.utils.paths import CONF
 
 LONG = 1600  # steps: a hundred groups
@@ -125,7 +126,13 @@ def within_seeds(captured: Sequence[float], eager: Sequence[float]) -> bool:
 
 def digits(folder: Path, runs: Path, seed: int, epochs: int, device: torch.device, capture: str) -> DictConfig:
     """The config of a short run on the digits."""
-    small = [f"folder={folder}", f"runs={runs}", f"seed={seed}", f"trainer.max_epochs={epochs}", "logger=none"]
+    small = [
+        f"folder={literal(str(folder))}",
+        f"runs={literal(str(runs))}",
+        f"seed={seed}",
+        f"trainer.max_epochs={epochs}",
+        "logger=none",
+    ]
     small += ["+teacher.recipe.trainer.max_epochs=5", "teacher.allow_chance=true"]
     small += ["trainer=auto" if device.type == "cuda" else "trainer=cpu", "trainer.precision=32-true"]
     with initialize_config_dir(str(CONF), version_base="1.3"):

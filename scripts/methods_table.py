@@ -35,6 +35,7 @@ from litdistill.tasks import Classification, MultiLabel, Task
 from litdistill.training.train import train
 from litdistill.types import Batch, Outputs, Taps
 from litdistill.utils.checkpoint import write_text
+from litdistill.utils.command_line import literal
 from litdistill.utils.paths import CONF
 from litdistill.utils.text import markdown_table
 from litdistill.utils.units import gain, spread
@@ -202,7 +203,9 @@ def run(name: str, seed: int, runs: str) -> tuple[DictConfig, dict[str, Any]]:
     What decides its weights is in the folder's name, so that a changed default is not answered by an old run.
     """
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("train", ["experiment=methods", f"method={name}", f"seed={seed}", f"runs={runs}", "folder=''"])
+        cfg = compose(
+            "train", ["experiment=methods", f"method={name}", f"seed={seed}", f"runs={literal(runs)}", "folder=''"]
+        )
     if "init_epochs" in cfg.method:
         with open_dict(cfg):
             cfg.method.init_epochs = first_epochs(cfg.method.init_epochs, cfg.trainer.max_epochs)

@@ -24,6 +24,7 @@ from typing import Any
 
 from PIL import Image
 
+from litdistill.utils.command_line import literal
 from litdistill.utils.units import spread
 
 PER_CLASS = (20, 100, 500)
@@ -126,8 +127,13 @@ def write(folder: Path, root: Path, bccd: Path | None) -> None:
 
 def commands(folder: Path, pictures: str, runs: Path) -> list[list[str]]:
     """Returns the arguments of `litdistill train` for each technique on one folder of pictures."""
-    shared = [f"data.root={folder / pictures}", f"name={pictures}", f"runs={runs}", "seed=0,1,2"]
-    unlabelled = folder / "cifar10-unlabelled"
+    shared = [
+        f"data.root={literal(str(folder / pictures))}",
+        f"name={pictures}",
+        f"runs={literal(str(runs))}",
+        "seed=0,1,2",
+    ]
+    unlabelled = literal(str(folder / "cifar10-unlabelled"))
     return [
         [*(option.format(unlabelled=unlabelled) for option in options), f"technique={name}", *shared]
         for name, options in TECHNIQUES.items()

@@ -45,6 +45,7 @@ from litdistill.tasks.figures import new_figure
 from litdistill.training.distill import distill
 from litdistill.types import Batch, Outputs
 from litdistill.utils.checkpoint import write_text
+from litdistill.utils.command_line import literal
 from litdistill.utils.logging import format_seconds
 from litdistill.utils.text import markdown_table
 from litdistill.utils.versions import in_words, versions
@@ -113,10 +114,10 @@ def job(name: str, seed: int, choices: Mapping[str, Any]) -> Job:
     said = [
         "experiment=secure/robust",
         f"data={choices['dataset']}",
-        f"data.root={choices['root']}",
+        f"data.root={literal(choices['root'])}",
         "data.batch_size=64",
     ]
-    said += [*STUDENTS[name], f"seed={seed}", f"runs={choices['runs']}"]
+    said += [*STUDENTS[name], f"seed={seed}", f"runs={literal(choices['runs'])}"]
     return Job("robust-" + "-".join(name.replace(",", "").split()), "", seed, tuple(said), choices["runs"])
 
 
@@ -231,7 +232,7 @@ def defensive(choices: DictConfig) -> Kept:
 def by_training(record: Callable[[shadows.Choices], Kept]) -> Callable[[DictConfig], Kept]:
     """Returns a part of the attacks that train models."""
     own = ("runs", "dataset", "shadows", "jobs", "seeds")
-    root = lambda choices: (f"data.root={choices.root}",)  # noqa: E731
+    root = lambda choices: (f"data.root={literal(choices.root)}",)  # noqa: E731
     return lambda choices: record(shadows.Choices(**{key: choices[key] for key in own}, overrides=root(choices)))
 
 

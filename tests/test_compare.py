@@ -64,6 +64,12 @@ def test_data_with_boxes_have_techniques_of_their_own(tmp_path):
     assert "student.backbone=runs/train/a" in compare.jobs(named)[0].overrides
 
 
+def test_a_folder_may_have_any_name(tmp_path):
+    runs = f"{tmp_path}/a b=[c],d"
+    (found,) = compare.jobs(config(tmp_path, f"runs={literal(runs)}", "techniques=[scratch]", "seeds=1"))
+    assert compare.config_of(found).runs == runs
+
+
 def test_the_network_that_a_detector_is_fine_tuned_from_is_trained_once_where_its_objects_are_images(
     tmp_path, monkeypatch
 ):

@@ -88,6 +88,8 @@ def test_a_copy_is_judged_by_its_last_weights(tmp_path):
 def test_a_thief_reads_no_label():
     overrides = job(Choices(), CLASS, 0.1, 2, extraction.Path("x.npz")).overrides
     assert {"method.hard=0", "teacher.outputs=x.npz", "data.subset_seed=1002"} <= set(overrides)
+    odd = job(Choices(runs="a b"), CLASS, 0.1, 2, extraction.Path("t=1, [x].npz")).overrides
+    assert {"runs='a b'", "teacher.outputs='t=1, [x].npz'"} <= set(odd)
     assert "teacher=null" in job(Choices(), LABELS, 0.1, 2, None).overrides
 
 

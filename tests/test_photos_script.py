@@ -21,6 +21,8 @@ def photos():
 
 def test_its_commands_compose(photos, tmp_path):
     for name, count in (("cifar10-20", 5), ("cifar10-100", 4), ("cifar10-500", 4), ("bccd", 3)):
+        odd = photos.commands(Path("my pictures"), name, Path("a, b"))
+        assert all({f"data.root='my pictures/{name}'", "runs='a, b'"} <= set(options) for options in odd)
         made = photos.commands(Path("pictures"), name, Path("runs"))
         assert len(made) == count
         for options in made:

@@ -159,6 +159,9 @@ def test_runs_are_ordinary_ones_on_known_halves_with_teachers_of_the_same_half(t
 
 
 def test_each_run_composes():
+    odd = job(Choices(runs="a b=[c],d"), DISTILLED, 3, Path("t=1, [x]")).overrides
+    cfg = composed("train", [*odd, "folder=''"])
+    assert (cfg.runs, cfg.teacher.checkpoint) == ("a b=[c],d", "t=1, [x]")
     for kind in KINDS:
         cfg = composed("train", [*job(Choices(), kind, 3, Path("x")).overrides[:-1], "folder=''"])
         assert (cfg.data.fraction, cfg.data.subset_seed, cfg.data.per_class) == (0.5, 3, None)

@@ -333,7 +333,7 @@ def test_another_trainer_brings_its_own_devices(tmp_path, capsys, typed, kept):
     (tmp_path / ".hydra").mkdir()
     OmegaConf.save(OmegaConf.create(note), tmp_path / ".hydra" / "hydra.yaml")
     found = resumed([f"resume={tmp_path}", *typed])
-    assert found == [*kept, *typed, f"hydra.run.dir={tmp_path}"]
+    assert found == [*kept, *typed, f"hydra.run.dir='{tmp_path}'"]
     assert ("Not replayed, since another trainer is chosen" in capsys.readouterr().out) is (typed[0] == "trainer=cpu")
 
 

@@ -212,7 +212,7 @@ def test_where_things_lie_and_what_is_trusted_is_not_a_foreign_runs_to_say(forei
     folder = foreign("{}")
     note(folder, "seed=1", "runs=/elsewhere", "folder=/elsewhere", "trust=[os]", "++trust=[os]", "optimizer.lr=${seed}")
     found = resumed([f"resume={folder}", "trust=[mine]"])
-    assert found == ["seed=1", "optimizer.lr=${seed}", "trust=[mine]", f"hydra.run.dir={folder}"]
+    assert found == ["seed=1", "optimizer.lr=${seed}", "trust=[mine]", f"hydra.run.dir='{folder}'"]
     assert origin.is_foreign()
 
 

@@ -106,7 +106,7 @@ def with_backbone(cfg: DictConfig) -> DictConfig:
     cfg.backbone = None
     if wanted and cfg.dataset in BACKBONES:
         print(f"Training the network that {FINE_TUNED} starts from, in {cfg.runs}", flush=True)
-        overrides = (f"experiment={BACKBONES[cfg.dataset]}", "seed=0", f"runs={cfg.runs}")
+        overrides = (f"experiment={BACKBONES[cfg.dataset]}", "seed=0", f"runs={literal(str(cfg.runs))}")
         cfg.backbone = str(run_all([Job("backbone", "", 0, overrides, str(cfg.runs))], 1)[0])
     return cfg
 
@@ -133,7 +133,8 @@ def jobs(cfg: DictConfig) -> list[Job]:
     for name in chosen:
         for widths in list(cfg.family) if name == "family" else [""]:
             for seed in range(cfg.seeds):
-                overrides = [f"experiment={place}/{name}", f"data={cfg.dataset}", f"seed={seed}", f"runs={cfg.runs}"]
+                overrides = [f"experiment={place}/{name}", f"data={cfg.dataset}", f"seed={seed}"]
+                overrides += [f"runs={literal(str(cfg.runs))}"]
                 overrides += [f"student.widths={widths}"] if widths else []
                 overrides += [f"student.backbone={literal(str(cfg.backbone))}"] if name == FINE_TUNED else []
                 variant = "x".join(str(widths).strip("[]").split(","))

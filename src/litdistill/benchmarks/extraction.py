@@ -29,6 +29,7 @@ from litdistill.export.outputs import training_ids
 from litdistill.export.predict import load
 from litdistill.tasks import metrics
 from litdistill.utils.checkpoint import load_checkpoint, load_state_dict_checked, write_atomically
+from litdistill.utils.command_line import literal
 
 DIGITS = 2  # of a rounded probability
 LABELS = "their labels"
@@ -80,12 +81,17 @@ def write_answers(victim: Victim, form: str, path: Path) -> None:
 def job(choices: Choices, form: str, budget: float, seed: int, outputs: Path | None) -> Job:
     """Returns the run of a thief: of a file of answers, or of labels where `outputs` is None."""
     experiment = "scratch" if outputs is None else "distilled"
-    said = [f"experiment=compare/{experiment}", f"data={choices.dataset}", f"seed={seed}", f"runs={choices.runs}"]
+    said = [
+        f"experiment=compare/{experiment}",
+        f"data={choices.dataset}",
+        f"seed={seed}",
+        f"runs={literal(choices.runs)}",
+    ]
     said += ["logger=none", "data.per_class=null", f"data.fraction={budget}", f"data.subset_seed={DRAWN + seed}"]
     if outputs is None:
         said.append("teacher=null")
     else:
-        said += [f"teacher.outputs={outputs}", "method.hard=0", "method.soft=1", "method.temperature=1"]
+        said += [f"teacher.outputs={literal(str(outputs))}", "method.hard=0", "method.soft=1", "method.temperature=1"]
     name = f"copy-of-{form.replace(' ', '-')}"
     return Job(name, str(budget), seed, (*said, *choices.overrides), choices.runs)
 

@@ -23,6 +23,7 @@ from litdistill.evaluation.predictions import predict_split
 from litdistill.evaluation.privacy import Membership, likelihood_ratio, log_odds, losses, membership
 from litdistill.export.outputs import training_ids
 from litdistill.features.outputs import run_network
+from litdistill.utils.command_line import literal
 
 TEACHER, PLAIN, DISTILLED = "teacher", "student alone", "distilled student"
 KINDS = {  # by name: the experiment and its own overrides
@@ -56,9 +57,14 @@ class Scores(NamedTuple):
 def job(choices: Choices, kind: str, half: int, teacher: Path | None = None) -> Job:
     """Returns the run of a kind on a half of the samples; of a student that is distilled, with the folder of its teacher."""
     experiment, own = KINDS[kind]
-    said = [f"experiment=compare/{experiment}", f"data={choices.dataset}", f"seed={half}", f"runs={choices.runs}"]
+    said = [
+        f"experiment=compare/{experiment}",
+        f"data={choices.dataset}",
+        f"seed={half}",
+        f"runs={literal(choices.runs)}",
+    ]
     said += ["logger=none", "data.per_class=null", "data.fraction=0.5", f"data.subset_seed={half}", *own]
-    said += [] if teacher is None else [f"teacher.checkpoint={teacher}"]
+    said += [] if teacher is None else [f"teacher.checkpoint={literal(str(teacher))}"]
     return Job(kind.replace(" ", "-"), "", half, (*said, *choices.overrides), choices.runs)
 
 

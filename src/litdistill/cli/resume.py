@@ -19,7 +19,7 @@ from litdistill.config.origin import (
     save_record,
     start_record,
 )
-from litdistill.utils.command_line import config_dir_of, split_flags
+from litdistill.utils.command_line import config_dir_of, literal, split_flags
 from litdistill.utils.errors import UserError
 from litdistill.utils.text import printable
 
@@ -63,7 +63,7 @@ def resumed(arguments: list[str], config_name: str = "train") -> list[str]:
     if read_record(file):  # Hydra rewrites the record: a kill during that must not lose it
         with contextlib.suppress(FileNotFoundError):  # another rank or worker has moved it already
             os.replace(file, backup)
-    return [*flags, *overrides, f"hydra.{'sweep' if sweep else 'run'}.dir={folder}"]
+    return [*flags, *overrides, f"hydra.{'sweep' if sweep else 'run'}.dir={literal(str(folder))}"]
 
 
 def _newest(overrides: list[str], sweep: bool, config_name: str) -> Path | None:

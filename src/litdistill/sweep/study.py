@@ -32,7 +32,7 @@ from litdistill.config.recipes import recipe_hash
 from litdistill.tasks import Task
 from litdistill.training.monitors import monitored
 from litdistill.training.pack import Member
-from litdistill.utils.command_line import command_argv, config_dir_flags
+from litdistill.utils.command_line import command_argv, config_dir_flags, literal
 from litdistill.utils.distributed import launched
 from litdistill.utils.errors import Stopped, UserError
 from litdistill.utils.logging import format_seconds
@@ -110,7 +110,7 @@ def helpers(count: int, overrides: Sequence[str], folder: Path) -> Iterator[list
     threads = max(1, torch.get_num_threads() // (count + 1))
     torch.set_num_threads(threads)
     # The folder has the config already
-    own = ["sweep.workers=1", f"hydra.run.dir={folder}", "hydra.output_subdir=null"]
+    own = ["sweep.workers=1", f"hydra.run.dir={literal(str(folder))}", "hydra.output_subdir=null"]
     command = [sys.executable, *command_argv("sweep"), *config_dir_flags(), *overrides, *own]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     others = [subprocess.Popen(command, env=environment) for _ in range(count)]
