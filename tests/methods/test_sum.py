@@ -17,6 +17,7 @@ from litdistill.methods.ft import FT
 from litdistill.methods.kd import KD
 from litdistill.methods.logit_mse import LogitMSE
 from litdistill.methods.mutual import Mutual
+from litdistill.methods.shuffled import Shuffled
 from litdistill.methods.sp import SP
 from litdistill.methods.sum import Sum
 from litdistill.types import Taps
@@ -177,3 +178,10 @@ def test_sum_config_trains_its_projectors_and_loads_again():
     sum(terms.values()).backward()
     assert all(p.grad is not None for p in method.parameters())
     states[1][0].load_state_dict(method.state_dict())
+
+
+def test_what_several_methods_watch_under_one_name_is_told_apart_by_their_keys():
+    both = Sum({"a": KD(hard=0, learnt=1, temperature=2.0), "b": KD(learnt=1, temperature=3.0)}).watched()
+    assert {name: round(value.item(), 3) for name, value in both.items()} == {"a_temperature": 2, "b_temperature": 3}
+    assert list(Sum({"kd": KD(learnt=1), "sp": SP(hard=0)}).watched()) == ["temperature"]
+    assert list(Shuffled(KD(learnt=1)).watched()) == ["temperature"]

@@ -46,6 +46,9 @@ class Shuffled(Method):
     def prepare(self, student: nn.Module, teacher: Any, example: Any) -> nn.Module:
         return self.method.prepare(student, teacher, example)
 
+    def watched(self) -> dict[str, Tensor]:
+        return self.method.watched()
+
     def own_weights(self) -> set[str]:
         return self.method.own_weights()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -76,7 +77,14 @@ class Sum(Method):
         return next((loss for loss in found if loss is not None), None)
 
     def watched(self) -> dict[str, Tensor]:
-        return {name: value for part in self.parts().values() for name, value in part.watched().items()}
+        """Returns those of the methods: a name that several have starts with the method's key, as a term's does."""
+        each = {key: part.watched() for key, part in self.parts().items()}
+        count = Counter(name for own in each.values() for name in own)
+        return {
+            name if count[name] == 1 else f"{key}_{name}": value
+            for key, own in each.items()
+            for name, value in own.items()
+        }
 
     def taps(self) -> Taps:
         """Returns the union of the methods' taps, as names of submodules."""
