@@ -21,7 +21,7 @@ from omegaconf import DictConfig
 from litdistill.benchmarks.compare import Job, run_all
 from litdistill.benchmarks.tables import interval, read_options, run_script
 from litdistill.report.plots import COLORS, LINES, MARKERS
-from litdistill.tasks.figures import new_figure
+from litdistill.tasks.figures import new_figure, save_figure
 from litdistill.utils.checkpoint import write_text
 from litdistill.utils.command_line import literal
 from litdistill.utils.errors import UserError
@@ -316,8 +316,7 @@ def draw(kept: Mapping[str, Mapping[str, Any]], path: Path) -> None:
         axes.set_axis_off()
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, fontsize=9, frameon=False, loc="outside lower center", ncols=columns)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path, dpi=150)
 
 
 def main() -> None:

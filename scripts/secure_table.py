@@ -41,7 +41,7 @@ from litdistill.report.plots import COLORS, MARKERS
 from litdistill.report.plots import TEACHER as LOOK
 from litdistill.report.security import FILE, SECTIONS, TEACHER
 from litdistill.tasks import Classification
-from litdistill.tasks.figures import new_figure
+from litdistill.tasks.figures import new_figure, save_figure
 from litdistill.training.distill import distill
 from litdistill.types import Batch, Outputs
 from litdistill.utils.checkpoint import write_text
@@ -287,8 +287,7 @@ def draw(found: Mapping[str, Mapping[str, Kept]], path: Path) -> None:
         axes.set_title(f"{PANELS[part]}, {one['dataset']}", fontsize=11, loc="left")
         axes.grid(alpha=0.3)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, fontsize=9, frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path, dpi=150)
 
 
 def main() -> None:

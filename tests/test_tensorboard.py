@@ -7,7 +7,14 @@ import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from litdistill.tasks.base import Samples
-from litdistill.tasks.figures import any_names, classification_figures, confusion_matrices, shorter
+from litdistill.tasks.figures import (
+    any_names,
+    classification_figures,
+    confusion_matrices,
+    new_figure,
+    save_figure,
+    shorter,
+)
 from litdistill.types import Outputs
 from litdistill.utils import run_names
 from litdistill.utils.tags import tag
@@ -131,3 +138,20 @@ def test_names_are_shortened_in_the_middle():
     assert shorter("short") == "short"
     assert shorter("Tropical Disease (Rust)") == "Tropical Dis…Rust)"
     assert len(shorter("x" * 300)) == 18
+
+
+def test_a_figure_that_is_not_drawn_to_its_end_leaves_the_file_before(tmp_path):
+    class Broken:
+        def savefig(self, path, **_):
+            path.write_bytes(b"a part")
+            raise ValueError("broken")
+
+    kept = tmp_path / "a.png"
+    kept.write_bytes(b"whole")
+    with pytest.raises(ValueError, match="broken"):
+        save_figure(Broken(), kept)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"whole"]
+    save_figure(new_figure(1, 1), kept)
+    save_figure(new_figure(1, 1), tmp_path / "new" / "a.svg")
+    assert kept.read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (tmp_path / "new" / "a.svg").read_text()

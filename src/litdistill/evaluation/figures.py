@@ -22,7 +22,7 @@ from litdistill.models.ensemble import Ensemble
 from litdistill.models.log_mel import spectrogram_picture
 from litdistill.models.profile import weight_bytes
 from litdistill.tasks.base import Samples, Task
-from litdistill.tasks.figures import any_names
+from litdistill.tasks.figures import any_names, save_figure
 from litdistill.utils.errors import UserError
 from litdistill.utils.modality import SOUND, modality_of
 from litdistill.utils.tags import tag
@@ -136,7 +136,7 @@ class PngFiles:
     def add_figure(self, tag: str, figure: Any, step: int) -> None:
         """Writes a figure of matplotlib."""
         name = re.sub(r"\W+", "_", tag.rpartition("/")[2]).strip("_")
-        figure.savefig(self.folder / f"{name}.png", dpi=110, bbox_inches="tight")
+        save_figure(figure, self.folder / f"{name}.png", dpi=110, bbox_inches="tight")
 
 
 def picture(data: Any, inputs: Tensor | None) -> Tensor | None:

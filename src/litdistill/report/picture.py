@@ -46,11 +46,11 @@ def lines(found: Sequence[dict[str, Any]]) -> list[Line]:
 
 def picture(found: Sequence[dict[str, Any]], path: str | Path) -> None:
     """Writes the picture of these summaries as a PNG. Its description, a text in the file, is what it shows as JSON."""
+    from litdistill.tasks.figures import save_figure
+
     tables = by_data(found)
     shown = {data_title(runs): {line.label: line.text for line in lines(runs)} for runs in tables}
-    figure = draw(tables)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=200, metadata={"Description": json.dumps(shown)})
+    save_figure(draw(tables), path, dpi=200, metadata={"Description": json.dumps(shown)})
 
 
 def draw(tables: Sequence[Sequence[dict[str, Any]]]) -> Figure:

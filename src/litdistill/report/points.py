@@ -91,7 +91,7 @@ def main_picture(planes: Sequence[tuple[str, Plane]], ylabel: str, path: Path) -
 
     The file's description holds the mean of each row as JSON.
     """
-    from litdistill.tasks.figures import new_figure
+    from litdistill.tasks.figures import new_figure, save_figure
 
     looks = planes[0][1].looks
     columns = 2 if max(len(look.name) for look in looks) <= 26 else 1
@@ -111,9 +111,8 @@ def main_picture(planes: Sequence[tuple[str, Plane]], ylabel: str, path: Path) -
         figure.draw_without_rendering()
         for axes, (_, plane) in zip(panels, planes, strict=True):
             place_labels(axes, plane)
-        path.parent.mkdir(parents=True, exist_ok=True)
         shown = {look.name: f"{mean:.2f}" for look, mean in zip(looks, planes[0][1].means, strict=True)}
-        figure.savefig(path, dpi=180, metadata={"Description": json.dumps(shown)})
+        save_figure(figure, path, dpi=180, metadata={"Description": json.dumps(shown)})
 
 
 def draw_points(axes: Axes, plane: Plane, xlabel: str, ylabel: str) -> None:

@@ -8,13 +8,15 @@ import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from litdistill.tasks import metrics
 from litdistill.tasks.base import Samples
+from litdistill.utils.checkpoint import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -79,6 +81,12 @@ def new_figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained", dpi=110)
     FigureCanvasAgg(figure)
     return figure
+
+
+def save_figure(figure: Figure, path: str | Path, **options: Any) -> None:
+    """Writes a figure, as a PNG or what the file's ending says; readers never see a part. `options`: those of `savefig`."""
+    form = Path(path).suffix[1:] or "png"
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format=form, **options))
 
 
 def draw_input(axes: Axes, given: Tensor | None, words: str | None) -> None:
