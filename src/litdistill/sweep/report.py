@@ -22,6 +22,7 @@ from litdistill.utils.command_line import command_argv, command_text
 from litdistill.utils.text import markdown_table
 
 log = logging.getLogger(__name__)
+SHOWN = 20  # trials on the console
 
 
 def write_report(
@@ -34,20 +35,13 @@ def write_report(
         show(study, best, folder, names, seeds)
 
 
-def show(
-    study: optuna.Study,
-    best: FrozenTrial,
-    folder: Path,
-    names: Sequence[str],
-    seeds: Sequence[int],
-    rows_shown: int = 20,
-) -> None:
+def show(study: optuna.Study, best: FrozenTrial, folder: Path, names: Sequence[str], seeds: Sequence[int]) -> None:
     """Prints the end of a sweep: the table of its best trials, the best value, and the command that reruns it."""
     params, console = list(dict.fromkeys(key for t in study.get_trials(deepcopy=False) for key in t.params)), Console()
     console = console if console.is_terminal else Console(width=160)
     trials = ranked(study)
     head = ["trial", *names, *params, "state"]
-    records = [dict(zip(head, row(t, names, params), strict=False)) for t in trials[:rows_shown]]
+    records = [dict(zip(head, row(t, names, params), strict=False)) for t in trials[:SHOWN]]
     narrow = terminal_table(records)
     for column in reversed(params):  # of a narrow terminal, as sweep.md has all
         if console.measure(narrow, options=console.options.update(width=10_000)).maximum <= console.width:

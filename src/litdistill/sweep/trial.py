@@ -39,6 +39,7 @@ OBJECTIVES = {
     "fit_s": ("time", "fit_s"),
     "latency_ms": None,  # measured here
 }
+WARMUP, REPEATS = 5, 50  # forwards of which the latency is the median, after those that are not counted
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ def objective(name: str, folder: Path) -> float:
 
 
 @torch.inference_mode()
-def latency_ms(folder: Path, repeats: int = 50) -> float:
+def latency_ms(folder: Path) -> float:
     """Returns the median latency of a finished run's student for one sample on the CPU, in milliseconds."""
     data, distiller = rebuild(folder)
     if data.input_shape is None:
@@ -143,11 +144,11 @@ def latency_ms(folder: Path, repeats: int = 50) -> float:
         torch.zeros(1, *data.input_shape, dtype=input_dtype(data)),
         [],
     )
-    for _ in range(repeats + 5):
+    for _ in range(WARMUP + REPEATS):
         start = time.perf_counter()
         net(image)
         times.append(time.perf_counter() - start)
-    return 1000 * statistics.median(times[5:])
+    return 1000 * statistics.median(times[WARMUP:])
 
 
 class OptunaPruningCallback(Callback):
