@@ -64,16 +64,11 @@ def test_a_batch_of_chains_is_each_image_by_itself():
 
 def test_the_masked_form_for_accelerators_is_the_same(monkeypatch):
     """Forced on the CPU, where the branch that selects rows is the rule."""
-    from litdistill.data import randaugment
-
     augment, images = RandAugment(2, 12), pictures(64, 3, 16, 16)
     code = augment.draw(aug.random_bits(0, 0, torch.arange(64), 1))
     expected = augment.apply(images, code)
 
-    def masked(hit, change, images, which):
-        return torch.where(hit[:, None, None, None], change(images, which * hit), images)
-
-    monkeypatch.setattr(randaugment, "_change_where", masked)
+    monkeypatch.setattr(aug, "PER_IMAGE", ())
     assert torch.equal(augment.apply(images, code), expected)
 
 

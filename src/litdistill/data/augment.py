@@ -23,7 +23,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -338,3 +338,17 @@ def _pixels(steps: tuple[Any, ...], code: Tensor, c: int, h: int, w: int) -> Ten
     cols = torch.where(cols == w, OUTSIDE, cols)[:, :w].int()
     channels = torch.arange(0, c * h * w, h * w, device=code.device, dtype=torch.int32)
     return (rows[:, :, None] + (cols[:, :, None] + channels).flatten(1)[:, None]).flatten(1)
+
+
+def change_where(hit: Tensor, change: Callable[[Tensor, Tensor], Tensor], images: Tensor, which: Tensor) -> Tensor:
+    """Applies `change` to the images where `hit` (N,) is true, by the rows of `which` (N,); `images` may be changed.
+
+    On a CPU only these images are computed. On other devices their number would need a synchronization, which costs more
+    than computing the whole batch and selecting.
+    """
+    if images.device.type not in PER_IMAGE:
+        return torch.where(hit[:, None, None, None], change(images, which * hit), images)
+    rows = hit.nonzero().squeeze(1)
+    if len(rows):
+        images.index_copy_(0, rows, change(images.index_select(0, rows), which.index_select(0, rows)))
+    return images

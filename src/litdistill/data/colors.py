@@ -70,25 +70,15 @@ class ColorJitter:
 
     def _apply(self, images: Tensor, code: Tensor) -> Tensor:
         factors, order = self.factors(code), self.order(code)
+        images = images.clone(memory_format=torch.contiguous_format)
         for place in range(len(self.ranges)):
             for step, name in enumerate(self.ranges):
-                images = _change_where(images, order[:, place] == step, name, factors[name])
+                change = functools.partial(_adjust, name)
+                images = aug.change_where(order[:, place] == step, change, images, factors[name])
         return images
 
 
-def _change_where(images: Tensor, hit: Tensor, name: str, factor: Tensor) -> Tensor:
-    """Changes the images where `hit` (N,) is true; see `randaugment._change_where`."""
-    if images.device.type not in aug.PER_IMAGE:
-        return torch.where(hit[:, None, None, None], _adjust(images, name, factor), images)
-    rows = hit.nonzero().squeeze(1)
-    if len(rows) == 0:
-        return images
-    if len(rows) == len(images):
-        return _adjust(images, name, factor)
-    return images.index_copy(0, rows, _adjust(images.index_select(0, rows), name, factor.index_select(0, rows)))
-
-
-def _adjust(images: Tensor, name: str, factor: Tensor) -> Tensor:
+def _adjust(name: str, images: Tensor, factor: Tensor) -> Tensor:
     """Returns what torchvision's `adjust_<name>` makes of each image (N, C, H, W) uint8 by its factor (N,)."""
     factor, color = factor[:, None, None, None], images.shape[1] == 3
     if name == "brightness":

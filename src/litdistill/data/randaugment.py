@@ -69,7 +69,7 @@ class RandAugment:
         def change_range(first: str, last: str, change: Callable[[Tensor, Tensor], Tensor]) -> None:
             nonlocal images
             i, j = CHOICES.index(first), CHOICES.index(last)
-            images = _change_where((choice >= i) & (choice <= j), change, images, choice - i)
+            images = aug.change_where((choice >= i) & (choice <= j), change, images, choice - i)
 
         change_range("shear_x+", "rotate-", lambda x, which: _move(x, _move_table(scale, h, w, device), which))
         change_range("brightness+", "solarize", lambda x, which: _map_levels(x, _level_table(scale, device), which))
@@ -95,20 +95,6 @@ def _strength(most: float, scale: tuple[int, int], least: float = 0.0) -> float:
     """Returns the strength of an operation at (magnitude, bins), bit-identical to torchvision's."""
     magnitude, bins = scale
     return float(torch.linspace(least, most, bins)[magnitude])
-
-
-def _change_where(hit: Tensor, change: Callable[[Tensor, Tensor], Tensor], images: Tensor, which: Tensor) -> Tensor:
-    """Applies `change` to the images where `hit` (N,) is true.
-
-    On a CPU only these images are computed. On other devices their number would need a synchronization, which costs more
-    than computing the whole batch and selecting.
-    """
-    if images.device.type not in aug.PER_IMAGE:
-        return torch.where(hit[:, None, None, None], change(images, which * hit), images)
-    rows = hit.nonzero().squeeze(1)
-    if len(rows):
-        images.index_copy_(0, rows, change(images.index_select(0, rows), which.index_select(0, rows)))
-    return images
 
 
 def _move(images: Tensor, table: Tensor, which: Tensor) -> Tensor:
