@@ -20,7 +20,7 @@ from litdistill.models.preprocess import Preprocess, Preprocessed, bare, preproc
 from litdistill.models.timm import created, library
 from litdistill.models.torchvision import entry_of, torchvision_classifier
 from litdistill.tasks.detection.detector import pad_to
-from litdistill.tasks.detection.fcos import GROUPS, Pyramid, fcos
+from litdistill.tasks.detection.fcos import Pyramid, check_widths, fcos
 from litdistill.utils.errors import UserError
 
 LEAST = 4  # the smallest stride of a map of the pyramid
@@ -48,10 +48,7 @@ def fcos_on(
 
     Raises `UserError` for a backbone of which no stages are found, and for options that make no network.
     """
-    if fpn < GROUPS or fpn % GROUPS:
-        raise UserError(f"fpn={fpn}: the head normalizes its channels in {GROUPS} groups; give a multiple of {GROUPS}.")
-    if convs < 1 or levels < 1:
-        raise UserError(f"convs={convs} and levels={levels} must be 1 or more.")
+    check_widths(fpn, convs=convs, levels=levels)
     net, preprocess, name = named(backbone, input_shape, weights, fetch)
     shape = tuple(input_shape) if preprocess is None else preprocess.input_shape(input_shape)
     body, channels, strides = body_of(bare(net), shape, levels, name)

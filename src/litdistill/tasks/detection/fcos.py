@@ -134,14 +134,20 @@ def fcos(
     return Detector(model)
 
 
+def check_widths(fpn: int, **counts: int) -> None:
+    """Raises `UserError` for a number of channels that the head cannot normalize, and for `counts` below 1."""
+    if fpn < GROUPS or fpn % GROUPS:
+        raise UserError(f"fpn={fpn}: the head normalizes its channels in {GROUPS} groups; give a multiple of {GROUPS}.")
+    for name, count in counts.items():
+        if count < 1:
+            raise UserError(f"{name}={count} must be 1 or more.")
+
+
 def check_options(
     width: int, depth: int, fpn: int, convs: int, strides: Sequence[int], sizes: Sequence[int], bins: int | None
 ) -> None:
     """Raises `UserError` for options of `fcos_slim` that make no network."""
-    if fpn < GROUPS or fpn % GROUPS:
-        raise UserError(f"fpn={fpn}: the head normalizes its channels in {GROUPS} groups; give a multiple of {GROUPS}.")
-    if min(width, depth, convs) < 1:
-        raise UserError(f"width={width}, depth={depth} and convs={convs} must be 1 or more.")
+    check_widths(fpn, width=width, depth=depth, convs=convs)
     if bins is not None and (type(bins) is not int or bins < 1):
         raise UserError(
             f"bins={bins}: give null for plain distances, or the largest distance of a side in sizes: 8 or 16."
