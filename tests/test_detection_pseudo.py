@@ -39,7 +39,7 @@ PICTURES = Batch(torch.zeros(3, 3, 32, 40), None, torch.arange(3))
 
 
 def batch() -> Batch:
-    """Three pictures: one with two boxes, one without labels, one that is labeled as empty."""
+    """Three pictures: one with two boxes, one without labels, one that is labelled as empty."""
     targets = padded([torch.tensor([[1, 1, 9, 9, 0, 0], [4, 4, 20, 20, 2, 0]]), torch.zeros(0, 6), torch.zeros(0, 6)])
     targets[1] = NAN
     return PICTURES._replace(targets=targets)
@@ -58,7 +58,7 @@ def test_pictures_without_labels_get_the_detections_above_the_threshold():
         [[*A, 1, 0], [*FAR, 2, 0], [*FAR, 0, 0]]
     )  # B is a duplicate of A; of class 0 all but one are faint
     torch.testing.assert_close(rows, expected)
-    # What has labels keeps them, with room for more rows; a labeled picture without objects is no picture without labels.
+    # What has labels keeps them, with room for more rows; a labelled picture without objects is no picture without labels.
     assert torch.equal(got.targets[0, :2], given.targets[0])
     assert present(got.targets).sum(1).tolist() == [2, 3, 0]
     assert torch.equal(

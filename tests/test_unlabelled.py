@@ -39,7 +39,7 @@ def root(tmp_path_factory):
             picture(top / "labeled" / name / f"{i}.png")
     for i in range(7):
         picture((top / "more").joinpath(*["a"] * (i % 3), f"{i}.png"))
-    shutil.copy(top / "labeled" / "cat" / "0.png", top / "more" / "copy of a labeled one.png")
+    shutil.copy(top / "labeled" / "cat" / "0.png", top / "more" / "copy of a labelled one.png")
     shutil.copy(top / "more" / "0.png", top / "more" / "a" / "copy.png")
     (top / "more" / "notes.txt").write_text("no image")
     return top
@@ -91,7 +91,7 @@ def test_images_of_any_folder_follow_those_with_labels(root, resident):
 def test_a_data_set_of_fixed_size_takes_them_too(root):
     data = ImageData("digits", unlabelled=root / "more", classes=[0, 7])
     data.setup()
-    assert data.source.unlabelled == 8  # a copy of a labeled one is none here
+    assert data.source.unlabelled == 8  # a copy of a labelled one is none here
     assert data.get_batch("train", data.train_ids[-8:]).inputs.shape == (8, 1, 8, 8)
     assert data.train_targets[-8:].tolist() == [-1] * 8
     assert set(data.train_targets[data.train_ids].tolist()) == {0, 1, -1}

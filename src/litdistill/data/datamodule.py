@@ -43,7 +43,7 @@ class ImageData(LightningDataModule):
         classes: use these classes only, by number or by name, renumbered from 0 in this order.
         unlabelled: a folder of images without labels, at any depth: after those with labels they are trained on too, with a
             target of -1. The labels' loss leaves them out, and only a teacher says what they are. Validation and test are of
-            labeled images.
+            labelled images.
         labelled: whether images with labels are trained on; False: those without alone.
         labels: a CSV, TSV or Parquet file of the labels of a folder's files (`litdistill.data.labels`): one class, several
             labels of 0 and 1, or numbers each. target: its columns of labels; null: all others. task: classification,

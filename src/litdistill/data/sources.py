@@ -46,7 +46,7 @@ DIGITS = tuple("0123456789")
 
 
 class Split(NamedTuple):
-    """N labeled images."""
+    """N labelled images."""
 
     images: Tensor | Encoded  # (N, C, H, W) uint8
     targets: Tensor  # (N,) int64; (N, outputs) float32 for labels of 0 and 1, or numbers
@@ -58,7 +58,7 @@ class Source(NamedTuple):
     train: Split
     test: Split
     classes: tuple[str, ...]  # names of classes, in order of index; of labels, or of values
-    validation: int = 0  # how many of the last labeled training images the user set aside to validate on; 0: none
+    validation: int = 0  # how many of the last labelled training images the user set aside to validate on; 0: none
     unlabelled: int = 0  # how many of the last training images have no label: their targets are -1, or NaN
     names: Mapping[str, tuple[str, ...]] = {}  # of the image files, by "train" and "test"; empty where there are none
     task: str = "classification"  # or multilabel, or regression
@@ -182,7 +182,7 @@ def _scaled(source: Source, scaled: bool) -> Source:
 
 
 def _with_unlabelled(source: Source, folder: str | Path | None, known: Sequence[ImageFile] = ()) -> Source:
-    """Appends the images of a folder to the training split; `known`: labeled images, whose copies are left out."""
+    """Appends the images of a folder to the training split; `known`: labelled images, whose copies are left out."""
     if folder is None:
         return source
     images, targets = source.train

@@ -172,7 +172,7 @@ def check_trained(distiller: Distiller, batch: Batch | None) -> None:
         what = "classifier" if distiller.task.reads_labels else "last layer"
         raise UserError(
             f"{type(distiller.method).__name__} reads features and trains no {what} ({', '.join(layers[:3])}), and no image "
-            "has a label that is read: use method=kd, add it (method=kd_at), or train on labeled images too."
+            "has a label that is read: use method=kd, add it (method=kd_at), or train on labelled images too."
         )
 
 
@@ -199,7 +199,7 @@ def check_labels(method: Method, labels: str) -> None:
         what = "needs the labels' loss" if method.needs_hard else "has no teacher to learn from"
         raise UserError(
             f"{type(method).__name__} {what}, and no image has a label (data.labelled=false): use method=kd with a teacher, or "
-            "train on the labeled images too."
+            "train on the labelled images too."
         )
 
 

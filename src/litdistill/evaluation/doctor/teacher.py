@@ -215,7 +215,7 @@ def listed(each: Sequence[str]) -> str:
 
 
 def _seen(case: Case) -> list[Batch]:
-    """Returns minibatches of labeled samples as the student saw them in its first epoch, as many as are looked at."""
+    """Returns minibatches of labelled samples as the student saw them in its first epoch, as many as are looked at."""
     found: list[Batch] = []
     for raw in minibatches(case.data, torch.device(case.device)):
         batch = case.task.batch(raw)

@@ -2,9 +2,9 @@
 
     litdistill data=digit_scenes data.labels=250 method=pseudo_boxes
 
-The oldest way to learn from unlabeled pictures: a teacher's detections above a threshold are taken as boxes of the training set
-(STAC, Sohn et al. 2020, arXiv 2005.04757, section 3, without its strong augmentation; its threshold is 0.9 for a Faster R-CNN).
-The labels' loss does the rest, so that any kind of teacher will do, also a two-stage detector.
+The oldest way to learn from unlabelled pictures: a teacher's detections above a threshold are taken as boxes of the training
+set (STAC, Sohn et al. 2020, arXiv 2005.04757, section 3, without its strong augmentation; its threshold is 0.9 for a Faster
+R-CNN). The labels' loss does the rest, so that any kind of teacher will do, also a two-stage detector.
 """
 
 from __future__ import annotations
