@@ -150,4 +150,6 @@ def test_runs_of_other_data_have_its_setting_and_its_files(script: ModuleType) -
     choices = OmegaConf.create(script.DEFAULTS | {"dataset": "cifar10", "root": "/data", "seeds": 2, "methods": ["sp"]})
     todo = script.jobs(choices)
     assert len(todo) == 2 * (1 + 1)
-    assert all({"data=cifar10", "data.root=/data", "data.per_class=50"} <= set(job.overrides) for job in todo.values())
+    assert all(
+        {"data=cifar10", "data.root='/data'", "data.per_class=50"} <= set(job.overrides) for job in todo.values()
+    )

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from litdistill.benchmarks.published_tables import TABLES, Published, Table, cells, published, register
@@ -65,8 +66,10 @@ def _started_as(folder: Path) -> tuple[str, list[str]]:
 
 def _by_teacher(override: str) -> str:
     """Returns an override; of one that names the run of a teacher, the last word of that run's experiment instead."""
-    key, _, value = override.partition("=")
-    return f"teacher={_started_as(Path(value))[0].rpartition('/')[2]}" if key == "teacher.checkpoint" else override
+    parsed = OverridesParser.create().parse_override(override)
+    if parsed.key_or_group != "teacher.checkpoint":
+        return override
+    return f"teacher={_started_as(Path(str(parsed.value())))[0].rpartition('/')[2]}"
 
 
 def _is_said_by(plain: DictConfig, override: str, cfg: DictConfig) -> bool:
