@@ -124,6 +124,14 @@ def test_links_are_followed_and_no_file_is_counted_twice(tmp_path):
     assert skipped["links to what is read already"] == 3  # a.png, the circle, and deep/ a second time
 
 
+@pytest.mark.parametrize("target", [".", ".."])
+def test_a_link_to_the_folder_that_it_lies_in_is_no_class(tmp_path, caplog, target):
+    paint(tmp_path / "data", {"a": 5, "b": 5})
+    (tmp_path / "data" / "loop").symlink_to(target, target_is_directory=True)
+    assert read_splits(tmp_path / "data").classes == ("a", "b")
+    assert "1 file is skipped: 1 links to the folder that they lie in." in caplog.messages
+
+
 def test_reasons_beyond_eight_are_summed_up():
     skipped = listing.Counter({f".k{i}": 20 - i for i in range(10)} | {"none": 0})
     assert describe_skipped(skipped).endswith(".k7, 23 of 2 other kinds")
