@@ -121,6 +121,14 @@ def test_a_typo_is_answered_with_the_nearest_names(argument, words, monkeypatch,
     assert "To append to your config" not in shown  # a key that nothing reads
 
 
+def test_flags_that_exclude_each_other_are_refused_in_a_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py", "-m", "seed=0,1", "--cfg", "job"])
+    with pytest.raises(SystemExit) as ended:
+        run_task(lambda cfg: pytest.fail("the config was accepted"), "train")
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.strip().startswith("Only one of --run, --multirun, --cfg")
+
+
 def test_a_typo_is_compared_with_the_options_of_what_is_chosen():
     found = suggestions(["data=texts", "data.tokenzier=bpe", "net@student=text_cnn", "student.kernel=[3]"], "train")
     assert "data.tokenzier: did you mean data.tokenizer?" in found

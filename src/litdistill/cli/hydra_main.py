@@ -199,11 +199,17 @@ def _exit_or_raise(error: Exception, arguments: list[str], config_name: str) -> 
     if isinstance(error, OSError) and error.errno in UNWRITABLE and not full:
         _exit(f"Nothing can be written: {error}. Free some space, or choose another folder with runs=…", 2)
     root = _cause(error)
-    if full or not isinstance(root, (UserError, HydraException, OmegaConfBaseException)):
+    if full or not (isinstance(root, (UserError, HydraException, OmegaConfBaseException)) or _of_flags(root)):
         raise error
     # A composition error concerns a key or an option; a UserError names its own remedy.
     near = "" if isinstance(root, UserError) else suggestions(arguments, config_name)
     _exit(f"{_first_lines(root)}{near}", 2)
+
+
+def _of_flags(error: BaseException) -> bool:
+    """Returns whether Hydra itself refuses what it was called with, as two of its flags that exclude each other."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return isinstance(error, ValueError) and Path(frames[-1].filename).is_relative_to(Path(hydra.__file__).parent)
 
 
 @contextlib.contextmanager

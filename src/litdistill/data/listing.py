@@ -142,7 +142,9 @@ def class_folders(folder: Path, kind: Kind = IMAGES) -> tuple[list[Path], Counte
     for entry in entries:
         path = Path(entry.path)
         if entry.is_symlink() and Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(path)):
-            skipped["links to the folder that they lie in"] += 1  # or to one above, which would be a class of all classes
+            skipped["links to the folder that they lie in"] += (
+                1  # or to one above, which would be a class of all classes
+            )
         elif entry.is_dir():
             if not (why := _hidden(entry.name)):
                 kept.append(path)
