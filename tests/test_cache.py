@@ -142,7 +142,7 @@ def test_a_cache_that_does_not_pay_is_not_used_and_says_so(tmp_path, caplog):
     assert distiller.cache is not None
     *_, distiller = run(tmp_path, auto, [Crop(4), Flip()], epochs=1)  # and so one did
     assert distiller.cache.computed == 0
-    *_, distiller = run(tmp_path, auto._replace(gb=1e-5), epochs=4)
+    *_, distiller = run(tmp_path, auto._replace(gb=1e-6), epochs=4)
     assert distiller.cache is None
     assert "teacher.cache.gb" in caplog.text
     with pytest.raises(UserError, match=r"teacher\.cache\.mode=fast"):

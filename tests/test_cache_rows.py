@@ -9,12 +9,11 @@ import textwrap
 import pytest
 import torch
 
-from litdistill.distillation.row_store import RowStore, fingerprint
-from litdistill.distillation.teacher_cache import (
-    CacheOptions,
-    TeacherCache,
-    make_room,
-)
+from litdistill.data.augment import Crop
+from litdistill.distillation.cache_room import allocated, make_room
+from litdistill.distillation.row_store import RowStore, fingerprint, runs_of
+from litdistill.distillation.teacher_cache import CacheOptions, TeacherCache
+from litdistill.types import Batch
 from litdistill.utils.errors import UserError
 from tests.caches import CPU, digits, frozen, run
 
@@ -143,3 +142,44 @@ def test_outputs_beyond_half_precision_are_refused():
     store.put(torch.tensor([0]), torch.full((1, 3), 60000.0))
     with pytest.raises(UserError, match="float32"):
         store.put(torch.tensor([1]), torch.full((1, 3), 70000.0))
+
+
+@pytest.mark.parametrize("folder", [None, "caches"])
+def test_few_samples_take_the_room_of_few(tmp_path, folder):
+    data = digits(augment=[Crop(1)])
+    data.train_ids = torch.tensor([3, 500, 4, 900])
+    where = None if folder is None else tmp_path / folder
+    teacher = frozen(["layer1"])
+    cache = TeacherCache(teacher, data, CPU, where)
+    rows = 4 * 9
+    assert cache.bytes() == rows * (4 * (16 * 8 * 8 + 10) + 8)
+    ids, views = data.train_ids.repeat(9), torch.arange(9).repeat_interleave(4)
+    batch = Batch(data.get_batch("train", ids, views).inputs, None, ids, views=views)
+    for again in (False, True):
+        right, found = teacher(batch), cache.outputs(batch)
+        assert torch.allclose(found.heads["logits"], right.heads["logits"], atol=1e-5)
+        assert torch.allclose(found.features["layer1"], right.features["layer1"], atol=1e-5)
+        assert cache.computed == rows, again
+    cache.start_epoch()
+    assert cache.complete
+    if folder is None:
+        assert len(cache.store.valid) == rows
+    else:  # blocks have 4,096 bytes, and a row may touch one more on either side
+        [file] = where.glob("*/outputs.rows")
+        assert file.stat().st_size == cache.store.values.nbytes > 20 * allocated(file)
+        assert rows * 4 * (16 * 8 * 8 + 10) <= allocated(file) <= rows * (4 * (16 * 8 * 8 + 10) + 2 * 4096)
+
+
+def test_a_file_of_few_samples_serves_a_run_of_others_too(tmp_path):
+    data, teacher = digits(), frozen()
+    for ids in ([3, 500], [3, 900, 901], list(range(1000))):  # the last has rows for all
+        data.train_ids = torch.tensor(ids)
+        cache = TeacherCache(teacher, data, CPU, tmp_path)
+        batch = Batch(data.get_batch("train", data.train_ids).inputs, None, data.train_ids)
+        assert torch.allclose(cache.outputs(batch).heads["logits"], teacher(batch).heads["logits"], atol=1e-5)
+        assert cache.computed == {2: 2, 3: 2, 1000: 996}[len(ids)]
+
+
+def test_runs_of_rows_are_found():
+    assert runs_of(torch.tensor([2, 3, 4, 7, 9, 10])) == [(2, 5), (7, 8), (9, 11)]
+    assert runs_of(torch.tensor([5])) == [(5, 6)]

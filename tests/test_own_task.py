@@ -11,6 +11,7 @@ import pytest
 
 from litdistill.export.predict import main as predict
 from litdistill.utils.paths import CONF
+from tests.conftest import drawing
 from tests.forked import call
 
 PAGE = (CONF.parent / "docs" / "own_task.md").read_text()
@@ -50,7 +51,8 @@ def printed(study):
     """What its commands but the last print, one after the other."""
     for _, verb, *arguments in COMMANDS[:-1]:
         more = ["threads=1", "trainer=cpu"] if verb == "train" else []
-        status, said = call(verb, [*arguments, *more], study)
+        with drawing():  # its task has a picture of its own
+            status, said = call(verb, [*arguments, *more], study)
         assert status == 0, said
     return said
 

@@ -44,7 +44,8 @@ def check_network(net: object, role: str) -> None:
             f"The teacher was never run: its lazy module has no {lazy[0]} yet. Run it once on a batch, and load its weights."
         )
     try:
-        net.train(net.training)
+        with eval_mode(net):  # which gives each part its own mode again: frozen ones stay in eval mode
+            net.eval()
     except NotImplementedError as error:
         raise UserError(
             f"The {role} is a program of torch.export, which has no modes of training and evaluation: give the network that it "

@@ -16,7 +16,6 @@ import json
 import logging
 import math
 import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from litdistill.data.protocol import IndexedData, split_ids
+from litdistill.distillation.cache_room import prepare
 from litdistill.distillation.row_store import RowStore
 from litdistill.features.outputs import run_network
 from litdistill.models.parts import evaluating
@@ -39,6 +39,8 @@ from litdistill.utils.hashing import network_sha256, weights_sha256
 
 log = logging.getLogger(__name__)
 
+FEW = 8  # of a training set of so many times the samples that are trained on, a file holds the rows of these alone
+OUTSIDE = 2**62  # the place of a sample that is not trained on: no row
 SPOT_CHECK = 32  # rows of a file that are computed again before it is used
 # Their largest difference, relative to the largest value: kernels round differently at different batch sizes.
 TOLERANCE = 1e-3
@@ -87,13 +89,14 @@ class TeacherCache:
         self.folder = folder / cache_key(teacher, data, device, dtype, precision) if folder is not None else None
         self.computed = self.requested = 0
         self.complete = False  # whether all rows of the training samples are known to be valid
+        self._places: Tensor | None = None  # in memory: the place of each sample among the training samples
         self._shapes: tuple[dict[str, Shape], dict[str, Shape]] | None = None  # of heads, of features
 
     def outputs(self, batch: Batch) -> Outputs:
         """Returns the teacher's outputs for a batch of training samples, whose ids and views index the rows."""
         assert batch.ids is not None
         store = self.store
-        index = batch.ids if batch.views is None else batch.views * len(self.data.train_targets) + batch.ids
+        index = self._rows(batch.ids, batch.views)
         values, valid = store.get(index)
         self.requested += len(index)
         if not self.complete and not bool(valid.all()):
@@ -108,13 +111,25 @@ class TeacherCache:
     def start_epoch(self) -> None:
         """Notes whether all rows are known: then no batch waits for the device to say which are missing."""
         if not self.complete and self.requested >= len(self.data.train_ids):
-            views = self.store.valid.view(-1, len(self.data.train_targets))
-            self.complete = bool(views[:, self.data.train_ids.to(self.device)].all())
+            views = torch.arange(self.data.view_count(self.rounds), device=self.device)[:, None]
+            self.complete = bool(self.store.valid[self._rows(self.data.train_ids.to(self.device), views)].all())
 
     def bytes(self) -> int:
         """Returns the size in bytes of the complete cache of the training samples."""
         views = self.data.view_count(self.rounds)
-        return len(self.data.train_targets) * views * (self._width() * self.dtype.itemsize + 8)
+        samples = self.data.train_ids if self.folder is None or self._few else self.data.train_targets
+        return len(samples) * views * (self._width() * self.dtype.itemsize + 8)
+
+    @property
+    def _few(self) -> bool:
+        return FEW * len(self.data.train_ids) <= len(self.data.train_targets)
+
+    def _rows(self, ids: Tensor, views: Tensor | None) -> Tensor:
+        """Returns the rows of samples `ids` in `views`: on disk runs with other training samples share a file."""
+        count = len(self.data.train_targets)
+        if self._places is not None:
+            ids, count = self._places[ids], len(self.data.train_ids)
+        return ids if views is None else views * count + ids
 
     def _width(self) -> int:
         """Returns the number of values in a row, from one dry forward."""
@@ -149,21 +164,25 @@ class TeacherCache:
     @cached_property
     def store(self) -> RowStore:
         """Returns the rows of every training sample in every view, or unaugmented where the data has no augmentation."""
-        rows = len(self.data.train_targets) * self.data.view_count(self.rounds)
-        store = self._open(rows, self._width())
+        store = self._open(self.data.view_count(self.rounds), self._width())
         if self.folder is not None:
             self._spot_check(store)
         return store
 
-    def _open(self, rows: int, width: int) -> RowStore:
+    def _open(self, views: int, width: int) -> RowStore:
+        count, ids = len(self.data.train_targets), self.data.train_ids.cpu().sort().values
         if self.folder is not None:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                return RowStore(rows, width, self.dtype, self.device, self.folder / "outputs")
+                used = self._rows(ids, torch.arange(views)[:, None]).flatten() if self._few else None
+                return RowStore(count * views, width, self.dtype, self.device, self.folder / "outputs", used)
             except OSError as error:
                 log.warning("The teacher's cache is kept in memory: %s cannot be written: %s", self.folder, error)
                 self.folder = None
-        return RowStore(rows, width, self.dtype, self.device)
+        places = torch.full((count,), OUTSIDE)
+        places[ids] = torch.arange(len(ids))
+        self._places = places.to(self.device)
+        return RowStore(len(ids) * views, width, self.dtype, self.device)
 
     def _spot_check(self, store: RowStore) -> None:
         """Computes a few rows again, and clears the cache if they differ: the key then lacks something they depend on."""
@@ -366,32 +385,3 @@ def _arithmetic(device: torch.device) -> list[str]:
 
 def _key(facts: Sequence[Any]) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-
-
-def prepare(folder: Path, needed: int, limit: int) -> None:
-    """Creates the folder of a cache and makes room for it, or updates its time of use; one process at a time.
-
-    On an `OSError` nothing is raised: `TeacherCache` then stores rows in memory and logs a warning.
-    """
-    with contextlib.suppress(OSError):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.parent / ".room.lock"):
-            make_room(folder, needed, limit)
-            folder.mkdir(exist_ok=True)
-            os.utime(folder)
-
-
-def make_room(folder: Path, needed: int, limit: int) -> None:
-    """Removes the least recently used caches beside `folder` until all fit in `limit` bytes, with `needed` for `folder`.
-
-    `folder` itself is never removed. Processes that have a removed cache open can go on: a mapped file exists until unmapped.
-    """
-    caches = sorted((p for p in folder.parent.glob("*") if any(p.glob("*.rows"))), key=lambda p: p.stat().st_mtime)
-    sizes = {p: sum(f.stat().st_size for f in p.iterdir()) for p in caches}
-    total = sum(sizes.values()) + max(0, needed - sizes.pop(folder, 0))
-    for cache, size in sizes.items():
-        if total <= limit:
-            return
-        log.info("Removing %s to make room.", cache)
-        shutil.rmtree(cache, ignore_errors=True)
-        total -= size
