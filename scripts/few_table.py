@@ -203,8 +203,8 @@ All ways take as many steps, of as many images. On top come the teacher, trained
 once for each seed in as many steps. Learning rates, weights and temperature are those of `conf/experiment/compare`, which are
 for the digits; nothing was fitted to the other data sets, and a schedule for each could give more.
 
-{"".join(section(name, found) for name, found in kept.items())}{missing(kept)}This page is
-written by `python scripts/few_table.py` and not edited by hand.
+{"".join(section(name, found) for name, found in kept.items())}{missing(kept)}\
+This page is written by `python scripts/few_table.py` and not edited by hand.
 """
 
 
