@@ -183,3 +183,15 @@ def test_a_file_of_few_samples_serves_a_run_of_others_too(tmp_path):
 def test_runs_of_rows_are_found():
     assert runs_of(torch.tensor([2, 3, 4, 7, 9, 10])) == [(2, 5), (7, 8), (9, 11)]
     assert runs_of(torch.tensor([5])) == [(5, 6)]
+
+
+def test_blocks_that_are_there_are_not_allocated_again(tmp_path, monkeypatch):
+    calls, allocate = [], os.posix_fallocate
+    monkeypatch.setattr(os, "posix_fallocate", lambda *a: calls.append(a[1:]) or allocate(*a))
+    size = 4 * 2048
+    used = torch.tensor([1])
+    for given, new in ((used, 2), (used, 1), (None, 1), (None, 0), (used, 0)):  # the marks take one block
+        calls.clear()
+        RowStore(64, 2048, torch.float32, CPU, tmp_path / "a", given)
+        assert len(calls) == new
+    assert allocated(tmp_path / "a.rows") == 64 * size

@@ -15,6 +15,7 @@ from filelock import FileLock
 from torch import Tensor
 
 from litdistill.data.augment import GOLDEN, splitmix64
+from litdistill.distillation.cache_room import allocated
 from litdistill.utils.errors import UserError
 
 
@@ -106,7 +107,10 @@ def _mapped(
     with FileLock(path.with_name(path.name + ".lock")), open(file, "ab") as opened:
         if os.fstat(opened.fileno()).st_size < rows * row:  # a longer file is of a longer run, and can be used
             opened.truncate(rows * row)  # allocates nothing
-        if hasattr(os, "posix_fallocate"):  # macOS has none
+        there = (
+            allocated(file) >= rows * row
+        )  # to ask again costs a look at each block where the file system has no holes
+        if hasattr(os, "posix_fallocate") and not there:  # macOS has none
             for first, end in parts:
                 os.posix_fallocate(opened.fileno(), first * row, (end - first) * row)
     return torch.from_file(str(file), shared=True, size=count, dtype=dtype)
