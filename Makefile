@@ -2,6 +2,8 @@
 #                PICTURE=docs/digits.png draws the table's picture too
 # make compare   what distillation competes with, on one page; make compare DATA=mnist
 # make detect    an object detector: a teacher, the same student alone and distilled, a table and a page with pictures of boxes
+# make methods   every method on bundled digits, five seeds, and the time of a step: the table of docs/methods.md;
+#                make methods ONLY=kd,nkd measures these alone
 # make few       the same student of few labels: alone, fine-tuned, distilled, as curves; make few DATA=mnist
 # make gpu       what only a GPU can show, with tables: OUT=runs/gpu STAGES=equality,steps SECONDS=400; DEVICE=cpu is the dry form
 # make secure    students under attack, who betrays the training samples, and copies by a thief, on bundled digits: the tables and
@@ -18,7 +20,7 @@ SETUP := .venv/.ready
 # Lightning anew, which takes seconds.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: distill compare few detect secure docs test test-processes gpu zoo setup requirements clean
+.PHONY: distill compare methods few detect secure docs test test-processes gpu zoo setup requirements clean
 .DEFAULT_GOAL := distill
 
 distill: $(SETUP)
@@ -34,6 +36,10 @@ distill: $(SETUP)
 DATA ?= digits
 compare: $(SETUP)
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/compare.py dataset=$(DATA) $(if $(PICTURE),picture=$(PICTURE))
+
+# Trains one after the other; what is finished in runs/methods is not repeated, and other rows stay as they are.
+methods: $(SETUP)
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/methods_table.py $(if $(ONLY),'only=[$(ONLY)]')
 
 # Writes docs/few.md, its picture and what both are made of, docs/few.json, in which other data sets stay as they are.
 few: $(SETUP)
