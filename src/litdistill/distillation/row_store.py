@@ -44,9 +44,9 @@ class RowStore:
         for index in self.marks.nonzero().flatten().split(max(1, 2**22 // width)):  # 16 MiB at a time
             self.valid[index] = self.marks[index] == fingerprint(self.values[index], index)
         # On a CPU rows are gathered from the mapped file itself; a GPU has a copy where it has room for one.
-        self.rows = (
-            self.values.to(device) if device.type != "cpu" and has_room(device, self.values.nbytes) else self.values
-        )
+        # Not of a file with holes, which would take their room there.
+        copied = device.type != "cpu" and used is None and has_room(device, self.values.nbytes)
+        self.rows = self.values.to(device) if copied else self.values
         self.valid = self.valid.to(device)
 
     def get(self, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,10 +107,8 @@ def _mapped(
     with FileLock(path.with_name(path.name + ".lock")), open(file, "ab") as opened:
         if os.fstat(opened.fileno()).st_size < rows * row:  # a longer file is of a longer run, and can be used
             opened.truncate(rows * row)  # allocates nothing
-        there = (
-            allocated(file) >= rows * row
-        )  # to ask again costs a look at each block where the file system has no holes
-        if hasattr(os, "posix_fallocate") and not there:  # macOS has none
+        # To ask again costs a look at each block where the file system has no holes; macOS has no such call.
+        if hasattr(os, "posix_fallocate") and allocated(file) < rows * row:
             for first, end in parts:
                 os.posix_fallocate(opened.fileno(), first * row, (end - first) * row)
     return torch.from_file(str(file), shared=True, size=count, dtype=dtype)
