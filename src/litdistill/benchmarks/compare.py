@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from litdistill.config.recipes import recipe_hash, starting_point_dir
 from litdistill.report import points
 from litdistill.report.build import build
-from litdistill.report.collect import Group, Settings
+from litdistill.report.collect import Group, settings_of
 from litdistill.report.headline import chosen
 from litdistill.report.sections import looks, scores
 from litdistill.training.train import train
@@ -61,15 +61,7 @@ def compare(cfg: DictConfig) -> list[Group]:
     print(f"Training {quantity(len(todo), 'run')}, {min(cfg.jobs, len(todo))} at a time, in {cfg.runs}", flush=True)
     folders = run_all(todo, cfg.jobs)
     print(f"Trained in {format_seconds(time.perf_counter() - started)}; measuring", flush=True)
-    settings = Settings(
-        threads=cfg.threads,
-        rounds=cfg.rounds,
-        robustness=cfg.robustness,
-        epsilons=tuple(cfg.epsilons),
-        attacks=cfg.attacks,
-        device=cfg.device,
-        int8=place_of(cfg) == DETECTION,
-    )
+    settings = settings_of(cfg, int8=place_of(cfg) == DETECTION)
     torch.set_num_threads(cfg.threads)
     groups = build(folders, cfg.out, f"Techniques compared on {cfg.dataset}", settings)
     if cfg.picture is not None:

@@ -136,18 +136,9 @@ def report(cfg: DictConfig) -> None:
     elif cfg.out is not None:
         from litdistill.config.trust import packages
         from litdistill.report.build import build
-        from litdistill.report.collect import Settings
+        from litdistill.report.collect import settings_of
 
-        settings = Settings(
-            threads=cfg.threads,
-            rounds=cfg.rounds,
-            robustness=cfg.robustness,
-            epsilons=tuple(cfg.epsilons),
-            attacks=cfg.attacks,
-            device=cfg.device,
-            trust=packages(cfg.trust),
-            int8=cfg.int8,
-        )
+        settings = settings_of(cfg, packages(cfg.trust), cfg.int8)
         build(folders, cfg.out, cfg.title, settings)
         print(f"Written to {cfg.out}" if ending else f"Written to {cfg.out.rstrip('/')}/index.html and report.md")
     if cfg.picture is not None:

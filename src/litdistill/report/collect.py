@@ -55,6 +55,20 @@ class Settings(NamedTuple):
     int8: bool = False
 
 
+def settings_of(cfg: Any, trust: tuple[str, ...] = (), int8: bool = False) -> Settings:
+    """Returns the settings in a config of `report` or of the comparison of techniques, which share these options."""
+    return Settings(
+        threads=cfg.threads,
+        rounds=cfg.rounds,
+        robustness=cfg.robustness,
+        epsilons=tuple(cfg.epsilons),
+        attacks=cfg.attacks,
+        device=cfg.device,
+        trust=trust,
+        int8=int8,
+    )
+
+
 @dataclass
 class Seed:
     """One trained model and its measurements."""
