@@ -25,8 +25,8 @@ from litdistill.evaluation.predictions import whole_split
 from litdistill.export.latency import time_files
 from litdistill.report.files import check_of, shipped_file, write_teacher
 from litdistill.report.tables import runs
-from litdistill.utils.checkpoint import write_text
 from litdistill.utils.errors import UserError
+from litdistill.utils.files import write_text
 from litdistill.utils.text import markdown_table
 from litdistill.utils.units import shown_mean
 

@@ -21,9 +21,9 @@ from omegaconf import DictConfig
 from litdistill.benchmarks.compare import Job, config_of, run_all
 from litdistill.benchmarks.tables import read_options, run_script
 from litdistill.config.recipes import teacher_folder
-from litdistill.utils.checkpoint import write_text
 from litdistill.utils.command_line import literal
 from litdistill.utils.errors import UserError
+from litdistill.utils.files import write_text
 from litdistill.utils.text import markdown_table
 from litdistill.utils.units import gain, spread
 from litdistill.utils.versions import in_words

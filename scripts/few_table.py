@@ -22,9 +22,9 @@ from litdistill.benchmarks.compare import Job, run_all
 from litdistill.benchmarks.tables import interval, read_options, run_script
 from litdistill.report.plots import COLORS, LINES, MARKERS
 from litdistill.tasks.figures import new_figure, save_figure
-from litdistill.utils.checkpoint import write_text
 from litdistill.utils.command_line import literal
 from litdistill.utils.errors import UserError
+from litdistill.utils.files import write_text
 from litdistill.utils.logging import format_seconds
 from litdistill.utils.text import markdown_table
 from litdistill.utils.units import measured, spread

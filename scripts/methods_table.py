@@ -34,8 +34,8 @@ from litdistill.models.resnet import resnet
 from litdistill.tasks import Classification, MultiLabel, Task
 from litdistill.training.train import train
 from litdistill.types import Batch, Outputs, Taps
-from litdistill.utils.checkpoint import write_text
 from litdistill.utils.command_line import literal
+from litdistill.utils.files import write_text
 from litdistill.utils.paths import CONF
 from litdistill.utils.text import markdown_table
 from litdistill.utils.units import gain, spread

@@ -44,8 +44,8 @@ from litdistill.tasks import Classification
 from litdistill.tasks.figures import new_figure, save_figure
 from litdistill.training.distill import distill
 from litdistill.types import Batch, Outputs
-from litdistill.utils.checkpoint import write_text
 from litdistill.utils.command_line import literal
+from litdistill.utils.files import write_text
 from litdistill.utils.logging import format_seconds
 from litdistill.utils.text import markdown_table
 from litdistill.utils.versions import in_words, versions

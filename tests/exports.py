@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from litdistill.data.sources import load as load_data
 from litdistill.export.export import export
 from litdistill.training.train import train
-from litdistill.utils.checkpoint import write_text
+from litdistill.utils.files import write_text
 from tests.conftest import compose_config
 
 onnx = pytest.importorskip("onnx")

@@ -12,15 +12,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from litdistill.models.small import conv4, mlp
-from litdistill.utils.checkpoint import (
-    load_checkpoint,
-    load_state_dict_checked,
-    load_weights,
-    save_student,
-    write_atomically,
-    write_text,
-)
+from litdistill.utils.checkpoint import load_checkpoint, load_state_dict_checked, load_weights, save_student
 from litdistill.utils.errors import UserError
+from litdistill.utils.files import write_atomically, write_text
 
 
 def net(classes: int = 10, widths=(4, 4)):

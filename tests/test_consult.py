@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 
 from litdistill.evaluation import doctor
 from litdistill.training.consult import behind, consult
-from litdistill.utils.checkpoint import write_text
+from litdistill.utils.files import write_text
 from tests.test_doctor import runs, trained  # noqa: F401
 
 SUMMARY = {

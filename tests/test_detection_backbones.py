@@ -25,8 +25,9 @@ from litdistill.tasks.detection.backbones import fcos_on
 from litdistill.tasks.detection.boxes import padded
 from litdistill.tasks.detection.detector import detector_of
 from litdistill.training.train import train
-from litdistill.utils.checkpoint import load_weights, write_text
+from litdistill.utils.checkpoint import load_weights
 from litdistill.utils.errors import UserError
+from litdistill.utils.files import write_text
 from tests.conftest import compose_config
 
 SHAPE = (3, 64, 96)

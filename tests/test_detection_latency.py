@@ -18,7 +18,7 @@ from litdistill.tasks.detection.scenes import digit_scenes
 from litdistill.tasks.detection.task import Detection
 from litdistill.training.finish import latency_of
 from litdistill.training.train import train
-from litdistill.utils.checkpoint import write_text
+from litdistill.utils.files import write_text
 from litdistill.utils.paths import ROOT
 from tests.conftest import compose_config
 

@@ -13,8 +13,9 @@ from litdistill.evaluation.doctor.case import Finding
 from litdistill.evaluation.doctor.gradients import Term, gradients_at_start
 from litdistill.evaluation.evaluate import load_run, rebuild
 from litdistill.training.train import train
-from litdistill.utils.checkpoint import STUDENT, write_text
+from litdistill.utils.checkpoint import STUDENT
 from litdistill.utils.errors import UserError
+from litdistill.utils.files import write_text
 from tests.conftest import compose_config
 
 QUICK = (

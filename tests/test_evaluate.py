@@ -16,8 +16,9 @@ from litdistill.evaluation.figures import PngFiles
 from litdistill.export.export import export
 from litdistill.export.predict import load
 from litdistill.training.train import train
-from litdistill.utils.checkpoint import read_metadata, write_text
+from litdistill.utils.checkpoint import read_metadata
 from litdistill.utils.errors import UserError
+from litdistill.utils.files import write_text
 from tests.conftest import compose_config
 
 

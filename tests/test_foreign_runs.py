@@ -15,8 +15,8 @@ from litdistill.evaluation.evaluate import differences, evaluate, load_run
 from litdistill.export.export import export
 from litdistill.export.predict import load
 from litdistill.training.train import train
-from litdistill.utils.checkpoint import write_text
 from litdistill.utils.errors import UserError
+from litdistill.utils.files import write_text
 from tests.conftest import compose_config
 from tests.foreigners import points
 

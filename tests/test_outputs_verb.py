@@ -20,8 +20,9 @@ from litdistill.evaluation.evaluate import differences, evaluate, load_run
 from litdistill.export.outputs import Form, record
 from litdistill.tasks import Classification
 from litdistill.training.train import train
-from litdistill.utils.checkpoint import load_checkpoint, load_weights, write_text
+from litdistill.utils.checkpoint import load_checkpoint, load_weights
 from litdistill.utils.errors import UserError
+from litdistill.utils.files import write_text
 from tests.composed import composed
 from tests.fits import same
 

@@ -13,8 +13,8 @@ from litdistill.config.trust import check_trusted
 from litdistill.evaluation.evaluate import differences, evaluate, load_run
 from litdistill.export.export import export
 from litdistill.training.train import train
-from litdistill.utils.checkpoint import write_text
 from litdistill.utils.errors import UserError
+from litdistill.utils.files import write_text
 from tests.conftest import SMALL, compose_config
 from tests.forked import call
 from tests.test_trust import note

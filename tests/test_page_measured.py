@@ -18,7 +18,7 @@ from litdistill.report.collect import Seed, Settings, groups
 from litdistill.report.sections import starts_from
 from litdistill.training.train import train
 from litdistill.types import Batch
-from litdistill.utils.checkpoint import write_text
+from litdistill.utils.files import write_text
 from tests.conftest import SMALL, compose_config
 
 torch.set_num_threads(1)

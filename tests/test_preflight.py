@@ -21,8 +21,8 @@ from litdistill.training.monitors import monitored
 from litdistill.training.preflight import with_min_steps
 from litdistill.training.train import train
 from litdistill.training.trainer import named_callbacks
-from litdistill.utils.checkpoint import write_text
 from litdistill.utils.errors import Stopped, UserError
+from litdistill.utils.files import write_text
 from tests.conftest import compose_config
 
 ALONE = ("method=supervised", "teacher=null", "logger=none")

@@ -14,7 +14,7 @@ from litdistill.report import tables as report
 from litdistill.report.picture import draw, picture
 from litdistill.report.writers import fitting, markdown, table
 from litdistill.tasks.figures import STUDENT_COLOR
-from litdistill.utils.checkpoint import write_text
+from litdistill.utils.files import write_text
 from litdistill.utils.units import spread
 
 # -- kinds -------------------------------------------------------------------------------------------------------------

@@ -19,8 +19,8 @@ from litdistill.report.collect import Row, Settings, _cached, _tell_apart
 from litdistill.report.points import pareto
 from litdistill.report.robust import robust
 from litdistill.training.train import train
-from litdistill.utils.checkpoint import write_text
 from litdistill.utils.errors import UserError
+from litdistill.utils.files import write_text
 from tests import pages
 from tests.conftest import SMALL, compose_config
 from tests.pages import SETTINGS, group

@@ -20,7 +20,7 @@ from litdistill.report.picture import draw
 from litdistill.tasks import MultiLabel, Regression
 from litdistill.training.train import train
 from litdistill.types import Outputs
-from litdistill.utils.checkpoint import write_text
+from litdistill.utils.files import write_text
 from litdistill.utils.units import quantity, shown, shown_mean
 from tests.conftest import compose_config
 from tests.pages import group, summary

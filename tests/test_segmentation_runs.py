@@ -23,7 +23,7 @@ from litdistill.tasks.segmentation.figures import colored, mask_figures, picture
 from litdistill.tasks.segmentation.task import by_pixel
 from litdistill.training.train import train
 from litdistill.types import Outputs
-from litdistill.utils.checkpoint import write_text
+from litdistill.utils.files import write_text
 from tests.conftest import compose_config
 from tests.test_cli import call
 

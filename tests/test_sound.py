@@ -20,8 +20,8 @@ from litdistill.export.export import export
 from litdistill.export.predict import load, predict
 from litdistill.export.readers import READERS
 from litdistill.training.train import train
-from litdistill.utils.checkpoint import write_text
 from litdistill.utils.errors import UserError
+from litdistill.utils.files import write_text
 from litdistill.utils.manifest import check_facts
 from tests.conftest import compose_config
 

@@ -25,8 +25,8 @@ from litdistill.export.predict import load, main, predict
 from litdistill.models.small import mlp
 from litdistill.training.train import train
 from litdistill.types import Outputs
-from litdistill.utils.checkpoint import write_text
 from litdistill.utils.errors import UserError
+from litdistill.utils.files import write_text
 from litdistill.utils.paths import CONF
 from tests.conftest import compose_config
 from tests.test_cli import call

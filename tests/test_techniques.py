@@ -34,8 +34,8 @@ from litdistill.training import prerequisites
 from litdistill.training import train as train_module
 from litdistill.training.train import train
 from litdistill.types import Batch, Outputs, Taps
-from litdistill.utils.checkpoint import write_text
 from litdistill.utils.errors import Stopped, UserError
+from litdistill.utils.files import write_text
 from litdistill.utils.paths import CONF
 from tests.conftest import SMALL, compose_config
 

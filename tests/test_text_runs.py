@@ -11,7 +11,7 @@ from litdistill.data.text import tokenizing
 from litdistill.export import predict
 from litdistill.export.export import export
 from litdistill.training.train import train
-from litdistill.utils.checkpoint import write_text
+from litdistill.utils.files import write_text
 from tests.conftest import compose_config, drawing
 from tests.texts import (
     GOOD,

@@ -22,8 +22,8 @@ from litdistill.tasks.sequence import LanguageModel
 from litdistill.tasks.text_figures import COLUMNS, surprise
 from litdistill.training.train import train
 from litdistill.types import Outputs
-from litdistill.utils.checkpoint import write_text
 from litdistill.utils.errors import UserError
+from litdistill.utils.files import write_text
 from litdistill.utils.modality import PADDING
 from tests.conftest import compose_config
 

@@ -22,8 +22,8 @@ from litdistill.training import train as train_module
 from litdistill.training.callbacks import EpochLogger
 from litdistill.training.resume import NEEDED
 from litdistill.training.train import train
-from litdistill.utils.checkpoint import write_text
 from litdistill.utils.errors import Stopped, UserError
+from litdistill.utils.files import write_text
 from tests.conftest import SMALL, compose_config, drawing
 
 

@@ -17,8 +17,9 @@ from litdistill.evaluation.evaluate import differences, evaluate, load_run
 from litdistill.export.export import export
 from litdistill.report.history import command
 from litdistill.training.train import train
-from litdistill.utils.checkpoint import STUDENT, AtomicCheckpointIO, write_text
+from litdistill.utils.checkpoint import STUDENT, AtomicCheckpointIO
 from litdistill.utils.errors import UserError
+from litdistill.utils.files import write_text
 from litdistill.utils.paths import CONF
 from tests.conftest import SMALL, compose_config
 from tests.forked import call
@@ -104,7 +105,7 @@ HOLES = {
     ),
     "a hub": ("{data: {mix: {_target_: torch.hub.load, repo_or_dir: a/b, model: c}}}", "data.mix._target_"),
     "a private name": ("{data: {mix: {_target_: torch.optim._functional.adam}}}", "data.mix._target_"),
-    "an own function that writes": ("{data: {mix: {_target_: litdistill.utils.checkpoint.write_text}}}", "data.mix._target_"),
+    "an own function that writes": ("{data: {mix: {_target_: litdistill.utils.files.write_text}}}", "data.mix._target_"),
     "a dictionary for a target": ("{data: {mix: {_target_: {_target_: torch.load}}}}", "data.mix._target_"),
     "a target in a dotted key": ("{sweep: {space: {data.mix._target_: [torch.load]}}}", "sweep.space"),
     "timm's own file of weights": (
@@ -212,7 +213,7 @@ def test_where_things_lie_and_what_is_trusted_is_not_a_foreign_runs_to_say(forei
     folder = foreign("{}")
     note(folder, "seed=1", "runs=/elsewhere", "folder=/elsewhere", "trust=[os]", "++trust=[os]", "optimizer.lr=${seed}")
     found = resumed([f"resume={folder}", "trust=[mine]"])
-    assert found == ["seed=1", "optimizer.lr=${seed}", "trust=[mine]", f"hydra.run.dir='{folder}'"]
+    assert found == ["seed=1", "optimizer.lr=${seed}", "trust=[mine]", f"hydra.run.dir={folder}"]
     assert origin.is_foreign()
 
 

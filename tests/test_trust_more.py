@@ -29,8 +29,9 @@ from litdistill.report.writers import markdown
 from litdistill.training.grouping import GroupedData, layout_of
 from litdistill.training.resume import NEEDED
 from litdistill.training.train import last_state, train
-from litdistill.utils.checkpoint import STUDENT, read_metadata, write_text
+from litdistill.utils.checkpoint import STUDENT, read_metadata
 from litdistill.utils.errors import UserError
+from litdistill.utils.files import write_text
 from litdistill.utils.terminal import show
 from tests.conftest import SMALL, compose_config
 from tests.forked import ROOT

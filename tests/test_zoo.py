@@ -24,8 +24,8 @@ from litdistill.config.build import build_data, build_net
 from litdistill.config.recipes import teacher_folder
 from litdistill.evaluation.evaluate import differences, evaluate, load_run
 from litdistill.training.train import train
-from litdistill.utils.checkpoint import write_text
 from litdistill.utils.errors import Stopped
+from litdistill.utils.files import write_text
 from litdistill.utils.paths import CONF
 from tests.conftest import compose_config
 

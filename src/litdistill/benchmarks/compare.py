@@ -27,9 +27,9 @@ from litdistill.report.collect import Group, settings_of
 from litdistill.report.headline import chosen
 from litdistill.report.sections import looks, scores
 from litdistill.training.train import train
-from litdistill.utils.checkpoint import write_text
 from litdistill.utils.command_line import literal
 from litdistill.utils.errors import UserError
+from litdistill.utils.files import write_text
 from litdistill.utils.logging import filter_warnings, format_seconds, logged_to
 from litdistill.utils.paths import CONF
 from litdistill.utils.units import axis, quantity, shown

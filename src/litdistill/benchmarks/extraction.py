@@ -28,8 +28,9 @@ from litdistill.export.export import export
 from litdistill.export.outputs import training_ids
 from litdistill.export.predict import load
 from litdistill.tasks import metrics
-from litdistill.utils.checkpoint import load_checkpoint, load_state_dict_checked, write_atomically
+from litdistill.utils.checkpoint import load_checkpoint, load_state_dict_checked
 from litdistill.utils.command_line import literal
+from litdistill.utils.files import write_atomically
 
 DIGITS = 2  # of a rounded probability
 LABELS = "their labels"

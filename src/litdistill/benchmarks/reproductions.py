@@ -21,8 +21,8 @@ from omegaconf import DictConfig, OmegaConf
 from litdistill.benchmarks.published_tables import TABLES, Published, Table, cells, published, register
 from litdistill.evaluation.evaluate import differences, evaluate, load_run, rebuild
 from litdistill.evaluation.predictions import collect as logits_of
-from litdistill.utils.checkpoint import write_text
 from litdistill.utils.errors import UserError
+from litdistill.utils.files import write_text
 from litdistill.utils.paths import CONF
 from litdistill.utils.text import markdown_table
 from litdistill.utils.units import spread

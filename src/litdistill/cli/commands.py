@@ -14,6 +14,7 @@ from rich.markup import escape
 from litdistill.cli import starting
 from litdistill.utils import terminal
 from litdistill.utils.errors import UserError
+from litdistill.utils.files import write_text
 from litdistill.utils.text import printable
 
 
@@ -129,8 +130,6 @@ def report(cfg: DictConfig) -> None:
         if hidden := [name for name in rows[0] if name not in shown[0]]:
             print(f"A wider terminal, or out=table.md, also shows: {', '.join(hidden)}.")
     if ending in writers.FORMATS:
-        from litdistill.utils.checkpoint import write_text  # imports torch, which a table does without
-
         write_text(cfg.out, writers.FORMATS[ending](made))
         print(f"Written to {cfg.out}")
     elif cfg.out is not None:
@@ -220,7 +219,6 @@ def reproductions(arguments: Sequence[str]) -> None:
     from litdistill.benchmarks import published_tables
     from litdistill.benchmarks import reproductions as figures
     from litdistill.report.tables import runs
-    from litdistill.utils.checkpoint import write_text
 
     if options.what == "list":
         published = published_tables.published()

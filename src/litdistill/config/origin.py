@@ -28,6 +28,7 @@ from yaml import YAMLError
 
 from litdistill.config.trust import OUTSIDE, PLAIN, check_trusted, packages, refusal
 from litdistill.utils.errors import UserError
+from litdistill.utils.files import write_text
 
 log = logging.getLogger(__name__)
 
@@ -165,10 +166,6 @@ def remember(folder: Path, cfg: DictConfig) -> None:
         return
     digest = run_digest(folder, config)
     assert digest is not None
-    from litdistill.utils.checkpoint import (
-        write_text,  # imports torch, which is slow, so only when needed
-    )
-
     _MADE.add(digest)
     try:
         write_text(state_folder() / "runs" / digest, f"{folder.resolve()}\n")

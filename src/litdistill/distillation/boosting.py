@@ -22,9 +22,9 @@ from torch import Tensor
 
 from litdistill.data import augment as aug
 from litdistill.types import has_label
-from litdistill.utils.checkpoint import write_atomically
 from litdistill.utils.distributed import broadcast_from_rank0, is_first_rank
 from litdistill.utils.errors import UserError
+from litdistill.utils.files import write_atomically
 from litdistill.utils.units import quantity
 
 log = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from litdistill.distillation.outputs_tables import DIGEST, DTYPES, data_sha256
-from litdistill.utils.checkpoint import write_atomically
+from litdistill.utils.files import write_atomically
 
 Shape = tuple[torch.dtype, tuple[int, ...]]
 UNKNOWN = "0" * 64  # in place of a digest of which the contents are not there yet

@@ -33,8 +33,8 @@ from litdistill.distillation.row_store import RowStore
 from litdistill.features.outputs import run_network
 from litdistill.models.parts import evaluating
 from litdistill.types import Batch, Outputs
-from litdistill.utils.checkpoint import write_atomically
 from litdistill.utils.errors import UserError
+from litdistill.utils.files import write_atomically
 from litdistill.utils.hashing import network_sha256, weights_sha256
 
 log = logging.getLogger(__name__)

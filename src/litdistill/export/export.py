@@ -37,8 +37,9 @@ from litdistill.tasks.base import Task, has_places
 from litdistill.tasks.classification import Classification
 from litdistill.tasks.findings import judge
 from litdistill.types import EMBEDDING, Batch, Outputs
-from litdistill.utils.checkpoint import read_metadata, write_atomically, write_text
+from litdistill.utils.checkpoint import read_metadata
 from litdistill.utils.errors import UserError
+from litdistill.utils.files import write_atomically, write_text
 from litdistill.utils.hashing import weights_sha256
 from litdistill.utils.manifest import (
     BOXES,

@@ -6,6 +6,7 @@ into which it was fitted (`litdistill.data.decode.letterbox`). NumPy and Pillow 
 
 from __future__ import annotations
 
+import functools
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 from litdistill.data.decode import Letterboxed, letterbox, upright
 from litdistill.export.readers import batches
 from litdistill.utils.errors import UserError
+from litdistill.utils.files import write_atomically, write_text
 from litdistill.utils.manifest import BOXES, ExportMetadata
 from litdistill.utils.palette import palette
 from litdistill.utils.text import one_line
@@ -63,7 +65,7 @@ def predict_pictures(
                 found.append(about)
     finally:
         if out is not None and found:
-            (out / RESULTS).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+            write_text(out / RESULTS, json.dumps(found, indent=2) + "\n")
     return found
 
 
@@ -162,11 +164,11 @@ def _drawn(
     try:
         image = upright(path, path)
         image = _with_boxes(image, about["boxes"]) if mask is None else _with_mask(image, mask)
-        image.save(out / files["drawn"])
-        if mask is not None:
-            _with_palette(mask).save(out / files["mask"])
+        images = [image] if mask is None else [image, _with_palette(mask)]
     except OSError as error:
-        raise UserError(f"{one_line(out / name)}.png cannot be written: {error.strerror or error}.") from error
+        raise UserError(f"{one_line(path)} cannot be drawn on: {error.strerror or error}.") from error
+    for file, made in zip(files.values(), images, strict=True):
+        write_atomically(out / file, functools.partial(made.save, format="PNG"))
     return files
 
 

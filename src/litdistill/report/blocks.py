@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from litdistill.utils.files import write_atomically, write_text
+
 
 class Text(NamedTuple):
     text: str
@@ -106,8 +108,6 @@ def write(title: str, facts: Sequence[str], sections: Sequence[Section], out: Pa
 
     Where `out` ends in .html, it is the page, and nothing else is written.
     """
-    from litdistill.utils.checkpoint import write_atomically, write_text  # imports torch, which a table does without
-
     if out.suffix == ".html":
         write_text(out, html_page(title, facts, sections))
         return

@@ -34,8 +34,8 @@ from litdistill.report import tables as report
 from litdistill.report.files import check_of, or_untimed, own_summary, shipped_file, starts, write_teacher
 from litdistill.tasks import Classification, Task
 from litdistill.types import Outputs
-from litdistill.utils.checkpoint import write_text
 from litdistill.utils.errors import UserError
+from litdistill.utils.files import write_text
 from litdistill.utils.manifest import verified
 from litdistill.utils.units import factor
 

@@ -18,8 +18,8 @@ from litdistill.export.writers import write_format
 from litdistill.models.preprocess import Preprocessed
 from litdistill.tasks import Task
 from litdistill.types import Batch
-from litdistill.utils.checkpoint import write_atomically
 from litdistill.utils.errors import UserError
+from litdistill.utils.files import write_atomically
 from litdistill.utils.manifest import MANIFEST, ExportMetadata, read_manifest, verified
 
 SAME = 0.95  # the least share of decisions that a teacher's file has in common with it

@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from litdistill.utils.checkpoint import write_text
 from litdistill.utils.command_line import command_argv, command_text
+from litdistill.utils.files import write_text
 from litdistill.utils.text import markdown_table
 
 log = logging.getLogger(__name__)

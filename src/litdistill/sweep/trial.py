@@ -24,9 +24,9 @@ from litdistill.sweep.space import suggest, unbalanced
 from litdistill.training.loggers import guarded, note_results
 from litdistill.training.pack import Member
 from litdistill.training.train import train
-from litdistill.utils.checkpoint import write_text
 from litdistill.utils.command_line import as_command, command_argv, config_dir_flags, literal
 from litdistill.utils.errors import UserError
+from litdistill.utils.files import write_text
 from litdistill.utils.logging import logged_to
 from litdistill.utils.run_names import varied
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from litdistill.tasks import metrics
 from litdistill.tasks.base import Samples
-from litdistill.utils.checkpoint import write_atomically
+from litdistill.utils.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

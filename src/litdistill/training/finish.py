@@ -35,8 +35,9 @@ from litdistill.tasks.findings import Findings, report_findings
 from litdistill.training.consult import consult
 from litdistill.training.loggers import guarded, note_results, picture_writer
 from litdistill.training.trainer import Built
-from litdistill.utils.checkpoint import STUDENT, save_student, write_text
+from litdistill.utils.checkpoint import STUDENT, save_student
 from litdistill.utils.errors import UserError
+from litdistill.utils.files import write_text
 from litdistill.utils.logging import format_seconds
 from litdistill.utils.run_names import varied
 from litdistill.utils.tags import tag

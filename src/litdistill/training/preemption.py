@@ -20,9 +20,9 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from litdistill.config.origin import check_links
-from litdistill.utils.checkpoint import remove_parts
 from litdistill.utils.distributed import is_first_rank
 from litdistill.utils.errors import Stopped, UserError
+from litdistill.utils.files import remove_parts
 
 log = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from litdistill.config.origin import check_foreign, check_links
 from litdistill.config.recipes import is_complete, student_config, student_folder, teacher_config
-from litdistill.utils.checkpoint import write_text
 from litdistill.utils.distributed import broadcast_from_rank0, is_first_rank
+from litdistill.utils.files import write_text
 from litdistill.utils.logging import logged_to
 
 log = logging.getLogger(__name__)

@@ -13,9 +13,9 @@ from litdistill.config.instantiate import import_classes_from
 from litdistill.distillation.distiller import Distiller
 from litdistill.evaluation.evaluate import rebuild
 from litdistill.training.train import train
-from litdistill.utils.checkpoint import write_text
 from litdistill.utils.command_line import literal, without_null
 from litdistill.utils.distributed import run_stamp
+from litdistill.utils.files import write_text
 from litdistill.utils.logging import filter_warnings
 from litdistill.utils.paths import CONF
 
