@@ -3,6 +3,7 @@ moved is resumed as if it had stayed."""
 
 import json
 import math
+import shlex
 import shutil
 from pathlib import Path
 
@@ -12,11 +13,12 @@ from lightning.pytorch.callbacks import Callback
 from omegaconf import OmegaConf
 
 from litdistill.cli.resume import resumed
-from litdistill.config.changes import as_started, check_changes, is_applied
+from litdistill.config.changes import as_started, check_changes, is_applied, new_run
 from litdistill.evaluation.evaluate import rebuild
 from litdistill.training.resume import moved
 from litdistill.training.train import train
 from litdistill.utils.errors import Stopped, UserError
+from tests.conftest import compose_config
 
 ALONE = ("method=supervised", "teacher=null", "logger=none", "trainer.max_epochs=4")  # four steps an epoch
 PER_EPOCH, STOP = 4, 6
@@ -162,6 +164,17 @@ def test_the_remedy_of_a_refusal_starts_a_run_from_those_weights(stopped, small)
     train(cfg)
     new = torch.load(Path(cfg.folder) / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     assert all(torch.equal(new[k], v) for k, v in source.items() if k.startswith("student."))
+
+
+def test_a_remedy_can_be_typed_where_a_folder_has_a_space(tmp_path):
+    assert new_run(tmp_path / "run") == f"student.checkpoint={tmp_path}/run/checkpoints/last.ckpt"
+    folder = tmp_path / "a run, s=1"
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "checkpoints" / "best.ckpt").touch()
+    assert shlex.split(new_run(folder)) == [f"student.checkpoint='{folder}/checkpoints/best.ckpt'"]
+    (folder / "student.safetensors").touch()
+    (typed,) = shlex.split(new_run(folder))
+    assert compose_config(tmp_path / "new", typed).student.checkpoint == str(folder)
 
 
 def test_places_and_speed_may_change(stopped):
@@ -333,7 +346,7 @@ def test_another_trainer_brings_its_own_devices(tmp_path, capsys, typed, kept):
     (tmp_path / ".hydra").mkdir()
     OmegaConf.save(OmegaConf.create(note), tmp_path / ".hydra" / "hydra.yaml")
     found = resumed([f"resume={tmp_path}", *typed])
-    assert found == [*kept, *typed, f"hydra.run.dir='{tmp_path}'"]
+    assert found == [*kept, *typed, f"hydra.run.dir={tmp_path}"]
     assert ("Not replayed, since another trainer is chosen" in capsys.readouterr().out) is (typed[0] == "trainer=cpu")
 
 

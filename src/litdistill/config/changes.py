@@ -131,11 +131,12 @@ def check_finished(changes: Changes, folder: Path) -> None:
 
 
 def new_run(folder: Path) -> str:
-    """Returns the option with which a new run starts from the weights of the run in `folder`."""
-    for path in (folder / "student.safetensors", folder / "checkpoints" / "best.ckpt"):
+    """Returns the option with which a new run starts from the weights of the run in `folder`, as it is typed in a shell."""
+    found = folder / "checkpoints" / "last.ckpt"
+    for path in (folder / "checkpoints" / "best.ckpt", folder / "student.safetensors"):
         if path.is_file():
-            return f"student.checkpoint={folder if path.parent == folder else path}"
-    return f"student.checkpoint={folder / 'checkpoints' / 'last.ckpt'}"
+            found = folder if path.parent == folder else path
+    return shlex.quote(f"student.checkpoint={literal(str(found))}")
 
 
 def as_started(cfg: DictConfig, history: Any) -> DictConfig:

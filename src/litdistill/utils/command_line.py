@@ -100,7 +100,7 @@ def literal(value: Any) -> str:
         return json.dumps(value)
     if not isinstance(value, str):
         return repr(value)
-    if re.fullmatch(r"[A-Za-z_][\w./-]*", value) and value.lower() not in ("true", "false", "null", "nan", "inf"):
+    if re.fullmatch(r"/?[A-Za-z_][\w./-]*", value) and value.lower() not in ("true", "false", "null", "nan", "inf"):
         return value
     return QuotedString(value, Quote.single).with_quotes()
 
