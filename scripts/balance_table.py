@@ -1,12 +1,14 @@
-"""Trains a student by every method whose hints `balance=auto` weighs, and prints the table of docs/balance.md.
+"""Trains a student by every method whose hints a rule of `balance` weighs, and prints the table of docs/balance.md.
 
     python scripts/balance_table.py seeds=10 jobs=16
     python scripts/balance_table.py dataset=cifar10 root=data seeds=3 keep=docs/balance.json out=docs/balance.md
-    python scripts/balance_table.py split=val ratios=[0.1,1] methods=[at,fitnet] 'overrides=[data=mnist, data.batch_size=64]'
+    python scripts/balance_table.py dataset=mnist split=val seeds=3 rules=[auto,auto:0.3,uncertainty]
 
-Runs are those of conf/experiment/methods.yaml with `balance=auto`, `jobs` at a time, in `runs`; what is finished there is not
-repeated. `only=true` trains nothing and prints the table of the methods whose runs are all there. `keep` names a JSON file for
-what was found, by data set, and `out` a document that has the table between `<!-- dataset -->` and `<!-- end dataset -->`.
+A rule is a file of conf/balance, and after a colon its `balance.ratio`; several stand beside each other. Runs are those of
+conf/experiment/methods.yaml with that rule, `jobs` at a time, in `runs`; what is finished there is not repeated. `only=true`
+trains nothing and prints the table of the methods whose runs are all there. `keep` names a JSON file for what was found, by
+data set and rule (`cifar10`, `cifar10 uncertainty`), and `out` a document that has the table between marks of that name,
+`<!-- cifar10 -->` and `<!-- end cifar10 -->`.
 """
 
 from __future__ import annotations
@@ -26,9 +28,9 @@ from omegaconf import DictConfig
 from litdistill.benchmarks.compare import Job, config_of, run_all
 from litdistill.benchmarks.tables import between_marks, interval, read_options, run_script
 from litdistill.config.recipes import is_complete
-from litdistill.utils.checkpoint import write_text
 from litdistill.utils.command_line import literal
 from litdistill.utils.errors import UserError
+from litdistill.utils.files import write_text
 from litdistill.utils.logging import format_seconds
 from litdistill.utils.paths import CONF
 from litdistill.utils.text import markdown_table
@@ -50,9 +52,18 @@ class Setting(NamedTuple):
     overrides: tuple[str, ...] = ()
 
 
-# CIFAR-10's networks, teacher and views are those of docs/few.md. The student's steps were chosen by the time of one run alone.
+# CIFAR-10's networks, teacher and views are those of docs/few.md. The student's steps were chosen by the time of one run alone,
+# MNIST's rate by labels alone on the validation set.
 SETTINGS = {
     "digits": Setting(METHODS),
+    "mnist": Setting(
+        CHOSEN_BY,
+        (
+            *("data=mnist", "data.batch_size=64", "student.widths=[16,32,64]", "teacher.widths=[32,64,128]"),
+            *("optimizer.lr=0.003", "trainer.max_epochs=40"),
+            *("++teacher.recipe.optimizer.lr=0.001", "++teacher.recipe.trainer.max_epochs=6"),
+        ),
+    ),
     "cifar10": Setting(
         CHOSEN_BY,
         (
@@ -68,27 +79,28 @@ DEFAULTS: dict[str, Any] = {
         "root": None,
         "seeds": 5,
         "methods": None,
-        "ratios": [0.1],
+        "rules": ["auto"],
         "split": "test",
         "overrides": [],
     },
     **{"runs": "runs/balance", "jobs": 1, "only": False, "keep": None, "out": None},
 }
 PUBLISHED = 240  # epochs, of which `init_epochs` is a share
-Column = tuple[str, float]  # a method and its ratio
+Column = tuple[str, str]  # a method and its rule; "" of the control
 
 
-def job(method: str, ratio: float, seed: int, choices: DictConfig) -> Job:
+def job(method: str, rule: str, seed: int, choices: DictConfig) -> Job:
     """Returns the run of a method with balanced hints, or that of the control."""
     own = (*SETTINGS[choices.dataset].overrides, *([f"data.root={literal(str(choices.root))}"] if choices.root else []))
     own = (*own, *choices.overrides)
     said = ["experiment=methods", f"method={method}", f"seed={seed}", f"runs={literal(str(choices.runs))}", *own]
     if method != CONTROL:
-        said += ["balance=auto", f"balance.ratio={ratio:g}", *first_phase(method, own)]
+        name, _, ratio = rule.partition(":")
+        said += [f"balance={name}", *([f"balance.ratio={ratio}"] if ratio else []), *first_phase(method, own)]
     if choices.split == "val":  # the last epoch alone is validated, so that none is chosen by it; the teacher as ever
         said += ["trainer.check_val_every_n_epoch=${trainer.max_epochs}"]
         said += ["++teacher.recipe.trainer.check_val_every_n_epoch=1"]
-    return Job(method, "" if method == CONTROL else f"{ratio:g}", seed, tuple(said), str(choices.runs))
+    return Job(method, rule.replace(":", "-"), seed, tuple(said), str(choices.runs))
 
 
 @cache
@@ -102,18 +114,18 @@ def first_phase(method: str, overrides: tuple[str, ...]) -> list[str]:
 
 
 def jobs(choices: DictConfig) -> dict[tuple[Column, int], Job]:
-    """Returns the runs by method, ratio and seed: all of a seed before the next, so that an interrupted table has few seeds."""
+    """Returns the runs by method, rule and seed: all of a seed before the next, so that an interrupted table has few seeds."""
     methods = choices.methods or SETTINGS[choices.dataset].methods
-    columns: list[Column] = [(method, float(ratio)) for method in methods for ratio in choices.ratios]
+    columns: list[Column] = [(method, str(rule)) for method in methods for rule in choices.rules]
     return {
         (column, seed): job(*column, seed, choices)
         for seed in range(choices.seeds)
-        for column in [columns[0], (CONTROL, 0.0), *columns[1:]]  # the first run trains the teacher of all
+        for column in [columns[0], (CONTROL, ""), *columns[1:]]  # the first run trains the teacher of all
     }
 
 
 def summaries(choices: DictConfig) -> dict[tuple[Column, int], dict[str, Any]]:
-    """Trains what is not there, and returns the summaries of finished runs by method, ratio and seed."""
+    """Trains what is not there, and returns the summaries of finished runs by method, rule and seed."""
     todo = jobs(choices)
     if choices.only:
         folders = {key: Path(config_of(one).folder) for key, one in todo.items()}
@@ -133,11 +145,11 @@ def accuracy(summary: Mapping[str, Any], split: str) -> float:
 def differences(choices: DictConfig, runs: Mapping[tuple[Column, int], Mapping[str, Any]]) -> dict[Column, list[float]]:
     """Returns the differences from the control in points, seed by seed, of the columns whose runs are all there."""
     values = {key: accuracy(summary, choices.split) for key, summary in runs.items()}
-    seeds = [seed for seed in range(choices.seeds) if ((CONTROL, 0.0), seed) in values]
+    seeds = [seed for seed in range(choices.seeds) if ((CONTROL, ""), seed) in values]
     found = {}
     for column in dict.fromkeys(column for column, _ in jobs(choices) if column[0] != CONTROL):
         if all((column, seed) in values for seed in seeds):
-            found[column] = [values[column, seed] - values[(CONTROL, 0.0), seed] for seed in seeds]
+            found[column] = [values[column, seed] - values[(CONTROL, ""), seed] for seed in seeds]
     if len(seeds) < 2 or not found:
         raise UserError("Too few finished runs: the control of two seeds at least, and a method of all its seeds.")
     return found
@@ -155,20 +167,23 @@ def table(found: Mapping[str, Sequence[float]]) -> str:
     return markdown_table(("method", "over the control", "interval"), rows)
 
 
-def by_ratio(found: Mapping[Column, Sequence[float]]) -> str:
-    """Returns the table of mean differences from the control, a column for each ratio; below it their mean and the worst."""
-    ratios = list(dict.fromkeys(ratio for _, ratio in found))
-    methods = [m for m in dict.fromkeys(method for method, _ in found) if all((m, r) in found for r in ratios)]
-    rows = [(f"`{method}`", *(f"{mean(found[method, r]):+.2f}" for r in ratios)) for method in methods]
-    means = [[mean(found[method, r]) for method in methods] for r in ratios]
+def by_rule(found: Mapping[Column, Sequence[float]]) -> str:
+    """Returns the table of mean differences from the control, a column for each rule; below it their mean over all methods,
+    its interval over seeds, and the worst."""
+    rules = list(dict.fromkeys(rule for _, rule in found))
+    methods = [m for m in dict.fromkeys(method for method, _ in found) if all((m, r) in found for r in rules)]
+    rows = [(f"`{method}`", *(f"{mean(found[method, r]):+.2f}" for r in rules)) for method in methods]
+    means = [[mean(found[method, r]) for method in methods] for r in rules]
     rows.append((f"**mean of {len(methods)}**", *(f"**{mean(values):+.2f}**" for values in means)))
+    by_seed = [[mean(values) for values in zip(*(found[m, r] for m in methods), strict=True)] for r in rules]
+    rows.append(("interval", *("{:+.2f} to {:+.2f}".format(*interval(values)) for values in by_seed)))
     rows.append(("**worst**", *(f"{min(values):+.2f}" for values in means)))
-    return markdown_table(("method", *(f"{r:g}" for r in ratios)), rows)
+    return markdown_table(("method", *(f"`{rule}`" for rule in rules)), rows)
 
 
 def record(choices: DictConfig, runs: Mapping[tuple[Column, int], Mapping[str, Any]]) -> dict[str, Any]:
     """Returns what the section of a data set says of its runs, in plain values."""
-    chosen = {key: choices[key] for key in ("dataset", "seeds", "methods", "ratios", "overrides")}
+    chosen = {key: choices[key] for key in ("dataset", "seeds", "methods", "rules", "overrides")}
     said = [f"{key}={plain(value)}" for key, value in chosen.items() if value != DEFAULTS[key]]
     some = next(s for (column, _), s in runs.items() if column[0] != CONTROL)
     return {
@@ -220,26 +235,31 @@ def verdict(found: Mapping[str, Sequence[float]]) -> str:
     return f"Methods whose interval lies below 0: {below}; above 0: {above}. That of the mean lies {place}."
 
 
+def name(choices: DictConfig) -> str:
+    """Returns the name of what is kept: the data set, and the rule where it is not the default."""
+    return choices.dataset if list(choices.rules) == DEFAULTS["rules"] else f"{choices.dataset} {choices.rules[0]}"
+
+
 def main() -> None:
     choices = read_options(DEFAULTS, {"seeds": 2}, {"dataset": SETTINGS})
     os.environ.setdefault("RUN_STAMP", "balance")
-    if choices.keep is not None and (choices.split != "test" or len(choices.ratios) != 1):
-        raise UserError("keep=… keeps test accuracies of one ratio: leave split and further ratios out.")
+    if choices.keep is not None and (choices.split != "test" or len(choices.rules) != 1):
+        raise UserError("keep=… keeps test accuracies of one rule: leave split and further rules out.")
     if choices.out is not None and choices.keep is None:
         raise UserError("out=… writes what is kept: name its file by keep=…")
     if choices.out is not None:
-        between_marks(Path(choices.out).read_text(), choices.dataset, "")  # refused before anything is trained
+        between_marks(Path(choices.out).read_text(), name(choices), "")  # refused before anything is trained
     runs = summaries(choices)
     found = differences(choices, runs)
-    print(table({method: v for (method, _), v in found.items()}) if len(choices.ratios) == 1 else by_ratio(found))
+    print(table({method: v for (method, _), v in found.items()}) if len(choices.rules) == 1 else by_rule(found))
     if choices.keep is not None:
         keep = Path(choices.keep)
         kept = json.loads(keep.read_text()) if keep.is_file() else {}
-        kept[choices.dataset] = record(choices, runs)
+        kept[name(choices)] = record(choices, runs)
         write_text(keep, json.dumps(kept, indent=1) + "\n")
         if choices.out is not None:
             out = Path(choices.out)
-            write_text(out, between_marks(out.read_text(), choices.dataset, section(kept[choices.dataset])))
+            write_text(out, between_marks(out.read_text(), name(choices), section(kept[name(choices)])))
 
 
 if __name__ == "__main__":

@@ -12,8 +12,9 @@ from scipy import stats
 
 from litdistill.benchmarks import compare
 from litdistill.benchmarks.compare import Job
-from litdistill.utils.checkpoint import STUDENT, write_text
+from litdistill.utils.checkpoint import STUDENT
 from litdistill.utils.errors import UserError
+from litdistill.utils.files import write_text
 from litdistill.utils.paths import CONF
 from tests.conftest import compose_config
 
@@ -45,27 +46,33 @@ def test_every_method_of_the_table_exists(script: ModuleType) -> None:
     assert {*script.METHODS, script.CONTROL} <= {p.stem for p in (CONF / "method").glob("*.yaml")}
 
 
-def test_ratios_stand_beside_each_other_with_their_mean_and_the_worst(script: ModuleType) -> None:
-    found = {("at", 0.1): [1.0, 3.0], ("at", 1.0): [0.0, -1.0], ("sp", 0.1): [-1.0, 0.0], ("sp", 1.0): [4.0, 4.0]}
-    assert script.by_ratio(found).splitlines() == [
-        "| method | 0.1 | 1 |",
+def test_rules_stand_beside_each_other_with_their_mean_and_the_worst(script: ModuleType) -> None:
+    a, b = "auto", "uncertainty:0.3"
+    found = {("at", a): [1.0, 3.0], ("at", b): [0.0, -1.0], ("sp", a): [-1.0, 0.0], ("sp", b): [4.0, 4.0]}
+    assert script.by_rule(found).splitlines() == [
+        "| method | `auto` | `uncertainty:0.3` |",
         "|---|---:|---:|",
         "| `at` | +2.00 | -0.50 |",
         "| `sp` | -0.50 | +4.00 |",
         "| **mean of 2** | **+0.75** | **+1.75** |",
+        "| interval | -8.78 to +10.28 | -1.43 to +4.93 |",  # of 0 and 1.5, and of 2 and 1.5: t = 12.706
         "| **worst** | -0.50 | -0.50 |",
     ]
 
 
 def test_runs_differ_from_the_control_in_method_and_balance_alone(script: ModuleType) -> None:
-    choices = OmegaConf.create(script.DEFAULTS | {"seeds": 2, "methods": ["fitnet", "ft"], "ratios": [0.1, 1]})
+    choices = OmegaConf.create(
+        script.DEFAULTS | {"seeds": 2, "methods": ["fitnet", "ft"], "rules": ["auto", "uncertainty:3"]}
+    )
     todo = script.jobs(choices)
-    assert list(todo)[:3] == [(("fitnet", 0.1), 0), (("supervised", 0.0), 0), (("fitnet", 1.0), 0)]
-    assert list(todo)[5] == (("fitnet", 0.1), 1)
+    assert list(todo)[:3] == [(("fitnet", "auto"), 0), (("supervised", ""), 0), (("fitnet", "uncertainty:3"), 0)]
+    assert list(todo)[5] == (("fitnet", "auto"), 1)
     assert len(todo) == 2 * (1 + 2 * 2)
-    control, hint = (set(todo[(column, 1)].overrides) for column in (("supervised", 0.0), ("fitnet", 1.0)))
-    assert hint - control == {"method=fitnet", "balance=auto", "balance.ratio=1"}
-    assert "method.init_epochs=2" in todo[("ft", 0.1), 0].overrides  # 30 of 240 epochs, of 16
+    columns = (("supervised", ""), ("fitnet", "auto"), ("fitnet", "uncertainty:3"))
+    control, auto, other = (set(todo[(column, 1)].overrides) for column in columns)
+    assert auto - control == {"method=fitnet", "balance=auto"}
+    assert other - control == {"method=fitnet", "balance=uncertainty", "balance.ratio=3"}
+    assert "method.init_epochs=2" in todo[("ft", "auto"), 0].overrides  # 30 of 240 epochs, of 16
 
 
 def test_a_search_looks_at_the_last_epoch_of_the_validation_alone(
@@ -86,11 +93,11 @@ def test_a_search_looks_at_the_last_epoch_of_the_validation_alone(
 
     monkeypatch.setattr(compare, "run", trained)
     choices = OmegaConf.create(script.DEFAULTS | {"seeds": 2, "methods": ["sp"], "split": "val"})
-    assert script.differences(choices, script.summaries(choices)) == {("sp", 0.1): [25.0, 25.0]}
+    assert script.differences(choices, script.summaries(choices)) == {("sp", "auto"): [25.0, 25.0]}
     assert "75.00 %" in (said := capsys.readouterr().out)
     assert "10.00 %" not in said
     choices.split = "test"
-    assert script.differences(choices, script.summaries(choices)) == {("sp", 0.1): pytest.approx([-80.0, -80.0])}
+    assert script.differences(choices, script.summaries(choices)) == {("sp", "auto"): pytest.approx([-80.0, -80.0])}
 
 
 def test_without_finished_runs_there_is_no_table(script: ModuleType, tmp_path: Path) -> None:
@@ -136,7 +143,9 @@ def test_what_was_found_is_kept_and_written_between_marks(
     assert text.endswith("\nAfter.\n")
 
 
-@pytest.mark.parametrize("wrong", ["split=val keep=a.json", "ratios=[0.1,1] keep=a.json", "out=a.md", "dataset=mnist"])
+@pytest.mark.parametrize(
+    "wrong", ["split=val keep=a.json", "rules=[auto,uncertainty] keep=a.json", "out=a.md", "dataset=svhn"]
+)
 def test_options_that_do_not_go_together_are_refused(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch, wrong: str
 ) -> None:
@@ -150,6 +159,4 @@ def test_runs_of_other_data_have_its_setting_and_its_files(script: ModuleType) -
     choices = OmegaConf.create(script.DEFAULTS | {"dataset": "cifar10", "root": "/data", "seeds": 2, "methods": ["sp"]})
     todo = script.jobs(choices)
     assert len(todo) == 2 * (1 + 1)
-    assert all(
-        {"data=cifar10", "data.root='/data'", "data.per_class=50"} <= set(job.overrides) for job in todo.values()
-    )
+    assert all({"data=cifar10", "data.root=/data", "data.per_class=50"} <= set(job.overrides) for job in todo.values())

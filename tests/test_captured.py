@@ -18,6 +18,7 @@ from litdistill.distillation.distiller import Clip, Distiller, SchedulerOptions
 from litdistill.distillation.group_tensors import GroupTensors
 from litdistill.distillation.running_means import Seen
 from litdistill.distillation.teacher_cache import CacheOptions
+from litdistill.distillation.uncertainty import Uncertainty
 from litdistill.methods.ab import AB
 from litdistill.methods.fitnet import FitNet
 from litdistill.methods.kd import KD
@@ -86,6 +87,7 @@ def close(one, many):
         (lambda: {"cache": CacheOptions("memory")}, same),
         (lambda: {"method": FitNet(), "schedule": {}}, same),
         (lambda: {"method": FitNet(), "schedule": {}, "balance": Balance(steps=3)}, same),
+        (lambda: {"method": FitNet(), "schedule": {}, "balance": Uncertainty()}, same),
         (lambda: {"trainer": {"precision": "bf16-mixed"}}, same),
         (lambda: {"labels": "some"}, same),
         (lambda: {"method": KD(learnt=3), "schedule": {}}, close),

@@ -39,7 +39,8 @@ FILES: dict[str, type[Node]] = {
     "data/table.yaml": data.Table,
     "sweep/base.yaml": train.SweepOptions,
     "trainer/auto.yaml": library.Trainer,
-    "balance/auto.yaml": train.Balance,
+    "balance/auto.yaml": library.Balance,
+    "balance/uncertainty.yaml": library.Uncertainty,
 }
 SECTIONS: tuple[tuple[str, str, type[Node]], ...] = (  # prefix of the keys, title, schema
     ("", "`litdistill train`: conf/train.yaml", train.Train),
@@ -59,6 +60,8 @@ SECTIONS: tuple[tuple[str, str, type[Node]], ...] = (  # prefix of the keys, tit
     ("task.", "`task=multilabel`", library.MultiLabel),
     ("task.", "`task=regression`", library.Regression),
     ("task.", "`task=segmentation`", library.Segmentation),
+    ("balance.", "`balance=auto`", library.Balance),
+    ("balance.", "`balance=uncertainty`", library.Uncertainty),
     ("compress.", "`compress`: low_rank, prune", library.Compression),
     ("optimizer.", "`optimizer`: any of torch.optim", library.Optimizer),
     ("scheduler.", "`scheduler`: any of torch.optim.lr_scheduler", library.Scheduler),

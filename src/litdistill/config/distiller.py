@@ -17,7 +17,6 @@ from litdistill.compress.quantize import Int8
 from litdistill.config.instantiate import instantiate, with_key
 from litdistill.data.protocol import IndexedData
 from litdistill.distillation.adversarial import PGD
-from litdistill.distillation.balance import Balance
 from litdistill.distillation.cuda_graphs import CudaGraphs
 from litdistill.distillation.distiller import Clip, Distiller, OptimizerFactory, SchedulerOptions
 from litdistill.distillation.teacher import FrozenTeacher
@@ -135,7 +134,7 @@ def build_distiller(
             *scheduler,
             method_lr=cfg.get("method_lr"),
             schedule=OmegaConf.to_container(cfg.schedule) if cfg.get("schedule") else {},  # type: ignore[arg-type]
-            balance=Balance(**cfg.balance) if cfg.get("balance") else None,
+            balance=instantiate(cfg.balance, "balance") if cfg.get("balance") else None,
             adversarial=PGD(**cfg.adversarial) if cfg.get("adversarial") else None,
             ema=cfg.get("ema"),
             seed=cfg.seed,

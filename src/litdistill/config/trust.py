@@ -87,6 +87,8 @@ OWN = (
         f"litdistill.tasks.detection.{name}"
         for name in ("crosskd.CrossKD", "dense_kd.DenseKD", "fgd.FGD", "ld.LD", "pseudo_boxes.PseudoBoxes")
     ),
+    "litdistill.distillation.balance.Balance",
+    "litdistill.distillation.uncertainty.Uncertainty",
     "litdistill.distillation.schedules.warmup_cosine",
     "litdistill.distillation.schedules.MomentumRamp",
     "litdistill.training.callbacks.ClassBias",

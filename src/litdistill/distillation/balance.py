@@ -11,6 +11,7 @@ What reads the student's features alone (a hint) is balanced; a hint whose weigh
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal
 
@@ -24,12 +25,107 @@ from litdistill.utils.errors import UserError
 Together = Callable[[Tensor], Tensor]  # adds up a vector over all processes
 
 
-class Balance:
-    """Factors of the terms of a loss.
+class Rule(ABC):
+    """A rule by which the terms of a loss have factors; hints by default, relative to a reference.
+
+    Args:
+        ratio: what a hint is set to, relative to the reference.
+        terms: the same of terms by name, in place of `ratio` and also of those that read logits; None keeps a term's weight.
+
+    Raises `UserError` for a ratio that is negative or not finite.
+    """
+
+    def __init__(self, ratio: float, terms: Mapping[str, float | None] | None):
+        self.ratio, self.terms = ratio, dict(terms or {})
+        self.ratios: dict[str, float] = {}  # of the terms that are balanced
+        for name, value in {"ratio": ratio, **self.terms}.items():
+            if value is not None and not 0 <= value < math.inf:
+                raise UserError(
+                    f"balance: {name}={value} must be 0 or more: a hint's share, relative to the labels' loss."
+                )
+
+    finished: bool  # whether nothing of the rule is left to be measured by `measure`
+
+    @property
+    @abstractmethod
+    def factors(self) -> Mapping[str, float | Tensor]:
+        """Returns the factors of balanced terms by name."""
+
+    @property
+    @abstractmethod
+    def constants(self) -> tuple[Any, ...]:
+        """Returns the numbers of Python that a step reads."""
+
+    @abstractmethod
+    def measure(
+        self,
+        labels: Mapping[str, Tensor],
+        terms: Mapping[str, Tensor],
+        heads: Sequence[Tensor],
+        parameters: Sequence[Tensor],
+        together: Together | None = None,
+        scale: float = 1.0,
+        own: Collection[str] = (),
+    ) -> None:
+        """Measures one of the first minibatches, until the rule has `finished`.
+
+        `labels`, `terms`: the scalar terms of the labels' loss and of the method, weighted. `heads`: what the student gives
+        (its logits). `parameters`: those of the student that are trained. `together`: where there are several processes.
+        `scale`: what the loss is multiplied by in backward, so that no gradient in float16 is lost. `own`: names of terms
+        that keep their weights, unless `terms` says otherwise. The graph is kept.
+
+        Where the labels do not count and no term keeps its weight, all keep theirs. Raises `UserError` for a name in `terms`
+        that no term has, and where `terms` names them all and nothing is left to be in proportion to.
+        """
+
+    @abstractmethod
+    def follow(
+        self, labels: Mapping[str, Tensor], terms: Mapping[str, Tensor], together: Together | None = None
+    ) -> None:
+        """Follows the terms of a minibatch after those; arguments as of `measure`."""
+
+    @abstractmethod
+    def found(self) -> dict[str, dict[str, float]]:
+        """Returns what was found of each balanced term, its `factor` among it."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Returns plain values, exact to the bit."""
+
+    @abstractmethod
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores what `state_dict` returned."""
+
+    def ratios_of(
+        self, labels: Mapping[str, Tensor], terms: Mapping[str, Tensor], heads: Sequence[Tensor], own: Collection[str]
+    ) -> dict[str, float]:
+        """Returns the ratios of the terms that are balanced, none where there is no reference; arguments as of `measure`."""
+        if unknown := self.terms.keys() - terms.keys():
+            raise UserError(
+                f"balance.terms names {', '.join(sorted(unknown))}; the terms of this method are {', '.join(terms)}."
+            )
+        ratios = {name: self._ratio(name, value, heads, own) for name, value in terms.items()}
+        balanced = {name: ratio for name, ratio in ratios.items() if ratio is not None}
+        kept = bool(labels) or len(balanced) < len(terms)
+        if not kept and self.terms:
+            raise UserError(
+                "balance.terms: the labels do not count (hard=0) and every term is named: to what in proportion?"
+            )
+        return balanced if kept else {}
+
+    def _ratio(self, name: str, value: Tensor, heads: Sequence[Tensor], own: Collection[str]) -> float | None:
+        """Returns the ratio of a term; None if it keeps its weight: one of its own, or that of a term that reads logits."""
+        if name in self.terms:
+            return self.terms[name]
+        return None if name in own or reads(value, heads) else self.ratio
+
+
+class Balance(Rule):
+    """Factors by the norms of gradients in the first minibatches.
 
     Args:
         ratio: the norm of a hint's gradient relative to the reference's.
-        terms: the same of terms by name, in place of `ratio` and also of those that read logits; None keeps a term's weight.
+        terms: as of `Rule`.
         steps: minibatches over which gradients are measured; those in which no sample has a label do not count.
 
     Until the last of these a factor is that of the minibatches so far, and 0 where the reference has no gradient yet. Raises
@@ -37,20 +133,14 @@ class Balance:
     """
 
     def __init__(self, ratio: float = 0.1, terms: Mapping[str, float | None] | None = None, steps: int = 16):
-        self.ratio, self.terms, self.steps = ratio, dict(terms or {}), steps
-        for name, value in {"ratio": ratio, **self.terms}.items():
-            if value is not None and not 0 <= value < math.inf:
-                raise UserError(
-                    f"balance: {name}={value} must be 0 or more: the share of a term's gradient in the labels' loss."
-                )
+        super().__init__(ratio, terms)
         if steps < 1:
             raise UserError(f"balance: steps={steps} must be 1 or more.")
-        self.measured = 0  # minibatches so far
-        self.ratios: dict[str, float] = {}  # of the terms that are balanced
+        self.steps, self.measured = steps, 0  # the second: minibatches so far
         self.norms: dict[str, float] = {}  # sums over minibatches and processes; that of the reference is ""
 
     @property
-    def finished(self) -> bool:
+    def finished(self) -> bool:  # type: ignore[override]
         """Returns whether the factors are fixed."""
         return self.measured >= self.steps
 
@@ -62,6 +152,11 @@ class Balance:
             for name, ratio in self.ratios.items()
         }
 
+    @property
+    def constants(self) -> tuple[Any, ...]:
+        """Returns the factors: they are numbers of Python."""
+        return tuple(self.factors.items())
+
     def measure(
         self,
         labels: Mapping[str, Tensor],
@@ -72,31 +167,12 @@ class Balance:
         scale: float = 1.0,
         own: Collection[str] = (),
     ) -> None:
-        """Measures one minibatch.
-
-        `labels`, `terms`: the scalar terms of the labels' loss and of the method, weighted. `heads`: what the student gives
-        (its logits). `parameters`: those of the student that are trained. `together`: where there are several processes.
-        `scale`: what the loss is multiplied by in backward, so that no gradient in float16 is lost. `own`: names of terms
-        that keep their weights, unless `terms` says otherwise. The graph is kept.
-
-        Where the labels do not count and no term keeps its weight, all keep theirs. Raises `UserError` for a name in `terms`
-        that no term has, and where `terms` names them all and nothing is left to be in proportion to.
-        """
-        if unknown := self.terms.keys() - terms.keys():
-            raise UserError(
-                f"balance.terms names {', '.join(sorted(unknown))}; the terms of this method are {', '.join(terms)}."
-            )
-        ratios = {name: self._ratio(name, value, heads, own) for name, value in terms.items()}
-        balanced = {name: ratio for name, ratio in ratios.items() if ratio is not None}
-        kept = [*labels.values(), *(value for name, value in terms.items() if name not in balanced)]
-        if not kept and self.terms:
-            raise UserError(
-                "balance.terms: the labels do not count (hard=0) and every term is named: to what in proportion?"
-            )
-        if not kept or not balanced:  # nothing to measure, now or later
+        """Measures the gradients of one minibatch; see `Rule.measure`."""
+        balanced = self.ratios_of(labels, terms, heads, own)
+        if not balanced:  # nothing to measure, now or later
             self.measured = self.steps
             return
-        values = {"": torch.stack(kept).sum(), **{name: terms[name] for name in balanced}}
+        values = {"": reference(labels, terms, balanced), **{name: terms[name] for name in balanced}}
         norms = [gradient_norm(value * scale, parameters) / scale for value in values.values()]
         found = torch.stack(norms)
         counts = bool(found.isfinite().all()) and bool(found[0] > 0)
@@ -107,11 +183,8 @@ class Balance:
         self.norms = {k: self.norms.get(k, 0.0) + v for k, v in zip(values, sums[:-1].tolist(), strict=True)}
         self.measured += int(sums[-1] > 0)
 
-    def _ratio(self, name: str, value: Tensor, heads: Sequence[Tensor], own: Collection[str]) -> float | None:
-        """Returns the ratio of a term; None if it keeps its weight: one of its own, or that of a term that reads logits."""
-        if name in self.terms:
-            return self.terms[name]
-        return None if name in own or reads(value, heads) else self.ratio
+    def follow(self, *_: Any) -> None:
+        """Changes nothing: the factors are fixed."""
 
     def found(self) -> dict[str, dict[str, float]]:
         """Returns for each balanced term its `factor`, its `ratio`, and what the ratio would be `unbalanced`."""
@@ -146,7 +219,12 @@ class Balance:
         self.measured, self.ratios, self.norms = state["measured"], dict(state["ratios"]), dict(state["norms"])
 
 
-def balance_for(method: Method, chosen: Balance | Literal["auto"] | None) -> Balance | None:
+def reference(labels: Mapping[str, Tensor], terms: Mapping[str, Tensor], balanced: Collection[str]) -> Tensor:
+    """Returns the loss that balanced terms are relative to, a scalar: that of the labels and of all other terms."""
+    return torch.stack([*labels.values(), *(value for name, value in terms.items() if name not in balanced)]).sum()
+
+
+def balance_for(method: Method, chosen: Rule | Literal["auto"] | None) -> Rule | None:
     """Returns what balances a prepared method: `chosen`, a new one for "auto"; None where there is no hint to balance."""
     balance = Balance() if chosen == "auto" else chosen
     if balance is None or any(ratio is not None for ratio in balance.terms.values()):

@@ -319,12 +319,12 @@ def reason_for_launching(distiller: Distiller, overridden: list[str]) -> str | N
 
 
 def constants_of(distiller: Distiller) -> Any:
-    """Returns the numbers that are constants of a recorded step and change between epochs; None while gradients are measured
-    for `balance`."""
+    """Returns the numbers that are constants of a recorded step and change between epochs; None while `balance` measures the
+    first minibatches."""
     method, balance, epoch = distiller.method, distiller.balance, distiller.current_epoch
     if balance is not None and not balance.finished and epoch >= method.init_epochs:
         return None
-    factors = () if balance is None else tuple(balance.factors.items())
+    factors = () if balance is None else balance.constants
     parts = [m for m in method.modules() if isinstance(m, Method)]
     phases = tuple(epoch if m.by_epoch else epoch >= m.init_epochs for m in parts)
     return phases, factors, tuple(distiller.schedule_factors.items())

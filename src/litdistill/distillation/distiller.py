@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from litdistill.data.protocol import IndexedData, training_labels
 from litdistill.distillation import checks
 from litdistill.distillation.adversarial import PGD, check_adversarial
-from litdistill.distillation.balance import Balance, balance_for
+from litdistill.distillation.balance import Rule, balance_for
 from litdistill.distillation.batch_statistics import LaggingStatistics
 from litdistill.distillation.captured import CapturedStep, captured_step
 from litdistill.distillation.cuda_graphs import CudaGraphs, Recorder
@@ -77,7 +77,7 @@ class Distiller(LightningModule):
         scheduling: when the scheduler is stepped. method_lr: the rate of the method's own layers, times the student's.
         schedule: for any term of the loss, points (epoch, factor) between which its weight is scaled linearly, with the
             first epoch counted as 1: `{"soft": [[0, 0], [20, 1]]}` warms the soft term up over 20 epochs.
-        balance: in the first minibatches sets the weights of hints that were left at their defaults; "auto": `Balance()`.
+        balance: the rule that sets the weights of hints which were left at their defaults; "auto": `Balance()`.
         adversarial: the attack of adversarial training (`litdistill.distillation.adversarial`); None: none.
         ema: decay of the exponential moving average of the student's weights; the average is then evaluated and deployed.
         seed: seeds each step by seed, epoch, minibatch and rank, so that a run can be resumed at any step.
@@ -105,7 +105,7 @@ class Distiller(LightningModule):
         scheduling: SchedulerOptions = SchedulerOptions(),  # noqa: B008
         method_lr: float | None = None,
         schedule: Schedule | None = None,
-        balance: Balance | Literal["auto"] | None = "auto",
+        balance: Rule | Literal["auto"] | None = "auto",
         adversarial: PGD | None = None,
         ema: float | None = None,
         seed: int | None = None,

@@ -64,9 +64,9 @@ def _speed(distiller: Distiller) -> dict[str, float]:
 
 
 def _factors(distiller: Distiller) -> dict[str, float]:
-    """Returns by what `balance` multiplies terms of the loss; they are constant after its first minibatches."""
+    """Returns by what `balance` multiplies terms of the loss."""
     balance = distiller.balance
-    return {} if balance is None else {f"balance/{name}": factor for name, factor in balance.factors.items()}
+    return {} if balance is None else {f"balance/{name}": float(factor) for name, factor in balance.factors.items()}
 
 
 def _rates(distiller: Distiller) -> dict[str, float]:

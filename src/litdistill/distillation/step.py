@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from litdistill.distillation.adversarial import attacked_batch
-from litdistill.distillation.balance import Balance
+from litdistill.distillation.balance import Rule, Together
 from litdistill.distillation.running_means import Seen
 from litdistill.methods.base import Method
 from litdistill.types import ADVERSARIAL, Batch, Group, Outputs
@@ -167,9 +167,14 @@ def label_terms(distiller: Distiller, student: Outputs, batch: Batch) -> dict[st
 
 
 def measures(distiller: Distiller) -> bool:
-    """Returns whether gradients are measured in this minibatch: one of a training's first, once the labels' loss counts."""
+    """Returns whether `balance` measures this minibatch: one of a training's first, once the labels' loss counts."""
     balance = distiller.balance
-    if balance is None or balance.finished or distiller.current_epoch < distiller.method.init_epochs:
+    return balance is not None and not balance.finished and _balanced(distiller)
+
+
+def _balanced(distiller: Distiller) -> bool:
+    """Returns whether this is a minibatch of a training in which the labels' loss counts."""
+    if distiller.current_epoch < distiller.method.init_epochs:
         return False
     try:
         return bool(distiller.trainer.training)
@@ -188,28 +193,34 @@ def weighed(
     unknown = schedule.keys() - every.keys()
     if unknown and not distiller.method.init_epochs:
         raise UserError(f"schedule names {', '.join(unknown)}, but the terms of this method are {', '.join(every)}.")
-    if (balance := distiller.balance) is None:
-        factors: dict[str, float] = schedule
-    else:
+    factors: dict[str, float | Tensor] = dict(schedule)
+    if (balance := distiller.balance) is not None:
         if measures(distiller):
             _measure(distiller, balance, student, labels, terms)
-        factors = balance.factors
-        factors = factors | {k: v * factors.get(k, 1.0) for k, v in schedule.items()}
+        elif _balanced(distiller):
+            balance.follow(labels, terms, _together(distiller))
+        found = dict(balance.factors)
+        factors = found | {k: v * found.get(k, 1.0) for k, v in schedule.items()}
     return {k: v * factors[k] if k in factors else v for k, v in every.items()}
 
 
+def _together(distiller: Distiller) -> Together | None:
+    """Returns what adds up a vector over all processes; None where there is one."""
+    strategy = distiller.trainer.strategy
+    return (lambda sums: strategy.reduce(sums, reduce_op="sum")) if distiller.trainer.world_size > 1 else None
+
+
 def _measure(
-    distiller: Distiller, balance: Balance, student: Outputs, labels: dict[str, Tensor], terms: dict[str, Tensor]
+    distiller: Distiller, balance: Rule, student: Outputs, labels: dict[str, Tensor], terms: dict[str, Tensor]
 ) -> None:
-    """Measures the gradients of one minibatch, on all processes together; logs the factors once they are fixed."""
-    strategy, scaler = distiller.trainer.strategy, getattr(distiller.trainer.precision_plugin, "scaler", None)
-    together = lambda sums: strategy.reduce(sums, reduce_op="sum")  # noqa: E731
+    """Measures one minibatch, on all processes together; logs the factors once that is finished."""
+    scaler = getattr(distiller.trainer.precision_plugin, "scaler", None)
     balance.measure(
         labels,
         terms,
         list(student.heads.values()),
         [p for p in distiller.student.parameters() if p.requires_grad],
-        together if distiller.trainer.world_size > 1 else None,
+        _together(distiller),
         scale=1.0 if scaler is None else scaler.get_scale(),
         own=(own := distiller.method.own_weights()),
     )

@@ -70,6 +70,7 @@ OBJECTS: dict[str, dict[str, type[Node]]] = {
         "LanguageModel": library.LanguageModel,
         "Segmentation": library.Segmentation,
     },
+    "balance": {"Balance": library.Balance, "Uncertainty": library.Uncertainty},
     "optimizer": {"": library.Optimizer},
     "scheduler": {"": library.Scheduler},
     "trainer": {"Trainer": library.Trainer},

@@ -59,6 +59,7 @@ Text = Annotated[str, Field(min_length=1)]
 Name = Text | int | float
 Texts = Annotated[list[Text], Field(min_length=1)]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$"), Said("auto, cpu, cuda, cuda:1 or mps")]
+Nothing = Annotated[dict[str, Any], Field(max_length=0), Said("{}")]
 Numbers = Annotated[list[float], Field(min_length=1)]
 Deviations = Annotated[list[Positive], Field(min_length=1)]
 Pixels = Annotated[list[Unit], Field(min_length=1)]

@@ -104,6 +104,32 @@ class Scheduler(Object):
     ramp: Count = option("epochs in which the momentum rises")
 
 
+class Balance(Node):
+    """`balance=auto`."""
+
+    target: str = Field(alias="_target_", description="the rule")
+    ratio: NotNegative = option(
+        "the gradient of each term that reads the student's features alone, relative to that of the labels' loss"
+    )
+    terms: dict[str, NotNegative | None] | None = option(
+        "the same of terms by name, also of those that read logits: {soft: 1.0}; null: keeps its weight"
+    )
+    steps: Count = option("minibatches over which gradients are measured; the factors are fixed after them")
+
+
+class Uncertainty(Node):
+    """`balance=uncertainty`."""
+
+    target: str = Field(alias="_target_", description="the rule")
+    ratio: NotNegative = option(
+        "the value of each term that reads the student's features alone, relative to that of the labels' loss"
+    )
+    terms: dict[str, NotNegative | None] | None = option(
+        "the same of terms by name, also of those that read logits: {soft: 1.0}; null: keeps its weight"
+    )
+    decay: Decay = option("of the running means of the values, by minibatch")
+
+
 class Classification(Node):
     """`task` of one label a sample."""
 

@@ -13,6 +13,7 @@ from litdistill.config.schema.fields import (
     Deviations,
     Name,
     Node,
+    Nothing,
     NotNegative,
     Numbers,
     Object,
@@ -118,18 +119,6 @@ class Compile(Node):
     )
 
 
-class Balance(Node):
-    """`balance`."""
-
-    ratio: NotNegative = option(
-        "the gradient of each term that reads the student's features alone, relative to that of the labels' loss"
-    )
-    terms: dict[str, NotNegative | None] | None = option(
-        "the same of terms by name, also of those that read logits: {soft: 1.0}; null: keeps its weight"
-    )
-    steps: Count = option("minibatches over which gradients are measured; the factors are fixed after them")
-
-
 class Adversarial(Node):
     """`adversarial`."""
 
@@ -173,8 +162,9 @@ class Train(Node):
     schedule: dict[str, Points] | None = option(
         "scale a term of the loss over epochs: {soft: [[0, 0], [20, 1]]} warms `soft` up for 20 epochs"
     )
-    balance: Balance | None = option(
-        "auto: weights of hints left at their defaults fit by themselves, by gradients in the first minibatches; none: not"
+    balance: Object | Nothing | None = option(
+        "auto: weights of hints left at their defaults fit by themselves, by gradients in the first minibatches; uncertainty: "
+        "by the terms' values, to the end of the run; none: not"
     )
     adversarial: Adversarial | None = option(
         "pgd: the student is trained at inputs that an attack has changed (docs/security.md); none: at those it is given"

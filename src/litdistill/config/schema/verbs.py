@@ -29,7 +29,11 @@ ATTACKS = (
     "1,000 queries an image"
 )
 Png = Annotated[str, Field(pattern=r"\.png$"), Said("the name of a .png file")]
-Levels = Annotated[list[Annotated[int, Field(ge=1, le=255)]], Field(min_length=1)]
+Levels = Annotated[
+    list[Annotated[int, Field(ge=1, le=255)]],
+    Field(min_length=1),
+    Said("a list of whole levels from 1 to 255, of which 26 is 0.1 of the whole range"),
+]
 
 
 class Evaluate(Node):

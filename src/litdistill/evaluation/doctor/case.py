@@ -82,7 +82,8 @@ def examined(
         teacher = outputs_of(net, data, task, "val", val, device)[0]
         teacher = teacher if task.measures(teacher) else None  # it has no classes
     trained = outputs_of(student, data, task, "train", labeled_ids(data)[: len(targets)], device)
-    factors = {name: figures["factor"] for name, figures in (summary.get("balance") or {}).items()}
+    balance = summary.get("balance") or {}
+    factors = {name: figures.get("first", figures["factor"]) for name, figures in balance.items()}  # at the start
     found = gradients_at_start(cfg, data, task, net, device, factors)
     return Case(
         *(cfg, data, task, distiller, device, targets, outputs, teacher, trained, best_epoch, int(summary["epochs"])),

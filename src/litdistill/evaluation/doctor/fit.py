@@ -23,13 +23,14 @@ def gradient_shares(case: Case) -> Finding | None:
     term = max((t for t in case.gradients.terms if t.hint), key=lambda t: t.share, default=None)
     if term is None or term.share <= LARGE:
         return None
-    ratio = f"'balance.terms={{{term.name}: 0.1}}'"
+    ratio, rule = f"'balance.terms={{{term.name}: 0.1}}'", case.cfg.get("balance") or {}
+    change = ratio if "steps" in rule else f"balance=auto {ratio}"  # which measures gradients
     return Finding(
         min(1.0, 0.4 + 0.2 * math.log10(term.share)),
         "share of a term",
         f"At the start the gradient of {term.name} at the student is {term.share:.3g} times that of the other terms: the "
         "labels hardly count.",
-        ratio if case.cfg.get("balance") else f"balance=auto {ratio}",
+        change,
     )
 
 

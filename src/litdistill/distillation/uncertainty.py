@@ -1,0 +1,119 @@
+"""Weights of the terms of the loss that follow their values: uncertainty weights (Kendall et al. 2018, arXiv 1705.07115).
+
+There each term L of a loss has a variance σ², which is learned with the network: the sum of L / 2σ² + log σ is minimized
+(equation 7). For a given L the best variance is L itself (Kirchdorfer et al. 2024, arXiv 2408.07985, section 3.2), and over
+minibatches its mean. So nothing need be learned: the variance is the running mean of a term, and its weight 1 / 2σ². Here
+all weights are divided by that of the reference, so that the labels' loss keeps its own and the learning rate its meaning.
+A hint then counts `ratio` times as much as the reference, by value and to the end of the run.
+
+Which terms are balanced, and what the reference is: see `litdistill.distillation.balance`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from litdistill.distillation.balance import Rule, Together, reference
+from litdistill.utils.errors import UserError
+
+
+class Uncertainty(Rule):
+    """Factors by running means of the terms' values.
+
+    Args:
+        ratio: a hint's value relative to the reference's, both as running means; 1: uncertainty weights.
+        terms: as of `Rule`.
+        decay: of the running means, by minibatch.
+
+    A value that is 0 (a minibatch in which no sample has a label), negative or not finite leaves its mean as it is. Before
+    the reference has one, factors are 0; a term without a mean has the factor 1. Raises `UserError` for a ratio that is
+    negative or not finite, and for a decay outside of [0, 1).
+    """
+
+    def __init__(self, ratio: float = 1.0, terms: Mapping[str, float | None] | None = None, decay: float = 0.98):
+        super().__init__(ratio, terms)
+        if not 0 <= decay < 1:
+            raise UserError(f"balance: decay={decay} must be at least 0 and below 1; 0.98 is the default.")
+        self.decay, self.finished = decay, False
+        self.means = torch.zeros(1)  # of the reference and of the balanced terms in their order; 0: none yet
+        self.first: dict[str, float] = {}  # factors of the first minibatch that counts
+
+    @property
+    def factors(self) -> dict[str, Tensor]:
+        """Returns the factors of balanced terms by name, scalars on the device of the terms."""
+        whole, *means = self.means
+        return {
+            name: torch.where(mean > 0, ratio * whole / mean, torch.ones_like(mean))
+            for (name, ratio), mean in zip(self.ratios.items(), means, strict=True)
+        }
+
+    @property
+    def constants(self) -> tuple[Any, ...]:
+        """Returns nothing that changes: means are read on the device."""
+        return ()
+
+    def measure(
+        self,
+        labels: Mapping[str, Tensor],
+        terms: Mapping[str, Tensor],
+        heads: Sequence[Tensor],
+        parameters: Sequence[Tensor],
+        together: Together | None = None,
+        scale: float = 1.0,
+        own: Collection[str] = (),
+    ) -> None:
+        """Finds out which terms are balanced, and follows a minibatch; see `Rule.measure`."""
+        self.ratios = self.ratios_of(labels, terms, heads, own)
+        if self.ratios:
+            self.follow(labels, terms, together)
+            self.first = {name: float(factor) for name, factor in self.factors.items()}
+        self.finished = not self.ratios or bool(self.means[0] > 0)
+
+    @torch.no_grad()
+    def follow(
+        self, labels: Mapping[str, Tensor], terms: Mapping[str, Tensor], together: Together | None = None
+    ) -> None:
+        """Moves the means towards the values of a minibatch, in place; reads nothing from the device."""
+        if not self.ratios:
+            return
+        whole = reference(labels, terms, self.ratios)
+        found = torch.stack([whole, *(terms.get(name, torch.zeros_like(whole)) for name in self.ratios)])
+        found = found if found.dtype == torch.float64 else found.float()
+        counts = found.isfinite() & (found > 0)
+        sums = torch.stack([torch.where(counts, found, 0), counts.to(found)])
+        values, counted = sums if together is None else together(sums)
+        values = values / counted.clamp(min=1)
+        if len(self.means) != len(found) or self.means.device != found.device or self.means.dtype != found.dtype:
+            self.means = self.means.to(found).expand(len(found)).clone()
+        moved = torch.where(self.means > 0, torch.lerp(values, self.means, self.decay), values)
+        self.means.copy_(torch.where(counted > 0, moved, self.means))
+
+    def found(self) -> dict[str, dict[str, float]]:
+        """Returns for each balanced term its `factor` now, that of the `first` minibatch, and the `ratio`."""
+        factors = {name: float(factor) for name, factor in self.factors.items()}
+        return {
+            name: {"factor": factor, "first": self.first[name], "ratio": self.ratios[name]}
+            for name, factor in factors.items()
+        }
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} by {factor:.3g}" for name, factor in self.first.items())
+        terms = ", ".join(f"{name}: {ratio:g}" for name, ratio in self.ratios.items())
+        return (
+            f"Uncertainty weights begin with {parts}, so that these terms count as much as the others, times "
+            f"balance.terms={{{terms}}}. The defaults of their weights have no effect; balance=none keeps them."
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns plain values, exact to the bit."""
+        known = {"ratios": dict(self.ratios), "first": dict(self.first), "finished": self.finished}
+        return known | {"means": self.means.tolist()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores what `state_dict` returned."""
+        self.ratios, self.first, self.finished = dict(state["ratios"]), dict(state["first"]), state["finished"]
+        self.means = torch.tensor(state["means"], dtype=torch.float64)  # in the terms' own type at the next minibatch
