@@ -11,7 +11,7 @@ import torch
 
 from litdistill.data.augment import Crop
 from litdistill.distillation.cache_room import allocated, make_room
-from litdistill.distillation.row_store import RowStore, fingerprint, runs_of
+from litdistill.distillation.row_store import RowStore, fingerprint
 from litdistill.distillation.teacher_cache import CacheOptions, TeacherCache
 from litdistill.types import Batch
 from litdistill.utils.errors import UserError
@@ -162,36 +162,33 @@ def test_few_samples_take_the_room_of_few(tmp_path, folder):
         assert cache.computed == rows, again
     cache.start_epoch()
     assert cache.complete
-    if folder is None:
-        assert len(cache.store.valid) == rows
-    else:  # blocks have 4,096 bytes, and a row may touch one more on either side
+    assert len(cache.store.valid) == rows
+    if where is not None:
         [file] = where.glob("*/outputs.rows")
-        assert file.stat().st_size == cache.store.values.nbytes > 20 * allocated(file)
-        assert rows * 4 * (16 * 8 * 8 + 10) <= allocated(file) <= rows * (4 * (16 * 8 * 8 + 10) + 2 * 4096)
+        assert file.stat().st_size == rows * 4 * (16 * 8 * 8 + 10)
+        data.train_ids = data.train_ids.flip(0)  # in another order they are the same samples
+        again = TeacherCache(teacher, data, CPU, where)
+        assert torch.equal(again.outputs(batch).heads["logits"], found.heads["logits"])
+        assert again.computed == 0
 
 
-def test_a_file_of_few_samples_serves_a_run_of_others_too(tmp_path):
+def test_few_samples_have_a_file_of_their_own_and_many_share_one(tmp_path):
     data, teacher = digits(), frozen()
-    for ids in ([3, 500], [3, 900, 901], list(range(1000))):  # the last has rows for all
+    every, others = list(range(1000)), list(range(500, 1200))
+    for ids, new in (([3, 500], 2), ([3, 900, 901], 3), (every, 1000), (others, 200), ([500, 3], 0)):
         data.train_ids = torch.tensor(ids)
         cache = TeacherCache(teacher, data, CPU, tmp_path)
         batch = Batch(data.get_batch("train", data.train_ids).inputs, None, data.train_ids)
         assert torch.allclose(cache.outputs(batch).heads["logits"], teacher(batch).heads["logits"], atol=1e-5)
-        assert cache.computed == {2: 2, 3: 2, 1000: 996}[len(ids)]
-
-
-def test_runs_of_rows_are_found():
-    assert runs_of(torch.tensor([2, 3, 4, 7, 9, 10])) == [(2, 5), (7, 8), (9, 11)]
-    assert runs_of(torch.tensor([5])) == [(5, 6)]
+        assert cache.computed == new
+    assert len(list(tmp_path.glob("*/outputs.rows"))) == 3
 
 
 def test_blocks_that_are_there_are_not_allocated_again(tmp_path, monkeypatch):
     calls, allocate = [], os.posix_fallocate
     monkeypatch.setattr(os, "posix_fallocate", lambda *a: calls.append(a[1:]) or allocate(*a))
-    size = 4 * 2048
-    used = torch.tensor([1])
-    for given, new in ((used, 2), (used, 1), (None, 1), (None, 0), (used, 0)):  # the marks take one block
+    for rows, new in ((64, 2), (64, 0), (32, 0), (128, 1)):  # the marks of 128 rows are in the block of 64
         calls.clear()
-        RowStore(64, 2048, torch.float32, CPU, tmp_path / "a", given)
+        RowStore(rows, 2048, torch.float32, CPU, tmp_path / "a")
         assert len(calls) == new
-    assert allocated(tmp_path / "a.rows") == 64 * size
+    assert allocated(tmp_path / "a.rows") == 128 * 4 * 2048

@@ -7,7 +7,6 @@ damaged later, does not match it and is invalid.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -22,30 +21,19 @@ from litdistill.utils.errors import UserError
 class RowStore:
     """Rows of `width` numbers and their fingerprints, in two files `<path>.rows` and `<path>.marks`, or in memory.
 
-    `used`: the rows that will be stored, in ascending order, where these are not all. Raises `OSError` if the disk has no room
-    for them. Their blocks are allocated at creation, since a full disk would later kill the process with SIGBUS; the rest of
-    the files takes no room.
+    Raises `OSError` if the disk has no room for them. Their blocks are allocated at creation, since a full disk would later
+    kill the process with SIGBUS.
     """
 
-    def __init__(
-        self,
-        rows: int,
-        width: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        path: Path | None = None,
-        used: Tensor | None = None,
-    ):
+    def __init__(self, rows: int, width: int, dtype: torch.dtype, device: torch.device, path: Path | None = None):
         self.dtype, self.device = dtype, device
-        parts = [(0, rows)] if used is None else runs_of(used)
-        self.values = _mapped(path, ".rows", rows, parts, width, dtype).view(rows, width)
-        self.marks = _mapped(path, ".marks", rows, parts, 1, torch.int64)
+        self.values = _mapped(path, ".rows", rows, width, dtype).view(rows, width)
+        self.marks = _mapped(path, ".marks", rows, 1, torch.int64)
         self.valid = torch.zeros(rows, dtype=torch.bool)
         for index in self.marks.nonzero().flatten().split(max(1, 2**22 // width)):  # 16 MiB at a time
             self.valid[index] = self.marks[index] == fingerprint(self.values[index], index)
         # On a CPU rows are gathered from the mapped file itself; a GPU has a copy where it has room for one.
-        # Not of a file with holes, which would take their room there.
-        copied = device.type != "cpu" and used is None and has_room(device, self.values.nbytes)
+        copied = device.type != "cpu" and has_room(device, self.values.nbytes)
         self.rows = self.values.to(device) if copied else self.values
         self.valid = self.valid.to(device)
 
@@ -90,27 +78,18 @@ def has_room(device: torch.device, size: int) -> bool:
     return device.type != "cuda" or size <= torch.cuda.mem_get_info(device)[0] // 2
 
 
-def runs_of(rows: Tensor) -> list[tuple[int, int]]:
-    """Returns the first row and the end of each run of neighboring rows, of rows (N,) in ascending order."""
-    ends = (rows.diff() > 1).nonzero().flatten() + 1
-    return [(int(run[0]), int(run[-1]) + 1) for run in rows.tensor_split(ends)]
-
-
-def _mapped(
-    path: Path | None, suffix: str, rows: int, parts: Sequence[tuple[int, int]], width: int, dtype: torch.dtype
-) -> Tensor:
-    """Returns the numbers of all rows, in a file or in memory; `parts`: the rows that blocks are allocated for."""
-    count, row = rows * width, width * dtype.itemsize
+def _mapped(path: Path | None, suffix: str, rows: int, width: int, dtype: torch.dtype) -> Tensor:
+    """Returns the numbers of all rows, in a file or in memory."""
+    count, size = rows * width, rows * width * dtype.itemsize
     if path is None:
         return torch.zeros(count, dtype=dtype)
     file = path.with_name(path.name + suffix)
     with FileLock(path.with_name(path.name + ".lock")), open(file, "ab") as opened:
-        if os.fstat(opened.fileno()).st_size < rows * row:  # a longer file is of a longer run, and can be used
-            opened.truncate(rows * row)  # allocates nothing
+        if os.fstat(opened.fileno()).st_size < size:  # a longer file is of a longer run, and can be used
+            opened.truncate(size)  # allocates nothing
         # To ask again costs a look at each block where the file system has no holes; macOS has no such call.
-        if hasattr(os, "posix_fallocate") and allocated(file) < rows * row:
-            for first, end in parts:
-                os.posix_fallocate(opened.fileno(), first * row, (end - first) * row)
+        if hasattr(os, "posix_fallocate") and allocated(file) < size:
+            os.posix_fallocate(opened.fileno(), 0, size)
     return torch.from_file(str(file), shared=True, size=count, dtype=dtype)
 
 

@@ -39,7 +39,7 @@ from litdistill.utils.hashing import network_sha256, weights_sha256
 
 log = logging.getLogger(__name__)
 
-FEW = 8  # of a training set of so many times the samples that are trained on, a file holds the rows of these alone
+FEW = 8  # of a training set of so many times the samples that are trained on, a file is of these alone, and its key too
 OUTSIDE = 2**62  # the place of a sample that is not trained on: no row
 SPOT_CHECK = 32  # rows of a file that are computed again before it is used
 # Their largest difference, relative to the largest value: kernels round differently at different batch sizes.
@@ -86,10 +86,13 @@ class TeacherCache:
         precision: str = "32-true",
     ):
         self.teacher, self.data, self.device, self.dtype, self.rounds = teacher, data, device, dtype, rounds
-        self.folder = folder / cache_key(teacher, data, device, dtype, precision) if folder is not None else None
         self.computed = self.requested = 0
         self.complete = False  # whether all rows of the training samples are known to be valid
-        self._places: Tensor | None = None  # in memory: the place of each sample among the training samples
+        few = FEW * len(data.train_ids) <= len(data.train_targets)
+        # The place of each sample among the training samples, where rows are of these alone.
+        self._places: Tensor | None = self._places_of() if few or folder is None else None
+        own = data.train_ids.cpu() if few else None
+        self.folder = folder / cache_key(teacher, data, device, dtype, precision, own) if folder is not None else None
         self._shapes: tuple[dict[str, Shape], dict[str, Shape]] | None = None  # of heads, of features
 
     def outputs(self, batch: Batch) -> Outputs:
@@ -117,19 +120,23 @@ class TeacherCache:
     def bytes(self) -> int:
         """Returns the size in bytes of the complete cache of the training samples."""
         views = self.data.view_count(self.rounds)
-        samples = self.data.train_ids if self.folder is None or self._few else self.data.train_targets
-        return len(samples) * views * (self._width() * self.dtype.itemsize + 8)
+        return self.samples * views * (self._width() * self.dtype.itemsize + 8)
 
     @property
-    def _few(self) -> bool:
-        return FEW * len(self.data.train_ids) <= len(self.data.train_targets)
+    def samples(self) -> int:
+        """Returns the number of samples that have rows."""
+        return len(self.data.train_targets if self._places is None else self.data.train_ids)
 
     def _rows(self, ids: Tensor, views: Tensor | None) -> Tensor:
-        """Returns the rows of samples `ids` in `views`: on disk runs with other training samples share a file."""
-        count = len(self.data.train_targets)
-        if self._places is not None:
-            ids, count = self._places[ids], len(self.data.train_ids)
-        return ids if views is None else views * count + ids
+        """Returns the rows of samples `ids` in `views`: of all samples, runs with other training samples share a file."""
+        ids = ids if self._places is None else self._places[ids]
+        return ids if views is None else views * self.samples + ids
+
+    def _places_of(self) -> Tensor:
+        ids = self.data.train_ids.cpu().sort().values
+        places = torch.full((len(self.data.train_targets),), OUTSIDE)
+        places[ids] = torch.arange(len(ids))
+        return places.to(self.device)
 
     def _width(self) -> int:
         """Returns the number of values in a row, from one dry forward."""
@@ -170,28 +177,25 @@ class TeacherCache:
         return store
 
     def _open(self, views: int, width: int) -> RowStore:
-        count, ids = len(self.data.train_targets), self.data.train_ids.cpu().sort().values
         if self.folder is not None:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                used = self._rows(ids, torch.arange(views)[:, None]).flatten() if self._few else None
-                return RowStore(count * views, width, self.dtype, self.device, self.folder / "outputs", used)
+                path = self.folder / "outputs"
+                return RowStore(self.samples * views, width, self.dtype, self.device, path)
             except OSError as error:
                 log.warning("The teacher's cache is kept in memory: %s cannot be written: %s", self.folder, error)
-                self.folder = None
-        places = torch.full((count,), OUTSIDE)
-        places[ids] = torch.arange(len(ids))
-        self._places = places.to(self.device)
-        return RowStore(len(ids) * views, width, self.dtype, self.device)
+                self.folder, self._places = None, self._places_of()
+        return RowStore(self.samples * views, width, self.dtype, self.device)
 
     def _spot_check(self, store: RowStore) -> None:
         """Computes a few rows again, and clears the cache if they differ: the key then lacks something they depend on."""
-        count = len(self.data.train_targets)
         rows = store.valid.nonzero().flatten()
         if len(rows) == 0:
             return
         rows = rows[:: max(1, len(rows) // SPOT_CHECK)][:SPOT_CHECK]
-        ids, views = rows % count, rows // count
+        ids, views = rows % self.samples, rows // self.samples
+        if self._places is not None:
+            ids = self.data.train_ids.sort().values.to(ids.device)[ids]
         batch = self.data.get_batch("train", ids, views if self.data.draws_views else None)
         again = self._run(batch.inputs, torch.arange(len(rows), device=rows.device))
         if not _close(again, store.get(rows)[0], max(TOLERANCE, 2 * torch.finfo(self.dtype).eps)):
@@ -245,7 +249,7 @@ def open_cache(
             "The teacher's outputs are not kept, and it runs in each step: they would take %.1f GB, %.3g kB a sample and view; "
             "teacher.cache.gb is %g. teacher.cache.dtype=float16 halves that; teacher.outputs, of a file of litdistill outputs "
             "with top=…, keeps the most probable outputs alone.",
-            *(size / 1e9, size / 1e3 / (views * len(data.train_targets)), options.gb),
+            *(size / 1e9, size / 1e3 / (views * cache.samples), options.gb),
         )
         return None
     if cache.folder is not None:
@@ -367,10 +371,18 @@ def expected_saving(views: int, passes: float) -> float:
     return max(0.0, 1 - views * (1 - (1 - 1 / views) ** passes) / passes)
 
 
-def cache_key(teacher: Teacher, data: IndexedData, device: torch.device, dtype: torch.dtype, precision: str) -> str:
-    """Returns 16 hex digits that are equal only if the rows are."""
+def cache_key(
+    teacher: Teacher,
+    data: IndexedData,
+    device: torch.device,
+    dtype: torch.dtype,
+    precision: str,
+    own: Tensor | None = None,
+) -> str:
+    """Returns 16 hex digits that are equal only if the rows are. `own`: the samples of the rows (M,); None: all."""
     about = [teacher.sha256, list(teacher.taps), teacher.mode, data.identity("train"), str(dtype)]
-    return _key([*about, precision, *_arithmetic(device)])
+    ids = "" if own is None else weights_sha256({"": own.sort().values})
+    return _key([*about, precision, ids, *_arithmetic(device)])
 
 
 def logits_key(net: nn.Module, data: IndexedData, split: str, device: torch.device, options: str = "") -> str:
