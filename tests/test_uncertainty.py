@@ -66,11 +66,21 @@ def test_the_gradient_is_that_of_the_logarithms_times_the_labels_loss():
         torch.testing.assert_close(one, other * labels["hard"].detach(), rtol=1e-12, atol=0)
 
 
+def test_the_gradient_that_a_hint_begins_with_is_said():
+    model, rule, x = Linear(), Uncertainty(), torch.randn(4, dtype=torch.float64)
+    labels, terms, heads, parameters = model.minibatch(x)
+    rule.measure(labels, {"hint": terms["hint"]}, heads, parameters, scale=1024.0)
+    whole, hint = model.norms(x, 0)
+    share = float(rule.factors["hint"] * hint / whole)
+    assert rule.found()["hint"]["gradient"] == pytest.approx(share)
+    assert f"with a gradient {share:.3g} times that of the other terms" in str(rule)
+
+
 def test_a_factor_is_the_ratio_of_running_means():
     pairs = values((2.0, 8.0), (1.0, 4.0), (3.0, 0.5))
     rule = Uncertainty(0.5, decay=0.75)
     assert follow(rule, pairs[:1]) == 0.5 * 2 / 8
-    assert rule.found() == {"hint": {"factor": 0.125, "first": 0.125, "ratio": 0.5}}
+    assert rule.found() == {"hint": {"factor": 0.125, "first": 0.125, "gradient": 0.0, "ratio": 0.5}}
     hard, hint = 0.75 * (0.75 * 2 + 0.25) + 0.25 * 3, 0.75 * (0.75 * 8 + 0.25 * 4) + 0.25 * 0.5
     assert follow(rule, pairs[1:]) == pytest.approx(0.5 * hard / hint, rel=1e-12)
     assert rule.found()["hint"]["first"] == 0.125
@@ -240,7 +250,8 @@ def test_a_minibatch_counts_for_the_processes_that_have_labels():
     """The mean over processes is of those whose value is a loss."""
     hard, hint = values((3.0, 8.0))[0]
     rule = Uncertainty(decay=0)
-    rule.measure({"hard": hard}, {"hint": hint}, [], [], together=lambda sums: sums + torch.tensor([[0, 4.0], [0, 1]]))
+    other = torch.tensor([[0, 4.0], [0, 1]])  # has no sample with a label
+    rule.measure({"hard": hard}, {"hint": hint}, [], [], lambda sums: sums + other if sums.ndim == 2 else sums)
     assert rule.means.tolist() == [3, 6]
 
 

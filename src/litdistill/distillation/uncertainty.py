@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from litdistill.distillation.balance import Rule, Together, reference
+from litdistill.distillation.balance import Rule, Together, gradient_norm, reference
 from litdistill.utils.errors import UserError
 
 
@@ -41,6 +41,7 @@ class Uncertainty(Rule):
         self.decay, self.finished = decay, False
         self.means = torch.zeros(1)  # of the reference and of the balanced terms in their order; 0: none yet
         self.first: dict[str, float] = {}  # factors of the first minibatch that counts
+        self.gradients: dict[str, float] = {}  # norms there with these factors, relative to that of the reference
 
     @property
     def factors(self) -> dict[str, Tensor]:
@@ -66,12 +67,18 @@ class Uncertainty(Rule):
         scale: float = 1.0,
         own: Collection[str] = (),
     ) -> None:
-        """Finds out which terms are balanced, and follows a minibatch; see `Rule.measure`."""
+        """Finds out which terms are balanced and how large their gradients then are, and follows a minibatch."""
         self.ratios = self.ratios_of(labels, terms, heads, own)
         if self.ratios:
             self.follow(labels, terms, together)
             self.first = {name: float(factor) for name, factor in self.factors.items()}
         self.finished = not self.ratios or bool(self.means[0] > 0)
+        if self.finished and self.ratios:
+            values = [reference(labels, terms, self.ratios), *(terms[name] for name in self.ratios)]
+            norms = torch.stack([gradient_norm(value * scale, parameters) for value in values])
+            whole, *others = (norms if together is None else together(norms)).tolist()
+            pairs = zip(self.first.items(), others, strict=True)
+            self.gradients = {name: factor * norm / whole if whole else 0.0 for (name, factor), norm in pairs}
 
     @torch.no_grad()
     def follow(
@@ -93,27 +100,35 @@ class Uncertainty(Rule):
         self.means.copy_(torch.where(counted > 0, moved, self.means))
 
     def found(self) -> dict[str, dict[str, float]]:
-        """Returns for each balanced term its `factor` now, that of the `first` minibatch, and the `ratio`."""
-        factors = {name: float(factor) for name, factor in self.factors.items()}
+        """Returns for each balanced term its `factor` now, the `first` one and the `gradient` with it, and its `ratio`."""
         return {
-            name: {"factor": factor, "first": self.first[name], "ratio": self.ratios[name]}
-            for name, factor in factors.items()
+            name: {
+                "factor": float(factor),
+                "first": self.first[name],
+                "gradient": self.gradients.get(name, 0.0),
+                "ratio": self.ratios[name],
+            }
+            for name, factor in self.factors.items()
         }
 
     def __str__(self) -> str:
-        parts = ", ".join(f"{name} by {factor:.3g}" for name, factor in self.first.items())
+        parts = [
+            f"{name} by {factor:.3g}, with a gradient {self.gradients.get(name, 0.0):.3g} times that of the other terms"
+            for name, factor in self.first.items()
+        ]
         terms = ", ".join(f"{name}: {ratio:g}" for name, ratio in self.ratios.items())
         return (
-            f"Uncertainty weights begin with {parts}, so that these terms count as much as the others, times "
-            f"balance.terms={{{terms}}}. The defaults of their weights have no effect; balance=none keeps them."
+            f"Uncertainty weights begin with {'; '.join(parts)}. The defaults of these weights have no effect: "
+            f"balance.terms={{{terms}}} sets what a term counts, balance=auto goes by gradients, balance=none keeps defaults."
         )
 
     def state_dict(self) -> dict[str, Any]:
         """Returns plain values, exact to the bit."""
-        known = {"ratios": dict(self.ratios), "first": dict(self.first), "finished": self.finished}
-        return known | {"means": self.means.tolist()}
+        known = {"ratios": dict(self.ratios), "first": dict(self.first), "gradients": dict(self.gradients)}
+        return known | {"means": self.means.tolist(), "finished": self.finished}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what `state_dict` returned."""
-        self.ratios, self.first, self.finished = dict(state["ratios"]), dict(state["first"]), state["finished"]
+        self.ratios, self.first, self.gradients = (dict(state[key]) for key in ("ratios", "first", "gradients"))
+        self.finished = state["finished"]
         self.means = torch.tensor(state["means"], dtype=torch.float64)  # in the terms' own type at the next minibatch
