@@ -51,7 +51,7 @@ def test_a_file_that_is_not_the_teachers_is_dropped_with_a_warning(tmp_path, cap
     batch = data.get_batch("train", data.train_ids, None)
     cache = TeacherCache(teacher, data, CPU, tmp_path)
     right = cache.outputs(batch).logits
-    cache.store.put(data.train_ids, right + 1)  # well-formed, and wrong
+    cache.store.put(torch.arange(cache.samples), right[data.train_ids.argsort()] + 1)  # well-formed, and wrong
     other = TeacherCache(teacher, data, CPU, tmp_path)
     assert torch.equal(other.outputs(batch).logits, right)
     assert "computed anew" in caplog.text
