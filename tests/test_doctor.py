@@ -1,5 +1,7 @@
 """The doctor: silent on a healthy run, and right about each run that was broken in one way."""
 
+import json
+
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -88,6 +90,12 @@ def test_the_gradient_of_a_hint_is_found_and_balanced_it_is_not(runs, healthy):
     balanced = diagnose(trained(runs, "balanced", "method=at"))
     assert "share of a term" not in names(balanced.findings)
     assert 0.03 < balanced.terms[0].share < 0.3  # balance.ratio=0.1, of other minibatches
+    by_value = trained(runs, "by_value", "method=at", "balance=uncertainty")
+    diagnosis = diagnose(by_value)
+    said = json.loads((by_value / "summary.json").read_text())["balance"]["hint"]["gradient"]
+    assert diagnosis.terms[0].share == pytest.approx(said, rel=0.5)
+    [found] = [f for f in diagnosis.findings if f.name == "share of a term"]
+    assert found.change == "balance=auto 'balance.terms={hint: 0.1}'"  # balance.terms alone would set values
 
 
 def test_classes_in_another_order_than_the_data_have_are_found_and_named(runs, known):
