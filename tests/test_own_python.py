@@ -228,6 +228,12 @@ def test_the_teacher_has_the_precision_of_the_students_weights(tmp_path, precisi
     assert kinds == {torch.float64 if precision == "64-true" else torch.bfloat16}
 
 
+def test_weights_of_half_precision_that_diverge_are_named(tmp_path):
+    half = loader(lambda i: (IMAGES[i].half(), int(LABELS[i])))
+    with pytest.raises(UserError, match=r"not finite any more.*weights are float16.*student.float\(\)"):
+        run(tmp_path, net().half(), net().half(), half, max_epochs=4)
+
+
 @pytest.mark.parametrize("options", [{"barebones": True}, {"enable_checkpointing": False}, {"fast_dev_run": True}])
 def test_trains_without_checkpoints_where_the_trainer_writes_none(tmp_path, options):
     if "barebones" in options:

@@ -241,10 +241,15 @@ def check_finite(distiller: Distiller, means: Mapping[str, float | Tensor], weig
         bad = "the student's weights"
     else:
         return
+    remedy = "A smaller learning rate or gradients clipped at 1 usually help."
+    if any(p.dtype == torch.float16 for p in distiller.student.parameters()):
+        remedy = (
+            "The student's weights are float16, which holds too few numbers for an optimizer: train student.float(), in the "
+            "precision 16-mixed or bf16-mixed."
+        )
     raise UserError(
         f"The loss is not finite any more, before step {distiller.trainer.global_step + 1} of epoch "
-        f"{distiller.current_epoch}: {bad}. Checkpoints of earlier epochs are kept. "
-        "A smaller learning rate or gradients clipped at 1 usually help."
+        f"{distiller.current_epoch}: {bad}. Checkpoints of earlier epochs are kept. {remedy}"
     )
 
 
