@@ -8,6 +8,7 @@ import pytest
 from litdistill.benchmarks.extraction import FORMS, LABELS
 from litdistill.benchmarks.shadows import KINDS, PLAIN, TEACHER
 from litdistill.report.blocks import Table, html_page
+from litdistill.report.build import not_attacked
 from litdistill.report.sections import looks
 from litdistill.report.security import FILE, security, trained_attacks
 from litdistill.report.security import TEACHER as TEACHER_BY_PGD
@@ -122,3 +123,16 @@ def test_accuracy_under_attack_stands_beside_what_each_protection_cost(tmp_path)
             ["labels alone", "85.00 ± 7.07", "", "45.00 ± 7.07", "15.00 ± 7.07"],
             ["`ard`", "85.00 ± 5.66", "+0.00 ± 1.41", "65.00 ± 7.07", "55.00 ± 7.07"],
         ]
+
+
+def test_runs_that_no_attack_is_for_are_said_where_attacks_are_asked_for():
+    strong, other = SETTINGS._replace(attacks="strong"), group(name="boxes")
+    assert not_attacked(other, strong) == []
+    for row in other.rows:
+        for seed in row.seeds:
+            seed.robustness = {}
+    [line] = not_attacked(other, strong)
+    assert line.startswith("attacks=strong: nothing on ")
+    assert "attacks are on classifiers of images" in line
+    assert "robustness=0" in not_attacked(other, strong._replace(robustness=0))[0]
+    assert not_attacked(other, SETTINGS._replace(attacks="quick")) == []

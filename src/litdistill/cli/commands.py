@@ -138,7 +138,8 @@ def report(cfg: DictConfig) -> None:
         from litdistill.report.collect import settings_of
 
         settings = settings_of(cfg, packages(cfg.trust), cfg.int8)
-        build(folders, cfg.out, cfg.title, settings)
+        for problem in (p for group in build(folders, cfg.out, cfg.title, settings) for p in group.problems):
+            print(problem)
         print(f"Written to {cfg.out}" if ending else f"Written to {cfg.out.rstrip('/')}/index.html and report.md")
     if cfg.picture is not None:
         picture(summaries, cfg.picture)

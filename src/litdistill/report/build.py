@@ -31,6 +31,7 @@ def build(places: Sequence[str | Path], out: str | Path, title: str, settings: S
     found = groups(places, out.with_name(f"{out.stem}_files") if out.suffix == ".html" else out, settings)
     for group in found:
         time_rows(group, settings)
+        group.problems += not_attacked(group, settings)
     problems = [problem for group in found for problem in group.problems]
     found = [group for group in found if any(not row.teacher for row in group.rows)]
     if not found:
@@ -44,6 +45,14 @@ def build(places: Sequence[str | Path], out: str | Path, title: str, settings: S
         shown.insert(0, Section("problems", "What could not be measured", list(map(Warn, problems)), chapter=True))
     write(title, _facts(found, settings), shown, out)
     return found
+
+
+def not_attacked(group: Group, settings: Settings) -> list[str]:
+    """Returns a line where nothing of a group was attacked, although `attacks` asks for more than the default; else none."""
+    if settings.attacks == "quick" or any(seed.robustness for row in group.rows for seed in row.seeds):
+        return []
+    why = "attacks are on classifiers of images" if settings.robustness else "robustness=0 asks for no images"
+    return [f"attacks={settings.attacks}: nothing on {group.name} was attacked: {why}."]
 
 
 def _check_packages() -> None:
