@@ -1,7 +1,7 @@
 """Weights of the terms of the loss that follow their values: uncertainty weights (Kendall et al. 2018, arXiv 1705.07115).
 
 There each term L of a loss has a variance σ², which is learned with the network: the sum of L / 2σ² + log σ is minimized
-(equation 7). For a given L the best variance is L itself (Kirchdorfer et al. 2024, arXiv 2408.07985, section 3.2), and over
+(equation 7). For a given L the best variance is L itself (UW-O of Kirchdorfer et al. 2024, arXiv 2408.07985), and over
 minibatches its mean. So nothing need be learned: the variance is the running mean of a term, and its weight 1 / 2σ². Here
 all weights are divided by that of the reference, so that the labels' loss keeps its own and the learning rate its meaning.
 A hint then counts `ratio` times as much as the reference, by value and to the end of the run.
