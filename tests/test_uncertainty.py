@@ -142,6 +142,14 @@ def test_a_run_goes_on_to_the_bit(tmp_path, group, step):
     assert same(whole.student, resumed.student)
 
 
+def test_a_run_that_goes_on_in_its_first_phase_is_balanced_in_the_second(tmp_path):
+    whole, _ = run(tmp_path / "a", FT(init_epochs=1), balance=Uncertainty(), callbacks=[SaveAt(tmp_path, 2)])
+    resumed, _ = run(tmp_path / "b", FT(init_epochs=1), balance=Uncertainty(), ckpt=tmp_path / "at.ckpt")
+    assert list(resumed.balance.found()) == ["hint"]
+    assert resumed.balance.state_dict() == whole.balance.state_dict()
+    assert same(whole.student, resumed.student)
+
+
 def test_groups_and_single_steps_are_the_same_to_the_bit(tmp_path):
     one, trainer = run(tmp_path / "0", balance=Uncertainty(), ema=0.9)
     many, _ = run(tmp_path / "4", group=4, balance=Uncertainty(), ema=0.9)
