@@ -312,6 +312,8 @@ def test_it_is_the_default_and_nothing_without_a_hint(tmp_path):
     assert made(AT(), balance=None).balance is None
     assert [made(method).balance for method in (KD(), Supervised(), DKD())] == [None] * 3
     assert made(KD(), balance=Balance(terms={"soft": 1.0})).balance is not None
+    with pytest.raises(UserError, match=r"balance='uncertainty': give \"auto\", None, or a rule.*Uncertainty\(\)"):
+        made(AT(), balance="uncertainty")
     assert compose_config(tmp_path / "one", "method=at").balance.ratio == Balance().ratio
 
 

@@ -1,4 +1,4 @@
-"""Weights of the terms of the loss that fit by themselves: each term's gradient in proportion to that of the labels' loss.
+"""Weights of the terms of the loss that fit by themselves: rules (`Rule`), of which this is the one by gradients, the default.
 
 Published weights were tuned for one data set and one pair of networks. On others the gradient of a hint at the student may be
 a hundred times that of the labels' loss. So in the first minibatches the norm of each term's gradient at all parameters of
@@ -225,8 +225,16 @@ def reference(labels: Mapping[str, Tensor], terms: Mapping[str, Tensor], balance
 
 
 def balance_for(method: Method, chosen: Rule | Literal["auto"] | None) -> Rule | None:
-    """Returns what balances a prepared method: `chosen`, a new one for "auto"; None where there is no hint to balance."""
+    """Returns what balances a prepared method: `chosen`, a `Balance` for "auto"; None where there is no hint to balance.
+
+    Raises `UserError` for anything else.
+    """
     balance = Balance() if chosen == "auto" else chosen
+    if balance is not None and not isinstance(balance, Rule):
+        raise UserError(
+            f'balance={balance!r}: give "auto", None, or a rule: Balance(ratio=0.3) of litdistill.distillation.balance, '
+            "Uncertainty() of litdistill.distillation.uncertainty."
+        )
     if balance is None or any(ratio is not None for ratio in balance.terms.values()):
         return balance
     return balance if method.taps().student else None
