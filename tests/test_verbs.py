@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ from litdistill.cli import commands
 from litdistill.cli.hydra_main import Job, run_task
 from litdistill.cli.resume import resumed
 from litdistill.utils import command_line, versions
-from litdistill.utils.command_line import command_argv, command_text, config_dir_of, split_flags
+from litdistill.utils.command_line import command_argv, command_text, config_dir_of, near, split_flags, typed
 from litdistill.utils.errors import UserError
 from litdistill.utils.paths import CONF, PACKAGE, ROOT, resolve_paths
 
@@ -290,3 +291,12 @@ def test_a_package_without_metadata_has_no_version(monkeypatch):
 def test_an_installed_package_has_no_commit_though_it_lies_in_somebodys_repository(monkeypatch):
     monkeypatch.setattr(versions, "ROOT", None)
     assert versions.git_state() is None
+
+
+def test_paths_are_said_as_they_are_typed_in_a_shell(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert near("runs/a") == near(tmp_path / "runs" / "a") == "runs/a"
+    assert near(tmp_path) == near(".") == str(tmp_path)  # a working folder that is the run's says nothing
+    assert near("../b") == str(tmp_path.parent / "b")
+    assert typed("run", "runs/a") == "run=runs/a"
+    assert shlex.split(typed("run", "my runs/a=1")) == ["run='my runs/a=1'"]

@@ -15,7 +15,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from litdistill.config.recipes import NO_RECIPE, short_names
-from litdistill.utils.command_line import literal
+from litdistill.utils.command_line import literal, typed
 from litdistill.utils.errors import UserError
 
 # What decides the weights of a run; all other keys of a config are free.
@@ -136,7 +136,7 @@ def new_run(folder: Path) -> str:
     for path in (folder / "checkpoints" / "best.ckpt", folder / "student.safetensors"):
         if path.is_file():
             found = folder if path.parent == folder else path
-    return shlex.quote(f"student.checkpoint={literal(str(found))}")
+    return typed("student.checkpoint", found)
 
 
 def as_started(cfg: DictConfig, history: Any) -> DictConfig:

@@ -15,7 +15,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -33,6 +32,7 @@ from litdistill.distillation.row_store import RowStore
 from litdistill.features.outputs import run_network
 from litdistill.models.parts import evaluating
 from litdistill.types import Batch, Outputs
+from litdistill.utils.command_line import near
 from litdistill.utils.errors import UserError
 from litdistill.utils.files import write_atomically
 from litdistill.utils.hashing import network_sha256, weights_sha256
@@ -256,7 +256,7 @@ def open_cache(
         prepare(cache.folder, size, int(options.gb * 1e9))
     log.info(
         "The teacher's outputs are kept %s, by sample and view (%d of each, %.2f GB): that saves %.0f %% of its work%s.",
-        f"in {os.path.relpath(cache.folder)}" if cache.folder else "in memory",
+        f"in {near(cache.folder)}" if cache.folder else "in memory",
         *(views, size / 1e9, 100 * saving),
         ", and all of it in runs to come" if cache.folder else "",
     )

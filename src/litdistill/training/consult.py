@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from omegaconf import DictConfig
 from litdistill.distillation.distiller import Distiller
 from litdistill.evaluation import doctor
 from litdistill.evaluation.controls import LABELS_ALONE, control_of, is_distilled
+from litdistill.utils.command_line import typed
 from litdistill.utils.units import SHARES, named, shown
 
 log = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ def consult(
     cfg: DictConfig, data: Any, distiller: Distiller, summary: Mapping[str, Any], device: torch.device | str
 ) -> None:
     """Logs what is wrong with a finished run that is far behind. What fails only says so: the run is finished."""
-    reference, command = "", f"litdistill doctor run={os.path.relpath(cfg.folder)}"
+    reference, command = "", f"litdistill doctor {typed('run', cfg.folder)}"
     try:
         said = behind(summary, distiller.on_validation.metrics, Path(cfg.runs), Path(cfg.folder))
         if said is None or not doctor.reads(data, distiller):

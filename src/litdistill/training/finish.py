@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,6 +35,7 @@ from litdistill.training.consult import consult
 from litdistill.training.loggers import guarded, note_results, picture_writer
 from litdistill.training.trainer import Built
 from litdistill.utils.checkpoint import STUDENT, save_student
+from litdistill.utils.command_line import near, typed
 from litdistill.utils.errors import UserError
 from litdistill.utils.files import write_text
 from litdistill.utils.logging import format_seconds
@@ -104,7 +104,7 @@ def finish(run: Run, times: dict[str, float], role: str) -> None:
     log.info(
         "%s: test %s %s (best epoch on validation), %s (last epoch)%s; %s in all. %s",
         *(role, named(name), shown(name, found["student"][name]), shown(name, last[name]), reference),
-        *(format_seconds(times["total_s"]), os.path.relpath(run.folder)),
+        *(format_seconds(times["total_s"]), near(run.folder)),
     )
     report_findings({k: text.replace("The student", f"The {role.lower()}") for k, text in summary["findings"].items()})
     show(run, student, teacher, device, kept, summary)
@@ -158,7 +158,7 @@ def show(
     """Writes hyperparameters, results and figures to all loggers, as far as each takes them. What fails only logs a warning."""
     trainer = run.built.trainer
     options = hyperparameters(run.cfg, trainer, run.data.batch_size)
-    later = f" To draw them later: litdistill evaluate run={os.path.relpath(run.folder)} pictures=true"
+    later = f" To draw them later: litdistill evaluate {typed('run', run.folder)} pictures=true"
     for logger in trainer.loggers:
         tensorboard = isinstance(logger, TensorBoardLogger)
         name = "TensorBoard" if tensorboard else type(logger).__name__
@@ -208,7 +208,7 @@ def _write_int8(folder: Path, student: nn.Module, data: Any, task: Task) -> int 
     except UserError as error:
         log.warning(
             "The int8 file is not written, and the run is finished without it. %s To write it later: "
-            "litdistill export run=%s precision=int8",
-            *(error, os.path.relpath(folder)),
+            "litdistill export %s precision=int8",
+            *(error, typed("run", folder)),
         )
         return None

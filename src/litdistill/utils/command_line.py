@@ -105,6 +105,17 @@ def literal(value: Any) -> str:
     return QuotedString(value, Quote.single).with_quotes()
 
 
+def near(path: str | Path) -> str:
+    """Returns a path as it is typed here: relative where it lies below the working folder, else absolute."""
+    found, here = Path(os.path.abspath(path)), Path.cwd()
+    return str(found.relative_to(here)) if here in found.parents else str(found)
+
+
+def typed(key: str, path: str | Path) -> str:
+    """Returns the option of a command that names a path, quoted for a shell: `run=runs/train/…`."""
+    return shlex.quote(f"{key}={literal(near(path))}")
+
+
 @contextlib.contextmanager
 def as_command(argv: list[str]) -> Iterator[None]:
     """Sets `sys.argv` to `argv` for one run, then restores it and destroys the process group of that run."""
