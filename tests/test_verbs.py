@@ -238,7 +238,7 @@ def test_a_folder_of_configs_is_not_taken_from_a_run_folder(folder, mine):
         resumed([f"resume={run}"])
     run = noted(folder / "other", ["experiment=first"], mine)
     found = resumed(["--config-dir", "mine", f"resume={run}"])
-    assert found == ["--config-dir", "mine", "experiment=first", f"hydra.run.dir='{run}'"]
+    assert found == ["--config-dir", "mine", "experiment=first", f"hydra.run.dir={run}"]
 
 
 def test_paths_stay_relative_to_the_start_when_hydra_changes_the_folder(folder, monkeypatch):
