@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from litdistill import cli
@@ -299,4 +300,6 @@ def test_paths_are_said_as_they_are_typed_in_a_shell(tmp_path, monkeypatch):
     assert near(tmp_path) == near(".") == str(tmp_path)  # a working folder that is the run's says nothing
     assert near("../b") == str(tmp_path.parent / "b")
     assert typed("run", "runs/a") == "run=runs/a"
-    assert shlex.split(typed("run", "my runs/a=1")) == ["run='my runs/a=1'"]
+    assert typed("run", "my runs/a=1") == "\"run='my runs/a=1'\""
+    for odd in ("my runs/$a", "a b`c", 'a "b"', "a\\b c", "it's"):
+        assert OverridesParser.create().parse_override(shlex.split(typed("run", odd))[0]).value() == odd

@@ -113,7 +113,9 @@ def near(path: str | Path) -> str:
 
 def typed(key: str, path: str | Path) -> str:
     """Returns the option of a command that names a path, quoted for a shell: `run=runs/train/…`."""
-    return shlex.quote(f"{key}={literal(near(path))}")
+    text = f"{key}={literal(near(path))}"
+    # Hydra's quotes within double ones are easier to read than within those of shlex.
+    return f'"{text}"' if "'" in text and not {*text} & {*'"$`\\!'} else shlex.quote(text)
 
 
 @contextlib.contextmanager
