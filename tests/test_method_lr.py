@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 from torch.optim import SGD, Adam
-from torch.optim.lr_scheduler import ExponentialLR, OneCycleLR
+from torch.optim.lr_scheduler import CyclicLR, ExponentialLR, OneCycleLR
 
 from litdistill.config.recipes import recipe_hash, teacher_config
 from litdistill.distillation.distiller import Distiller
@@ -64,8 +64,21 @@ def test_a_schedule_scales_both_rates_and_one_that_sets_them_is_refused():
     found["optimizer"].step()
     found["lr_scheduler"]["scheduler"].step()
     assert rates() == pytest.approx([0.005, 0.0025])
-    with pytest.raises(UserError, match="OneCycleLR sets one rate for all parameters"):
-        made(method_lr=0.5, scheduler=functools.partial(OneCycleLR, max_lr=0.1, total_steps=8)).configure_optimizers()
+    cyclic = functools.partial(CyclicLR, base_lr=0.01, max_lr=0.1)
+    with pytest.raises(UserError, match="CyclicLR sets one rate for all parameters"):
+        made(method_lr=0.5, scheduler=cyclic).configure_optimizers()
+
+
+def test_one_cycle_has_a_peak_for_each():
+    cycle = functools.partial(OneCycleLR, max_lr=0.1, total_steps=8, pct_start=0.3)
+    both, plain = (made(method_lr=lr, scheduler=cycle).configure_optimizers() for lr in (0.25, None))
+    for _ in range(7):
+        student, own = (group["lr"] for group in both["optimizer"].param_groups)
+        assert student == plain["optimizer"].param_groups[0]["lr"]
+        assert own == pytest.approx(0.25 * student)
+        for found in (both, plain):
+            found["optimizer"].step()
+            found["lr_scheduler"]["scheduler"].step()
 
 
 @pytest.mark.parametrize("group", [0, 2])

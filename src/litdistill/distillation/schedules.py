@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from litdistill.utils.errors import UserError
@@ -63,11 +63,20 @@ def optimizer_of(distiller: Distiller) -> Optimizer:
 
 
 def scheduler_of(distiller: Distiller, optimizer: Optimizer) -> LRScheduler:
-    """Returns the scheduler of an optimizer. Raises `UserError` for one that sets one rate for all parameters, such as
-    OneCycleLR, where the method's own layers are to have another."""
+    """Returns the scheduler of an optimizer; a OneCycleLR has the peak of the method's own layers in proportion too.
+
+    Raises `UserError` for another one that sets one rate for all parameters, where these are to have another.
+    """
     assert distiller.scheduler is not None
     first, *others = [group["lr"] for group in optimizer.param_groups]
-    scheduler = distiller.scheduler(optimizer)
+    make, options = distiller.scheduler, getattr(distiller.scheduler, "keywords", {})
+    peak = options.get("max_lr")
+    if others and getattr(make, "func", None) is OneCycleLR and isinstance(peak, (int, float)):
+        scheduler: LRScheduler = OneCycleLR(
+            optimizer, **options | {"max_lr": [peak, *(peak * other / first for other in others)]}
+        )
+    else:
+        scheduler = make(optimizer)
     now, *after = [group["lr"] for group in optimizer.param_groups]
     if not all(math.isclose(lr * now, other * first) for lr, other in zip(others, after, strict=True)):
         raise UserError(
