@@ -54,6 +54,7 @@ ROWS = {
     "cwd": Row("cwd", "pyramid", (ALONE, *TAPS)),
     "fitnet": Row("fitnet", "pyramid, the middle level", (ALONE, *TAPS)),
     "mgd": Row("mgd", "pyramid", (ALONE, *MASKS, *TAPS)),
+    "mgd with slow layers": Row("mgd", "pyramid", (ALONE, *MASKS, *TAPS, "method_lr=0.06")),  # the teacher's rate
     "fgd": Row("fgd", "pyramid", (ALONE,)),
     CONTROL_OF_ALL: Row("supervised", "no teacher", ("data.only_labelled=false",), None),
     "at of all": Row("at", "pyramid", TAPS, CONTROL_OF_ALL),
