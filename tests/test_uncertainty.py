@@ -4,7 +4,6 @@ import logging
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy
 
 from litdistill.config.recipes import recipe_hash
@@ -22,7 +21,7 @@ from litdistill.methods.sum import Sum
 from litdistill.utils.errors import UserError
 from tests.conftest import compose_config
 from tests.fits import digits, example, fit, grouped, net, same
-from tests.test_balance import Linear, SaveAt, run
+from tests.test_balance import Factors, Linear, SaveAt, run
 
 
 def values(*pairs):
@@ -232,21 +231,11 @@ def test_the_cache_changes_nothing_to_the_bit(tmp_path, group):
     assert same(live.student, cached.student)
 
 
-class Means(Callback):
-    """Writes each process's state at the end."""
-
-    def __init__(self, folder):
-        self.folder = folder
-
-    def on_train_end(self, trainer, pl_module):
-        torch.save(pl_module.balance.state_dict(), self.folder / f"{trainer.global_rank}.pt")
-
-
 @pytest.mark.parametrize("group", [0, 2])
 def test_two_processes_have_the_means_of_both(tmp_path, group):
     forked = DDPStrategy(start_method="fork")
     run(
-        tmp_path, group=group, balance=Uncertainty(), devices=2, strategy=forked, callbacks=[Means(tmp_path)],
+        tmp_path, group=group, balance=Uncertainty(), devices=2, strategy=forked, callbacks=[Factors(tmp_path)],
         enable_checkpointing=False, max_epochs=1,
     )  # fmt: skip
     one, other = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
