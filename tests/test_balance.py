@@ -188,7 +188,7 @@ def test_factors_are_fixed_and_nothing_is_measured_after_the_first_minibatches(t
 def test_a_weight_that_was_chosen_is_kept_unless_its_ratio_is_named(tmp_path, caplog):
     with caplog.at_level(logging.INFO, "litdistill"):
         chosen, _ = run(tmp_path / "a", AT(hint=5.0), balance=Balance(steps=2))
-    assert (chosen.balance.measured, chosen.balance.factors) == (2, {})
+    assert (chosen.balance.finished, chosen.balance.factors) == (True, {})
     assert "balance" not in caplog.text
     assert same(chosen.student, run(tmp_path / "b", AT(hint=5.0))[0].student)
     light, _ = run(tmp_path / "c", AT(hint=1.0), balance=Balance(terms={"hint": 0.1}, steps=2))

@@ -73,6 +73,8 @@ def test_the_gradient_that_a_hint_begins_with_is_said():
     share = float(rule.factors["hint"] * hint / whole)
     assert rule.found()["hint"]["gradient"] == pytest.approx(share)
     assert f"with a gradient {share:.3g} times that of the other terms" in str(rule)
+    rule.begin({"hint": 1.0}, labels, terms, torch.tensor([torch.inf, torch.inf]), None)
+    assert rule.found()["hint"]["gradient"] == 0  # of an overflow nothing is known
 
 
 def test_a_factor_is_the_ratio_of_running_means():

@@ -38,13 +38,12 @@ class Rule(ABC):
     def __init__(self, ratio: float, terms: Mapping[str, float | None] | None):
         self.ratio, self.terms = ratio, dict(terms or {})
         self.ratios: dict[str, float] = {}  # of the terms that are balanced
+        self.finished = False  # whether nothing is left for `measure`
         for name, value in {"ratio": ratio, **self.terms}.items():
             if value is not None and not 0 <= value < math.inf:
                 raise UserError(
                     f"balance: {name}={value} must be 0 or more: a hint's share, relative to the labels' loss."
                 )
-
-    finished: bool  # whether nothing of the rule is left to be measured by `measure`
 
     @property
     @abstractmethod
@@ -56,7 +55,6 @@ class Rule(ABC):
     def constants(self) -> tuple[Any, ...]:
         """Returns the numbers of Python that a step reads."""
 
-    @abstractmethod
     def measure(
         self,
         labels: Mapping[str, Tensor],
@@ -76,6 +74,27 @@ class Rule(ABC):
 
         Where the labels do not count and no term keeps its weight, all keep theirs. Raises `UserError` for a name in `terms`
         that no term has, and where `terms` names them all and nothing is left to be in proportion to.
+        """
+        balanced = self.ratios_of(labels, terms, heads, own)
+        if not balanced:  # nothing to measure, now or later
+            self.finished = True
+            return
+        values = [reference(labels, terms, balanced), *(terms[name] for name in balanced)]
+        norms = torch.stack([gradient_norm(value * scale, parameters) / scale for value in values])
+        self.begin(balanced, labels, terms, norms, together)
+
+    @abstractmethod
+    def begin(
+        self,
+        balanced: dict[str, float],
+        labels: Mapping[str, Tensor],
+        terms: Mapping[str, Tensor],
+        norms: Tensor,
+        together: Together | None,
+    ) -> None:
+        """Sets the factors by one of the first minibatches, and `finished` where it is the last of them.
+
+        `balanced`: the ratios of balanced terms by name. `norms`: of the gradients of the reference and of these, in order.
         """
 
     @abstractmethod
@@ -140,11 +159,6 @@ class Balance(Rule):
         self.norms: dict[str, float] = {}  # sums over minibatches and processes; that of the reference is ""
 
     @property
-    def finished(self) -> bool:  # type: ignore[override]
-        """Returns whether the factors are fixed."""
-        return self.measured >= self.steps
-
-    @property
     def factors(self) -> dict[str, float]:
         """Returns the factors of balanced terms by name: 0 without a gradient of the reference, 1 without one of their own."""
         return {
@@ -157,31 +171,24 @@ class Balance(Rule):
         """Returns the factors: they are numbers of Python."""
         return tuple(self.factors.items())
 
-    def measure(
+    def begin(
         self,
+        balanced: dict[str, float],
         labels: Mapping[str, Tensor],
         terms: Mapping[str, Tensor],
-        heads: Sequence[Tensor],
-        parameters: Sequence[Tensor],
-        together: Together | None = None,
-        scale: float = 1.0,
-        own: Collection[str] = (),
+        norms: Tensor,
+        together: Together | None,
     ) -> None:
-        """Measures the gradients of one minibatch; see `Rule.measure`."""
-        balanced = self.ratios_of(labels, terms, heads, own)
-        if not balanced:  # nothing to measure, now or later
-            self.measured = self.steps
-            return
-        values = {"": reference(labels, terms, balanced), **{name: terms[name] for name in balanced}}
-        norms = [gradient_norm(value * scale, parameters) / scale for value in values.values()]
-        found = torch.stack(norms)
-        counts = bool(found.isfinite().all()) and bool(found[0] > 0)
-        sums = torch.cat([found if counts else torch.zeros_like(found), found.new_tensor([float(counts)])])
+        """Adds the gradients of one minibatch; see `Rule.begin`."""
+        counts = bool(norms.isfinite().all()) and bool(norms[0] > 0)
+        sums = torch.cat([norms if counts else torch.zeros_like(norms), norms.new_tensor([float(counts)])])
         if together is not None:
             sums = together(sums)
         self.ratios = balanced
-        self.norms = {k: self.norms.get(k, 0.0) + v for k, v in zip(values, sums[:-1].tolist(), strict=True)}
+        found = zip(["", *balanced], sums[:-1].tolist(), strict=True)
+        self.norms = {name: self.norms.get(name, 0.0) + norm for name, norm in found}
         self.measured += int(sums[-1] > 0)
+        self.finished = self.measured >= self.steps
 
     def follow(self, *_: Any) -> None:
         """Changes nothing: the factors are fixed."""
@@ -212,11 +219,13 @@ class Balance(Rule):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns plain values, exact to the bit."""
-        return {"measured": self.measured, "ratios": dict(self.ratios), "norms": dict(self.norms)}
+        known = {"measured": self.measured, "ratios": dict(self.ratios), "norms": dict(self.norms)}
+        return known | {"finished": self.finished}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what `state_dict` returned."""
         self.measured, self.ratios, self.norms = state["measured"], dict(state["ratios"]), dict(state["norms"])
+        self.finished = state["finished"]
 
 
 def reference(labels: Mapping[str, Tensor], terms: Mapping[str, Tensor], balanced: Collection[str]) -> Tensor:

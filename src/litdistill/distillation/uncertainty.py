@@ -11,13 +11,14 @@ Which terms are balanced, and what the reference is: see `litdistill.distillatio
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from litdistill.distillation.balance import Rule, Together, gradient_norm, reference
+from litdistill.distillation.balance import Rule, Together, reference
 from litdistill.utils.errors import UserError
 
 
@@ -38,7 +39,7 @@ class Uncertainty(Rule):
         super().__init__(ratio, terms)
         if not 0 <= decay < 1:
             raise UserError(f"balance: decay={decay} must be at least 0 and below 1; 0.98 is the default.")
-        self.decay, self.finished = decay, False
+        self.decay = decay
         self.means = torch.zeros(1)  # of the reference and of the balanced terms in their order; 0: none yet
         self.first: dict[str, float] = {}  # factors of the first minibatch that counts
         self.gradients: dict[str, float] = {}  # norms there with these factors, relative to that of the reference
@@ -57,28 +58,24 @@ class Uncertainty(Rule):
         """Returns nothing that changes: means are read on the device."""
         return ()
 
-    def measure(
+    def begin(
         self,
+        balanced: dict[str, float],
         labels: Mapping[str, Tensor],
         terms: Mapping[str, Tensor],
-        heads: Sequence[Tensor],
-        parameters: Sequence[Tensor],
-        together: Together | None = None,
-        scale: float = 1.0,
-        own: Collection[str] = (),
+        norms: Tensor,
+        together: Together | None,
     ) -> None:
-        """Finds out which terms are balanced and how large their gradients then are, and follows a minibatch."""
-        self.ratios = self.ratios_of(labels, terms, heads, own)
-        if self.ratios:
-            self.follow(labels, terms, together)
-            self.first = {name: float(factor) for name, factor in self.factors.items()}
-        self.finished = not self.ratios or bool(self.means[0] > 0)
-        if self.finished and self.ratios:
-            values = [reference(labels, terms, self.ratios), *(terms[name] for name in self.ratios)]
-            norms = torch.stack([gradient_norm(value * scale, parameters) for value in values])
-            whole, *others = (norms if together is None else together(norms)).tolist()
-            pairs = zip(self.first.items(), others, strict=True)
-            self.gradients = {name: factor * norm / whole if whole else 0.0 for (name, factor), norm in pairs}
+        """Follows a minibatch, the last of the first ones where the reference has a mean; see `Rule.begin`."""
+        self.ratios = balanced
+        self.follow(labels, terms, together)
+        self.first = {name: float(factor) for name, factor in self.factors.items()}
+        self.finished = bool(self.means[0] > 0)
+        whole, *others = (norms if together is None else together(norms)).tolist()
+        shares = {k: self.first[k] * norm / whole if whole else 0.0 for k, norm in zip(balanced, others, strict=True)}
+        self.gradients = {
+            name: share if math.isfinite(share) else 0.0 for name, share in shares.items()
+        }  # of an overflow
 
     @torch.no_grad()
     def follow(
